@@ -31,3 +31,8 @@ def normal(seed: int, purpose: str, samples: Iterable[int], shape: tuple[int, ..
 def uniform(seed: int, purpose: str, samples: Iterable[int]) -> torch.Tensor:
     """Uniform draws in [0, 1), (B,), float64, one per sample number."""
     return torch.tensor([generator(seed, purpose, int(s)).random() for s in samples], dtype=torch.float64)
+
+
+def child(seed: int, purpose: str) -> int:
+    """A seed derived from `seed` for one purpose, below 2**62."""
+    return int(generator(seed, purpose).integers(2**62))

@@ -1,0 +1,32 @@
+"""Thin commands; what they do lives in dvae/. `dvae <tool> ...` is `python tools/<tool>.py ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from dvae.errors import UserError, near, run_command
+
+TOOLS = {
+    "launch": "train a recipe: dvae launch recipe=demo",
+    "shards": "build or verify WebDataset shards",
+    "sample": "draw images from a trained run",
+    "components": "list what is registered",
+}
+
+
+def dispatch(argv: list[str]) -> None:
+    """Run the tool that the first word names with the words after it."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: dvae TOOL [key=value ...]\n")
+        print("\n".join(f"  {name:<12}{about}" for name, about in TOOLS.items()))
+        print("\n`dvae TOOL --help` tells more.")
+        return
+    if argv[0] not in TOOLS:
+        raise UserError(f"unknown tool {argv[0]!r}: {near(argv[0], TOOLS)}")
+    importlib.import_module(f"dvae.tools.{argv[0]}").command(argv[1:])
+
+
+def main() -> None:
+    """The console command `dvae`."""
+    run_command(dispatch, sys.argv[1:])

@@ -94,16 +94,21 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def config(self, node: Any) -> ComponentConfig:
-        """The typed Config of a plain node (mapping or DictConfig with `name`). Raises UserError on a foreign field."""
-        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
-        cls = self.get(str(plain.get("name")))  # type: ignore[union-attr]
+        """The typed Config of a node (mapping or DictConfig with `name`; or typed already).
+
+        Raises UserError on an unknown name, a foreign field or a wrong type.
+        """
+        if isinstance(node, ComponentConfig):
+            return node
+        plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
+        cls = self.get(str(plain.get("name")))
         schema = OmegaConf.structured(cls.Config)  # type: ignore[attr-defined]
         try:
             return OmegaConf.to_object(OmegaConf.merge(schema, plain))  # type: ignore[return-value]
         except ConfigKeyError as error:
             known = [f.name for f in fields(cls.Config)]  # type: ignore[attr-defined]
-            wrong = next((key for key in plain if key not in known), error.full_key)  # type: ignore[union-attr]
-            raise UserError(f"{self.kind}.{wrong} is not a field of {plain['name']!r}: {near(str(wrong), known)}") from None  # type: ignore[index]
+            wrong = next((key for key in plain if key not in known), error.full_key)
+            raise UserError(f"{self.kind}.{wrong} is not a field of {plain['name']!r}: {near(str(wrong), known)}") from None
         except OmegaConfBaseException as error:
             raise UserError(f"{self.kind}.{error.full_key}: {one_line(error.msg)}") from None
 

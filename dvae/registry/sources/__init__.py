@@ -28,6 +28,8 @@ class Source(ABC):
     Config: type[ComponentConfig]
     licence: str = "unknown: ask the owner of the images"
     """Licence of the images, with the credit it asks for; kept in the manifest."""
+    protocol: str = "made at this size"
+    """How the images came to their size (crop, filter); kept in the manifest."""
 
     @abstractmethod
     def __init__(self, config: ComponentConfig, io: Shapes) -> None: ...

@@ -1,0 +1,317 @@
+"""Configuration: typed settings of a run, composed by Hydra from recipes/ and the registries."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from dvae.denoiser import DenoiserConfig
+from dvae.errors import UserError, near, one_line
+from dvae.registry.core import KINDS, broken_plugins, discover, load_plugins
+from dvae.tracking.wandb_run import WandbConfig
+
+STAGES = ("shards", "encoder", "prior", "refiner", "evaluate")
+
+
+class Decay(Enum):
+    """Learning rate after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    """Arithmetic of the networks; weights, optimiser and losses are fp32 either way."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class EmaProfile(Enum):
+    """How past weights are weighted: exponential decay, or a power of the step (Karras et al. 2024, section 3.1)."""
+
+    constant = "constant"
+    power = "power"
+
+
+@dataclass(kw_only=True, slots=True)
+class EmaConfig:
+    """Moving average of the weights; the averaged weights are what a run exports."""
+
+    profile: EmaProfile = EmaProfile.constant
+    """constant: decay per step; power: a profile whose width grows with training."""
+    decay: float = 0.9999
+    """For constant: weight of the past per step; early on (1 + step) / (10 + step) where that is less."""
+    width: float = 0.1
+    """For power: standard deviation of the profile relative to training so far (sigma_rel), 0.005 to 0.28."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """How one stage is trained."""
+
+    steps: int = 100_000
+    """Optimiser steps."""
+    batch: int = 64
+    """Images per step, over all ranks."""
+    micro_batches: int = 1
+    """Parts in which each rank takes its share of a batch (gradient accumulation)."""
+    lr: float = 2e-4
+    """Peak learning rate of AdamW."""
+    warmup: int = 500
+    """Steps of linear warm-up from 0."""
+    lr_decay: Decay = Decay.constant
+    """constant, or cosine to 0 at the last step."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of AdamW's moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    precision: Precision = Precision.bf16
+    """bf16 (autocast; weights stay fp32) or fp32."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Moving average of the weights."""
+    log_every: int = 50
+    """Steps per row of metrics.jsonl; a row is the mean over them."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    preview_every: int = 5000
+    """Steps between preview pictures in images/ (0: none)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where images lie and how they are read."""
+
+    shards: str = "${run}/shards"
+    """Folder of shards; built from `source` where it does not exist yet."""
+    heldout: float = 0.1
+    """Fraction of the images kept from training, for reconstructions and the metrics' floor."""
+    flip: bool = False
+    """Flip images left to right at random."""
+    cache_gib: float = 2.0
+    """Decoded images are kept in memory where they take no more than this."""
+    max_bad_fraction: float = 0.01
+    """Damaged images are named and skipped up to this fraction of a split; beyond, it is an error."""
+    block: int = 256
+    """Images that are read side by side; blocks are shuffled among themselves."""
+    window: int = 64
+    """Blocks within which single images are shuffled."""
+    threads: int = 0
+    """Threads that read ahead (0: none, best on two cores with the images in memory)."""
+    workers: int = 2
+    """Processes that read or render images when shards are built."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """The last stage: what is drawn and how it is scored."""
+
+    n: int = 1000
+    """Images per set and seed."""
+    reference: int = 5000
+    """Training images that sets are compared with (fewer where there are fewer)."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the generated sets."""
+    kid_subset_size: int = 100
+    """Images per subset of KID."""
+    kid_subsets: int = 100
+    """Subsets of KID."""
+    batch: int = 64
+    """Images per forward pass."""
+    metrics: bool = True
+    """false: draw pictures only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where figures go besides metrics.jsonl."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A whole run, as config.yaml holds it."""
+
+    recipe: str = MISSING
+    """Name of the recipe."""
+    run: str = "runs/${recipe}"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    image_size: int = MISSING
+    """Height and width in pixels."""
+    channels: int = 3
+    """1 or 3."""
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    """Stages to run, of shards, encoder, prior, refiner, evaluate."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+    dry_run: bool = False
+    """Print what would be done, and write nothing."""
+    source: Any = MISSING
+    encoder: Any = MISSING
+    prior: Any = MISSING
+    process: Any = MISSING
+    schedule: Any = MISSING
+    refiner: Any = MISSING
+    sampler: Any = MISSING
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train_encoder: TrainingConfig = field(default_factory=TrainingConfig)
+    train_refiner: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")
+
+
+def compose(config_name: str, words: list[str]) -> DictConfig:
+    """The config that Hydra makes of recipes/<config_name>.yaml and the command line's words.
+
+    Raises UserError, one line, for an unknown component or recipe, a misspelt field, a wrong type, a broken plugin.
+    """
+    words = [word for word in words if word]
+    load_plugins(_plugins_of(words))
+    try:
+        return _compose(config_name, words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, config_name, words)) from None
+
+
+def _compose(config_name: str, words: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("dvae.recipes", version_base="1.3"):
+        return hydra.compose(config_name, overrides=words)
+
+
+def _plugins_of(words: list[str]) -> list[str]:
+    """Modules named by a `plugins=[...]` word; they must be imported before Hydra composes."""
+    discover()
+    for word in words:
+        if word.startswith(("plugins=", "+plugins=")):
+            try:
+                value = OverridesParser.create().parse_override(word).value()
+            except HydraException as error:
+                raise UserError(f"{word}: {one_line(error)}") from None
+            return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return []
+
+
+def _explain(error: Exception, config_name: str, words: list[str]) -> str:
+    """One line for a composition error: what, value, what to do."""
+    if isinstance(error, MissingConfigException):
+        group, _, name = str(error.missing_cfg_file or "").rpartition("/")
+        return f"unknown {group or 'config'} {name!r}: {near(name, error.options or [])}{broken_plugins()}"
+    cause = error.__cause__ or error
+    key = re.search(r"Could not override '([^']+)'", str(error))
+    misspelt = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or key is not None
+    if misspelt and (name := key.group(1) if key else str(getattr(cause, "full_key", ""))):
+        return f"unknown field {name!r}: {near(name.rpartition('.')[2], _siblings(name, config_name, words))}"
+    word = re.search(r"Error merging override (\S+)", str(error))
+    reason = str(cause).split("\n", maxsplit=1)[0]
+    return f"{word.group(1) if word else 'config'}: {one_line(reason)}"
+
+
+def _siblings(name: str, config_name: str, words: list[str]) -> list[str]:
+    """Fields beside `name`, of the config without the words that set it."""
+    parent = name.rpartition(".")[0]
+    rest = [word for word in words if word.lstrip("+~").split("=", 1)[0] != name]
+    try:
+        config = _compose(config_name, rest)
+    except (HydraException, OmegaConfBaseException):
+        return []  # another word is wrong too: the near names are lost, the message is not
+    node = OmegaConf.select(config, parent) if parent else config
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+
+
+def typed(config: Any) -> RunConfig:
+    """A RunConfig with a typed Config for each component. Raises UserError on a foreign field or a wrong type."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
+        missing = [str(key) for key in OmegaConf.missing_keys(merged)]
+        if missing:
+            raise UserError(f"config lacks {', '.join(sorted(missing))}: a recipe sets them (recipe=demo)")
+        components = {kind: registry.config(merged[kind]) for kind, registry in KINDS.items()}
+        for kind in KINDS:
+            merged[kind] = None  # made typed above: to_object would fail on a foreign field without saying which
+        result: RunConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except ConfigKeyError as error:
+        raise UserError(f"unknown field {error.full_key!r}: {near(str(error.key), _fields(error.parent_node))}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
+    for kind, component in components.items():
+        setattr(result, kind, component)
+    return check(result)
+
+
+def _fields(node: Any) -> list[str]:
+    kind = OmegaConf.get_type(node) if node is not None else RunConfig
+    return [f.name for f in fields(kind)] if isinstance(kind, type) and is_dataclass(kind) else []
+
+
+def check(config: RunConfig) -> RunConfig:
+    """Refuse what can be known to be wrong before anything is written."""
+    wrong = [name for name in config.stages if name not in STAGES]
+    if wrong:
+        raise UserError(f"unknown stage {wrong[0]!r}: {near(wrong[0], STAGES)}")
+    if config.channels not in (1, 3):
+        raise UserError(f"channels={config.channels}: images have 1 or 3 channels")
+    if config.image_size < 4:
+        raise UserError(f"image_size={config.image_size}: use 4 or more")
+    for name in ("train_encoder", "train_refiner"):
+        training: TrainingConfig = getattr(config, name)
+        for key in ("steps", "batch", "micro_batches", "log_every", "save_every", "keep"):
+            if getattr(training, key) < 1:
+                raise UserError(f"{name}.{key}={getattr(training, key)}: use 1 or more")
+        if training.zero_stage not in range(4):
+            raise UserError(f"{name}.zero_stage={training.zero_stage}: use 0, 1, 2 or 3")
+        if training.lr <= 0:
+            raise UserError(f"{name}.lr={training.lr}: use a learning rate above 0")
+    if config.evaluate.metrics and config.evaluate.kid_subset_size > config.evaluate.n:
+        raise UserError(
+            f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} is more than evaluate.n={config.evaluate.n}: "
+            "use a smaller subset"
+        )
+    return config
+
+
+def to_yaml(config: DictConfig) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(config, resolve=True)
+
+
+def load(path: Path) -> RunConfig:
+    """The config that a run folder or a bundle holds in config.yaml. Raises UserError where it cannot be read."""
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable config ({one_line(error)})") from None
+    load_plugins(config.get("plugins") or [])
+    return typed(config)
+
+
+def recipes() -> list[str]:
+    """Names that recipe= takes."""
+    folder = importlib.resources.files("dvae.recipes") / "recipe"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))

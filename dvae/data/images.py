@@ -1,0 +1,100 @@
+"""Images: decoding, the resize and crop protocol, PNG, and the one conversion between uint8 and [-1, 1] floats."""
+
+from __future__ import annotations
+
+import io
+from enum import Enum
+from pathlib import PurePath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+
+
+class DamagedImage(Exception):
+    """An image that cannot be read; the message names it and says why."""
+
+
+class Crop(Enum):
+    """How an image becomes a square before it is resized."""
+
+    center = "center"
+    """The middle square, as wide as the shorter side."""
+    none = "none"
+    """The whole image, squeezed where it is not square."""
+
+
+def protocol(crop: Crop) -> str:
+    """The protocol of `fit` in words, for the manifest: figures compare only between equal protocols."""
+    return f"crop {crop.value}; Pillow Lanczos, antialiased; transparency over white"
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image: by its suffix, and not hidden."""
+    path = PurePath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def printable(name: str) -> str:
+    """A file name as valid Unicode (undecodable bytes become backslash escapes), fit for JSON."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The first frame of an image file's bytes, turned upright by its EXIF tag. Raises DamagedImage naming `name`."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
+        reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DamagedImage(f"{name}: {reason or type(error).__name__}") from None
+
+
+def fit(image: Image.Image, size: int, channels: int, crop: Crop, name: str) -> np.ndarray:
+    """`image` as (size, size, channels) uint8: crop to a square, then antialiased Lanczos. Raises DamagedImage."""
+    flat = _eight_bit(image, "L" if channels == 1 else "RGB", name)
+    width, height = flat.size
+    box = (0, 0, width, height)
+    if crop is Crop.center:
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    # the box is cropped before resizing (not passed to resize), so that pixels outside it cannot bleed in
+    square = flat.crop(box)
+    if square.size != (size, size):
+        square = square.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square).reshape(size, size, channels)
+
+
+def _eight_bit(image: Image.Image, mode: str, name: str) -> Image.Image:
+    """The image in mode L or RGB, transparency laid over white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):  # no stated range: scaling them would be a guess
+        raise DamagedImage(f"{name}: pixels of mode {image.mode} have no stated range, save it with 8 bits per channel")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert(mode)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of (H, W, C) uint8, C = 1 or 3; the same pixels always give the same bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 in [0, 255] to float32 in [-1, 1]; any shape."""
+    return images.to(torch.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floats in [-1, 1] to uint8, rounded to the nearest and clamped; the inverse of `to_float`."""
+    return ((images.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,113 @@
+"""The loader: for every global step, this rank's micro-batches, each with the keys of its samples."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from dvae import keyed
+from dvae.data.images import to_float
+from dvae.data.order import Order
+from dvae.data.reader import Shards
+from dvae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    keys: torch.Tensor
+    """Global sample numbers, (B,), int64; the keys of everything that is drawn for these samples."""
+    indices: torch.Tensor
+    """Indices into the data set, (B,), int64."""
+    images: torch.Tensor
+    """(B, C, H, W), uint8."""
+
+    def to_float(self) -> torch.Tensor:
+        """The images in [-1, 1], float32."""
+        return to_float(self.images)
+
+
+def check_batch(batch: int, ranks: int, micro_batches: int) -> int:
+    """Samples per micro-batch. Raises UserError where the global batch does not divide, with the nearest that does."""
+    parts = ranks * micro_batches
+    if batch < 1 or batch % parts:
+        below = batch // parts * parts
+        nearest = f"{below} or {below + parts}" if below > 0 else str(parts)
+        raise UserError(
+            f"batch {batch} does not divide into {ranks} ranks x {micro_batches} micro-batches: use {nearest}"
+        )
+    return batch // parts
+
+
+class Loader:
+    """Batches of a split in the order's sequence.
+
+    The global batch of a step that begins at sample number s is s, ..., s + batch - 1. It is cut into contiguous
+    parts; micro-batch a of rank r is part a * world + r. With `threads`, the steps that follow are read ahead.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        order: Order,
+        batch: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        flip: bool = False,
+        seed: int = 0,
+        threads: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        if order.count != len(shards):
+            raise ValueError(f"the order is of {order.count} samples, the split has {len(shards)}")
+        self._shards, self._order, self._batch = shards, order, batch
+        self._part = check_batch(batch, world, accumulate)
+        self._rank, self._world, self._accumulate = rank, world, accumulate
+        self._flip, self._seed, self._prefetch = flip, seed, prefetch
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+
+    def step(self, sample: int) -> list[Batch]:
+        """This rank's `accumulate` micro-batches of the global step that begins at global sample number `sample`."""
+        if self._pool is None:
+            return self._load(sample)
+        wanted = [sample + self._batch * i for i in range(self._prefetch + 1)]
+        for start in [start for start in self._ahead if start not in wanted]:  # the caller jumped
+            self._ahead.pop(start).cancel()
+        for start in wanted:
+            if start not in self._ahead:
+                self._ahead[start] = self._pool.submit(self._load, start)
+        return self._ahead.pop(sample).result()
+
+    def _load(self, sample: int) -> list[Batch]:
+        return [self._micro_batch(sample, a) for a in range(self._accumulate)]
+
+    def _micro_batch(self, sample: int, number: int) -> Batch:
+        start = sample + (number * self._world + self._rank) * self._part
+        keys = torch.arange(start, start + self._part)
+        indices = self._order.indices(start, start + self._part)
+        images = self._shards.read(indices)
+        if self._flip:
+            flipped = keyed.uniform(self._seed, "flip", keys.tolist()) < 0.5
+            images[flipped] = images[flipped].flip(-1)
+        return Batch(keys, torch.from_numpy(indices), images)
+
+    def close(self) -> None:
+        """End the threads; what was read ahead is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._ahead.clear()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,176 @@
+"""Reading shards: any image of a split by its index."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.io import ImageReadMode, decode_image
+
+from dvae.data.images import DamagedImage
+from dvae.data.manifest import Manifest, Shard
+from dvae.errors import MachineError, UserError, near, one_line
+from dvae.files import sha256
+
+OPEN_FILES = 128
+
+
+class Shards:
+    """A split of a folder of shards, by index. Thread-safe.
+
+    Images are read by offset and decoded; where all of them take no more than `cache_bytes`, each is kept in memory
+    once it was decoded. A damaged image is replaced by the next good one, remembered in `damaged`, and an error when
+    there are more than `max_bad_fraction` of the split.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str = "train",
+        cache_bytes: int = 2 * 2**30,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = Manifest.load(folder)
+        if split not in self.manifest.splits:
+            raise UserError(f"unknown split {split!r}: {near(split, self.manifest.splits)}")
+        self._shards = self.manifest.splits[split]
+        if not self._shards:
+            raise UserError(f"shards at {folder} have no image in {split!r}: build them with another held-out fraction")
+        self._starts = np.cumsum([0, *(shard.count for shard in self._shards)])
+        self._rows = np.concatenate([_load_index(self.folder, shard) for shard in self._shards])
+        self.shape = (self.manifest.channels, self.manifest.image_size, self.manifest.image_size)
+        self.damaged: dict[int, str] = {}
+        """Damaged images met so far: index -> file, key and reason."""
+        self._max_bad = max_bad_fraction * len(self)
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._lock = threading.Lock()
+        cached = len(self) * int(np.prod(self.shape)) <= cache_bytes
+        self._cache = torch.empty((len(self), *self.shape), dtype=torch.uint8) if cached else None
+        self._filled = np.zeros(len(self), dtype=bool)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def labels(self) -> dict[str, list[str | int]]:
+        """Every attribute of the images, with all the values it takes."""
+        return self.manifest.labels
+
+    def read(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W), uint8, at `indices` (B,). Raises MachineError naming a missing or too damaged file."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"images {wanted.min()} to {wanted.max()} of {len(self)}")
+        if self._cache is None:
+            out = torch.empty((len(wanted), *self.shape), dtype=torch.uint8)
+            for row, index in enumerate(wanted):
+                out[row] = self._good(int(index))
+            return out
+        for index in wanted[~self._filled[wanted]]:
+            self._cache[index] = self._good(int(index))
+            self._filled[index] = True  # after the pixels: another thread may be reading
+        return self._cache[torch.from_numpy(wanted)]
+
+    def about(self, index: int) -> dict[str, Any]:
+        """{"key": name in the source, "labels": {attribute: value}} of one image."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        shard, row = self._locate(index)
+        return json.loads(self._bytes(shard, int(row[2]), int(row[3])))
+
+    def _good(self, index: int) -> torch.Tensor:
+        """The image at `index`, or the next good one."""
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            if at not in self.damaged:
+                try:
+                    return self._decode(at)
+                except DamagedImage as error:
+                    with self._lock:
+                        self.damaged[at] = str(error)
+            if len(self.damaged) > self._max_bad:
+                raise MachineError(
+                    f"damaged image {self.damaged[at]}; {len(self.damaged)} of {len(self)} images so far, more than "
+                    f"are passed over: find all damage with python tools/shards.py verify {self.folder}"
+                )
+        raise MachineError(f"no image of {self.folder} ({self.split}) can be read: build the shards again")
+
+    def _decode(self, index: int) -> torch.Tensor:
+        shard, row = self._locate(index)
+        mode = ImageReadMode.GRAY if self.shape[0] == 1 else ImageReadMode.RGB
+        try:
+            data = self._bytes(shard, int(row[0]), int(row[1]))
+            image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+        except (DamagedImage, RuntimeError, ValueError) as error:
+            raise DamagedImage(f"{shard.file}:{self._name(index)} ({one_line(error)[:120]})") from None
+        if tuple(image.shape) != self.shape:
+            raise DamagedImage(f"{shard.file}:{self._name(index)} (shape {tuple(image.shape)}, not {self.shape})")
+        return image
+
+    def _name(self, index: int) -> str:
+        """Key of a damaged image, or its place where even that cannot be read."""
+        try:
+            return str(self.about(index)["key"])
+        except (DamagedImage, ValueError, KeyError, TypeError):
+            return f"image {index - int(self._starts[self._number(index)])}"
+
+    def _number(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def _locate(self, index: int) -> tuple[Shard, np.ndarray]:
+        return self._shards[self._number(index)], self._rows[index]
+
+    def _bytes(self, shard: Shard, offset: int, size: int) -> bytes:
+        file = self._open(shard.file)
+        try:
+            data = os.pread(file.handle, size, offset)
+        except OSError as error:
+            raise MachineError(f"shard {self.folder / shard.file} cannot be read: {error.strerror}") from None
+        if len(data) != size:
+            raise DamagedImage(f"the file ends {size - len(data)} bytes early")
+        return data
+
+    def _open(self, name: str) -> _File:
+        with self._lock:
+            if name not in self._files:
+                try:
+                    self._files[name] = _File(self.folder / name)
+                except OSError as error:
+                    raise MachineError(
+                        f"shard {self.folder / name} cannot be opened ({error.strerror}): restore it or build again"
+                    ) from None
+                if len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(name)
+            return self._files[name]
+
+
+class _File:
+    """An open file, closed when the last reader lets go of it: a thread may still be reading what another evicts."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = -1
+        self.handle = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+
+
+def _load_index(folder: Path, shard: Shard) -> np.ndarray:
+    """A shard's index, (count, 4). Raises MachineError where the shard or its index is missing or not what it was."""
+    path = folder / shard.index
+    for needed in (folder / shard.file, path):
+        if not needed.exists():
+            raise MachineError(f"shard file {needed} is missing: restore it or build the shards again")
+    if sha256(path) != shard.index_sha256:
+        raise MachineError(f"shard index {path} is damaged: restore it or build the shards again")
+    return np.load(path)

@@ -1,0 +1,73 @@
+"""The protocol of a measurement: what must agree before two figures may stand side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dvae.errors import UserError
+
+_ABOUT_THE_SETS = {"compared": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How sets of images were scored. Goes with every figure; `dataclasses.asdict` makes it JSON-ready."""
+
+    backend: str
+    """Package that computes the metrics, with its version."""
+    extractor: str
+    """Network whose features are compared."""
+    weights_sha256: str
+    """Hash of the extractor's weights."""
+    resize: str
+    """How images are brought to the extractor's size."""
+    image_size: int
+    """Height and width of the images, in pixels."""
+    n: int
+    """Images per set and seed."""
+    reference_split: str
+    """Split of the data that sets are compared with."""
+    n_reference: int
+    """Images of the reference."""
+    reference_sha256: str
+    """Hash of the reference images."""
+    seeds: list[int]
+    """Seeds of the generated sets, one set each."""
+    kid_subset_size: int
+    """Images per subset of KID."""
+    kid_subsets: int
+    """Subsets of KID."""
+    kid_seed: int
+    """Seed that draws KID's subsets."""
+    sampler: dict[str, Any] = field(metadata=_ABOUT_THE_SETS)
+    """Config of the sampler that made the refined sets."""
+    nfe: int = field(metadata=_ABOUT_THE_SETS)
+    """Network evaluations per refined image."""
+    packages: dict[str, str] = field(metadata=_ABOUT_THE_SETS)
+    """Versions of the packages at work."""
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Protocol:
+        """The protocol kept in a summary.json. Raises UserError where a field lacks or is foreign."""
+        names = {f.name for f in fields(cls)}
+        if wrong := sorted(names ^ set(record)):
+            raise UserError(
+                f"protocol: field {wrong[0]!r} is {'lacking' if wrong[0] in names else 'unknown'}: evaluate again"
+            )
+        return cls(**record)
+
+
+def compare(a: Protocol, b: Protocol) -> None:
+    """Raises UserError, naming the first field that differs, unless figures under `a` and `b` may be compared.
+
+    Sampler, NFE and package versions are recorded but may differ: they say how the images were made, which is what
+    one compares, or (torch) move figures by rounding only.
+    """
+    for f in fields(Protocol):
+        mine, other = getattr(a, f.name), getattr(b, f.name)
+        if f.metadata.get("compared", True) and mine != other:
+            raise UserError(
+                f"results cannot be compared: {f.name} is {mine!r} here and {other!r} there; evaluate both alike"
+            )

@@ -1,0 +1,89 @@
+"""The evaluate stage: draw sets of images, keep the pictures, and score the sets."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from dvae.config import RunConfig
+from dvae.data.reader import Shards
+from dvae.pipeline import Pipeline
+from dvae.run import Run
+from dvae.tracking import pictures
+from dvae.tracking.console import Progress
+
+SHOWN = 32
+"""Images in each picture."""
+
+Sets = dict[str, list[torch.Tensor]]
+"""Generated images by name, one tensor (n, C, H, W) uint8 per seed."""
+
+
+def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, heldout: Shards) -> dict[str, Any]:
+    """Pictures of reconstructions and samples, and their scores. Returns what summary.json holds of them."""
+    show_reconstructions(run, pipeline, heldout)
+    sets, speed = draw(config, pipeline)
+    show_samples(run, sets)
+    sampler: Any = OmegaConf.to_container(OmegaConf.structured(config.sampler), enum_to_str=True)
+    drawn: dict[str, Any] = {"sampler": sampler, "nfe": pipeline.nfe, "refined_images_per_second": speed}
+    if not config.evaluate.metrics:
+        return drawn
+    from dvae.evaluation.score import score  # here, since it needs the extra `metrics`
+
+    settings = config.evaluate
+    scored = score(
+        sets,
+        train.read(spread(len(train), settings.reference)),
+        heldout.read(spread(len(heldout), settings.n * len(settings.seeds))),
+        seeds=settings.seeds,
+        sampler=sampler,
+        nfe=pipeline.nfe,
+        kid_subset_size=settings.kid_subset_size,
+        kid_subsets=settings.kid_subsets,
+        cache=run.path / "cache",
+        batch=settings.batch,
+    )
+    return drawn | scored
+
+
+def spread(count: int, wanted: int) -> np.ndarray:
+    """Up to `wanted` distinct indices, evenly spread over a split of `count` images."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64))
+
+
+def draw(config: RunConfig, pipeline: Pipeline) -> tuple[Sets, float]:
+    """VAE samples and refined samples of the same z for every seed, and refined images per second."""
+    settings = config.evaluate
+    sets: Sets = {"vae": [], "refined": []}
+    began = time.perf_counter()
+    with Progress("samples", settings.n * len(settings.seeds)) as progress:
+        for seed in settings.seeds:
+            vae, refined = pipeline.generate(
+                settings.n, seed, advance=lambda count: progress.update(progress.step + count, count)
+            )
+            sets["vae"].append(vae)
+            sets["refined"].append(refined)
+    return sets, settings.n * len(settings.seeds) / (time.perf_counter() - began)
+
+
+def show_samples(run: Run, sets: Sets) -> None:
+    """samples.png: each VAE sample with its refined sample at its right."""
+    vae, refined = sets["vae"][0][:SHOWN], sets["refined"][0][:SHOWN]
+    pictures.grid(vae, run.images / "vae_samples.png")
+    pictures.grid(refined, run.images / "refined_samples.png")
+    pictures.grid(torch.stack([vae, refined], 1).flatten(0, 1), run.path / "samples.png", scale=2)
+
+
+def show_reconstructions(run: Run, pipeline: Pipeline, heldout: Shards) -> None:
+    """reconstructions.png: held-out images, each with its reconstruction and its refined reconstruction."""
+    images = heldout.read(np.arange(min(SHOWN, len(heldout))))
+    x_hat, refined = pipeline.reconstruct(images)
+    pictures.grid(images, run.images / "heldout.png")
+    pictures.grid(x_hat, run.images / "reconstructions.png")
+    pictures.grid(refined, run.images / "refined_reconstructions.png")
+    triples = torch.stack([images, x_hat, refined], 1).flatten(0, 1)
+    pictures.grid(triples, run.path / "reconstructions.png", columns=9, scale=2)

@@ -1,0 +1,110 @@
+"""The job: takes a run folder through its stages, each resumed or skipped as its record says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvae import files
+from dvae.config import STAGES, RunConfig
+from dvae.data.build import build as build_shards
+from dvae.data.manifest import FILE as manifest_file
+from dvae.data.manifest import Manifest
+from dvae.evaluation.stage import evaluate
+from dvae.pipeline import Pipeline
+from dvae.registry import SOURCES, Shapes
+from dvae.run import Run
+from dvae.tracking.console import Progress
+from dvae.tracking.report import write_report
+from dvae.training.engine import start_distributed
+from dvae.training.work import PARTS, encoder_stage, open_shards, prior_stage, refiner_stage, take_up
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs what a folder's config.yaml says. Holds nothing but the folder, so that it can be sent anywhere."""
+
+    folder: str
+
+    def __call__(self) -> None:
+        run = Run(Path(self.folder))
+        with run.held():
+            config = run.config()
+            start_distributed()
+            took_part = False
+            for stage in (name for name in STAGES if name in config.stages):
+                if not finished(run, stage, config):
+                    took_part = True
+                    print(f"dvae: {stage} ...", flush=True)
+                    WORK[stage](run, config)
+            if took_part:
+                write_report(run.path)
+                print(f"dvae: done; open {run.path / 'report.html'}", flush=True)
+            else:
+                print(f"dvae: {run.path} is finished ({', '.join(config.stages)}): nothing to do", flush=True)
+
+
+def finished(run: Run, stage: str, config: RunConfig) -> bool:
+    """Whether a stage need not be run again; evaluation is repeated where its settings have changed."""
+    record = run.records().get(stage)
+    if stage == "evaluate" and record is not None:
+        return bool(record["settings"] == evaluate_settings(config))
+    return record is not None
+
+
+def evaluate_settings(config: RunConfig) -> str:
+    return f"{config.evaluate} {config.sampler}"
+
+
+def shards_stage(run: Run, config: RunConfig) -> None:
+    began = time.perf_counter()
+    folder = Path(config.data.shards)
+    if (folder / manifest_file).exists():
+        manifest = Manifest.load(folder, config.image_size, config.channels)
+    else:
+        manifest = build_with_progress(config, folder)
+    counts = {split: manifest.count(split) for split in ("train", "heldout")}
+    run.finish("shards", {"seconds": time.perf_counter() - began, **counts})
+
+
+def build_with_progress(config: RunConfig, folder: Path) -> Manifest:
+    total = len(SOURCES.build(config.source, Shapes(image_size=config.image_size, channels=config.channels)))
+    with Progress("shards", total) as progress:
+        return build_shards(
+            config.source,
+            size=config.image_size,
+            out=folder,
+            heldout_fraction=config.data.heldout,
+            channels=config.channels,
+            workers=config.data.workers,
+            progress=lambda done, _: progress.update(done, done - progress.step),
+            max_bad_fraction=config.data.max_bad_fraction,
+        )
+
+
+def evaluate_stage(run: Run, config: RunConfig) -> None:
+    made = take_up(run, config, *PARTS)
+    for module in made.trained().values():
+        module.eval().requires_grad_(False)
+    summary: dict[str, Any] = {"recipe": config.recipe, "stages": run.records()}
+    began = time.perf_counter()
+    pipeline = Pipeline(config, made, config.evaluate.batch)
+    summary["evaluation"] = evaluate(
+        run, config, pipeline, open_shards(config, "train"), open_shards(config, "heldout")
+    )
+    record = {"seconds": time.perf_counter() - began, "settings": evaluate_settings(config)}
+    summary["stages"] = summary["stages"] | {"evaluate": record}
+    files.write_json(run.summary, summary)
+    run.finish("evaluate", record)
+
+
+WORK: dict[str, Callable[[Run, RunConfig], None]] = {
+    "shards": shards_stage,
+    "encoder": encoder_stage,
+    "prior": prior_stage,
+    "refiner": refiner_stage,
+    "evaluate": evaluate_stage,
+}

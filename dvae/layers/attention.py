@@ -1,0 +1,83 @@
+"""Scaled dot-product attention behind one function; the only file that imports xformers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import math
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dvae.errors import UserError
+
+log = logging.getLogger("dvae")
+
+
+class AttentionBackend(Enum):
+    """What computes attention."""
+
+    auto = "auto"
+    """xformers where it is installed and has an operator for the inputs (CUDA), else sdpa."""
+    sdpa = "sdpa"
+    """PyTorch's scaled_dot_product_attention."""
+    xformers = "xformers"
+    """xformers' memory_efficient_attention."""
+    math = "math"
+    """The formula written out; keeps the (L, L) weights in memory."""
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: AttentionBackend = AttentionBackend.auto
+) -> torch.Tensor:
+    """softmax(q k' / sqrt(D)) v (Vaswani et al. 2017, eq. 1), per head.
+
+    q (B, L, heads, D), k and v (B, S, heads, D) -> (B, L, heads, D).
+    Raises UserError where `backend` is xformers and it cannot be used for these inputs.
+    """
+    chosen = _choose(q, k, v, backend)
+    _say(chosen)
+    if chosen is AttentionBackend.xformers:
+        return _fmha().memory_efficient_attention(q, k, v)
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    if chosen is AttentionBackend.sdpa:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    weights = torch.softmax((q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]), dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def _choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: AttentionBackend) -> AttentionBackend:
+    if backend in (AttentionBackend.sdpa, AttentionBackend.math):
+        return backend
+    usable = _xformers_supports(q, k, v)
+    if backend is AttentionBackend.xformers and not usable:
+        why = f"has no operator for {q.dtype} on {q.device.type}" if _fmha() else "is not installed"
+        raise UserError(f"attention backend xformers {why}: use auto or sdpa")
+    return AttentionBackend.xformers if usable else AttentionBackend.sdpa
+
+
+def _xformers_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    fmha = _fmha()
+    if fmha is None or q.device.type != "cuda":
+        return False
+    inputs = fmha.Inputs(query=q, key=k, value=v)
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    needed = (fmha.ALL_FW_OPS, fmha.ALL_BW_OPS) if trained else (fmha.ALL_FW_OPS,)
+    return all(any(op.supports(inputs) for op in ops) for ops in needed)
+
+
+@functools.cache
+def _fmha() -> Any:
+    """The module xformers.ops.fmha, or None where xformers is not installed."""
+    if importlib.util.find_spec("xformers") is None:
+        return None
+    return importlib.import_module("xformers.ops.fmha")
+
+
+@functools.cache
+def _say(backend: AttentionBackend) -> None:
+    log.info("attention: %s", backend.value)

@@ -1,0 +1,100 @@
+"""Blocks of the denoising U-Net of Dhariwal & Nichol (2021), with the parameter names of OpenAI's checkpoints."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dvae.layers.attention import AttentionBackend, attention
+from dvae.layers.norms import GroupNorm
+
+
+class ResBlock(nn.Module):
+    """(B, inputs, H, W) and embedding (B, embedding) to (B, outputs, H, W).
+
+    The embedding is added after the first convolution, or, with `scale_shift`, modulates the second normalisation.
+    """
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, scale_shift: bool) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        # SiLU is part of the norm; Identity keeps the numbering of the convolution
+        self.in_layers = nn.Sequential(
+            GroupNorm(inputs, silu=True), nn.Identity(), nn.Conv2d(inputs, outputs, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (2 if scale_shift else 1) * outputs))
+        self.out_layers = nn.Sequential(
+            GroupNorm(outputs, silu=True),
+            nn.Identity(),
+            nn.Dropout(dropout),
+            zeroed(nn.Conv2d(outputs, outputs, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        h = self.in_layers(x)
+        e = self.emb_layers(embedding)
+        if self.scale_shift:
+            h = self.out_layers[0](h, *e.chunk(2, dim=1))
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + e[:, :, None, None])
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a map, with a residual connection: (B, C, H, W) to the same."""
+
+    def __init__(self, channels: int, heads: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.heads, self.backend = heads, backend
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        # the checkpoints' order of the 3C channels is (heads, qkv, D); Linear on (B, L, C) spares a transposition
+        qkv = F.linear(pixels, self.qkv.weight.squeeze(2), self.qkv.bias).unflatten(2, (self.heads, 3, -1))
+        h = attention(*qkv.unbind(3), self.backend).flatten(2)
+        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: (B, C, H, W) to (B, C, H/2, W/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling, then a 3x3 convolution: (B, C, H, W) to (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class EmbeddedSequential(nn.Sequential):
+    """A Sequential that hands the embedding to those of its layers that take one."""
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, embedding) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """`module` with all parameters set to zero, so that its residual branch starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

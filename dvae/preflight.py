@@ -1,0 +1,58 @@
+"""Checks before anything is written: a run that cannot work is refused at once, not after an hour."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dvae import config as configuration
+from dvae import models
+from dvae.config import RunConfig
+from dvae.data.loader import check_batch
+from dvae.data.manifest import Manifest
+from dvae.errors import UserError
+from dvae.registry import SOURCES, Shapes
+
+SHARD_SIZE = 10_000
+"""Images per shard, as dvae.data.build makes them by default."""
+
+
+def check(config: RunConfig, ranks: int = 1) -> models.Models:
+    """Refuse what cannot work: shapes, batches, shards, images, missing packages. Returns the models, on meta."""
+    made = models.on_meta(config)
+    for training in (config.train_encoder, config.train_refiner):
+        check_batch(training.batch, ranks, training.micro_batches)
+    images(config)
+    if "evaluate" in config.stages and config.evaluate.metrics and importlib.util.find_spec("torch_fidelity") is None:
+        raise UserError("stage evaluate needs torch-fidelity: pip install 'dvae[metrics]', or evaluate.metrics=false")
+    return made
+
+
+def images(config: RunConfig) -> dict[str, int]:
+    """Images by split: of the shards where they exist, else of the source, split by the held-out fraction."""
+    folder = Path(config.data.shards)
+    if (folder / "manifest.json").exists() or "shards" not in config.stages:
+        manifest = Manifest.load(folder, image_size=config.image_size, channels=config.channels)
+        return {split: manifest.count(split) for split in ("train", "heldout")}
+    source = SOURCES.build(config.source, Shapes(image_size=config.image_size, channels=config.channels))
+    heldout = round(len(source) * config.data.heldout)
+    return {"train": len(source) - heldout, "heldout": heldout}
+
+
+def describe(config: DictConfig) -> str:
+    """What `dry_run=true` prints: the resolved config, stages, parameter counts and shards."""
+    settings = configuration.typed(config)
+    made = check(settings)
+    counts = images(settings)
+    shards = sum(math.ceil(count / SHARD_SIZE) for count in counts.values())
+    lines = [configuration.to_yaml(config).rstrip(), "---", f"stages: {' -> '.join(settings.stages)}"]
+    for stage, training in (("encoder", settings.train_encoder), ("refiner", settings.train_refiner)):
+        millions = made.parameters()[stage] / 1e6
+        lines.append(f"{stage}: {millions:.1f}M parameters, {training.steps} steps of {training.batch} images")
+    lines.append(f"images: about {counts['train']} to train on, {counts['heldout']} held out")
+    lines.append(f"shards: {shards} of {SHARD_SIZE} images in {settings.data.shards}")
+    lines.append("dry run: nothing was written")
+    return "\n".join(lines)

@@ -1,0 +1,25 @@
+"""The prior that the VAE was trained for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.priors import PRIORS, Prior
+
+
+@PRIORS.register("normal")
+class Normal(Prior):
+    """N(0, I)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        pass
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+
+    def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+        return normal

@@ -1,0 +1,24 @@
+"""The variance-preserving process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.processes import PROCESSES, Process
+
+
+@PROCESSES.register("vp")
+class VariancePreserving(Process):
+    """Variance preserving, du = -u/2 dB + sqrt(dB) w: DDPM in continuous time (Song et al. 2021, equation 11)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        pass
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        self.D = np.array([[0.5]])
+        self.Q = np.array([[0.0]])
+        self.S_inf = np.array([[1.0]])

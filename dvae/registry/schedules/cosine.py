@@ -1,0 +1,61 @@
+"""The cosine schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dvae.errors import UserError
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.schedules import SCHEDULES, Schedule
+
+CAP_FROM = 0.999
+"""The cap beta <= 0.999 binds in the last of 1000 steps only, for every offset: all others stay below 0.75."""
+CAP_RATE = -math.log(1.0 - 0.999) * 1000.0
+"""dB/dt of a step with beta = 0.999 that lasts 1/1000."""
+
+
+@SCHEDULES.register("cosine")
+class Cosine(Schedule):
+    """Cosine: abar(t) = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) pi/2) (Nichol & Dhariwal 2021, equation 17).
+
+    f(1) = 0, so the paper caps beta at 0.999 in its table of 1000 steps, which changes the last step alone. Here that
+    step is B linear from t = 0.999 to 1: B agrees with the paper's table at every i/1000, and ends at abar(1) = 2.4e-9.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        offset: float = 0.008
+        """s, above 0: keeps beta from vanishing at t = 0."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        if not config.offset > 0.0:
+            raise UserError(f"schedule.offset={config.offset}: must be above 0; the paper has 0.008")
+        self._speed = 0.5 * math.pi / (1.0 + config.offset)  # of the angle, in radians per unit of time
+        self._start = self._speed * config.offset  # the angle at t = 0
+        # the device is named, since models are also built on the meta device
+        self._B_cap = self._uncapped(torch.tensor(CAP_FROM, dtype=torch.float64, device="cpu")).item()
+
+    def _uncapped(self, t: torch.Tensor) -> torch.Tensor:
+        """-2 log(cos(start + x) / cos(start)) with x = speed t, in a form that keeps its digits at small t."""
+        x = self._speed * t
+        return -2.0 * torch.log1p(-(2.0 * torch.sin(0.5 * x) ** 2 + math.tan(self._start) * torch.sin(x)))
+
+    def integral(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.where(
+            t <= CAP_FROM, self._uncapped(t.clamp(max=CAP_FROM)), self._B_cap + CAP_RATE * (t - CAP_FROM)
+        )
+
+    def rate(self, t: torch.Tensor) -> torch.Tensor:
+        uncapped = 2.0 * self._speed * torch.tan(self._start + self._speed * t.clamp(max=CAP_FROM))
+        return torch.where(t <= CAP_FROM, uncapped, torch.full_like(t, CAP_RATE))
+
+    def inverse(self, integral: torch.Tensor) -> torch.Tensor:
+        # with y = 1 - exp(-B/2) and h = tan(x/2), `_uncapped` is the quadratic (2 - y) h^2 + 2 tan(start) h - y = 0
+        y = -torch.expm1(-0.5 * integral)
+        slope = math.tan(self._start)
+        h = y / (slope + torch.sqrt(slope**2 + y * (2.0 - y)))
+        uncapped = 2.0 * torch.atan(h) / self._speed
+        return torch.where(integral <= self._B_cap, uncapped, CAP_FROM + (integral - self._B_cap) / CAP_RATE)

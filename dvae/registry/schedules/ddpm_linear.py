@@ -1,0 +1,72 @@
+"""The table of DDPM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dvae.errors import UserError
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.schedules import SCHEDULES, Schedule
+
+
+@SCHEDULES.register("ddpm_linear")
+class DDPMLinear(Schedule):
+    """DDPM's table: beta_i evenly spaced over `steps` discrete times (Ho et al. 2020, section 4).
+
+    Index i = 0..steps-1 of the table is t = (i + 1) / steps, so abar_i = prod_{j <= i} (1 - beta_j) = exp(-B(t)), and
+    B(0) = 0. Between the table's times B is linear in t.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        beta_start: float = 1e-4
+        """beta of the first step, in (0, 1)."""
+        beta_end: float = 0.02
+        """beta of the last step, in (0, 1). With fewer than 1000 steps raise both betas by 1000 / steps, so that
+        abar still ends near 0."""
+        steps: int = 1000
+        """Length of the table: the number of discrete times that training draws from."""
+
+    betas: torch.Tensor
+    """(steps,), float64."""
+    abar: torch.Tensor
+    """(steps,), float64, decreasing."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        if config.steps < 1:
+            raise UserError(f"schedule.steps={config.steps}: must be at least 1")
+        if not 0.0 < config.beta_start <= config.beta_end < 1.0:
+            raise UserError(
+                f"schedule.beta_start={config.beta_start}, beta_end={config.beta_end}: need 0 < start <= end < 1"
+            )
+        self.steps: int = config.steps
+        # the device is named, since models are also built on the meta device, and tables must hold values there too
+        self.betas = torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64, device="cpu")
+        increments = -torch.log1p(-self.betas)
+        self._table = torch.cat([torch.zeros_like(increments[:1]), increments.cumsum(0)])  # B at i/steps, i = 0..steps
+        self._slopes = increments * config.steps
+        self.abar = torch.exp(-self._table[1:])
+
+    def integral(self, t: torch.Tensor) -> torch.Tensor:
+        below = torch.floor(t * self.steps).clamp(0, self.steps - 1).long()
+        return self._table[below] + (t - self._time(below)) * self._slopes[below]
+
+    def rate(self, t: torch.Tensor) -> torch.Tensor:
+        """The slope of B at t; at one of the table's times, that of the step which ends there."""
+        return self._slopes[(torch.ceil(t * self.steps) - 1).clamp(0, self.steps - 1).long()]
+
+    def inverse(self, integral: torch.Tensor) -> torch.Tensor:
+        below = (torch.searchsorted(self._table, integral) - 1).clamp(0, self.steps - 1)
+        return self._time(below) + (integral - self._table[below]) / self._slopes[below]
+
+    def _time(self, index: torch.Tensor) -> torch.Tensor:
+        return index.double() / self.steps  # not index / steps: torch divides integers in float32
+
+    def feature(self, t: torch.Tensor) -> torch.Tensor:
+        """The index into the table, which published networks were trained with: 0..999 for 1000 steps.
+
+        Scaled by 1000 / steps for another number of steps; 0 for times before the first of the table.
+        """
+        return ((self.steps * t - 1.0) * (1000.0 / self.steps)).clamp(min=0.0)

@@ -1,0 +1,140 @@
+"""Faces drawn by DiceBear: any number of them, and what each shows is known."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import io as bytes_io
+import json
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dvae.errors import UserError
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.sources import SOURCES, Item, Source
+
+# Natural and dyed tones that stay apart at 32 pixels; DiceBear's own palettes are mostly shades of brown.
+SKIN = ["#f6cfb2", "#e0a982", "#bd8058", "#8a5640"]
+HAIR = ["#2c1b18", "#6b3f2a", "#e8c26a", "#d1512d", "#c9c9d2", "#4f7fd9", "#e0609a"]
+OVERSAMPLING = 2  # drawn at twice the size and scaled down: eyes and mouths are crisper than drawn directly
+
+
+class Look(Enum):
+    """DiceBear styles whose art may be used freely (CC BY 4.0 or CC0 1.0)."""
+
+    toon_head = "toon-head"
+    big_smile = "big-smile"
+    personas = "personas"
+    micah = "micah"
+    adventurer = "adventurer"
+    pixel_art = "pixel-art"
+    open_peeps = "open-peeps"
+    lorelei = "lorelei"
+    notionists = "notionists"
+
+
+# Framing (the face fills the image), and weights that favour parts which can be told apart at 32 pixels.
+OPTIONS: dict[Look, dict[str, Any]] = {
+    Look.toon_head: {
+        "scale": 1.42,
+        "translateY": 6,
+        "skinColor": SKIN,
+        "hairColor": HAIR,
+        "beardProbability": 15,
+        "mouthVariant": {"laugh": 4, "agape": 3, "angry": 3, "smile": 1, "sad": 1},
+        "eyesVariant": {"happy": 3, "wide": 3, "wink": 2, "humble": 1, "bow": 1},
+    },
+    Look.big_smile: {"accessoriesProbability": 25},
+    Look.personas: {
+        "scale": 1.5,
+        "translateY": 10,
+        "skinColor": SKIN,
+        "hairColor": HAIR,
+        "facialHairColor": HAIR[:2],
+        "mouthVariant": ["bigSmile", "frown", "lips", "smile", "smirk", "surprise"],
+    },
+    Look.micah: {"scale": 1.15},
+    Look.adventurer: {"scale": 1.15},
+    Look.open_peeps: {"scale": 1.1},
+    Look.lorelei: {"scale": 1.1},
+    Look.notionists: {"scale": 1.3, "translateY": 8},
+}
+
+
+@SOURCES.register("avatars")
+class Avatars(Source):
+    """Faces drawn by DiceBear; labels are the parts and colours that were drawn."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        style: Look = Look.toon_head
+        """DiceBear style, by another artist each."""
+        count: int = 2000
+        """Number of faces."""
+        seed: int = 0
+        """Faces of different seeds are drawn independently."""
+        background: list[str] = field(default_factory=lambda: ["#f4a6a6", "#a6d8f4", "#b8e6b0", "#f6dd8a", "#c9b6f2"])
+        """Colours to choose the background from, as #rrggbb."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        if config.count < 1:
+            raise UserError(f"source.count={config.count}: use 1 or more")
+        wrong = [colour for colour in config.background if not re.fullmatch("#[0-9a-fA-F]{6}", colour)]
+        if wrong or not config.background:
+            raise UserError(f"source.background={wrong or '[]'}: give one or more colours as #rrggbb")
+        self.config, self.io = config, io
+        self.protocol = f"drawn at {OVERSAMPLING}x, Pillow Lanczos"
+        art = _definition(config.style.value)["meta"]["license"]["text"]
+        self.licence = f"{art}; drawn by DiceBear, with our colours and framing"
+
+    def __len__(self) -> int:
+        return self.config.count
+
+    def __getitem__(self, index: int) -> Item:
+        import resvg_py
+        from dicebear import Avatar
+
+        key = f"{self.config.seed}-{index}"
+        options = {"seed": key, "backgroundColor": self.config.background, **OPTIONS.get(self.config.style, {})}
+        drawn = Avatar(_style(self.config.style.value), options).to_json()
+        size = self.io.image_size
+        png = resvg_py.svg_to_bytes(
+            svg_string=drawn["svg"], width=OVERSAMPLING * size, height=OVERSAMPLING * size, skip_system_fonts=True
+        )
+        image = Image.open(bytes_io.BytesIO(bytes(png))).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image.convert("L") if self.io.channels == 1 else image)
+        labels = _labels(_definition(self.config.style.value), drawn["options"])
+        return Item(key, pixels.reshape(size, size, self.io.channels), labels)
+
+
+def _labels(definition: dict[str, Any], options: dict[str, Any]) -> dict[str, str | int]:
+    """The part and the colour chosen for each thing the style can draw; "none" where it was not drawn."""
+    labels: dict[str, str | int] = {part: options.get(f"{part}Variant", "none") for part in definition["components"]}
+    for thing in ("background", *definition["colors"]):
+        labels[f"{thing}_color"] = options.get(f"{thing}Color", ["none"])[0]
+    return labels
+
+
+@functools.cache
+def _definition(style: str) -> dict[str, Any]:
+    """DiceBear's definition of a style. Raises UserError where DiceBear is not installed."""
+    try:
+        import dicebear  # noqa: F401
+        import resvg_py  # noqa: F401
+
+        text = (importlib.resources.files("dicebear_styles") / f"{style}.json").read_text("utf-8")
+    except ModuleNotFoundError as error:
+        raise UserError(f"source=avatars needs {error.name}: pip install 'dvae[demo]'") from None
+    return json.loads(text)
+
+
+@functools.cache
+def _style(style: str) -> Any:
+    from dicebear import Style
+
+    return Style(_definition(style))

@@ -1,0 +1,91 @@
+"""Progress of a long piece of work: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+LINE_EVERY = 10.0
+"""Seconds between plain lines."""
+WINDOW = 15.0
+"""Seconds over which images/s is taken."""
+
+
+class Progress:
+    """Context manager around work of `total` steps, of which `start` are done already. Writes to stderr."""
+
+    def __init__(self, label: str, total: int, start: int = 0) -> None:
+        self.label, self.total, self.start, self.step = label, total, start, start
+        self._metrics: Mapping[str, float] = {}
+        self._images = 0
+        self._began = self._printed_at = time.monotonic()
+        self._printed_step = start
+        self._recent: deque[tuple[float, int]] = deque([(self._began, 0)])
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        self._began = self._printed_at = time.monotonic()
+        self._recent = deque([(self._began, 0)])
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.start, text=self.text())
+            self._bar.start()
+        return self
+
+    def update(self, step: int, images: int = 0, metrics: Mapping[str, float] | None = None) -> None:
+        """`step` steps are done; the last took `images` images; `metrics` are worth showing (a loss)."""
+        now = time.monotonic()
+        self.step = step
+        self._images += images
+        self._metrics = metrics or self._metrics
+        self._recent.append((now, self._images))
+        while len(self._recent) > 2 and now - self._recent[1][0] > WINDOW:
+            self._recent.popleft()
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=self.text())
+        elif now - self._printed_at >= LINE_EVERY:
+            self._print(now)
+
+    def text(self) -> str:
+        """Everything but the bar: "1200/5000 24%  182 images/s  loss 0.0123  2:13 left"."""
+        parts = [f"{self.step}/{self.total} {100 * self.step / max(self.total, 1):.0f}%"]
+        if rate := self.images_per_second():
+            parts.append(f"{rate:.3g} images/s" if rate < 100 else f"{rate:.0f} images/s")
+        parts += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
+        elapsed = time.monotonic() - self._began
+        if self.step >= self.total:
+            parts.append(f"took {clock(elapsed)}")
+        elif self.step > self.start:
+            parts.append(f"{clock(elapsed / (self.step - self.start) * (self.total - self.step))} left")
+        return "  ".join(parts)
+
+    def images_per_second(self) -> float:
+        """Images per second of late; 0 where there were none."""
+        (t0, n0), (t1, n1) = self._recent[0], self._recent[-1]
+        return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def _print(self, now: float) -> None:
+        print(f"{self.label}: {self.text()}", file=sys.stderr, flush=True)
+        self._printed_at, self._printed_step = now, self.step
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.update(self._task, text=self.text())
+            self._bar.stop()
+        elif self.step != self._printed_step:
+            self._print(time.monotonic())
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from one hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

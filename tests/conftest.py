@@ -1,0 +1,42 @@
+"""What all tests share: the demo recipe, shrunk until it runs in seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests_support import ROOT, environment
+
+Tool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Words for tools/launch.py: 160 faces of 16x16, a few steps of small networks, no metrics."""
+    words = [
+        "recipe=demo", "image_size=16", "source.count=160", "data.workers=1", "data.heldout=0.2",
+        "encoder.resolutions=[8,4,1]", "encoder.channels=[16,16,32]", "encoder.encoder_blocks=[1,1,1]",
+        "encoder.decoder_blocks=[1,1,1]", "encoder.latent_dim=8", "prior.components=2", "refiner.width=32",
+        "refiner.multipliers=[1]", "refiner.blocks=1", "refiner.attention_resolutions=[]", "sampler.steps=2",
+        "evaluate.metrics=false", "evaluate.n=8", "evaluate.seeds=[0]",
+    ]  # fmt: skip
+    for stage in ("train_encoder", "train_refiner"):
+        words += [f"{stage}.steps=6", f"{stage}.batch=8", f"{stage}.log_every=1", f"{stage}.save_every=2"]
+        words += [f"{stage}.warmup=2", f"{stage}.preview_every=0"]
+    return words
+
+
+@pytest.fixture
+def tool(tmp_path: Path) -> Tool:
+    """Run tools/<name>.py with words, in a fresh interpreter and in tmp_path."""
+
+    def run(name: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(**more), capture_output=True, text=True, timeout=600
+        )
+
+    return run

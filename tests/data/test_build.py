@@ -1,0 +1,200 @@
+"""Shards: readable by plain WebDataset, the same bytes every time, complete or absent, disjoint splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from patterns import pixels_of
+
+from dvae.data.build import build, index_of
+from dvae.data.images import decode
+from dvae.data.manifest import Manifest
+from dvae.errors import UserError
+
+PATTERNS = {"name": "test_patterns"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def samples(folder: Path, split: str) -> list[dict]:
+    urls = [str(folder / shard.file) for shard in Manifest.load(folder).splits[split]]
+    return list(webdataset.WebDataset(urls, shardshuffle=False))
+
+
+def test_plain_webdataset_reads_every_image(shards: Path):
+    manifest = Manifest.load(shards)
+    assert manifest.count("train") + manifest.count("heldout") == 50
+    seen = {}
+    for split in ("train", "heldout"):
+        read = samples(shards, split)
+        assert len(read) == manifest.count(split)
+        for sample in read:
+            seen[json.loads(sample["json"])["key"]] = np.asarray(decode(sample["png"], "x")).transpose(2, 0, 1)
+    assert sorted(seen) == sorted(f"pattern.{i}" for i in range(50))
+    assert all(np.array_equal(seen[f"pattern.{i}"], pixels_of(i)) for i in range(50))
+
+
+def test_manifest_tells_what_is_there(shards: Path):
+    manifest = Manifest.load(shards, image_size=8, channels=3)
+    assert manifest.source == {"name": "test_patterns", "count": 50, "damaged": 0, "distinct": 0}
+    assert manifest.licence == "CC0 1.0"
+    assert manifest.labels == {"number": [0, 1, 2], "parity": ["even", "odd"]}
+    for shard in manifest.splits["train"]:
+        assert shard.count <= 7
+        data = (shards / shard.file).read_bytes()
+        assert len(data) == shard.bytes
+        offset, size, about, length = np.load(shards / shard.index)[-1]
+        assert data[offset : offset + 4] == b"\x89PNG"
+        assert decode(data[offset : offset + size], "x").size == (8, 8)
+        assert "labels" in json.loads(data[about : about + length])
+        assert np.array_equal(index_of(shards / shard.file), np.load(shards / shard.index))
+
+
+def test_bytes_do_not_depend_on_workers(shards: Path, tmp_path: Path):
+    build(PATTERNS, 8, tmp_path / "again", 0.2, shard_size=7, workers=1)
+    assert content(tmp_path / "again") == content(shards)
+    # other processes know nothing of this folder's source, so they draw faces
+    faces = {"name": "avatars", "count": 260}
+    build(faces, 16, tmp_path / "one", 0.2, shard_size=99, workers=1)
+    build(faces, 16, tmp_path / "two", 0.2, shard_size=99, workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_identical_images_land_on_one_side(tmp_path: Path):
+    build({**PATTERNS, "count": 300, "distinct": 60}, 8, tmp_path / "s", 0.3, workers=1)
+    sides = [{sample["png"] for sample in samples(tmp_path / "s", split)} for split in ("train", "heldout")]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 60
+    assert len(sides[1]) > 5
+
+
+def test_the_held_out_share_is_what_was_asked(tmp_path: Path):
+    manifest = build({**PATTERNS, "count": 1000}, 2, tmp_path / "s", 0.1, workers=1)
+    assert 57 <= manifest.count("heldout") <= 143  # 100 +- 4.5 standard deviations
+
+
+def test_nothing_held_out(tmp_path: Path):
+    manifest = build(PATTERNS, 8, tmp_path / "s", 0.0, workers=1)
+    assert (manifest.count("train"), manifest.splits["heldout"]) == (50, [])
+
+
+def test_grey_images(tmp_path: Path):
+    build(PATTERNS, 8, tmp_path / "s", 0.0, channels=1, workers=1)
+    assert decode(samples(tmp_path / "s", "train")[3]["png"], "x").mode == "L"
+
+
+def test_a_percent_sign_and_brackets_in_the_folder_name(tmp_path: Path):
+    assert build(PATTERNS, 8, tmp_path / "100%d [x]", 0.1, workers=1).count("train") > 0
+
+
+def test_progress_reaches_the_end(tmp_path: Path):
+    calls: list[tuple[int, int]] = []
+    build(PATTERNS, 8, tmp_path / "s", workers=1, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(i, 50) for i in range(1, 51)]
+
+
+def test_damaged_images_are_counted_and_named(tmp_path: Path):
+    manifest = build({**PATTERNS, "damaged": 2}, 8, tmp_path / "s", workers=1, max_bad_fraction=0.05)
+    assert manifest.damaged == 2
+    assert manifest.damaged_first == ["pattern.0: made so", "pattern.1: made so"]
+    assert manifest.count("train") + manifest.count("heldout") == 48
+
+
+def test_too_many_damaged_images_are_an_error_and_leave_nothing(tmp_path: Path):
+    with pytest.raises(UserError, match=r"pattern\.0: made so"):
+        build({**PATTERNS, "damaged": 9}, 8, tmp_path / "s", workers=1, max_bad_fraction=0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_request_again_is_left_alone_and_another_is_refused(shards: Path):
+    before = {path: path.stat().st_mtime_ns for path in shards.iterdir()}
+    assert build(PATTERNS, 8, shards, 0.2, shard_size=7) == Manifest.load(shards)
+    assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before
+    with pytest.raises(UserError, match=r"image_size 8, not 16"):
+        build(PATTERNS, 16, shards, 0.2, shard_size=7)
+    with pytest.raises(UserError, match=r"source\.count 50, not 51"):
+        build({**PATTERNS, "count": 51}, 8, shards, 0.2, shard_size=7)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no shards"):
+        build(PATTERNS, 8, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"size": 0}, "size=0"),
+        ({"channels": 2}, "channels=2"),
+        ({"heldout_fraction": 1.0}, "heldout=1.0"),
+        ({"shard_size": 0}, "shard_size=0"),
+        ({"workers": 0}, "workers=0"),
+        ({"source_node": {"name": "test_pattern"}}, "did you mean 'test_patterns'"),
+        ({"source_node": {"name": "test_patterns", "cuont": 3}}, "did you mean 'count'"),
+    ],
+)
+def test_wrong_requests_end_in_one_line_and_write_nothing(tmp_path: Path, wrong: dict, says: str):
+    with pytest.raises(UserError, match=says) as error:
+        build(**{"source_node": PATTERNS, "size": 8, "out": tmp_path / "s", **wrong})
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOW_BUILD = """
+import sys, time
+from dvae.data.build import build
+started = lambda done, total: (print(done, flush=True), time.sleep(0.02))
+if __name__ == "__main__":
+    build({"name": "avatars", "count": 400}, 16, sys.argv[1], workers=2, progress=started)
+"""
+
+
+def test_a_killed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path):
+    script, out = tmp_path / "script.py", tmp_path / "shards"
+    script.write_text(SLOW_BUILD)
+    process = subprocess.Popen([sys.executable, script, out], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match="another process is building"):
+            build({"name": "avatars", "count": 6}, 16, out, workers=1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert not out.exists()
+    assert len(list(tmp_path.glob(".shards.*.tmp"))) == 1
+    _wait_for_workers_to_end(script)
+    build({"name": "avatars", "count": 6}, 16, out, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["script.py", "shards"]
+
+
+def _wait_for_workers_to_end(script: Path) -> None:
+    """Worker processes follow their killed parent."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        commands = [_command(pid) for pid in os.listdir("/proc") if pid.isdigit()]
+        if not any(str(script).encode() in command for command in commands):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a worker outlived its parent by 10 seconds")
+
+
+def _command(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

@@ -1,0 +1,87 @@
+"""kill -9 in every stage, then the same command: it resumes and finishes as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests_support import ROOT, environment
+
+TIMING = {"time", "seconds", "images_per_second"}
+
+
+def words_for(tiny: list[str], run: Path) -> list[str]:
+    longer = [f"{stage}.steps=40" for stage in ("train_encoder", "train_refiner")]
+    saves = [f"{stage}.save_every=7" for stage in ("train_encoder", "train_refiner")]
+    return [sys.executable, str(ROOT / "tools" / "launch.py"), *tiny, *longer, *saves, "evaluate.n=64", f"run={run}"]
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    text = (run / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in text.splitlines()]
+
+
+def wait_for(process: subprocess.Popen[str], run: Path, stage: str, fraction: float) -> None:
+    """Return once `stage` is under way, by about `fraction` of it."""
+    target = {"encoder": round(40 * fraction), "refiner": round(40 * fraction)}.get(stage, 0)
+    while process.poll() is None:
+        if stage in ("encoder", "refiner"):
+            lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+            if sum(f'"stage": "{stage}"' in line for line in lines) >= target:
+                return
+        elif f"dvae: {stage} ..." in (run.parent / "out.txt").read_text():
+            time.sleep(0.5 * fraction)
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the run ended before {stage} could be killed")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """The same run, never disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run(words_for(tiny, folder / "run"), env=environment(), check=True, capture_output=True, timeout=600)
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_stage_ends_as_an_undisturbed_one(whole: Path, tmp_path: Path, tiny: list[str]) -> None:
+    run, chance = tmp_path / "run", random.Random(0)
+    for stage in ("shards", "encoder", "encoder", "prior", "refiner", "refiner", "evaluate"):
+        with (tmp_path / "out.txt").open("w") as out:
+            process = subprocess.Popen(words_for(tiny, run), env=environment(), stdout=out, stderr=out, text=True)
+            wait_for(process, run, stage, chance.random())
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    done = subprocess.run(words_for(tiny, run), env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert rows(run) == rows(whole)
+    assert [(r["stage"], r["step"]) for r in rows(run)] == [(s, i) for s in ("encoder", "refiner") for i in range(1, 41)]
+    ours, theirs = (load_file(folder / "bundle" / "model.safetensors") for folder in (run, whole))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    assert (run / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on(whole: Path, tmp_path: Path, tiny: list[str]) -> None:
+    run = tmp_path / "run"
+    with (tmp_path / "out.txt").open("w") as out:
+        process = subprocess.Popen(words_for(tiny, run), env=environment(), stdout=out, stderr=out, text=True)
+        wait_for(process, run, "refiner", 0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    assert "saved: the same command again resumes" in (tmp_path / "out.txt").read_text()
+    done = subprocess.run(words_for(tiny, run), env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert rows(run) == rows(whole)

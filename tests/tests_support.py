@@ -1,0 +1,14 @@
+"""Helpers that several test modules import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a tool: one thread, and nothing of a surrounding W&B or process group."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RANK", "WORLD_SIZE", "MASTER_"))}
+    return kept | {"OMP_NUM_THREADS": "1"} | more

@@ -1,0 +1,203 @@
+"""The launch command as a user meets it: a whole tiny run, and every mistake in one line with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+Tool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a refusal."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("dvae: error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """A whole tiny run."""
+    import sys
+
+    from tests_support import ROOT, environment
+
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), *tiny, f"run={folder}/run"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    promised = (
+        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "samples.png", "reconstructions.png",
+        "bundle/model.safetensors", "bundle/config.yaml", "bundle/bundle.json", "shards/manifest.json",
+    )  # fmt: skip
+    for name in promised:
+        assert (finished / name).stat().st_size > 0, name
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in rows] == [(s, i) for s in ("encoder", "refiner") for i in range(1, 7)]
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_a_finished_run_says_so(finished: Path, tool: Tool, tiny: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    done = tool("launch", *tiny, f"run={finished}")
+    assert done.returncode == 0, done.stderr
+    assert "is finished" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+def test_sampling_is_keyed_per_image(finished: Path, tool: Tool, tmp_path: Path) -> None:
+    for n in (3, 8):
+        done = tool("sample", f"run={finished}/bundle", f"n={n}", f"out={n}.png", "sampler=ddpm", "sampler.steps=3")
+        assert done.returncode == 0, done.stderr
+        assert "3 network evaluations" in done.stdout
+    few, many = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in (3, 8))
+    assert np.abs(few[:17, : 6 * 17] - many[:17, : 6 * 17]).max() <= 1
+
+
+def test_dry_run_prints_and_writes_nothing(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+    done = tool("launch", *tiny, "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "stages: shards -> encoder -> prior -> refiner -> evaluate" in done.stdout
+    assert "encoder: 0.0M parameters, 6 steps of 8 images" in done.stdout
+    assert "refiner: 0.2M parameters" in done.stdout
+    assert "shards: 2 of" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_recipes_and_kinds(tool: Tool) -> None:
+    done = tool("launch", "--help")
+    assert done.returncode == 0
+    assert "demo" in done.stdout
+    assert "avatars" in done.stdout
+    assert "schedule" in done.stdout
+
+
+MISTAKES = {
+    "recipe=dmeo": "unknown recipe 'dmeo': did you mean 'demo'?",
+    "schedule=cosin": "unknown schedule 'cosin': did you mean 'cosine'?",
+    "sampler.step=5": "unknown field 'sampler.step': did you mean 'steps'?",
+    "+sampler.setps=5": "did you mean 'steps'?",
+    "train_encoder.stepps=5": "unknown field 'train_encoder.stepps': did you mean 'steps'?",
+    "sampler.steps=many": "sampler.steps",
+    "sampler.spacing=cubic": "sampler.spacing",
+    "train_refiner.lr=-1": "train_refiner.lr=-1",
+    "stages=[encodr]": "unknown stage 'encodr': did you mean 'encoder'?",
+    "plugins=[no_such_module]": "module 'no_such_module' cannot be imported",
+    "train_encoder.micro_batches=3": "batch 8 does not divide",
+    "image_size=15": "15",
+    "refiner.heads=5": "refiner.heads",
+    "just-a-word": "just-a-word",
+}
+
+
+@pytest.mark.parametrize("word", MISTAKES)
+def test_a_wrong_word_is_one_line(word: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, to be quick; the fresh interpreter of the other tests proves the exit status."""
+    from dvae.errors import UserError, one_line
+    from dvae.tools.launch import command
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        command([*tiny, word])
+    assert MISTAKES[word] in one_line(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_word_ends_with_status_2(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+    assert "did you mean 'cosine'" in refused(tool("launch", *tiny, "schedule=cosin"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "no images"])
+def test_a_folder_without_images(content: str, tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    if content != "missing":
+        images.mkdir()
+    if content == "no images":
+        (images / "notes.txt").write_text("no picture")
+    words = [word for word in tiny if not word.startswith("source.")]
+    line = refused(tool("launch", *words, "source=folder", f"source.path={images}"))
+    assert str(images) in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shards_of_another_size(finished: Path, tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+    line = refused(tool("launch", *tiny, f"data.shards={finished}/shards", "image_size=32", "encoder.resolutions=[16,4,1]"))
+    assert "16" in line
+    assert "32" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_another_recipe_or_setting(finished: Path, tool: Tool, tiny: list[str]) -> None:
+    other = [word for word in tiny if word != "recipe=demo"]
+    assert "belongs to recipe 'demo'" in refused(tool("launch", "recipe=avatars", *other, f"run={finished}"))
+    assert "made with train_refiner.lr=" in refused(tool("launch", *tiny, f"run={finished}", "train_refiner.lr=1"))
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that cannot be written: by its mode, or, for root, whom modes do not bind, on a read-only mount."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    if os.geteuid():
+        folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+        yield folder
+        folder.chmod(stat.S_IRWXU)
+        return
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"root without the right to mount cannot make a read-only folder: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_read_only_run_folder(read_only: Path, tool: Tool, tiny: list[str]) -> None:
+    assert "cannot be written" in refused(tool("launch", *tiny, f"run={read_only}"))
+    assert "cannot be written" in refused(tool("launch", *tiny, f"run={read_only}/run"))
+
+
+def test_a_folder_that_is_no_run(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "is not a run" in refused(tool("launch", *tiny, "run=mine"))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("fault", ["config", "bytes", "missing", "not a bundle"])
+def test_a_bundle_that_is_not_whole(fault: str, finished: Path, tool: Tool, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(finished / "bundle", bundle)
+    weights = bundle / "model.safetensors"
+    if fault == "config":
+        text = (bundle / "config.yaml").read_text()
+        (bundle / "config.yaml").write_text(text.replace("width: 32", "width: 64"))
+        said = "by the config"
+    elif fault == "bytes":
+        tensors = load_file(weights)
+        first = sorted(tensors)[0]
+        save_file(tensors | {first: tensors[first] + 1}, weights)
+        said = "does not match the hash"
+    elif fault == "missing":
+        weights.unlink()
+        said = "model.safetensors is missing"
+    else:
+        bundle = tmp_path / "nothing"
+        said = "no such run or bundle"
+    assert said in refused(tool("sample", f"run={bundle}", "n=2", "out=x.png"))
+    assert not (tmp_path / "x.png").exists()

@@ -1,0 +1,87 @@
+"""tools/shards.py: build and verify, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dvae.errors import run_command
+from dvae.tools import shards
+
+
+def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line on stderr of a command that ends with exit status 2."""
+    with pytest.raises(SystemExit) as end:
+        run_command(shards.command, list(words))
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+def test_build_then_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "shards"
+    words = [
+        "build",
+        "source=avatars",
+        "source.count=20",
+        "source.style=personas",
+        "size=16",
+        f"out={out}",
+        "heldout=0.3",
+    ]
+    shards.command(words)
+    printed = capsys.readouterr().out
+    assert "20/20 images" in printed
+    assert "20 images of 16x16" in printed
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["image_size"], manifest["heldout_fraction"], manifest["source"]["style"]) == (16, 0.3, "personas")
+    shards.command(words)  # again: they are there
+    shards.command(["verify", str(out)])
+    assert "2 shards are sound" in capsys.readouterr().out
+    (out / "train-000000.tar").unlink()
+    assert "train-000000.tar is missing" in failure(capsys, "verify", str(out))
+
+
+def test_a_folder_with_a_damaged_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "in").mkdir()
+    for i in range(10):
+        Image.new("RGB", (40, 50), (i, i, i)).save(tmp_path / "in" / f"{i}.png")
+    (tmp_path / "in" / "3.png").write_bytes(b"no")
+    words = ["build", "source=folder", f"source.path={tmp_path / 'in'}", "size=8", f"out={tmp_path / 'out'}"]
+    assert "3.png" in failure(capsys, *words)
+    assert not (tmp_path / "out").exists()
+    shards.command([*words, "max_bad_fraction=0.2"])
+    assert "1 damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["biuld"], "did you mean 'build'"),
+        (["build"], "not set: out; add out=..."),
+        (["build", "out=x", "source=avatar"], "did you mean 'avatars'"),
+        (["build", "out=x", "source.cuont=3"], "did you mean 'count'"),
+        (["build", "out=x", "sise=3"], "did you mean 'size'"),
+        (["build", "out=x", "size=big"], "size"),
+        (["build", "out=x", "source=folder"], "not set: source.path; add source.path=..."),
+        (["build", "out=x", "source=folder", "source.path=nowhere"], "nowhere does not exist"),
+        (["build", "out=x", "plugins=[no_such_module]"], "no_such_module"),
+        (["verify"], "one folder"),
+        (["verify", "nowhere"], "no shards at nowhere"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+):
+    monkeypatch.chdir(tmp_path)
+    assert says in failure(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help(capsys: pytest.CaptureFixture[str]):
+    shards.command(["--help"])
+    assert "avatars, folder" in capsys.readouterr().out

@@ -1,0 +1,121 @@
+"""W&B with its real client, offline: nothing leaves the machine."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dvae.errors import MachineError, UserError
+from dvae.tracking.pictures import grid
+from dvae.tracking.tracker import Tracker
+from dvae.tracking.wandb_run import WandbConfig, WandbMode, offline_rows
+
+OFFLINE = WandbConfig(mode=WandbMode.offline, project="test")
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch):
+    home = str(tmp_path_factory.mktemp("home"))
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "NETRC"):
+        monkeypatch.setenv(name, home if name != "NETRC" else f"{home}/netrc")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def logs(run: Path) -> list[Path]:
+    return sorted(run.glob("wandb/offline-run-*/*.wandb"))
+
+
+def sent(run: Path) -> list[tuple[str, int]]:
+    """(stage, step) of every row that W&B's own files hold, in order."""
+    rows = [row for path in logs(run) for row in offline_rows(path)]
+    return [(key.removesuffix("/step"), row[key]) for row in rows for key in row if key.endswith("/step")]
+
+
+def kept(run: Path) -> list[tuple[str, int]]:
+    return [(row["stage"], row["step"]) for row in Tracker(run, WandbConfig(), "any").metrics.rows()]
+
+
+def test_sessions_continue_one_run_and_replayed_steps_arrive_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    (tmp_path / "config.yaml").write_text("recipe: demo\nseed: 3\n")
+    grid(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tmp_path / "images" / "preview.png")
+    with Tracker(tmp_path, WandbConfig(), "encoder") as tracker:  # begun without W&B
+        tracker.rewind("encoder", 0)
+        tracker.log(10, {"loss": 0.5})
+    with Tracker(tmp_path, OFFLINE, "refiner") as tracker:
+        tracker.rewind("refiner", 0)
+        for step in (10, 20, 30):
+            tracker.log(step, {"loss": 1 / step})
+        tracker.image("preview", tmp_path / "images" / "preview.png", 30)
+    with Tracker(tmp_path, OFFLINE, "refiner") as tracker:  # resumed from step 10: 20 and 30 are taken again
+        tracker.rewind("refiner", 10)
+        for step in (20, 30, 40):
+            tracker.log(step, {"loss": 1 / step})
+        tracker.image("preview", tmp_path / "images" / "preview.png", 30)
+
+    rows = [("encoder", 10), ("refiner", 10), ("refiner", 20), ("refiner", 30), ("refiner", 40)]
+    assert kept(tmp_path) == rows
+    picture = ("refiner", 30)
+    assert sent(tmp_path) == [*rows[:4], picture, rows[4]]
+    assert len({path.name for path in logs(tmp_path)}) == 1  # one id
+    last = [row for path in logs(tmp_path) for row in offline_rows(path)][-1]
+    assert last["refiner/loss"] == 1 / 40
+    everything = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert SECRET.encode() not in everything
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from dvae.tracking.tracker import Tracker
+from dvae.tracking.wandb_run import WandbConfig, WandbMode
+tracker = Tracker(Path(sys.argv[1]), WandbConfig(mode=WandbMode.offline), "refiner")
+tracker.rewind("refiner", 0)
+for step in range(1, 301):
+    tracker.log(step, {"loss": 1 / step})
+    if step == 150:
+        time.sleep(2)  # so that W&B writes some rows and not the others
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_after_kill_9_every_row_is_there_once(tmp_path):
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == -signal.SIGKILL
+    time.sleep(0.5)  # W&B's own process ends by itself
+    before = sent(tmp_path)
+    assert 150 <= len(before)  # and as a rule fewer than the 300 that it had been given
+    with Tracker(tmp_path, OFFLINE, "refiner") as tracker:
+        tracker.rewind("refiner", 200)  # the last checkpoint
+        for step in range(201, 401):
+            tracker.log(step, {"loss": 1 / step})
+    assert sent(tmp_path) == kept(tmp_path) == [("refiner", step) for step in range(1, 401)]
+
+
+def test_disabled_imports_nothing_and_writes_nothing_of_wandb(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from dvae.tracking.tracker import Tracker;"
+        "from dvae.tracking.wandb_run import WandbConfig; t = Tracker(Path(sys.argv[1]), WandbConfig(), 'encoder');"
+        "t.log(1, {'loss': 1.0}); t.close(); sys.exit('wandb' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_online_without_a_login_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"tracking\.wandb\.mode=online: .*wandb login") as caught:
+        Tracker(tmp_path, WandbConfig(mode=WandbMode.online), "encoder")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_are_named(tmp_path):
+    (tmp_path / "wandb.json").write_text("{}")
+    with pytest.raises(MachineError, match=r"wandb\.json: holds no run id"):
+        Tracker(tmp_path, OFFLINE, "encoder")
+    (tmp_path / "odd.wandb").write_bytes(b"something else")
+    with pytest.raises(MachineError, match=r"odd\.wandb: not a W&B log"):
+        list(offline_rows(tmp_path / "odd.wandb"))

@@ -1,0 +1,52 @@
+"""List what is registered: python tools/components.py [kind] [plugins=[module]]"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+from typing import Any
+
+from dvae.errors import UserError, near, run_command
+from dvae.registry.core import KINDS, Registry, broken_plugins, discover, load_plugins
+
+USAGE = "usage: python tools/components.py [{kinds}] [plugins=[module]]"
+
+
+def command(argv: list[str]) -> None:
+    """Print every component of one kind, or of all: name, summary, package, fields with their defaults."""
+    discover()
+    kinds = [word for word in argv if "=" not in word and not word.startswith("-")]
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE.format(kinds="|".join(KINDS)))
+        return
+    for word in argv:
+        if word.startswith("plugins="):
+            load_plugins(word.removeprefix("plugins=").strip("[]").split(","))
+        elif "=" in word or word.startswith("-"):
+            raise UserError(f"unknown word {word!r}: {USAGE.format(kinds='|'.join(KINDS))}")
+    for kind in kinds or KINDS:
+        if kind not in KINDS:
+            raise UserError(f"unknown kind {kind!r}: {near(kind, KINDS)}")
+        print_kind(KINDS[kind])
+    if broken_plugins():
+        print(broken_plugins().removeprefix("; "))
+
+
+def print_kind(registry: Registry[Any]) -> None:
+    print(f"{registry.kind}:")
+    for name in registry.names():
+        cls = registry.get(name)
+        summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+        print(f"  {name:<14}{summary}  [{cls.__module__.partition('.')[0]}]")
+        for field in fields(cls.Config):
+            if field.name != "name":
+                print(f"    {registry.kind}.{field.name}={_default(field)}")
+
+
+def _default(field: Any) -> str:
+    value = field.default if field.default is not MISSING else field.default_factory()
+    return str(getattr(value, "name", value))
+
+
+if __name__ == "__main__":
+    run_command(command)

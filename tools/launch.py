@@ -1,0 +1,48 @@
+"""Train a run: python tools/launch.py recipe=demo [run=runs/demo] [key=value ...]"""
+
+from __future__ import annotations
+
+import warnings
+
+from dvae.errors import run_command
+
+USAGE = """usage: python tools/launch.py recipe=NAME [run=FOLDER] [key=value ...]
+
+Trains the recipe, stage by stage, into the run folder (default runs/NAME). The same command again resumes it.
+
+  recipe=NAME            {recipes}
+  run=FOLDER             where everything about this run is kept
+  stages=[encoder,...]   some of: {stages}
+  source=folder source.path=DIR image_size=64
+                         train on your own images
+  refiner.width=96       set any field of any component
+  schedule=cosine        swap a component ({kinds})
+  plugins=[my_module]    import modules that register components
+  dry_run=true           print the resolved config, stages and parameter counts; write nothing
+
+`python tools/components.py` lists the components with their fields."""
+
+
+def command(argv: list[str]) -> None:
+    """Compose the config from the words of argv, check it, and run it."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    from dvae import config, preflight, run
+    from dvae.registry.core import KINDS
+
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE.format(recipes=", ".join(config.recipes()), stages=", ".join(config.STAGES), kinds=", ".join(KINDS)))
+        return
+    composed = config.compose("train", argv)
+    settings = config.typed(composed)
+    if settings.dry_run:
+        print(preflight.describe(composed))
+        return
+    preflight.check(settings)
+    folder = run.submit(composed).path
+    from dvae.launchers import local  # here, since it imports DeepSpeed, which takes seconds
+
+    local.launch(folder)
+
+
+if __name__ == "__main__":
+    run_command(command)

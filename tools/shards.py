@@ -1,0 +1,134 @@
+"""Shards: python tools/shards.py build source=folder source.path=DIR size=64 out=shards, or verify shards"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dvae.errors import UserError, near, one_line, run_command
+
+USAGE = """usage: python tools/shards.py build source=NAME source.FIELD=VALUE size=64 out=FOLDER [key=value ...]
+       python tools/shards.py verify FOLDER
+
+build renders every image of a source at one size and writes WebDataset shards with a manifest.
+  source=NAME            {sources}; `python tools/components.py source` lists their fields
+  size=32                height and width in pixels
+  out=FOLDER             appears when it is complete; the same command again finds it there
+  heldout=0.1            share of the images kept from training
+  channels=3             3 (RGB) or 1 (grey)
+  workers=2              processes that render
+  shard_size=10000       images per shard
+  max_bad_fraction=0.01  damaged images are named and passed over up to this share
+  plugins=[my_module]    import modules that register sources
+verify checks counts and hashes, and names every damaged, missing or foreign file."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardsConfig:
+    """What `build` takes."""
+
+    source: Any = MISSING
+    """Where the images come from."""
+    size: int = 32
+    """Height and width in pixels."""
+    out: str = MISSING
+    """Folder of the shards."""
+    heldout: float = 0.1
+    """Share of the images kept from training."""
+    channels: int = 3
+    """1 or 3."""
+    shard_size: int = 10_000
+    """Images per shard, at most."""
+    workers: int = 2
+    """Processes that render."""
+    max_bad_fraction: float = 0.01
+    """Damaged images are named and passed over up to this share."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+
+
+ConfigStore.instance().store(name="shards_schema", node=ShardsConfig, provider="dvae")
+
+
+def command(argv: list[str]) -> None:
+    """Do what the first word says with the words after it."""
+    from dvae.registry import SOURCES
+
+    if not argv or any(word in ("-h", "--help") for word in argv):
+        print(USAGE.format(sources=", ".join(SOURCES.names())))
+    elif argv[0] == "build":
+        build(argv[1:])
+    elif argv[0] == "verify":
+        verify(argv[1:])
+    else:
+        raise UserError(f"unknown word {argv[0]!r}: {near(argv[0], ['build', 'verify'])}")
+
+
+def build(words: list[str]) -> None:
+    """Compose the words, build, and tell how many images there are and how fast they came."""
+    from dvae import config
+    from dvae.data import build as builder
+
+    composed = config.compose("shards", words)
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"not set: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
+    try:
+        settings: ShardsConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {one_line(error.msg)}") from None
+    start = time.monotonic()
+    with progress_display() as progress:
+        manifest = builder.build(
+            composed.source, settings.size, settings.out, settings.heldout, settings.channels, settings.shard_size,
+            settings.workers, progress, settings.max_bad_fraction,
+        )  # fmt: skip
+    seconds = time.monotonic() - start
+    total = manifest.count("train") + manifest.count("heldout")
+    print(
+        f"{settings.out}: {total} images of {settings.size}x{settings.size} ({manifest.count('train')} train, "
+        f"{manifest.count('heldout')} held out), {manifest.damaged} damaged, {seconds:.1f} s, "
+        f"{total / seconds:.0f} images/s"
+    )
+    for damage in manifest.damaged_first:
+        print(f"  damaged: {damage}")
+
+
+def verify(words: list[str]) -> None:
+    """Check a folder of shards."""
+    from dvae.data.verify import verify
+
+    if len(words) != 1:
+        raise UserError(f"verify takes one folder, not {len(words)} words: python tools/shards.py verify FOLDER")
+    manifest = verify(words[0])
+    shards = sum(len(split) for split in manifest.splits.values())
+    print(
+        f"{words[0]}: {shards} shards are sound, {manifest.count('train')} train and {manifest.count('heldout')} "
+        f"held-out images of {manifest.image_size}x{manifest.image_size}"
+    )
+
+
+@contextmanager
+def progress_display() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, a line every tenth of the way elsewhere."""
+    if not sys.stdout.isatty():
+        yield lambda done, total: print(f"{done}/{total} images", flush=True) if done * 10 % total < 10 else None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    run_command(command)
