@@ -109,7 +109,7 @@ def _extractor(device: str) -> EfficientNetLite0:
 
 
 def features(images: torch.Tensor, batch: int = 64, progress: Callable[[int], None] | None = None) -> torch.Tensor:
-    """Features (N, 1280), float32, of images (N, 3 or 1, H, W), uint8; computed on the images' device, returned on the CPU.
+    """Features (N, 1280), float32, on the CPU, of images (N, 3 or 1, H, W), uint8, computed on the images' device.
 
     Grey images are repeated to three channels. `progress(count)` is told of each batch that is done.
     """

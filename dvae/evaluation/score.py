@@ -54,6 +54,7 @@ def score(
                 f"kid_subset_size={kid_subset_size} is more than the {count} images of {what}: use {count} or less"
             )
 
+    heldout = heldout[: n * len(seeds)]
     total = sum(len(images) for images_of in sets.values() for images in images_of) + len(reference) + len(heldout)
     with Progress("features", total) as bar:
 

@@ -51,13 +51,15 @@ class AttentionBlock(nn.Module):
         self.heads, self.backend = heads, backend
         self.norm = GroupNorm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+        zeroed(self.proj_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2)
         # the checkpoints' order of the 3C channels is (heads, qkv, D); Linear on (B, L, C) spares a transposition
         qkv = F.linear(pixels, self.qkv.weight.squeeze(2), self.qkv.bias).unflatten(2, (self.heads, 3, -1))
-        h = attention(*qkv.unbind(3), self.backend).flatten(2)
+        q, k, v = qkv.unbind(3)
+        h = attention(q, k, v, self.backend).flatten(2)
         h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours and fonts come from the page's CSS, so that a chart follows light and dark mode."""
+"""Line charts as inline SVG. Colours and fonts come from the page's CSS, so that charts follow light and dark mode."""
 
 from __future__ import annotations
 

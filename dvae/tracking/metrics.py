@@ -23,7 +23,7 @@ class MetricsLog:
         self._whole = False
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row. A number that is not finite is written as null. Raises MachineError where it cannot be written."""
+        """Add one row; a number that is not finite is written as null. Raises MachineError where the file cannot be."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         try:
             if not self._whole:
@@ -34,7 +34,7 @@ class MetricsLog:
             raise MachineError(f"{self.path}: cannot be written ({error}); the rows before are safe") from None
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop the rows of `stage` beyond `step`, since training resumes there; rows of other stages stay as they are."""
+        """Drop the rows of `stage` beyond `step`, where training resumes; rows of other stages stay as they are."""
         pairs = self._read()
         kept = [line for line, row in pairs if row["stage"] != stage or row["step"] <= step]
         if len(kept) == len(pairs):
@@ -57,9 +57,10 @@ class MetricsLog:
         for number, line in enumerate(whole.decode("utf-8", errors="replace").splitlines(), start=1):
             try:
                 row = json.loads(line)
-                row["stage"], row["step"]  # noqa: B018 a row without them cannot be placed
-            except (ValueError, KeyError, TypeError):
-                raise MachineError(f"{self.path}: line {number} is damaged; delete that line to go on") from None
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not {"stage", "step"} <= set(row):
+                raise MachineError(f"{self.path}: line {number} is damaged; delete that line to go on")
             pairs.append((line, row))
         return pairs
 

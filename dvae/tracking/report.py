@@ -143,7 +143,7 @@ def _picture(path: Path, title: str, caption: str) -> Picture | None:
         return None
     data = path.read_bytes()
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
     except (OSError, SyntaxError) as error:
         raise MachineError(f"{path}: not a readable PNG ({error}); run the evaluate stage again") from None

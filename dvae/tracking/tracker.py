@@ -34,7 +34,7 @@ class Tracker:
             self.wandb.log(self.stage, step, row)
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Show W&B a PNG of the run folder."""
+        """Show W&B a PNG of the run folder, after the row of its step."""
         if self.wandb:
             self.wandb.image(self.stage, step, name, path)
 

@@ -1,11 +1,11 @@
 """Weights & Biases as a mirror of metrics.jsonl. The only file that imports wandb, and only where it is switched on.
 
-How a step that is taken twice reaches W&B once: W&B's client writes (offline) or uploads (online) what it is given some
-15 seconds late, and `kill -9` ends it at once; so no note of ours could say what arrived. Instead each session begins by
-asking W&B how far it holds each stage: offline, its own log files in the run folder; online, the run's summary on the
-server. Rows of metrics.jsonl beyond that are sent again, rows up to it never. After a kill W&B hence holds every row
-once; a picture of the last seconds before the kill may be missing there, but lies in the run folder. Online, a server
-that stored rows without the summary that came with them would be sent those rows again: same values, same step.
+How a step that is taken twice reaches W&B once: W&B's client is a process of its own, which writes (offline) or uploads
+(online) in batches, and a kill -9 of training ends it at once, so no note of ours could say what arrived. Instead each
+session begins by asking W&B how far it holds each stage: offline, its own log files in the run folder; online, the
+run's summary on the server. Rows of metrics.jsonl beyond that are sent again, rows up to it never. So after a kill W&B
+holds every row once. A picture of the last seconds before the kill may be missing there; it lies in the run folder.
+Online, rows that the server stored without the summary that follows them would be sent again: same step, same values.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class WandbConfig:
 
 
 class WandbRun:
-    """One session of a W&B run. Its id is kept in the run folder's wandb.json, so that every session continues one run."""
+    """One session of a W&B run. Its id is kept in the run folder's wandb.json: every session continues the same run."""
 
     def __init__(self, run_folder: Path, config: WandbConfig) -> None:
         """Open the run. Raises UserError where W&B cannot be reached or knows no login."""
@@ -77,12 +77,13 @@ class WandbRun:
                 tags=config.tags,
                 id=run_id,
                 resume="allow",
-                mode=config.mode.value,  # type: ignore[arg-type]
+                mode=config.mode.value,
                 dir=run_folder,
                 config=_run_config(run_folder),
                 settings=settings,
             )
         except wandb.errors.Error as error:
+            wandb.teardown()
             raise UserError(
                 f"tracking.wandb.mode={config.mode.value}: W&B did not open the run ({one_line(error)}); "
                 "run `wandb login`, or use tracking.wandb.mode=offline"
@@ -90,14 +91,19 @@ class WandbRun:
         self._image = wandb.Image
         self._held = held_offline if config.mode is WandbMode.offline else _held_online(self._run.summary)
         self._sent: dict[str, int] = {}
+        self._defined: set[str] = set()
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Send one row as "<stage>/<name>", unless W&B holds that step already."""
         if step > self._last(stage):
             self._send(stage, step, metrics)
+            self._sent[stage] = step
 
     def image(self, stage: str, step: int, name: str, path: Path) -> None:
-        """Send a picture (PNG) as "<stage>/<name>", unless W&B held a later step, or this one, when the session began."""
+        """Send a PNG as "<stage>/<name>", unless W&B held this step or a later one when the session began.
+
+        Goes after the row of its step: a session killed between the two leaves W&B with a step that has no row.
+        """
         if step > self._held.get(stage, -1):
             self._send(stage, step, {name: self._image(str(path))})
 
@@ -118,11 +124,11 @@ class WandbRun:
         return max(self._held.get(stage, -1), self._sent.get(stage, -1))
 
     def _send(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        if stage not in self._sent:
+        if stage not in self._defined:
             self._run.define_metric(f"{stage}/step", hidden=True)
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._defined.add(stage)
         self._run.log({f"{stage}/step": step} | {f"{stage}/{key}": v for key, v in values.items()})
-        self._sent[stage] = max(step, self._sent.get(stage, -1))
 
 
 def _run_id(run_folder: Path) -> str:
@@ -161,10 +167,10 @@ def _held_offline(run_folder: Path, run_id: str) -> dict[str, int]:
 
 def offline_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The history rows of one of W&B's own log files; what a killed session left unfinished at its end is no row."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     for data in _log_records(path):
-        record = wandb_internal_pb2.Record()
+        record = Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             items = record.history.item

@@ -77,10 +77,14 @@ def test_known_answers(features):
     assert metrics.kid(features, features, subset_size=80, subsets=1, seed=0)[0] == pytest.approx(
         _kid_by_hand(features, features), rel=1e-3
     )
-    assert metrics.fid(features, features) == pytest.approx(0, abs=1e-2)
-    shift = torch.zeros(1280)
+    few = features[:, :32]
+    assert metrics.fid(few, few) == pytest.approx(0, abs=1e-4)
+    shift = torch.zeros(32)
     shift[0] = 3.0
-    assert metrics.fid(features, features + shift) == pytest.approx(9.0, abs=1e-2)  # |mean difference|^2
+    assert metrics.fid(few, few + shift) == pytest.approx(9.0, abs=1e-3)  # |mean difference|^2
+    assert metrics.fid(few, 2 * few) == pytest.approx(
+        float(few.double().mean(0).square().sum() + torch.cov(few.double().T).trace()), rel=1e-4
+    )  # S + 4 S - 2 (4 S S)^(1/2) = S
 
 
 def _kid_by_hand(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -47,10 +47,14 @@ def test_the_rate_is_that_of_late(time):
 
 
 def test_an_interrupted_stage_says_where_it_stopped(time, capsys):
-    with pytest.raises(KeyboardInterrupt), Progress("refiner", total=10) as progress:
-        time.now += 1
-        progress.update(1)
-        raise KeyboardInterrupt
+    def work():
+        with Progress("refiner", total=10) as progress:
+            time.now += 1
+            progress.update(1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert capsys.readouterr().err.splitlines() == ["refiner: 1/10 10%  0:09 left"]
 
 

@@ -88,7 +88,7 @@ def test_after_kill_9_every_row_is_there_once(tmp_path):
     assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == -signal.SIGKILL
     time.sleep(0.5)  # W&B's own process ends by itself
     before = sent(tmp_path)
-    assert 150 <= len(before)  # and as a rule fewer than the 300 that it had been given
+    assert len(before) >= 150  # and as a rule fewer than the 300 that it had been given
     with Tracker(tmp_path, OFFLINE, "refiner") as tracker:
         tracker.rewind("refiner", 200)  # the last checkpoint
         for step in range(201, 401):

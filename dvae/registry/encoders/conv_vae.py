@@ -1,8 +1,8 @@
-"""The VAE of DiffuseVAE: residual bottleneck blocks without normalisation, down to one vector."""
+"""The convolutional VAE of DiffuseVAE: residual bottleneck blocks without normalisation, a vector as latent."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -17,118 +17,177 @@ from dvae.registry.encoders import ENCODERS, Encoder, Posterior
 
 @ENCODERS.register("conv_vae")
 class ConvVAE(Encoder):
-    """Residual convolutional VAE with a vector latent (Pandey et al. 2022, appendix; blocks as in Child 2021)."""
+    """VAE with residual bottleneck blocks and a vector latent (Pandey et al. 2022, appendix; after VDVAE).
+
+    Published block strings translate as follows: at resolution R, "RxN,Rd2" is N + 1 in `encoder_blocks` (the last of a
+    resolution is followed by average pooling), "RxN" in the decoder is N in `decoder_blocks`. Parameter names are those
+    of the authors' code (enc.in_conv, enc.block_mod.N.c1..c4, enc.mu, enc.logvar, dec.block_mod.N, dec.last_conv).
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         resolutions: list[int] = field(default_factory=lambda: [32, 16, 8, 4, 1])
-        """Heights of the feature maps, finest first (image_size / patch), down to 1."""
+        """Heights of the feature maps in pixels, from image_size / patch down to 1; each divides the one before."""
         channels: list[int] = field(default_factory=lambda: [64, 128, 256, 256, 512])
-        """Channels at each resolution."""
-        encoder_blocks: list[int] = field(default_factory=lambda: [7, 4, 4, 3, 3])
-        """Residual blocks of the encoder at each resolution, besides the one before each downsampling."""
+        """Channels at each resolution; even."""
+        encoder_blocks: list[int] = field(default_factory=lambda: [8, 5, 5, 4, 3])
+        """Residual blocks of the encoder at each resolution."""
         decoder_blocks: list[int] = field(default_factory=lambda: [15, 7, 3, 2, 1])
         """Residual blocks of the decoder at each resolution, in the order of `resolutions`."""
         latent_dim: int = 512
-        """Width D of the latent z."""
+        """Length D of the latent z."""
         kl_weight: float = 1.0
-        """Weight alpha of the KL term beside the squared error summed over pixels in [0, 1]."""
+        """Weight of KL(q(z|x) || p(z)) against the squared error summed over pixels in [0, 1] units."""
         patch: int = 1
         """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:  # type: ignore[override]
+    def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
         _check(config, io)
         self.config = config
         self.latent_shape = (config.latent_dim,)
-        levels = list(zip(config.resolutions, config.channels, strict=True))
-        pixels = io.channels * config.patch**2
-
-        down: list[nn.Module] = [nn.PixelUnshuffle(config.patch), nn.Conv2d(pixels, config.channels[0], 3, padding=1)]
-        for level, (side, width) in enumerate(levels):
-            down += [Bottleneck(width, side) for _ in range(config.encoder_blocks[level])]
-            if level + 1 < len(levels):
-                next_side, next_width = levels[level + 1]
-                down += [Bottleneck(width, side), nn.AvgPool2d(side // next_side), _transition(width, next_width)]
-        self.enc = nn.Sequential(*down)
-        self.mu = nn.Conv2d(config.channels[-1], config.latent_dim, 1, bias=False)
-        self.logvar = nn.Conv2d(config.channels[-1], config.latent_dim, 1, bias=False)
-
-        same = config.latent_dim == config.channels[-1]
-        up: list[nn.Module] = [] if same else [_transition(config.latent_dim, config.channels[-1])]
-        for level, (side, width) in reversed(list(enumerate(levels))):
-            up += [Bottleneck(width, side) for _ in range(config.decoder_blocks[level])]
-            if level > 0:
-                next_side, next_width = levels[level - 1]
-                up += [nn.Upsample(scale_factor=next_side // side), _transition(width, next_width)]
-        up += [nn.Conv2d(config.channels[0], pixels, 3, padding=1), nn.PixelShuffle(config.patch)]
-        self.dec = nn.Sequential(*up)
+        folded = io.channels * config.patch**2
+        self.enc = _Encoder(config, folded)
+        self.dec = _Decoder(config, folded)
 
     def encode(self, x: torch.Tensor) -> Posterior:
-        h = self.enc(0.5 * (x + 1.0))
-        return Posterior(self.mu(h).float().flatten(1), self.logvar(h).float().flatten(1))
+        """x (B, C, H, W) in [-1, 1] to q(z | x), mean and logvar (B, D) in fp32."""
+        mean, logvar = self.enc(F.pixel_unshuffle(0.5 * (x + 1.0), self.config.patch))
+        return Posterior(mean.flatten(1).float(), logvar.flatten(1).float())
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        return 2.0 * self._unit_image(z) - 1.0
+        """z (B, D) to x_hat (B, C, H, W) in [-1, 1], fp32."""
+        return 2.0 * self._decode_unit(z) - 1.0
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Terms "loss", "reconstruction" (sum of squared errors over pixels in [0, 1]) and "kl", each (B,)."""
+        """Per-sample terms (B,), fp32: "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units), "kl" (nats)."""
         posterior = self.encode(x)
-        error = self._unit_image(posterior.sample(noise)) - 0.5 * (x.float() + 1.0)
-        reconstruction, kl = error.square().flatten(1).sum(1), posterior.kl()
+        x_hat = self._decode_unit(posterior.sample(noise))
+        reconstruction = (0.5 * (x.float() + 1.0) - x_hat).square().flatten(1).sum(1)
+        kl = posterior.kl()
         return {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
 
-    def _unit_image(self, z: torch.Tensor) -> torch.Tensor:
-        """The decoder's image in [0, 1], fp32."""
-        return torch.sigmoid(self.dec(z[:, :, None, None]).float())
+    def _decode_unit(self, z: torch.Tensor) -> torch.Tensor:
+        """x_hat in [0, 1], fp32."""
+        logits = F.pixel_shuffle(self.dec(z[:, :, None, None]), self.config.patch)
+        return torch.sigmoid(logits.float())
 
 
-class Bottleneck(nn.Module):
-    """x + conv1(gelu(conv3(gelu(conv3(gelu(conv1(gelu(x)))))))) at half the width; 1x1 where the map is 1 or 2 high."""
+class _Block(nn.Module):
+    """Residual bottleneck (B, C, H, W) to the same, or to (B, C, H/pool, W/pool)."""
 
-    def __init__(self, channels: int, side: int) -> None:
+    def __init__(self, channels: int, resolution: int, pool: int = 1) -> None:
         super().__init__()
-        middle, size = max(1, channels // 2), 3 if side > 2 else 1
-        self.convs = nn.ModuleList(
-            [
-                nn.Conv2d(channels, middle, 1),
-                nn.Conv2d(middle, middle, size, padding=size // 2),
-                nn.Conv2d(middle, middle, size, padding=size // 2),
-                nn.Conv2d(middle, channels, 1),
-            ]
-        )
-        for conv in self.convs:
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        middle = channels // 2
+        kernel = 3 if resolution > 2 else 1
+        self.pool = pool
+        self.c1 = nn.Conv2d(channels, middle, 1)
+        self.c2 = nn.Conv2d(middle, middle, kernel, padding=kernel // 2)
+        self.c3 = nn.Conv2d(middle, middle, kernel, padding=kernel // 2)
+        self.c4 = nn.Conv2d(middle, channels, 1)
+        for convolution in (self.c1, self.c2, self.c3, self.c4):
+            assert convolution.bias is not None
+            nn.init.zeros_(convolution.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = x
-        for conv in self.convs:
-            h = conv(F.gelu(h))
-        return x + h
+        for convolution in (self.c1, self.c2, self.c3, self.c4):
+            h = convolution(F.gelu(h))
+        return F.avg_pool2d(x + h, self.pool) if self.pool > 1 else x + h
 
 
-def _transition(inputs: int, outputs: int) -> nn.Module:
-    """The change of width between two resolutions: a 1x1 convolution without bias."""
-    return nn.Conv2d(inputs, outputs, 1, bias=False)
+class _Upsample(nn.Module):
+    """Nearest-neighbour upsampling: (B, C, H, W) to (B, C, factor * H, factor * W), in channels_last."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = float(factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # a map of 1x1 pixels has no memory format of its own, so the decoder's is set here
+        return F.interpolate(x, scale_factor=self.factor).contiguous(memory_format=torch.channels_last)
+
+
+class _Encoder(nn.Module):
+    """Images (B, folded, R, R) to mean and logvar, each (B, D, 1, 1)."""
+
+    def __init__(self, config: ConvVAE.Config, folded: int) -> None:
+        super().__init__()
+        self.in_conv = nn.Conv2d(folded, config.channels[0], 3, padding=1, bias=False)
+        self.block_mod = nn.Sequential(*self._blocks(config))
+        self.mu = nn.Conv2d(config.channels[-1], config.latent_dim, 1, bias=False)
+        self.logvar = nn.Conv2d(config.channels[-1], config.latent_dim, 1, bias=False)
+
+    @staticmethod
+    def _blocks(config: ConvVAE.Config) -> Iterator[nn.Module]:
+        sides, channels = config.resolutions, config.channels
+        for level, (side, width, count) in enumerate(zip(sides, channels, config.encoder_blocks, strict=True)):
+            last = level == len(sides) - 1
+            for block in range(count):
+                pooled = block == count - 1 and not last
+                yield _Block(width, side, side // sides[level + 1] if pooled else 1)
+            if not last:
+                yield nn.Conv2d(width, channels[level + 1], 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.block_mod(self.in_conv(x))
+        return self.mu(h), self.logvar(h)
+
+
+class _Decoder(nn.Module):
+    """Latents (B, D, 1, 1) to logits (B, folded, R, R)."""
+
+    def __init__(self, config: ConvVAE.Config, folded: int) -> None:
+        super().__init__()
+        width = config.channels[-1]
+        # the published models have D equal to the width, and no such layer
+        self.in_conv = nn.Identity() if config.latent_dim == width else nn.Conv2d(config.latent_dim, width, 1)
+        self.block_mod = nn.Sequential(*self._blocks(config))
+        self.last_conv = nn.Conv2d(config.channels[0], folded, 3, padding=1)
+
+    @staticmethod
+    def _blocks(config: ConvVAE.Config) -> Iterator[nn.Module]:
+        sides, channels = config.resolutions, config.channels
+        for level in reversed(range(len(sides))):
+            for _ in range(config.decoder_blocks[level]):
+                yield _Block(channels[level], sides[level])
+            if level > 0:
+                yield _Upsample(sides[level - 1] // sides[level])
+                yield nn.Conv2d(channels[level], channels[level - 1], 1, bias=False)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.last_conv(self.block_mod(self.in_conv(z)))
 
 
 def _check(config: ConvVAE.Config, io: Shapes) -> None:
-    """Raise UserError where the lists do not fit each other or the images."""
+    """Raise UserError where the fields do not fit each other or the images."""
     sides = config.resolutions
     for name in ("channels", "encoder_blocks", "decoder_blocks"):
         values = getattr(config, name)
         if len(values) != len(sides):
-            raise UserError(f"encoder.{name} has {len(values)} entries for {len(sides)} encoder.resolutions: give one each")
-        if min(values, default=0) < (1 if name == "channels" else 0):
-            raise UserError(f"encoder.{name}={values}: too small a number")
-    if config.patch < 1 or not sides or sides[0] * config.patch != io.image_size or sides[-1] != 1:
+            raise UserError(
+                f"encoder.{name} {values} has {len(values)} entries: give {len(sides)}, one for each of "
+                f"encoder.resolutions {sides}"
+            )
+    if config.patch < 1 or io.image_size % config.patch:
+        raise UserError(f"encoder.patch {config.patch} does not divide images of {io.image_size} px")
+    top = io.image_size // config.patch
+    if not sides or sides[0] != top or sides[-1] != 1:
         raise UserError(
-            f"encoder.resolutions={sides} with encoder.patch={config.patch} do not lead from {io.image_size} px to 1: "
-            f"start at {math.ceil(io.image_size / max(1, config.patch))} and end at 1"
+            f"encoder.resolutions {sides} do not fit images of {io.image_size} px with encoder.patch {config.patch}: "
+            f"start at {top} and end at 1"
         )
     if any(fine <= coarse or fine % coarse for fine, coarse in pairwise(sides)):
-        raise UserError(f"encoder.resolutions={sides}: each must be a multiple of the next")
-    if config.latent_dim < 1:
-        raise UserError(f"encoder.latent_dim={config.latent_dim}: use 1 or more")
+        raise UserError(f"encoder.resolutions {sides}: each must be a multiple of the next, and larger")
+    if any(width < 2 or width % 2 for width in config.channels) or config.latent_dim < 1:
+        raise UserError(
+            f"encoder.channels {config.channels}, encoder.latent_dim {config.latent_dim}: give even channels and a "
+            "positive latent_dim"
+        )
+    if min(config.encoder_blocks[:-1], default=1) < 1 or min(config.encoder_blocks + config.decoder_blocks) < 0:
+        raise UserError(
+            f"encoder.encoder_blocks {config.encoder_blocks}, encoder.decoder_blocks {config.decoder_blocks}: none may "
+            "be negative, and the encoder needs at least one block at each resolution but the last"
+        )
     if config.kl_weight < 0:
-        raise UserError(f"encoder.kl_weight={config.kl_weight}: use 0 or more")
+        raise UserError(f"encoder.kl_weight {config.kl_weight} is negative: use 0 or more")

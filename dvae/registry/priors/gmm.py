@@ -1,84 +1,117 @@
-"""Ex-post density estimation: a Gaussian mixture in place of N(0, I) (Ghosh et al. 2020)."""
+"""A Gaussian mixture fitted to the latents after training (ex-post density estimation, Ghosh et al. 2020)."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
+from dvae import keyed
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.priors import PRIORS, Prior
 
 
 class Covariance(Enum):
-    """Shape of each component."""
+    """Shape of each component's covariance."""
 
     full = "full"
+    """Any covariance: D * D numbers per component."""
     diag = "diag"
+    """Independent coordinates: D numbers per component."""
 
 
 @PRIORS.register("gmm")
-class GaussianMixturePrior(Prior):
-    """Gaussian mixture fitted to the latents of the training images (as in DiffuseVAE's ex-post density estimation)."""
-
-    weights: torch.Tensor
-    means: torch.Tensor
-    factors: torch.Tensor
+class GMM(Prior):
+    """Mixture of Gaussians on z, by expectation maximisation; N(0, I) until it is fitted. Maps are flattened."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         components: int = 50
         """Gaussians in the mixture."""
         covariance: Covariance = Covariance.full
-        """full, or diag for wide latents."""
-        max_samples: int = 20_000
-        """Latents to fit on, at most; the first of the data set."""
-        regularisation: float = 1e-3
-        """Added to the diagonal of each covariance."""
+        """Shape of each Gaussian's covariance."""
+        max_samples: int = 50_000
+        """Latents used for the fit, drawn without replacement; all where there are fewer."""
+        regularisation: float = 1e-6
+        """Added to the variances, in squared units of z."""
+        fit_noise: bool = False
+        """Whether to fit draws z ~ q(z|x), which cover the width of the posteriors, instead of their means."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:  # type: ignore[override]
+    weights: torch.Tensor
+    means: torch.Tensor
+    cholesky: torch.Tensor
+
+    def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
-        if config.components < 1:
-            raise UserError(f"prior.components={config.components}: use 1 or more")
-        self.config, self.shape = config, io.latent
+        if config.components < 1 or config.max_samples < config.components or config.regularisation < 0:
+            raise UserError(
+                f"prior.components {config.components}, prior.max_samples {config.max_samples}, prior.regularisation "
+                f"{config.regularisation}: give at least one component, a sample for each, and no negative number"
+            )
+        self.config = config
         k, d = config.components, math.prod(io.latent)
-        full = config.covariance is Covariance.full
-        self.register_buffer("weights", torch.full((k,), 1.0 / k))
+        unit = torch.eye(d) if config.covariance is Covariance.full else torch.ones(d)
+        self.register_buffer("weights", torch.full((k,), 1.0 / k, dtype=torch.float64))
         self.register_buffer("means", torch.zeros(k, d))
-        # L with covariance L L^T, or its diagonal
-        self.register_buffer("factors", torch.eye(d).repeat(k, 1, 1) if full else torch.ones(k, d))
+        self.register_buffer("cholesky", unit.repeat(k, *[1] * unit.dim()))
 
     def fit(self, mean: torch.Tensor, logvar: torch.Tensor, seed: int) -> dict[str, float]:
-        """Fit to one draw z ~ q(z | x) per image, so that the mixture matches what the decoder was trained on.
+        """Fit in float64. Returns the samples used, the mean log-likelihood in nats, iterations and convergence.
 
-        Returns "log_likelihood" per latent, in nats. Raises UserError where there are fewer latents than components.
+        Raises UserError where there are fewer samples than components.
         """
-        n = min(len(mean), self.config.max_samples)
-        if n < self.config.components:
-            raise UserError(f"prior.components={self.config.components} is more than the {n} training images: use {n} or less")
-        noise = np.random.default_rng(seed).standard_normal((n, self.means.shape[1]))
-        z = mean[:n].flatten(1).double().numpy() + np.exp(0.5 * logvar[:n].flatten(1).double().numpy()) * noise
-        kind = self.config.covariance
+        config = self.config
+        if len(mean) < config.components:
+            raise UserError(
+                f"prior gmm has {config.components} components but only {len(mean)} latents to fit: use "
+                f"prior.components={max(1, len(mean) // 10)} or more images"
+            )
+        latents = self._training_latents(mean, logvar, seed)
         mixture = GaussianMixture(
-            self.config.components, covariance_type=kind.value, reg_covar=self.config.regularisation,
-            random_state=seed, init_params="k-means++", max_iter=200,
-        ).fit(z)  # fmt: skip
-        covariance = torch.from_numpy(mixture.covariances_)
-        factors = torch.linalg.cholesky(covariance) if kind is Covariance.full else covariance.sqrt()
+            config.components,
+            covariance_type=config.covariance.value,
+            reg_covar=config.regularisation,
+            random_state=seed % 2**32,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # reported below as a figure
+            mixture.fit(latents)
+        covariances = mixture.covariances_
+        full = config.covariance is Covariance.full
         self.weights.copy_(torch.from_numpy(mixture.weights_))
         self.means.copy_(torch.from_numpy(mixture.means_))
-        self.factors.copy_(factors)
-        return {"log_likelihood": float(mixture.score(z))}
+        self.cholesky.copy_(torch.from_numpy(np.linalg.cholesky(covariances) if full else np.sqrt(covariances)))
+        return {
+            "samples": float(len(latents)),
+            "log_likelihood": float(mixture.score(latents)),
+            "iterations": float(mixture.n_iter_),
+            "converged": float(mixture.converged_),
+        }
+
+    def _training_latents(self, mean: torch.Tensor, logvar: torch.Tensor, seed: int) -> np.ndarray:
+        """At most max_samples latents (n, D), float64."""
+        latents = mean.detach().cpu().double().flatten(1).numpy()
+        if self.config.fit_noise:
+            std = np.exp(0.5 * logvar.detach().cpu().double().flatten(1).numpy())
+            latents = latents + std * keyed.generator(seed, "prior.noise").standard_normal(latents.shape)
+        if len(latents) > self.config.max_samples:
+            chosen = keyed.generator(seed, "prior.samples").permutation(len(latents))[: self.config.max_samples]
+            latents = latents[np.sort(chosen)]
+        return latents
 
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        edges = torch.cumsum(self.weights.double(), 0)
-        chosen = torch.searchsorted(edges / edges[-1], uniform.to(edges.device, torch.float64), right=True)
-        chosen = chosen.clamp_max(len(edges) - 1)
-        eps, factors = normal.flatten(1), self.factors[chosen]
-        moved = torch.einsum("nij,nj->ni", factors, eps) if factors.ndim == 3 else factors * eps
-        return (self.means[chosen] + moved).view(len(uniform), *self.shape)
+        """The component by the inverse CDF of `uniform`, then its mean + L `normal`."""
+        edges = torch.cumsum(self.weights, 0)
+        component = torch.searchsorted(edges, uniform.to(edges) * edges[-1], right=True)
+        component = component.clamp_max(len(edges) - 1)
+        noise = normal.flatten(1).to(self.means)
+        factor = self.cholesky[component]
+        spread = torch.einsum("nij,nj->ni", factor, noise) if factor.dim() == 3 else factor * noise
+        return (self.means[component] + spread).view_as(normal).to(normal.dtype)

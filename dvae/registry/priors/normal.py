@@ -1,4 +1,4 @@
-"""The prior that the VAE was trained for."""
+"""The standard normal prior."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dvae.registry.priors import PRIORS, Prior
 
 @PRIORS.register("normal")
 class Normal(Prior):
-    """N(0, I)."""
+    """p(z) = N(0, I), the prior that the VAE was trained with."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
@@ -22,4 +22,5 @@ class Normal(Prior):
         super().__init__(config, io)
 
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+        """`normal` itself."""
         return normal

@@ -47,7 +47,7 @@ class UNet(Refiner):
         patch: int = 1
         """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:  # type: ignore[override]
+    def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
         self.config, self.io = config, io
         _check(config, io)
@@ -95,7 +95,7 @@ class UNet(Refiner):
                     side *= 2
                 self.output_blocks.append(EmbeddedSequential(*layers))
 
-        last = zeroed(nn.Conv2d(width, io.k * io.channels * area, 3, padding=1))
+        last = zeroed(nn.Conv2d(channels, io.k * io.channels * area, 3, padding=1))
         # SiLU is part of the norm; Identity keeps the numbering of the convolution
         self.out = nn.Sequential(GroupNorm(channels, silu=True), nn.Identity(), last)
 

@@ -1,0 +1,100 @@
+"""What every encoder and refiner must do, over all registered names: a new component is covered without an edit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from dvae.registry import ENCODERS, REFINERS, Registry, Shapes
+from dvae.registry.refiners import Condition
+
+SHAPES = {
+    "encoder": Shapes(image_size=32),
+    "refiner": Shapes(image_size=16, k=2, latent=(8,), condition_channels=3, condition_latent=True, labels=5),
+}
+COMPONENTS = [
+    pytest.param(registry, name, id=f"{registry.kind}-{name}")
+    for registry in (ENCODERS, REFINERS)
+    for name in registry.names()
+]
+every_component = pytest.mark.parametrize(("registry", "name"), COMPONENTS)
+BATCH = 2
+
+
+def build(registry: Registry, name: str, seed: int = 0) -> nn.Module:
+    """The component with its default Config; parameters that start at zero are moved off it, so that all take part."""
+    torch.manual_seed(seed)
+    module = registry.build({"name": name}, SHAPES[registry.kind])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return module.eval()
+
+
+def run(module: nn.Module, io: Shapes) -> dict[str, torch.Tensor]:
+    """The component's outputs for fixed inputs, by name."""
+    draw = torch.Generator().manual_seed(1)
+    side = (io.image_size, io.image_size)
+    if io is SHAPES["encoder"]:
+        x = torch.rand(BATCH, io.channels, *side, generator=draw) * 2 - 1
+        noise = torch.randn(BATCH, *module.latent_shape, generator=draw)
+        return module(x, noise) | {"x_hat": module.decode(module.encode(x).sample(noise))}
+    condition = Condition(
+        image=torch.randn(BATCH, io.condition_channels, *side, generator=draw),
+        latent=torch.randn(BATCH, *io.latent, generator=draw),
+        label=torch.tensor([0, io.labels]),
+    )
+    u = torch.randn(BATCH, io.k * io.channels, *side, generator=draw)
+    return {"output": module(u, torch.tensor([3.0, 900.0]), condition)}
+
+
+@every_component
+def test_config_survives_yaml(registry, name):
+    config = registry.config({"name": name})
+    assert registry.config(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))) == config
+
+
+@every_component
+def test_shapes_and_gradients(registry, name):
+    io = SHAPES[registry.kind]
+    module = build(registry, name)
+    outputs = run(module, io)
+    images = {"x_hat": (BATCH, io.channels, io.image_size, io.image_size)}
+    images["output"] = (BATCH, io.k * io.channels, io.image_size, io.image_size)
+    for key, value in outputs.items():
+        assert value.shape == images.get(key, (BATCH,)), key
+        assert value.dtype == torch.float32, key
+    sum(value.square().mean() for value in outputs.values()).backward()
+    dead = [key for key, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    assert dead == []
+
+
+@every_component
+def test_bf16_autocast_is_finite_and_near_fp32(registry, name):
+    io = SHAPES[registry.kind]
+    module = build(registry, name)
+    with torch.no_grad():
+        wanted = run(module, io)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = run(module, io)
+    for key, value in got.items():
+        assert value.dtype == torch.float32, key
+        assert value.isfinite().all(), key
+        scale = wanted[key].abs().max()
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=0.05 * float(scale), msg=key)
+
+
+@every_component
+def test_state_dict_restores_the_function(registry, name):
+    io = SHAPES[registry.kind]
+    first, second = build(registry, name), build(registry, name, seed=1)
+    with torch.no_grad():
+        wanted, other = run(first, io), run(second, io)
+        assert any(not torch.equal(wanted[key], other[key]) for key in wanted)
+        second.load_state_dict(first.state_dict(), strict=True)
+        restored = run(second, io)
+    for key in wanted:
+        assert torch.equal(wanted[key], restored[key]), key

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dvae.errors import UserError
+from dvae.registry import ENCODERS, Shapes
+from dvae.registry.encoders import Posterior
+from dvae.registry.encoders.conv_vae import ConvVAE
+
+PUBLISHED = {  # data set: (image size, config, encoder and decoder parameters in millions)
+    "cifar10": (32, {}, 5.8, 3.4),
+    "celeba64": (
+        64,
+        {
+            "resolutions": [64, 32, 16, 8, 4, 1],
+            "channels": [64, 128, 256, 256, 256, 512],
+            "encoder_blocks": [8, 5, 8, 4, 4, 2],
+            "decoder_blocks": [10, 8, 7, 3, 2, 1],
+        },
+        8.0,
+        6.0,
+    ),
+    "128px": (
+        128,
+        {
+            "resolutions": [128, 64, 32, 16, 8, 4, 1],
+            "channels": [64, 64, 128, 128, 256, 512, 1024],
+            "encoder_blocks": [2, 4, 4, 8, 4, 4, 2],
+            "decoder_blocks": [1, 2, 2, 6, 2, 2, 1],
+            "latent_dim": 1024,
+        },
+        14.4,
+        6.7,
+    ),
+    "256px": (
+        256,
+        {
+            "resolutions": [256, 128, 64, 32, 16, 8, 4, 1],
+            "channels": [64, 64, 64, 128, 128, 256, 512, 1024],
+            "encoder_blocks": [4, 4, 6, 8, 10, 8, 6, 2],
+            "decoder_blocks": [2, 2, 4, 5, 8, 6, 4, 2],
+            "latent_dim": 1024,
+        },
+        19.5,
+        13.2,
+    ),
+}
+SMALL = {
+    "resolutions": [8, 4, 1],
+    "channels": [8, 8, 16],
+    "encoder_blocks": [1, 1, 1],
+    "decoder_blocks": [1, 1, 1],
+    "latent_dim": 5,
+}
+
+
+def small(image_size: int = 8, colours: int = 3, **fields: object) -> ConvVAE:
+    torch.manual_seed(0)
+    node = {"name": "conv_vae", **SMALL, **fields}
+    return ENCODERS.build(node, Shapes(image_size=image_size, channels=colours))
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_published_parameter_counts(dataset):
+    size, fields, encoder, decoder = PUBLISHED[dataset]
+    with torch.device("meta"):
+        vae = ENCODERS.build({"name": "conv_vae", **fields}, Shapes(image_size=size))
+    assert round(sum(p.numel() for p in vae.enc.parameters()) / 1e6, 1) == encoder
+    assert round(sum(p.numel() for p in vae.dec.parameters()) / 1e6, 1) == decoder
+
+
+def test_published_parameter_names():
+    with torch.device("meta"):
+        keys = ENCODERS.build({"name": "conv_vae"}, Shapes(image_size=32)).state_dict()
+    assert keys["enc.in_conv.weight"].shape == (64, 3, 3, 3)
+    assert "enc.in_conv.bias" not in keys
+    assert keys["enc.block_mod.8.weight"].shape == (128, 64, 1, 1)  # after 32x7,32d2 comes 32t16
+    assert keys["enc.block_mod.9.c2.weight"].shape == (64, 64, 3, 3)
+    assert keys["dec.block_mod.0.c2.weight"].shape == (256, 256, 1, 1)  # no 3x3 at resolution 1
+    assert keys["dec.block_mod.2.weight"].shape == (256, 512, 1, 1)  # 1x1, then 1u4 without parameters, then 1t4
+    assert keys["enc.mu.weight"].shape == (512, 512, 1, 1)
+    assert keys["dec.last_conv.bias"].shape == (3,)
+
+
+def test_kl_known_answers():
+    zero, one = torch.zeros(2, 3), torch.ones(2, 3)
+    torch.testing.assert_close(Posterior(zero, zero).kl(), torch.zeros(2))
+    torch.testing.assert_close(Posterior(one, zero).kl(), torch.full((2,), 1.5))
+    torch.testing.assert_close(Posterior(zero, one).kl(), torch.full((2,), 1.5 * (torch.e - 2)))
+
+
+def test_loss_counts_pixels_in_unit_range():
+    vae = small(kl_weight=0.5)
+    x, noise = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 5)
+    terms = vae(x, noise)
+    posterior = vae.encode(x)
+    x_hat = vae.decode(posterior.sample(noise))
+    torch.testing.assert_close(terms["reconstruction"], ((x - x_hat) / 2).square().sum((1, 2, 3)))
+    torch.testing.assert_close(terms["kl"], posterior.kl())
+    torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 0.5 * terms["kl"])
+
+
+def test_decodes_into_the_image_range():
+    x_hat = small().decode(100 * torch.randn(16, 5))
+    assert x_hat.abs().max() <= 1
+
+
+@pytest.mark.parametrize(("size", "patch", "colours"), [(16, 2, 3), (8, 1, 1), (32, 4, 1)])
+def test_patch_and_grey_images(size, patch, colours):
+    vae = small(image_size=size, patch=patch, colours=colours)
+    x = torch.rand(1, colours, size, size) * 2 - 1  # a batch of one
+    assert vae.decode(vae.encode(x).mean).shape == x.shape
+    assert vae.latent_shape == (5,)
+
+
+def test_learns_one_image():
+    vae = small()
+    x, noise = torch.rand(1, 3, 8, 8) * 2 - 1, torch.zeros(1, 5)
+    optimiser = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    before = vae(x, noise)["loss"].item()
+    for _ in range(150):
+        loss = vae(x, noise)["loss"].mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 0.4 * before
+
+
+@pytest.mark.parametrize(
+    ("fields", "size", "says"),
+    [
+        ({}, 16, "do not fit images of 16 px"),
+        ({"resolutions": [8, 4, 2]}, 8, "end at 1"),
+        ({"resolutions": [8, 3, 1]}, 8, "multiple of the next"),
+        ({"channels": [8, 8]}, 8, "has 2 entries: give 3"),
+        ({"decoder_blocks": [1, 1, 1, 1]}, 8, "has 4 entries: give 3"),
+        ({"encoder_blocks": [1, 0, 1]}, 8, "at least one block"),
+        ({"channels": [8, 7, 16]}, 8, "even channels"),
+        ({"patch": 3}, 8, "patch 3 does not divide"),
+        ({"kl_weight": -1.0}, 8, "kl_weight -1.0 is negative"),
+    ],
+)
+def test_refuses_in_one_line(fields, size, says):
+    with pytest.raises(UserError, match=says) as caught:
+        small(image_size=size, **fields)
+    assert "\n" not in str(caught.value)
