@@ -1,4 +1,4 @@
-"""Package dvae. launchers/, recipes/ and tools/ are part of it through the symlinks dvae/launchers, dvae/recipes, dvae/tools."""
+"""Package dvae; launchers/, recipes/ and tools/ are part of it through the symlinks dvae/<name>."""
 
 from pathlib import Path
 

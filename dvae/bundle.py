@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from dvae import config as configuration
 from dvae.config import RunConfig
 from dvae.errors import UserError, one_line
 from dvae.models import Models, build
-from dvae.registry import KINDS
+from dvae.registry.core import KINDS, origin
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -43,7 +42,9 @@ def fit(module: torch.nn.Module, state: dict[str, torch.Tensor], what: str) -> N
     own = module.state_dict()
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
-            raise UserError(f"{what}: the weights lack {name!r}, which the config asks for: they belong to another config")
+            raise UserError(
+                f"{what}: the weights lack {name!r}, which the config asks for: they belong to another config"
+            )
         if name not in own:
             raise UserError(f"{what}: the weights hold {name!r}, which the config has no place for")
         if own[name].shape != state[name].shape:
@@ -56,17 +57,13 @@ def fit(module: torch.nn.Module, state: dict[str, torch.Tensor], what: str) -> N
 
 def component_versions(config: RunConfig) -> dict[str, dict[str, str]]:
     """For each kind: component name, class, and the package it comes from with its version."""
-    owners = packages_distributions()
     about = {}
     for kind, registry in KINDS.items():
-        cls = registry.get(getattr(config, kind).name)
-        package = cls.__module__.partition(".")[0]
-        if package == "dvae":
-            release = __version__
-        else:
-            release = version(owners[package][0]) if package in owners else "not installed as a package"
+        name = getattr(config, kind).name
+        cls = registry.get(name)
+        package, release = origin(cls)
         about[kind] = {
-            "name": getattr(config, kind).name,
+            "name": name,
             "class": f"{cls.__module__}.{cls.__qualname__}",
             "package": package,
             "version": release,

@@ -248,16 +248,18 @@ def _siblings(name: str, config_name: str, words: list[str]) -> list[str]:
 def typed(config: Any) -> RunConfig:
     """A RunConfig with a typed Config for each component. Raises UserError on a foreign field or a wrong type."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
+        merged: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
         missing = [str(key) for key in OmegaConf.missing_keys(merged)]
         if missing:
             raise UserError(f"config lacks {', '.join(sorted(missing))}: a recipe sets them (recipe=demo)")
         components = {kind: registry.config(merged[kind]) for kind, registry in KINDS.items()}
         for kind in KINDS:
             merged[kind] = None  # made typed above: to_object would fail on a foreign field without saying which
-        result: RunConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        result: Any = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise UserError(f"unknown field {error.full_key!r}: {near(str(error.key), _fields(error.parent_node))}") from None
+        raise UserError(
+            f"unknown field {error.full_key!r}: {near(str(error.key), _fields(error.parent_node))}"
+        ) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
     for kind, component in components.items():
@@ -304,7 +306,7 @@ def to_yaml(config: DictConfig) -> str:
 def load(path: Path) -> RunConfig:
     """The config that a run folder or a bundle holds in config.yaml. Raises UserError where it cannot be read."""
     try:
-        config = OmegaConf.load(path)
+        config: Any = OmegaConf.load(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable config ({one_line(error)})") from None
     load_plugins(config.get("plugins") or [])

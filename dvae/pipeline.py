@@ -88,7 +88,9 @@ class Pipeline:
         self.nfe = sampled.nfe
         return to_uint8(denoiser.to_image(sampled.u[:, : io.channels], given))
 
-    def generate(self, n: int, seed: int, *, guidance: float = 0.0, advance: Advance | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def generate(
+        self, n: int, seed: int, *, guidance: float = 0.0, advance: Advance | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(VAE samples, refined samples) from the same z, both (n, C, H, W) uint8."""
         z = self.draw_latents(n, seed)
         x_hat = self.decode(z)

@@ -1,13 +1,13 @@
 """The run folder: everything about a run, and nothing outside it.
 
-    config.yaml        resolved when the run was submitted
-    stages.json        what is finished, with times and counts
-    metrics.jsonl      figures by stage and step
-    checkpoints/       resume state of the stage in progress
-    weights/           averaged weights of finished stages (safetensors)
-    bundle/            what users run on
-    images/            pictures; samples.png and reconstructions.png beside it
-    summary.json report.html
+config.yaml        resolved when the run was submitted
+stages.json        what is finished, with times and counts
+metrics.jsonl      figures by stage and step
+checkpoints/       resume state of the stage in progress
+weights/           averaged weights of finished stages (safetensors)
+bundle/            what users run on
+images/            pictures; samples.png and reconstructions.png beside it
+summary.json report.html
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Run:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"run={self.path} is in use by another process: wait for it, or use another run=") from None
+                raise UserError(
+                    f"run={self.path} is in use by another process: wait for it, or use another run="
+                ) from None
             yield
 
 

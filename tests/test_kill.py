@@ -64,7 +64,9 @@ def test_a_run_killed_in_every_stage_ends_as_an_undisturbed_one(whole: Path, tmp
     done = subprocess.run(words_for(tiny, run), env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert rows(run) == rows(whole)
-    assert [(r["stage"], r["step"]) for r in rows(run)] == [(s, i) for s in ("encoder", "refiner") for i in range(1, 41)]
+    assert [(r["stage"], r["step"]) for r in rows(run)] == [
+        (s, i) for s in ("encoder", "refiner") for i in range(1, 41)
+    ]
     ours, theirs = (load_file(folder / "bundle" / "model.safetensors") for folder in (run, whole))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

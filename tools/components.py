@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from dvae.errors import UserError, near, run_command
-from dvae.registry.core import KINDS, Registry, broken_plugins, discover, load_plugins
+from dvae.registry.core import KINDS, Registry, broken_plugins, discover, load_plugins, origin
 
 USAGE = "usage: python tools/components.py [{kinds}] [plugins=[module]]"
 
@@ -37,7 +37,7 @@ def print_kind(registry: Registry[Any]) -> None:
     for name in registry.names():
         cls = registry.get(name)
         summary = (inspect.getdoc(cls) or "").partition("\n")[0]
-        print(f"  {name:<14}{summary}  [{cls.__module__.partition('.')[0]}]")
+        print(f"  {name:<14}{summary}  [{' '.join(origin(cls))}]")
         for field in fields(cls.Config):
             if field.name != "name":
                 print(f"    {registry.kind}.{field.name}={_default(field)}")

@@ -30,7 +30,9 @@ def command(argv: list[str]) -> None:
     from dvae.registry.core import KINDS
 
     if any(word in ("-h", "--help") for word in argv):
-        print(USAGE.format(recipes=", ".join(config.recipes()), stages=", ".join(config.STAGES), kinds=", ".join(KINDS)))
+        print(
+            USAGE.format(recipes=", ".join(config.recipes()), stages=", ".join(config.STAGES), kinds=", ".join(KINDS))
+        )
         return
     composed = config.compose("train", argv)
     settings = config.typed(composed)

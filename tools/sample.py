@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dvae.errors import UserError, run_command
 
-USAGE = """usage: python tools/sample.py run=FOLDER [n=64] [seed=0] [out=samples.png] [sampler=NAME sampler.FIELD=VALUE ...]
+USAGE = """usage: python tools/sample.py run=FOLDER [n=64] [seed=0] [out=samples.png] [sampler=NAME sampler.FIELD=VALUE]
 
 run= takes a run folder or a bundle. Writes one picture: each VAE sample with its refined sample at its right."""
 

@@ -10,6 +10,17 @@ from dvae.registry.schedules import SCHEDULES
 from dvae.registry.sources import SOURCES
 
 __all__ = [
-    "ENCODERS", "KINDS", "PRIORS", "PROCESSES", "REFINERS", "SAMPLERS", "SCHEDULES", "SOURCES",
-    "ComponentConfig", "Registry", "Shapes", "discover", "load_plugins",
+    "ENCODERS",
+    "KINDS",
+    "PRIORS",
+    "PROCESSES",
+    "REFINERS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "SOURCES",
+    "ComponentConfig",
+    "Registry",
+    "Shapes",
+    "discover",
+    "load_plugins",
 ]

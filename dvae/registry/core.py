@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+import dvae
 from dvae.errors import UserError, near, one_line
 
 T = TypeVar("T")
@@ -108,7 +109,9 @@ class Registry(Generic[T]):
         except ConfigKeyError as error:
             known = [f.name for f in fields(cls.Config)]  # type: ignore[attr-defined]
             wrong = next((key for key in plain if key not in known), error.full_key)
-            raise UserError(f"{self.kind}.{wrong} is not a field of {plain['name']!r}: {near(str(wrong), known)}") from None
+            raise UserError(
+                f"{self.kind}.{wrong} is not a field of {plain['name']!r}: {near(str(wrong), known)}"
+            ) from None
         except OmegaConfBaseException as error:
             raise UserError(f"{self.kind}.{error.full_key}: {one_line(error.msg)}") from None
 
@@ -132,7 +135,7 @@ def discover() -> None:
     if _discovered:
         return
     _discovered = True  # first, since component modules may ask a registry while they are imported
-    import dvae.registry  # fills KINDS
+    importlib.import_module("dvae.registry")  # fills KINDS
 
     for registry in list(KINDS.values()):
         package = importlib.import_module(registry.package)
@@ -163,3 +166,12 @@ def broken_plugins() -> str:
     if not _broken:
         return ""
     return "; plugins that failed to load: " + ", ".join(f"{name}: {why}" for name, why in _broken.items())
+
+
+def origin(cls: type) -> tuple[str, str]:
+    """The package that a component comes from, and its version."""
+    package = cls.__module__.partition(".")[0]
+    if package == "dvae":
+        return package, dvae.__version__
+    distributions = importlib.metadata.packages_distributions().get(package)
+    return package, importlib.metadata.version(distributions[0]) if distributions else "(not installed as a package)"

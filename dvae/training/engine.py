@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
 
 import deepspeed
-from deepspeed.utils import safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 TAG = "engine"
 
@@ -89,7 +89,7 @@ class Engine:
         self.deepspeed.backward(loss)
 
     def step(self, number: int) -> bool:
-        """Take step `number` (from 1) once all its micro-batches were seen; False where it was left out (non-finite)."""
+        """Take step `number` (from 1) once its micro-batches were seen; False where it was left out (non-finite)."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, number)
             group["ema_decay"] = ema_decay(self.config.ema, number)
@@ -109,14 +109,14 @@ class Engine:
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """State dict of the module with the moving average in place of the weights; whole on every rank."""
-        state = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+        state = {name: value.detach().clone() for name, value in self.module.named_buffers()}
         for name, parameter in self.module.named_parameters():
             if self.config.zero_stage == 0:
-                average = self.optimizer.state.get(parameter, {}).get("ema")
-            else:
+                average = self.optimizer.state.get(parameter, {}).get("ema", parameter)
+            else:  # a weight has no average before the first step; at stage 3 its own tensor is an empty placeholder
                 average = safe_get_full_optimizer_state(parameter, "ema")
-            if average is not None:
-                state[name] = average.detach().clone().view(parameter.shape)
+                average = safe_get_full_fp32_param(parameter) if average is None else average
+            state[name] = average.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state
 
     def save(self, folder: Path) -> None:

@@ -70,7 +70,9 @@ def take_up(run: Run, config: RunConfig, *parts: str) -> Models:
     return made
 
 
-def train_stage(run: Run, config: RunConfig, stage: Stage, training: TrainingConfig, part: str, preview: Preview) -> None:
+def train_stage(
+    run: Run, config: RunConfig, stage: Stage, training: TrainingConfig, part: str, preview: Preview
+) -> None:
     """Train one stage, keep its averaged weights, and bring the bundle up to date."""
     tracker = Tracker(run.path, config.tracking.wandb, stage.name)
     checkpoints = Checkpoints(run.checkpoints(stage.name), training.keep)

@@ -30,7 +30,7 @@ Noise = Callable[[int], torch.Tensor]
 """noise(i): standard normal noise of u's shape for step i; keyed per image, so it does not depend on the batch."""
 
 OnStep = Callable[[int, float, torch.Tensor], torch.Tensor]
-"""on_step(i, t, u) -> u: called with the state just reached, i = 0 for the start; may replace it (inpainting, previews)."""
+"""on_step(i, t, u) -> u: called with each state reached, i = 0 for the start; may replace it (inpainting, previews)."""
 
 
 @dataclass(frozen=True)
