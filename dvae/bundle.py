@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dvae import __version__, files
 from dvae import config as configuration
 from dvae.config import RunConfig
-from dvae.errors import UserError, one_line
+from dvae.errors import MachineError, UserError, one_line
 from dvae.models import Models, build
 from dvae.registry.core import KINDS, origin
 
@@ -26,7 +26,10 @@ ABOUT = "bundle.json"
 def save_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     """A state dict as safetensors, complete or absent."""
     tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
-    files.write_file(path, lambda aside: save_file(tensors, aside))
+    try:
+        files.write_file(path, lambda aside: save_file(tensors, aside))
+    except SafetensorError as error:
+        raise MachineError(f"{path} could not be written ({one_line(error)}): make room, then run it again") from None
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
+
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -43,3 +47,13 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except BrokenPipeError:  # the reader of our stdout (head, less) left: nothing to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"dvae: error: {error.strerror}{where}: finished stages and checkpoints are whole; mend the disk, then run "
+            "the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(MachineError.exit_status)

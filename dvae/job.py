@@ -20,6 +20,7 @@ from dvae.run import Run
 from dvae.tracking.console import Progress
 from dvae.tracking.report import write_report
 from dvae.training.engine import start_distributed
+from dvae.training.memory import keep_freed_memory
 from dvae.training.work import PARTS, encoder_stage, open_shards, prior_stage, refiner_stage, take_up
 
 
@@ -34,6 +35,7 @@ class Job:
         with run.held():
             config = run.config()
             start_distributed()
+            keep_freed_memory()
             took_part = False
             for stage in (name for name in STAGES if name in config.stages):
                 if not finished(run, stage, config):

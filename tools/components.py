@@ -37,7 +37,7 @@ def print_kind(registry: Registry[Any]) -> None:
     for name in registry.names():
         cls = registry.get(name)
         summary = (inspect.getdoc(cls) or "").partition("\n")[0]
-        print(f"  {name:<14}{summary}  [{' '.join(origin(cls))}]")
+        print(f"  {name:<14} {summary}  [{' '.join(origin(cls))}]")
         for field in fields(cls.Config):
             if field.name != "name":
                 print(f"    {registry.kind}.{field.name}={_default(field)}")

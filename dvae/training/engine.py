@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,13 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this engine's whole state into `folder`; every rank takes part."""
-        self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        try:
+            self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        except RuntimeError as error:  # torch's archive writer reports a full disk as one
+            if "inline_container" not in str(error):
+                raise
+            free = shutil.disk_usage(folder).free
+            raise OSError(errno.EIO, f"the archive was cut short; {free} bytes are free on this disk") from error
 
     def load(self, folder: Path) -> None:
         """Take up the state that `save` wrote; every rank takes part."""
