@@ -108,10 +108,14 @@ def load(folder: Path) -> tuple[RunConfig, Models]:
         raise UserError(f"{folder / WEIGHTS} does not match the hash in {ABOUT}: the file is damaged, copy it again")
     config = configuration.load(folder / CONFIG)
     models = build(config)
+    lacking = sorted(models.trained().keys() - set(about["parts"]))
+    if lacking:
+        raise UserError(
+            f"{folder} lacks {', '.join(lacking)}: run the stages that train it, with the command of the run"
+        )
     weights = load_weights(folder / WEIGHTS)
     for part, module in models.trained().items():
         state = {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
-        if part in about["parts"]:
-            fit(module, state, f"{folder} ({part})")
+        fit(module, state, f"{folder} ({part})")
         module.eval().requires_grad_(False)
     return config, models

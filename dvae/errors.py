@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -44,6 +43,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except (UserError, MachineError) as error:
         print(f"dvae: error: {one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:  # training saves first (training/stopping.py); the other stages start over
+        print("dvae: interrupted: the same command again resumes", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout (head, less) left: nothing to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

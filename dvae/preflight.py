@@ -11,11 +11,15 @@ from omegaconf import DictConfig
 from dvae import config as configuration
 from dvae import models
 from dvae.config import RunConfig
+from dvae.data.images import DamagedImage
 from dvae.data.loader import check_batch
 from dvae.data.manifest import Manifest
-from dvae.errors import UserError
+from dvae.errors import UserError, one_line
 from dvae.registry import SOURCES, Shapes
+from dvae.registry.sources import Source
 
+PROBED = 8
+"""Images of a source that are tried before a run begins."""
 SHARD_SIZE = 10_000
 """Images per shard, as dvae.data.build makes them by default."""
 
@@ -25,7 +29,13 @@ def check(config: RunConfig, ranks: int = 1) -> models.Models:
     made = models.on_meta(config)
     for training in (config.train_encoder, config.train_refiner):
         check_batch(training.batch, ranks, training.micro_batches)
-    images(config)
+    counts = images(config)
+    smallest = min(counts["train"], config.evaluate.reference)
+    if "evaluate" in config.stages and config.evaluate.metrics and smallest < 2 * config.evaluate.kid_subset_size:
+        raise UserError(
+            f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} needs twice as many real images, there are "
+            f"{smallest}: use {smallest // 2} or less, or evaluate.metrics=false"
+        )
     if "evaluate" in config.stages and config.evaluate.metrics and importlib.util.find_spec("torch_fidelity") is None:
         raise UserError("stage evaluate needs torch-fidelity: pip install 'dvae[metrics]', or evaluate.metrics=false")
     return made
@@ -38,8 +48,22 @@ def images(config: RunConfig) -> dict[str, int]:
         manifest = Manifest.load(folder, image_size=config.image_size, channels=config.channels)
         return {split: manifest.count(split) for split in ("train", "heldout")}
     source = SOURCES.build(config.source, Shapes(image_size=config.image_size, channels=config.channels))
+    _probe(source, config.source.name)
     heldout = round(len(source) * config.data.heldout)
     return {"train": len(source) - heldout, "heldout": heldout}
+
+
+def _probe(source: Source, name: str) -> None:
+    """Raise UserError where none of the first images can be read."""
+    damage = ""
+    for index in range(min(PROBED, len(source))):
+        try:
+            source[index]
+        except DamagedImage as error:
+            damage = damage or one_line(error)
+        else:
+            return
+    raise UserError(f"source={name}: none of the first images can be read ({damage}): are these files images?")
 
 
 def describe(config: DictConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests_support import ROOT, environment
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start processes beside this one: idle threads would spin
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -25,7 +27,7 @@ def tiny() -> list[str]:
     ]  # fmt: skip
     for stage in ("train_encoder", "train_refiner"):
         words += [f"{stage}.steps=6", f"{stage}.batch=8", f"{stage}.log_every=1", f"{stage}.save_every=2"]
-        words += [f"{stage}.warmup=2", f"{stage}.preview_every=0"]
+        words += [f"{stage}.warmup=2", f"{stage}.preview_every=3"]
     return words
 
 

@@ -21,7 +21,8 @@ from dvae.training.engine import Engine, learning_rate, rank
 from dvae.training.stages import Stage, StepOutput
 from dvae.training.stopping import Stopped, on_signals
 
-Preview = Callable[[int, dict[str, Engine]], None]
+Preview = Callable[[int, dict[str, Engine]], Path]
+"""preview(step, engines) draws a picture of what has been learnt so far, and says where it lies."""
 
 
 @dataclass
@@ -76,7 +77,7 @@ def train(
             state.window_seconds += elapsed
             log(stage, state, tracker, progress)
             if config.preview_every and state.step % config.preview_every == 0:
-                preview(state.step, engines)
+                tracker.image("preview", preview(state.step, engines), state.step)
             if state.step % config.save_every == 0 or state.step == config.steps or stopping.asked:
                 save(engines, checkpoints, state)
             if stopping.asked and state.step < config.steps:

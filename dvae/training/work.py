@@ -13,6 +13,7 @@ from dvae.data.images import to_float, to_uint8
 from dvae.data.loader import Loader
 from dvae.data.order import Order
 from dvae.data.reader import Shards
+from dvae.errors import UserError
 from dvae.models import Models
 from dvae.pipeline import Pipeline
 from dvae.registry.encoders import Posterior
@@ -61,9 +62,11 @@ def device() -> torch.device:
 
 
 def take_up(run: Run, config: RunConfig, *parts: str) -> Models:
-    """The run's models, with the weights of the finished stages `parts`."""
+    """The run's models, with the weights of the finished stages `parts`. Raises UserError where one is not finished."""
     made = models.build(config)
     for part in parts:
+        if not run.weights(part).exists():
+            raise UserError(f"run={run.path} has no trained {part} yet: add the stage that trains it to stages=[...]")
         bundle.fit(made.trained()[part], bundle.load_weights(run.weights(part)), str(run.weights(part)))
     for module in made.trained().values():
         module.to(device())
@@ -74,11 +77,10 @@ def train_stage(
     run: Run, config: RunConfig, stage: Stage, training: TrainingConfig, part: str, preview: Preview
 ) -> None:
     """Train one stage, keep its averaged weights, and bring the bundle up to date."""
-    tracker = Tracker(run.path, config.tracking.wandb, stage.name)
     checkpoints = Checkpoints(run.checkpoints(stage.name), training.keep)
-    data = open_loader(config, training, stage.name)
-    averaged, state = train(stage, data, checkpoints, tracker, preview, run.path)
-    tracker.close()
+    tracked = Tracker(run.path, config.tracking.wandb, stage.name)
+    with tracked as tracker, open_loader(config, training, stage.name) as data:
+        averaged, state = train(stage, data, checkpoints, tracker, preview, run.path)
     (weights,) = averaged.values()
     bundle.save_weights(run.weights(part), weights)
     export(run, config)
@@ -107,12 +109,14 @@ def encoder_stage(run: Run, config: RunConfig) -> None:
     stage = EncoderStage(made.encoder, config.train_encoder, config.seed, device())
     shown = preview_images(config)
 
-    def preview(step: int, engines: dict[str, Engine]) -> None:
+    def preview(step: int, engines: dict[str, Engine]) -> Path:
         copy = models.build(config)
         copy.encoder.load_state_dict(engines["encoder"].averaged())
-        made_of = Pipeline(config, copy)
-        x_hat = made_of.decode(copy.encoder.eval().encode(to_float(shown)).mean.detach())
-        pictures.grid(torch.cat([shown, to_uint8(x_hat)]), run.images / f"encoder-{step:08d}.png")
+        copy.encoder.eval().requires_grad_(False)
+        x_hat = copy.encoder.decode(copy.encoder.encode(to_float(shown)).mean)
+        path = run.images / f"encoder-{step:08d}.png"
+        pictures.grid(torch.cat([shown, to_uint8(x_hat)]), path)
+        return path
 
     train_stage(run, config, stage, config.train_encoder, "encoder", preview)
 
@@ -152,12 +156,14 @@ def refiner_stage(run: Run, config: RunConfig) -> None:
     if config.denoiser.data_scale is None:
         made.denoiser.data_scale.fill_(measure_scale(config, stage))
 
-    def preview(step: int, engines: dict[str, Engine]) -> None:
+    def preview(step: int, engines: dict[str, Engine]) -> Path:
         copy = take_up(run, config, "encoder", "prior")
         copy.denoiser.load_state_dict(engines["refiner"].averaged())
         copy.denoiser.eval()
         vae, refined = Pipeline(config, copy).generate(PREVIEW_IMAGES, config.seed)
-        pictures.grid(torch.cat([vae, refined]), run.images / f"refiner-{step:08d}.png")
+        path = run.images / f"refiner-{step:08d}.png"
+        pictures.grid(torch.cat([vae, refined]), path)
+        return path
 
     train_stage(run, config, stage, config.train_refiner, "denoiser", preview)
 
