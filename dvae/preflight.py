@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 from pathlib import Path
 
@@ -36,8 +36,8 @@ def check(config: RunConfig, ranks: int = 1) -> models.Models:
             f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} needs twice as many real images, there are "
             f"{smallest}: use {smallest // 2} or less, or evaluate.metrics=false"
         )
-    if "evaluate" in config.stages and config.evaluate.metrics and importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("stage evaluate needs torch-fidelity: pip install 'dvae[metrics]', or evaluate.metrics=false")
+    if "evaluate" in config.stages and config.evaluate.metrics:
+        importlib.import_module("dvae.evaluation.metrics")  # refuses where its packages are not installed
     return made
 
 
