@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Replace the file `path` by what `write(temporary path)` makes, in one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     os.close(handle)
     aside = Path(name)
     try:
@@ -84,7 +84,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half-written in `folder`."""
-    for item in folder.glob(".*.tmp"):
-        shutil.rmtree(item)
-    for item in folder.glob(".*.old"):
-        shutil.rmtree(item)
+    for pattern in (".*.tmp", ".*.tmp.*", ".*.old"):
+        for item in folder.glob(pattern):
+            if item.is_dir():
+                shutil.rmtree(item)
+            else:
+                item.unlink()

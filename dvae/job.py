@@ -33,6 +33,7 @@ class Job:
     def __call__(self) -> None:
         run = Run(Path(self.folder))
         with run.held():
+            run.tidy()
             config = run.config()
             start_distributed()
             keep_freed_memory()

@@ -56,6 +56,11 @@ class Run:
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
 
+    def tidy(self) -> None:
+        """Remove what a killed attempt left half-written; only while the folder is held."""
+        for folder in (self.path, self.path / "weights", self.images, self.path / "cache"):
+            files.remove_leftovers(folder)
+
     def records(self) -> dict[str, dict[str, Any]]:
         """Finished stages, with what is worth knowing of each."""
         return json.loads(self._records.read_text(encoding="utf-8")) if self._records.exists() else {}

@@ -72,7 +72,7 @@ def test_a_run_killed_in_every_stage_ends_as_an_undisturbed_one(whole: Path, tmp
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
     assert (run / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
-    assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob(".*.tmp*"))
 
 
 @pytest.mark.slow

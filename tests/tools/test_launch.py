@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         assert (finished / name).stat().st_size > 0, name
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(s, i) for s in ("encoder", "refiner") for i in range(1, 7)]
-    assert not list(finished.rglob("*.tmp"))
+    assert not list(finished.rglob(".*.tmp*"))
 
 
 def test_a_finished_run_says_so(finished: Path, tool: Tool, tiny: list[str]) -> None:
