@@ -24,8 +24,11 @@ SHARD_SIZE = 10_000
 """Images per shard, as dvae.data.build makes them by default."""
 
 
-def check(config: RunConfig, ranks: int = 1) -> models.Models:
-    """Refuse what cannot work: shapes, batches, shards, images, missing packages. Returns the models, on meta."""
+def check(config: RunConfig, ranks: int = 1) -> tuple[models.Models, dict[str, int]]:
+    """Refuse what cannot work: shapes, batches, shards, images, missing packages.
+
+    Returns the models, on meta, and the number of images by split.
+    """
     made = models.on_meta(config)
     for training in (config.train_encoder, config.train_refiner):
         check_batch(training.batch, ranks, training.micro_batches)
@@ -38,7 +41,7 @@ def check(config: RunConfig, ranks: int = 1) -> models.Models:
         )
     if "evaluate" in config.stages and config.evaluate.metrics:
         importlib.import_module("dvae.evaluation.metrics")  # refuses where its packages are not installed
-    return made
+    return made, counts
 
 
 def images(config: RunConfig) -> dict[str, int]:
@@ -69,8 +72,7 @@ def _probe(source: Source, name: str) -> None:
 def describe(config: DictConfig) -> str:
     """What `dry_run=true` prints: the resolved config, stages, parameter counts and shards."""
     settings = configuration.typed(config)
-    made = check(settings)
-    counts = images(settings)
+    made, counts = check(settings)
     shards = sum(math.ceil(count / SHARD_SIZE) for count in counts.values())
     lines = [configuration.to_yaml(config).rstrip(), "---", f"stages: {' -> '.join(settings.stages)}"]
     for stage, training in (("encoder", settings.train_encoder), ("refiner", settings.train_refiner)):

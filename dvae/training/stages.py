@@ -10,7 +10,6 @@ from torch import nn
 
 from dvae import keyed
 from dvae.config import TrainingConfig
-from dvae.data.images import to_float
 from dvae.data.loader import Batch
 from dvae.denoiser import Denoiser, Draws, Given
 from dvae.registry.encoders import Encoder, Posterior
@@ -50,7 +49,7 @@ class Stage(ABC):
 
     def images(self, batch: Batch) -> torch.Tensor:
         """The batch's images in [-1, 1]; channels_last, which is what makes bf16 convolutions fast."""
-        return self.place(to_float(batch.images))
+        return self.place(batch.to_float())
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.device)
