@@ -11,14 +11,14 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e '.[demo,metrics,dev]'
+	$(BIN)/pip install --quiet -e '.[demo,metrics,parquet,dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/python tools/launch.py recipe=demo run=runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -36,6 +36,7 @@ setup(
     extras_require={
         "xformers": ["xformers==0.0.35", "torch==2.10.0", "torchvision==0.25.0"],
         "demo": ["dicebear-core>=10.7,<11", "dicebear-styles>=10.6,<11", "resvg-py>=0.5,<0.6"],
+        "parquet": ["pyarrow>=24,<27"],
         "metrics": [
             "torch-fidelity>=0.4,<0.5",
             "efficientnet-lite-pytorch==0.1.0",
@@ -44,6 +45,7 @@ setup(
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150,<7",
             "ruff==0.17.6",
             "mypy==2.4.1",

@@ -21,6 +21,8 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 ABOUT = "bundle.json"
+CLASSIFIER = "classifier"
+"""The part that a bundle may lack."""
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -59,11 +61,13 @@ def fit(module: torch.nn.Module, state: dict[str, torch.Tensor], what: str) -> N
 
 
 def component_versions(config: RunConfig) -> dict[str, dict[str, str]]:
-    """For each kind: component name, class, and the package it comes from with its version."""
+    """For each kind that the run has: component name, class, and the package it comes from with its version."""
     about = {}
     for kind, registry in KINDS.items():
-        name = getattr(config, kind).name
-        cls = registry.get(name)
+        component = getattr(config, kind)
+        if component is None:
+            continue
+        name, cls = component.name, registry.get(component.name)
         package, release = origin(cls)
         about[kind] = {
             "name": name,
@@ -75,7 +79,7 @@ def component_versions(config: RunConfig) -> dict[str, dict[str, str]]:
 
 
 def export(folder: Path, config_yaml: str, parts: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Write a bundle of the given parts (encoder, prior, denoiser: name -> state dict), complete or absent."""
+    """Write a bundle of the given parts (name -> state dict), complete or absent."""
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
     with files.new_folder(folder) as aside:
         save_weights(aside / WEIGHTS, tensors)
@@ -107,6 +111,8 @@ def load(folder: Path) -> tuple[RunConfig, Models]:
     if files.sha256(folder / WEIGHTS) != about["sha256"][WEIGHTS]:
         raise UserError(f"{folder / WEIGHTS} does not match the hash in {ABOUT}: the file is damaged, copy it again")
     config = configuration.load(folder / CONFIG)
+    if CLASSIFIER not in about["parts"]:
+        config.classifier = None  # not trained yet, or never: all else works without it
     models = build(config)
     lacking = sorted(models.trained().keys() - set(about["parts"]))
     if lacking:

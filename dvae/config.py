@@ -19,10 +19,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dvae.denoiser import DenoiserConfig
 from dvae.errors import UserError, near, one_line
+from dvae.registry import SOURCES
 from dvae.registry.core import KINDS, broken_plugins, discover, load_plugins
+from dvae.registry.sources import EndlessSource
 from dvae.tracking.wandb_run import WandbConfig
 
-STAGES = ("shards", "encoder", "prior", "refiner", "evaluate")
+STAGES = ("shards", "encoder", "prior", "refiner", "classifier", "evaluate")
+"""In the order in which they run; all but the classifier by default."""
 
 
 class Decay(Enum):
@@ -106,6 +109,8 @@ class DataConfig:
     """Fraction of the images kept from training, for reconstructions and the metrics' floor."""
     flip: bool = False
     """Flip images left to right at random."""
+    label: str = ""
+    """Attribute of the images that is their class, one of `classes` (empty: none)."""
     cache_gib: float = 2.0
     """Decoded images are kept in memory where they take no more than this."""
     max_bad_fraction: float = 0.01
@@ -161,9 +166,11 @@ class RunConfig:
     image_size: int = MISSING
     """Height and width in pixels."""
     channels: int = 3
-    """1 or 3."""
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Stages to run, of shards, encoder, prior, refiner, evaluate."""
+    """1 or 3; 2 for the points of an endless source."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes, in the order of their numbers: values of the attribute data.label ([]: no classes)."""
+    stages: list[str] = field(default_factory=lambda: [stage for stage in STAGES if stage != "classifier"])
+    """Stages to run, of shards, encoder, prior, refiner, classifier, evaluate."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
     dry_run: bool = False
@@ -176,14 +183,44 @@ class RunConfig:
     refiner: Any = MISSING
     sampler: Any = MISSING
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    classifier: Any = None
     data: DataConfig = field(default_factory=DataConfig)
     train_encoder: TrainingConfig = field(default_factory=TrainingConfig)
     train_refiner: TrainingConfig = field(default_factory=TrainingConfig)
+    train_classifier: TrainingConfig = field(default_factory=TrainingConfig)
+    """preview_every is without effect here."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+@dataclass(kw_only=True, slots=True)
+class SampleConfig:
+    """What tools/sample.py takes."""
+
+    run: str = MISSING
+    """A run folder or a bundle."""
+    n: int = 64
+    """Images."""
+    seed: int = 0
+    """Seed of z and of the noise."""
+    out: str = "samples.png"
+    """The picture."""
+    label: str = ""
+    """Class of all images (empty: drawn evenly, where the run has classes)."""
+    guidance: float = 1.0
+    """Weight of x_hat, z and class together."""
+    label_guidance: float = 1.0
+    """Weight of the class alone."""
+    classifier_guidance: float = 0.0
+    """Factor on the gradient of the classifier."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+    sampler: Any = None
+    """Another sampler than the run's."""
+
+
 ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")
+ConfigStore.instance().store(name="sample_schema", node=SampleConfig, provider="dvae")
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -193,6 +230,7 @@ def compose(config_name: str, words: list[str]) -> DictConfig:
     """
     words = [word for word in words if word]
     load_plugins(_plugins_of(words))
+    words = [_without_null(word) for word in words]
     try:
         return _compose(config_name, words)
     except (HydraException, OmegaConfBaseException) as error:
@@ -203,6 +241,16 @@ def _compose(config_name: str, words: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("dvae.recipes", version_base="1.3"):
         return hydra.compose(config_name, overrides=words)
+
+
+def _without_null(word: str) -> str:
+    """Hydra's word `~classifier` for `classifier=null`, which it has no ear for."""
+    kind, _, value = word.partition("=")
+    if kind not in KINDS or value != "null":
+        return word
+    if not KINDS[kind].optional:
+        raise UserError(f"{word}: a run needs a {kind}: name one of {', '.join(KINDS[kind].names())}")
+    return f"~{kind}"
 
 
 def _plugins_of(words: list[str]) -> list[str]:
@@ -251,8 +299,13 @@ def typed(config: Any) -> RunConfig:
         merged: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
         missing = [str(key) for key in OmegaConf.missing_keys(merged)]
         if missing:
-            raise UserError(f"config lacks {', '.join(sorted(missing))}: a recipe sets them (recipe=demo)")
-        components = {kind: registry.config(merged[kind]) for kind, registry in KINDS.items()}
+            words = " ".join(f"{key}=..." for key in sorted(missing))
+            raise UserError(f"not set: {', '.join(sorted(missing))}; add {words} or choose a recipe that does")
+        OmegaConf.resolve(merged)  # while the components that `run` or `classes` may name are there
+        components = {
+            kind: None if registry.optional and merged[kind] is None else registry.config(merged[kind])
+            for kind, registry in KINDS.items()
+        }
         for kind in KINDS:
             merged[kind] = None  # made typed above: to_object would fail on a foreign field without saying which
         result: Any = OmegaConf.to_object(merged)
@@ -277,11 +330,18 @@ def check(config: RunConfig) -> RunConfig:
     wrong = [name for name in config.stages if name not in STAGES]
     if wrong:
         raise UserError(f"unknown stage {wrong[0]!r}: {near(wrong[0], STAGES)}")
-    if config.channels not in (1, 3):
+    if endless(config):
+        shards = [name for name in config.stages if name in ("shards", "encoder", "prior")]
+        if shards:
+            raise UserError(
+                f"stages: {shards[0]} needs shards, which an endless source has not: use [refiner,evaluate]"
+            )
+    elif config.channels not in (1, 3):
         raise UserError(f"channels={config.channels}: images have 1 or 3 channels")
-    if config.image_size < 4:
+    elif config.image_size < 4:
         raise UserError(f"image_size={config.image_size}: use 4 or more")
-    for name in ("train_encoder", "train_refiner"):
+    check_classes(config)
+    for name in ("train_encoder", "train_refiner", "train_classifier"):
         training: TrainingConfig = getattr(config, name)
         for key in ("steps", "batch", "micro_batches", "log_every", "save_every", "keep"):
             if getattr(training, key) < 1:
@@ -290,12 +350,33 @@ def check(config: RunConfig) -> RunConfig:
             raise UserError(f"{name}.zero_stage={training.zero_stage}: use 0, 1, 2 or 3")
         if training.lr <= 0:
             raise UserError(f"{name}.lr={training.lr}: use a learning rate above 0")
-    if config.evaluate.metrics and config.evaluate.kid_subset_size > config.evaluate.n:
+    images = config.evaluate.metrics and not endless(config)
+    if images and config.evaluate.kid_subset_size > config.evaluate.n:
         raise UserError(
             f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} is more than evaluate.n={config.evaluate.n}: "
             "use a smaller subset"
         )
     return config
+
+
+def check_classes(config: RunConfig) -> None:
+    """Refuse classes, labels and a classifier that do not go together."""
+    twice = sorted({name for name in config.classes if config.classes.count(name) > 1})
+    if twice:
+        raise UserError(f"classes: {twice[0]!r} is there more than once: name each class once")
+    if config.classes and not config.data.label and not endless(config):
+        raise UserError("classes need the attribute of the images that they are values of: set data.label=NAME")
+    if config.data.label and not config.classes:
+        raise UserError(f"data.label={config.data.label} needs its values, in the order of their numbers: set classes")
+    if config.classifier is not None and len(config.classes) < 2:
+        raise UserError(f"classifier={config.classifier.name} needs two or more classes: set classes=[...]")
+    if config.classifier is None and "classifier" in config.stages:
+        raise UserError("stages: classifier trains a classifier, and classifier=null: set classifier=half_unet")
+
+
+def endless(config: RunConfig) -> bool:
+    """Whether the source draws samples without end, so that there are neither shards nor held-out images."""
+    return issubclass(SOURCES.get(config.source.name), EndlessSource)
 
 
 def to_yaml(config: DictConfig) -> str:

@@ -1,6 +1,6 @@
 """The denoiser: refiner + diffusion + condition in one place, with the loss, so that scalings cannot drift apart.
 
-Coordinates. The diffusion runs in a state y whose clean end is y_0 = data_scale * (x - shift):
+Coordinates. The diffusion runs in a state whose clean image is y_0 = data_scale * (x - shift):
 
     centre     shift    the refiner sees     known as
     none       0        u                    DiffuseVAE formulation 1
@@ -12,25 +12,21 @@ Where a sample's condition is dropped (classifier-free training), x_hat is zero 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 from torch import nn
 
 from dvae import keyed
-from dvae.diffusion import Diffusion, Prediction
+from dvae.diffusion import Diffusion, Factor, Matching, apply
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.refiners import Condition, Refiner
+from dvae.weighting import LossConfig, Objective, PredictionType
 
-
-class PredictionType(Enum):
-    """What the refiner's output means (Salimans & Ho 2022, appendix D): noise, clean state, or velocity."""
-
-    eps = "eps"
-    x0 = "x0"
-    v = "v"
+NO_LABEL = -1
+"""The label of a sample whose class is not given, or dropped."""
 
 
 class Centre(Enum):
@@ -46,7 +42,13 @@ class DenoiserConfig:
     """Settings of the denoiser."""
 
     prediction: PredictionType = PredictionType.eps
-    """eps (DDPM, DiffuseVAE), x0 or v."""
+    """eps (DDPM, DiffuseVAE, PSLD), x0, or v (flow matching and EDM too); x0 and v need k = 1."""
+    mixed: bool = False
+    """Mixed score: the refiner's eps is added to that of standard normal data (Dockhorn et al. 2022, section 3.3)."""
+    matching: Matching = Matching.hsm
+    """hsm | dsm: what training conditions on at t = 0, for k > 1."""
+    factor: Factor = Factor.lower
+    """lower | upper: triangular factor of the covariance that multiplies the noise, for k > 1."""
     centre: Centre = Centre.none
     """none: formulation 1; input: formulation 2; residual: diffuse what x_hat lacks."""
     data_scale: float | None = 1.0
@@ -55,20 +57,41 @@ class DenoiserConfig:
     """Concatenate x_hat to the refiner's input."""
     condition_latent: bool = False
     """Latent guidance: the refiner is also given z."""
+    condition_label: bool = False
+    """The refiner is also given the class."""
     condition_dropout: float = 0.0
-    """Probability, per sample, of dropping x_hat and z together in training; above 0 it allows guidance != 0."""
+    """Probability, per sample, of dropping all conditions together in training; above 0 it allows guidance != 1."""
+    label_dropout: float = 0.0
+    """Probability, per sample, of dropping the class alone; above 0 it allows label_guidance != 1."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The objective over time."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a batch of images is refined from: x_hat (B, C, H, W) in [-1, 1] and its z (B, *latent)."""
+    """What a batch of images is refined from."""
 
     x_hat: torch.Tensor
+    """(B, C, H, W) in [-1, 1]."""
     z: torch.Tensor
+    """(B, *latent)."""
+    label: torch.Tensor | None = None
+    """Class (B,), int64, -1 where it is not given; None: for no sample."""
+
+    def __getitem__(self, chosen: slice | torch.Tensor) -> Given:
+        """Some of the samples."""
+        return Given(self.x_hat[chosen], self.z[chosen], None if self.label is None else self.label[chosen])
 
     def drop(self, keep: torch.Tensor) -> Given:
-        """Zeros where keep (B,) is false."""
-        return Given(self.x_hat * _column(keep, self.x_hat), self.z * _column(keep, self.z))
+        """x_hat, z and class dropped where keep (B,) is false."""
+        dropped = self.drop_label(keep)
+        return Given(self.x_hat * _column(keep, self.x_hat), self.z * _column(keep, self.z), dropped.label)
+
+    def drop_label(self, keep: torch.Tensor) -> Given:
+        """The class alone dropped where keep (B,) is false."""
+        if self.label is None:
+            return self
+        return Given(self.x_hat, self.z, self.label.masked_fill(~keep.to(self.label.device), NO_LABEL))
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,13 @@ class Draws:
     eps: torch.Tensor
     """(B, k*C, H, W), standard normal."""
     keep: torch.Tensor
-    """(B,) bool: the condition is kept."""
+    """(B,) bool: the conditions are kept."""
+    keep_label: torch.Tensor | None = None
+    """(B,) bool: the class is kept; None: wherever the conditions are."""
+    weight: torch.Tensor | None = None
+    """(B, p, p) float64: weight of the squared error of the p predicted components; None: 1."""
+    start: torch.Tensor | None = None
+    """(B, k*C, H, W), standard normal: draws the components of u_0 beside the image (denoising score matching)."""
 
 
 def _column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -95,18 +124,12 @@ class Denoiser(nn.Module):
 
     def __init__(self, refiner: Refiner, diffusion: Diffusion, config: DenoiserConfig, io: Shapes) -> None:
         super().__init__()
-        if config.centre is not Centre.none and not config.condition_image:
-            raise UserError(f"denoiser.centre={config.centre.name} needs x_hat: set denoiser.condition_image=true")
-        if not 0.0 <= config.condition_dropout <= 1.0:
-            raise UserError(f"denoiser.condition_dropout={config.condition_dropout} is not a probability: use 0 to 1")
-        if config.data_scale is not None and config.data_scale <= 0:
-            raise UserError(f"denoiser.data_scale={config.data_scale} must be above 0, or null to measure it")
-        if diffusion.k != 1 and config.prediction is not PredictionType.eps:
-            raise UserError(f"denoiser.prediction={config.prediction.name} is defined for k = 1 only: use eps")
+        _check(config, diffusion, io)
         self.refiner = refiner
         self.diffusion = diffusion
         self.config = config
         self.io = io
+        self.objective = Objective(config.loss, diffusion, config.prediction)
         # a buffer, so that a measured scale travels with the weights
         self.register_buffer("data_scale", torch.tensor(config.data_scale or 1.0, dtype=torch.float32))
 
@@ -123,92 +146,108 @@ class Denoiser(nn.Module):
         return state / self.data_scale + self.shift(given)
 
     def draw(self, seed: int, keys: torch.Tensor) -> Draws:
-        """t, eps and the dropping of conditions for the sample numbers keys (B,)."""
-        numbers = keys.tolist()
-        t = 1.0 - keyed.uniform(seed, "time", numbers)  # in (0, 1]
-        steps = self.diffusion.schedule.steps
-        if steps:
-            t = torch.ceil(t * steps) / steps
+        """Times, noise and the dropping of conditions for the sample numbers keys (B,)."""
+        numbers, config = keys.tolist(), self.config
+        t, weight = self.objective.times(keyed.uniform(seed, "time", numbers))
         shape = (self.io.k * self.io.channels, self.io.image_size, self.io.image_size)
-        keep = keyed.uniform(seed, "drop", numbers) >= self.config.condition_dropout
-        return Draws(t, keyed.normal(seed, "noise", numbers, shape), keep)
+        keep = keyed.uniform(seed, "drop", numbers) >= config.condition_dropout
+        keep_label = start = None
+        if config.condition_label:
+            keep_label = keep & (keyed.uniform(seed, "drop label", numbers) >= config.label_dropout)
+        if self.io.k > 1 and config.matching is Matching.dsm:
+            start = keyed.normal(seed, "start", numbers, shape)
+        return Draws(t, keyed.normal(seed, "noise", numbers, shape), keep, keep_label, weight, start)
 
-    def output(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
-        """The refiner's raw output (B, k*C, H, W), fp32, for states u at times t (B,)."""
-        seen = u + given.x_hat if self.config.centre is Centre.input else u
-        condition = Condition(
+    def condition(self, given: Given) -> Condition:
+        """What the refiner is told besides state and time."""
+        label = None
+        if self.config.condition_label:
+            none = torch.full((len(given.z),), NO_LABEL, device=given.z.device)
+            label = none if given.label is None else given.label
+            label = torch.where(label == NO_LABEL, self.io.labels, label)
+        return Condition(
             image=given.x_hat if self.config.condition_image else None,
             latent=given.z if self.config.condition_latent else None,
+            label=label,
         )
+
+    def output(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
+        """The refiner's raw output (B, io.output_channels, H, W), fp32, for states u at times t (B,)."""
+        seen = u
+        if self.config.centre is Centre.input:
+            seen = u + self.diffusion.clean(given.x_hat)
         feature = self.diffusion.schedule.feature(t).to(u.device, torch.float32)
-        return self.refiner(seen, feature, condition).float()
+        return self.refiner(seen, feature, self.condition(given)).float()
+
+    def noised(self, x: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+        """The state u_t (B, k*C, H, W) of images x (B, C, H, W)."""
+        u0 = self.diffusion.clean(self.to_state(x, given), draws.start)
+        return self.diffusion.perturb(u0, draws.t, draws.eps)
 
     def forward(self, x: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
-        """Per-sample loss (B,): mean squared error of the predicted quantity (Ho et al. 2020, eq. 14, for eps)."""
+        """Per-sample loss (B,): weighted mean squared error of the predicted quantity."""
         given = given.drop(draws.keep)
-        state = self.to_state(x, given)
-        u = self.diffusion.perturb(state, draws.t, draws.eps)
-        error = self.output(u, draws.t, given) - self._target(state, draws)
-        return error.square().flatten(1).mean(1)
+        if draws.keep_label is not None:
+            given = given.drop_label(draws.keep_label)
+        u = self.noised(x, given, draws)
+        error = self.output(u, draws.t, given) - self._target(x, u, given, draws)
+        weighted = error if draws.weight is None else apply(draws.weight, error)
+        return (error * weighted).flatten(1).mean(1)
 
-    def _target(self, state: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def _target(self, x: torch.Tensor, u: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+        """What the refiner should put out for u, (B, io.output_channels, H, W)."""
         match self.config.prediction:
             case PredictionType.eps:
-                return draws.eps
+                eps = draws.eps - self.diffusion.eps_of_normal(u, draws.t) if self.config.mixed else draws.eps
+                return self._predicted(eps)
             case PredictionType.x0:
-                return state
+                return self.to_state(x, given)
             case PredictionType.v:  # v = alpha eps - sigma x0
-                alpha, sigma = self._scales(draws.t, state)
-                return alpha * draws.eps - sigma * state
+                alpha, sigma = self._scales(draws.t, u)
+                return alpha * draws.eps - sigma * self.to_state(x, given)
+
+    def _predicted(self, eps: torch.Tensor) -> torch.Tensor:
+        """The components of eps (B, k*C, H, W) that the refiner predicts."""
+        chosen = self.diffusion.predicted
+        if len(chosen) == self.diffusion.k:
+            return eps
+        return eps.unflatten(1, (self.diffusion.k, -1))[:, list(chosen)].flatten(1, 2)
 
     def _scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _column(self.diffusion.alpha(t), like), _column(self.diffusion.sigma(t), like)
 
     def predict(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
-        """(eps, y_0), both (B, k*C, H, W), from states u at times t (B,)."""
+        """(eps (B, k*C, H, W), y_0 (B, C, H, W)) from states u at times t (B,)."""
         output = self.output(u, t, given)
-        if self.config.prediction is PredictionType.eps:
-            return output, self.diffusion.x0_from_eps(u, t, output)
         if self.config.prediction is PredictionType.x0:
             return self.diffusion.eps_from_x0(u, t, output), output
-        alpha, sigma = self._scales(t, u)
-        return sigma * u + alpha * output, alpha * u - sigma * output
-
-    def bind(self, given: Given, guidance: float = 0.0) -> Bound:
-        """The model that a sampler integrates. Raises UserError where guidance was not trained for."""
-        if guidance and not self.config.condition_dropout:
-            raise UserError(
-                f"guidance={guidance} needs a refiner trained with denoiser.condition_dropout above 0: use guidance=0"
-            )
-        return Bound(self, given, guidance)
+        if self.config.prediction is PredictionType.v:
+            alpha, sigma = self._scales(t, u)
+            return sigma * u + alpha * output, alpha * u - sigma * output
+        if self.config.mixed:
+            output = output + self._predicted(self.diffusion.eps_of_normal(u, t))
+        eps = self.diffusion.complete(u, t, output)
+        return eps, self.diffusion.x0_from_eps(u, t, eps)
 
 
-class Bound:
-    """A denoiser with its condition and guidance weight w: eps = (1 + w) eps(c) - w eps(0) (Ho & Salimans 2022)."""
-
-    def __init__(self, denoiser: Denoiser, given: Given, guidance: float) -> None:
-        self.denoiser = denoiser
-        self.given = given
-        self.guidance = guidance
-
-    @property
-    def diffusion(self) -> Diffusion:
-        return self.denoiser.diffusion
-
-    def __call__(self, u: torch.Tensor, t: float, *, clip: bool = False) -> Prediction:
-        times = torch.full((len(u),), t, dtype=torch.float64)
-        eps, x0 = self.denoiser.predict(u, times, self.given)
-        if self.guidance:
-            eps = (1 + self.guidance) * eps - self.guidance * self._unconditional(u, times)
-            x0 = self.diffusion.x0_from_eps(u, times, eps)
-        if clip:
-            x0 = self.denoiser.to_state(self.denoiser.to_image(x0, self.given).clamp(-1.0, 1.0), self.given)
-            eps = self.diffusion.eps_from_x0(u, times, x0)
-        return Prediction(eps=eps, x0=x0, score=self.diffusion.score_from_eps(eps, times))
-
-    def _unconditional(self, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """eps(0): without a condition there is no shift, so the same noisy image has another state."""
-        nothing = self.given.drop(torch.zeros(len(u), dtype=torch.bool))
-        alpha = _column(self.diffusion.alpha(t), u)
-        moved = u + alpha * self.denoiser.data_scale * self.denoiser.shift(self.given)
-        return self.denoiser.predict(moved, t, nothing)[0]
+def _check(config: DenoiserConfig, diffusion: Diffusion, io: Shapes) -> None:
+    """Raise UserError where a setting is not defined for the others."""
+    prediction = config.prediction.name
+    if config.centre is not Centre.none and not config.condition_image:
+        raise UserError(f"denoiser.centre={config.centre.name} needs x_hat: set denoiser.condition_image=true")
+    for name in ("condition_dropout", "label_dropout"):
+        if not 0.0 <= getattr(config, name) <= 1.0:
+            raise UserError(f"denoiser.{name}={getattr(config, name)} is not a probability: use 0 to 1")
+    if config.condition_label and not io.labels:
+        raise UserError("denoiser.condition_label=true needs classes: name them in classes=[...] and set data.label")
+    if config.data_scale is not None and config.data_scale <= 0:
+        raise UserError(f"denoiser.data_scale={config.data_scale} must be above 0, or null to measure it")
+    if diffusion.k != 1 and config.prediction is not PredictionType.eps:
+        raise UserError(f"denoiser.prediction={prediction} is defined for k = 1 only: use eps")
+    if diffusion.schedule.endless and config.prediction is PredictionType.eps:
+        raise UserError(
+            "denoiser.prediction=eps says nothing of the image where B is infinite, at t = 1 of this schedule: "
+            "use v or x0"
+        )
+    if config.mixed and config.prediction is not PredictionType.eps:
+        raise UserError(f"denoiser.mixed=true is defined for eps, not {prediction}: v has the normal part built in")

@@ -1,9 +1,12 @@
 """Process + schedule = a diffusion: its kernels in closed form, for any linear process (Pandey & Mandt, ICCV 2023).
 
 The state u (B, k*C, H, W) holds its k components one after the other along the channels: x, then m for k = 2. With the
-clock B(t), A = -(D + Q) S_inf^-1 and the covariance S_0 of u at t = 0 given x0,
+clock B(t), A = -(D + Q) S_inf^-1 and the covariance S_0 of u at t = 0 given u_0,
 
     q(u_t | u_0) = N(Phi u_0, S_t),    Phi = expm(A B(t)),    S_t = S_inf + Phi (S_0 - S_inf) Phi^T = L L^T
+
+    reverse SDE, along falling B:         du = (-A u + 2 D score) dB + sqrt(2 D dB) w
+    probability flow, along rising B:     du = (A u - D score) dB,      score = -L^-T eps
 
 where the matrices (k, k) act alike on every channel and pixel. They are computed in float64 on the CPU, one per entry
 of t, and cast to the state's dtype and device only where they are applied: keep t on the CPU, and u in float32.
@@ -12,13 +15,14 @@ of t, and cast to the state's dtype and device only where they are applied: keep
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
 
 from dvae.errors import UserError
-from dvae.registry.processes import Process
-from dvae.registry.schedules import Schedule
+from dvae.registry.processes import PROCESSES, Process
+from dvae.registry.schedules import SCHEDULES, Schedule
 
 Time = float | torch.Tensor
 """A time in [0, 1], or one per image (B,)."""
@@ -36,31 +40,83 @@ class Prediction:
     """grad_u log p_t(u) = -L^-T eps, (B, k*C, H, W)."""
 
 
+class Matching(Enum):
+    """What training conditions on at t = 0; the same for k = 1 (Pandey & Mandt 2023, section 3.2)."""
+
+    hsm = "hsm"
+    """Hybrid score matching: on x0; the other components are marginalised, S_0 is theirs."""
+    dsm = "dsm"
+    """Denoising score matching: on all of u_0; the other components are drawn, S_0 = 0."""
+
+
+class Factor(Enum):
+    """Which L with L L^T = S_t multiplies the noise."""
+
+    lower = "lower"
+    """The Cholesky factor."""
+    upper = "upper"
+    """Upper triangular."""
+
+
 class Diffusion:
     """The forward process on its clock.
 
-    S_0: (k, k) covariance of u at t = 0 given x0, where the process starts from more than a point (in hybrid score
-    matching the momentum is drawn from it); zero by default. Raises UserError where the process is not a valid one.
+    Raises UserError where the process is not a valid one, or where k > 1 meets a clock with an infinite end.
     """
 
-    def __init__(self, process: Process, schedule: Schedule, S_0: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        process: Process,
+        schedule: Schedule,
+        *,
+        matching: Matching = Matching.hsm,
+        factor: Factor = Factor.lower,
+    ) -> None:
         _check(process)
+        if process.k > 1 and schedule.endless:
+            raise UserError(
+                f"process={PROCESSES.name_of(process)} (k = {process.k}) predicts eps, which says nothing at t = 1 of "
+                f"schedule={SCHEDULES.name_of(schedule)}, where B is infinite: use another schedule, such as constant"
+            )
         self.process, self.schedule, self.k = process, schedule, process.k
-        self._A = torch.from_numpy(-(process.D + process.Q) @ np.linalg.inv(process.S_inf)).double()
-        self._S_inf = torch.from_numpy(np.asarray(process.S_inf)).double()
-        self._S_0 = torch.zeros_like(self._S_inf) if S_0 is None else torch.from_numpy(np.asarray(S_0)).double()
+        self.matching, self.factor = matching, factor
+        self.D, self.S_inf = _matrix(process.D), _matrix(process.S_inf)
+        self.A = -(self.D + _matrix(process.Q)) @ torch.linalg.inv(self.S_inf)
+        self._A_back = -(self.D - _matrix(process.Q)) @ torch.linalg.inv(self.S_inf)
+        self._aside = _matrix(process.S_0)
+        self._S_0 = self._aside if matching is Matching.hsm else torch.zeros_like(self._aside)
+        self.predicted = self._predicted()
+        """Components of eps that a network must predict; where it is one of k, the others follow from it."""
 
     # -- kernels: float64 on the CPU, one matrix per time ------------------------------------------------------------
 
     def marginal(self, t: Time) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Phi, L) of q(u_t | u_0), each (B, k, k); L is lower triangular. For k > 1 t must be above 0 (L L^T > 0)."""
-        Phi, S = self._kernel(self.schedule.integral(_scalars(t)), self._S_0)
-        return Phi, S.sqrt() if self.k == 1 else torch.linalg.cholesky(S)
+        """(Phi, L) of q(u_t | u_0), each (B, k, k); L is triangular. For k > 1 t must be above 0 (L L^T > 0)."""
+        Phi, S = self._kernel(self.A, self.schedule.integral(_scalars(t)), self._S_0)
+        if self.k == 1:
+            return Phi, S.sqrt()
+        if self.factor is Factor.lower:
+            return Phi, torch.linalg.cholesky(S)
+        return Phi, torch.linalg.cholesky(S.flip(-1, -2)).flip(-1, -2)
 
     def transition(self, s: Time, t: Time) -> tuple[torch.Tensor, torch.Tensor]:
         """(Phi, S), each (B, k, k), of q(u_t | u_s) = N(Phi u_s, S) for t > s."""
-        elapsed = self.schedule.integral(_scalars(t)) - self.schedule.integral(_scalars(s))
-        return self._kernel(elapsed, torch.zeros_like(self._S_inf))
+        return self._kernel(self.A, self.elapsed(s, t), torch.zeros_like(self.S_inf))
+
+    def backward(self, s: Time, t: Time) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Phi, S), each (B, k, k), of q(u_s | u_t) = N(Phi u_t, S) for s < t, were u stationary, u ~ N(0, S_inf).
+
+        That is the process with Q of the other sign: it keeps N(0, S_inf) as well.
+        """
+        return self._kernel(self._A_back, self.elapsed(s, t), torch.zeros_like(self.S_inf))
+
+    def elapsed(self, s: Time, t: Time) -> torch.Tensor:
+        """B(t) - B(s), (B,)."""
+        return self.schedule.integral(_scalars(t)) - self.schedule.integral(_scalars(s))
+
+    def propagator(self, elapsed: torch.Tensor) -> torch.Tensor:
+        """expm(A elapsed), (B, k, k), for `elapsed` (B,) on the clock B, of either sign."""
+        return self._kernel(self.A, elapsed, self.S_inf)[0]
 
     def alpha(self, t: Time) -> torch.Tensor:
         """sqrt(abar_t), (B,): the factor of x0 in u_t. k = 1 only, else ValueError."""
@@ -71,6 +127,15 @@ class Diffusion:
         """sqrt(1 - abar_t), (B,): the standard deviation of u_t given x0. k = 1 only, else ValueError."""
         self._one_component("sigma")
         return self.marginal(t)[1].flatten()
+
+    def log_snr(self, t: Time) -> torch.Tensor:
+        """log(alpha / sigma), (B,), half the log of the signal-to-noise ratio; -inf where B is infinite.
+
+        k = 1 only, else ValueError.
+        """
+        self._one_component("log_snr")
+        Phi, L = self.marginal(t)
+        return torch.log(Phi / L).flatten()
 
     def posterior(self, s: Time, t: Time) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(c_x0, c_u, variance), each (B,): q(u_s | u_t, x0) = N(c_x0 x0 + c_u u_t, variance) for s < t.
@@ -89,38 +154,87 @@ class Diffusion:
     def perturb(self, u0: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
         """u_t = Phi u0 + L eps, all (B, k*C, H, W), with eps ~ N(0, I)."""
         Phi, L = self.marginal(t)
-        return _apply(Phi, u0) + _apply(L, eps)
+        return apply(Phi, u0) + apply(L, eps)
 
     def prior(self, eps: torch.Tensor) -> torch.Tensor:
         """u_1 ~ N(0, S_inf) from eps ~ N(0, I), (B, k*C, H, W)."""
-        return _apply(torch.linalg.cholesky(self._S_inf)[None], eps)
+        return apply(torch.linalg.cholesky(self.S_inf), eps)
+
+    def clean(self, x0: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """u_0 (B, k*C, H, W) of images x0 (B, C, H, W): the other components zero, or drawn from `noise`.
+
+        Give noise ~ N(0, I), (B, k*C, H, W), for denoising score matching, none for hybrid score matching.
+        """
+        u0 = torch.cat([x0, x0.new_zeros(len(x0), (self.k - 1) * x0.shape[1], *x0.shape[2:])], dim=1)
+        if noise is None or self.k == 1:
+            return u0
+        spread = torch.zeros_like(self._aside)
+        spread[1:, 1:] = torch.linalg.cholesky(self._aside[1:, 1:])
+        return u0 + apply(spread, noise)
 
     def score_from_eps(self, eps: torch.Tensor, t: Time) -> torch.Tensor:
         """-L^-T eps, (B, k*C, H, W); t above 0."""
-        return -_apply(torch.linalg.inv(self.marginal(t)[1]).mT, eps)
+        return -apply(torch.linalg.inv(self.marginal(t)[1]).mT, eps)
+
+    def eps_from_score(self, score: torch.Tensor, t: Time) -> torch.Tensor:
+        """-L^T score, (B, k*C, H, W); t above 0."""
+        return -apply(self.marginal(t)[1].mT, score)
 
     def x0_from_eps(self, u: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
-        """x0 (B, C, H, W), the first component of Phi^-1 (u - L eps)."""
+        """x0 (B, C, H, W), the first component of Phi^-1 (u - L eps). Not where B is infinite."""
         Phi, L = self.marginal(t)
-        return _apply(torch.linalg.inv(Phi)[:, :1], u - _apply(L, eps))
+        return apply(torch.linalg.inv(Phi)[:, :1], u - apply(L, eps))
 
     def eps_from_x0(self, u: torch.Tensor, t: Time, x0: torch.Tensor) -> torch.Tensor:
         """eps = (u - alpha x0) / sigma, (B, C, H, W); t above 0. k = 1 only, else ValueError."""
         self._one_component("eps_from_x0")
         Phi, L = self.marginal(t)
-        return _apply(1.0 / L, u - _apply(Phi, x0))
+        return apply(1.0 / L, u - apply(Phi, x0))
+
+    def eps_after(self, change: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
+        """eps where x0 is changed by `change` (B, C, H, W) and u is not: eps - L^-1 Phi change; t above 0."""
+        Phi, L = self.marginal(t)
+        return eps - apply((torch.linalg.inv(L) @ Phi)[:, :, :1], change)
+
+    def complete(self, u: torch.Tensor, t: Time, part: torch.Tensor) -> torch.Tensor:
+        """eps (B, k*C, H, W) from its `predicted` components (B, C * number of them, H, W).
+
+        With hybrid score matching u = Phi (x0, 0, ...) + L eps are k equations for x0 and the k - 1 missing components.
+        """
+        if len(self.predicted) == self.k:
+            return part
+        Phi, L = self.marginal(t)
+        (given,) = self.predicted
+        missing = [i for i in range(self.k) if i != given]
+        unknown = torch.linalg.inv(torch.cat([Phi[:, :, :1], L[:, :, missing]], dim=2))[:, 1:]
+        found = apply(unknown, u - apply(L[:, :, given : given + 1], part)).unflatten(1, (self.k - 1, -1))
+        whole = list(found.unbind(1))
+        whole.insert(given, part)
+        return torch.cat(whole, dim=1)
+
+    def eps_of_normal(self, u: torch.Tensor, t: Time) -> torch.Tensor:
+        """E[eps | u_t], (B, k*C, H, W), were the pixels independent and N(0, 1): L^T cov(u_t)^-1 u; t above 0."""
+        Phi, L = self.marginal(t)
+        start = self._aside - self._S_0  # what denoising score matching draws besides x0
+        start[0, 0] = 1.0
+        covariance = Phi @ start @ Phi.mT + L @ L.mT
+        return apply(L.mT @ torch.linalg.inv(covariance), u)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _kernel(self, elapsed: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predicted(self) -> tuple[int, ...]:
+        """The score matters only where D acts; score_i needs eps_j with j >= i (lower factor) or j <= i (upper)."""
+        acts = [i for i in range(self.k) if self.D[i].any()]
+        lower = self.factor is Factor.lower
+        needed = range(min(acts), self.k) if lower else range(max(acts) + 1)
+        alone = len(needed) == 1 and self.matching is Matching.hsm
+        return tuple(needed) if alone else tuple(range(self.k))
+
+    def _kernel(self, A: torch.Tensor, elapsed: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(Phi, S), each (B, k, k), `elapsed` (B,) later on the clock B, from covariance `start` (k, k)."""
-        exponent = elapsed[:, None, None] * self._A
-        if self.k == 1:
-            Phi, E = torch.exp(exponent), torch.expm1(exponent)
-        else:
-            Phi, E = _matrix_exp_and_expm1(exponent)
+        Phi, E = _exp_and_expm1(elapsed[:, None, None] * A)
         # S_inf + Phi (start - S_inf) Phi^T with Phi = 1 + E: nothing cancels to first order where little time elapsed
-        X = E @ (start - self._S_inf)
+        X = E @ (start - self.S_inf)
         return Phi, start + X + X.mT + X @ E.mT
 
     def _one_component(self, what: str) -> None:
@@ -128,29 +242,62 @@ class Diffusion:
             raise ValueError(f"{what} is defined for one component per channel, this process has k = {self.k}")
 
 
-def _scalars(t: Time) -> torch.Tensor:
-    """t as (B,) float64 on the CPU; B = 1 for a float."""
-    return torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1)
-
-
-def _apply(matrix: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """matrix (B or 1, j, k) on the components of u (B, k*C, H, W), giving (B, j*C, H, W) in u's dtype and device."""
-    matrix = matrix.to(u.device, u.dtype)[..., None, None, None]
-    if matrix.shape[2] == 1:
+def apply(matrix: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """matrix (j, k), or (B, j, k), on the components of u (B, k*C, H, W): (B, j*C, H, W) in u's dtype and device."""
+    matrix = matrix.to(u.device, u.dtype).reshape(-1, *matrix.shape[-2:])[..., None, None, None]
+    if matrix.shape[1] == matrix.shape[2] == 1:
         return matrix[:, 0, 0] * u
     # written out, because autocast would run a matrix product in bfloat16
     return (matrix * u.unflatten(1, (matrix.shape[2], -1))[:, None]).sum(2).flatten(1, 2)
 
 
-def _matrix_exp_and_expm1(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(expm(X), expm(X) - I), each (B, k, k); the second keeps its digits where X is small.
+def square_root(S: torch.Tensor) -> torch.Tensor:
+    """The symmetric square root of S (B, k, k), positive semi-definite: S may be singular, as D often is."""
+    values, vectors = torch.linalg.eigh(S)
+    return (vectors * values.clamp(min=0.0).sqrt()[:, None, :]) @ vectors.mT
 
-    expm([[X, I], [0, 0]]) = [[expm(X), phi], [0, I]], where phi = I + X/2! + X^2/3! + ... and so X phi = expm(X) - I.
+
+def _matrix(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float64))
+
+
+def _scalars(t: Time) -> torch.Tensor:
+    """t as (B,) float64 on the CPU; B = 1 for a float."""
+    return torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1)
+
+
+def _exp_and_expm1(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(expm(X), expm(X) - I), each (B, k, k); every entry of the second keeps its digits where X is small."""
+    if X.shape[-1] == 1:
+        return torch.exp(X), torch.expm1(X)
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    exp = _exp_2x2(X) if X.shape[-1] == 2 else torch.linalg.matrix_exp(X)
+    small = X.abs().sum(-1).amax(-1)[:, None, None] < 1.0
+    near = torch.where(small, X, 0.0)
+    series = eye.expand_as(X)
+    for n in range(20, 1, -1):  # I + X/2! + X^2/3! + ..., and X times that is expm(X) - I
+        series = eye + near @ series / n
+    return exp, torch.where(small, near @ series, exp - eye)
+
+
+def _exp_2x2(X: torch.Tensor) -> torch.Tensor:
+    """expm(X) = e^h (cosh(d) I + sinh(d)/d N) with h = tr(X)/2, N = X - h I, N^2 = d^2 I; (B, 2, 2).
+
+    d^2 < 0 is underdamped, d = 0 critically damped (CLD, PSLD: e^h (I + N)), d^2 > 0 overdamped.
     """
-    k = X.shape[-1]
-    top = torch.cat([X, torch.eye(k, dtype=X.dtype, device=X.device).expand_as(X)], dim=-1)
-    block = torch.linalg.matrix_exp(torch.cat([top, torch.zeros_like(top)], dim=-2))[:, :k]
-    return block[..., :k], X @ block[..., k:]
+    eye = torch.eye(2, dtype=X.dtype, device=X.device)
+    h = 0.5 * X.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    N = X - h * eye
+    d2 = -torch.linalg.det(N)[:, None, None]
+    cosh = 1.0 + 0.5 * d2 * _sinhc(0.25 * d2) ** 2
+    return torch.exp(h) * (cosh * eye + _sinhc(d2) * N)
+
+
+def _sinhc(d2: torch.Tensor) -> torch.Tensor:
+    """sinh(d)/d as a function of d^2 of either sign; by its series where |d^2| is small."""
+    d = d2.abs().sqrt().clamp(min=1e-3)
+    far = torch.where(d2 > 0, torch.sinh(d), torch.sin(d)) / d
+    return torch.where(d2.abs() < 1e-2, 1 + d2 / 6 * (1 + d2 / 20 * (1 + d2 / 42 * (1 + d2 / 72))), far)
 
 
 def _check(process: Process) -> None:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dvae import files
-from dvae.config import STAGES, RunConfig
+from dvae.config import STAGES, RunConfig, endless
 from dvae.data.build import build as build_shards
 from dvae.data.manifest import FILE as manifest_file
 from dvae.data.manifest import Manifest
+from dvae.evaluation.points import evaluate_points
 from dvae.evaluation.stage import evaluate
 from dvae.pipeline import Pipeline
-from dvae.registry import SOURCES, Shapes
 from dvae.run import Run
-from dvae.tracking.console import Progress
+from dvae.tracking.console import Counted
 from dvae.tracking.report import write_report
 from dvae.training.engine import start_distributed
 from dvae.training.memory import keep_freed_memory
-from dvae.training.work import PARTS, encoder_stage, open_shards, prior_stage, refiner_stage, take_up
+from dvae.training.work import (
+    PARTS,
+    classifier_stage,
+    encoder_stage,
+    open_shards,
+    prior_stage,
+    refiner_stage,
+    take_up,
+)
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,7 @@ def shards_stage(run: Run, config: RunConfig) -> None:
 
 
 def build_with_progress(config: RunConfig, folder: Path) -> Manifest:
-    total = len(SOURCES.build(config.source, Shapes(image_size=config.image_size, channels=config.channels)))
-    with Progress("shards", total) as progress:
+    with Counted("shards") as progress:
         return build_shards(
             config.source,
             size=config.image_size,
@@ -83,21 +90,26 @@ def build_with_progress(config: RunConfig, folder: Path) -> Manifest:
             heldout_fraction=config.data.heldout,
             channels=config.channels,
             workers=config.data.workers,
-            progress=lambda done, _: progress.update(done, done - progress.step),
+            progress=progress,
             max_bad_fraction=config.data.max_bad_fraction,
         )
 
 
 def evaluate_stage(run: Run, config: RunConfig) -> None:
+    if not run.weights("classifier").exists():
+        config = replace(config, classifier=None)  # not trained yet: all else works without it
     made = take_up(run, config, *PARTS)
     for module in made.trained().values():
         module.eval().requires_grad_(False)
     summary: dict[str, Any] = {"recipe": config.recipe, "stages": run.records()}
     began = time.perf_counter()
     pipeline = Pipeline(config, made, config.evaluate.batch)
-    summary["evaluation"] = evaluate(
-        run, config, pipeline, open_shards(config, "train"), open_shards(config, "heldout")
-    )
+    if endless(config):
+        summary["evaluation"] = evaluate_points(run, config, pipeline)
+    else:
+        summary["evaluation"] = evaluate(
+            run, config, pipeline, open_shards(config, "train"), open_shards(config, "heldout")
+        )
     record = {"seconds": time.perf_counter() - began, "settings": evaluate_settings(config)}
     summary["stages"] = summary["stages"] | {"evaluate": record}
     files.write_json(run.summary, summary)
@@ -109,5 +121,6 @@ WORK: dict[str, Callable[[Run, RunConfig], None]] = {
     "encoder": encoder_stage,
     "prior": prior_stage,
     "refiner": refiner_stage,
+    "classifier": classifier_stage,
     "evaluate": evaluate_stage,
 }

@@ -8,7 +8,8 @@ the counter starts at the sample number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -24,13 +25,31 @@ def generator(seed: int, purpose: str, sample: int = 0) -> np.random.Generator:
 
 def normal(seed: int, purpose: str, samples: Iterable[int], shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal draws (B, *shape), float32, one row per sample number."""
-    rows = [generator(seed, purpose, int(s)).standard_normal(shape, dtype=np.float32) for s in samples]
-    return torch.from_numpy(np.stack(rows))
+    numbers = list(samples)
+    rows = np.empty((len(numbers), math.prod(shape)), dtype=np.float32)
+    if rows.size:  # there is nothing to draw of an empty latent
+        for row, drawn in zip(rows, _generators(seed, purpose, numbers), strict=True):
+            drawn.standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(rows.reshape(len(numbers), *shape))
 
 
-def uniform(seed: int, purpose: str, samples: Iterable[int]) -> torch.Tensor:
-    """Uniform draws in [0, 1), (B,), float64, one per sample number."""
-    return torch.tensor([generator(seed, purpose, int(s)).random() for s in samples], dtype=torch.float64)
+def uniform(seed: int, purpose: str, samples: Iterable[int], shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """Uniform draws in [0, 1), (B, *shape), float64, one row per sample number."""
+    numbers = list(samples)
+    rows = np.empty((len(numbers), math.prod(shape)))
+    for row, drawn in zip(rows, _generators(seed, purpose, numbers), strict=True):
+        drawn.random(out=row)
+    return torch.from_numpy(rows.reshape(len(numbers), *shape))
+
+
+def _generators(seed: int, purpose: str, samples: list[int]) -> Iterator[np.random.Generator]:
+    """generator(seed, purpose, s) for each s: one object, set to each sample in turn, since making one is slow."""
+    made = generator(seed, purpose)
+    state = made.bit_generator.state
+    for sample in samples:
+        state["state"]["counter"][1] = sample
+        made.bit_generator.state = state
+        yield made
 
 
 def child(seed: int, purpose: str) -> int:

@@ -11,32 +11,38 @@ from dvae.config import RunConfig
 from dvae.denoiser import Denoiser
 from dvae.diffusion import Diffusion
 from dvae.errors import UserError
-from dvae.registry import ENCODERS, PRIORS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Shapes
+from dvae.registry import CLASSIFIERS, ENCODERS, PRIORS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Shapes
+from dvae.registry.classifiers import Classifier
 from dvae.registry.encoders import Encoder
 from dvae.registry.priors import Prior
 from dvae.registry.samplers import Sampler
+from dvae.timegrid import Spacing
 
 
 @dataclass(frozen=True)
 class Models:
-    """Encoder, prior, denoiser (refiner + diffusion) and sampler, with the shapes they agree on."""
+    """Encoder, prior, denoiser (refiner + diffusion), sampler, perhaps a classifier; with the shapes they agree on."""
 
     encoder: Encoder
     prior: Prior
     denoiser: Denoiser
     sampler: Sampler
     io: Shapes
+    classifier: Classifier | None = None
 
     def trained(self) -> dict[str, nn.Module]:
-        """The parts that hold weights, by the name they have in a bundle."""
-        return {"encoder": self.encoder, "prior": self.prior, "denoiser": self.denoiser}
+        """The parts that hold weights or fitted figures, by the name they have in a bundle."""
+        parts: dict[str, nn.Module] = {"encoder": self.encoder, "prior": self.prior, "denoiser": self.denoiser}
+        if self.classifier is not None:
+            parts["classifier"] = self.classifier
+        return {name: part for name, part in parts.items() if part.state_dict()}
 
     def parameters(self) -> dict[str, int]:
-        """Parameter counts of encoder and refiner."""
-        return {
-            "encoder": sum(p.numel() for p in self.encoder.parameters()),
-            "refiner": sum(p.numel() for p in self.denoiser.parameters()),
-        }
+        """Parameter counts by the stage that trains them."""
+        stages: dict[str, nn.Module] = {"encoder": self.encoder, "refiner": self.denoiser}
+        if self.classifier is not None:
+            stages["classifier"] = self.classifier
+        return {stage: sum(p.numel() for p in module.parameters()) for stage, module in stages.items()}
 
 
 def build(config: RunConfig, seed_weights: bool = True) -> Models:
@@ -48,19 +54,27 @@ def build(config: RunConfig, seed_weights: bool = True) -> Models:
     with torch.random.fork_rng(devices=[], enabled=seed_weights):
         torch.manual_seed(config.seed)
         encoder = ENCODERS.build(config.encoder, io)
-        process = PROCESSES.build(config.process, io)
+        diffusion = Diffusion(
+            PROCESSES.build(config.process, io),
+            SCHEDULES.build(config.schedule, io),
+            matching=config.denoiser.matching,
+            factor=config.denoiser.factor,
+        )
         io = replace(
             io,
             latent=encoder.latent_shape,
-            k=process.k,
+            k=diffusion.k,
+            outputs=len(diffusion.predicted),
             condition_channels=config.channels if config.denoiser.condition_image else 0,
             condition_latent=config.denoiser.condition_latent,
+            labels=len(config.classes),
         )
         prior = PRIORS.build(config.prior, io)
-        refiner = REFINERS.build(config.refiner, io)
-        diffusion = Diffusion(process, SCHEDULES.build(config.schedule, io))
+        told = io if config.denoiser.condition_label else replace(io, labels=0)
+        refiner = REFINERS.build(config.refiner, told)
         denoiser = Denoiser(refiner, diffusion, config.denoiser, io)
-    return Models(encoder, prior, denoiser, build_sampler(config.sampler, denoiser.diffusion, io), io)
+        classifier = None if config.classifier is None else CLASSIFIERS.build(config.classifier, io)
+    return Models(encoder, prior, denoiser, build_sampler(config.sampler, denoiser.diffusion, io), io, classifier)
 
 
 def build_sampler(node: object, diffusion: Diffusion, io: Shapes) -> Sampler:
@@ -68,9 +82,17 @@ def build_sampler(node: object, diffusion: Diffusion, io: Shapes) -> Sampler:
     sampler = SAMPLERS.build(node, io)
     if not sampler.supports(diffusion):
         name = SAMPLERS.config(node).name
-        process = type(diffusion.process).__name__.lower()
+        process, schedule = PROCESSES.name_of(diffusion.process), SCHEDULES.name_of(diffusion.schedule)
         able = [other for other in SAMPLERS.names() if SAMPLERS.build({"name": other}, io).supports(diffusion)]
-        raise UserError(f"sampler={name} does not integrate process {process}: use one of {', '.join(able)}")
+        raise UserError(
+            f"sampler={name} does not integrate process={process} on schedule={schedule}: use one of {', '.join(able)}"
+        )
+    spacing = sampler.config.spacing
+    if diffusion.k > 1 and spacing in (Spacing.log_snr, Spacing.karras):
+        raise UserError(
+            f"sampler.spacing={spacing.name} needs one signal-to-noise ratio, a process with k = {diffusion.k} has "
+            "none: use uniform or quadratic"
+        )
     return sampler
 
 

@@ -1,4 +1,4 @@
-"""A trained run for its user: generate and reconstruct."""
+"""A trained run for its user: generate, reconstruct, inpaint, measure likelihood."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from pathlib import Path
 
 import torch
 
-from dvae import bundle, keyed
+from dvae import bundle, keyed, likelihood
 from dvae.config import RunConfig
 from dvae.data.images import to_float, to_uint8
 from dvae.denoiser import Given
-from dvae.errors import UserError
+from dvae.errors import UserError, near
+from dvae.guidance import Bound, Guidance
+from dvae.inpainting import keep_known
 from dvae.models import Models, build_sampler
+from dvae.registry.samplers import OnStep
 
 Advance = Callable[[int], None]
+PLAIN = Guidance()
+IMPUTATIONS = 8
+"""Rounds in which unknown pixels are filled in by the encoder before an image is inpainted."""
 
 
 class Pipeline:
@@ -28,21 +34,33 @@ class Pipeline:
         self.models = models
         self.batch = batch
         self.sampler = models.sampler
-        self.nfe = 0
-        """Network evaluations per image of the latest refinement, as counted."""
-        self.device = next(models.encoder.parameters()).device
+        self.nfe: float = 0
+        """Network evaluations per image of the latest refinement, as counted; their mean where images differ."""
+        self.device = next(models.denoiser.parameters()).device
 
     def use_sampler(self, node: object) -> None:
         """Refine with another sampler: a config node or its fields with `name`."""
         self.sampler = build_sampler(node, self.models.denoiser.diffusion, self.models.io)
 
+    def class_number(self, name: str) -> int:
+        """The number of a class. Raises UserError, with the nearest name, where the run has none of that name."""
+        if name not in self.config.classes:
+            known = near(name, self.config.classes) if self.config.classes else "this run has no classes"
+            raise UserError(f"label={name}: {known}")
+        return self.config.classes.index(name)
+
     @torch.no_grad()
-    def draw_latents(self, n: int, seed: int) -> torch.Tensor:
-        """z (n, *latent) from the prior."""
-        numbers = range(n)
-        uniform = keyed.uniform(seed, "prior component", numbers)
-        normal = keyed.normal(seed, "prior", numbers, self.models.io.latent)
-        return self.models.prior.sample(uniform.to(self.device), normal.to(self.device))
+    def draw(self, n: int, seed: int, label: int | None = None) -> Given:
+        """z from the prior and its x_hat, for n images; their class where the run has classes (None: drawn evenly)."""
+        numbers, io = range(n), self.models.io
+        component = keyed.uniform(seed, "prior component", numbers)
+        normal = keyed.normal(seed, "prior", numbers, io.latent)
+        z = self.models.prior.sample(component.to(self.device), normal.to(self.device))
+        labels = None
+        if io.labels:
+            drawn = (keyed.uniform(seed, "label", numbers) * io.labels).long()
+            labels = (drawn if label is None else torch.full((n,), label)).to(self.device)
+        return Given(self.decode(z), z, labels)
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -50,59 +68,140 @@ class Pipeline:
         return torch.cat([self.models.encoder.decode(part).float() for part in z.split(self.batch)])
 
     @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> Given:
+        """The posterior mean of images x (n, C, H, W) in [-1, 1], and its x_hat."""
+        z = torch.cat([self.models.encoder.encode(part).mean.float() for part in x.split(self.batch)])
+        return Given(self.decode(z), z)
+
+    @torch.no_grad()
     def refine(
         self,
         given: Given,
         seed: int,
         *,
-        guidance: float = 0.0,
+        guidance: Guidance = PLAIN,
         numbers: Sequence[int] | None = None,
         advance: Advance | None = None,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Refined images (n, C, H, W), uint8. `numbers` names each image's noise (default 0..n-1)."""
+        """Refined images (n, C, H, W), fp32, in [-1, 1] as far as the sampler keeps them there.
+
+        `numbers` names each image's noise (default 0..n-1). `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the
+        pixels where the mask is true.
+        """
         images = list(range(len(given.z))) if numbers is None else list(numbers)
-        parts = []
+        parts, evaluations = [], 0
         for start in range(0, len(images), self.batch):
             chosen = slice(start, start + self.batch)
-            parts.append(self._refine(Given(given.x_hat[chosen], given.z[chosen]), images[chosen], seed, guidance))
+            kept = None if known is None else (known[0][chosen], known[1][chosen])
+            refined, nfe = self._refine(given[chosen], images[chosen], seed, guidance, kept)
+            parts.append(refined.cpu())
+            evaluations += int(nfe.sum())
             if advance:
-                advance(len(parts[-1]))
+                advance(len(refined))
+        mean = evaluations / len(images)
+        self.nfe = int(mean) if mean == int(mean) else mean
         return torch.cat(parts)
 
-    def _refine(self, given: Given, numbers: list[int], seed: int, guidance: float) -> torch.Tensor:
-        denoiser = self.models.denoiser
-        io = self.models.io
+    def _refine(
+        self,
+        given: Given,
+        numbers: list[int],
+        seed: int,
+        guidance: Guidance,
+        known: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images, network evaluations of each) of one batch."""
+        denoiser, io = self.models.denoiser, self.models.io
         shape = (io.k * io.channels, io.image_size, io.image_size)
 
-        def noise(step: int) -> torch.Tensor:
-            drawn = keyed.normal(seed, f"sampler {step}", numbers, shape)
+        def normal(purpose: str) -> torch.Tensor:
+            drawn = keyed.normal(seed, purpose, numbers, shape)
             return drawn.to(self.device, memory_format=torch.channels_last)
 
-        given = Given(given.x_hat.contiguous(memory_format=torch.channels_last), given.z)
-        start = denoiser.diffusion.prior(
-            keyed.normal(seed, "x_T", numbers, shape).to(self.device, memory_format=torch.channels_last)
-        )
+        given = Given(given.x_hat.contiguous(memory_format=torch.channels_last), given.z, given.label)
+        on_step: OnStep | None = None
+        if known is not None:
+            x, mask = (part.to(self.device) for part in known)
+            on_step = keep_known(
+                denoiser.diffusion, denoiser.to_state(x, given), mask, lambda i: normal(f"known pixels {i}")
+            )
+        model = Bound(denoiser, given, guidance, self.models.classifier)
         bf16 = self.config.train_refiner.precision.name == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            sampled = self.sampler.sample(denoiser.bind(given, guidance), start, noise)
-        self.nfe = sampled.nfe
-        return to_uint8(denoiser.to_image(sampled.u[:, : io.channels], given))
+            start = denoiser.diffusion.prior(normal("x_T"))
+            sampled = self.sampler.sample(model, start, lambda i: normal(f"sampler {i}"), on_step)
+        return denoiser.to_image(sampled.u[:, : io.channels], given), sampled.nfe
 
     def generate(
-        self, n: int, seed: int, *, guidance: float = 0.0, advance: Advance | None = None
+        self,
+        n: int,
+        seed: int,
+        *,
+        label: int | None = None,
+        guidance: Guidance = PLAIN,
+        advance: Advance | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(VAE samples, refined samples) from the same z, both (n, C, H, W) uint8."""
-        z = self.draw_latents(n, seed)
-        x_hat = self.decode(z)
-        return to_uint8(x_hat), self.refine(Given(x_hat, z), seed, guidance=guidance, advance=advance)
+        given = self.draw(n, seed, label)
+        return to_uint8(given.x_hat), to_uint8(self.refine(given, seed, guidance=guidance, advance=advance))
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(VAE reconstructions, refined reconstructions) through the posterior mean, both (n, C, H, W) uint8."""
-        x = to_float(images).to(self.device)
-        z = torch.cat([self.models.encoder.encode(part).mean.float() for part in x.split(self.batch)])
-        x_hat = self.decode(z)
-        return to_uint8(x_hat), self.refine(Given(x_hat, z), seed)
+        given = self.encode(to_float(images).to(self.device))
+        return to_uint8(given.x_hat), to_uint8(self.refine(given, seed))
+
+    @torch.no_grad()
+    def inpaint(
+        self, images: torch.Tensor, mask: torch.Tensor, seed: int, *, guidance: Guidance = PLAIN
+    ) -> torch.Tensor:
+        """Images (n, C, H, W) uint8 whose pixels are kept where mask (n, 1, H, W) is true, and drawn anew elsewhere.
+
+        x_hat is found by imputation: unknown pixels are grey at first, then those of the reconstruction, a few times
+        over (Rezende et al. 2014, appendix F). Raises UserError for a sampler whose images stand at no
+        common time.
+        """
+        if not self.sampler.by_steps:
+            raise UserError(
+                "inpainting needs a sampler that moves all images in the same steps: use sampler=ddim or em"
+            )
+        known = to_float(images).to(self.device)
+        mask = mask.to(self.device)
+        filled = torch.where(mask, known, 0.0)
+        for _ in range(IMPUTATIONS):
+            given = self.encode(filled)
+            filled = torch.where(mask, known, given.x_hat)
+        drawn = self.refine(given, seed, guidance=guidance, known=(known, mask))
+        return torch.where(mask.cpu(), images, to_uint8(drawn))
+
+    def bits_per_dim(self, images: torch.Tensor, seed: int, tolerance: float = 1e-4) -> torch.Tensor:
+        """-log2 p(x given x_hat) per dimension of images (n, C, H, W) uint8, (n,): of the refiner alone, without z.
+
+        x_hat is the reconstruction of the image itself. One draw of dequantisation, of the momentum where k > 1, and of
+        the probe of the divergence per image; see dvae/likelihood.py for what that bounds.
+        """
+        denoiser, io = self.models.denoiser, self.models.io
+        shape = (io.k * io.channels, io.image_size, io.image_size)
+        parts = []
+        for numbers in torch.arange(len(images)).split(self.batch):
+            chosen = images[numbers]
+            x = likelihood.dequantised(
+                chosen, keyed.uniform(seed, "dequantise", numbers.tolist(), images.shape[1:]).float()
+            )
+            probes = keyed.uniform(seed, "probe", numbers.tolist(), shape).sub(0.5).sign().float()
+            momentum = keyed.normal(seed, "momentum", numbers.tolist(), shape)
+            given = self.encode(to_float(chosen).to(self.device))
+            found = likelihood.bits_per_dim(
+                Bound(denoiser, given),
+                denoiser.to_state(x.to(self.device), given),
+                noise=momentum.to(self.device),
+                probes=probes.to(self.device),
+                data_scale=float(denoiser.data_scale),
+                tolerance=tolerance,
+            )
+            parts.append(found.bits_per_dim)
+        return torch.cat(parts)
 
 
 def load(path: str | Path) -> Pipeline:

@@ -9,29 +9,37 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dvae import config as configuration
-from dvae import models
+from dvae import models, points
 from dvae.config import RunConfig
 from dvae.data.images import DamagedImage
+from dvae.data.labels import check_label
 from dvae.data.loader import check_batch
 from dvae.data.manifest import Manifest
 from dvae.errors import UserError, one_line
 from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources import Source
+from dvae.registry.sources import Item, Source
 
 PROBED = 8
 """Images of a source that are tried before a run begins."""
 SHARD_SIZE = 10_000
-"""Images per shard, as dvae.data.build makes them by default."""
+"""Images of the source that make a shard of each split, as dvae.data.build takes them by default."""
 
 
 def check(config: RunConfig, ranks: int = 1) -> tuple[models.Models, dict[str, int]]:
     """Refuse what cannot work: shapes, batches, shards, images, missing packages.
 
-    Returns the models, on meta, and the number of images by split.
+    Returns the models, on meta, and the number of images by split (none where the source is endless).
     """
     made = models.on_meta(config)
-    for training in (config.train_encoder, config.train_refiner):
+    if "encoder" in config.stages and not made.parameters()["encoder"]:
+        raise UserError(f"stages: encoder={config.encoder.name} has nothing to train: leave encoder and prior out")
+    if "encoder" in config.stages:
+        made.encoder.pretrained()  # refuses a folder of weights that does not fit
+    for training in (getattr(config, f"train_{stage}") for stage in made.parameters()):
         check_batch(training.batch, ranks, training.micro_batches)
+    if configuration.endless(config):
+        _check_classes(config)
+        return made, {}
     counts = images(config)
     smallest = min(counts["train"], config.evaluate.reference)
     if "evaluate" in config.stages and config.evaluate.metrics and smallest < 2 * config.evaluate.kid_subset_size:
@@ -49,23 +57,38 @@ def images(config: RunConfig) -> dict[str, int]:
     folder = Path(config.data.shards)
     if (folder / "manifest.json").exists() or "shards" not in config.stages:
         manifest = Manifest.load(folder, image_size=config.image_size, channels=config.channels)
+        if config.classes:
+            check_label(manifest.labels, config.data.label, config.classes)
         return {split: manifest.count(split) for split in ("train", "heldout")}
     source = SOURCES.build(config.source, Shapes(image_size=config.image_size, channels=config.channels))
-    _probe(source, config.source.name)
+    probed = _probe(source, config.source.name)
+    if config.classes:
+        names = {name for item in probed for name in item.labels}
+        values = {name: {str(item.labels[name]) for item in probed if name in item.labels} for name in names}
+        check_label({name: sorted(seen) for name, seen in values.items()}, config.data.label, config.classes)
     heldout = round(len(source) * config.data.heldout)
     return {"train": len(source) - heldout, "heldout": heldout}
 
 
-def _probe(source: Source, name: str) -> None:
-    """Raise UserError where none of the first images can be read."""
-    damage = ""
+def _check_classes(config: RunConfig) -> None:
+    """Refuse classes that are not those of the endless source: its labels would mean others."""
+    known = points.open_source(config).classes
+    if config.classes and tuple(config.classes) != known:
+        raise UserError(
+            f"classes={config.classes}: source={config.source.name} has {', '.join(known)}: name just these"
+        )
+
+
+def _probe(source: Source, name: str) -> list[Item]:
+    """The first images that can be read. Raises UserError where none of them can."""
+    items, damage = [], ""
     for index in range(min(PROBED, len(source))):
         try:
-            source[index]
+            items.append(source[index])
         except DamagedImage as error:
             damage = damage or one_line(error)
-        else:
-            return
+    if items:
+        return items
     raise UserError(f"source={name}: none of the first images can be read ({damage}): are these files images?")
 
 
@@ -73,12 +96,17 @@ def describe(config: DictConfig) -> str:
     """What `dry_run=true` prints: the resolved config, stages, parameter counts and shards."""
     settings = configuration.typed(config)
     made, counts = check(settings)
-    shards = sum(math.ceil(count / SHARD_SIZE) for count in counts.values())
+    splits = sum(count > 0 for count in counts.values())
+    shards = splits * math.ceil(sum(counts.values()) / SHARD_SIZE)
     lines = [configuration.to_yaml(config).rstrip(), "---", f"stages: {' -> '.join(settings.stages)}"]
-    for stage, training in (("encoder", settings.train_encoder), ("refiner", settings.train_refiner)):
-        millions = made.parameters()[stage] / 1e6
-        lines.append(f"{stage}: {millions:.1f}M parameters, {training.steps} steps of {training.batch} images")
-    lines.append(f"images: about {counts['train']} to train on, {counts['heldout']} held out")
-    lines.append(f"shards: {shards} of {SHARD_SIZE} images in {settings.data.shards}")
+    for stage, parameters in made.parameters().items():
+        training = getattr(settings, f"train_{stage}")
+        if stage in settings.stages:
+            given = stage == "encoder" and made.encoder.pretrained() is not None
+            work = "taken over as they are" if given else f"{training.steps} steps of {training.batch} images"
+            lines.append(f"{stage}: {parameters / 1e6:.1f}M parameters, {work}")
+    if counts:
+        lines.append(f"images: about {counts['train']} to train on, {counts['heldout']} held out")
+        lines.append(f"shards: {shards} in {settings.data.shards}")
     lines.append("dry run: nothing was written")
     return "\n".join(lines)

@@ -1,37 +1,47 @@
-"""Formulations 1 and 2, prediction types, condition dropout and guidance, each against what theory says."""
+"""Formulations 1 and 2, prediction types, dropped conditions and labels, each against what theory says."""
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dvae.denoiser import Centre, Denoiser, DenoiserConfig, Draws, Given, PredictionType
-from dvae.diffusion import Diffusion
+from dvae.denoiser import Centre, Denoiser, DenoiserConfig, Draws, Given
+from dvae.diffusion import Diffusion, Factor, Matching
 from dvae.errors import UserError
 from dvae.registry import PROCESSES, REFINERS, SCHEDULES, Shapes
 from dvae.registry.refiners import Condition
+from dvae.weighting import PredictionType
 
 IO = Shapes(image_size=8, latent=(5,), condition_channels=3, condition_latent=True)
 UNET = {"name": "unet", "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": []}
+CLASSES = 4
 
 
-def make(schedule: str = "cosine", **config: object) -> Denoiser:
+def make(schedule: str = "cosine", process: str = "vp", **config: object) -> Denoiser:
     torch.manual_seed(0)
-    refiner = REFINERS.build(UNET, IO)
+    settings = DenoiserConfig(**({"condition_latent": True} | config))
+    diffusion = Diffusion(
+        PROCESSES.build({"name": process}, IO),
+        SCHEDULES.build({"name": schedule}, IO),
+        matching=settings.matching,
+        factor=settings.factor,
+    )
+    io = replace(IO, k=diffusion.k, outputs=len(diffusion.predicted), labels=CLASSES * settings.condition_label)
+    refiner = REFINERS.build(UNET, io)
     for parameter in refiner.parameters():  # zero-initialised layers would hide differences
         torch.nn.init.normal_(parameter, std=0.1)
-    diffusion = Diffusion(PROCESSES.build({"name": "vp"}, IO), SCHEDULES.build({"name": schedule}, IO))
-    settings = {"condition_latent": True} | config
-    return Denoiser(refiner, diffusion, DenoiserConfig(**settings), IO).eval()
+    return Denoiser(refiner, diffusion, settings, io).eval()
 
 
-def batch(n: int = 4) -> tuple[torch.Tensor, Given, Draws]:
+def batch(n: int = 4, k: int = 1) -> tuple[torch.Tensor, Given, Draws]:
     generator = torch.Generator().manual_seed(1)
-    x, x_hat, eps = (torch.randn(n, 3, 8, 8, generator=generator) for _ in range(3))
+    x, x_hat = (torch.randn(n, 3, 8, 8, generator=generator) for _ in range(2))
+    eps, start = (torch.randn(n, 3 * k, 8, 8, generator=generator) for _ in range(2))
     z = torch.randn(n, 5, generator=generator)
-    return x, Given(x_hat, z), Draws(torch.tensor([0.01, 0.3, 0.7, 1.0][:n]), eps, torch.ones(n, dtype=torch.bool))
+    t = torch.tensor([0.01, 0.3, 0.7, 1.0][:n], dtype=torch.float64)
+    return x, Given(x_hat, z, torch.arange(n) % CLASSES), Draws(t, eps, torch.ones(n, dtype=torch.bool), start=start)
 
 
 def test_formulation_2_is_formulation_1_with_mapped_weights() -> None:
@@ -49,24 +59,54 @@ def test_formulation_2_is_formulation_1_with_mapped_weights() -> None:
     assert not torch.allclose(make(centre=Centre.input)(x, given, draws), make()(x, given, draws), atol=1e-3)
 
 
-@pytest.mark.parametrize("prediction", list(PredictionType))
-def test_a_perfect_refiner_has_no_loss_and_gives_back_the_image(prediction: PredictionType) -> None:
-    denoiser = make(prediction=prediction, centre=Centre.residual, data_scale=3.0)
-    x, given, draws = batch()
-    state = denoiser.to_state(x, given)
-    target = denoiser._target(state, draws)
+class Perfect(torch.nn.Module):
+    """A refiner that puts out what it should."""
 
-    class Perfect(torch.nn.Module):
-        def forward(self, u: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-            return target
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self.target = target
 
-    denoiser.refiner = Perfect()
+    def forward(self, u: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return self.target
+
+
+KINDS_OF_PREDICTION = [
+    *(("vp", {"prediction": prediction}) for prediction in PredictionType),
+    *((process, {"mixed": mixed}) for process in ("vp", "psld", "cld") for mixed in (False, True)),
+    *(("psld", {"matching": m, "factor": f}) for m in Matching for f in Factor),
+    ("cld", {"matching": Matching.dsm}),
+]
+
+
+@pytest.mark.parametrize(("process", "config"), KINDS_OF_PREDICTION)
+def test_a_perfect_refiner_has_no_loss_and_gives_back_the_image(process: str, config: dict) -> None:
+    denoiser = make(schedule="linear", process=process, centre=Centre.residual, data_scale=3.0, **config)
+    x, given, draws = batch(k=denoiser.diffusion.k)
+    if denoiser.config.matching is not Matching.dsm:
+        draws = replace(draws, start=None)
+    u = denoiser.noised(x, given, draws)
+    denoiser.refiner = Perfect(denoiser._target(x, u, given, draws))
     assert denoiser(x, given, draws).max() == 0.0
-    u = denoiser.diffusion.perturb(state, draws.t, draws.eps)
     eps, y0 = denoiser.predict(u, draws.t, given)
     inner = slice(0, 3)  # at t = 1 eps says next to nothing of y_0
-    torch.testing.assert_close(denoiser.to_image(y0, given)[inner], x[inner], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(eps, draws.eps, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(denoiser.to_image(y0, given)[inner], x[inner], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(eps, draws.eps, atol=3e-3, rtol=1e-3)
+
+
+def test_the_mixed_part_alone_is_right_for_standard_normal_data() -> None:
+    denoiser = make("linear", "cld", mixed=True)
+    denoiser.refiner = Perfect(torch.zeros(2, 3, 8, 8))
+    u = torch.randn(2, 6, 8, 8)
+    t = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    _, given, _ = batch(2)
+    eps = denoiser.predict(u, t, given)[0]
+    torch.testing.assert_close(eps, denoiser.diffusion.eps_of_normal(u, t), atol=1e-4, rtol=1e-4)
+
+
+def test_one_noise_component_needs_half_the_outputs() -> None:
+    x, given, draws = batch(k=2)
+    assert make("linear", "cld").output(draws.eps, draws.t, given).shape == x.shape
+    assert make("linear", "psld").output(draws.eps, draws.t, given).shape == draws.eps.shape
 
 
 @pytest.mark.parametrize("centre", list(Centre))
@@ -90,32 +130,37 @@ def test_a_dropped_condition_takes_its_shift_along(centre: Centre) -> None:
     torch.testing.assert_close(mixed[::2], denoiser(x, given, draws)[::2])
 
 
-@pytest.mark.parametrize(("centre", "weight"), list(itertools.product(Centre, [0.0, -1.0])))
-def test_guidance_0_is_the_conditional_model_and_minus_1_the_unconditional(centre: Centre, weight: float) -> None:
-    denoiser = make(centre=centre, condition_dropout=0.1, data_scale=2.0)
-    x, given, draws = batch(2)
-    u = denoiser.diffusion.perturb(denoiser.to_state(x, given), 0.5, draws.eps)
-    with torch.no_grad():
-        guided = denoiser.bind(given, weight)(u, 0.5).eps
-        if weight == 0.0:
-            expected = denoiser.predict(u, torch.full((2,), 0.5), given)[0]
-        else:  # the unconditional model sees the same noisy image without a shift
-            nothing = given.drop(torch.zeros(2))
-            same = denoiser.diffusion.perturb(denoiser.to_state(x, nothing), 0.5, draws.eps)
-            expected = denoiser.predict(same, torch.full((2,), 0.5), nothing)[0]
-    torch.testing.assert_close(guided, expected, atol=1e-5, rtol=1e-4)
+def test_a_dropped_label_is_the_class_past_the_last() -> None:
+    denoiser = make(condition_label=True)
+    x, given, draws = batch()
+    keep = torch.tensor([True, False, True, False])
+    assert denoiser.condition(given.drop_label(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
+    assert denoiser.condition(given.drop(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
+    assert denoiser.condition(Given(given.x_hat, given.z)).label.tolist() == [CLASSES] * 4
+    assert make().condition(given).label is None
+    # the class alone is dropped: x_hat stays, and the class is without influence
+    dropped = replace(draws, keep_label=torch.zeros(4, dtype=torch.bool))
+    other = Given(given.x_hat, given.z, (given.label + 1) % CLASSES)
+    torch.testing.assert_close(denoiser(x, given, dropped), denoiser(x, other, dropped))
+    assert not torch.equal(denoiser(x, given, draws), denoiser(x, other, draws))
 
 
-def test_clipping_keeps_the_image_in_range_and_eps_consistent() -> None:
-    denoiser = make(centre=Centre.residual, data_scale=4.0)
-    x, given, draws = batch(2)
-    u = denoiser.diffusion.perturb(denoiser.to_state(x, given), 0.6, draws.eps)
-    with torch.no_grad():
-        prediction = denoiser.bind(given)(u, 0.6, clip=True)
-    image = denoiser.to_image(prediction.x0, given)
-    assert image.abs().max() <= 1.0 + 1e-6
-    back = denoiser.diffusion.perturb(prediction.x0, 0.6, prediction.eps)
-    torch.testing.assert_close(back, u, atol=1e-5, rtol=1e-5)
+def test_labels_are_dropped_with_the_conditions_and_alone() -> None:
+    drawn = make(condition_label=True, condition_dropout=0.3, label_dropout=0.5).draw(0, torch.arange(4000))
+    assert not drawn.keep_label[~drawn.keep].any()
+    assert drawn.keep_label[drawn.keep].float().mean().item() == pytest.approx(0.5, abs=0.04)
+    assert make().draw(0, torch.arange(4)).keep_label is None
+
+
+def test_the_loss_is_weighted_per_sample() -> None:
+    denoiser = make("linear", "psld")
+    x, given, draws = batch(k=2)
+    draws = replace(draws, start=None)
+    W = torch.randn(4, 2, 2, dtype=torch.float64)
+    error = denoiser.output(denoiser.noised(x, given, draws), draws.t, given) - draws.eps
+    parts = error.unflatten(1, (2, 3))
+    expected = torch.einsum("bichw,bij,bjchw->b", parts, W.float(), parts) / error[0].numel()
+    torch.testing.assert_close(denoiser(x, given, replace(draws, weight=W)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_draws_are_keyed_by_sample_number() -> None:
@@ -136,20 +181,30 @@ def test_discrete_schedules_train_on_their_table() -> None:
     assert t.max() == 1.0
 
 
+def test_denoising_score_matching_draws_the_momentum() -> None:
+    assert make("linear", "psld").draw(0, torch.arange(3)).start is None
+    assert make("linear", "psld", matching=Matching.dsm).draw(0, torch.arange(3)).start.shape == (3, 6, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
         ({"centre": Centre.input, "condition_image": False}, "condition_image=true"),
         ({"condition_dropout": 1.5}, "use 0 to 1"),
+        ({"label_dropout": -0.5}, "use 0 to 1"),
         ({"data_scale": 0.0}, "null to measure"),
+        ({"process": "psld", "schedule": "linear", "prediction": PredictionType.v}, "prediction=v.*k = 1 only"),
+        ({"process": "cld", "schedule": "linear", "prediction": PredictionType.x0}, "prediction=x0.*k = 1 only"),
+        ({"schedule": "flow"}, "prediction=eps.*use v or x0"),
+        ({"prediction": PredictionType.v, "mixed": True}, "mixed=true is defined for eps"),
     ],
 )
-def test_what_cannot_work_is_refused(config: dict[str, object], said: str) -> None:
+def test_what_cannot_work_is_refused(config: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         make(**config)
 
 
-def test_guidance_needs_training_with_dropout() -> None:
-    _, given, _ = batch()
-    with pytest.raises(UserError, match="condition_dropout above 0"):
-        make().bind(given, 1.0)
+def test_labels_need_classes() -> None:
+    denoiser = make()
+    with pytest.raises(UserError, match=r"classes=\[...\]"):
+        Denoiser(denoiser.refiner, denoiser.diffusion, DenoiserConfig(condition_label=True), IO)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mpmath
 import numpy as np
@@ -11,14 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
+from tests_support import ROOT
 
-from dvae.diffusion import Diffusion
+from dvae.diffusion import Diffusion, Factor, Matching
 from dvae.errors import UserError
-from dvae.registry import PROCESSES, SCHEDULES, Shapes
+from dvae.registry import PROCESSES, SCHEDULES, ComponentConfig, Shapes
 from dvae.registry.processes import Process
 
 IO = Shapes(image_size=4)
-SCHEDULE_NAMES = ["ddpm_linear", "cosine"]
+SCHEDULE_NAMES = ["ddpm_linear", "cosine", "linear", "geometric"]
+PROCESSES_OF_THE_PAPERS = ["vp", "psld", "cld"]
 
 
 def vp(schedule: str) -> Diffusion:
@@ -32,16 +36,15 @@ class Matrices(Process):
         self.D, self.Q, self.S_inf = D, Q, S_inf
 
 
-def random_process(seed: int) -> Matrices:
+def random_process(seed: int, k: int = 2) -> Matrices:
     rng = np.random.default_rng(seed)
-    root, spread = rng.normal(size=(2, 2)), rng.normal(size=(2, 2))
-    q = rng.normal()
-    return Matrices(0.3 * root @ root.T, np.array([[0.0, q], [-q, 0.0]]), spread @ spread.T + 0.3 * np.eye(2))
+    root, spread, q = rng.normal(size=(3, k, k))
+    return Matrices(0.3 * root @ root.T, q - q.T, spread @ spread.T + 0.3 * np.eye(k))
 
 
-def momentum(seed: int = 0) -> Diffusion:
-    """A random process with k = 2; its S_0 lets the momentum alone start with a spread."""
-    return Diffusion(random_process(seed), SCHEDULES.build({"name": "cosine"}, IO), np.diag([0.0, 0.04]))
+def momentum(seed: int = 0, k: int = 2, **more) -> Diffusion:
+    """A random process; its momentum starts with a spread."""
+    return Diffusion(random_process(seed, k), SCHEDULES.build({"name": "cosine"}, IO), **more)
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -202,30 +205,225 @@ def test_default_device_is_of_no_account(make: Callable[[], Diffusion]) -> None:
 # -- k = 2 --
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("t", [1e-3, 0.3, 0.9])
-def test_k2_kernel_solves_the_lyapunov_equation(seed: int, t: float) -> None:
-    process, S_0 = random_process(seed), np.diag([0.0, 0.04])
-    diffusion = Diffusion(process, SCHEDULES.build({"name": "cosine"}, IO), S_0)
-    A = -(process.D + process.Q) @ np.linalg.inv(process.S_inf)
+def integrated(diffusion: Diffusion, t: float) -> tuple[np.ndarray, np.ndarray]:
+    """(Phi, S) at t by integrating dPhi/dB = A Phi, dS/dB = A S + S A^T + 2 D."""
+    process = diffusion.process
+    k, A = diffusion.k, -(process.D + process.Q) @ np.linalg.inv(process.S_inf)
+    S_0 = process.S_0 if diffusion.matching is Matching.hsm else np.zeros((k, k))
 
     def slope(B: float, y: np.ndarray) -> np.ndarray:
-        Phi, S = y.reshape(2, 2, 2)
+        Phi, S = y.reshape(2, k, k)
         return np.stack([A @ Phi, A @ S + S @ A.T + 2 * process.D]).ravel()
 
     B = diffusion.schedule.integral(torch.tensor(t, dtype=torch.float64)).item()
-    start = np.stack([np.eye(2), S_0]).ravel()
-    Phi, S = solve_ivp(slope, (0, B), start, method="DOP853", rtol=1e-13, atol=1e-15).y[:, -1].reshape(2, 2, 2)
+    start = np.stack([np.eye(k), S_0]).ravel()
+    Phi, S = solve_ivp(slope, (0, B), start, method="DOP853", rtol=1e-13, atol=1e-15).y[:, -1].reshape(2, k, k)
+    return Phi, S
+
+
+def assert_solves_lyapunov(diffusion: Diffusion, t: float) -> None:
+    Phi, S = integrated(diffusion, t)
     got_Phi, L = (m[0].numpy() for m in diffusion.marginal(t))
     np.testing.assert_allclose(got_Phi, Phi, rtol=0, atol=1e-10)
     np.testing.assert_allclose(L @ L.T, S, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("matching", list(Matching))
+@pytest.mark.parametrize("factor", list(Factor))
+@pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
+@pytest.mark.parametrize("name", PROCESSES_OF_THE_PAPERS)
+def test_kernels_of_the_papers_solve_the_lyapunov_equation(
+    name: str, t: float, factor: Factor, matching: Matching
+) -> None:
+    process, schedule = PROCESSES.build({"name": name}, IO), SCHEDULES.build({"name": "constant"}, IO)
+    assert_solves_lyapunov(Diffusion(process, schedule, matching=matching, factor=factor), t)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(1e-3, 0.95), st.sampled_from([2, 3]), st.sampled_from(list(Matching)))
+def test_kernels_of_any_process_solve_the_lyapunov_equation(seed: int, t: float, k: int, matching: Matching) -> None:
+    assert_solves_lyapunov(momentum(seed, k, matching=matching), t)
+
+
+@pytest.mark.parametrize("matching", list(Matching))
+@pytest.mark.parametrize("factor", list(Factor))
+@pytest.mark.parametrize("name", ["psld", "cld"])
+def test_the_covariance_is_positive_definite_down_to_1e_minus_5(name: str, factor: Factor, matching: Matching) -> None:
+    """In float32 that of CLD, whose gamma is 0, is not below about 4e-4; and each factor is triangular on its side."""
+    process, schedule = PROCESSES.build({"name": name}, IO), SCHEDULES.build({"name": "constant"}, IO)
+    t = torch.logspace(-5, 0, 50, dtype=torch.float64)
+    _, L = Diffusion(process, schedule, matching=matching, factor=factor).marginal(t)
+    assert (torch.linalg.eigvalsh(L @ L.mT) > 0).all()
+    assert not (L[:, 0, 1] if factor is Factor.lower else L[:, 1, 0]).any()
+    assert (L.diagonal(dim1=1, dim2=2) > 0).all()
+
+
+def test_cld_is_psld_without_friction_on_x() -> None:
+    cld = PROCESSES.build({"name": "cld"}, IO)
+    psld = PROCESSES.build({"name": "psld", "gamma": 0.0, "nu": 4.0}, IO)
+    for name in ("D", "Q", "S_inf", "S_0"):
+        np.testing.assert_array_equal(getattr(cld, name), getattr(psld, name))
+
+
+@pytest.mark.parametrize(("gamma", "nu"), [(0.01, 4.01), (0.0, 4.0), (0.3, 2.5)])
+def test_psld_has_the_papers_closed_form(gamma: float, nu: float) -> None:
+    """With d = nu - gamma and s = nu + gamma: Phi = exp(-sB/4) [[1 + dB/4, d^2 B/8], [-B/2, 1 - dB/4]]."""
+    process = PROCESSES.build({"name": "psld", "gamma": gamma, "nu": nu}, IO)
+    diffusion = Diffusion(process, SCHEDULES.build({"name": "constant"}, IO))
+    for t in (1e-6, 0.01, 0.5, 1.0):
+        B, d, s = 8.0 * t, nu - gamma, nu + gamma
+        Phi = math.exp(-s * B / 4) * np.array([[1 + d * B / 4, d**2 * B / 8], [-B / 2, 1 - d * B / 4]])
+        np.testing.assert_allclose(diffusion.marginal(t)[0][0], Phi, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("damping", [-1.0, -1e-3, 0.0, 1e-3, 1.0])
+def test_the_closed_form_of_2x2_exponentials(damping: float) -> None:
+    """Under-, critically and overdamped, against 40 digits; expm1 keeps its digits for small arguments."""
+    from dvae.diffusion import _exp_and_expm1
+
+    X = np.array([[-0.7, 1.3], [damping / 1.3, -0.7]])
+    for scale in (1e-8, 1e-3, 1.0, 7.0):
+        exp, expm1 = (m[0].numpy() for m in _exp_and_expm1(torch.from_numpy(scale * X)[None]))
+        with mpmath.workdps(40):
+            exact = mpmath.expm(mpmath.matrix((scale * X).tolist()))
+            less_one = np.array((exact - mpmath.eye(2)).tolist(), dtype=float)
+            exact = np.array(exact.tolist(), dtype=float)
+        np.testing.assert_allclose(exp, exact, rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(expm1, less_one, rtol=2e-13, atol=1e-15 * scale)
+
+
+@pytest.mark.parametrize("name", ["psld", "cld"])
+@pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
+def test_hsm_is_dsm_marginalised_over_the_momentum(name: str, t: float) -> None:
+    process, schedule = PROCESSES.build({"name": name}, IO), SCHEDULES.build({"name": "constant"}, IO)
+    Phi, L_hsm = Diffusion(process, schedule, matching=Matching.hsm).marginal(t)
+    Phi_dsm, L_dsm = Diffusion(process, schedule, matching=Matching.dsm).marginal(t)
+    S_0 = torch.from_numpy(process.S_0)
+    torch.testing.assert_close(Phi, Phi_dsm, rtol=0, atol=0)
+    torch.testing.assert_close(L_hsm @ L_hsm.mT, L_dsm @ L_dsm.mT + Phi @ S_0 @ Phi.mT, rtol=1e-10, atol=1e-14)
+    # and the momentum that dsm starts from has that covariance
+    dsm = Diffusion(process, schedule, matching=Matching.dsm)
+    x0 = torch.zeros(1, 50_000, 1, 1, dtype=torch.float64)
+    m0 = dsm.clean(x0, draw(0, 1, 100_000, 1, 1))[:, 50_000:]
+    assert m0.var().item() == pytest.approx(process.S_0[1, 1], rel=0.03)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_backward_is_bayes_rule_for_stationary_states(k: int) -> None:
+    diffusion = momentum(1, k)
+    (Phi, S), (back, S_back) = diffusion.transition(0.2, 0.6), diffusion.backward(0.2, 0.6)
+    gain = diffusion.S_inf @ Phi.mT @ torch.linalg.inv(Phi @ diffusion.S_inf @ Phi.mT + S)
+    torch.testing.assert_close(back, gain, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(S_back, diffusion.S_inf - gain @ Phi @ diffusion.S_inf, rtol=1e-9, atol=1e-11)
+
+
+def test_the_propagator_goes_both_ways() -> None:
+    diffusion = momentum(2)
+    forward, back = (diffusion.propagator(torch.tensor([h], dtype=torch.float64)) for h in (0.7, -0.7))
+    torch.testing.assert_close(forward @ back, torch.eye(2, dtype=torch.float64)[None], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "matching", "predicted"),
+    [
+        ("psld", "lower", "hsm", (0, 1)),
+        ("cld", "lower", "hsm", (1,)),
+        ("cld", "lower", "dsm", (0, 1)),
+        ("cld", "upper", "hsm", (0, 1)),
+        ("vp", "lower", "hsm", (0,)),
+    ],
+)
+def test_a_network_predicts_only_what_the_score_needs(name: str, factor: str, matching: str, predicted: tuple) -> None:
+    process, schedule = PROCESSES.build({"name": name}, IO), SCHEDULES.build({"name": "constant"}, IO)
+    assert Diffusion(process, schedule, matching=Matching(matching), factor=Factor(factor)).predicted == predicted
+
+
+def test_noise_on_x_alone_needs_its_component_alone() -> None:
+    """PSLD with nu = 0 and the upper factor."""
+    process = PROCESSES.build({"name": "psld", "gamma": 4.0, "nu": 0.0}, IO)
+    diffusion = Diffusion(process, SCHEDULES.build({"name": "constant"}, IO), factor=Factor.upper)
+    assert diffusion.predicted == (0,)
+    x0, eps = draw(0, 3, 2, 2, 2), draw(1, 3, 4, 2, 2)
+    t = torch.tensor([0.01, 0.4, 1.0], dtype=torch.float64)
+    u = diffusion.perturb(diffusion.clean(x0), t, eps)
+    torch.testing.assert_close(diffusion.complete(u, t, eps[:, :2]), eps, rtol=0, atol=1e-9)
+
+
+def test_the_missing_component_follows_from_the_predicted_one() -> None:
+    process, schedule = PROCESSES.build({"name": "cld"}, IO), SCHEDULES.build({"name": "constant"}, IO)
+    diffusion = Diffusion(process, schedule)
+    x0, eps = draw(0, 4, 3, 2, 2), draw(1, 4, 6, 2, 2)
+    t = torch.tensor([1e-4, 0.01, 0.4, 1.0], dtype=torch.float64)
+    u = diffusion.perturb(diffusion.clean(x0), t, eps)
+    torch.testing.assert_close(diffusion.complete(u, t, eps[:, 3:]), eps, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_eps_follows_a_change_of_x0(k: int) -> None:
+    diffusion = momentum(k=k) if k > 1 else vp("cosine")
+    t, x0, change = torch.tensor([0.1, 0.8], dtype=torch.float64), *draw(3, 2, 2, 1, 2, 2)
+    eps = draw(4, 2, k, 2, 2)
+    u = diffusion.perturb(diffusion.clean(x0), t, eps)
+    moved = diffusion.eps_after(change, t, eps)
+    torch.testing.assert_close(diffusion.perturb(diffusion.clean(x0 + change), t, moved), u, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("matching", list(Matching))
+@pytest.mark.parametrize("k", [1, 2])
+def test_eps_of_standard_normal_data(k: int, matching: Matching) -> None:
+    """Against the mixture of one standard normal component, whose score is found by differentiating its density."""
+    diffusion = Diffusion(
+        random_process(5, k) if k > 1 else PROCESSES.build({"name": "vp"}, IO),
+        SCHEDULES.build({"name": "cosine"}, IO),
+        matching=matching,
+    )
+    u, t = draw(6, 3, k, 2, 2), torch.tensor([0.05, 0.5, 1.0], dtype=torch.float64)
+    Phi, L = diffusion.marginal(t)
+    start = (
+        torch.from_numpy(np.array(diffusion.process.S_0)) if matching is Matching.dsm else torch.zeros(k, k).double()
+    )
+    start[0, 0] = 1.0
+    covariance = Phi @ start @ Phi.mT + L @ L.mT
+    score = -torch.einsum("bij,bjhw->bihw", torch.linalg.inv(covariance), u)
+    torch.testing.assert_close(diffusion.score_from_eps(diffusion.eps_of_normal(u, t), t), score, rtol=0, atol=1e-10)
+
+
+def test_the_process_of_the_docs_works() -> None:
+    """docs/diffusion.md, "Your own process", as it stands there."""
+    text = (ROOT / "docs" / "diffusion.md").read_text(encoding="utf-8")
+    block = text.partition("```python\n")[2].partition("```")[0]
+    kept: dict[str, type[Process]] = {}
+
+    class Registrar:  # in place of PROCESSES, which other tests go through
+        @staticmethod
+        def register(name: str) -> Callable[[type[Process]], type[Process]]:
+            return lambda cls: kept.setdefault(name, cls)
+
+    names = {"PROCESSES": Registrar, "Process": Process, "ComponentConfig": ComponentConfig, "Shapes": Shapes}
+    exec(block, names | {"dataclass": dataclass, "np": np, "__name__": __name__})
+    process = kept["mine"](kept["mine"].Config(name="mine"), IO)
+    assert_solves_lyapunov(Diffusion(process, SCHEDULES.build({"name": "linear"}, IO)), 0.4)
+
+
+def test_momentum_and_an_endless_clock_are_refused() -> None:
+    with pytest.raises(UserError, match=r"process=psld.*schedule=flow"):
+        Diffusion(PROCESSES.build({"name": "psld"}, IO), SCHEDULES.build({"name": "flow"}, IO))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"gamma": -0.1}, {"nu": -1.0}, {"gamma": 2.0, "nu": 2.0}, {"kappa": 0.0}, {"kappa": -1.0}]
+)
+def test_psld_refuses(fields: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=r"process\.\w+="):
+        PROCESSES.build({"name": "psld", **fields}, IO)
 
 
 def test_k2_covariance_keeps_its_digits_near_t_0() -> None:
     """Noise enters the momentum only, so x has a variance of order B^3: the plain difference would lose it."""
     D, S_inf = np.diag([0.0, 0.5]), np.diag([1.0, 0.25])
     Q = np.array([[0.0, -0.5], [0.5, 0.0]])
-    diffusion = Diffusion(Matrices(D, Q, S_inf), SCHEDULES.build({"name": "ddpm_linear"}, IO))
+    schedule = SCHEDULES.build({"name": "ddpm_linear"}, IO)
+    diffusion = Diffusion(Matrices(D, Q, S_inf), schedule, matching=Matching.dsm)
     _, L = diffusion.marginal(1e-3)
     with mpmath.workdps(40):
         B = mpmath.mpf(-mpmath.log1p(mpmath.mpf("-0.0001")))
@@ -235,8 +433,10 @@ def test_k2_covariance_keeps_its_digits_near_t_0() -> None:
     assert (L[0, 0, 0] ** 2).item() == pytest.approx(float(S[0, 0]), rel=1e-9, abs=0)
 
 
-def test_k2_score_is_the_gradient_of_the_log_density() -> None:
-    diffusion, t = momentum(), torch.tensor([0.2, 0.7], dtype=torch.float64)
+@pytest.mark.parametrize("factor", list(Factor))
+def test_k2_score_is_the_gradient_of_the_log_density(factor: Factor) -> None:
+    """-S^-1 (u - mean), whatever the factor, though eps is not the same."""
+    diffusion, t = momentum(factor=factor), torch.tensor([0.2, 0.7], dtype=torch.float64)
     u0, eps = draw(1, 2, 2, 6, 2, 2)
     u = diffusion.perturb(u0, t, eps).requires_grad_()
     Phi, L = diffusion.marginal(t)
@@ -246,6 +446,7 @@ def test_k2_score_is_the_gradient_of_the_log_density() -> None:
     log_density = -0.5 * torch.einsum("bichw,bij,bjchw->", residual, precision, residual)
     (gradient,) = torch.autograd.grad(log_density, u)
     torch.testing.assert_close(diffusion.score_from_eps(eps, t), gradient, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(diffusion.eps_from_score(gradient, t), eps, rtol=1e-9, atol=1e-9)
 
 
 def test_k2_x0_is_the_first_component() -> None:

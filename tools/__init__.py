@@ -11,6 +11,7 @@ TOOLS = {
     "launch": "train a recipe: dvae launch recipe=demo",
     "shards": "build or verify WebDataset shards",
     "sample": "draw images from a trained run",
+    "gallery": "draw process x sampler x evaluations, from runs on points",
     "components": "list what is registered",
 }
 

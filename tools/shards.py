@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +18,11 @@ USAGE = """usage: python tools/shards.py build source=NAME source.FIELD=VALUE si
 build renders every image of a source at one size and writes WebDataset shards with a manifest.
   source=NAME            {sources}; `python tools/components.py source` lists their fields
   size=32                height and width in pixels
-  out=FOLDER             appears when it is complete; the same command again finds it there
+  out=FOLDER             appears when it is complete; the same command again goes on where it was stopped
   heldout=0.1            share of the images kept from training
   channels=3             3 (RGB) or 1 (grey)
-  workers=2              processes that render
-  shard_size=10000       images per shard
+  workers=2              processes that render; the shards do not depend on it
+  shard_size=10000       images of the source of which a train and a held-out shard are made
   max_bad_fraction=0.01  damaged images are named and passed over up to this share
   plugins=[my_module]    import modules that register sources
 verify checks counts and hashes, and names every damaged, missing or foreign file."""
@@ -46,7 +43,7 @@ class ShardsConfig:
     channels: int = 3
     """1 or 3."""
     shard_size: int = 10_000
-    """Images per shard, at most."""
+    """Images of the source of which a train and a held-out shard are made."""
     workers: int = 2
     """Processes that render."""
     max_bad_fraction: float = 0.01
@@ -76,6 +73,7 @@ def build(words: list[str]) -> None:
     """Compose the words, build, and tell how many images there are and how fast they came."""
     from dvae import config
     from dvae.data import build as builder
+    from dvae.tracking.console import Counted
 
     composed = config.compose("shards", words)
     missing = sorted(OmegaConf.missing_keys(composed))
@@ -86,7 +84,7 @@ def build(words: list[str]) -> None:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {one_line(error.msg)}") from None
     start = time.monotonic()
-    with progress_display() as progress:
+    with Counted("shards") as progress:
         manifest = builder.build(
             composed.source, settings.size, settings.out, settings.heldout, settings.channels, settings.shard_size,
             settings.workers, progress, settings.max_bad_fraction,
@@ -95,9 +93,12 @@ def build(words: list[str]) -> None:
     total = manifest.count("train") + manifest.count("heldout")
     print(
         f"{settings.out}: {total} images of {settings.size}x{settings.size} ({manifest.count('train')} train, "
-        f"{manifest.count('heldout')} held out), {manifest.damaged} damaged, {seconds:.1f} s, "
-        f"{total / seconds:.0f} images/s"
+        f"{manifest.count('heldout')} held out), {manifest.damaged} damaged"
     )
+    if progress.images:
+        print(f"  {progress.images} images in {seconds:.1f} s, {progress.images / seconds:.3g} images/s")
+    else:
+        print("  all of them were there already")
     for damage in manifest.damaged_first:
         print(f"  damaged: {damage}")
 
@@ -114,20 +115,6 @@ def verify(words: list[str]) -> None:
         f"{words[0]}: {shards} shards are sound, {manifest.count('train')} train and {manifest.count('heldout')} "
         f"held-out images of {manifest.image_size}x{manifest.image_size}"
     )
-
-
-@contextmanager
-def progress_display() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, a line every tenth of the way elsewhere."""
-    if not sys.stdout.isatty():
-        yield lambda done, total: print(f"{done}/{total} images", flush=True) if done * 10 % total < 10 else None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

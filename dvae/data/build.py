@@ -1,54 +1,58 @@
-"""Building shards: every image of a source, rendered, split, and written as WebDataset tar files."""
+"""Building shards: every image of a source, rendered, split, and written as WebDataset tar files.
+
+A unit is `shard_size` consecutive images of the source, written as one shard of those to train on and one of those held
+out. Finished units are noted in a file beside them, so the same request goes on after them when a build was killed.
+"""
 
 from __future__ import annotations
 
 import fcntl
-import glob
-import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import tarfile
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
-from webdataset import ShardWriter
+from webdataset import TarWriter
 
 from dvae import files
-from dvae.data.images import DamagedImage, encode_png
 from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest, Shard
+from dvae.data.render import Rendered, render, rendered
+from dvae.data.verify import faults
 from dvae.errors import MachineError, UserError, one_line
 from dvae.registry import SOURCES, Shapes
 from dvae.registry.sources import Source
 
 Progress = Callable[[int, int], None]
-"""progress(done, total), in images."""
-FEW = 256  # images; processes take seconds to start, longer than these take to render
+"""progress(done, total), in images; first called with what an earlier attempt has done."""
+JOURNAL = "unfinished.json"
+"""What is finished already, in the folder of an unfinished build."""
 NAMED = 20  # damaged images that are named; the others are only counted
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """Image number `index` of the source as it goes into a shard, or the reason why it cannot."""
+class Unit:
+    """What came of `shard_size` consecutive images of the source."""
 
-    index: int
-    key: str = ""
-    png: bytes = b""
-    labels: dict[str, str | int] = field(default_factory=dict)
-    position: float = 0.0
-    damage: str = ""
+    images: int
+    """How many they were; fewer than `shard_size` at the source's end."""
+    shards: dict[str, Shard]
+    """By split; a split that none of them fell to has no shard."""
+    labels: dict[str, list[str | int]]
+    """Every attribute, with all the values it takes."""
+    damaged: list[str]
+    """Images that could not be read, with the reason."""
+    last: str
+    """Digest of the last image: another one there means that images were added to the source or taken away."""
 
 
 def build(
@@ -66,8 +70,10 @@ def build(
 
     An image is held out by a keyed hash of its pixels, so the splits are disjoint by construction: identical images
     (duplicates in the source) always land on the same side. The share held out is `heldout_fraction` up to chance.
-    The shards' bytes do not depend on `workers`. Where `out` holds the same request already, it is left as it is.
-    Raises UserError for a request that cannot work, or more than `max_bad_fraction` damaged images.
+    The shards' bytes do not depend on `workers`, nor on whether the build was interrupted: the same request goes on
+    after the shards that were finished. Where `out` holds the request's shards already, they are left as they are.
+    Raises UserError for a request that cannot work, or more than `max_bad_fraction` damaged images: nothing is left
+    then; and MachineError where writing or a process fails: finished shards stay for the next attempt.
     """
     out = Path(out)
     _check(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
@@ -84,20 +90,24 @@ def build(
         return existing
     source = SOURCES.build(node, Shapes(image_size=size, channels=channels))
     try:
-        _remove_leftovers(out)
-        with ExitStack() as held, files.new_folder(out) as aside:
-            held.enter_context(_locked(aside))  # let go of only after new_folder has published the shards
-            written = _write(source, aside, heldout_fraction, shard_size, workers, progress, max_bad_fraction)
-            manifest = Manifest(**request, licence=source.licence, protocol=source.protocol, **written)  # type: ignore[arg-type]
-            files.write_json(aside / FILE, manifest.as_dict())
+        with _unfinished(out) as aside:
+            if (existing := _existing(out, request)) is not None:  # another process has built it meanwhile
+                shutil.rmtree(aside, ignore_errors=True)
+                return existing
+            manifest = _Build(source, request, aside, progress, max_bad_fraction).run(workers)
+            _publish(aside, out)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"shards cannot be written to {out} ({error.strerror}): choose another folder") from None
     except BrokenProcessPool as error:
         raise MachineError(
-            f"a process that renders images died ({one_line(error)}); nothing was left at {out}"
+            f"a process that renders images for {out} died ({one_line(error)}): finished shards are kept, the same "
+            "command again goes on after them"
         ) from None
     except OSError as error:
-        raise MachineError(f"writing shards to {out} failed: {one_line(error)}; nothing was left there") from None
+        raise MachineError(
+            f"writing shards to {out} failed: {one_line(error)}; finished shards are kept, the same command again goes "
+            "on after them"
+        ) from None
     return manifest
 
 
@@ -142,110 +152,191 @@ def _difference(key: str, there: Any, wanted: Any) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system lets go of when this process dies. Raises BlockingIOError."""
-    handle = os.open(folder, os.O_RDONLY)
+def _unfinished(out: Path) -> Iterator[Path]:
+    """The hidden folder beside `out` where its shards are made, locked until this process ends.
+
+    It stays where the build is interrupted, and goes where it fails for good. Raises UserError where another process is
+    at work in it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.absolute().with_name(f".{out.absolute().name}.building")
+    aside.mkdir(exist_ok=True)
+    handle = os.open(aside, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process dies
+        except BlockingIOError:
+            raise UserError(f"another process is building {out} now: wait for it or choose another folder") from None
+        try:
+            yield aside
+        except UserError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     finally:
         os.close(handle)
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Remove what killed builds of `out` left beside it. Raises UserError where another one is at work."""
-    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+def _publish(aside: Path, out: Path) -> None:
+    """Let the finished folder appear."""
+    (aside / JOURNAL).unlink(missing_ok=True)
+    aside.chmod(0o755)
+    files.sync(aside)
+    aside.replace(out.absolute())
+    files.sync(out.absolute().parent)
+
+
+class _Build:
+    """One request, made in the folder `aside`."""
+
+    def __init__(
+        self, source: Source, request: dict[str, Any], aside: Path, progress: Progress | None, max_bad_fraction: float
+    ) -> None:
+        self.source, self.request, self.folder = source, request, aside
+        self.total, self.shard_size = len(source), int(request["shard_size"])
+        self.progress = progress or (lambda done, total: None)
+        self.max_bad_fraction = max_bad_fraction
+
+    def run(self, workers: int) -> Manifest:
+        """Make the units that are not there yet, and the manifest."""
+        if (self.folder / FILE).exists():  # it was killed between the last shard and publishing
+            manifest = Manifest.load(self.folder)
+            if {**manifest.request(), **self.request} == manifest.request():
+                return manifest
+        units = self._finished()
+        self._clean(units)
+        damaged = [reason for unit in units for reason in unit.damaged]
+        self._refuse_many(damaged)
+        done = sum(unit.images for unit in units)
+        self.progress(done, self.total)
+        with closing(rendered(self.source, done, workers)) as images:
+            for number in range(len(units), math.ceil(self.total / self.shard_size)):
+                units.append(self._make(number, islice(images, self.shard_size), damaged))
+                damaged = damaged + units[-1].damaged
+                journal = {"request": self.request, "units": [asdict(unit) for unit in units]}
+                files.write_json(self.folder / JOURNAL, journal)
+        manifest = self._manifest(units)
+        files.write_json(self.folder / FILE, manifest.as_dict())
+        return manifest
+
+    def _finished(self) -> list[Unit]:
+        """The units that an earlier attempt at this request finished, as far as they and the source are unchanged."""
         try:
-            with _locked(leftover):
-                shutil.rmtree(leftover)
-        except BlockingIOError:
-            raise UserError(f"another process is building {out} now: wait for it or choose another folder") from None
+            journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
+            noted = [Unit(**{**row, "shards": _shards(row["shards"])}) for row in journal["units"]]
+            same = journal["request"] == self.request
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return []  # no journal, or one of another version: start over
+        units: list[Unit] = []
+        for number, unit in enumerate(noted if same else []):
+            if not self._sound(number, unit):
+                break
+            units.append(unit)
+        return units
+
+    def _sound(self, number: int, unit: Unit) -> bool:
+        start = number * self.shard_size
+        if unit.images != min(self.shard_size, self.total - start):
+            return False
+        if any(faults(self.folder, shard) for shard in unit.shards.values()):
+            return False
+        return render(self.source, start + unit.images - 1).digest() == unit.last
+
+    def _clean(self, units: list[Unit]) -> None:
+        """Remove all but the files of finished units."""
+        shards = [shard for unit in units for shard in unit.shards.values()]
+        kept = {JOURNAL, *(shard.file for shard in shards), *(shard.index for shard in shards)}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _make(self, number: int, images: Iterable[Rendered], earlier: list[str]) -> Unit:
+        """Write unit `number`; `earlier` are the damaged images of those before it."""
+        writers: dict[str, _ShardWriter] = {}
+        values: dict[str, set[str | int]] = {}
+        damaged: list[str] = []
+        count, image = 0, None
+        try:
+            for image in images:
+                if image.damage:
+                    damaged.append(image.damage)
+                    self._refuse_many(earlier + damaged)
+                else:
+                    split = HELDOUT if image.position < self.request["heldout_fraction"] else TRAIN
+                    if split not in writers:
+                        writers[split] = _ShardWriter(self.folder / f"{split}-{number:06d}.tar")
+                    writers[split].write(image)
+                    for name, value in image.labels.items():
+                        values.setdefault(name, set()).add(value)
+                count += 1
+                self.progress(image.index + 1, self.total)
+        finally:  # after an error too: an open tar would complain when it is collected
+            for writer in writers.values():
+                writer.close()
+        shards = {split: seal(writer.path) for split, writer in writers.items()}
+        assert image is not None  # a unit has at least one
+        return Unit(count, shards, {name: list(seen) for name, seen in values.items()}, damaged, image.digest())
+
+    def _refuse_many(self, damaged: list[str]) -> None:
+        if len(damaged) > self.max_bad_fraction * self.total:
+            raise UserError(
+                f"more than {self.max_bad_fraction:.3g} of {self.total} images are damaged ({'; '.join(damaged[:3])}): "
+                "mend or remove them, or raise max_bad_fraction"
+            )
+
+    def _manifest(self, units: list[Unit]) -> Manifest:
+        splits = {split: [u.shards[split] for u in units if split in u.shards] for split in (TRAIN, HELDOUT)}
+        if not splits[TRAIN]:
+            raise UserError(
+                f"none of {self.total} images is left for training with heldout={self.request['heldout_fraction']}: "
+                "hold fewer out"
+            )
+        values: dict[str, set[str | int]] = {}
+        for unit in units:
+            for name, seen in unit.labels.items():
+                values.setdefault(name, set()).update(seen)
+        damaged = [reason for unit in units for reason in unit.damaged]
+        return Manifest(
+            **self.request,
+            licence=self.source.licence,
+            protocol=self.source.protocol,
+            splits=splits,
+            labels={name: sorted(values[name], key=lambda v: (isinstance(v, str), v)) for name in sorted(values)},
+            damaged=len(damaged),
+            damaged_first=damaged[:NAMED],
+        )
 
 
-def _write(
-    source: Source,
-    folder: Path,
-    heldout_fraction: float,
-    shard_size: int,
-    workers: int,
-    progress: Progress | None,
-    max_bad_fraction: float,
-) -> dict[str, Any]:
-    """Write all images into `folder`; returns the manifest's splits, labels and damages."""
-    total = len(source)
-    writers = {split: SplitWriter(folder, split, shard_size) for split in (TRAIN, HELDOUT)}
-    values: dict[str, set[str | int]] = {}
-    damages: list[str] = []
-    try:
-        for image in _rendered(source, workers):
-            if image.damage:
-                damages.append(image.damage)
-                if len(damages) > max_bad_fraction * total:
-                    raise UserError(
-                        f"more than {max_bad_fraction:.3g} of {total} images are damaged ({'; '.join(damages[:3])}): "
-                        "mend or remove them, or raise max_bad_fraction"
-                    )
-            else:
-                writers[HELDOUT if image.position < heldout_fraction else TRAIN].write(image)
-                for name, value in image.labels.items():
-                    values.setdefault(name, set()).add(value)
-            if progress:
-                progress(image.index + 1, total)
-    finally:  # after an error too: an open tar would complain when it is collected
-        splits = {split: writer.close() for split, writer in writers.items()}
-    if not splits[TRAIN]:
-        raise UserError(f"none of {total} images is left for training with heldout={heldout_fraction}: hold fewer out")
-    labels = {name: sorted(seen, key=lambda v: (isinstance(v, str), v)) for name, seen in sorted(values.items())}
-    return {"splits": splits, "labels": labels, "damaged": len(damages), "damaged_first": damages[:NAMED]}
+def _shards(rows: dict[str, dict[str, Any]]) -> dict[str, Shard]:
+    return {split: Shard(**row) for split, row in rows.items()}
 
 
-class SplitWriter:
-    """Writes one split's images as shards of at most `shard_size`; a split without images has no shard."""
+class _ShardWriter:
+    """One tar file, being written."""
 
-    def __init__(self, folder: Path, split: str, shard_size: int) -> None:
-        self._folder, self._split, self._shard_size = folder, split, shard_size
-        self._writer: ShardWriter | None = None
-        self._stream: IO[bytes] | None = None
-        self._shards: list[Shard] = []
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # a stream, not a name: webdataset would take a % or | in the folder's name for a pattern or a pipe
+        self._stream = path.open("wb")
+        self._tar = TarWriter(self._stream, encoder=False, mtime=0)
 
     def write(self, image: Rendered) -> None:
-        if self._writer is None:
-            # opener and post, not a path: so that each file is fsynced, and a % in the folder's name does no harm
-            self._writer = ShardWriter(
-                f"{self._split}-%06d.tar",
-                maxcount=self._shard_size,
-                maxsize=math.inf,
-                opener=self._open,
-                post=self._seal,
-                verbose=0,
-                encoder=False,
-                mtime=0,
-            )
-        about = json.dumps({"key": image.key, "labels": image.labels}, sort_keys=True)
         # WebDataset cuts a name at its first dot, so a file name cannot be the key
-        self._writer.write({"__key__": f"{image.index:09d}", "png": image.png, "json": about.encode()})
+        self._tar.write({"__key__": f"{image.index:09d}", "png": image.png, "json": image.about()})
 
-    def close(self) -> list[Shard]:
-        if self._writer is not None:
-            self._writer.close()
-        return self._shards
-
-    def _open(self, name: str) -> IO[bytes]:
-        self._stream = (self._folder / name).open("wb")
-        return self._stream
-
-    def _seal(self, name: str) -> None:
-        """Close a finished shard and write its index."""
-        assert self._stream is not None
+    def close(self) -> None:
+        self._tar.close()
         self._stream.close()
-        path = self._folder / name
-        index = path.with_suffix(".npy")
-        rows = index_of(path)
-        with index.open("wb") as file:
-            np.save(file, rows)
-        self._shards.append(
-            Shard(name, len(rows), path.stat().st_size, files.sha256(path), index.name, files.sha256(index))
-        )
+
+
+def seal(path: Path) -> Shard:
+    """Write a finished tar file's index, and see both to the disk."""
+    index = path.with_suffix(".npy")
+    rows = index_of(path)
+    with index.open("wb") as file:
+        np.save(file, rows)
+    files.sync(path)
+    files.sync(index)
+    return Shard(path.name, len(rows), path.stat().st_size, files.sha256(path), index.name, files.sha256(index))
 
 
 def index_of(path: Path) -> np.ndarray:
@@ -255,71 +346,3 @@ def index_of(path: Path) -> np.ndarray:
     keys = [name.removesuffix(".png") for name in members if name.endswith(".png")]
     rows = [(*members[f"{key}.png"], *members[f"{key}.json"]) for key in keys]
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
-
-
-def _position(pixels: np.ndarray) -> float:
-    """A number in [0, 1) that depends on the pixels alone; held out where it is below the fraction."""
-    digest = hashlib.blake2b(pixels.tobytes(), key=b"dvae held-out split", digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
-
-
-def _render(source: Source, index: int) -> Rendered:
-    try:
-        item = source[index]
-    except DamagedImage as error:
-        return Rendered(index, damage=one_line(error))
-    return Rendered(index, item.key, encode_png(item.image), item.labels, _position(item.image))
-
-
-def _rendered(source: Source, workers: int) -> Iterator[Rendered]:
-    """Every image in the source's order, rendered by `workers` processes (1, or few images: this one)."""
-    if workers == 1 or len(source) < FEW:
-        yield from (_render(source, index) for index in range(len(source)))
-        return
-    chunk = max(1, min(64, len(source) // (4 * workers)))
-    starts = iter(range(0, len(source), chunk))
-    # forkserver: this process may hold threads (torch), which a fork would break
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dvae.data.build"])
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source,)) as pool:
-        pending: deque[Future[list[Rendered]]] = deque()
-        try:
-            for _ in range(3 * workers):  # enough ahead to keep all busy, few enough to bound the memory
-                _submit(pool, pending, starts, chunk, len(source))
-            while pending:
-                images = pending.popleft().result()
-                _submit(pool, pending, starts, chunk, len(source))
-                yield from images
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _submit(
-    pool: ProcessPoolExecutor, pending: deque[Future[list[Rendered]]], starts: Iterator[int], chunk: int, total: int
-) -> None:
-    start = next(starts, None)
-    if start is not None:
-        pending.append(pool.submit(_render_chunk, start, min(start + chunk, total)))
-
-
-_source: Source  # of this worker process
-
-
-def _start_worker(source: Source) -> None:
-    global _source
-    _source = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """End with the parent: a worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _render_chunk(start: int, stop: int) -> list[Rendered]:
-    return [_render(_source, index) for index in range(start, stop)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -24,11 +25,21 @@ class Batch:
     indices: torch.Tensor
     """Indices into the data set, (B,), int64."""
     images: torch.Tensor
-    """(B, C, H, W), uint8."""
+    """(B, C, H, W), uint8; from an endless source float32 in [-1, 1]."""
+    labels: torch.Tensor | None = None
+    """Classes (B,), int64; None where the run has none."""
 
     def to_float(self) -> torch.Tensor:
         """The images in [-1, 1], float32."""
-        return to_float(self.images)
+        return self.images if self.images.is_floating_point() else to_float(self.images)
+
+
+class Batches(Protocol):
+    """What a stage is trained on: a `Loader`, or the `EndlessLoader` of an endless source."""
+
+    def step(self, sample: int) -> list[Batch]:
+        """This rank's micro-batches of the global step that begins at global sample number `sample`."""
+        ...
 
 
 def check_batch(batch: int, ranks: int, micro_batches: int) -> int:
@@ -48,6 +59,7 @@ class Loader:
 
     The global batch of a step that begins at sample number s is s, ..., s + batch - 1. It is cut into contiguous
     parts; micro-batch a of rank r is part a * world + r. With `threads`, the steps that follow are read ahead.
+    `labels` (len(shards),) are the classes of the split's images.
     """
 
     def __init__(
@@ -60,6 +72,7 @@ class Loader:
         world: int = 1,
         accumulate: int = 1,
         flip: bool = False,
+        labels: torch.Tensor | None = None,
         seed: int = 0,
         threads: int = 0,
         prefetch: int = 2,
@@ -69,7 +82,7 @@ class Loader:
         self._shards, self._order, self._batch = shards, order, batch
         self._part = check_batch(batch, world, accumulate)
         self._rank, self._world, self._accumulate = rank, world, accumulate
-        self._flip, self._seed, self._prefetch = flip, seed, prefetch
+        self._flip, self._labels, self._seed, self._prefetch = flip, labels, seed, prefetch
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
         self._ahead: dict[int, Future[list[Batch]]] = {}
 
@@ -96,7 +109,8 @@ class Loader:
         if self._flip:
             flipped = keyed.uniform(self._seed, "flip", keys.tolist()) < 0.5
             images[flipped] = images[flipped].flip(-1)
-        return Batch(keys, torch.from_numpy(indices), images)
+        labels = None if self._labels is None else self._labels[torch.from_numpy(self._shards.shown(indices))]
+        return Batch(keys, torch.from_numpy(indices), images, labels)
 
     def close(self) -> None:
         """End the threads; what was read ahead is dropped."""

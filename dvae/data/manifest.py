@@ -51,9 +51,9 @@ class Manifest:
     heldout_fraction: float
     """Share of the images that was asked for as held out."""
     shard_size: int
-    """Images per shard, at most."""
+    """Images of the source, in a row, of which a train and a held-out shard are made."""
     splits: dict[str, list[Shard]]
-    """"train" and "heldout", disjoint."""
+    """"train" and "heldout", disjoint. A number is missing where no image of those fell to the split."""
     labels: dict[str, list[str | int]]
     """Every attribute, with all the values it takes."""
     damaged: int = 0

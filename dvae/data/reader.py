@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 
 from dvae.data.images import DamagedImage
+from dvae.data.labels import check_label
 from dvae.data.manifest import Manifest, Shard
 from dvae.errors import MachineError, UserError, near, one_line
 from dvae.files import sha256
@@ -86,21 +87,64 @@ class Shards:
         shard, row = self._locate(index)
         return json.loads(self._bytes(shard, int(row[2]), int(row[3])))
 
+    def classes(self, attribute: str, names: Sequence[str]) -> torch.Tensor:
+        """The class of every image, (len,), int64: the number among `names` of its value of `attribute`.
+
+        Reads the text beside every image. An image whose text is damaged is passed over like a damaged one. Raises
+        UserError where the attribute is unknown, an image lacks it, or a value is not among `names`.
+        """
+        check_label(self.labels, attribute, names)
+        numbers = {name: number for number, name in enumerate(names)}
+        classes = torch.zeros(len(self), dtype=torch.int64)
+        for index in range(len(self)):
+            try:
+                about = self.about(index)
+            except (DamagedImage, ValueError) as error:
+                file = self._locate(index)[0].file
+                self._pass_over(index, f"{file}: labels of {self._name(index)} ({one_line(error)})")
+                continue
+            value = about["labels"].get(attribute)
+            if value is None or str(value) not in numbers:
+                found = "no such attribute" if value is None else f"the value {value!r}, which is no class"
+                raise UserError(
+                    f"data.label={attribute}: image {about['key']} has {found}: use an attribute that every image has"
+                )
+            classes[index] = numbers[str(value)]
+        return classes
+
+    def shown(self, indices: np.ndarray) -> np.ndarray:
+        """Indices of the images that `read` gave for `indices` (B,): others only where some are damaged."""
+        if not self.damaged:
+            return indices
+        return np.array([next(at for at in self._from(int(index)) if at not in self.damaged) for index in indices])
+
+    def _from(self, index: int) -> Iterator[int]:
+        """All indices from `index` on, and around."""
+        return ((index + step) % len(self) for step in range(len(self)))
+
+    def _pass_over(self, index: int, why: str) -> None:
+        """Remember a damaged image. Raises MachineError where there are too many."""
+        with self._lock:
+            self.damaged[index] = why
+        self._refuse_many(index)
+
+    def _refuse_many(self, index: int) -> None:
+        if len(self.damaged) > self._max_bad:
+            raise MachineError(
+                f"damaged image {self.damaged[index]}; {len(self.damaged)} of {len(self)} images so far, more than "
+                f"are passed over: find all damage with python tools/shards.py verify {self.folder}"
+            )
+
     def _good(self, index: int) -> torch.Tensor:
         """The image at `index`, or the next good one."""
-        for step in range(len(self)):
-            at = (index + step) % len(self)
-            if at not in self.damaged:
-                try:
-                    return self._decode(at)
-                except DamagedImage as error:
-                    with self._lock:
-                        self.damaged[at] = str(error)
-            if len(self.damaged) > self._max_bad:
-                raise MachineError(
-                    f"damaged image {self.damaged[at]}; {len(self.damaged)} of {len(self)} images so far, more than "
-                    f"are passed over: find all damage with python tools/shards.py verify {self.folder}"
-                )
+        for at in self._from(index):
+            if at in self.damaged:
+                self._refuse_many(at)
+                continue
+            try:
+                return self._decode(at)
+            except DamagedImage as error:
+                self._pass_over(at, str(error))
         raise MachineError(f"no image of {self.folder} ({self.split}) can be read: build the shards again")
 
     def _decode(self, index: int) -> torch.Tensor:

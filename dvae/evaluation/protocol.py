@@ -43,7 +43,7 @@ class Protocol:
     """Seed that draws KID's subsets."""
     sampler: dict[str, Any] = field(metadata=_ABOUT_THE_SETS)
     """Config of the sampler that made the refined sets."""
-    nfe: int = field(metadata=_ABOUT_THE_SETS)
+    nfe: float = field(metadata=_ABOUT_THE_SETS)
     """Network evaluations per refined image."""
     packages: dict[str, str] = field(metadata=_ABOUT_THE_SETS)
     """Versions of the packages at work."""

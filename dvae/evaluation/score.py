@@ -29,7 +29,7 @@ def score(
     *,
     seeds: Sequence[int],
     sampler: Mapping[str, Any],
-    nfe: int,
+    nfe: float,
     kid_subset_size: int,
     kid_subsets: int,
     cache: Path,

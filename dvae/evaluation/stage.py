@@ -20,12 +20,13 @@ SHOWN = 32
 """Images in each picture."""
 
 Sets = dict[str, list[torch.Tensor]]
-"""Generated images by name, one tensor (n, C, H, W) uint8 per seed."""
+"""Generated images by name, one tensor (n, C, H, W) uint8 per seed; "vae" only where there is one."""
 
 
 def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, heldout: Shards) -> dict[str, Any]:
     """Pictures of reconstructions and samples, and their scores. Returns what summary.json holds of them."""
-    show_reconstructions(run, pipeline, heldout)
+    if "encoder" in pipeline.models.trained():
+        show_reconstructions(run, pipeline, heldout)
     sets, speed = draw(config, pipeline)
     show_samples(run, sets)
     sampler: Any = OmegaConf.to_container(OmegaConf.structured(config.sampler), enum_to_str=True)
@@ -56,7 +57,7 @@ def spread(count: int, wanted: int) -> np.ndarray:
 
 
 def draw(config: RunConfig, pipeline: Pipeline) -> tuple[Sets, float]:
-    """VAE samples and refined samples of the same z for every seed, and refined images per second."""
+    """VAE samples (where there is a VAE) and refined samples of the same z by seed, and refined images per second."""
     settings = config.evaluate
     sets: Sets = {"vae": [], "refined": []}
     began = time.perf_counter()
@@ -67,15 +68,17 @@ def draw(config: RunConfig, pipeline: Pipeline) -> tuple[Sets, float]:
             )
             sets["vae"].append(vae)
             sets["refined"].append(refined)
+    if "encoder" not in pipeline.models.trained():
+        del sets["vae"]
     return sets, settings.n * len(settings.seeds) / (time.perf_counter() - began)
 
 
 def show_samples(run: Run, sets: Sets) -> None:
-    """samples.png: each VAE sample with its refined sample at its right."""
-    vae, refined = sets["vae"][0][:SHOWN], sets["refined"][0][:SHOWN]
-    pictures.grid(vae, run.images / "vae_samples.png")
-    pictures.grid(refined, run.images / "refined_samples.png")
-    pictures.grid(torch.stack([vae, refined], 1).flatten(0, 1), run.path / "samples.png", scale=2)
+    """samples.png: each VAE sample, where there is one, with its refined sample at its right."""
+    shown = [drawn[0][:SHOWN] for drawn in sets.values()]
+    for name, drawn in zip(sets, shown, strict=True):
+        pictures.grid(drawn, run.images / f"{name}_samples.png")
+    pictures.grid(torch.stack(shown, 1).flatten(0, 1), run.path / "samples.png", scale=2)
 
 
 def show_reconstructions(run: Run, pipeline: Pipeline, heldout: Shards) -> None:

@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch import nn
 
 GROUPS = 32
-"""Groups of channels, as in all published U-Nets of this family."""
+"""Groups of channels, as in the published U-Nets of this family."""
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm over 32 groups with fp32 statistics, optionally followed by SiLU: (B, C, H, W) to the same shape.
+    """GroupNorm with fp32 statistics, optionally followed by SiLU: (B, C, H, W) to the same shape.
 
     `scale` and `shift` (B, C), where given, modulate the normalised map before SiLU: y * (1 + scale) + shift
     (adaptive group normalisation, Dhariwal & Nichol 2021).
     """
 
-    def __init__(self, channels: int, silu: bool = False) -> None:
-        super().__init__(GROUPS, channels)
+    def __init__(self, channels: int, silu: bool = False, groups: int = GROUPS, eps: float = 1e-5) -> None:
+        super().__init__(groups, channels, eps)
         self.silu = silu
 
     def forward(

@@ -1,5 +1,6 @@
 """The registries, one per kind of component; each kind has a folder here, each component a file in it."""
 
+from dvae.registry.classifiers import CLASSIFIERS
 from dvae.registry.core import KINDS, ComponentConfig, Registry, Shapes, discover, load_plugins
 from dvae.registry.encoders import ENCODERS
 from dvae.registry.priors import PRIORS
@@ -10,6 +11,7 @@ from dvae.registry.schedules import SCHEDULES
 from dvae.registry.sources import SOURCES
 
 __all__ = [
+    "CLASSIFIERS",
     "ENCODERS",
     "KINDS",
     "PRIORS",

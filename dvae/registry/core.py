@@ -39,6 +39,8 @@ class Shapes:
     """Channels C of the images."""
     k: int = 1
     """Components of the diffusion state per channel: u is (B, k*C, H, W); 1 for vp, 2 for cld and psld."""
+    outputs: int = 0
+    """Components that the refiner predicts per channel (0: all k)."""
     latent: tuple[int, ...] = ()
     """Shape of one latent z: (D,) is a vector, (C, h, w) a map, () where there is none yet."""
     condition_channels: int = 0
@@ -48,13 +50,22 @@ class Shapes:
     labels: int = 0
     """Number of classes (0: no labels)."""
 
+    @property
+    def output_channels(self) -> int:
+        """Channels of a refiner's output."""
+        return (self.outputs or self.k) * self.channels
+
 
 class Registry(Generic[T]):
-    """Components of one kind, by name. `kind` is also the Hydra config group (`schedule=linear`)."""
+    """Components of one kind, by name. `kind` is also the Hydra config group (`schedule=linear`).
 
-    def __init__(self, kind: str, package: str) -> None:
+    A run may do without a component of an `optional` kind (`classifier: null`).
+    """
+
+    def __init__(self, kind: str, package: str, optional: bool = False) -> None:
         self.kind = kind
         self.package = package
+        self.optional = optional
         self._classes: dict[str, type[T]] = {}
         KINDS[kind] = self
 
@@ -93,6 +104,11 @@ class Registry(Generic[T]):
         if name not in self._classes:
             raise UserError(f"unknown {self.kind} {name!r}: {near(name, self._classes)}{broken_plugins()}")
         return self._classes[name]
+
+    def name_of(self, component: T) -> str:
+        """The name that a component's class is registered by, or the class's own where it is not."""
+        names = {cls: name for name, cls in self._classes.items()}
+        return names.get(type(component), type(component).__name__)
 
     def config(self, node: Any) -> ComponentConfig:
         """The typed Config of a node (mapping or DictConfig with `name`; or typed already).

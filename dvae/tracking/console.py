@@ -25,14 +25,17 @@ class Progress:
         self.label, self.total, self.start, self.step = label, total, start, start
         self._metrics: Mapping[str, float] = {}
         self._images = 0
-        self._began = self._printed_at = time.monotonic()
         self._printed_step = start
-        self._recent: deque[tuple[float, int]] = deque([(self._began, 0)])
         self._bar: Bar | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Let the clock start now."""
+        self._began = self._printed_at = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque([(self._began, 0)])
 
     def __enter__(self) -> Progress:
-        self._began = self._printed_at = time.monotonic()
-        self._recent = deque([(self._began, 0)])
+        self.begin()
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Bar(*columns, console=Console(stderr=True))
@@ -82,6 +85,37 @@ class Progress:
             self._bar.stop()
         elif self.step != self._printed_step:
             self._print(time.monotonic())
+
+
+class Counted:
+    """Progress of images whose number is known only once the work begins: a function of (done, total).
+
+    Its first call says how many an earlier attempt has done. A context manager, as Progress is.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = Progress(self._label, total, done).__enter__()
+            return
+        if self._bar.step == self._bar.start:
+            self._bar.begin()  # with the first image: what starting processes took would spoil the rate for long
+        self._bar.update(done, done - self._bar.step)
+
+    @property
+    def images(self) -> int:
+        """Images done since the first call."""
+        return self._bar.step - self._bar.start if self._bar else 0
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.__exit__(kind, error, tb)
 
 
 def clock(seconds: float) -> str:

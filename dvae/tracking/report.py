@@ -3,9 +3,12 @@
 What is read from the run folder; each may be missing, and its section is then left out:
 - config.yaml: the resolved config ("recipe" and "image_size" go into the heading).
 - summary.json: {"recipe": str, "stages": {name: {"seconds", "steps", "images_per_second", "parameters"}}, "evaluation":
-  what dvae.evaluation.score.score returns}. Any figure of a stage may be missing or null.
-- metrics.jsonl: rows {"stage", "step", "loss", ...}. Of the encoder also "reconstruction" and "kl"; of the refiner
-  "loss_t0" to "loss_t9", the loss for t in (0, 0.1], ..., (0.9, 1].
+  what dvae.evaluation.score.score, or for points dvae.evaluation.points.evaluate_points, returns}. Any figure of a
+  stage may be missing or null.
+- metrics.jsonl: rows {"stage", "step", "loss", ...}. Of the encoder also "reconstruction" and "kl", and with a
+  discriminator "generator", "discriminator", "adaptive_weight", "confidence_real", "confidence_fake"; of the refiner
+  "loss_t0" to "loss_t9", the loss for t in (0, 0.1], ..., (0.9, 1]; of the classifier these, and "accuracy" likewise.
+- images/points.png: true points over drawn ones, of a run on points.
 - images/: grids of 8 columns. vae_samples.png and refined_samples.png from the same z; heldout.png, reconstructions.png
   and refined_reconstructions.png of the same images.
 """
@@ -36,6 +39,19 @@ WIDEST = 1600
 """Pixels; wider pictures are scaled down, so that the page stays light."""
 SETS = {"vae": "VAE samples", "refined": "Refined samples"}
 FLOORS = {"heldout": "Real: held-out images", "reference halves": "Real: part of the reference against its rest"}
+
+CURVES = {
+    "loss": "loss",
+    "reconstruction": "reconstruction error",
+    "kl": "KL to the prior",
+    "accuracy": "accuracy on training images",
+    "generator": "adversarial loss of the decoder",
+    "discriminator": "loss of the discriminator",
+    "adaptive_weight": "weight of the adversarial loss",
+}
+"""Figures of metrics.jsonl that are drawn over the steps, and what they are called."""
+CONFIDENCE = {"confidence_real": "images", "confidence_fake": "reconstructions"}
+"""Probabilities that the discriminator gives to being real, drawn in one chart."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,8 @@ def write_report(run_folder: Path) -> Path:
         title=summary.get("recipe") or _get(config, "recipe") or run_folder.resolve().name,
         facts=_facts(summary, config),
         results=_results(evaluation),
+        points=_points(evaluation),
+        scatter=_scatter(run_folder / "images"),
         samples=_samples(run_folder / "images"),
         reconstructions=_reconstructions(run_folder / "images"),
         table=_table(evaluation),
@@ -137,6 +155,27 @@ def _reconstructions(folder: Path) -> list[Picture]:
     return [picture for name, title, caption in named if (picture := _picture(folder / f"{name}.png", title, caption))]
 
 
+def _scatter(folder: Path) -> Picture | None:
+    return _picture(folder / "points.png", "True and drawn points", "A column for each density.")
+
+
+def _points(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of the table of distances, a class each."""
+
+    def text(distance: Mapping[str, Any]) -> str:
+        return f"{distance['mean']:.4f}" + (f" ± {distance['se']:.4f}" if distance["se"] is not None else "")
+
+    return [
+        {
+            "name": name,
+            "distance": text(figures["sliced_wasserstein"]),
+            "floor": text(figures["floor"]),
+            "ratio": f"{figures['sliced_wasserstein']['mean'] / figures['floor']['mean']:.2f}",
+        }
+        for name, figures in ((evaluation.get("points") or {}).get("classes") or {}).items()
+    ]
+
+
 def _picture(path: Path, title: str, caption: str) -> Picture | None:
     """The PNG as a data: URI."""
     if not path.exists():
@@ -153,7 +192,7 @@ def _picture(path: Path, title: str, caption: str) -> Picture | None:
         image.save(buffer, format="PNG")
         data = buffer.getvalue()
     uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
-    alt = f"{title}, a grid of images. {caption}"
+    alt = f"{title}. {caption}"
     return Picture(title, caption, alt, uri, image.width, image.height, sharp=image.width < 800)
 
 
@@ -207,15 +246,19 @@ def _protocol(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Loss curves of each stage, and the refiner's loss by time."""
+    """Curves of each stage, and what there is by time."""
     charts = []
     for stage in dict.fromkeys(row["stage"] for row in rows):
         mine = [row for row in rows if row["stage"] == stage]
-        for name, title in (("loss", "loss"), ("reconstruction", "reconstruction error"), ("kl", "KL to the prior")):
+        for name, title in CURVES.items():
             if svg := line_chart([_line(mine, name, title)], "step", title):
                 charts.append(Chart(f"{stage}: {title}", Markup(svg)))
-        if svg := line_chart(_by_time(mine), "time t (0 clean, 1 noise)", "loss", dots=True):
-            charts.append(Chart(f"{stage}: loss by time", Markup(svg)))
+        title = "probability of being real, by the discriminator"
+        if svg := line_chart([_line(mine, name, kind) for name, kind in CONFIDENCE.items()], "step", title):
+            charts.append(Chart(f"{stage}: {title}", Markup(svg)))
+        for name in ("loss", "accuracy"):
+            if svg := line_chart(_by_time(mine, name), "time t (0 clean, 1 noise)", name, dots=True):
+                charts.append(Chart(f"{stage}: {name} by time", Markup(svg)))
     return charts
 
 
@@ -223,14 +266,14 @@ def _line(rows: Sequence[Mapping[str, Any]], name: str, title: str) -> Line:
     return Line(title, [(row["step"], row[name]) for row in rows if row.get(name) is not None])
 
 
-def _by_time(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Mean loss in each tenth of t, over the first and over the last tenth of the rows."""
+def _by_time(rows: Sequence[Mapping[str, Any]], name: str) -> list[Line]:
+    """Mean of a figure in each tenth of t, over the first and over the last tenth of the rows."""
     part = max(1, len(rows) // 10)
     lines = []
     for title, some in (("first tenth of training", rows[:part]), ("last tenth of training", rows[-part:])):
         points = []
         for i in range(10):
-            values = [row[f"loss_t{i}"] for row in some if row.get(f"loss_t{i}") is not None]
+            values = [row[f"{name}_t{i}"] for row in some if row.get(f"{name}_t{i}") is not None]
             if values:
                 points.append(((i + 0.5) / 10, sum(values) / len(values)))
         lines.append(Line(title, points))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dvae import files, keyed
-from dvae.data.loader import Batch, Loader
+from dvae.data.loader import Batch, Batches
 from dvae.errors import MachineError
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import Tracker
@@ -53,10 +53,10 @@ class State:
 
 def train(
     stage: Stage,
-    data: Loader,
+    data: Batches,
     checkpoints: Checkpoints,
     tracker: Tracker,
-    preview: Preview,
+    preview: Preview | None,
     run: Path,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], State]:
     """Train `stage` to its last step, from the newest good checkpoint if there is one.
@@ -76,7 +76,7 @@ def train(
             state.seconds += elapsed
             state.window_seconds += elapsed
             log(stage, state, tracker, progress)
-            if config.preview_every and state.step % config.preview_every == 0:
+            if preview and config.preview_every and state.step % config.preview_every == 0:
                 tracker.image("preview", preview(state.step, engines), state.step)
             if state.step % config.save_every == 0 or state.step == config.steps or stopping.asked:
                 save(engines, checkpoints, state)
@@ -92,6 +92,8 @@ def take_step(stage: Stage, engines: dict[str, Engine], batches: list[Batch], st
     """One optimiser step of every module over this rank's micro-batches; advances the state."""
     number = state.step + 1
     for name, engine in engines.items():
+        if not stage.trains(name, number):
+            continue
         for part, batch in enumerate(batches):
             seed_dropout(stage.seed, number, part)
             out: StepOutput = stage.loss(name, engines, batch)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dvae import keyed
-from dvae.config import TrainingConfig
+from dvae.config import Precision, TrainingConfig
 from dvae.data.loader import Batch
 from dvae.denoiser import Denoiser, Draws, Given
-from dvae.registry.encoders import Encoder, Posterior
-from dvae.training.engine import Engine
+from dvae.layers.adversarial import adaptive_weight, discriminator_loss, generator_loss
+from dvae.registry.classifiers import Classifier
+from dvae.registry.encoders import Adversary, Encoder, Posterior
 
 BUCKETS = 10
+Engines = Mapping[str, Callable[..., Any]]
+"""Modules by name, to be called as such: an Engine each in training."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,19 @@ class Stage(ABC):
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
-        """What is trained, each on an engine of its own."""
+        """What is trained, each on an engine of its own; the one named like the stage is kept."""
+
+    def trains(self, name: str, step: int) -> bool:
+        """Whether module `name` takes step number `step` (from 1)."""
+        return True
 
     @abstractmethod
-    def loss(self, name: str, engines: dict[str, Engine], batch: Batch) -> StepOutput:
+    def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
         """Loss of module `name`; every draw is keyed by batch.keys."""
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of the engines, for modules that are called without one."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision is Precision.bf16)
 
     def images(self, batch: Batch) -> torch.Tensor:
         """The batch's images in [-1, 1]; channels_last, which is what makes bf16 convolutions fast."""
@@ -72,20 +86,87 @@ class EncoderStage(Stage):
     def modules(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder}
 
-    def loss(self, name: str, engines: dict[str, Engine], batch: Batch) -> StepOutput:
-        noise = keyed.normal(self.seed, "posterior", batch.keys.tolist(), self.encoder.latent_shape)
-        terms = engines[name](self.images(batch), self.place(noise))
+    def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
+        terms = engines[name](self.images(batch), self.noise(batch))
         return StepOutput(terms["loss"].mean(), _sums(terms))
 
+    def noise(self, batch: Batch) -> torch.Tensor:
+        """What q(z | x) is sampled with, (B, *latent)."""
+        return self.place(keyed.normal(self.seed, "posterior", batch.keys.tolist(), self.encoder.latent_shape))
 
-class RefinerStage(Stage):
-    """The refiner, conditioned on a fresh x_hat from the frozen encoder at every step.
+
+class GanStage(EncoderStage):
+    """An encoder and its adversary's discriminator, in turns (Esser et al. 2021, section 3.1).
+
+    "loss" stays the encoder's own objective; the adversarial loss is "generator". Confidences are the discriminator's
+    probabilities that an image is real, averaged over patches. The adaptive weight is that of a micro-batch.
+    """
+
+    def __init__(
+        self, encoder: Encoder, adversary: Adversary, config: TrainingConfig, seed: int, device: torch.device
+    ) -> None:
+        super().__init__(encoder, config, seed, device)
+        self.adversary = adversary
+        adversary.discriminator.to(device)
+        self.fakes: dict[int, torch.Tensor] = {}
+        """Reconstructions of this step's micro-batches, by their first sample number."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "discriminator": self.adversary.discriminator}
+
+    def trains(self, name: str, step: int) -> bool:
+        return name == "encoder" or step > self.adversary.start
+
+    def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
+        turn = self.encoder_turn if name == "encoder" else self.discriminator_turn
+        return turn(engines[name], batch)
+
+    def encoder_turn(self, engine: Callable[..., Any], batch: Batch) -> StepOutput:
+        x = self.images(batch)
+        terms = engine(x, self.noise(batch))
+        x_hat, features = terms.pop("x_hat"), terms.pop("features")
+        loss, metrics = terms["loss"].mean(), _sums(terms)
+        first = int(batch.keys[0])
+        if self.trains("discriminator", first // self.config.batch + 1):
+            self.fakes[first] = x_hat.detach()
+            gradient, figures = self.judged(x, x_hat.detach(), features.detach())
+            # known already, the gradient is handed on by this product: no second pass through the discriminator
+            loss = loss + (gradient * x_hat).sum()
+            metrics |= figures
+        return StepOutput(loss, metrics)
+
+    def judged(
+        self, x: torch.Tensor, x_hat: torch.Tensor, features: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+        """Gradient at x_hat (B, C, H, W) of the weighted adversarial loss, and figures.
+
+        x_hat and features are cut off from the encoder: DeepSpeed's engine allows no gradient through it but backward.
+        """
+        adversary = self.adversary
+        x_hat.requires_grad_()
+        with self.autocast():
+            distance = adversary.distance(x, x_hat).mean()
+            deceit = generator_loss(adversary.loss, adversary.discriminator(x_hat)).mean()
+        (pull,) = torch.autograd.grad(distance, x_hat)
+        (push,) = torch.autograd.grad(deceit, x_hat)
+        weight = adversary.weight * adaptive_weight(adversary.last_layer, features, pull, push)
+        return weight * push, {"generator": (float(deceit.detach()), 1.0), "adaptive_weight": (float(weight), 1.0)}
+
+    def discriminator_turn(self, engine: Callable[..., Any], batch: Batch) -> StepOutput:
+        fake = self.fakes.pop(int(batch.keys[0]))
+        real_logits, fake_logits = engine(torch.cat([self.images(batch), fake])).chunk(2)
+        losses = discriminator_loss(self.adversary.loss, real_logits, fake_logits).flatten(1).mean(1)
+        confidence = {"real": torch.sigmoid(real_logits), "fake": torch.sigmoid(fake_logits)}
+        metrics = {f"confidence_{name}": values.flatten(1).mean(1) for name, values in confidence.items()}
+        return StepOutput(losses.mean(), _sums({"discriminator": losses} | metrics))
+
+
+class NoisyStage(Stage):
+    """A stage on noisy states, given a fresh x_hat from the frozen encoder at every step.
 
     `posteriors` (mean and logvar of every training image, by data set index) spares encoding where images are not
     flipped: the draw z ~ q(z | x) is the same.
     """
-
-    name = "refiner"
 
     def __init__(
         self,
@@ -101,34 +182,82 @@ class RefinerStage(Stage):
         self.denoiser = denoiser
         self.posteriors = posteriors
 
-    def modules(self) -> dict[str, nn.Module]:
-        return {"refiner": self.denoiser}
-
     @torch.no_grad()
     def given(self, batch: Batch, x: torch.Tensor) -> Given:
-        """x_hat from a freshly drawn z, without gradient."""
+        """x_hat from a freshly drawn z, and the class where there is one; without gradient."""
         noise = self.place(keyed.normal(self.seed, "posterior", batch.keys.tolist(), self.encoder.latent_shape))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision.name == "bf16"):
+        with self.autocast():
             if self.posteriors is None:
                 posterior = self.encoder.encode(x)
             else:
                 mean, logvar = (part[batch.indices] for part in (self.posteriors.mean, self.posteriors.logvar))
                 posterior = Posterior(self.place(mean), self.place(logvar))
             z = posterior.sample(noise)
-            return Given(self.place(self.encoder.decode(z).float()), z.float())
+            x_hat = self.place(self.encoder.decode(z).float())
+        return Given(x_hat, z.float(), None if batch.labels is None else self.place(batch.labels))
 
-    def loss(self, name: str, engines: dict[str, Engine], batch: Batch) -> StepOutput:
-        x = self.images(batch)
+    def draws(self, batch: Batch) -> Draws:
+        """Times and noise of the batch, keyed by its sample numbers."""
         drawn = self.denoiser.draw(self.seed, batch.keys)
-        draws = Draws(drawn.t, self.place(drawn.eps), drawn.keep)
+        start = None if drawn.start is None else self.place(drawn.start)
+        return replace(drawn, eps=self.place(drawn.eps), start=start)
+
+
+class RefinerStage(NoisyStage):
+    """The refiner."""
+
+    name = "refiner"
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"refiner": self.denoiser}
+
+    def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
+        x = self.images(batch)
+        draws = self.draws(batch)
         losses = engines[name](x, self.given(batch, x), draws)
-        metrics = _sums({"loss": losses}) | _by_time(losses.detach(), draws.t)
+        return StepOutput(losses.mean(), _sums({"loss": losses}) | _by_time("loss", losses, draws.t))
+
+
+class ClassifierStage(NoisyStage):
+    """The noisy classifier: cross-entropy on states of the refiner's diffusion (Dhariwal & Nichol 2021, section 4)."""
+
+    name = "classifier"
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        encoder: Encoder,
+        denoiser: Denoiser,
+        posteriors: Posterior | None,
+        config: TrainingConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(encoder, denoiser.eval().requires_grad_(False), posteriors, config, seed, device)
+        self.classifier = classifier
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"classifier": self.classifier}
+
+    def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
+        x = self.images(batch)
+        given, draws = self.given(batch, x), self.draws(batch)
+        assert given.label is not None
+        with torch.no_grad():
+            u = self.denoiser.noised(x, given, draws)  # the condition is never dropped here
+            feature = self.denoiser.diffusion.schedule.feature(draws.t).to(self.device, torch.float32)
+        logits = engines[name](u, feature, self.denoiser.condition(given))
+        losses = F.cross_entropy(logits, given.label, reduction="none")
+        figures = {"loss": losses, "accuracy": (logits.argmax(1) == given.label).float()}
+        metrics = _sums(figures)
+        for figure, values in figures.items():
+            metrics |= _by_time(figure, values, draws.t)
         return StepOutput(losses.mean(), metrics)
 
 
-def _by_time(losses: torch.Tensor, t: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """Sums of the loss in tenths of t: loss_t0 is t in (0, 0.1], ..., loss_t9 is (0.9, 1]."""
+def _by_time(name: str, values: torch.Tensor, t: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Sums of a figure (B,) in tenths of t: name_t0 is t in (0, 0.1], ..., name_t9 is (0.9, 1]."""
     bucket = (torch.ceil(t * BUCKETS).long() - 1).clamp(0, BUCKETS - 1)
-    sums = torch.zeros(BUCKETS, dtype=torch.float64).index_add_(0, bucket, losses.double().cpu())
+    sums = torch.zeros(BUCKETS, dtype=torch.float64).index_add_(0, bucket, values.detach().double().cpu())
     counts = torch.bincount(bucket, minlength=BUCKETS)
-    return {f"loss_t{i}": (float(sums[i]), float(counts[i])) for i in range(BUCKETS) if counts[i]}
+    return {f"{name}_t{i}": (float(sums[i]), float(counts[i])) for i in range(BUCKETS) if counts[i]}

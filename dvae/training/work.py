@@ -1,35 +1,42 @@
-"""What the stages encoder, prior and refiner do with a run folder."""
+"""What the stages encoder, prior, refiner and classifier do with a run folder."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from dvae import bundle, keyed, models
+from dvae import bundle, keyed, models, points
+from dvae import config as configuration
 from dvae.config import RunConfig, TrainingConfig
+from dvae.data.endless import EndlessLoader
 from dvae.data.images import to_float, to_uint8
-from dvae.data.loader import Loader
+from dvae.data.loader import Batches, Loader
 from dvae.data.order import Order
 from dvae.data.reader import Shards
 from dvae.errors import UserError
 from dvae.models import Models
 from dvae.pipeline import Pipeline
-from dvae.registry.encoders import Posterior
+from dvae.registry.encoders import Encoder, Posterior
 from dvae.run import Run
-from dvae.tracking import pictures
+from dvae.tracking import pictures, scatter
 from dvae.tracking.tracker import Tracker
 from dvae.training.checkpoint import Checkpoints
 from dvae.training.engine import Engine, rank, world_size
-from dvae.training.loop import Preview, train
-from dvae.training.stages import EncoderStage, RefinerStage, Stage
+from dvae.training.loop import Preview, State, train
+from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
 
-PARTS = ("encoder", "prior", "denoiser")
+Weights = dict[str, torch.Tensor]
+PARTS = ("encoder", "prior", "denoiser", "classifier")
 """What a bundle is made of, in the order in which it is trained."""
 SCALE_IMAGES = 1024
 """Training images from which data_scale is measured."""
 PREVIEW_IMAGES = 32
+PREVIEW_POINTS = 1000
+HELDOUT_DRAWS = 1024
+"""Noisy states of held-out images on which a trained classifier is tried."""
 
 
 def open_shards(config: RunConfig, split: str) -> Shards:
@@ -41,8 +48,19 @@ def open_shards(config: RunConfig, split: str) -> Shards:
     )
 
 
-def open_loader(config: RunConfig, training: TrainingConfig, stage: str) -> Loader:
-    shards = open_shards(config, "train")
+def open_loader(
+    config: RunConfig, training: TrainingConfig, stage: str, split: str = "train"
+) -> Loader | EndlessLoader:
+    if configuration.endless(config):
+        return EndlessLoader(
+            points.open_source(config),
+            batch=training.batch,
+            rank=rank(),
+            world=world_size(),
+            accumulate=training.micro_batches,
+            seed=keyed.child(config.seed, f"{stage} data"),
+        )
+    shards = open_shards(config, split)
     order = Order(len(shards), keyed.child(config.seed, f"{stage} order"), config.data.block, config.data.window)
     return Loader(
         shards,
@@ -52,6 +70,7 @@ def open_loader(config: RunConfig, training: TrainingConfig, stage: str) -> Load
         world=world_size(),
         accumulate=training.micro_batches,
         flip=config.data.flip,
+        labels=shards.classes(config.data.label, config.classes) if config.classes else None,
         seed=keyed.child(config.seed, f"{stage} data"),
         threads=config.data.threads,
     )
@@ -65,6 +84,8 @@ def take_up(run: Run, config: RunConfig, *parts: str) -> Models:
     """The run's models, with the weights of the finished stages `parts`. Raises UserError where one is not finished."""
     made = models.build(config)
     for part in parts:
+        if part not in made.trained():  # it has nothing to learn
+            continue
         if not run.weights(part).exists():
             raise UserError(f"run={run.path} has no trained {part} yet: add the stage that trains it to stages=[...]")
         bundle.fit(made.trained()[part], bundle.load_weights(run.weights(part)), str(run.weights(part)))
@@ -74,22 +95,31 @@ def take_up(run: Run, config: RunConfig, *parts: str) -> Models:
 
 
 def train_stage(
-    run: Run, config: RunConfig, stage: Stage, training: TrainingConfig, part: str, preview: Preview
+    run: Run,
+    config: RunConfig,
+    stage: Stage,
+    training: TrainingConfig,
+    part: str,
+    preview: Preview | None,
+    figures: Callable[[Weights], dict[str, float]] | None = None,
 ) -> None:
-    """Train one stage, keep its averaged weights, and bring the bundle up to date."""
+    """Train one stage, keep its averaged weights, and bring the bundle up to date.
+
+    `figures` of the averaged weights go into the stage's record.
+    """
     checkpoints = Checkpoints(run.checkpoints(stage.name), training.keep)
     tracked = Tracker(run.path, config.tracking.wandb, stage.name)
     with tracked as tracker, open_loader(config, training, stage.name) as data:
         averaged, state = train(stage, data, checkpoints, tracker, preview, run.path)
-    (weights,) = averaged.values()
+    weights = averaged[stage.name]
     bundle.save_weights(run.weights(part), weights)
     export(run, config)
     record = {
         "seconds": state.seconds,
         "steps": state.step,
         "images_per_second": training.batch * state.step / state.seconds,
-        "parameters": sum(p.numel() for module in stage.modules().values() for p in module.parameters()),
-    }
+        "parameters": sum(p.numel() for p in stage.modules()[stage.name].parameters()),
+    } | (figures(weights) if figures else {})
     run.finish(stage.name, record)
 
 
@@ -106,7 +136,11 @@ def preview_images(config: RunConfig) -> torch.Tensor:
 
 def encoder_stage(run: Run, config: RunConfig) -> None:
     made = take_up(run, config)
-    stage = EncoderStage(made.encoder, config.train_encoder, config.seed, device())
+    given = made.encoder.pretrained()
+    if given is not None:
+        take_over(run, config, made.encoder, given)
+        return
+    stage = new_encoder_stage(made.encoder, config)
     shown = preview_images(config)
 
     def preview(step: int, engines: dict[str, Engine]) -> Path:
@@ -119,6 +153,25 @@ def encoder_stage(run: Run, config: RunConfig) -> None:
         return path
 
     train_stage(run, config, stage, config.train_encoder, "encoder", preview)
+
+
+def new_encoder_stage(encoder: Encoder, config: RunConfig) -> EncoderStage:
+    """The stage that trains `encoder`; the first weights of a discriminator are keyed by the run's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed.child(config.seed, "discriminator"))
+        adversary = encoder.adversary()
+    if adversary is None:
+        return EncoderStage(encoder, config.train_encoder, config.seed, device())
+    return GanStage(encoder, adversary, config.train_encoder, config.seed, device())
+
+
+def take_over(run: Run, config: RunConfig, encoder: Encoder, weights: Weights) -> None:
+    """Keep weights that were trained elsewhere as those of the run's encoder."""
+    began = time.perf_counter()
+    bundle.save_weights(run.weights("encoder"), weights)
+    export(run, config)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    run.finish("encoder", {"seconds": time.perf_counter() - began, "parameters": parameters})
 
 
 def prior_stage(run: Run, config: RunConfig) -> None:
@@ -149,9 +202,14 @@ def posteriors(run: Run, config: RunConfig, made: Models) -> Posterior:
     return Posterior(state["mean"], state["logvar"])
 
 
+def known_posteriors(run: Run, config: RunConfig, made: Models) -> Posterior | None:
+    """Posteriors that stand for encoding the training images anew: where there is an encoder and nothing is flipped."""
+    return None if config.data.flip or "encoder" not in made.trained() else posteriors(run, config, made)
+
+
 def refiner_stage(run: Run, config: RunConfig) -> None:
     made = take_up(run, config, "encoder")
-    known = None if config.data.flip else posteriors(run, config, made)
+    known = known_posteriors(run, config, made)
     stage = RefinerStage(made.encoder, made.denoiser, known, config.train_refiner, config.seed, device())
     if config.denoiser.data_scale is None:
         made.denoiser.data_scale.fill_(measure_scale(config, stage))
@@ -160,12 +218,53 @@ def refiner_stage(run: Run, config: RunConfig) -> None:
         copy = take_up(run, config, "encoder", "prior")
         copy.denoiser.load_state_dict(engines["refiner"].averaged())
         copy.denoiser.eval()
-        vae, refined = Pipeline(config, copy).generate(PREVIEW_IMAGES, config.seed)
         path = run.images / f"refiner-{step:08d}.png"
-        pictures.grid(torch.cat([vae, refined]), path)
+        if configuration.endless(config):
+            preview_points(config, Pipeline(config, copy, config.evaluate.batch), path)
+            return path
+        vae, refined = Pipeline(config, copy).generate(PREVIEW_IMAGES, config.seed)
+        pictures.grid(torch.cat([vae, refined]) if "encoder" in made.trained() else refined, path)
         return path
 
     train_stage(run, config, stage, config.train_refiner, "denoiser", preview)
+
+
+def preview_points(config: RunConfig, pipeline: Pipeline, path: Path) -> None:
+    source = points.open_source(config)
+    groups = points.groups(config, source).items()
+    true = {name: points.true(source, label, PREVIEW_POINTS, config.seed) for name, label in groups}
+    drawn = {name: points.drawn(pipeline, label, PREVIEW_POINTS, config.seed) for name, label in groups}
+    scatter.compare(true, drawn, path)
+
+
+def classifier_stage(run: Run, config: RunConfig) -> None:
+    made = take_up(run, config, "encoder", "denoiser")
+    assert made.classifier is not None
+    classifier, known = made.classifier, known_posteriors(run, config, made)
+    seed, training = config.seed, config.train_classifier
+    stage = ClassifierStage(classifier, made.encoder, made.denoiser, known, training, seed, device())
+    unseen = ClassifierStage(
+        classifier, made.encoder, made.denoiser, None, training, keyed.child(seed, "held-out"), device()
+    )
+
+    with open_loader(config, training, "classifier held-out", "heldout") as heldout:
+
+        def figures(weights: Weights) -> dict[str, float]:
+            classifier.load_state_dict(weights)
+            return heldout_accuracy(unseen, heldout)
+
+        train_stage(run, config, stage, training, "classifier", None, figures)
+
+
+@torch.no_grad()
+def heldout_accuracy(stage: ClassifierStage, heldout: Batches) -> dict[str, float]:
+    """Accuracy on noisy states of held-out images, overall and by tenth of t."""
+    stage.classifier.eval()
+    sums = State()
+    for start in range(0, HELDOUT_DRAWS, stage.config.batch):
+        for batch in heldout.step(start):
+            sums.add(stage.loss("classifier", stage.modules(), batch).metrics)
+    return {f"heldout_{name}": value for name, value in sums.row().items() if name.startswith("accuracy")}
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from patterns import pixels_of
 
 from dvae.data.images import to_float
 from dvae.data.loader import Batch, Loader, check_batch
@@ -73,6 +75,35 @@ def test_reading_ahead_changes_nothing(data: Shards, threads: int):
             for a, b in zip(inline.step(sample), ahead.step(sample), strict=True):
                 assert torch.equal(a.keys, b.keys)
                 assert torch.equal(a.images, b.images)
+
+
+@pytest.mark.parametrize(("world", "accumulate", "threads"), [(1, 1, 0), (2, 3, 0), (1, 2, 2)])
+def test_labels_stay_with_their_images(data: Shards, world: int, accumulate: int, threads: int):
+    names = ["2", "0", "1"]
+    labels = data.classes("number", names)
+    for rank in range(world):
+        with Loader(
+            data,
+            order(data),
+            24,
+            rank=rank,
+            world=world,
+            accumulate=accumulate,
+            threads=threads,
+            flip=True,
+            labels=labels,
+        ) as loader:
+            for batch in loader.step(0) + loader.step(48):
+                keys = [int(data.about(int(i))["key"].removeprefix("pattern.")) for i in batch.indices]
+                assert batch.labels is not None
+                assert [int(names[label]) for label in batch.labels] == [key % 3 for key in keys]
+                for key, image in zip(keys, batch.images.numpy(), strict=True):
+                    drawn = pixels_of(key)
+                    assert np.array_equal(image, drawn) or np.array_equal(image, drawn[:, :, ::-1])
+
+
+def test_a_run_without_classes_has_no_labels(data: Shards):
+    assert gather(data, 1, 1, 0).labels is None
 
 
 def test_a_batch_larger_than_the_data_set(data: Shards):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +53,58 @@ def test_about_and_labels(shards: Path):
     about = data.about(5)
     assert about["labels"]["parity"] == ("odd" if number(data, 5) % 2 else "even")
     assert data.labels["parity"] == ["even", "odd"]
+
+
+def test_classes_are_the_numbers_of_an_attributes_values(shards: Path):
+    data = Shards(shards)
+    keys = torch.tensor([number(data, i) for i in range(len(data))])
+    assert torch.equal(data.classes("parity", ["odd", "even"]), 1 - keys % 2)
+    assert torch.equal(data.classes("number", ["2", "1", "0", "none like it"]), 2 - keys % 3)  # empty classes are fine
+
+
+@pytest.mark.parametrize(
+    ("attribute", "names", "says"),
+    [
+        ("partiy", ["odd", "even"], "data.label=partiy: the images have no such attribute: did you mean 'parity'?"),
+        ("parity", ["odd", "evn"], "data.label=parity: 'even' is not one of the classes odd, evn: name every value"),
+    ],
+)
+def test_unknown_attributes_and_values(shards: Path, attribute: str, names: list[str], says: str):
+    with pytest.raises(UserError, match=re.escape(says)):
+        Shards(shards).classes(attribute, names)
+
+
+def test_an_image_without_the_attribute_is_named(shards: Path):
+    data = Shards(shards)
+    key = data.about(3)["key"]
+    shard, row = data._locate(3)
+    with (shards / shard.file).open("r+b") as file:
+        file.seek(row[2])
+        text = file.read(row[3])
+        file.seek(row[2])
+        file.write(text.replace(b"parity", b"purity"))
+    with pytest.raises(UserError, match=rf"data\.label=parity: image {re.escape(key)} has no such attribute"):
+        Shards(shards).classes("parity", ["odd", "even"])
+
+
+def test_damage_does_not_part_images_from_their_classes(shards: Path):
+    whole = Shards(shards)
+    classes = whole.classes("parity", ["odd", "even"])
+    damage(shards, 4)
+    shard, row = whole._locate(7)
+    with (shards / shard.file).open("r+b") as file:  # the text of another
+        file.seek(row[2])
+        file.write(b"\xff" * row[3])
+    data = Shards(shards, max_bad_fraction=0.1)
+    found = data.classes("parity", ["odd", "even"])
+    images = data.read(range(10))
+    shown = data.shown(np.arange(10))
+    assert shown.tolist() == [0, 1, 2, 3, 5, 5, 6, 8, 8, 9]
+    assert torch.equal(images, whole.read(shown))
+    assert torch.equal(found[shown], classes[shown])
+    assert "labels" in data.damaged[7]
+    with pytest.raises(MachineError, match="more than"):
+        Shards(shards, max_bad_fraction=0.0).classes("parity", ["odd", "even"])
 
 
 def test_grey(tmp_path: Path):

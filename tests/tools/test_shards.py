@@ -13,13 +13,13 @@ from dvae.tools import shards
 
 
 def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line on stderr of a command that ends with exit status 2."""
+    """The one line, after any progress, on stderr of a command that ends with exit status 2."""
     with pytest.raises(SystemExit) as end:
         run_command(shards.command, list(words))
     assert end.value.code == 2
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1
-    return text
+    *progress, line = capsys.readouterr().err.splitlines()
+    assert all(text.startswith("shards: ") for text in progress)
+    return line
 
 
 def test_build_then_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -34,12 +34,15 @@ def test_build_then_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "heldout=0.3",
     ]
     shards.command(words)
-    printed = capsys.readouterr().out
-    assert "20/20 images" in printed
-    assert "20 images of 16x16" in printed
+    printed = capsys.readouterr()
+    assert "shards: 20/20 100%" in printed.err
+    assert "20 images of 16x16" in printed.out
+    assert "images/s" in printed.out
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["image_size"], manifest["heldout_fraction"], manifest["source"]["style"]) == (16, 0.3, "personas")
-    shards.command(words)  # again: they are there
+    shards.command(words)
+    again = capsys.readouterr()
+    assert ("were there already" in again.out, again.err) == (True, "")
     shards.command(["verify", str(out)])
     assert "2 shards are sound" in capsys.readouterr().out
     (out / "train-000000.tar").unlink()
@@ -84,4 +87,4 @@ def test_mistakes(
 
 def test_help(capsys: pytest.CaptureFixture[str]):
     shards.command(["--help"])
-    assert "avatars, folder" in capsys.readouterr().out
+    assert "avatars, celeba" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from dvae.tracking import console
-from dvae.tracking.console import Progress, clock
+from dvae.tracking.console import Counted, Progress, clock
 
 
 class Clock:
@@ -62,6 +62,27 @@ def test_nothing_done_prints_nothing(capsys):
     with Progress("refiner", total=10, start=10):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_counted_images_go_on_from_what_was_done(time, capsys):
+    with Counted("shards") as progress:
+        progress(40, 100)
+        time.now += 1000  # processes start
+        for done in range(41, 101):
+            progress(done, 100)
+            time.now += 0.5
+    assert progress.images == 60
+    assert capsys.readouterr().err.splitlines() == [
+        "shards: 61/100 61%  2.1 images/s  0:19 left",
+        "shards: 81/100 81%  2 images/s  0:09 left",
+        "shards: 100/100 100%  2 images/s  took 0:30",
+    ]
+
+
+def test_counted_images_that_were_all_there(capsys):
+    with Counted("shards") as progress:
+        pass
+    assert (progress.images, capsys.readouterr().err) == (0, "")
 
 
 def test_a_bar_on_a_terminal(monkeypatch):

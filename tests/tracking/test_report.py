@@ -219,3 +219,13 @@ def test_in_a_real_browser(run, tmp_path_factory, name, width, height, dark):
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         folder.mkdir(parents=True, exist_ok=True)
         assert browser.save_screenshot(str(folder / f"report-{name}-{'dark' if dark else 'light'}.png"))
+
+
+def test_the_discriminators_confidences_share_a_chart(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        real, fake = 0.5 + 0.1 * step, 0.5 - 0.1 * step
+        log.append({"stage": "encoder", "step": step, "loss": 1.0, "confidence_real": real, "confidence_fake": fake})
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    (label,) = re.findall(r'aria-label="(probability of being real[^"]*)"', page)
+    assert label.endswith("images, reconstructions")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from dvae.layers.adversarial import GanLoss
 from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 
@@ -26,6 +28,23 @@ class Posterior:
         """KL(q(z | x) || N(0, I)) per sample, (B,), in nats (Kingma & Welling 2014, appendix B)."""
         terms = 0.5 * (self.mean**2 + torch.exp(self.logvar) - 1.0 - self.logvar)
         return terms.flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """What an encoder is trained against besides its own objective: a discriminator of real images and x_hat."""
+
+    discriminator: nn.Module
+    """Images (B, C, H, W) to logits (B, 1, h, w), high where they are taken for real. Trained, and then thrown away."""
+    loss: GanLoss
+    weight: float
+    """Weight of the adversarial loss, times the adaptive weight (dvae.layers.adversarial)."""
+    start: int
+    """Steps before the discriminator is trained and heard."""
+    last_layer: nn.Conv2d
+    """The decoder's last layer, at which gradients are compared."""
+    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """distance(x, x_hat), (B,): the reconstruction error that the adversarial loss is balanced with."""
 
 
 class Encoder(nn.Module, ABC):
@@ -51,7 +70,19 @@ class Encoder(nn.Module, ABC):
         """The training objective for one batch; noise ~ N(0, I) is (B, *latent).
 
         Returns per-sample terms, each (B,) in fp32: "loss", which is minimised, and whatever else is worth a curve.
+        Where there is an adversary, also the maps "x_hat" (B, C, H, W) and "features", the input of its last layer.
         """
+
+    def adversary(self) -> Adversary | None:
+        """A new discriminator and how to train against it; None where the objective is all."""
+        return None
+
+    def pretrained(self) -> dict[str, torch.Tensor] | None:
+        """A state dict that the encoder stage takes over instead of training; None where it trains.
+
+        Raises UserError where it cannot be read or does not fit.
+        """
+        return None
 
 
 ENCODERS: Registry[Encoder] = Registry("encoder", __name__)

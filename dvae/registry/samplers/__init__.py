@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
+from dvae.timegrid import Spacing, time_grid
 
 if TYPE_CHECKING:
-    from dvae.diffusion import Diffusion, Prediction
+    from dvae.diffusion import Diffusion, Prediction, Time
+
+
+class Threshold(Enum):
+    """What is done to the predicted image at each step, where it leaves the range of images."""
+
+    none = "none"
+    """Nothing."""
+    clamp = "clamp"
+    """Cut at -1 and 1."""
+    dynamic = "dynamic"
+    """Cut at the 99.5% quantile of its own absolute values and scaled back to it (Saharia et al. 2022, section 2.3)."""
 
 
 class Model(Protocol):
@@ -21,13 +36,22 @@ class Model(Protocol):
     @property
     def diffusion(self) -> Diffusion: ...
 
-    def __call__(self, u: torch.Tensor, t: float, *, clip: bool = False) -> Prediction:
-        """Prediction for u (B, k*C, H, W) at one time t; `clip` keeps x0 within the image range [-1, 1]."""
+    @property
+    def passes(self) -> int:
+        """Network evaluations per call: 2 with classifier-free guidance."""
+        ...
+
+    def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:
+        """Prediction for u (B, k*C, H, W) at one time t, or at a time per image (B,)."""
+        ...
+
+    def __getitem__(self, rows: torch.Tensor) -> Model:
+        """The model of some images of its batch, rows (n,) int64: for samplers in which images go their own ways."""
         ...
 
 
 Noise = Callable[[int], torch.Tensor]
-"""noise(i): standard normal noise of u's shape for step i; keyed per image, so it does not depend on the batch."""
+"""noise(i): standard normal noise number i of u's shape; keyed per image, so it does not depend on the batch."""
 
 OnStep = Callable[[int, float, torch.Tensor], torch.Tensor]
 """on_step(i, t, u) -> u: called with each state reached, i = 0 for the start; may replace it (inpainting, previews)."""
@@ -38,26 +62,88 @@ class Sampled:
     """The end of a trajectory."""
 
     u: torch.Tensor
-    """State at t = 0, (B, k*C, H, W)."""
-    nfe: int
-    """Network evaluations per sample, as counted."""
+    """State at t = 0, (B, k*C, H, W): the image first, the other components at their mean, zero."""
+    nfe: torch.Tensor
+    """Network evaluations of each sample, (B,), int64, as counted."""
+
+
+@dataclass
+class Walk:
+    """One trajectory under way: what a step may use besides the state."""
+
+    model: Model
+    threshold: Threshold
+    noise: Noise
+    times: list[float]
+    """The grid, from 1 down to 0."""
+    i: int = 0
+    """Number of the step: from times[i] to times[i + 1]."""
+    calls: int = 0
+    """Calls of the model so far."""
+    past: list[tuple[float, torch.Tensor]] = field(default_factory=list)
+    """What a multistep method keeps of the steps behind it: (t or log-SNR, prediction), newest last."""
+
+    @property
+    def diffusion(self) -> Diffusion:
+        return self.model.diffusion
+
+    def predict(self, u: torch.Tensor, t: float) -> Prediction:
+        """The model's prediction; counted."""
+        self.calls += 1
+        return self.model(u, t, threshold=self.threshold)
 
 
 class Sampler(ABC):
-    """Takes u from t = 1 (noise) to t = 0 (data)."""
+    """Takes u from t = 1 (noise) to t = 0 (data) along a grid of times. A method is its `step`.
 
-    Config: type[ComponentConfig]
+    The last step, to t = 0, is alike for all: the predicted image, without noise, at the cost of one evaluation.
+    """
 
-    @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None: ...
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        steps: int = 50
+        """Steps of the grid, the last to t = 0 included; at most the number of the schedule's discrete times."""
+        spacing: Spacing = Spacing.uniform
+        """uniform | quadratic | log_snr | karras; the last two need k = 1."""
+        t_min: float = 0.0
+        """uniform, quadratic: the last time before 0; with 0 the grid is spread down to 0 itself."""
+        sigma_min: float = 0.002
+        """log_snr, karras: sigma/alpha at the last time before 0."""
+        threshold: Threshold = Threshold.clamp
+        """none | clamp | dynamic: keeps the predicted image within its range at each step."""
+        temperature: float = 1.0
+        """Factor on the starting noise u_1; below 1 trades variety for regularity."""
 
-    @abstractmethod
+    by_steps: bool = True
+    """Whether all samples stand at the same time after each step, so that on_step can put in known pixels."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        if config.steps < 1:
+            raise UserError(f"sampler.steps={config.steps}: must be at least 1")
+        self.config = config
+
     def supports(self, diffusion: Diffusion) -> bool:
-        """Whether this sampler integrates that diffusion's process."""
+        """Whether this sampler integrates that process on that schedule."""
+        return True
 
     @abstractmethod
+    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        """u at s from u at t, 0 < s < t <= 1."""
+
+    @torch.no_grad()
     def sample(self, model: Model, u: torch.Tensor, noise: Noise, on_step: OnStep | None = None) -> Sampled:
         """Integrate from u at t = 1 to t = 0."""
+        config = self.config
+        times = time_grid(model.diffusion.schedule, config.steps, config.spacing, config.t_min, config.sigma_min)
+        walk = Walk(model, config.threshold, noise, times)
+        u = config.temperature * u
+        if on_step is not None:
+            u = on_step(0, times[0], u)
+        for walk.i, (t, s) in enumerate(pairwise(times)):
+            u = self.step(walk, u, t, s) if s > 0.0 else model.diffusion.clean(walk.predict(u, t).x0)
+            if on_step is not None:
+                u = on_step(walk.i + 1, s, u)
+        return Sampled(u, torch.full((len(u),), walk.calls * model.passes))
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler", __name__)

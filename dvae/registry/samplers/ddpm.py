@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from dvae.errors import UserError
-from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.samplers import SAMPLERS, Model, Noise, OnStep, Sampled, Sampler
-from dvae.timegrid import Spacing, time_grid
+from dvae.registry.core import Shapes
+from dvae.registry.samplers import SAMPLERS, Sampler, Walk
 
 if TYPE_CHECKING:
     from dvae.diffusion import Diffusion
@@ -36,42 +34,27 @@ class DDPM(Sampler):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(ComponentConfig):
+    class Config(Sampler.Config):
         steps: int = 1000
-        """Network evaluations; at most the number of the schedule's discrete times, where it has them."""
-        spacing: Spacing = Spacing.uniform
-        """uniform | quadratic (finer near the data)."""
+        """Steps, and network evaluations; at most the number of the schedule's discrete times, where it has them."""
         variance: Variance = Variance.fixedlarge
         """fixedlarge | fixedsmall."""
-        clip_x0: bool = True
-        """Keep the predicted x0 within the image range at each step."""
-        temperature: float = 1.0
-        """Factor on the starting noise u_1; below 1 trades variety for regularity."""
+        sigma_scale: float = 1.0
+        """Factor on the standard deviation of the noise of each step; 0.95 trades variety for sharpness."""
+
+    config: Config
 
     def __init__(self, config: Config, io: Shapes) -> None:
-        if config.steps < 1:
-            raise UserError(f"sampler.steps={config.steps}: must be at least 1")
-        self.config = config
+        super().__init__(config, io)
+        if config.sigma_scale < 0.0:
+            raise UserError(f"sampler.sigma_scale={config.sigma_scale}: must be 0 or more; 1 is DDPM")
 
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    @torch.no_grad()
-    def sample(self, model: Model, u: torch.Tensor, noise: Noise, on_step: OnStep | None = None) -> Sampled:
-        config, diffusion = self.config, model.diffusion
-        times = time_grid(diffusion.schedule, config.steps, config.spacing)
-        u, nfe = config.temperature * u, 0
-        if on_step is not None:
-            u = on_step(0, times[0], u)
-        for i, (t, s) in enumerate(pairwise(times)):
-            x0 = model(u, t, clip=config.clip_x0).x0
-            nfe += 1
-            c_x0, c_u, variance = (value.item() for value in diffusion.posterior(s, t))
-            if config.variance is Variance.fixedlarge:
-                variance = diffusion.transition(s, t)[1].item()
-            u = c_x0 * x0 + c_u * u
-            if s > 0.0:
-                u = u + variance**0.5 * noise(i)
-            if on_step is not None:
-                u = on_step(i + 1, s, u)
-        return Sampled(u, nfe)
+    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        x0 = walk.predict(u, t).x0
+        c_x0, c_u, variance = (value.item() for value in walk.diffusion.posterior(s, t))
+        if self.config.variance is Variance.fixedlarge:
+            variance = walk.diffusion.transition(s, t)[1].item()
+        return c_x0 * x0 + c_u * u + self.config.sigma_scale * variance**0.5 * walk.noise(walk.i)

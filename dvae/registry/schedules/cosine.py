@@ -23,34 +23,39 @@ class Cosine(Schedule):
 
     f(1) = 0, so the paper caps beta at 0.999 in its table of 1000 steps, which changes the last step alone. Here that
     step is B linear from t = 0.999 to 1: B agrees with the paper's table at every i/1000, and ends at abar(1) = 2.4e-9.
+    With zero terminal SNR there is no cap, and B is infinite at t = 1.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         offset: float = 0.008
         """s, above 0: keeps beta from vanishing at t = 0."""
+        zero_terminal_snr: bool = False
+        """Leave nothing of the data at t = 1: abar without the cap; eps cannot be predicted there."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
         if not config.offset > 0.0:
             raise UserError(f"schedule.offset={config.offset}: must be above 0; the paper has 0.008")
         self._speed = 0.5 * math.pi / (1.0 + config.offset)  # of the angle, in radians per unit of time
         self._start = self._speed * config.offset  # the angle at t = 0
+        self.endless: bool = config.zero_terminal_snr
+        self._cap = 1.0 if config.zero_terminal_snr else CAP_FROM
         # the device is named, since models are also built on the meta device
-        self._B_cap = self._uncapped(torch.tensor(CAP_FROM, dtype=torch.float64, device="cpu")).item()
+        self._B_cap = self._uncapped(torch.tensor(self._cap, dtype=torch.float64, device="cpu")).item()
 
     def _uncapped(self, t: torch.Tensor) -> torch.Tensor:
-        """-2 log(cos(start + x) / cos(start)) with x = speed t, in a form that keeps its digits at small t."""
+        """-2 log(cos(start + x) / cos(start)) with x = speed t, by the form that keeps its digits: early, or late."""
         x = self._speed * t
-        return -2.0 * torch.log1p(-(2.0 * torch.sin(0.5 * x) ** 2 + math.tan(self._start) * torch.sin(x)))
+        early = -2.0 * torch.log1p(-(2.0 * torch.sin(0.5 * x) ** 2 + math.tan(self._start) * torch.sin(x)))
+        late = -2.0 * torch.log(torch.sin(self._speed * (1.0 - t)) / math.cos(self._start))  # the angle ends at pi/2
+        return torch.where(t < 0.5, early, late)
 
     def integral(self, t: torch.Tensor) -> torch.Tensor:
-        return torch.where(
-            t <= CAP_FROM, self._uncapped(t.clamp(max=CAP_FROM)), self._B_cap + CAP_RATE * (t - CAP_FROM)
-        )
+        return torch.where(t <= self._cap, self._uncapped(t), self._B_cap + CAP_RATE * (t - self._cap))
 
     def rate(self, t: torch.Tensor) -> torch.Tensor:
-        uncapped = 2.0 * self._speed * torch.tan(self._start + self._speed * t.clamp(max=CAP_FROM))
-        return torch.where(t <= CAP_FROM, uncapped, torch.full_like(t, CAP_RATE))
+        uncapped = 2.0 * self._speed / torch.tan(self._speed * (1.0 - t))
+        return torch.where(t <= self._cap, uncapped, torch.full_like(t, CAP_RATE))
 
     def inverse(self, integral: torch.Tensor) -> torch.Tensor:
         # with y = 1 - exp(-B/2) and h = tan(x/2), `_uncapped` is the quadratic (2 - y) h^2 + 2 tan(start) h - y = 0
@@ -58,4 +63,4 @@ class Cosine(Schedule):
         slope = math.tan(self._start)
         h = y / (slope + torch.sqrt(slope**2 + y * (2.0 - y)))
         uncapped = 2.0 * torch.atan(h) / self._speed
-        return torch.where(integral <= self._B_cap, uncapped, CAP_FROM + (integral - self._B_cap) / CAP_RATE)
+        return torch.where(integral <= self._B_cap, uncapped, self._cap + (integral - self._B_cap) / CAP_RATE)

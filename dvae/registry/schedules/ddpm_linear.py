@@ -9,6 +9,7 @@ import torch
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.schedules import SCHEDULES, Schedule
+from dvae.registry.schedules.zero_terminal import ZeroTerminal
 
 
 @SCHEDULES.register("ddpm_linear")
@@ -16,7 +17,8 @@ class DDPMLinear(Schedule):
     """DDPM's table: beta_i evenly spaced over `steps` discrete times (Ho et al. 2020, section 4).
 
     Index i = 0..steps-1 of the table is t = (i + 1) / steps, so abar_i = prod_{j <= i} (1 - beta_j) = exp(-B(t)), and
-    B(0) = 0. Between the table's times B is linear in t.
+    B(0) = 0. Between the table's times B is linear in t. With zero terminal SNR this B is rescaled, between the table's
+    times as well.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -28,6 +30,8 @@ class DDPMLinear(Schedule):
         abar still ends near 0."""
         steps: int = 1000
         """Length of the table: the number of discrete times that training draws from."""
+        zero_terminal_snr: bool = False
+        """Rescale so that nothing of the data is left at t = 1 (Lin et al. 2024); eps cannot be predicted there."""
 
     betas: torch.Tensor
     """(steps,), float64."""
@@ -48,18 +52,31 @@ class DDPMLinear(Schedule):
         self._table = torch.cat([torch.zeros_like(increments[:1]), increments.cumsum(0)])  # B at i/steps, i = 0..steps
         self._slopes = increments * config.steps
         self.abar = torch.exp(-self._table[1:])
+        self.endless: bool = config.zero_terminal_snr
+        self._rescaled: ZeroTerminal | None = None
+        if config.zero_terminal_snr:
+            times = self._time(torch.arange(config.steps + 1, device="cpu"))
+            self._rescaled = ZeroTerminal(self._plain(times)[-1].item())
+            table = self.integral(times)
+            self.abar, self.betas = torch.exp(-table[1:]), -torch.expm1(-table.diff())
 
-    def integral(self, t: torch.Tensor) -> torch.Tensor:
+    def _plain(self, t: torch.Tensor) -> torch.Tensor:
+        """B without the rescaling."""
         below = torch.floor(t * self.steps).clamp(0, self.steps - 1).long()
         return self._table[below] + (t - self._time(below)) * self._slopes[below]
 
+    def integral(self, t: torch.Tensor) -> torch.Tensor:
+        return self._rescaled.integral(self._plain(t)) if self._rescaled else self._plain(t)
+
     def rate(self, t: torch.Tensor) -> torch.Tensor:
         """The slope of B at t; at one of the table's times, that of the step which ends there."""
-        return self._slopes[(torch.ceil(t * self.steps) - 1).clamp(0, self.steps - 1).long()]
+        slope = self._slopes[(torch.ceil(t * self.steps) - 1).clamp(0, self.steps - 1).long()]
+        return self._rescaled.rate(self._plain(t), slope) if self._rescaled else slope
 
     def inverse(self, integral: torch.Tensor) -> torch.Tensor:
-        below = (torch.searchsorted(self._table, integral) - 1).clamp(0, self.steps - 1)
-        return self._time(below) + (integral - self._table[below]) / self._slopes[below]
+        B = self._rescaled.inverse(integral) if self._rescaled else integral
+        below = (torch.searchsorted(self._table, B) - 1).clamp(0, self.steps - 1)
+        return self._time(below) + (B - self._table[below]) / self._slopes[below]
 
     def _time(self, index: torch.Tensor) -> torch.Tensor:
         return index.double() / self.steps  # not index / steps: torch divides integers in float32

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 
@@ -40,6 +43,31 @@ class Source(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Item:
         """Image number `index`. Raises dvae.data.images.DamagedImage, naming the file, where it cannot be read."""
+
+
+class EndlessSource(Source):
+    """A distribution: any number of samples, drawn by key, so that there is nothing to keep in shards."""
+
+    classes: tuple[str, ...] = ()
+    """Names of the classes; a sample's label is an index into them."""
+
+    @abstractmethod
+    def draw(self, seed: int, numbers: Sequence[int], label: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, C, H, W), float32 in [-1, 1], and labels (B,), int64, of the samples `numbers` of `seed`.
+
+        Each is a pure function of (seed, number, label); without `label`, number n has class n mod len(classes).
+        """
+
+    def __len__(self) -> int:
+        raise self._refusal()
+
+    def __getitem__(self, index: int) -> Item:
+        raise self._refusal()
+
+    def _refusal(self) -> UserError:
+        return UserError(
+            f"source {SOURCES.name_of(self)} is endless, it has no shards: leave shards out of stages=[...]"
+        )
 
 
 SOURCES: Registry[Source] = Registry("source", __name__)

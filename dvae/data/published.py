@@ -1,0 +1,88 @@
+"""What published data sets have in common: splits, lists of attributes, square images of a known size."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from dvae.data.images import DamagedImage, printable
+from dvae.errors import UserError, one_line
+
+
+class Split(Enum):
+    """Part of a data set, as its authors split it."""
+
+    train = "train"
+    test = "test"
+    all = "all"
+
+
+def whole_square(image: Image.Image, name: str, size: int) -> Image.Image:
+    """`image`, where it is square and no smaller than `size` pixels.
+
+    Raises DamagedImage otherwise: such a file is not of the data set, or would have to be enlarged.
+    """
+    width, height = image.size
+    if width != height:
+        raise DamagedImage(f"{name}: {width}x{height} pixels, the images of this data set are square")
+    if width < size:
+        raise DamagedImage(f"{name}: {width} pixels wide, {size} would enlarge it: use size={width} or less")
+    return image
+
+
+class Attributes:
+    """Binary attributes of images, from a list as CelebA and CelebAMask-HQ have it.
+
+    The file holds the number of images, a line of attribute names, then for each image its file name and a 1 or -1
+    per attribute (list_attr_celeba.txt, CelebAMask-HQ-attribute-anno.txt).
+    """
+
+    def __init__(self, path: str, files: list[str]) -> None:
+        """The attributes of `files` (paths; their last part counts).
+
+        Raises UserError where the list is missing, malformed, or lacks one of the files.
+        """
+        try:
+            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"source.attributes={path} cannot be read ({one_line(error)}): name list_attr_celeba.txt"
+            ) from None
+        self.names, values = _parse(path, [line for line in lines if line.strip()])
+        wanted = [PurePosixPath(file).name for file in files]
+        lacking = next((name for name in wanted if name not in values), None)
+        if lacking is not None:
+            raise UserError(
+                f"source.attributes={path} has no line for {printable(lacking)}: name the list of the same data set"
+            )
+        self._values = np.stack([values[name] for name in wanted])
+
+    def of(self, index: int) -> dict[str, str | int]:
+        """Attribute -> 1 or 0 of image number `index` of the files."""
+        return {name: int(value) for name, value in zip(self.names, self._values[index], strict=True)}
+
+
+def _parse(path: str, lines: list[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Attribute names, and by file name (A,) uint8 of 0 and 1. Raises UserError."""
+    if len(lines) < 3 or not lines[0].strip().isdigit():
+        raise UserError(
+            f"source.attributes={path} is no list of attributes: it must begin with the number of images and the names"
+        )
+    names = lines[1].split()
+    values: dict[str, np.ndarray] = {}
+    for number, line in enumerate(lines[2:], 3):
+        file, *marks = line.split()
+        if len(marks) != len(names) or not set(marks) <= {"1", "-1"}:
+            raise UserError(
+                f"source.attributes={path} line {number} ({printable(file)}): {len(names)} values of 1 or -1 "
+                "must follow the file name"
+            )
+        values[file] = np.array([mark == "1" for mark in marks], np.uint8)
+    if len(values) != int(lines[0]):
+        raise UserError(
+            f"source.attributes={path} tells of {lines[0].strip()} images and lists {len(values)}: it is cut short"
+        )
+    return names, values

@@ -1,0 +1,112 @@
+"""Rendering: the images of a source, in order, as they go into shards, made by several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dvae.data.images import DamagedImage, encode_png
+from dvae.errors import one_line
+from dvae.registry.sources import Source
+
+FEW = 256  # images; processes take seconds to start, longer than these take to render
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Image number `index` of the source as it goes into a shard, or the reason why it cannot."""
+
+    index: int
+    key: str = ""
+    png: bytes = b""
+    labels: dict[str, str | int] = field(default_factory=dict)
+    position: float = 0.0
+    """In [0, 1), a hash of the pixels alone; held out where it is below the fraction."""
+    damage: str = ""
+
+    def about(self) -> bytes:
+        """The JSON beside the image in a shard."""
+        return json.dumps({"key": self.key, "labels": self.labels}, sort_keys=True).encode()
+
+    def digest(self) -> str:
+        """Differs where anything of the image does."""
+        return hashlib.sha256(b"\0".join([self.damage.encode(), self.about(), self.png])).hexdigest()
+
+
+def render(source: Source, index: int) -> Rendered:
+    """Image number `index` of the source."""
+    try:
+        item = source[index]
+    except DamagedImage as error:
+        return Rendered(index, damage=one_line(error))
+    return Rendered(index, item.key, encode_png(item.image), item.labels, _position(item.image))
+
+
+def rendered(source: Source, start: int, workers: int) -> Generator[Rendered]:
+    """The images from `start` on, in the source's order, by `workers` processes (1, or few images: this one)."""
+    total = len(source)
+    if workers == 1 or total - start < FEW:
+        yield from (render(source, index) for index in range(start, total))
+        return
+    chunk = max(1, min(64, (total - start) // (4 * workers)))
+    starts = iter(range(start, total, chunk))
+    # forkserver: this process may hold threads (torch), which a fork would break
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dvae.data.render"])
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source,)) as pool:
+        pending: deque[Future[list[Rendered]]] = deque()
+        try:
+            for _ in range(3 * workers):  # enough ahead to keep all busy, few enough to bound the memory
+                _submit(pool, pending, starts, chunk, total)
+            while pending:
+                images = pending.popleft().result()
+                _submit(pool, pending, starts, chunk, total)
+                yield from images
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _position(pixels: np.ndarray) -> float:
+    digest = hashlib.blake2b(pixels.tobytes(), key=b"dvae held-out split", digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _submit(
+    pool: ProcessPoolExecutor, pending: deque[Future[list[Rendered]]], starts: Iterator[int], chunk: int, total: int
+) -> None:
+    start = next(starts, None)
+    if start is not None:
+        pending.append(pool.submit(_render_chunk, start, min(start + chunk, total)))
+
+
+_source: Source  # of this worker process
+
+
+def _start_worker(source: Source) -> None:
+    global _source
+    _source = source
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """End with the parent: a worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _render_chunk(start: int, stop: int) -> list[Rendered]:
+    return [render(_source, index) for index in range(start, stop)]

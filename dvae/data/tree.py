@@ -1,0 +1,103 @@
+"""Image files below a folder or in a zip archive: their names, and their bytes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from dvae.data.images import DamagedImage, is_image_name, printable
+from dvae.errors import UserError, one_line
+
+
+class Tree(ABC):
+    """Picklable, so that several processes can read it."""
+
+    names: list[str]
+    """The image files by their path below the root, sorted. Files of another suffix are passed over."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A file's bytes. Raises DamagedImage, naming it, where it cannot be read."""
+
+
+def open_tree(path: str) -> Tree:
+    """The folder or the zip archive at source.path. Raises UserError where there is none, or no image in it."""
+    return FolderTree(path) if Path(path).expanduser().is_dir() else ZipTree(path)
+
+
+class FolderTree(Tree):
+    def __init__(self, path: str) -> None:
+        self.root = Path(path).expanduser()
+        if not self.root.is_dir():
+            why = "is not a folder" if self.root.exists() else "does not exist"
+            raise UserError(f"source.path={path} {why}: name a folder of images")
+        files = sorted(_files(self.root))
+        self.names = [name for name in files if is_image_name(name)]
+        if not self.names:
+            raise UserError(
+                f"source.path={path} holds no images ({_content(files)}): name a folder with .png, .jpg or .webp files"
+            )
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise DamagedImage(f"{self.root / name}: {error.strerror}") from None
+
+
+class ZipTree(Tree):
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._local = threading.local()
+        try:
+            members = [info for info in self._archive().infolist() if not info.is_dir()]
+        except FileNotFoundError:
+            raise UserError(f"source.path={path} does not exist: name a folder or zip archive of images") from None
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"source.path={path} is not a readable zip archive: {one_line(error)}") from None
+        images = [info for info in members if is_image_name(info.filename) and "__MACOSX" not in info.filename]
+        if not images:
+            raise UserError(
+                f"source.path={path} holds no images ({_content([info.filename for info in members])}): "
+                "name an archive with .png, .jpg or .webp files"
+            )
+        if any(info.flag_bits & 1 for info in images):
+            raise UserError(f"source.path={path} is encrypted: unpack it and name the folder")
+        self.names = sorted({info.filename for info in images})
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._archive().read(name)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise DamagedImage(f"{self.path}:{name}: {one_line(error)}") from None
+
+    def _archive(self) -> zipfile.ZipFile:
+        """This thread's open archive."""
+        if not hasattr(self._local, "archive"):
+            self._local.archive = zipfile.ZipFile(Path(self.path).expanduser())
+        return self._local.archive
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_local"}  # open files stay behind
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _local=threading.local())
+
+
+def _files(root: Path) -> list[str]:
+    """Every file under `root`, relative to it. Raises UserError where a folder cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be read: {one_line(error.strerror)}")
+
+    found = os.walk(root, onerror=refuse)
+    return [os.path.relpath(os.path.join(folder, name), root) for folder, _, names in found for name in names]
+
+
+def _content(files: list[str]) -> str:
+    return f"{len(files)} other files, such as {printable(files[0])}" if files else "it is empty"

@@ -1,0 +1,216 @@
+"""The gallery: what every sampler makes of every process at few and at many network evaluations, on points."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+
+from dvae import config as configuration
+from dvae import files, points
+from dvae import pipeline as pipelines
+from dvae.errors import UserError, near
+from dvae.evaluation.points import figure
+from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein, two_sample_floor
+from dvae.pipeline import Pipeline
+from dvae.registry import PROCESSES, SAMPLERS, SCHEDULES
+from dvae.timegrid import Spacing
+from dvae.tracking import sheet
+from dvae.tracking.console import Progress
+
+SPACING = {"heun": Spacing.karras, "dpmpp_2m": Spacing.log_snr, "unipc": Spacing.log_snr}
+"""Steps that a sampler was published with; quadratic for the others."""
+
+NEAR = 1.5
+"""Multiple of the floor up to which a distance is marked."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GalleryConfig:
+    """What tools/gallery.py takes."""
+
+    runs: str = "runs/toy2d"
+    """Folder of runs on points, or one run."""
+    out: str = "gallery.png"
+    """The picture; its figures go into a JSON file of the same name beside it."""
+    density: str = "spirals"
+    """Class that is drawn."""
+    samplers: list[str] = field(default_factory=list)
+    """Samplers ([]: all); each is used on the processes that it integrates."""
+    nfe: list[int] = field(default_factory=lambda: [5, 11, 25, 99])
+    """Network evaluations per point, a column each; heun hits odd ones only."""
+    tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
+    """Of samplers that choose their steps by one (ode), a column each."""
+    n: int = 2000
+    """Points per cell."""
+    seed: int = 0
+    """Seed of the points and of the noise."""
+    batch: int = 2000
+    """Points per forward pass."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+
+
+ConfigStore.instance().store(name="gallery_schema", node=GalleryConfig, provider="dvae")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One panel of the gallery."""
+
+    run: str
+    process: str
+    schedule: str
+    sampler: str
+    fields: dict[str, Any]
+    """The sampler's settings: steps and spacing, or tolerance."""
+    column: int
+    nfe: float
+    """Network evaluations per point, as counted; their mean where points differ."""
+    distance: float
+    """Sliced Wasserstein distance to the true points."""
+
+
+def check(settings: GalleryConfig) -> GalleryConfig:
+    """Refuse words that cannot be drawn. Raises UserError."""
+    for name in ("n", "batch"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
+    if not settings.nfe or min(settings.nfe) < 1:
+        raise UserError(f"nfe={settings.nfe}: name one or more columns, of 1 or more evaluations")
+    if len(settings.tolerances) != len(settings.nfe) or min(settings.tolerances) <= 0:
+        raise UserError(f"tolerances={settings.tolerances}: give one above 0 for each column of nfe={settings.nfe}")
+    if Path(settings.out).suffix != ".png":
+        raise UserError(f"out={settings.out}: the picture is a PNG file, name it so")
+    for name in settings.samplers:
+        SAMPLERS.get(name)
+    return settings
+
+
+def draw(settings: GalleryConfig) -> dict[str, Any]:
+    """Write picture and figures; returns the figures. Raises UserError where there are no runs of that density."""
+    check(settings)
+    runs = load_runs(settings)
+    first = next(iter(runs.values()))
+    source = points.open_source(first.config)
+    label = points.groups(first.config, source)[settings.density]
+    true = points.true(source, label, settings.n, settings.seed)
+    floor = figure(two_sample_floor(lambda n, seed: points.true(source, label, n, seed), settings.n))
+    rows = {name: sampler_names(run, settings) for name, run in runs.items()}
+    cells: list[Cell] = []
+    clouds: list[torch.Tensor] = []
+    with Progress("gallery", sum(map(len, rows.values())) * len(settings.nfe)) as progress:
+        for name, run in runs.items():
+            for sampler in rows[name]:
+                for column in range(len(settings.nfe)):
+                    node = at_column(run, sampler, column, settings, label)
+                    run.use_sampler(node)
+                    cloud = points.drawn(run, label, settings.n, settings.seed)
+                    cells.append(describe(name, run, node, column, sliced_wasserstein(cloud, true)))
+                    clouds.append(cloud)
+                    progress.update(len(cells), settings.n)
+    figures = {
+        "density": settings.density,
+        "n": settings.n,
+        "seed": settings.seed,
+        "directions": DIRECTIONS,
+        "columns": {"nfe": list(settings.nfe), "tolerances": list(settings.tolerances)},
+        "floor": floor,
+        "cells": [asdict(cell) for cell in cells],
+    }
+    show(settings, cells, clouds, true, floor)
+    files.write_json(Path(settings.out).with_suffix(".json"), figures)
+    return figures
+
+
+def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
+    """The trained runs of a folder by name, processes of one component first. Raises UserError where there is none."""
+    folder = Path(settings.runs)
+    found = [folder] if (folder / "bundle").is_dir() else sorted(path.parent for path in folder.glob("*/bundle"))
+    if not found:
+        raise UserError(f"runs={folder}: no trained run there: python tools/launch.py recipe=toy2d process=psld")
+    runs = {}
+    for path in found:
+        run = pipelines.load(path)
+        run.batch = settings.batch
+        if not configuration.endless(run.config):
+            raise UserError(f"runs={folder}: {path} holds images, the gallery shows points (recipe=toy2d)")
+        names = points.groups(run.config, points.open_source(run.config))
+        if settings.density not in names:
+            raise UserError(f"density={settings.density}: {path} draws others; {near(settings.density, names)}")
+        runs[path.name] = run
+    return dict(sorted(runs.items(), key=lambda item: item[1].models.io.k))
+
+
+def sampler_names(run: Pipeline, settings: GalleryConfig) -> list[str]:
+    """Those samplers asked for that integrate the run's process. Raises UserError where none does."""
+    diffusion, io = run.models.denoiser.diffusion, run.models.io
+    asked = settings.samplers or SAMPLERS.names()
+    able = [name for name in asked if SAMPLERS.build({"name": name}, io).supports(diffusion)]
+    if not able:
+        raise UserError(f"samplers={settings.samplers}: none integrates process={run.config.process.name}")
+    return able
+
+
+def at_column(run: Pipeline, sampler: str, column: int, settings: GalleryConfig, label: int | None) -> dict[str, Any]:
+    """The sampler's config node for a column: by tolerance, or the most steps that need no more evaluations."""
+    node: dict[str, Any] = {"name": sampler, "threshold": "none"}
+    if any(f.name == "tolerance" for f in fields(SAMPLERS.get(sampler).Config)):
+        return node | {"tolerance": settings.tolerances[column]}
+    node["spacing"] = SPACING.get(sampler, Spacing.quadratic).name
+
+    def evaluations(steps: int) -> float:
+        run.use_sampler(node | {"steps": steps})
+        points.drawn(run, label, 1, settings.seed)
+        return run.nfe
+
+    low, high = 1, settings.nfe[column]  # at least one evaluation a step, and more for more steps
+    while low < high:
+        steps = (low + high + 1) // 2 if high < settings.nfe[column] else high
+        low, high = (steps, high) if evaluations(steps) <= settings.nfe[column] else (low, steps - 1)
+    return node | {"steps": low}
+
+
+def describe(name: str, run: Pipeline, node: dict[str, Any], column: int, distance: float) -> Cell:
+    diffusion = run.models.denoiser.diffusion
+    return Cell(
+        run=name,
+        process=PROCESSES.name_of(diffusion.process),
+        schedule=SCHEDULES.name_of(diffusion.schedule),
+        sampler=node["name"],
+        fields={key: value for key, value in node.items() if key != "name"},
+        column=column,
+        nfe=run.nfe,
+        distance=distance,
+    )
+
+
+def show(
+    settings: GalleryConfig, cells: list[Cell], clouds: list[torch.Tensor], true: torch.Tensor, floor: dict[str, Any]
+) -> None:
+    """Draw the picture: `clouds` (n, 2) of the cells, `true` (n, 2) beside the title."""
+    limit = NEAR * floor["mean"]
+    panels = [
+        sheet.Panel(cell.run, row_name(cell), cell.column, cloud, caption(cell, settings), cell.distance <= limit)
+        for cell, cloud in zip(cells, clouds, strict=True)
+    ]
+    title = (
+        f"{settings.density}: process x sampler x network evaluations (NFE)\n"
+        f"{settings.n} points each. Below: sliced Wasserstein distance to {settings.n} true points (grey).\n"
+        f"Two sets of true points are {floor['mean']:.3f} apart; green: at most {NEAR:g} times that."
+    )
+    sheet.draw(panels, [f"NFE {nfe}" for nfe in settings.nfe], true, title, Path(settings.out))
+
+
+def row_name(cell: Cell) -> str:
+    spacing = cell.fields.get("spacing")
+    return cell.sampler + (f"\n{spacing}" if spacing not in (None, "quadratic") else "")
+
+
+def caption(cell: Cell, settings: GalleryConfig) -> str:
+    """The distance, and the true number of evaluations where it is not the column's."""
+    text = f"{cell.distance:.3f}"
+    return text if cell.nfe == settings.nfe[cell.column] else f"{text}  (NFE {cell.nfe:.4g})"

@@ -1,0 +1,142 @@
+"""The model that a sampler integrates: a denoiser bound to its condition, guided, and kept within the image range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from dvae.denoiser import Denoiser, Given
+from dvae.diffusion import Diffusion, Prediction, Time, apply
+from dvae.errors import UserError
+from dvae.registry.samplers import Threshold
+
+if TYPE_CHECKING:
+    from dvae.registry.classifiers import Classifier
+
+QUANTILE = 0.995
+"""Of the absolute pixel values of an image, for dynamic thresholding (Saharia et al. 2022, appendix E)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How strongly conditions are followed. The defaults are the conditional model itself."""
+
+    condition: float = 1.0
+    """w in eps(0) + w (eps(c) - eps(0)), c = (x_hat, z, class): 0 unconditional, 1 conditional (Ho & Salimans 2022;
+    their weight is w - 1)."""
+    label: float = 1.0
+    """The same for the class alone: eps(c) is itself eps(x_hat, z) + label (eps(x_hat, z, class) - eps(x_hat, z))."""
+    classifier: float = 0.0
+    """Factor on the gradient of log p(class | u_t) (Dhariwal & Nichol 2021, section 4)."""
+
+
+class Bound:
+    """A denoiser with its condition and guidance: a Model (dvae.registry.samplers).
+
+    Raises UserError where the denoiser was not trained for the guidance.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        given: Given,
+        guidance: Guidance = Guidance(),
+        classifier: Classifier | None = None,
+    ) -> None:
+        _check(denoiser, given, guidance, classifier)
+        self.denoiser, self.given, self.guidance, self.classifier = denoiser, given, guidance, classifier
+        nothing = torch.zeros(len(given.z), dtype=torch.bool)
+        self._views = _views(guidance, given, given.drop_label(nothing), given.drop(nothing))
+
+    @property
+    def diffusion(self) -> Diffusion:
+        return self.denoiser.diffusion
+
+    @property
+    def passes(self) -> int:
+        """Passes of the refiner per call: one for each condition that has a weight; a classifier's are not counted."""
+        return len(self._views)
+
+    def __getitem__(self, rows: torch.Tensor) -> Bound:
+        return Bound(self.denoiser, self.given[rows], self.guidance, self.classifier)
+
+    def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:
+        times = torch.as_tensor(t, dtype=torch.float64).expand(len(u))
+        views = [(weight, self._predict(u, times, given)) for weight, given in self._views]
+        eps, x0 = views[0][1]
+        if len(views) > 1:
+            eps = sum((weight * view[0] for weight, view in views), torch.zeros_like(eps))
+            x0 = sum((weight * view[1] for weight, view in views), torch.zeros_like(x0))
+        if self.guidance.classifier:
+            eps = eps - apply(self.diffusion.marginal(times)[1].mT, self.guidance.classifier * self._gradient(u, times))
+            x0 = self.diffusion.x0_from_eps(u, times, eps)
+        if threshold is not Threshold.none:
+            image = limited(self.denoiser.to_image(x0, self.given), threshold)
+            kept = self.denoiser.to_state(image, self.given)
+            eps, x0 = self.diffusion.eps_after(kept - x0, times, eps), kept
+        return Prediction(eps=eps, x0=x0, score=self.diffusion.score_from_eps(eps, times))
+
+    def _predict(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+        """(eps, x0) under `given`. Where x_hat was dropped so was its shift: the same noisy image is another state."""
+        if given.x_hat is self.given.x_hat:
+            return self.denoiser.predict(u, t, given)
+        moved = self.denoiser.data_scale * (self.denoiser.shift(self.given) - self.denoiser.shift(given))
+        mean = apply(self.diffusion.marginal(t)[0], self.diffusion.clean(moved))
+        eps, x0 = self.denoiser.predict(u + mean, t, given)
+        return eps, x0 - moved
+
+    def _gradient(self, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """grad_u log p(class | u_t), (B, k*C, H, W), of the classifier at the physical time t (B,)."""
+        assert self.classifier is not None
+        assert self.given.label is not None
+        feature = self.diffusion.schedule.feature(t).to(u.device, torch.float32)
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            logits = self.classifier(u, feature, self.denoiser.condition(self.given)).float()
+            chosen = torch.log_softmax(logits, 1).gather(1, self.given.label[:, None].to(u.device))
+            return torch.autograd.grad(chosen.sum(), u)[0]
+
+
+def _views(guidance: Guidance, full: Given, unlabelled: Given, nothing: Given) -> list[tuple[float, Given]]:
+    """(weight, condition) whose weighted sum is the guided prediction; those of weight 0 are left out."""
+    w, label = guidance.condition, guidance.label
+    weighted = [(w * label, full), (w * (1.0 - label), unlabelled), (1.0 - w, nothing)]
+    return [(weight, given) for weight, given in weighted if weight]
+
+
+def limited(images: torch.Tensor, threshold: Threshold) -> torch.Tensor:
+    """Images (B, C, H, W) brought within [-1, 1]."""
+    if threshold is Threshold.clamp:
+        return images.clamp(-1.0, 1.0)
+    limit = torch.quantile(images.float().abs().flatten(1), QUANTILE, dim=1).clamp(min=1.0).to(images.dtype)
+    limit = limit.view(-1, 1, 1, 1)
+    return torch.maximum(torch.minimum(images, limit), -limit) / limit
+
+
+def _check(denoiser: Denoiser, given: Given, guidance: Guidance, classifier: Classifier | None) -> None:
+    config = denoiser.config
+    if guidance.condition != 1.0 and not config.condition_dropout:
+        raise UserError(
+            f"guidance={guidance.condition} needs a refiner trained with denoiser.condition_dropout above 0: "
+            "use guidance=1"
+        )
+    if guidance.label != 1.0 and not (config.condition_label and config.label_dropout):
+        raise UserError(
+            f"label_guidance={guidance.label} needs a refiner trained with denoiser.condition_label=true and "
+            "denoiser.label_dropout above 0: use label_guidance=1"
+        )
+    if not guidance.classifier:
+        return
+    if classifier is None:
+        raise UserError(
+            f"classifier_guidance={guidance.classifier} needs a run with a trained classifier: "
+            "add classifier=half_unet and the stage classifier"
+        )
+    if given.label is None or bool((given.label < 0).any()):
+        raise UserError(f"classifier_guidance={guidance.classifier} needs a class: give label=NAME")
+    if denoiser.diffusion.schedule.endless:
+        raise UserError(
+            f"classifier_guidance={guidance.classifier} is not defined at t = 1 of a schedule whose B is infinite there"
+        )

@@ -1,0 +1,219 @@
+"""The convolutional autoencoder of latent diffusion (Rombach et al. 2022, appendix G; after Esser et al. 2021).
+
+Parameter names are those of diffusers' AutoencoderKL, so that public weights load as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dvae.errors import UserError
+from dvae.layers.attention import AttentionBackend, attention
+from dvae.layers.norms import GroupNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the network is made of."""
+
+    colours: int
+    """Channels of the images."""
+    channels: list[int]
+    """Channels at each resolution, from that of the images down by halves."""
+    blocks: int
+    """Residual blocks of the encoder at each resolution; the decoder has one more."""
+    latent_channels: int
+    groups: int
+    """Groups of GroupNorm; they divide every entry of `channels`."""
+    middle_attention: bool
+    """Whether the pixels of the coarsest map attend to each other."""
+    attention: AttentionBackend
+    quant_conv: bool = True
+    """Whether a 1x1 convolution follows the encoder."""
+    post_quant_conv: bool = True
+    """Whether a 1x1 convolution goes before the decoder."""
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(C, h, w). Raises UserError where the fields do not fit each other or the images."""
+        factor = 2 ** (len(self.channels) - 1)
+        if not self.channels or self.blocks < 1 or self.latent_channels < 1:
+            raise UserError(
+                f"encoder: {len(self.channels)} resolutions of {self.blocks} blocks and {self.latent_channels} latent "
+                "channels: each must be at least 1"
+            )
+        if self.groups < 1 or any(width < 1 or width % self.groups for width in self.channels):
+            raise UserError(f"encoder: {self.groups} groups of GroupNorm do not divide the channels {self.channels}")
+        if image_size % factor:
+            raise UserError(
+                f"images of {image_size} px do not halve {len(self.channels) - 1} times: give fewer resolutions in the "
+                f"encoder's channels {self.channels}"
+            )
+        return self.latent_channels, image_size // factor, image_size // factor
+
+
+class Autoencoder(nn.Module):
+    """Both halves; its four parts are named as in the public checkpoints."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        moments, latent = 2 * plan.latent_channels, plan.latent_channels
+        self.encoder = _Encoder(plan)
+        self.decoder = _Decoder(plan)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if plan.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if plan.post_quant_conv else nn.Identity()
+
+    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, C, H, W) in [-1, 1] to mean and logvar of q(z | x), both (B, latent, h, w), fp32."""
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)  # exp must not overflow while training has not settled
+
+    def features(self, z: torch.Tensor) -> torch.Tensor:
+        """z (B, latent, h, w) to the input (B, C, H, W) of the last convolution."""
+        return self.decoder(self.post_quant_conv(z))
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The last convolution: features to images, which may leave [-1, 1]."""
+        return self.decoder.conv_out
+
+
+class _ResBlock(nn.Module):
+    """Two 3x3 convolutions, each after GroupNorm and SiLU: (B, inputs, H, W) to (B, outputs, H, W)."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(inputs, silu=True, groups=groups, eps=1e-6)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = GroupNorm(outputs, silu=True, groups=groups, eps=1e-6)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv_shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(self.norm1(x))
+        return self.conv_shortcut(x) + self.conv2(self.norm2(h))
+
+
+class _Attention(nn.Module):
+    """Self-attention of one head over the pixels of a map, with a residual connection."""
+
+    def __init__(self, channels: int, groups: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.backend = backend
+        self.group_norm = GroupNorm(channels, groups=groups, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (layer(pixels).unsqueeze(2) for layer in (self.to_q, self.to_k, self.to_v))
+        h = self.to_out[0](attention(q, k, v, self.backend).squeeze(2))
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class _Middle(nn.Module):
+    """Attention between two residual blocks, at the coarsest resolution."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        width = plan.channels[-1]
+        self.resnets = nn.ModuleList([_ResBlock(width, width, plan.groups) for _ in range(2)])
+        attentions = [_Attention(width, plan.groups, plan.attention)] if plan.middle_attention else []
+        self.attentions = nn.ModuleList(attentions)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.resnets[0](x)
+        for attend in self.attentions:
+            x = attend(x)
+        return self.resnets[1](x)
+
+
+class _Halve(nn.Module):
+    """Convolution of stride 2, padded to the right and below only, as the public weights were trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class _Double(nn.Module):
+    """Nearest-neighbour upsampling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+class _Level(nn.Module):
+    """The residual blocks of one resolution, and what leads down or up to the next where there is one."""
+
+    def __init__(
+        self, widths: Iterable[tuple[int, int]], groups: int, down: _Halve | None = None, up: _Double | None = None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([_ResBlock(inputs, outputs, groups) for inputs, outputs in widths])
+        self.downsamplers = nn.ModuleList([] if down is None else [down])
+        self.upsamplers = nn.ModuleList([] if up is None else [up])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class _Encoder(nn.Module):
+    """Images (B, C, H, W) to moments (B, 2 * latent, h, w)."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        channels, groups = plan.channels, plan.groups
+        self.conv_in = nn.Conv2d(plan.colours, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(channels):
+            widths = [(channels[max(0, level - 1)], width)] + [(width, width)] * (plan.blocks - 1)
+            step = _Halve(width) if level < len(channels) - 1 else None
+            self.down_blocks.append(_Level(widths, groups, down=step))
+        self.mid_block = _Middle(plan)
+        self.conv_norm_out = GroupNorm(channels[-1], silu=True, groups=groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * plan.latent_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(x)
+        for level in self.down_blocks:
+            h = level(h)
+        return self.conv_out(self.conv_norm_out(self.mid_block(h)))
+
+
+class _Decoder(nn.Module):
+    """Latents (B, latent, h, w) to the input (B, C, H, W) of `conv_out`."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        channels, groups = plan.channels[::-1], plan.groups
+        self.conv_in = nn.Conv2d(plan.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = _Middle(plan)
+        self.up_blocks = nn.ModuleList()
+        for level, width in enumerate(channels):
+            widths = [(channels[max(0, level - 1)], width)] + [(width, width)] * plan.blocks
+            step = _Double(width) if level < len(channels) - 1 else None
+            self.up_blocks.append(_Level(widths, groups, up=step))
+        self.conv_norm_out = GroupNorm(channels[-1], silu=True, groups=groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], plan.colours, 3, padding=1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        h = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            h = level(h)
+        return self.conv_norm_out(h)

@@ -1,0 +1,247 @@
+"""Blocks of NCSN++ (Song et al. 2021) and its downward half, with the parameter names of the public checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dvae.layers.attention import AttentionBackend, attention
+from dvae.layers.blocks import zeroed
+from dvae.layers.fir import filtered, fir_halve, halve
+from dvae.layers.norms import GROUPS, GroupNorm
+from dvae.layers.recompute import recomputed
+from dvae.layers.trunk import LevelsConfig
+
+RESCALE = 2**-0.5
+"""Factor on the sum of a block and its skip connection, which keeps the variance."""
+EARLIEST = 1e-5
+"""Smallest t whose logarithm is taken."""
+
+
+class TimeEmbedding(Enum):
+    """What the network is told of the time t in [0, 1]."""
+
+    positional = "positional"
+    """Sines and cosines of t at fixed frequencies."""
+    fourier = "fourier"
+    """Sines and cosines of log t at random frequencies; separates small t."""
+
+
+class NCSNConfig(LevelsConfig, Protocol):
+    """Fields that the Config of such a network has; the embedding is 4 * width wide."""
+
+    attention_resolutions: list[int]
+    attention: AttentionBackend
+    checkpoint_blocks: bool
+
+
+def group_norm(channels: int, silu: bool = False) -> GroupNorm:
+    return GroupNorm(channels, silu, groups=min(channels // 4, GROUPS), eps=1e-6)
+
+
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, padding: int = 1) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, size, stride=stride, padding=padding)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def positional(t: torch.Tensor, width: int) -> torch.Tensor:
+    """[sin(t f), cos(t f)] of t (B,), (B, width), fp32; f falls from 1 to 1/10000 in width / 2 steps, both included."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
+class Fourier(nn.Module):
+    """t in [0, 1] (B,) to [sin, cos](2 pi W log t), (B, 2 * width), fp32; W ~ N(0, scale^2) is fixed.
+
+    Tancik et al. 2020, on log t as in PSLD.
+    """
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        self.W: torch.Tensor
+        self.register_buffer("W", scale * torch.randn(width))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        angles = 2.0 * math.pi * torch.log(t.float().clamp(min=EARLIEST))[:, None] * self.W
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
+class PixelLinear(nn.Module):
+    """A linear layer at every pixel: (B, L, inputs) to (B, L, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.empty(inputs, outputs))
+        self.b = nn.Parameter(torch.zeros(outputs))
+        nn.init.xavier_uniform_(self.W, gain)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.W.t(), self.b)
+
+
+class NCSNBlock(nn.Module):
+    """BigGAN's residual block: (B, inputs, H, W) and embedding (B, embedding) to (B, outputs, H', W').
+
+    `resample` changes the resolution, of the skip connection too.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        dropout: float,
+        resample: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.GroupNorm_0 = group_norm(inputs, silu=True)
+        self.Conv_0 = conv(inputs, outputs)
+        self.Dense_0 = linear(embedding, outputs)
+        self.GroupNorm_1 = group_norm(outputs, silu=True)
+        self.Dropout_0 = nn.Dropout(dropout)
+        self.Conv_1 = zeroed(conv(outputs, outputs))
+        changes = inputs != outputs or resample is not None
+        self.Conv_2 = conv(inputs, outputs, size=1, padding=0) if changes else None
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        h = self.GroupNorm_0(x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.Conv_0(h) + self.Dense_0(F.silu(embedding))[:, :, None, None]
+        h = self.Conv_1(self.Dropout_0(self.GroupNorm_1(h)))
+        return RESCALE * (h + (x if self.Conv_2 is None else self.Conv_2(x)))
+
+
+class NCSNAttention(nn.Module):
+    """Self-attention of one head over the pixels of a map, with a skip connection: (B, C, H, W) to the same."""
+
+    def __init__(self, channels: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.backend = backend
+        self.GroupNorm_0 = group_norm(channels)
+        self.NIN_0, self.NIN_1, self.NIN_2 = (PixelLinear(channels, channels, gain=0.1**0.5) for _ in range(3))
+        self.NIN_3 = zeroed(PixelLinear(channels, channels, gain=1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = self.GroupNorm_0(x).flatten(2).transpose(1, 2)
+        q, k, v = (layer(pixels)[:, :, None] for layer in (self.NIN_0, self.NIN_1, self.NIN_2))
+        h = self.NIN_3(attention(q, k, v, self.backend)[:, :, 0])
+        return RESCALE * (x + h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class InputPyramid(nn.Module):
+    """The input at half the resolution: (B, inputs, H, W) to (B, outputs, H/2, W/2)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.Conv_0 = conv(inputs, outputs, stride=2, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.Conv_0(F.pad(x, (0, 1, 0, 1)))
+
+
+class FirInputPyramid(nn.Module):
+    """The same, filtered before it is halved."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.Conv2d_0 = conv(inputs, outputs, stride=2, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.Conv2d_0(filtered(x, (1.0, 3.0, 3.0, 1.0), padding=2))
+
+
+def time_layers(width: int, kind: TimeEmbedding, scale: float) -> list[nn.Module]:
+    """Layers of the time embedding, 4 * width wide; the positional features are no layer."""
+    if kind is TimeEmbedding.positional:
+        return [linear(width, 4 * width), linear(4 * width, 4 * width)]
+    return [Fourier(width, scale), linear(2 * width, 4 * width), linear(4 * width, 4 * width)]
+
+
+def embed_time(layers: list[nn.Module], t: torch.Tensor, time_scale: float) -> torch.Tensor:
+    """The embedding (B, 4 * width) of t (B,) in [0, 1] by `time_layers`; the positional one is of t * time_scale."""
+    *fourier, first, second = layers
+    features = fourier[0](t) if fourier else positional(time_scale * t, first.in_features)  # type: ignore[arg-type]
+    return second(F.silu(first(features)))
+
+
+def downward(
+    config: NCSNConfig, inputs: int, image_size: int, fir: bool = False, progressive_input: bool = False
+) -> tuple[list[nn.Module], list[int]]:
+    """Layers from the input to the coarsest level in the checkpoints' order, and the channels of all skips."""
+    width, side = config.width, image_size // config.patch
+    layers: list[nn.Module] = [conv(inputs, width)]
+    channels, pyramid, skips = width, inputs, [width]
+    for level, multiplier in enumerate(config.multipliers):
+        if level > 0:
+            layers.append(residual(config, channels, channels, fir_halve if fir else halve))
+            side //= 2
+            if progressive_input:
+                layers.append((FirInputPyramid if fir else InputPyramid)(pyramid, channels))
+                pyramid = channels
+            skips.append(channels)
+        for _ in range(config.blocks):
+            layers.append(residual(config, channels, multiplier * width))
+            channels = multiplier * width
+            if side in config.attention_resolutions:
+                layers.append(NCSNAttention(channels, config.attention))
+            skips.append(channels)
+    return layers, skips
+
+
+def middle(config: NCSNConfig, channels: int) -> list[nn.Module]:
+    """Attention between two residual blocks, at the coarsest level."""
+    attend = NCSNAttention(channels, config.attention)
+    return [residual(config, channels, channels), attend, residual(config, channels, channels)]
+
+
+def residual(
+    config: NCSNConfig,
+    inputs: int,
+    outputs: int,
+    resample: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> NCSNBlock:
+    return NCSNBlock(inputs, outputs, 4 * config.width, config.dropout, resample)
+
+
+def descend(layers: Iterable[nn.Module], x: torch.Tensor, embedding: torch.Tensor, again: bool) -> list[torch.Tensor]:
+    """All skips of `downward`'s layers for the input x, the coarsest last.
+
+    `again`: blocks are computed again for the gradient.
+    """
+    stem, *rest = layers
+    skips = [stem(x)]
+    for layer in rest:
+        if isinstance(layer, NCSNBlock):
+            skips.append(recomputed(again, layer, skips[-1], embedding))
+        elif isinstance(layer, NCSNAttention):
+            skips[-1] = recomputed(again, layer, skips[-1])
+        else:  # the pyramid carries on what it was added to
+            x = skips[-1] = RESCALE * (layer(x) + skips[-1])
+    return skips
+
+
+def through(layers: Iterable[nn.Module], h: torch.Tensor, embedding: torch.Tensor, again: bool) -> torch.Tensor:
+    """h through blocks and attention, one after the other."""
+    for layer in layers:
+        inputs = (h, embedding) if isinstance(layer, NCSNBlock) else (h,)
+        h = recomputed(again, layer, *inputs)
+    return h

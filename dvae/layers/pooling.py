@@ -1,0 +1,30 @@
+"""Pooling of a map into one vector."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dvae.layers.attention import AttentionBackend, attention
+
+
+class AttentionPool(nn.Module):
+    """A map (B, C, side, side) to (B, outputs): its mean attends to the mean and to every pixel.
+
+    Radford et al. (2021), section 2.4; the head of Dhariwal & Nichol's classifier (2021), with its parameter names.
+    """
+
+    def __init__(self, channels: int, side: int, heads: int, outputs: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.heads, self.backend = heads, backend
+        self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, outputs, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = x.flatten(2)
+        tokens = torch.cat([pixels.mean(2, keepdim=True), pixels], dim=2) + self.positional_embedding.to(x.dtype)
+        # heads split each third of the 3C channels: the checkpoints' order here is (qkv, heads, D)
+        q, k, v = self.qkv_proj(tokens).transpose(1, 2).unflatten(2, (3, self.heads, -1)).unbind(2)
+        pooled = attention(q[:, :1], k, v, self.backend).flatten(2)
+        return self.c_proj(pooled.transpose(1, 2)).squeeze(2)

@@ -1,0 +1,35 @@
+"""Points of an endless source: the true ones, and those that a pipeline draws, class by class."""
+
+from __future__ import annotations
+
+import torch
+
+from dvae import keyed
+from dvae.config import RunConfig
+from dvae.pipeline import Advance, Pipeline
+from dvae.registry import SOURCES, Shapes
+from dvae.registry.sources import EndlessSource
+
+
+def open_source(config: RunConfig) -> EndlessSource:
+    """The endless source of a run."""
+    source = SOURCES.build(config.source, Shapes(image_size=config.image_size, channels=config.channels))
+    assert isinstance(source, EndlessSource), config.source.name
+    return source
+
+
+def groups(config: RunConfig, source: EndlessSource) -> dict[str, int | None]:
+    """What is drawn and compared apart: each class by its label, or all mixed where the refiner is told no class."""
+    if config.denoiser.condition_label:
+        return {name: label for label, name in enumerate(source.classes)}
+    return {" + ".join(source.classes): None}
+
+
+def true(source: EndlessSource, label: int | None, n: int, seed: int) -> torch.Tensor:
+    """n true points (n, d); no seed gives those that a run was trained on."""
+    return source.draw(keyed.child(seed, "true points"), range(n), label)[0].flatten(1)
+
+
+def drawn(pipeline: Pipeline, label: int | None, n: int, seed: int, advance: Advance | None = None) -> torch.Tensor:
+    """n points (n, d) of a trained run."""
+    return pipeline.refine(pipeline.draw(n, seed, label), seed, advance=advance).flatten(1)

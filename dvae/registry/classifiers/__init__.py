@@ -1,0 +1,31 @@
+"""Classifiers: networks that tell the class of an image from its noisy state; their gradient guides samplers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from dvae.registry.core import ComponentConfig, Registry, Shapes
+from dvae.registry.refiners import Condition
+
+
+class Classifier(nn.Module, ABC):
+    """p(class | u_t), as logits."""
+
+    Config: type[ComponentConfig]
+
+    @abstractmethod
+    def __init__(self, config: ComponentConfig, io: Shapes) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Logits (B, io.labels), fp32, of u (B, k*C, H, W) at t_feature (B,) in [0, 1000].
+
+        Of the condition, the class is not looked at.
+        """
+
+
+CLASSIFIERS: Registry[Classifier] = Registry("classifier", __name__, optional=True)

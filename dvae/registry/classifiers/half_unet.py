@@ -1,0 +1,72 @@
+"""The noisy classifier of Dhariwal & Nichol (2021): the downward half of their U-Net, and a pooled head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dvae.layers.attention import AttentionBackend
+from dvae.layers.embeddings import mlp, sinusoidal
+from dvae.layers.norms import GroupNorm
+from dvae.layers.pooling import AttentionPool
+from dvae.layers.trunk import check_trunk, downward, middle
+from dvae.registry.classifiers import CLASSIFIERS, Classifier
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.refiners import Condition
+
+
+@CLASSIFIERS.register("half_unet")
+class HalfUNet(Classifier):
+    """Downward half of OpenAI's U-Net with attention pooling; x_hat is concatenated to the input.
+
+    Dhariwal & Nichol 2021, section 4.3. Levels are halved by strided convolutions, as in `unet`; in their released
+    classifiers residual blocks do that.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        width: int = 128
+        """Channels at the finest level; a multiple of 32."""
+        multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
+        """Channels of each level as multiples of `width`; each level halves the resolution of the one before."""
+        blocks: int = 2
+        """Residual blocks per level."""
+        attention_resolutions: list[int] = field(default_factory=lambda: [16, 8])
+        """Heights of the feature maps, in pixels (after `patch`), that get attention; the coarsest always has one."""
+        heads: int = 4
+        """Attention heads, those of the pooling too."""
+        attention: AttentionBackend = AttentionBackend.auto
+        """What computes attention."""
+        dropout: float = 0.0
+        """Dropout rate before the last convolution of each residual block."""
+        scale_shift_norm: bool = True
+        """Whether the embedding scales and shifts the normalised features, instead of being added to the features."""
+        patch: int = 1
+        """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        check_trunk("classifier", config, io.image_size)
+        self.config, self.io = config, io
+        self.time_embed = mlp(config.width, 4 * config.width)
+        inputs = io.k * io.channels + io.condition_channels
+        self.input_blocks, outputs = downward(config, inputs, io.image_size)
+        channels = outputs[-1]
+        self.middle_block = middle(config, channels)
+        side = io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
+        pool = AttentionPool(channels, side, config.heads, io.labels, config.attention)
+        # SiLU is part of the norm; Identity keeps the numbering of the pooling
+        self.out = nn.Sequential(GroupNorm(channels, silu=True), nn.Identity(), pool)
+
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+        x = u
+        if self.io.condition_channels:
+            x = torch.cat([u, condition.need("image")], dim=1)
+        h = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
+        embedding = self.time_embed(sinusoidal(t_feature, self.config.width))
+        for block in self.input_blocks:
+            h = block(h, embedding)
+        return self.out(self.middle_block(h, embedding)).float()

@@ -1,0 +1,149 @@
+"""An autoencoder trained elsewhere, from a folder in the format of diffusers' AutoencoderKL."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from dvae.errors import UserError, one_line
+from dvae.layers.attention import AttentionBackend
+from dvae.layers.autoencoder import Autoencoder, Plan
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.encoders import ENCODERS, Encoder, Posterior
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+"""Entries of config.json that have one value here."""
+OURS = ("name", "folder", "attention")
+"""Fields of the Config that config.json does not have."""
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Layers of attention as files of 2022 and 2023 name them."""
+
+
+@ENCODERS.register("diffusers_kl")
+class DiffusersKL(Encoder):
+    """The autoencoder of latent diffusion (Rombach et al. 2022) with given weights; z has about unit variance.
+
+    The encoder stage reads the folder and trains nothing; from then on the run, and its bundle, hold the weights. The
+    fields are those of config.json, under their names there; a folder that differs is refused with the words to add.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        folder: str = ""
+        """Folder of config.json and diffusion_pytorch_model.safetensors; read by the encoder stage alone."""
+        block_out_channels: list[int] = field(default_factory=lambda: [64])
+        """Channels at each resolution, from that of the images down by halves."""
+        layers_per_block: int = 1
+        """Residual blocks of the encoder at each resolution; the decoder has one more."""
+        latent_channels: int = 4
+        """Channels of the latent map."""
+        norm_num_groups: int = 32
+        """Groups of GroupNorm."""
+        mid_block_add_attention: bool = True
+        """Whether the pixels of the coarsest map attend to each other."""
+        use_quant_conv: bool = True
+        """Whether a 1x1 convolution follows the encoder."""
+        use_post_quant_conv: bool = True
+        """Whether a 1x1 convolution goes before the decoder."""
+        scaling_factor: float = 0.18215
+        """Factor on the network's latents, after the shift."""
+        shift_factor: float = 0.0
+        """Taken off the network's latents."""
+        attention: AttentionBackend = AttentionBackend.auto
+        """What computes attention."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        if config.scaling_factor <= 0:
+            raise UserError(f"encoder.scaling_factor {config.scaling_factor} is not above 0: take that of {CONFIG}")
+        plan = Plan(
+            colours=io.channels,
+            channels=config.block_out_channels,
+            blocks=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            groups=config.norm_num_groups,
+            middle_attention=config.mid_block_add_attention,
+            attention=config.attention,
+            quant_conv=config.use_quant_conv,
+            post_quant_conv=config.use_post_quant_conv,
+        )
+        self.config, self.io = config, io
+        self.latent_shape = plan.latent_shape(io.image_size)
+        self.autoencoder = Autoencoder(plan)
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        """x (B, C, H, W) in [-1, 1] to q(z | x), mean and logvar (B, latent_channels, h, w) in fp32."""
+        mean, logvar = self.autoencoder.moments(x)
+        scale = self.config.scaling_factor
+        return Posterior((mean - self.config.shift_factor) * scale, logvar + 2.0 * math.log(scale))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """z (B, latent_channels, h, w) to x_hat (B, C, H, W) in [-1, 1], fp32."""
+        return self._decode(z).clamp(-1.0, 1.0)
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """ "loss" (B,), fp32: the sum of (x - x_hat)^2 over pixels in [0, 1] units. The encoder stage never asks."""
+        x_hat = self._decode(self.encode(x).sample(noise))
+        return {"loss": (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1)}
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        z = z / self.config.scaling_factor + self.config.shift_factor
+        return self.autoencoder.last_layer(self.autoencoder.features(z)).float()
+
+    def pretrained(self) -> dict[str, torch.Tensor]:
+        """The folder's weights. Raises UserError where it cannot be read or holds another network."""
+        if not self.config.folder:
+            raise UserError(f"encoder.folder is not set: give the folder that holds {CONFIG} and {WEIGHTS}")
+        folder = Path(self.config.folder)
+        self._compare(folder / CONFIG)
+        path = folder / WEIGHTS
+        try:
+            read = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from None
+        state = {f"autoencoder.{_new_name(name)}": value.float() for name, value in read.items()}
+        own = self.state_dict()
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+        if wrong:
+            raise UserError(f"{path} does not hold the network of {CONFIG} beside it (see {wrong[0]!r}): copy it again")
+        return state
+
+    def _compare(self, path: Path) -> None:
+        """Raise UserError where config.json describes another network than the fields do."""
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable {CONFIG} of an AutoencoderKL ({one_line(error)})") from None
+        colours = {"in_channels": self.io.channels, "out_channels": self.io.channels}
+        for name, value in (FIXED | colours).items():
+            if said.get(name, value) != value:
+                raise UserError(f"{path}: {name} is {said[name]}, this encoder takes {value} alone")
+        words = []
+        for name, default in self._described().items():
+            value = said.get(name, default)  # what the file leaves out is diffusers' default
+            value = 0.0 if name == "shift_factor" and value is None else value
+            if value != getattr(self.config, name):
+                words.append(f"encoder.{name}={json.dumps(value, separators=(',', ':'))}")
+        if words:
+            raise UserError(f"{path} describes another network than the config: add {' '.join(words)}")
+
+    def _described(self) -> dict[str, Any]:
+        """The fields that config.json has too, with their defaults."""
+        default = self.Config()
+        return {f.name: getattr(default, f.name) for f in fields(default) if f.name not in OURS}
+
+
+def _new_name(name: str) -> str:
+    """A tensor's name as of today, given perhaps an old one."""
+    parts = [OLD_NAMES.get(part, part) if "attentions" in name else part for part in name.split(".")]
+    return ".".join(parts)

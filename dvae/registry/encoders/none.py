@@ -1,0 +1,40 @@
+"""No encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.encoders import ENCODERS, Encoder, Posterior
+
+
+@ENCODERS.register("none")
+class NoEncoder(Encoder):
+    """No latent, and x_hat = 0, the mean of nothing: the refiner is then a plain diffusion model (Ho et al. 2020).
+
+    Set denoiser.condition_image=false with it, and leave encoder and prior out of stages=[...].
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        pass
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        self.latent_shape = (0,)
+        self.io = io
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        """Mean and logvar of shape (B, 0)."""
+        nothing = x.new_zeros(len(x), 0)
+        return Posterior(nothing, nothing)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Zeros (B, C, H, W)."""
+        return z.new_zeros(len(z), self.io.channels, self.io.image_size, self.io.image_size)
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """ "loss" (B,): the squared error of x_hat = 0, which nothing can lower."""
+        return {"loss": x.float().square().flatten(1).sum(1)}

@@ -1,0 +1,74 @@
+"""The simplest VAE: strided convolutions, linear heads, and the same backwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from dvae.errors import UserError
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.encoders import ENCODERS, Encoder, Posterior
+
+
+@ENCODERS.register("simple_vae")
+class SimpleVAE(Encoder):
+    """VAE of 4x4 convolutions of stride 2, with a vector as latent (Kingma & Welling 2014)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
+        """Channels after each convolution, which halves the map."""
+        latent_dim: int = 128
+        """Length D of the latent z."""
+        kl_weight: float = 1.0
+        """Weight of KL(q(z|x) || p(z)) against the squared error summed over pixels in [0, 1] units."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        _check(config, io)
+        self.config = config
+        self.latent_shape = (config.latent_dim,)
+        widths = [io.channels, *config.channels]
+        side = io.image_size // 2 ** len(config.channels)
+        flat = widths[-1] * side**2
+        down, up = nn.Sequential(), nn.Sequential()
+        for inputs, outputs in pairwise(widths):
+            down.extend([nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.SiLU()])
+        for inputs, outputs in pairwise(reversed(widths)):
+            up.extend([nn.SiLU(), nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)])
+        self.down = down.append(nn.Flatten())
+        self.mean, self.logvar = nn.Linear(flat, config.latent_dim), nn.Linear(flat, config.latent_dim)
+        self.up = nn.Sequential(nn.Linear(config.latent_dim, flat), nn.Unflatten(1, (widths[-1], side, side)), *up)
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        """x (B, C, H, W) in [-1, 1] to q(z | x), mean and logvar (B, D) in fp32."""
+        h = self.down(x)
+        return Posterior(self.mean(h).float(), self.logvar(h).float())
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """z (B, D) to x_hat (B, C, H, W) in [-1, 1], fp32."""
+        return torch.tanh(self.up(z).float())
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Per-sample terms (B,), fp32: "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units), "kl" (nats)."""
+        posterior = self.encode(x)
+        x_hat = self.decode(posterior.sample(noise))
+        reconstruction = (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1)
+        kl = posterior.kl()
+        return {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+
+
+def _check(config: SimpleVAE.Config, io: Shapes) -> None:
+    """Raise UserError where the fields do not fit the images."""
+    if not config.channels or min(config.channels) < 1 or config.latent_dim < 1 or config.kl_weight < 0:
+        raise UserError(
+            f"encoder.channels {config.channels}, encoder.latent_dim {config.latent_dim}, encoder.kl_weight "
+            f"{config.kl_weight}: give at least one width, positive sizes, and a weight of 0 or more"
+        )
+    if io.image_size % 2 ** len(config.channels):
+        raise UserError(
+            f"images of {io.image_size} px do not halve {len(config.channels)} times: give fewer encoder.channels"
+        )

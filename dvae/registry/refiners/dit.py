@@ -1,0 +1,118 @@
+"""The diffusion transformer (DiT): attention among the patches of an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dvae.errors import UserError
+from dvae.layers.attention import AttentionBackend, attention
+from dvae.layers.blocks import zeroed
+from dvae.layers.embeddings import grid_positions, mlp, time_features
+from dvae.layers.recompute import recomputed
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.refiners import REFINERS, Condition, Refiner
+
+TIME_FEATURES = 256
+EXPANSION = 4
+"""Hidden units of a block's MLP per channel."""
+
+
+@REFINERS.register("dit")
+class DiT(Refiner):
+    """Transformer on patches, modulated by time, z and label (adaLN-zero; Peebles & Xie 2023).
+
+    x_hat is concatenated to the input; z and label are added to the time embedding. Two things differ from the paper:
+    the time embedding also sees log t, and there is no output for the variance.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        patch: int = 2
+        """Side of a patch, in pixels of what is diffused; there are (image_size / patch)^2 tokens."""
+        width: int = 384
+        """Channels of a token; a multiple of `heads` and of 4."""
+        depth: int = 12
+        """Transformer blocks."""
+        heads: int = 6
+        """Attention heads."""
+        attention: AttentionBackend = AttentionBackend.auto
+        """What computes attention."""
+        checkpoint_blocks: bool = False
+        """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        _check(config, io)
+        self.config = config
+        side, width = io.image_size // config.patch, config.width
+        self.enter = nn.Linear(self.input_channels * config.patch**2, width)
+        self.positions: torch.Tensor
+        self.register_buffer("positions", grid_positions(side, width))
+        self.time_embed = mlp(TIME_FEATURES, width)
+        self.hear(width)
+        self.blocks = nn.ModuleList(_Block(width, config.heads, config.attention) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.leave = nn.Linear(width, io.output_channels * config.patch**2)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (*self.time_embed, self.label_emb):
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(layer.weight, std=0.02)
+        zeroed(self.modulate)
+        zeroed(self.leave)
+        for module in self.modules():
+            if isinstance(module, _Block):  # each block starts as the identity
+                zeroed(module.modulate)
+
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+        patches = F.pixel_unshuffle(self.joined(u, condition), self.config.patch)  # (B, channels * patch^2, h, w)
+        tokens = self.enter(patches.flatten(2).transpose(1, 2)) + self.positions
+        embedding = self.heard(self.time_embed(time_features(t_feature, TIME_FEATURES // 2)), condition)
+        for block in self.blocks:
+            tokens = recomputed(self.config.checkpoint_blocks, block, tokens, embedding)
+        shift, scale = self.modulate(embedding)[:, None].chunk(2, dim=2)
+        leaving = self.leave(self.norm(tokens) * (1 + scale) + shift).transpose(1, 2)
+        return F.pixel_shuffle(leaving.unflatten(2, patches.shape[2:]), self.config.patch).to(u.dtype)
+
+
+class _Block(nn.Module):
+    """Attention and an MLP, each normalised, modulated and gated: tokens (B, L, width), embedding (B, width)."""
+
+    def __init__(self, width: int, heads: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.heads, self.backend = heads, backend
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        hidden = EXPANSION * width
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(embedding)[:, None].chunk(6, dim=2)
+        tokens = tokens + gate1 * self._attend(self.norm(tokens) * (1 + scale1) + shift1)
+        return tokens + gate2 * self.mlp(self.norm(tokens) * (1 + scale2) + shift2)
+
+    def _attend(self, tokens: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).unbind(2)
+        return self.project(attention(q, k, v, self.backend).flatten(2))
+
+
+def _check(config: DiT.Config, io: Shapes) -> None:
+    """Raise UserError where the fields do not fit each other or the images."""
+    if config.patch < 1 or io.image_size % config.patch:
+        raise UserError(f"refiner.patch {config.patch} does not divide {io.image_size} px: use a divisor")
+    if config.heads < 1 or config.width < 4 or config.width % config.heads or config.width % 4:
+        raise UserError(f"refiner.width {config.width} is not a multiple of 4 and of refiner.heads {config.heads}")
+    if config.depth < 1:
+        raise UserError(f"refiner.depth {config.depth}: give at least one block")

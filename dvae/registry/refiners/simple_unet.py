@@ -1,0 +1,77 @@
+"""A U-Net without attention: the smallest network that sees an image at several resolutions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dvae.layers.blocks import Downsample, EmbeddedSequential, ResBlock, Upsample, zeroed
+from dvae.layers.embeddings import mlp, time_features
+from dvae.layers.norms import GroupNorm
+from dvae.layers.recompute import recomputed
+from dvae.layers.trunk import check_levels
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.refiners import REFINERS, Condition, Refiner
+
+
+@REFINERS.register("simple_unet")
+class SimpleUNet(Refiner):
+    """U-Net of residual blocks, without attention and with one skip connection per level (Ronneberger et al. 2015).
+
+    x_hat is concatenated to the input; time, z and label are added to the features of every residual block.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        width: int = 64
+        """Channels at the finest level; a multiple of 32."""
+        multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
+        """Channels of each level as multiples of `width`; each level halves the resolution of the one before."""
+        blocks: int = 2
+        """Residual blocks per level, on the way down and on the way up."""
+        dropout: float = 0.0
+        """Dropout rate before the last convolution of each residual block."""
+        patch: int = 1
+        """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        checkpoint_blocks: bool = False
+        """Compute activations inside a level again for the gradient, not keep them: less memory, a third more work."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        check_levels("refiner", config, io.image_size, [])
+        self.config = config
+        embedding = 4 * config.width
+        widths = [multiplier * config.width for multiplier in config.multipliers]
+        self.time_embed = mlp(config.width, embedding)
+        self.hear(embedding)
+        self.stem = nn.Conv2d(self.input_channels * config.patch**2, widths[0], 3, padding=1)
+
+        def level(inputs: int, outputs: int) -> EmbeddedSequential:
+            sizes = pairwise([inputs] + [outputs] * config.blocks)
+            return EmbeddedSequential(*(ResBlock(a, b, embedding, config.dropout, False) for a, b in sizes))
+
+        finer = [widths[0], *widths[:-1]]  # channels that a level is given from the one above it
+        self.down = nn.ModuleList(level(a, b) for a, b in zip(finer, widths, strict=True))
+        self.shrink = nn.ModuleList(Downsample(a) for a in widths[:-1])
+        self.grow = nn.ModuleList(Upsample(a) for a in widths[:0:-1])
+        self.up = nn.ModuleList(level(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        last = zeroed(nn.Conv2d(widths[0], io.output_channels * config.patch**2, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(widths[0], silu=True), last)
+
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+        x = F.pixel_unshuffle(self.joined(u, condition), self.config.patch)
+        h = self.stem(x.contiguous(memory_format=torch.channels_last))
+        embedding = self.heard(self.time_embed(time_features(t_feature, self.config.width // 2)), condition)
+        again = self.config.checkpoint_blocks
+        skips = []
+        for level, shrink in zip(self.down, self.shrink, strict=False):  # the coarsest level has no skip connection
+            skips.append(recomputed(again, level, h, embedding))
+            h = shrink(skips[-1])
+        h = recomputed(again, self.down[-1], h, embedding)
+        for grow, level in zip(self.grow, self.up, strict=True):
+            h = recomputed(again, level, torch.cat([grow(h), skips.pop()], dim=1), embedding)
+        return F.pixel_shuffle(self.out(h), self.config.patch).to(u.dtype)

@@ -1,0 +1,89 @@
+"""UniPC."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.special import hyp1f1
+
+from dvae.errors import UserError
+from dvae.registry.core import Shapes
+from dvae.registry.samplers import SAMPLERS, Sampler, Walk
+
+if TYPE_CHECKING:
+    from dvae.diffusion import Diffusion
+
+
+@SAMPLERS.register("unipc")
+class UniPC(Sampler):
+    """Unified predictor-corrector, multistep, in x0, B(h) = e^h - 1 (Zhao et al. 2023, section 3).
+
+    In lambda = log(alpha/sigma) the flow from t to s is exactly u_s = sigma_s / sigma_t u_t + alpha_s times the
+    integral of e^(lambda - lambda_s) x0. The predictor puts in for x0 the polynomial through the last `order`
+    predictions. The model's call at s, which the next step makes anyhow, gives one point more: the corrector then adds
+    what that point changes in u_s. So one evaluation a step, and order `order` + 1.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Sampler.Config):
+        order: int = 2
+        """Predictions in the polynomial, 1 to 3; the first steps have fewer."""
+
+    config: Config
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        if config.order not in (1, 2, 3):
+            raise UserError(f"sampler.order={config.order}: must be 1, 2 or 3")
+
+    def supports(self, diffusion: Diffusion) -> bool:
+        return diffusion.k == 1
+
+    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        diffusion, x0 = walk.diffusion, walk.predict(u, t).x0
+        now, then = diffusion.log_snr(t).item(), diffusion.log_snr(s).item()
+        if walk.past:  # added to u, so that what on_step put into u stays
+            u = u + diffusion.alpha(t).item() * (curvature(walk.past, now, x0) - curvature(walk.past, now))
+        walk.past = [*walk.past, (now, x0)][-self.config.order :]
+        bent = x0 * -math.expm1(now - then) + curvature(walk.past, then)
+        return diffusion.sigma(s).item() / diffusion.sigma(t).item() * u + diffusion.alpha(s).item() * bent
+
+
+def curvature(past: list[tuple[float, torch.Tensor]], then: float, x0_then: torch.Tensor | None = None) -> torch.Tensor:
+    """What the change of x0 since the newest of `past`, (lambda, x0), adds to the integral up to lambda = `then`.
+
+    Where x0 is known there, from it as well.
+    """
+    *before, (now, x0) = past
+    # no polynomial reaches back to lambda = -inf
+    points = [((earlier - now) / (then - now), value - x0) for earlier, value in before if math.isfinite(earlier)]
+    if x0_then is not None:
+        points.append((1.0, x0_then - x0))
+    total = torch.zeros_like(x0)
+    for weight, (_, change) in zip(weights(then - now, [r for r, _ in points]), points, strict=True):
+        total += weight * change
+    return total
+
+
+def weights(h: float, at: list[float]) -> list[float]:
+    """w with sum_j w_j f(at_j) = integral over r in [0, 1] of h e^(-h (1 - r)) f(r), for f = r, r^2, ... , r^len(at).
+
+    One point is given half of the integral of 1, as in the paper: for small h the same, and right for h infinite too,
+    where f is linear in e^lambda.
+    """
+    if not at:
+        return []
+    if len(at) == 1:
+        return [-0.5 * math.expm1(-h) / at[0]]
+    powers = range(1, len(at) + 1)
+    matrix = np.array([[r**k for r in at] for k in powers])
+    return np.linalg.solve(matrix, np.array([moment(h, k) for k in powers])).tolist()
+
+
+def moment(h: float, k: int) -> float:
+    """Integral over r in [0, 1] of h e^(-h (1 - r)) r^k, for h above 0 and k >= 0."""
+    return h / (k + 1) * hyp1f1(1, k + 2, -h)

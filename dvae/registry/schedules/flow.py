@@ -1,0 +1,49 @@
+"""The clock of rectified flow and flow matching."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dvae.errors import UserError
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.schedules import SCHEDULES, Schedule
+
+
+@SCHEDULES.register("flow")
+class Flow(Schedule):
+    """Straight paths: sigma/alpha = r(t) = t / (1 - t), B = log(1 + r^2) (Liu et al. 2023; Lipman et al. 2023).
+
+    Their x_t = (1 - t) x0 + t eps, scaled to unit variance, is the state u_t here. `shift` puts
+    t' = shift t / (1 + (shift - 1) t) for t (Esser et al. 2024, equation 23), which is r = shift t / (1 - t).
+    B is infinite at t = 1.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        shift: float = 1.0
+        """Factor on sigma/alpha, above 0: more than 1 spends more time at high noise, as large images need (SD3: 3)."""
+
+    endless: bool = True
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        if not 0.0 < config.shift < math.inf:
+            raise UserError(f"schedule.shift={config.shift}: must be above 0 and finite; 1 is no shift, SD3 has 3")
+        self._shift = config.shift
+
+    def integral(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.log1p((self._shift * t / (1.0 - t)) ** 2)
+
+    def rate(self, t: torch.Tensor) -> torch.Tensor:
+        signal, noise = 1.0 - t, self._shift * t  # in the ratio of alpha to sigma
+        return 2.0 * self._shift * noise / (signal * (signal**2 + noise**2))
+
+    def inverse(self, integral: torch.Tensor) -> torch.Tensor:
+        r = torch.sqrt(torch.expm1(integral))
+        return 1.0 / (1.0 + self._shift / r)
+
+    def feature(self, t: torch.Tensor) -> torch.Tensor:
+        """1000 t': a noise level has one feature under every shift, so a trained refiner can be used with another."""
+        return 1000.0 * self._shift * t / (1.0 + (self._shift - 1.0) * t)

@@ -1,0 +1,78 @@
+"""AFHQ: about 15,000 faces of cats, dogs and wild animals, 512x512 pixels, in two versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from dvae.data.images import filtered
+from dvae.data.published import Split
+from dvae.errors import UserError
+from dvae.registry.core import Shapes
+from dvae.registry.sources import SOURCES
+from dvae.registry.sources.image_files import FilesConfig, ImageFiles
+
+ANIMALS = ("cat", "dog", "wild")
+TEST_NAMES = {"val": "v1", "test": "v2"}
+"""What the two versions call the folder of their test images."""
+
+
+@SOURCES.register("afhq")
+class AFHQ(ImageFiles):
+    """AFHQ (Choi et al. 2020), all three animals; the label is "animal": cat, dog or wild.
+
+    A folder or zip with train/cat, train/dog, train/wild and the same in val (version 1, JPEG, 14,630 images to train
+    on) or test (version 2, PNG, scaled anew with Lanczos). Where there is only train, PNG files mean version 2.
+    """
+
+    licence = "AFHQ: CC BY-NC 4.0 (NAVER Corporation); Choi et al. 2020, StarGAN v2"
+    absent = (
+        "has none of train/cat, train/dog, train/wild: name the folder or zip archive that holds train and val or test"
+    )
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FilesConfig):
+        split: Split = Split.train
+        """train (what the papers train on), test (named val in version 1), or all."""
+
+    config: Config
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        self.protocol = (
+            f"AFHQ {self.version}, {config.split.value} images, the whole square image; {filtered(config.resize)}"
+        )
+
+    def select(self, names: list[str]) -> list[str]:
+        animals = [name for name in names if len(PurePath(name).parts) > 2 and PurePath(name).parent.name in ANIMALS]
+        self.version = self._version(animals)
+        wanted = {
+            Split.train: {"train"},
+            Split.test: set(TEST_NAMES),
+            Split.all: {"train", *TEST_NAMES},
+        }[self.config.split]
+        chosen = [name for name in animals if _split(name) in wanted]
+        lacking = sorted(set(ANIMALS) - {PurePath(name).parent.name for name in chosen})
+        if chosen and lacking:
+            raise UserError(
+                f"source.path={self.config.path} has no {' and no '.join(lacking)} in {self.config.split.value}: "
+                "AFHQ is cat, dog and wild (source=folder takes any folder)"
+            )
+        return chosen
+
+    def _version(self, names: list[str]) -> str:
+        """v1 or v2, by the name of the test images' folder, else by the format. Raises UserError on a mixture."""
+        found = {TEST_NAMES[_split(name)] for name in names if _split(name) in TEST_NAMES}
+        if len(found) > 1:
+            raise UserError(
+                f"source.path={self.config.path} holds val (version 1) and test (version 2), mostly the same animals: "
+                "name one version"
+            )
+        return found.pop() if found else "v2" if any(name.lower().endswith(".png") for name in names) else "v1"
+
+    def labels(self, index: int) -> dict[str, str | int]:
+        return {"animal": PurePath(self.names[index]).parent.name}
+
+
+def _split(name: str) -> str:
+    return PurePath(name).parent.parent.name

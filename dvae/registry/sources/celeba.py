@@ -1,0 +1,81 @@
+"""CelebA: 202,599 faces of celebrities, 178x218 pixels, with 40 attributes each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from PIL import Image
+
+from dvae.data.images import DamagedImage, filtered
+from dvae.data.published import Attributes
+from dvae.registry.core import Shapes
+from dvae.registry.sources import SOURCES
+from dvae.registry.sources.image_files import FilesConfig, ImageFiles
+
+WIDTH, HEIGHT = 178, 218
+"""Of the aligned and cropped images (img_align_celeba)."""
+
+
+class CelebaCrop(Enum):
+    """Which part of an image is scaled to a square. Figures of different crops do not compare."""
+
+    squash = "squash"
+    """The whole image, squeezed: what DiffuseVAE's and PSLD's public code does."""
+    center_140 = "center_140"
+    """The middle 140x140: NCSN and score SDE (Song et al. 2021)."""
+    center_148 = "center_148"
+    """The middle 148x148: common for VAEs."""
+    center_178 = "center_178"
+    """The middle 178x178, the largest square."""
+    face_128 = "face_128"
+    """128x128 about the face, at (89, 121): DDIM (Song et al. 2021)."""
+
+
+BOXES = {
+    CelebaCrop.squash: (0, 0, WIDTH, HEIGHT),
+    CelebaCrop.center_140: (19, 39, 159, 179),
+    CelebaCrop.center_148: (15, 35, 163, 183),
+    CelebaCrop.center_178: (0, 20, 178, 198),
+    CelebaCrop.face_128: (25, 57, 153, 185),
+}
+"""Left, top, right, bottom in pixels; right and bottom exclusive."""
+
+
+@SOURCES.register("celeba")
+class CelebA(ImageFiles):
+    """CelebA (Liu et al. 2015), aligned: a folder or the original img_align_celeba.zip; labels are the attributes."""
+
+    licence = (
+        "CelebA: non-commercial research only, no redistribution (agreement of MMLab, CUHK); Liu et al. 2015, "
+        "Deep Learning Face Attributes in the Wild"
+    )
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FilesConfig):
+        crop: CelebaCrop = CelebaCrop.center_140
+        """squash | center_140 | center_148 | center_178 | face_128."""
+        attributes: str = ""
+        """list_attr_celeba.txt; its 40 attributes become labels, 1 or 0 (empty: no labels)."""
+
+    config: Config
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        left, top, right, bottom = BOXES[config.crop]
+        self.protocol = (
+            f"CelebA aligned {WIDTH}x{HEIGHT}, {config.crop.value}: x {left} to {right}, y {top} to {bottom}; "
+            f"{filtered(config.resize)}"
+        )
+        self._attributes = Attributes(config.attributes, self.names) if config.attributes else None
+
+    def square(self, image: Image.Image, name: str) -> Image.Image:
+        if image.size != (WIDTH, HEIGHT):
+            raise DamagedImage(
+                f"{name}: {image.width}x{image.height} pixels, CelebA's aligned images (img_align_celeba) are "
+                f"{WIDTH}x{HEIGHT}"
+            )
+        return image.crop(BOXES[self.config.crop])
+
+    def labels(self, index: int) -> dict[str, str | int]:
+        return self._attributes.of(index) if self._attributes else {}

@@ -1,0 +1,50 @@
+"""CelebA-HQ and CelebAMask-HQ: 30,000 faces, 1024x1024 pixels or what they were scaled to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from dvae.data.images import filtered
+from dvae.data.published import Attributes
+from dvae.registry.core import Shapes
+from dvae.registry.sources import SOURCES
+from dvae.registry.sources.image_files import FilesConfig, ImageFiles
+
+IMAGES, MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
+"""Folders of CelebAMask-HQ."""
+
+
+@SOURCES.register("celebahq")
+class CelebAHQ(ImageFiles):
+    """CelebA-HQ (Karras et al. 2018): a folder or zip of square images, flat, CelebAMask-HQ's, or in male and female.
+
+    Labels are CelebAMask-HQ's 40 attributes where the list is given, and "folder" where the images lie in several
+    (StarGAN v2's layout of 256x256 images: train/male, train/female, val/male, val/female).
+    """
+
+    licence = (
+        "CelebA-HQ: CC BY-NC 4.0, made of CelebA (non-commercial research only); Karras et al. 2018, Progressive "
+        "Growing of GANs; Lee et al. 2020, MaskGAN (CelebAMask-HQ)"
+    )
+    absent = f"holds only masks ({MASKS}): name {IMAGES} or the folder that holds it"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FilesConfig):
+        attributes: str = ""
+        """CelebAMask-HQ-attribute-anno.txt; its 40 attributes become labels, 1 or 0 (empty: none)."""
+
+    config: Config
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        self.protocol = f"CelebA-HQ, the whole square image as it was given; {filtered(config.resize)}"
+        self._attributes = Attributes(config.attributes, self.names) if config.attributes else None
+        self._labelled = len({PurePath(name).parent.name for name in self.names}) > 1
+
+    def select(self, names: list[str]) -> list[str]:
+        return [n for n in names if IMAGES in PurePath(n).parts] or [n for n in names if MASKS not in PurePath(n).parts]
+
+    def labels(self, index: int) -> dict[str, str | int]:
+        labels = self._attributes.of(index) if self._attributes else {}
+        return labels | ({"folder": PurePath(self.names[index]).parent.name} if self._labelled else {})

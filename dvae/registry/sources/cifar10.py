@@ -1,0 +1,188 @@
+"""CIFAR-10: 60,000 photographs of ten classes, 32x32 pixels."""
+
+from __future__ import annotations
+
+import io as bytes_io
+import math
+import pickle
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING
+from PIL import Image
+
+from dvae.data.images import Crop, Resize, filtered, fit
+from dvae.data.published import Split
+from dvae.errors import UserError, one_line
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.sources import SOURCES, Item, Source
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BATCHES = {
+    Split.train: [f"data_batch_{number}" for number in range(1, 6)],
+    Split.test: ["test_batch"],
+    Split.all: [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"],
+}
+SIZE = 32
+RECORD = 3 * SIZE * SIZE
+"""Bytes of one image: all red, then all green, then all blue."""
+ARRAY = "numpy.core.multiarray._reconstruct"
+NAMES = {ARRAY, "numpy.ndarray", "numpy.dtype"}
+"""All that the published batches name."""
+
+
+@SOURCES.register("cifar10")
+class Cifar10(Source):
+    """CIFAR-10 (Krizhevsky 2009), cifar-10-python.tar.gz or cifar-10-binary.tar.gz or a folder; label "class".
+
+    Both archives hold the same images in the same order, and give the same shards.
+    """
+
+    licence = (
+        "CIFAR-10: no licence stated, gathered from the web for research; Krizhevsky 2009, Learning Multiple Layers "
+        "of Features from Tiny Images"
+    )
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        path: str = MISSING
+        """The python or binary archive (.tar.gz), or the folder that it was unpacked to."""
+        split: Split = Split.train
+        """train (50,000 images), test (10,000), or all."""
+        resize: Resize = Resize.lanczos
+        """Filter for sizes other than 32."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        self.config, self.io = config, io
+        self.protocol = f"CIFAR-10 {config.split.value} images, 32x32 as published"
+        if io.image_size != SIZE:
+            self.protocol += f", scaled; {filtered(config.resize)}"
+        names = BATCHES[config.split]
+        batches = {name: read_batch(path, data) for name, (path, data) in _find(config.path, names).items()}
+        counts = {len(labels) for labels, _ in batches.values()}
+        if len(counts) > 1:
+            raise UserError(f"source.path={config.path}: batches of {sorted(counts)} images: one of them is cut short")
+        self.images = np.concatenate([batches[name][1] for name in names])
+        self.labels = np.concatenate([batches[name][0] for name in names])
+        self.keys = [f"{name}/{row:05d}" for name in names for row in range(len(batches[name][0]))]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        image = Image.fromarray(np.ascontiguousarray(self.images[index].reshape(3, SIZE, SIZE).transpose(1, 2, 0)))
+        key = self.keys[index]
+        pixels = fit(image, self.io.image_size, self.io.channels, Crop.none, key, self.config.resize)
+        return Item(key, pixels, {"class": CLASSES[self.labels[index]]})
+
+
+def _find(path: str, names: list[str]) -> dict[str, tuple[str, bytes]]:
+    """Where each batch lies, and its bytes; either all in the python or all in the binary format.
+
+    Raises UserError where the archive or folder is missing, damaged, or lacks a batch.
+    """
+    wanted = {f"{name}{suffix}" for name in names for suffix in ("", ".bin")}
+    found = _members(path, wanted)
+    for suffix in ("", ".bin"):
+        if any(f"{name}{suffix}" in found for name in names):
+            lacking = [name for name in names if f"{name}{suffix}" not in found]
+            if lacking:
+                raise UserError(f"source.path={path} lacks {lacking[0]}{suffix}: name a complete archive or folder")
+            return {name: (f"{path}:{name}{suffix}", found[f"{name}{suffix}"]) for name in names}
+    raise UserError(
+        f"source.path={path} holds no batches of CIFAR-10 ({names[0]} or {names[0]}.bin): name "
+        "cifar-10-python.tar.gz, cifar-10-binary.tar.gz or the folder it was unpacked to"
+    )
+
+
+def _members(path: str, wanted: set[str]) -> dict[str, bytes]:
+    """The files of these names in an archive or below a folder. Nothing is unpacked to the disk."""
+    root = Path(path).expanduser()
+    try:
+        if root.is_dir():
+            return {file.name: file.read_bytes() for file in sorted(root.rglob("*")) if file.name in wanted}
+        with tarfile.open(root) as archive:
+            files = {PurePosixPath(m.name).name: m for m in archive if m.isfile()}
+            return {name: archive.extractfile(files[name]).read() for name in wanted & set(files)}  # type: ignore[union-attr]
+    except FileNotFoundError:
+        raise UserError(
+            f"source.path={path} does not exist: name cifar-10-python.tar.gz or the folder it was unpacked to"
+        ) from None
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"source.path={path} cannot be read as a tar archive: {one_line(error)}") from None
+
+
+def read_batch(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,) and images (N, 3072), uint8, of one batch in either format. Raises UserError naming `path`."""
+    labels, images = _binary(path, data) if path.endswith(".bin") else _pickled(path, data)
+    if len(labels) == 0 or labels.max() >= len(CLASSES):
+        raise UserError(f"{path}: labels must be 0 to 9: the file is damaged")
+    return labels, images
+
+
+def _binary(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A label byte before each image."""
+    if len(data) % (1 + RECORD):
+        raise UserError(f"{path} is {len(data)} bytes long, no multiple of {1 + RECORD}: the file is damaged")
+    records = np.frombuffer(data, np.uint8).reshape(-1, 1 + RECORD)
+    return records[:, 0], records[:, 1:]
+
+
+def _pickled(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A pickled dict: b"labels", a list, and b"data", an array (N, 3072)."""
+    try:
+        batch = _Unpickler(bytes_io.BytesIO(data), encoding="bytes").load()
+        labels, array = np.array(batch[b"labels"], np.uint8), batch[b"data"]
+        shape, raw = _described(array)
+    except _Forbidden as error:
+        raise UserError(f"{path} asks for {error}, which no batch of CIFAR-10 does: it was not executed") from None
+    except MemoryError:
+        raise UserError(f"{path} asks for more memory than there is: the file is damaged") from None
+    except Exception as error:  # noqa: BLE001 damaged pickles raise nearly anything
+        raise UserError(f"{path} is not a batch of CIFAR-10 ({type(error).__name__}): the file is damaged") from None
+    if labels.ndim != 1 or shape != (len(labels), RECORD) or len(raw) != math.prod(shape):
+        raise UserError(f"{path}: {len(raw)} bytes of images of shape {shape} for {len(labels)} labels: damaged")
+    return labels, np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+class _Forbidden(Exception):
+    """A name that a batch has no business with."""
+
+
+class _Described:
+    """What a pickle names or builds: keeps the name, the arguments and the state, and does nothing with them."""
+
+    __slots__ = ("arguments", "name", "state")
+
+    def __init__(self, name: str, arguments: tuple[Any, ...] = ()) -> None:
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
+
+    def __call__(self, *arguments: Any) -> _Described:
+        return _Described(self.name, arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads plain values; of what a pickle could import, three names of NumPy, and those only as descriptions."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in NAMES:
+            raise _Forbidden(f"{module}.{name}")
+        return _Described(f"{module}.{name}")
+
+
+def _described(array: _Described) -> tuple[tuple[int, ...], bytes]:
+    """Shape and bytes of the array of unsigned bytes that a pickle describes. Raises ValueError, TypeError."""
+    _, shape, kind, by_columns, raw = array.state
+    if array.name != ARRAY or kind.name != "numpy.dtype" or kind.arguments[0] != b"u1" or by_columns:
+        raise ValueError("not an array of unsigned bytes")
+    if not isinstance(raw, bytes):
+        raise TypeError("not bytes")
+    return tuple(int(n) for n in shape), raw

@@ -1,0 +1,44 @@
+"""FFHQ: 70,000 faces of Flickr, 1024x1024 pixels or thumbnails of 128x128."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from dvae.data.images import filtered
+from dvae.errors import UserError
+from dvae.registry.core import Shapes
+from dvae.registry.sources import SOURCES
+from dvae.registry.sources.image_files import FilesConfig, ImageFiles
+
+VARIANTS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")
+"""Folders of the published set; the last holds photographs of any shape."""
+
+
+@SOURCES.register("ffhq")
+class FFHQ(ImageFiles):
+    """FFHQ (Karras et al. 2019): images1024x1024, thumbnails128x128, or any folder or zip of aligned square images.
+
+    The sub-folders of 1,000 images that the published set has carry no meaning: there are no labels.
+    """
+
+    licence = (
+        "FFHQ: CC BY-NC-SA 4.0 (NVIDIA), single photographs CC BY 2.0, CC BY-NC 2.0, public domain or CC0 of their "
+        "authors; Karras et al. 2019, A Style-Based Generator Architecture"
+    )
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FilesConfig):
+        """Fields of FilesConfig."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        super().__init__(config, io)
+        self.protocol = f"FFHQ, the whole square image as it was given; {filtered(config.resize)}"
+
+    def select(self, names: list[str]) -> list[str]:
+        found = [variant for variant in VARIANTS if any(variant in PurePath(name).parts for name in names)]
+        if len(found) > 1:
+            raise UserError(
+                f"source.path={self.config.path} holds {' and '.join(found)}, the same faces twice: name one of them"
+            )
+        return names

@@ -1,0 +1,164 @@
+"""Parquet files of images, as dataset hubs publish them."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import json
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING
+
+from dvae.data.images import Crop, DamagedImage, Resize, decode, fit, protocol
+from dvae.errors import UserError, near, one_line
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.sources import SOURCES, Item, Source
+
+
+@SOURCES.register("parquet")
+class Parquet(Source):
+    """Parquet files with a column of image files: a struct with the field "bytes" (Hugging Face), or plain bytes.
+
+    Needs pyarrow: pip install 'dvae[parquet]'. Class labels whose names stand in the file's metadata become names.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        path: str = MISSING
+        """A file, a folder with all its .parquet files, or a pattern such as DIR/train-*.parquet."""
+        image: str = "image"
+        """Column of the images."""
+        labels: list[str] = field(default_factory=list)
+        """Columns of whole numbers, truth values or text that are kept as labels."""
+        crop: Crop = Crop.center
+        """center: the middle square; none: the whole image, squeezed where it is not square."""
+        resize: Resize = Resize.lanczos
+        """Filter that scales to the size asked for."""
+        licence: str = Source.licence
+        """Licence of the images with the credit it asks for; kept in the manifest."""
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        self.config, self.io = config, io
+        self.licence, self.protocol = config.licence, protocol(config.crop, config.resize)
+        self.files = _files(config.path)
+        self._class_names: dict[str, list[str]] = {}
+        rows = [self._row_groups(file) for file in self.files]
+        self._groups = [
+            (file, group) for file, counts in zip(self.files, rows, strict=True) for group in range(len(counts))
+        ]
+        self._starts = np.cumsum([0, *(count for counts in rows for count in counts)])
+        if not len(self):
+            raise UserError(f"source.path={config.path} holds no rows: name files with images")
+        self._local = threading.local()
+
+    def _row_groups(self, file: str) -> list[int]:
+        """Rows of each row group of a file. Raises UserError where it is not Parquet or lacks a column."""
+        parquet = _pyarrow()
+        try:
+            opened = parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:  # pyarrow's own errors are either
+            raise UserError(f"{file} is not a readable Parquet file: {one_line(error)}") from None
+        with opened:
+            schema = opened.schema_arrow
+            for column in (self.config.image, *self.config.labels):
+                if column not in schema.names:
+                    name = "image" if column == self.config.image else "labels"
+                    raise UserError(f"source.{name}: {file} has no column {column!r}: {near(column, schema.names)}")
+            _check_types(file, schema, self.config)
+            self._class_names |= _class_names(schema.metadata or {})
+            return [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Item:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        file, group = self._groups[number]
+        row = index - int(self._starts[number])
+        name = f"{Path(file).name}:{group}:{row}"
+        cells = self._read(number, name)
+        image = cells[self.config.image][row].as_py()
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not data:
+            raise DamagedImage(f"{name}: column {self.config.image!r} holds no bytes")
+        pixels = fit(
+            decode(data, name), self.io.image_size, self.io.channels, self.config.crop, name, self.config.resize
+        )
+        return Item(name, pixels, {c: self._label(c, cells[c][row].as_py(), name) for c in self.config.labels})
+
+    def _read(self, number: int, name: str) -> Any:
+        """The row group that was read last by this thread, else row group `number`. Raises DamagedImage."""
+        if getattr(self._local, "number", None) != number:
+            file, group = self._groups[number]
+            columns = [self.config.image, *self.config.labels]
+            try:
+                with _pyarrow().ParquetFile(file) as opened:
+                    self._local.cells = opened.read_row_group(group, columns=columns)
+            except (OSError, ValueError) as error:
+                raise DamagedImage(f"{name}: row group {group} of {file} ({one_line(error)})") from None
+            self._local.number = number
+        return self._local.cells
+
+    def _label(self, column: str, value: Any, name: str) -> str | int:
+        if value is None:
+            raise DamagedImage(f"{name}: column {column!r} is empty")
+        if column in self._class_names and isinstance(value, int) and 0 <= value < len(self._class_names[column]):
+            return self._class_names[column][value]
+        return value if isinstance(value, str) else int(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_local"}  # read rows stay behind
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _local=threading.local())
+
+
+def _pyarrow() -> Any:
+    """pyarrow.parquet. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise UserError("source=parquet needs pyarrow: pip install 'dvae[parquet]'") from None
+
+
+def _files(path: str) -> list[str]:
+    """The files that `path` names, sorted. Raises UserError where there are none."""
+    root = Path(path).expanduser()
+    exact = [str(root)] if root.is_file() else []  # even where its name looks like a pattern
+    files = sorted(map(str, root.rglob("*.parquet")) if root.is_dir() else exact or glob.glob(str(root)))
+    if not files:
+        raise UserError(f"source.path={path} names no Parquet file: name a file, a folder or DIR/train-*.parquet")
+    return files
+
+
+def _check_types(file: str, schema: Any, config: Parquet.Config) -> None:
+    """Raise UserError where a column holds something else than images or labels."""
+    import pyarrow
+
+    kinds = pyarrow.types
+    image = schema.field(config.image).type
+    if kinds.is_struct(image):
+        image = next((image.field(i).type for i in range(image.num_fields) if image.field(i).name == "bytes"), image)
+    if not (kinds.is_binary(image) or kinds.is_large_binary(image)):
+        raise UserError(f"source.image={config.image}: {file} has {image} there, not the bytes of image files")
+    for column in config.labels:
+        kind = schema.field(column).type
+        if not (
+            kinds.is_integer(kind) or kinds.is_boolean(kind) or kinds.is_string(kind) or kinds.is_large_string(kind)
+        ):
+            raise UserError(f"source.labels: column {column!r} of {file} holds {kind}: use whole numbers, bool or text")
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of the classes of each label column, as Hugging Face's datasets write them into a file."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        return {
+            name: f["names"] for name, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"
+        }
+    except (ValueError, AttributeError, KeyError):
+        return {}  # a stranger's metadata: the numbers serve as well

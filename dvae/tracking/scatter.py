@@ -1,0 +1,44 @@
+"""Points in the plane as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from matplotlib.figure import Figure
+
+from dvae import files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TRUE, DRAWN = "#8a8780", "#2f5fd0"
+"""Colours of true and of drawn points."""
+
+
+def compare(true: Mapping[str, torch.Tensor], drawn: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write true points over drawn ones, a column per name; each (n, 2), in [-1, 1]. One rename."""
+    figure = Figure(figsize=(1.9 * len(true), 4.1), dpi=100, layout="constrained")
+    axes = figure.subplots(2, len(true), squeeze=False)
+    for column, name in enumerate(true):
+        panel(axes[0, column], true[name], TRUE)
+        panel(axes[1, column], drawn[name], DRAWN)
+        axes[0, column].set_title(name, fontsize=10)
+    axes[0, 0].set_ylabel("true")
+    axes[1, 0].set_ylabel("drawn")
+    save(figure, path)
+
+
+def panel(axes: Axes, points: torch.Tensor, colour: str) -> None:
+    """Points (n, 2) in a square from -1 to 1, without ticks; those outside are cut off."""
+    axes.scatter(points[:, 0], points[:, 1], s=1.0, c=colour, alpha=0.5, linewidths=0)
+    axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[], aspect="equal")
+    for spine in axes.spines.values():
+        spine.set_color("#d8d4c8")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG in one rename."""
+    files.write_file(path, lambda aside: figure.savefig(aside, format="png"))

@@ -1,0 +1,61 @@
+"""Weights that were trained elsewhere become those of the run, without a step of training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dvae import config as configuration
+from dvae.config import RunConfig
+from dvae.errors import UserError
+from dvae.models import build
+from dvae.preflight import check
+from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS
+from dvae.run import Run, submit
+from dvae.training.work import encoder_stage, take_up
+
+
+@pytest.fixture
+def submitted(tmp_path: Path) -> tuple[Run, RunConfig]:
+    """A run on a folder with random weights of another seed than the run's."""
+    folder = tmp_path / "given"
+    words = [
+        "recipe=demo", "image_size=8", f"run={tmp_path / 'run'}", "encoder=diffusers_kl", f"encoder.folder={folder}",
+        "encoder.block_out_channels=[8]", "encoder.norm_num_groups=4", "refiner.width=32", "refiner.multipliers=[1]",
+        "refiner.attention_resolutions=[]", "prior.components=1", "evaluate.metrics=false",
+    ]  # fmt: skip
+    config = configuration.compose("train", words)
+    other = configuration.typed(config)
+    other.seed = 5
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps({"block_out_channels": [8], "norm_num_groups": 4}), encoding="utf-8")
+    save_file(build(other).encoder.autoencoder.state_dict(), folder / WEIGHTS)
+    return submit(config), configuration.typed(config)
+
+
+def test_run_and_bundle_hold_the_given_weights(submitted: tuple[Run, RunConfig]) -> None:
+    run, config = submitted
+    given = build(config).encoder.pretrained()
+    assert given is not None
+    wanted = {name: value.clone() for name, value in given.items()}
+    assert not torch.equal(build(config).encoder.state_dict()["autoencoder.encoder.conv_in.weight"],
+                           wanted["autoencoder.encoder.conv_in.weight"])  # fmt: skip
+    encoder_stage(run, config)
+    shutil.rmtree(config.encoder.folder)  # the run needs it no more
+    got = take_up(run, config, "encoder").encoder.state_dict()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert run.records()["encoder"]["parameters"] == sum(value.numel() for value in wanted.values())
+    assert "steps" not in run.records()["encoder"]
+    assert json.loads((run.bundle / "bundle.json").read_text())["parts"] == ["encoder"]
+
+
+def test_preflight_refuses_an_absent_folder(submitted: tuple[Run, RunConfig]) -> None:
+    _, config = submitted
+    shutil.rmtree(config.encoder.folder)
+    with pytest.raises(UserError, match=r"config\.json: not a readable"):
+        check(config)
