@@ -76,7 +76,7 @@ def test_dry_run_prints_and_writes_nothing(tool: Tool, tiny: list[str], tmp_path
     assert "stages: shards -> encoder -> prior -> refiner -> evaluate" in done.stdout
     assert "encoder: 0.0M parameters, 6 steps of 8 images" in done.stdout
     assert "refiner: 0.2M parameters" in done.stdout
-    assert "shards: 2 of" in done.stdout
+    assert "shards: 2 in" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
