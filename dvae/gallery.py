@@ -44,11 +44,11 @@ class GalleryConfig:
     """Network evaluations per point, a column each; heun hits odd ones only."""
     tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
     """Of samplers that choose their steps by one (ode), a column each."""
-    n: int = 2000
+    n: int = 4000
     """Points per cell."""
     seed: int = 0
     """Seed of the points and of the noise."""
-    batch: int = 2000
+    batch: int = 4000
     """Points per forward pass."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
@@ -213,4 +213,4 @@ def row_name(cell: Cell) -> str:
 def caption(cell: Cell, settings: GalleryConfig) -> str:
     """The distance, and the true number of evaluations where it is not the column's."""
     text = f"{cell.distance:.3f}"
-    return text if cell.nfe == settings.nfe[cell.column] else f"{text}  (NFE {cell.nfe:.4g})"
+    return text if cell.nfe == settings.nfe[cell.column] else f"{text} ({cell.nfe:.0f})"

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/gallery.py [runs=runs/toy2d] [density=spirals] [out=gallery.png] [samplers=[ddim,em]]
-       [nfe=[5,11,25,99]] [tolerances=[0.1,0.01,0.001,0.0001]] [n=2000] [seed=0] [batch=2000]
+       [nfe=[5,11,25,99]] [tolerances=[0.1,0.01,0.001,0.0001]] [n=4000] [seed=0] [batch=4000]
 
 Draws what every sampler makes of every run in a folder at the given numbers of network evaluations, with the sliced
 Wasserstein distance to the truth below each panel, and writes the figures into a JSON file beside the picture.

@@ -55,7 +55,8 @@ def test_every_condition_matters_and_must_be_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"), [({"width": 30}, "multiple of 4"), ({"blocks": 0}, "there must be a block")]
+    ("fields", "said"),
+    [({"width": 30}, "multiple of 4"), ({"blocks": 0}, "one block"), ({"frequencies": -1}, "0 freq")],
 )
 def test_sizes_that_cannot_be(fields: dict[str, int], said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -14,13 +14,17 @@ from dvae.layers.embeddings import mlp, time_features
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners import REFINERS, Condition, Refiner
 
+SINE_GAIN = 3.0
+"""Factor on the initial weights in front of a sine: above 1, so that it bends."""
+
 
 @REFINERS.register("mlp")
 class MLP(Refiner):
     """Residual MLP on the flattened state and condition, modulated by time and label (AdaLN: Peebles & Xie 2023).
 
-    The time embedding is of t and of log t: positional features of t alone barely separate times below 1/1000, where a
-    k = 2 process does the most.
+    An MLP learns fine structure last, hence Fourier features of the input (Tancik et al. 2020) and sines in place of
+    rectifiers (Sitzmann et al. 2020). The time embedding is of t and of log t: positional features of t alone barely
+    separate times below 1/1000.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -29,13 +33,19 @@ class MLP(Refiner):
         """Hidden units, a multiple of 4."""
         blocks: int = 4
         """Residual blocks of two layers."""
+        frequencies: int = 64
+        """Random Fourier features of the input (0: none)."""
+        bandwidth: float = 1.0
+        """Standard deviation of their angular frequencies, for inputs of about unit variance."""
+
+    waves: torch.Tensor
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
-        if config.width < 4 or config.width % 4 or config.blocks < 1:
+        if config.width < 4 or config.width % 4 or config.blocks < 1 or config.frequencies < 0:
             raise UserError(
-                f"refiner.width={config.width}, refiner.blocks={config.blocks}: width must be a multiple of 4, "
-                "and there must be a block"
+                f"refiner.width={config.width}, blocks={config.blocks}, frequencies={config.frequencies}: use a "
+                "multiple of 4, one block or more, 0 frequencies or more"
             )
         if io.condition_latent and (not io.latent or 0 in io.latent):
             raise UserError("latent guidance needs a latent, but the encoder gives none")
@@ -43,7 +53,8 @@ class MLP(Refiner):
         pixels = io.image_size**2
         inputs = (io.k * io.channels + io.condition_channels) * pixels
         inputs += math.prod(io.latent) if io.condition_latent else 0
-        self.enter = nn.Linear(inputs, config.width)
+        self.register_buffer("waves", config.bandwidth * torch.randn(inputs, config.frequencies))
+        self.enter = nn.Linear(inputs + 2 * config.frequencies, config.width)
         self.embed_time = mlp(config.width, config.width)
         self.embed_label = nn.Embedding(io.labels + 1, config.width) if io.labels else None
         self.blocks = nn.ModuleList(_Block(config.width) for _ in range(config.blocks))
@@ -60,7 +71,9 @@ class MLP(Refiner):
         embedding = self.embed_time(time_features(t_feature, self.features))
         if self.embed_label is not None:
             embedding = embedding + self.embed_label(condition.need("label"))
-        h = self.enter(torch.cat(seen, dim=1))
+        x = torch.cat(seen, dim=1)
+        angles = x @ self.waves
+        h = self.enter(torch.cat([x, torch.cos(angles), torch.sin(angles)], dim=1))
         for block in self.blocks:
             h = block(h, embedding)
         return self.leave(h).to(u.dtype).view(len(u), self.io.output_channels, *u.shape[2:])
@@ -73,8 +86,10 @@ class _Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), zeroed(nn.Linear(width, width)))
+        self.first, self.second = nn.Linear(width, width), zeroed(nn.Linear(width, width))
+        with torch.no_grad():
+            self.first.weight *= SINE_GAIN
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         scale, shift = self.modulate(embedding).chunk(2, dim=1)
-        return h + self.layers(self.norm(h) * (1 + scale) + shift)
+        return h + self.second(torch.sin(self.first(self.norm(h) * (1 + scale) + shift)))

@@ -25,8 +25,8 @@ Density = Callable[[np.ndarray], np.ndarray]
 
 
 def rings(u: np.ndarray) -> np.ndarray:
-    """Three circles of radius 0.25, 0.55 and 0.85, alike in weight, each a normal with deviation 0.02 thick."""
-    radius = np.array([0.25, 0.55, 0.85])[_choice(u[:, 0], 3)] + 0.02 * _normal(u[:, 1])
+    """Three circles of radius 0.25, 0.55 and 0.85, alike in weight, with noise of deviation 0.03 across."""
+    radius = np.array([0.25, 0.55, 0.85])[_choice(u[:, 0], 3)] + 0.03 * _normal(u[:, 1])
     return _polar(radius, 2 * math.pi * u[:, 2])
 
 
@@ -46,10 +46,10 @@ def checkerboard(u: np.ndarray) -> np.ndarray:
 
 
 def spirals(u: np.ndarray) -> np.ndarray:
-    """Two arms of one and a half turns, noise of deviation 0.02 (Grathwohl et al. 2019, of other turns and noise)."""
+    """Two arms of one and a half turns, noise of deviation 0.03 (Grathwohl et al. 2019, of other turns and noise)."""
     turned = np.sqrt(u[:, 1])  # so that points lie about evenly along an arm
     points = _polar(0.88 * turned, 3 * math.pi * turned + math.pi * _choice(u[:, 0], 2))
-    return points + 0.02 * _normal(u[:, 2:])
+    return points + 0.03 * _normal(u[:, 2:])
 
 
 def pinwheel(u: np.ndarray) -> np.ndarray:
