@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from dvae import __version__, files
 from dvae import config as configuration
-from dvae.config import RunConfig
 from dvae.errors import MachineError, UserError, one_line
 from dvae.models import Models, build
 from dvae.registry.core import KINDS, origin
+from dvae.settings import RunConfig
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"

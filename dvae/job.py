@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dvae import files
-from dvae.config import STAGES, RunConfig, endless
+from dvae.config import endless
 from dvae.data.build import build as build_shards
 from dvae.data.manifest import FILE as manifest_file
 from dvae.data.manifest import Manifest
@@ -17,6 +17,7 @@ from dvae.evaluation.points import evaluate_points
 from dvae.evaluation.stage import evaluate
 from dvae.pipeline import Pipeline
 from dvae.run import Run
+from dvae.settings import STAGES, RunConfig
 from dvae.tracking.console import Counted
 from dvae.tracking.report import write_report
 from dvae.training.engine import start_distributed

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from dvae.config import RunConfig
 from dvae.denoiser import Denoiser
 from dvae.diffusion import Diffusion
 from dvae.errors import UserError
@@ -16,6 +15,7 @@ from dvae.registry.classifiers import Classifier
 from dvae.registry.encoders import Encoder
 from dvae.registry.priors import Prior
 from dvae.registry.samplers import Sampler
+from dvae.settings import RunConfig
 from dvae.timegrid import Spacing
 
 

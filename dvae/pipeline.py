@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from dvae import bundle, keyed, likelihood
-from dvae.config import RunConfig
 from dvae.data.images import to_float, to_uint8
 from dvae.denoiser import Given
 from dvae.errors import UserError, near
@@ -16,6 +15,7 @@ from dvae.guidance import Bound, Guidance
 from dvae.inpainting import keep_known
 from dvae.models import Models, build_sampler
 from dvae.registry.samplers import OnStep
+from dvae.settings import RunConfig
 
 Advance = Callable[[int], None]
 PLAIN = Guidance()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from dvae import keyed
-from dvae.config import RunConfig
 from dvae.pipeline import Advance, Pipeline
 from dvae.registry import SOURCES, Shapes
 from dvae.registry.sources import EndlessSource
+from dvae.settings import RunConfig
 
 
 def open_source(config: RunConfig) -> EndlessSource:

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from dvae import config as configuration
 from dvae import models, points
-from dvae.config import RunConfig
 from dvae.data.images import DamagedImage
 from dvae.data.labels import check_label
 from dvae.data.loader import check_batch
@@ -18,6 +17,7 @@ from dvae.data.manifest import Manifest
 from dvae.errors import UserError, one_line
 from dvae.registry import SOURCES, Shapes
 from dvae.registry.sources import Item, Source
+from dvae.settings import RunConfig
 
 PROBED = 8
 """Images of a source that are tried before a run begins."""

@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dvae import config as configuration
 from dvae import files
-from dvae.config import RunConfig
 from dvae.errors import UserError
+from dvae.settings import RunConfig
 
 FREE = (
     "stages", "plugins", "dry_run", "run", "tracking", "evaluate", "sampler", "data.threads", "data.workers",

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from dvae.config import RunConfig
 from dvae.data.reader import Shards
 from dvae.pipeline import Pipeline
 from dvae.run import Run
+from dvae.settings import RunConfig
 from dvae.tracking import pictures
 from dvae.tracking.console import Progress
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvae.config import EmaConfig, EmaProfile
+from dvae.settings import EmaConfig, EmaProfile
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:

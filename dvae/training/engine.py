@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dvae.config import Decay, Precision, TrainingConfig
+from dvae.settings import Decay, Precision, TrainingConfig
 from dvae.training.ema import AdamWEma, ema_decay
 
 if not torch.cuda.is_available():

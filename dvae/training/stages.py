@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae import keyed
-from dvae.config import Precision, TrainingConfig
 from dvae.data.loader import Batch
 from dvae.denoiser import Denoiser, Draws, Given
 from dvae.layers.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from dvae.registry.classifiers import Classifier
 from dvae.registry.encoders import Adversary, Encoder, Posterior
+from dvae.settings import Precision, TrainingConfig
 
 BUCKETS = 10
 Engines = Mapping[str, Callable[..., Any]]

@@ -10,7 +10,6 @@ import torch
 
 from dvae import bundle, keyed, models, points
 from dvae import config as configuration
-from dvae.config import RunConfig, TrainingConfig
 from dvae.data.endless import EndlessLoader
 from dvae.data.images import to_float, to_uint8
 from dvae.data.loader import Batches, Loader
@@ -21,6 +20,7 @@ from dvae.models import Models
 from dvae.pipeline import Pipeline
 from dvae.registry.encoders import Encoder, Posterior
 from dvae.run import Run
+from dvae.settings import RunConfig, TrainingConfig
 from dvae.tracking import pictures, scatter
 from dvae.tracking.tracker import Tracker
 from dvae.training.checkpoint import Checkpoints

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dvae.config import EmaConfig, EmaProfile
+from dvae.settings import EmaConfig, EmaProfile
 from dvae.training.ema import AdamWEma, ema_decay
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dvae.config import Decay, EmaConfig, Precision, TrainingConfig
+from dvae.settings import Decay, EmaConfig, Precision, TrainingConfig
 from dvae.training.engine import Engine, learning_rate, start_distributed
 
 STAGES = [0, 1, 2, 3]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from dvae.config import EmaConfig, Precision, TrainingConfig
 from dvae.data.loader import Batch
 from dvae.layers.adversarial import GanLoss, generator_loss
 from dvae.registry import ENCODERS, Shapes
 from dvae.registry.encoders import Adversary, Encoder, Posterior
 from dvae.registry.encoders.kl_gan import squared_error
+from dvae.settings import EmaConfig, Precision, TrainingConfig
 from dvae.training.checkpoint import Checkpoints
 from dvae.training.engine import Engine, start_distributed
 from dvae.training.loop import State, save, take_step

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from dvae import config as configuration
-from dvae.config import RunConfig
 from dvae.errors import UserError
 from dvae.models import build
 from dvae.preflight import check
 from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS
 from dvae.run import Run, submit
+from dvae.settings import RunConfig
 from dvae.training.work import encoder_stage, take_up
 
 

@@ -1,0 +1,211 @@
+"""The settings of a run, typed, with their defaults: what config.yaml holds and the command line sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from dvae.denoiser import DenoiserConfig
+from dvae.tracking.wandb_run import WandbConfig
+
+STAGES = ("shards", "encoder", "prior", "refiner", "classifier", "evaluate")
+"""In the order in which they run; all but the classifier by default."""
+
+
+class Decay(Enum):
+    """Learning rate after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    """Arithmetic of the networks; weights, optimiser and losses are fp32 either way."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class EmaProfile(Enum):
+    """How past weights are weighted: exponential decay, or a power of the step (Karras et al. 2024, section 3.1)."""
+
+    constant = "constant"
+    power = "power"
+
+
+@dataclass(kw_only=True, slots=True)
+class EmaConfig:
+    """Moving average of the weights; the averaged weights are what a run exports."""
+
+    profile: EmaProfile = EmaProfile.constant
+    """constant: decay per step; power: a profile whose width grows with training."""
+    decay: float = 0.9999
+    """For constant: weight of the past per step; early on (1 + step) / (10 + step) where that is less."""
+    width: float = 0.1
+    """For power: standard deviation of the profile relative to training so far (sigma_rel), 0.005 to 0.28."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """How one stage is trained."""
+
+    steps: int = 100_000
+    """Optimiser steps."""
+    batch: int = 64
+    """Images per step, over all ranks."""
+    micro_batches: int = 1
+    """Parts in which each rank takes its share of a batch (gradient accumulation)."""
+    lr: float = 2e-4
+    """Peak learning rate of AdamW."""
+    warmup: int = 500
+    """Steps of linear warm-up from 0."""
+    lr_decay: Decay = Decay.constant
+    """constant, or cosine to 0 at the last step."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of AdamW's moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    precision: Precision = Precision.bf16
+    """bf16 (autocast; weights stay fp32) or fp32."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Moving average of the weights."""
+    log_every: int = 50
+    """Steps per row of metrics.jsonl; a row is the mean over them."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    preview_every: int = 5000
+    """Steps between preview pictures in images/ (0: none)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where images lie and how they are read."""
+
+    shards: str = "${run}/shards"
+    """Folder of shards; built from `source` where it does not exist yet."""
+    heldout: float = 0.1
+    """Fraction of the images kept from training, for reconstructions and the metrics' floor."""
+    flip: bool = False
+    """Flip images left to right at random."""
+    label: str = ""
+    """Attribute of the images that is their class, one of `classes` (empty: none)."""
+    cache_gib: float = 2.0
+    """Decoded images are kept in memory where they take no more than this."""
+    max_bad_fraction: float = 0.01
+    """Damaged images are named and skipped up to this fraction of a split; beyond, it is an error."""
+    block: int = 256
+    """Images that are read side by side; blocks are shuffled among themselves."""
+    window: int = 64
+    """Blocks within which single images are shuffled."""
+    threads: int = 0
+    """Threads that read ahead (0: none, best on two cores with the images in memory)."""
+    workers: int = 2
+    """Processes that read or render images when shards are built."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """The last stage: what is drawn and how it is scored."""
+
+    n: int = 1000
+    """Images per set and seed."""
+    reference: int = 5000
+    """Training images that sets are compared with (fewer where there are fewer)."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the generated sets."""
+    kid_subset_size: int = 100
+    """Images per subset of KID."""
+    kid_subsets: int = 100
+    """Subsets of KID."""
+    batch: int = 64
+    """Images per forward pass."""
+    metrics: bool = True
+    """false: draw pictures only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where figures go besides metrics.jsonl."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A whole run, as config.yaml holds it."""
+
+    recipe: str = MISSING
+    """Name of the recipe."""
+    run: str = "runs/${recipe}"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    image_size: int = MISSING
+    """Height and width in pixels."""
+    channels: int = 3
+    """1 or 3; 2 for the points of an endless source."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes, in the order of their numbers: values of the attribute data.label ([]: no classes)."""
+    stages: list[str] = field(default_factory=lambda: [stage for stage in STAGES if stage != "classifier"])
+    """Stages to run, of shards, encoder, prior, refiner, classifier, evaluate."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+    dry_run: bool = False
+    """Print what would be done, and write nothing."""
+    source: Any = MISSING
+    encoder: Any = MISSING
+    prior: Any = MISSING
+    process: Any = MISSING
+    schedule: Any = MISSING
+    refiner: Any = MISSING
+    sampler: Any = MISSING
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    classifier: Any = None
+    data: DataConfig = field(default_factory=DataConfig)
+    train_encoder: TrainingConfig = field(default_factory=TrainingConfig)
+    train_refiner: TrainingConfig = field(default_factory=TrainingConfig)
+    train_classifier: TrainingConfig = field(default_factory=TrainingConfig)
+    """preview_every is without effect here."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleConfig:
+    """What tools/sample.py takes."""
+
+    run: str = MISSING
+    """A run folder or a bundle."""
+    n: int = 64
+    """Images."""
+    seed: int = 0
+    """Seed of z and of the noise."""
+    out: str = "samples.png"
+    """The picture."""
+    label: str = ""
+    """Class of all images (empty: drawn evenly, where the run has classes)."""
+    guidance: float = 1.0
+    """Weight of x_hat, z and class together."""
+    label_guidance: float = 1.0
+    """Weight of the class alone."""
+    classifier_guidance: float = 0.0
+    """Factor on the gradient of the classifier."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+    sampler: Any = None
+    """Another sampler than the run's."""
+
+
+ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")
+ConfigStore.instance().store(name="sample_schema", node=SampleConfig, provider="dvae")
