@@ -8,6 +8,9 @@ Coordinates. The diffusion runs in a state whose clean image is y_0 = data_scale
     residual   x_hat    u                    the refiner draws only what the VAE left out
 
 Where a sample's condition is dropped (classifier-free training), x_hat is zero for it, and so is every shift.
+
+In latent space (Rombach et al. 2022) x is the encoder's latent map instead: x_hat is zero, there is no z besides, and
+the state is y_0 = data_scale * x.
 """
 
 from __future__ import annotations
@@ -37,10 +40,19 @@ class Centre(Enum):
     residual = "residual"
 
 
+class Space(Enum):
+    """What is diffused."""
+
+    pixel = "pixel"
+    latent = "latent"
+
+
 @dataclass(kw_only=True, slots=True)
 class DenoiserConfig:
     """Settings of the denoiser."""
 
+    space: Space = Space.pixel
+    """pixel: images, given x_hat; latent: the encoder's latent maps, which its decoder makes images of."""
     prediction: PredictionType = PredictionType.eps
     """eps (DDPM, DiffuseVAE, PSLD), x0, or v (flow matching and EDM too); x0 and v need k = 1."""
     mixed: bool = False
@@ -77,6 +89,11 @@ class Given:
     """(B, *latent)."""
     label: torch.Tensor | None = None
     """Class (B,), int64, -1 where it is not given; None: for no sample."""
+
+    @classmethod
+    def nothing(cls, x: torch.Tensor, label: torch.Tensor | None) -> Given:
+        """Of states like x (B, C, H, W) nothing is known but perhaps the class."""
+        return cls(torch.zeros_like(x), x.new_zeros(len(x), 0), label)
 
     def __getitem__(self, chosen: slice | torch.Tensor) -> Given:
         """Some of the samples."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.denoiser import Denoiser, Given
+from dvae.denoiser import Denoiser, Given, Space
 from dvae.diffusion import Diffusion, Prediction, Time, apply
 from dvae.errors import UserError
 from dvae.registry.samplers import Threshold
@@ -72,7 +72,7 @@ class Bound:
         if self.guidance.classifier:
             eps = eps - apply(self.diffusion.marginal(times)[1].mT, self.guidance.classifier * self._gradient(u, times))
             x0 = self.diffusion.x0_from_eps(u, times, eps)
-        if threshold is not Threshold.none:
+        if threshold is not Threshold.none and self.denoiser.config.space is Space.pixel:  # latents have no range
             image = limited(self.denoiser.to_image(x0, self.given), threshold)
             kept = self.denoiser.to_state(image, self.given)
             eps, x0 = self.diffusion.eps_after(kept - x0, times, eps), kept

@@ -24,6 +24,7 @@ from dvae.training.engine import start_distributed
 from dvae.training.memory import keep_freed_memory
 from dvae.training.work import (
     PARTS,
+    cache_stage,
     classifier_stage,
     encoder_stage,
     open_shards,
@@ -121,6 +122,7 @@ WORK: dict[str, Callable[[Run, RunConfig], None]] = {
     "shards": shards_stage,
     "encoder": encoder_stage,
     "prior": prior_stage,
+    "cache": cache_stage,
     "refiner": refiner_stage,
     "classifier": classifier_stage,
     "evaluate": evaluate_stage,

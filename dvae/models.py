@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from dvae.denoiser import Denoiser
+from dvae.denoiser import Denoiser, DenoiserConfig, Space
 from dvae.diffusion import Diffusion
 from dvae.errors import UserError
 from dvae.registry import CLASSIFIERS, ENCODERS, PRIORS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Shapes
@@ -28,7 +28,18 @@ class Models:
     denoiser: Denoiser
     sampler: Sampler
     io: Shapes
+    """Of the images and of z; `denoiser.io` tells the shapes of what is diffused."""
     classifier: Classifier | None = None
+
+    @property
+    def latent_space(self) -> bool:
+        """Whether it is the encoder's latent that is diffused, not the image."""
+        return self.denoiser.config.space is Space.latent
+
+    @property
+    def generates(self) -> bool:
+        """Whether there are samples before refinement: x_hat of a z from the prior."""
+        return "encoder" in self.trained() and not self.latent_space
 
     def trained(self) -> dict[str, nn.Module]:
         """The parts that hold weights or fitted figures, by the name they have in a bundle."""
@@ -60,21 +71,47 @@ def build(config: RunConfig, seed_weights: bool = True) -> Models:
             matching=config.denoiser.matching,
             factor=config.denoiser.factor,
         )
-        io = replace(
-            io,
-            latent=encoder.latent_shape,
-            k=diffusion.k,
-            outputs=len(diffusion.predicted),
-            condition_channels=config.channels if config.denoiser.condition_image else 0,
-            condition_latent=config.denoiser.condition_latent,
-            labels=len(config.classes),
-        )
+        io = replace(io, latent=encoder.latent_shape, labels=len(config.classes))
         prior = PRIORS.build(config.prior, io)
-        told = io if config.denoiser.condition_label else replace(io, labels=0)
+        if config.denoiser.space is Space.latent:
+            _check_latent_space(config, io, prior)
+        state = _state_shapes(config.denoiser, diffusion, io)
+        told = state if config.denoiser.condition_label else replace(state, labels=0)
         refiner = REFINERS.build(config.refiner, told)
-        denoiser = Denoiser(refiner, diffusion, config.denoiser, io)
-        classifier = None if config.classifier is None else CLASSIFIERS.build(config.classifier, io)
-    return Models(encoder, prior, denoiser, build_sampler(config.sampler, denoiser.diffusion, io), io, classifier)
+        denoiser = Denoiser(refiner, diffusion, config.denoiser, state)
+        classifier = None if config.classifier is None else CLASSIFIERS.build(config.classifier, state)
+        sampler = build_sampler(config.sampler, diffusion, state)
+    return Models(encoder, prior, denoiser, sampler, io, classifier)
+
+
+def _state_shapes(denoiser: DenoiserConfig, diffusion: Diffusion, io: Shapes) -> Shapes:
+    """Shapes of what is diffused, for the networks that see it: the images, or the encoder's latent maps."""
+    if denoiser.space is Space.latent:
+        io = replace(io, channels=io.latent[0], image_size=io.latent[1], latent=())
+    return replace(
+        io,
+        k=diffusion.k,
+        outputs=len(diffusion.predicted),
+        condition_channels=io.channels if denoiser.condition_image else 0,
+        condition_latent=denoiser.condition_latent,
+    )
+
+
+def _check_latent_space(config: RunConfig, io: Shapes, prior: Prior) -> None:
+    """Raise UserError where there is no latent space to diffuse in, or something besides that has no part in it."""
+    if len(io.latent) != 3 or io.latent[1] != io.latent[2]:
+        raise UserError(
+            f"denoiser.space=latent needs a latent that is a square map, that of encoder={config.encoder.name} is "
+            f"{io.latent}: use encoder=kl_gan or diffusers_kl"
+        )
+    for name in ("condition_image", "condition_latent"):
+        if getattr(config.denoiser, name):
+            raise UserError(f"denoiser.space=latent diffuses the latent itself: set denoiser.{name}=false")
+    if prior.state_dict():
+        raise UserError(
+            f"denoiser.space=latent draws latents by diffusion, prior={config.prior.name} has no part in it: "
+            "set prior=normal and leave prior out of stages=[...]"
+        )
 
 
 def build_sampler(node: object, diffusion: Diffusion, io: Shapes) -> Sampler:

@@ -40,7 +40,8 @@ class Pipeline:
 
     def use_sampler(self, node: object) -> None:
         """Refine with another sampler: a config node or its fields with `name`."""
-        self.sampler = build_sampler(node, self.models.denoiser.diffusion, self.models.io)
+        denoiser = self.models.denoiser
+        self.sampler = build_sampler(node, denoiser.diffusion, denoiser.io)
 
     def class_number(self, name: str) -> int:
         """The number of a class. Raises UserError, with the nearest name, where the run has none of that name."""
@@ -51,15 +52,20 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(self, n: int, seed: int, label: int | None = None) -> Given:
-        """z from the prior and its x_hat, for n images; their class where the run has classes (None: drawn evenly)."""
+        """What n images are refined from: z from the prior and its x_hat, in latent space nothing.
+
+        And their class where the run has classes (None: drawn evenly).
+        """
         numbers, io = range(n), self.models.io
-        component = keyed.uniform(seed, "prior component", numbers)
-        normal = keyed.normal(seed, "prior", numbers, io.latent)
-        z = self.models.prior.sample(component.to(self.device), normal.to(self.device))
         labels = None
         if io.labels:
             drawn = (keyed.uniform(seed, "label", numbers) * io.labels).long()
             labels = (drawn if label is None else torch.full((n,), label)).to(self.device)
+        if self.models.latent_space:
+            return Given.nothing(torch.empty(n, *io.latent, device=self.device), labels)
+        component = keyed.uniform(seed, "prior component", numbers)
+        normal = keyed.normal(seed, "prior", numbers, io.latent)
+        z = self.models.prior.sample(component.to(self.device), normal.to(self.device))
         return Given(self.decode(z), z, labels)
 
     @torch.no_grad()
@@ -112,7 +118,7 @@ class Pipeline:
         known: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(images, network evaluations of each) of one batch."""
-        denoiser, io = self.models.denoiser, self.models.io
+        denoiser, io = self.models.denoiser, self.models.denoiser.io
         shape = (io.k * io.channels, io.image_size, io.image_size)
 
         def normal(purpose: str) -> torch.Tensor:
@@ -131,7 +137,8 @@ class Pipeline:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             start = denoiser.diffusion.prior(normal("x_T"))
             sampled = self.sampler.sample(model, start, lambda i: normal(f"sampler {i}"), on_step)
-        return denoiser.to_image(sampled.u[:, : io.channels], given), sampled.nfe
+        drawn = denoiser.to_image(sampled.u[:, : io.channels], given)
+        return self.decode(drawn) if self.models.latent_space else drawn, sampled.nfe
 
     def generate(
         self,
@@ -141,16 +148,24 @@ class Pipeline:
         label: int | None = None,
         guidance: Guidance = PLAIN,
         advance: Advance | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(VAE samples, refined samples) from the same z, both (n, C, H, W) uint8."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(VAE samples, refined samples) from the same z, both (n, C, H, W) uint8.
+
+        The former are None where nothing is drawn before refinement: without an encoder, and in latent space.
+        """
         given = self.draw(n, seed, label)
-        return to_uint8(given.x_hat), to_uint8(self.refine(given, seed, guidance=guidance, advance=advance))
+        refined = to_uint8(self.refine(given, seed, guidance=guidance, advance=advance))
+        return to_uint8(given.x_hat) if self.models.generates else None, refined
 
     @torch.no_grad()
-    def reconstruct(self, images: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """(VAE reconstructions, refined reconstructions) through the posterior mean, both (n, C, H, W) uint8."""
+    def reconstruct(self, images: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(VAE reconstructions, refined reconstructions) through the posterior mean, both (n, C, H, W) uint8.
+
+        The latter are None in latent space, where there is nothing to refine.
+        """
         given = self.encode(to_float(images).to(self.device))
-        return to_uint8(given.x_hat), to_uint8(self.refine(given, seed))
+        refined = None if self.models.latent_space else to_uint8(self.refine(given, seed))
+        return to_uint8(given.x_hat), refined
 
     @torch.no_grad()
     def inpaint(
@@ -160,8 +175,9 @@ class Pipeline:
 
         x_hat is found by imputation: unknown pixels are grey at first, then those of the reconstruction, a few times
         over (Rezende et al. 2014, appendix F). Raises UserError for a sampler whose images stand at no
-        common time.
+        common time, and in latent space, where pixels cannot be kept.
         """
+        self._need_pixels("inpainting")
         if not self.sampler.by_steps:
             raise UserError(
                 "inpainting needs a sampler that moves all images in the same steps: use sampler=ddim or em"
@@ -175,12 +191,19 @@ class Pipeline:
         drawn = self.refine(given, seed, guidance=guidance, known=(known, mask))
         return torch.where(mask.cpu(), images, to_uint8(drawn))
 
+    def _need_pixels(self, what: str) -> None:
+        """Raise UserError in latent space."""
+        if self.models.latent_space:
+            raise UserError(f"{what}: not defined where denoiser.space=latent: use a run whose refiner draws pixels")
+
     def bits_per_dim(self, images: torch.Tensor, seed: int, tolerance: float = 1e-4) -> torch.Tensor:
         """-log2 p(x given x_hat) per dimension of images (n, C, H, W) uint8, (n,): of the refiner alone, without z.
 
         x_hat is the reconstruction of the image itself. One draw of dequantisation, of the momentum where k > 1, and of
-        the probe of the divergence per image; see dvae/likelihood.py for what that bounds.
+        the probe of the divergence per image; see dvae/likelihood.py for what that bounds. Raises UserError in latent
+        space.
         """
+        self._need_pixels("bits per dimension")
         denoiser, io = self.models.denoiser, self.models.io
         shape = (io.k * io.channels, io.image_size, io.image_size)
         parts = []

@@ -33,6 +33,8 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[models.Models, dict[str, i
     made = models.on_meta(config)
     if "encoder" in config.stages and not made.parameters()["encoder"]:
         raise UserError(f"stages: encoder={config.encoder.name} has nothing to train: leave encoder and prior out")
+    if "cache" in config.stages and not made.parameters()["encoder"]:
+        raise UserError(f"stages: cache keeps what an encoder makes, encoder={config.encoder.name} makes nothing")
     if "encoder" in config.stages:
         made.encoder.pretrained()  # refuses a folder of weights that does not fit
     for training in (getattr(config, f"train_{stage}") for stage in made.parameters()):

@@ -28,12 +28,13 @@ from dvae.errors import UserError
 from dvae.settings import RunConfig
 
 FREE = (
-    "stages", "plugins", "dry_run", "run", "tracking", "evaluate", "sampler", "data.threads", "data.workers",
+    "stages", "plugins", "dry_run", "run", "tracking", "evaluate", "sampler", "cache", "data.threads", "data.workers",
     "data.cache_gib", "train_encoder.keep", "train_refiner.keep", "train_encoder.preview_every",
     "train_refiner.preview_every", "train_encoder.save_every", "train_refiner.save_every",
     "train_classifier.keep", "train_classifier.preview_every", "train_classifier.save_every",
 )  # fmt: skip
-"""Settings that may change from one attempt to the next: they do not touch what was trained."""
+"""Settings that may change from one attempt to the next: they do not touch what was trained (a cache refuses
+others by itself)."""
 
 
 class Run:

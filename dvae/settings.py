@@ -12,8 +12,9 @@ from omegaconf import MISSING
 from dvae.denoiser import DenoiserConfig
 from dvae.tracking.wandb_run import WandbConfig
 
-STAGES = ("shards", "encoder", "prior", "refiner", "classifier", "evaluate")
-"""In the order in which they run; all but the classifier by default."""
+STAGES = ("shards", "encoder", "prior", "cache", "refiner", "classifier", "evaluate")
+"""In the order in which they run."""
+USUAL = ["shards", "encoder", "prior", "refiner", "evaluate"]
 
 
 class Decay(Enum):
@@ -113,6 +114,26 @@ class DataConfig:
     """Processes that read or render images when shards are built."""
 
 
+class Cached(Enum):
+    """What the cache stage keeps of each training image."""
+
+    posteriors = "posteriors"
+    reconstructions = "reconstructions"
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """What the cache stage computes with the trained encoder, so that the refiner's training need not."""
+
+    folder: str = "${run}/latents"
+    """Folder of the shards; written where they do not exist yet."""
+    what: Cached = Cached.posteriors
+    """posteriors: mean and logvar, from which z is drawn anew at every visit; reconstructions: `draws` fixed draws of z
+    and their x_hat, rounded to 8 bits, so that nothing is decoded either."""
+    draws: int = 8
+    """For reconstructions: how many there are of each image."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """The last stage: what is drawn and how it is scored."""
@@ -157,8 +178,8 @@ class RunConfig:
     """1 or 3; 2 for the points of an endless source."""
     classes: list[str] = field(default_factory=list)
     """Names of the classes, in the order of their numbers: values of the attribute data.label ([]: no classes)."""
-    stages: list[str] = field(default_factory=lambda: [stage for stage in STAGES if stage != "classifier"])
-    """Stages to run, of shards, encoder, prior, refiner, classifier, evaluate."""
+    stages: list[str] = field(default_factory=lambda: list(USUAL))
+    """Stages to run, of shards, encoder, prior, cache, refiner, classifier, evaluate."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
     dry_run: bool = False
@@ -173,6 +194,7 @@ class RunConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     classifier: Any = None
     data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     train_encoder: TrainingConfig = field(default_factory=TrainingConfig)
     train_refiner: TrainingConfig = field(default_factory=TrainingConfig)
     train_classifier: TrainingConfig = field(default_factory=TrainingConfig)
@@ -207,5 +229,14 @@ class SampleConfig:
     """Another sampler than the run's."""
 
 
+@dataclass(kw_only=True, slots=True)
+class CacheToolConfig(CacheConfig):
+    """What tools/cache.py takes."""
+
+    run: str = MISSING
+    """A run folder with a trained encoder."""
+
+
 ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")
 ConfigStore.instance().store(name="sample_schema", node=SampleConfig, provider="dvae")
+ConfigStore.instance().store(name="cache_schema", node=CacheToolConfig, provider="dvae")

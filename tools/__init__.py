@@ -10,7 +10,10 @@ from dvae.errors import UserError, near, run_command
 TOOLS = {
     "launch": "train a recipe: dvae launch recipe=demo",
     "shards": "build or verify WebDataset shards",
+    "cache": "write the latents of a run's training images into shards",
     "sample": "draw images from a trained run",
+    "judge": "say what the samples show, by a classifier trained on the real images",
+    "convert": "read a public checkpoint of DiffuseVAE or PSLD",
     "gallery": "draw process x sampler x evaluations, from runs on points",
     "components": "list what is registered",
 }

@@ -37,7 +37,7 @@ def command(argv: list[str]) -> None:
     guidance = Guidance(condition=words.guidance, label=words.label_guidance, classifier=words.classifier_guidance)
     label = loaded.class_number(words.label) if words.label else None
     vae, refined = loaded.generate(int(words.n), int(words.seed), label=label, guidance=guidance)
-    shown = [vae, refined] if "encoder" in loaded.models.trained() else [refined]
+    shown = [refined] if vae is None else [vae, refined]
     pictures.grid(torch.stack(shown, 1).flatten(0, 1), Path(str(words.out)))
     print(f"{words.out}: {words.n} samples, {loaded.nfe:g} network evaluations each")
 

@@ -36,6 +36,8 @@ Progress = Callable[[int, int], None]
 """progress(done, total), in images; first called with what an earlier attempt has done."""
 JOURNAL = "unfinished.json"
 """What is finished already, in the folder of an unfinished build."""
+MEMBERS = ("png", "json")
+"""Files of each sample in a shard of images."""
 NAMED = 20  # damaged images that are named; the others are only counted
 
 
@@ -251,7 +253,7 @@ class _Build:
 
     def _make(self, number: int, images: Iterable[Rendered], earlier: list[str]) -> Unit:
         """Write unit `number`; `earlier` are the damaged images of those before it."""
-        writers: dict[str, _ShardWriter] = {}
+        writers: dict[str, ShardWriter] = {}
         values: dict[str, set[str | int]] = {}
         damaged: list[str] = []
         count, image = 0, None
@@ -263,8 +265,8 @@ class _Build:
                 else:
                     split = HELDOUT if image.position < self.request["heldout_fraction"] else TRAIN
                     if split not in writers:
-                        writers[split] = _ShardWriter(self.folder / f"{split}-{number:06d}.tar")
-                    writers[split].write(image)
+                        writers[split] = ShardWriter(self.folder / f"{split}-{number:06d}.tar")
+                    writers[split].write(image.index, {"png": image.png, "json": image.about()})
                     for name, value in image.labels.items():
                         values.setdefault(name, set()).add(value)
                 count += 1
@@ -310,7 +312,7 @@ def _shards(rows: dict[str, dict[str, Any]]) -> dict[str, Shard]:
     return {split: Shard(**row) for split, row in rows.items()}
 
 
-class _ShardWriter:
+class ShardWriter:
     """One tar file, being written."""
 
     def __init__(self, path: Path) -> None:
@@ -319,19 +321,19 @@ class _ShardWriter:
         self._stream = path.open("wb")
         self._tar = TarWriter(self._stream, encoder=False, mtime=0)
 
-    def write(self, image: Rendered) -> None:
+    def write(self, number: int, members: dict[str, bytes]) -> None:
         # WebDataset cuts a name at its first dot, so a file name cannot be the key
-        self._tar.write({"__key__": f"{image.index:09d}", "png": image.png, "json": image.about()})
+        self._tar.write({"__key__": f"{number:09d}", **members})
 
     def close(self) -> None:
         self._tar.close()
         self._stream.close()
 
 
-def seal(path: Path) -> Shard:
+def seal(path: Path, members: tuple[str, ...] = MEMBERS) -> Shard:
     """Write a finished tar file's index, and see both to the disk."""
     index = path.with_suffix(".npy")
-    rows = index_of(path)
+    rows = index_of(path, members)
     with index.open("wb") as file:
         np.save(file, rows)
     files.sync(path)
@@ -339,10 +341,10 @@ def seal(path: Path) -> Shard:
     return Shard(path.name, len(rows), path.stat().st_size, files.sha256(path), index.name, files.sha256(index))
 
 
-def index_of(path: Path) -> np.ndarray:
-    """Offset and size of each sample's PNG and JSON in a shard, (count, 4), int64, in the order of the PNGs."""
+def index_of(path: Path, members: tuple[str, ...] = MEMBERS) -> np.ndarray:
+    """Offset and size of each sample's members in a shard, (count, 2 * members), int64, in the order of the samples."""
     with tarfile.open(path, "r:") as tar:
-        members = {member.name: (member.offset_data, member.size) for member in tar}
-    keys = [name.removesuffix(".png") for name in members if name.endswith(".png")]
-    rows = [(*members[f"{key}.png"], *members[f"{key}.json"]) for key in keys]
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+        places = {member.name: (member.offset_data, member.size) for member in tar}
+    keys = dict.fromkeys(name.partition(".")[0] for name in places)
+    rows = [[number for member in members for number in places[f"{key}.{member}"]] for key in keys]
+    return np.array(rows, dtype=np.int64).reshape(-1, 2 * len(members))

@@ -25,7 +25,7 @@ class Batch:
     indices: torch.Tensor
     """Indices into the data set, (B,), int64."""
     images: torch.Tensor
-    """(B, C, H, W), uint8; from an endless source float32 in [-1, 1]."""
+    """(B, C, H, W), uint8; from an endless source float32 in [-1, 1]; (B, 0) where a stage does without them."""
     labels: torch.Tensor | None = None
     """Classes (B,), int64; None where the run has none."""
 
@@ -59,7 +59,7 @@ class Loader:
 
     The global batch of a step that begins at sample number s is s, ..., s + batch - 1. It is cut into contiguous
     parts; micro-batch a of rank r is part a * world + r. With `threads`, the steps that follow are read ahead.
-    `labels` (len(shards),) are the classes of the split's images.
+    `labels` (len(shards),) are the classes of the split's images. Without `images` they are not read.
     """
 
     def __init__(
@@ -76,13 +76,14 @@ class Loader:
         seed: int = 0,
         threads: int = 0,
         prefetch: int = 2,
+        images: bool = True,
     ) -> None:
         if order.count != len(shards):
             raise ValueError(f"the order is of {order.count} samples, the split has {len(shards)}")
         self._shards, self._order, self._batch = shards, order, batch
         self._part = check_batch(batch, world, accumulate)
         self._rank, self._world, self._accumulate = rank, world, accumulate
-        self._flip, self._labels, self._seed, self._prefetch = flip, labels, seed, prefetch
+        self._flip, self._labels, self._seed, self._prefetch, self._images = flip, labels, seed, prefetch, images
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
         self._ahead: dict[int, Future[list[Batch]]] = {}
 
@@ -105,7 +106,7 @@ class Loader:
         start = sample + (number * self._world + self._rank) * self._part
         keys = torch.arange(start, start + self._part)
         indices = self._order.indices(start, start + self._part)
-        images = self._shards.read(indices)
+        images = self._shards.read(indices) if self._images else torch.empty(self._part, 0, dtype=torch.uint8)
         if self._flip:
             flipped = keyed.uniform(self._seed, "flip", keys.tolist()) < 0.5
             images[flipped] = images[flipped].flip(-1)

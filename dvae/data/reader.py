@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,11 @@ from torchvision.io import ImageReadMode, decode_image
 
 from dvae.data.images import DamagedImage
 from dvae.data.labels import check_label
-from dvae.data.manifest import Manifest, Shard
+from dvae.data.manifest import Manifest
+from dvae.data.members import Members
 from dvae.errors import MachineError, UserError, near, one_line
-from dvae.files import sha256
 
-OPEN_FILES = 128
+PNG, JSON = 0, 1  # members of a sample
 
 
 class Shards:
@@ -42,23 +40,21 @@ class Shards:
         self.manifest = Manifest.load(folder)
         if split not in self.manifest.splits:
             raise UserError(f"unknown split {split!r}: {near(split, self.manifest.splits)}")
-        self._shards = self.manifest.splits[split]
-        if not self._shards:
+        shards = self.manifest.splits[split]
+        if not shards:
             raise UserError(f"shards at {folder} have no image in {split!r}: build them with another held-out fraction")
-        self._starts = np.cumsum([0, *(shard.count for shard in self._shards)])
-        self._rows = np.concatenate([_load_index(self.folder, shard) for shard in self._shards])
+        self.members = Members(self.folder, shards, again="build the shards again")
         self.shape = (self.manifest.channels, self.manifest.image_size, self.manifest.image_size)
         self.damaged: dict[int, str] = {}
         """Damaged images met so far: index -> file, key and reason."""
         self._max_bad = max_bad_fraction * len(self)
-        self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
         cached = len(self) * int(np.prod(self.shape)) <= cache_bytes
         self._cache = torch.empty((len(self), *self.shape), dtype=torch.uint8) if cached else None
         self._filled = np.zeros(len(self), dtype=bool)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self.members)
 
     @property
     def labels(self) -> dict[str, list[str | int]]:
@@ -84,8 +80,7 @@ class Shards:
         """{"key": name in the source, "labels": {attribute: value}} of one image."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        shard, row = self._locate(index)
-        return json.loads(self._bytes(shard, int(row[2]), int(row[3])))
+        return json.loads(self.members.read(index, JSON))
 
     def classes(self, attribute: str, names: Sequence[str]) -> torch.Tensor:
         """The class of every image, (len,), int64: the number among `names` of its value of `attribute`.
@@ -100,7 +95,7 @@ class Shards:
             try:
                 about = self.about(index)
             except (DamagedImage, ValueError) as error:
-                file = self._locate(index)[0].file
+                file = self.members.place(index)[0]
                 self._pass_over(index, f"{file}: labels of {self._name(index)} ({one_line(error)})")
                 continue
             value = about["labels"].get(attribute)
@@ -148,15 +143,15 @@ class Shards:
         raise MachineError(f"no image of {self.folder} ({self.split}) can be read: build the shards again")
 
     def _decode(self, index: int) -> torch.Tensor:
-        shard, row = self._locate(index)
+        file, _ = self.members.place(index)
         mode = ImageReadMode.GRAY if self.shape[0] == 1 else ImageReadMode.RGB
         try:
-            data = self._bytes(shard, int(row[0]), int(row[1]))
+            data = self.members.read(index, PNG)
             image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
         except (DamagedImage, RuntimeError, ValueError) as error:
-            raise DamagedImage(f"{shard.file}:{self._name(index)} ({one_line(error)[:120]})") from None
+            raise DamagedImage(f"{file}:{self._name(index)} ({one_line(error)[:120]})") from None
         if tuple(image.shape) != self.shape:
-            raise DamagedImage(f"{shard.file}:{self._name(index)} (shape {tuple(image.shape)}, not {self.shape})")
+            raise DamagedImage(f"{file}:{self._name(index)} (shape {tuple(image.shape)}, not {self.shape})")
         return image
 
     def _name(self, index: int) -> str:
@@ -164,57 +159,4 @@ class Shards:
         try:
             return str(self.about(index)["key"])
         except (DamagedImage, ValueError, KeyError, TypeError):
-            return f"image {index - int(self._starts[self._number(index)])}"
-
-    def _number(self, index: int) -> int:
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
-
-    def _locate(self, index: int) -> tuple[Shard, np.ndarray]:
-        return self._shards[self._number(index)], self._rows[index]
-
-    def _bytes(self, shard: Shard, offset: int, size: int) -> bytes:
-        file = self._open(shard.file)
-        try:
-            data = os.pread(file.handle, size, offset)
-        except OSError as error:
-            raise MachineError(f"shard {self.folder / shard.file} cannot be read: {error.strerror}") from None
-        if len(data) != size:
-            raise DamagedImage(f"the file ends {size - len(data)} bytes early")
-        return data
-
-    def _open(self, name: str) -> _File:
-        with self._lock:
-            if name not in self._files:
-                try:
-                    self._files[name] = _File(self.folder / name)
-                except OSError as error:
-                    raise MachineError(
-                        f"shard {self.folder / name} cannot be opened ({error.strerror}): restore it or build again"
-                    ) from None
-                if len(self._files) > OPEN_FILES:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(name)
-            return self._files[name]
-
-
-class _File:
-    """An open file, closed when the last reader lets go of it: a thread may still be reading what another evicts."""
-
-    def __init__(self, path: Path) -> None:
-        self.handle = -1
-        self.handle = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-
-
-def _load_index(folder: Path, shard: Shard) -> np.ndarray:
-    """A shard's index, (count, 4). Raises MachineError where the shard or its index is missing or not what it was."""
-    path = folder / shard.index
-    for needed in (folder / shard.file, path):
-        if not needed.exists():
-            raise MachineError(f"shard file {needed} is missing: restore it or build the shards again")
-    if sha256(path) != shard.index_sha256:
-        raise MachineError(f"shard index {path} is damaged: restore it or build the shards again")
-    return np.load(path)
+            return f"image {self.members.place(index)[1]}"

@@ -33,6 +33,7 @@ def score(
     kid_subset_size: int,
     kid_subsets: int,
     cache: Path,
+    reconstructions: torch.Tensor | None = None,
     reference_split: str = "train",
     batch: int = 64,
 ) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def score(
 
     sets: name -> one tensor (n, C, H, W), uint8, per seed, all of the same n. reference (M, C, H, W) and heldout
     (K, C, H, W) are real images, uint8, disjoint. Features of real images are kept in the folder `cache`.
+    `reconstructions` of the first held-out images are one more set, of a size of its own.
 
     Returns {"protocol": {...}, "sets": {name: figures}, "floor": {"heldout": figures, "reference halves": figures}}
     with figures = {"n", "n_reference", "KID-lite0": {"mean", "se", "per_seed", "subset_std"}, "FID-lite0": {"mean",
@@ -55,6 +57,8 @@ def score(
             )
 
     heldout = heldout[: n * len(seeds)]
+    if reconstructions is not None and len(reconstructions) >= kid_subset_size:
+        sets = {**sets, "reconstructions": [reconstructions]}
     total = sum(len(images) for images_of in sets.values() for images in images_of) + len(reference) + len(heldout)
     with Progress("features", total) as bar:
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from dvae.data.images import to_float, to_uint8
 from dvae.data.reader import Shards
 from dvae.pipeline import Pipeline
 from dvae.run import Run
@@ -25,12 +26,21 @@ Sets = dict[str, list[torch.Tensor]]
 
 def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, heldout: Shards) -> dict[str, Any]:
     """Pictures of reconstructions and samples, and their scores. Returns what summary.json holds of them."""
+    sampler: Any = OmegaConf.to_container(OmegaConf.structured(config.sampler), enum_to_str=True)
+    drawn: dict[str, Any] = {"sampler": sampler}
+    x_hat = None
     if "encoder" in pipeline.models.trained():
         show_reconstructions(run, pipeline, heldout)
+        images = heldout.read(spread(len(heldout), config.evaluate.n))
+        x_hat = to_uint8(pipeline.encode(to_float(images).to(pipeline.device)).x_hat).cpu()
+        drawn["reconstructions"] = {
+            "n": len(images),
+            "psnr": float(psnr(images, x_hat).mean()),
+            "latent": list(pipeline.models.io.latent),
+        }
     sets, speed = draw(config, pipeline)
     show_samples(run, sets)
-    sampler: Any = OmegaConf.to_container(OmegaConf.structured(config.sampler), enum_to_str=True)
-    drawn: dict[str, Any] = {"sampler": sampler, "nfe": pipeline.nfe, "refined_images_per_second": speed}
+    drawn |= {"nfe": pipeline.nfe, "refined_images_per_second": speed}
     if not config.evaluate.metrics:
         return drawn
     from dvae.evaluation.score import score  # here, since it needs the extra `metrics`
@@ -46,9 +56,16 @@ def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, hel
         kid_subset_size=settings.kid_subset_size,
         kid_subsets=settings.kid_subsets,
         cache=run.path / "cache",
+        reconstructions=x_hat,
         batch=settings.batch,
     )
     return drawn | scored
+
+
+def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of images (n, C, H, W) uint8 against others, (n,), in dB; infinite where equal."""
+    error = (images.double() - others.double()).square().flatten(1).mean(1)
+    return 10.0 * torch.log10(255.0**2 / error)
 
 
 def spread(count: int, wanted: int) -> np.ndarray:
@@ -59,17 +76,16 @@ def spread(count: int, wanted: int) -> np.ndarray:
 def draw(config: RunConfig, pipeline: Pipeline) -> tuple[Sets, float]:
     """VAE samples (where there is a VAE) and refined samples of the same z by seed, and refined images per second."""
     settings = config.evaluate
-    sets: Sets = {"vae": [], "refined": []}
+    sets: Sets = {name: [] for name in (["vae", "refined"] if pipeline.models.generates else ["refined"])}
     began = time.perf_counter()
     with Progress("samples", settings.n * len(settings.seeds)) as progress:
         for seed in settings.seeds:
             vae, refined = pipeline.generate(
                 settings.n, seed, advance=lambda count: progress.update(progress.step + count, count)
             )
-            sets["vae"].append(vae)
+            if vae is not None:
+                sets["vae"].append(vae)
             sets["refined"].append(refined)
-    if "encoder" not in pipeline.models.trained():
-        del sets["vae"]
     return sets, settings.n * len(settings.seeds) / (time.perf_counter() - began)
 
 
@@ -82,11 +98,13 @@ def show_samples(run: Run, sets: Sets) -> None:
 
 
 def show_reconstructions(run: Run, pipeline: Pipeline, heldout: Shards) -> None:
-    """reconstructions.png: held-out images, each with its reconstruction and its refined reconstruction."""
+    """reconstructions.png: held-out images, each with its reconstruction and, but in latent space, that refined."""
     images = heldout.read(np.arange(min(SHOWN, len(heldout))))
     x_hat, refined = pipeline.reconstruct(images)
-    pictures.grid(images, run.images / "heldout.png")
-    pictures.grid(x_hat, run.images / "reconstructions.png")
-    pictures.grid(refined, run.images / "refined_reconstructions.png")
-    triples = torch.stack([images, x_hat, refined], 1).flatten(0, 1)
-    pictures.grid(triples, run.path / "reconstructions.png", columns=9, scale=2)
+    shown = {"heldout": images, "reconstructions": x_hat}
+    if refined is not None:
+        shown["refined_reconstructions"] = refined
+    for name, drawn in shown.items():
+        pictures.grid(drawn, run.images / f"{name}.png")
+    side_by_side = torch.stack(list(shown.values()), 1).flatten(0, 1)
+    pictures.grid(side_by_side, run.path / "reconstructions.png", columns=9 // len(shown) * len(shown), scale=2)

@@ -37,7 +37,7 @@ from dvae.tracking.metrics import MetricsLog
 
 WIDEST = 1600
 """Pixels; wider pictures are scaled down, so that the page stays light."""
-SETS = {"vae": "VAE samples", "refined": "Refined samples"}
+SETS = {"vae": "VAE samples", "refined": "Refined samples", "reconstructions": "Reconstructions"}
 FLOORS = {"heldout": "Real: held-out images", "reference halves": "Real: part of the reference against its rest"}
 
 CURVES = {
@@ -89,6 +89,7 @@ def write_report(run_folder: Path) -> Path:
         facts=_facts(summary, config),
         results=_results(evaluation),
         points=_points(evaluation),
+        fidelity=_fidelity(evaluation),
         scatter=_scatter(run_folder / "images"),
         samples=_samples(run_folder / "images"),
         reconstructions=_reconstructions(run_folder / "images"),
@@ -194,6 +195,15 @@ def _picture(path: Path, title: str, caption: str) -> Picture | None:
     uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
     alt = f"{title}. {caption}"
     return Picture(title, caption, alt, uri, image.width, image.height, sharp=image.width < 800)
+
+
+def _fidelity(evaluation: Mapping[str, Any]) -> str:
+    """How faithful reconstructions are, in a sentence; empty where there are none."""
+    figures = evaluation.get("reconstructions")
+    if not figures:
+        return ""
+    size = " × ".join(str(side) for side in figures["latent"])
+    return f"PSNR {figures['psnr']:.1f} dB on average over {figures['n']} images, from a latent of {size} numbers."
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:

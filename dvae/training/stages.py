@@ -13,11 +13,12 @@ from torch import nn
 
 from dvae import keyed
 from dvae.data.loader import Batch
-from dvae.denoiser import Denoiser, Draws, Given
+from dvae.denoiser import Denoiser, Draws, Given, Space
 from dvae.layers.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from dvae.registry.classifiers import Classifier
-from dvae.registry.encoders import Adversary, Encoder, Posterior
+from dvae.registry.encoders import Adversary, Encoder
 from dvae.settings import Precision, TrainingConfig
+from dvae.training.latents import Latents
 
 BUCKETS = 10
 Engines = Mapping[str, Callable[..., Any]]
@@ -48,6 +49,11 @@ class Stage(ABC):
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
         """What is trained, each on an engine of its own; the one named like the stage is kept."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether batches must hold their images."""
+        return True
 
     def trains(self, name: str, step: int) -> bool:
         """Whether module `name` takes step number `step` (from 1)."""
@@ -162,17 +168,13 @@ class GanStage(EncoderStage):
 
 
 class NoisyStage(Stage):
-    """A stage on noisy states, given a fresh x_hat from the frozen encoder at every step.
-
-    `posteriors` (mean and logvar of every training image, by data set index) spares encoding where images are not
-    flipped: the draw z ~ q(z | x) is the same.
-    """
+    """A stage on noisy states of images, or of latents, with a fresh draw of z at every step; the encoder is frozen."""
 
     def __init__(
         self,
         encoder: Encoder,
         denoiser: Denoiser,
-        posteriors: Posterior | None,
+        latents: Latents,
         config: TrainingConfig,
         seed: int,
         device: torch.device,
@@ -180,21 +182,30 @@ class NoisyStage(Stage):
         super().__init__(config, seed, device)
         self.encoder = encoder.eval().requires_grad_(False)
         self.denoiser = denoiser
-        self.posteriors = posteriors
+        self.latents = latents
+
+    @property
+    def needs_images(self) -> bool:
+        return self.latents.encodes or self.denoiser.config.space is Space.pixel
 
     @torch.no_grad()
-    def given(self, batch: Batch, x: torch.Tensor) -> Given:
-        """x_hat from a freshly drawn z, and the class where there is one; without gradient."""
+    def example(self, batch: Batch) -> tuple[torch.Tensor, Given]:
+        """What is diffused, x (B, C, H, W), and what is known of it; without gradient.
+
+        Images with the x_hat of a freshly drawn z; in latent space z itself, of which nothing is known. And the class
+        where there is one.
+        """
+        label = None if batch.labels is None else self.place(batch.labels)
         noise = self.place(keyed.normal(self.seed, "posterior", batch.keys.tolist(), self.encoder.latent_shape))
+        x = self.images(batch)
         with self.autocast():
-            if self.posteriors is None:
-                posterior = self.encoder.encode(x)
-            else:
-                mean, logvar = (part[batch.indices] for part in (self.posteriors.mean, self.posteriors.logvar))
-                posterior = Posterior(self.place(mean), self.place(logvar))
-            z = posterior.sample(noise)
-            x_hat = self.place(self.encoder.decode(z).float())
-        return Given(x_hat, z.float(), None if batch.labels is None else self.place(batch.labels))
+            z, x_hat = self.latents.draw(batch, x, noise)
+            if self.denoiser.config.space is Space.latent:
+                z = self.place(z.float())
+                return z, Given.nothing(z, label)
+            if x_hat is None:
+                x_hat = self.encoder.decode(z).float()
+        return x, Given(self.place(x_hat), z.float(), label)
 
     def draws(self, batch: Batch) -> Draws:
         """Times and noise of the batch, keyed by its sample numbers."""
@@ -212,9 +223,9 @@ class RefinerStage(NoisyStage):
         return {"refiner": self.denoiser}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        x = self.images(batch)
+        x, given = self.example(batch)
         draws = self.draws(batch)
-        losses = engines[name](x, self.given(batch, x), draws)
+        losses = engines[name](x, given, draws)
         return StepOutput(losses.mean(), _sums({"loss": losses}) | _by_time("loss", losses, draws.t))
 
 
@@ -228,20 +239,20 @@ class ClassifierStage(NoisyStage):
         classifier: Classifier,
         encoder: Encoder,
         denoiser: Denoiser,
-        posteriors: Posterior | None,
+        latents: Latents,
         config: TrainingConfig,
         seed: int,
         device: torch.device,
     ) -> None:
-        super().__init__(encoder, denoiser.eval().requires_grad_(False), posteriors, config, seed, device)
+        super().__init__(encoder, denoiser.eval().requires_grad_(False), latents, config, seed, device)
         self.classifier = classifier
 
     def modules(self) -> dict[str, nn.Module]:
         return {"classifier": self.classifier}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        x = self.images(batch)
-        given, draws = self.given(batch, x), self.draws(batch)
+        x, given = self.example(batch)
+        draws = self.draws(batch)
         assert given.label is not None
         with torch.no_grad():
             u = self.denoiser.noised(x, given, draws)  # the condition is never dropped here

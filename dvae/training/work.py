@@ -10,21 +10,21 @@ import torch
 
 from dvae import bundle, keyed, models, points
 from dvae import config as configuration
-from dvae.data.endless import EndlessLoader
 from dvae.data.images import to_float, to_uint8
-from dvae.data.loader import Batches, Loader
-from dvae.data.order import Order
-from dvae.data.reader import Shards
+from dvae.data.loader import Batches
 from dvae.errors import UserError
 from dvae.models import Models
 from dvae.pipeline import Pipeline
-from dvae.registry.encoders import Encoder, Posterior
+from dvae.registry.encoders import Encoder
 from dvae.run import Run
 from dvae.settings import RunConfig, TrainingConfig
 from dvae.tracking import pictures, scatter
 from dvae.tracking.tracker import Tracker
+from dvae.training.batches import open_loader, open_shards
+from dvae.training.caching import cache_record, open_latents, posteriors
 from dvae.training.checkpoint import Checkpoints
-from dvae.training.engine import Engine, rank, world_size
+from dvae.training.engine import Engine
+from dvae.training.latents import Encoded
 from dvae.training.loop import Preview, State, train
 from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
 
@@ -37,43 +37,6 @@ PREVIEW_IMAGES = 32
 PREVIEW_POINTS = 1000
 HELDOUT_DRAWS = 1024
 """Noisy states of held-out images on which a trained classifier is tried."""
-
-
-def open_shards(config: RunConfig, split: str) -> Shards:
-    return Shards(
-        Path(config.data.shards),
-        split,
-        cache_bytes=int(config.data.cache_gib * 2**30),
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
-
-
-def open_loader(
-    config: RunConfig, training: TrainingConfig, stage: str, split: str = "train"
-) -> Loader | EndlessLoader:
-    if configuration.endless(config):
-        return EndlessLoader(
-            points.open_source(config),
-            batch=training.batch,
-            rank=rank(),
-            world=world_size(),
-            accumulate=training.micro_batches,
-            seed=keyed.child(config.seed, f"{stage} data"),
-        )
-    shards = open_shards(config, split)
-    order = Order(len(shards), keyed.child(config.seed, f"{stage} order"), config.data.block, config.data.window)
-    return Loader(
-        shards,
-        order,
-        batch=training.batch,
-        rank=rank(),
-        world=world_size(),
-        accumulate=training.micro_batches,
-        flip=config.data.flip,
-        labels=shards.classes(config.data.label, config.classes) if config.classes else None,
-        seed=keyed.child(config.seed, f"{stage} data"),
-        threads=config.data.threads,
-    )
 
 
 def device() -> torch.device:
@@ -109,7 +72,7 @@ def train_stage(
     """
     checkpoints = Checkpoints(run.checkpoints(stage.name), training.keep)
     tracked = Tracker(run.path, config.tracking.wandb, stage.name)
-    with tracked as tracker, open_loader(config, training, stage.name) as data:
+    with tracked as tracker, open_loader(config, training, stage.name, images=stage.needs_images) as data:
         averaged, state = train(stage, data, checkpoints, tracker, preview, run.path)
     weights = averaged[stage.name]
     bundle.save_weights(run.weights(part), weights)
@@ -174,6 +137,10 @@ def take_over(run: Run, config: RunConfig, encoder: Encoder, weights: Weights) -
     run.finish("encoder", {"seconds": time.perf_counter() - began, "parameters": parameters})
 
 
+def cache_stage(run: Run, config: RunConfig) -> None:
+    run.finish("cache", cache_record(run, config, take_up(run, config, "encoder")))
+
+
 def prior_stage(run: Run, config: RunConfig) -> None:
     began = time.perf_counter()
     made = take_up(run, config, "encoder")
@@ -185,32 +152,10 @@ def prior_stage(run: Run, config: RunConfig) -> None:
     run.finish("prior", {"seconds": time.perf_counter() - began, **figures})
 
 
-@torch.no_grad()
-def posteriors(run: Run, config: RunConfig, made: Models) -> Posterior:
-    """Posteriors of all training images, in the order of the data set; computed once and kept in the run folder."""
-    path = run.weights("posteriors")
-    if not path.exists():
-        shards = open_shards(config, "train")
-        made.encoder.eval()
-        parts = []
-        for indices in torch.arange(len(shards)).split(config.evaluate.batch):
-            x = to_float(shards.read(indices.numpy())).to(device(), memory_format=torch.channels_last)
-            parts.append(made.encoder.encode(x))
-        state = {"mean": torch.cat([p.mean for p in parts]), "logvar": torch.cat([p.logvar for p in parts])}
-        bundle.save_weights(path, {name: value.float() for name, value in state.items()})
-    state = bundle.load_weights(path)
-    return Posterior(state["mean"], state["logvar"])
-
-
-def known_posteriors(run: Run, config: RunConfig, made: Models) -> Posterior | None:
-    """Posteriors that stand for encoding the training images anew: where there is an encoder and nothing is flipped."""
-    return None if config.data.flip or "encoder" not in made.trained() else posteriors(run, config, made)
-
-
 def refiner_stage(run: Run, config: RunConfig) -> None:
     made = take_up(run, config, "encoder")
-    known = known_posteriors(run, config, made)
-    stage = RefinerStage(made.encoder, made.denoiser, known, config.train_refiner, config.seed, device())
+    latents = open_latents(run, config, made)
+    stage = RefinerStage(made.encoder, made.denoiser, latents, config.train_refiner, config.seed, device())
     if config.denoiser.data_scale is None:
         made.denoiser.data_scale.fill_(measure_scale(config, stage))
 
@@ -223,7 +168,7 @@ def refiner_stage(run: Run, config: RunConfig) -> None:
             preview_points(config, Pipeline(config, copy, config.evaluate.batch), path)
             return path
         vae, refined = Pipeline(config, copy).generate(PREVIEW_IMAGES, config.seed)
-        pictures.grid(torch.cat([vae, refined]) if "encoder" in made.trained() else refined, path)
+        pictures.grid(refined if vae is None else torch.cat([vae, refined]), path)
         return path
 
     train_stage(run, config, stage, config.train_refiner, "denoiser", preview)
@@ -240,11 +185,17 @@ def preview_points(config: RunConfig, pipeline: Pipeline, path: Path) -> None:
 def classifier_stage(run: Run, config: RunConfig) -> None:
     made = take_up(run, config, "encoder", "denoiser")
     assert made.classifier is not None
-    classifier, known = made.classifier, known_posteriors(run, config, made)
+    classifier, latents = made.classifier, open_latents(run, config, made)
     seed, training = config.seed, config.train_classifier
-    stage = ClassifierStage(classifier, made.encoder, made.denoiser, known, training, seed, device())
+    stage = ClassifierStage(classifier, made.encoder, made.denoiser, latents, training, seed, device())
     unseen = ClassifierStage(
-        classifier, made.encoder, made.denoiser, None, training, keyed.child(seed, "held-out"), device()
+        classifier,
+        made.encoder,
+        made.denoiser,
+        Encoded(made.encoder),
+        training,
+        keyed.child(seed, "held-out"),
+        device(),
     )
 
     with open_loader(config, training, "classifier held-out", "heldout") as heldout:
@@ -270,10 +221,9 @@ def heldout_accuracy(stage: ClassifierStage, heldout: Batches) -> dict[str, floa
 @torch.no_grad()
 def measure_scale(config: RunConfig, stage: RefinerStage) -> float:
     """1 / standard deviation of the unscaled clean state, over the first training images of the run."""
-    loader = open_loader(config, config.train_refiner, stage.name)
+    loader = open_loader(config, config.train_refiner, stage.name, images=stage.needs_images)
     states = []
     for start in range(0, SCALE_IMAGES, config.train_refiner.batch):
         for batch in loader.step(start):
-            x = stage.images(batch)
-            states.append(stage.denoiser.to_state(x, stage.given(batch, x)) / stage.denoiser.data_scale)
+            states.append(stage.denoiser.to_state(*stage.example(batch)) / stage.denoiser.data_scale)
     return float(1.0 / torch.cat(states).std())

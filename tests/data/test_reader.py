@@ -15,7 +15,7 @@ from patterns import pixels_of
 
 from dvae.data import reader
 from dvae.data.build import build
-from dvae.data.reader import Shards
+from dvae.data.reader import JSON, PNG, Shards
 from dvae.errors import MachineError, UserError
 
 
@@ -77,11 +77,11 @@ def test_unknown_attributes_and_values(shards: Path, attribute: str, names: list
 def test_an_image_without_the_attribute_is_named(shards: Path):
     data = Shards(shards)
     key = data.about(3)["key"]
-    shard, row = data._locate(3)
-    with (shards / shard.file).open("r+b") as file:
-        file.seek(row[2])
-        text = file.read(row[3])
-        file.seek(row[2])
+    name, offset, size = data.members.where(3, JSON)
+    with (shards / name).open("r+b") as file:
+        file.seek(offset)
+        text = file.read(size)
+        file.seek(offset)
         file.write(text.replace(b"parity", b"purity"))
     with pytest.raises(UserError, match=rf"data\.label=parity: image {re.escape(key)} has no such attribute"):
         Shards(shards).classes("parity", ["odd", "even"])
@@ -91,10 +91,10 @@ def test_damage_does_not_part_images_from_their_classes(shards: Path):
     whole = Shards(shards)
     classes = whole.classes("parity", ["odd", "even"])
     damage(shards, 4)
-    shard, row = whole._locate(7)
-    with (shards / shard.file).open("r+b") as file:  # the text of another
-        file.seek(row[2])
-        file.write(b"\xff" * row[3])
+    name, offset, size = whole.members.where(7, JSON)
+    with (shards / name).open("r+b") as file:  # the text of another
+        file.seek(offset)
+        file.write(b"\xff" * size)
     data = Shards(shards, max_bad_fraction=0.1)
     found = data.classes("parity", ["odd", "even"])
     images = data.read(range(10))
@@ -136,10 +136,10 @@ def damage(shards: Path, index: int) -> str:
     """Overwrite the PNG of one training image; returns its key."""
     data = Shards(shards)
     key = data.about(index)["key"]
-    shard, row = data._locate(index)
-    with (shards / shard.file).open("r+b") as file:
-        file.seek(row[0])
-        file.write(b"\0" * row[1])
+    name, offset, size = data.members.where(index, PNG)
+    with (shards / name).open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\0" * size)
     return key
 
 

@@ -56,7 +56,8 @@ class KLGAN(Encoder):
                 f"encoder.kl_weight {config.kl_weight}, encoder.discriminator_weight {config.discriminator_weight}, "
                 f"encoder.discriminator_start {config.discriminator_start}: use 0 or more"
             )
-        check_discriminator(config.discriminator_width, config.discriminator_layers, io.image_size)
+        if config.discriminator_weight:
+            check_discriminator(config.discriminator_width, config.discriminator_layers, io.image_size)
         plan = Plan(
             colours=io.channels,
             channels=config.channels,

@@ -110,7 +110,7 @@ class Sampler(ABC):
         sigma_min: float = 0.002
         """log_snr, karras: sigma/alpha at the last time before 0."""
         threshold: Threshold = Threshold.clamp
-        """none | clamp | dynamic: keeps the predicted image within its range at each step."""
+        """none | clamp | dynamic: keeps the predicted image within its range at each step; latents have no range."""
         temperature: float = 1.0
         """Factor on the starting noise u_1; below 1 trades variety for regularity."""
 

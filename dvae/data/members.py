@@ -1,0 +1,92 @@
+"""The files in tar shards, read by offset: any member of any sample, without going through what lies before it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dvae.data.images import DamagedImage
+from dvae.data.manifest import Shard
+from dvae.errors import MachineError
+from dvae.files import sha256
+
+OPEN_FILES = 128
+
+
+class Members:
+    """Members of the samples of consecutive shards, by index over all of them. Thread-safe.
+
+    Raises MachineError where a shard or its index is missing or not what it was; `again` says how they are made.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], again: str) -> None:
+        self.folder, self._shards, self._again = folder, shards, again
+        self._starts = np.cumsum([0, *(shard.count for shard in shards)])
+        self._rows = np.concatenate([self._load_index(shard) for shard in shards])
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def place(self, index: int) -> tuple[str, int]:
+        """(Name of the shard, number of the sample in it)."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._shards[number].file, index - int(self._starts[number])
+
+    def where(self, index: int, member: int) -> tuple[str, int, int]:
+        """(Name of the shard, offset and size in bytes) of member number `member` of sample `index`."""
+        offset, size = self._rows[index, 2 * member : 2 * member + 2]
+        return self.place(index)[0], int(offset), int(size)
+
+    def read(self, index: int, member: int) -> bytes:
+        """Member number `member` of sample `index`. Raises DamagedImage where the shard ends before it does."""
+        file, offset, size = self.where(index, member)
+        try:
+            data = os.pread(self._open(file).handle, size, offset)
+        except OSError as error:
+            raise MachineError(f"shard {self.folder / file} cannot be read: {error.strerror}") from None
+        if len(data) != size:
+            raise DamagedImage(f"the file ends {size - len(data)} bytes early")
+        return data
+
+    def _open(self, name: str) -> _File:
+        with self._lock:
+            if name not in self._files:
+                try:
+                    self._files[name] = _File(self.folder / name)
+                except OSError as error:
+                    raise MachineError(
+                        f"shard {self.folder / name} cannot be opened ({error.strerror}): restore it or {self._again}"
+                    ) from None
+                if len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(name)
+            return self._files[name]
+
+    def _load_index(self, shard: Shard) -> np.ndarray:
+        """A shard's index, (count, 2 * members)."""
+        path = self.folder / shard.index
+        for needed in (self.folder / shard.file, path):
+            if not needed.exists():
+                raise MachineError(f"shard file {needed} is missing: restore it or {self._again}")
+        if sha256(path) != shard.index_sha256:
+            raise MachineError(f"shard index {path} is damaged: restore it or {self._again}")
+        return np.load(path)
+
+
+class _File:
+    """An open file, closed when the last reader lets go of it: a thread may still be reading what another evicts."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = -1
+        self.handle = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)

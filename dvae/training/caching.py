@@ -1,0 +1,130 @@
+"""What the trained encoder makes of all training images, computed once: in memory, or in shards by the cache stage."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dvae import bundle, keyed
+from dvae.data import cache
+from dvae.data.images import to_float, to_uint8
+from dvae.data.manifest import FILE as MANIFEST
+from dvae.data.reader import Shards
+from dvae.errors import UserError
+from dvae.files import sha256
+from dvae.models import Models
+from dvae.registry.encoders import Posterior
+from dvae.run import Run
+from dvae.settings import Cached, Precision, RunConfig
+from dvae.tracking.console import Counted
+from dvae.training.batches import open_shards
+from dvae.training.latents import Encoded, Latents, Posteriors, Reconstructions
+
+
+@torch.no_grad()
+def encode(config: RunConfig, made: Models, shards: Shards, start: int, stop: int) -> Iterator[Posterior]:
+    """Posteriors of the training images start, ..., stop - 1, batch by batch, as the refiner's training has them."""
+    made.encoder.eval()
+    device = next(made.encoder.parameters()).device
+    bf16 = config.train_refiner.precision is Precision.bf16
+    for indices in torch.arange(start, stop).split(config.evaluate.batch):
+        x = to_float(shards.read(indices.numpy())).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            posterior = made.encoder.encode(x)
+        yield Posterior(posterior.mean.float(), posterior.logvar.float())
+
+
+def posteriors(run: Run, config: RunConfig, made: Models) -> Posterior:
+    """Posteriors of all training images, in the order of the data set; computed once and kept in the run folder."""
+    path = run.weights("posteriors")
+    if not path.exists():
+        shards = open_shards(config, "train")
+        parts = list(encode(config, made, shards, 0, len(shards)))
+        state = {"mean": torch.cat([p.mean for p in parts]), "logvar": torch.cat([p.logvar for p in parts])}
+        bundle.save_weights(path, state)
+    state = bundle.load_weights(path)
+    return Posterior(state["mean"], state["logvar"])
+
+
+def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
+    """Where the refiner's training has z from: the cache where that stage was run, else memory where that suffices."""
+    if "cache" in run.records():
+        opened = cache.Cache(Path(config.cache.folder), about(run, config, made))
+        return Reconstructions(opened, config.seed) if opened.about.draws else Posteriors(opened.posteriors)
+    if config.data.flip or "encoder" not in made.trained():
+        return Encoded(made.encoder)
+    size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(made.io.latent)
+    if size > config.data.cache_gib * 2**30:
+        return Encoded(made.encoder)
+    known = posteriors(run, config, made)
+    return Posteriors(lambda indices: (known.mean[indices], known.logvar[indices]))
+
+
+def about(run: Run, config: RunConfig, made: Models) -> cache.About:
+    """What the run's cache must be. Raises UserError where no cache can serve the run."""
+    if config.data.flip:
+        raise UserError("stages: cache holds each image as it is, data.flip=true asks for both: set data.flip=false")
+    reconstructions = config.cache.what is Cached.reconstructions
+    if reconstructions and made.latent_space:
+        raise UserError("cache.what=reconstructions has no use where denoiser.space=latent: use cache.what=posteriors")
+    if reconstructions and config.cache.draws < 1:
+        raise UserError(f"cache.draws={config.cache.draws}: use 1 or more")
+    return cache.About(
+        images=open_shards(config, "train").manifest.count("train"),
+        draws=config.cache.draws if reconstructions else 0,
+        latent=list(made.io.latent),
+        encoder_sha256=sha256(run.weights("encoder")),
+        images_sha256=sha256(Path(config.data.shards) / MANIFEST),
+        precision=config.train_refiner.precision.name,
+        seed=config.seed,
+    )
+
+
+def write_cache(run: Run, config: RunConfig, made: Models) -> cache.About:
+    """The run's cache, written where it is not there yet. `made` holds the trained encoder."""
+    wanted, folder = about(run, config, made), Path(config.cache.folder)
+    if (folder / cache.FILE).exists():
+        cache.Cache(folder, wanted)  # refuses another's, or a damaged one
+        return wanted
+    shards = open_shards(config, "train")
+    with Counted("cache") as progress:
+
+        def samples(start: int, stop: int) -> Iterator[cache.Sample]:
+            index = start
+            progress(index, wanted.images)
+            for posterior in encode(config, made, shards, start, stop):
+                for mean, logvar in zip(posterior.mean, posterior.logvar, strict=True):
+                    yield sample(config, made, wanted, index, Posterior(mean[None], logvar[None]))
+                    index += 1
+                progress(index, wanted.images)
+
+        cache.write(folder, wanted, samples)
+    return wanted
+
+
+@torch.no_grad()
+def sample(config: RunConfig, made: Models, wanted: cache.About, index: int, posterior: Posterior) -> cache.Sample:
+    """What is kept of one image, whose posterior is (1, *latent)."""
+    if not wanted.draws:
+        return cache.Sample(torch.cat([posterior.mean, posterior.logvar]).cpu().numpy(), [])
+    noise = [keyed.normal(config.seed, f"cached draw {draw}", [index], made.io.latent) for draw in range(wanted.draws)]
+    z = posterior.sample(torch.cat(noise).to(posterior.mean.device))
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=wanted.precision == Precision.bf16.name):
+        x_hat = to_uint8(made.encoder.decode(z).float())
+    return cache.Sample(z.cpu().numpy(), list(x_hat.permute(0, 2, 3, 1).cpu().contiguous().numpy()))
+
+
+def cache_record(run: Run, config: RunConfig, made: Models) -> dict[str, float]:
+    """Write the cache; returns the stage's record."""
+    if (run.checkpoints("refiner")).exists() and any(run.checkpoints("refiner").iterdir()):
+        raise UserError(
+            f"run={run.path} has begun to train its refiner without a cache: leave cache out of stages=[...], or use "
+            "another run="
+        )
+    began = time.perf_counter()
+    made_of = write_cache(run, config, made)
+    return {"seconds": time.perf_counter() - began, "images": made_of.images, "draws": made_of.draws}

@@ -1,0 +1,191 @@
+"""Latent space: the refiner draws the encoder's latents. Cached latents: training from them is training without them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dvae import config, models
+from dvae.data import cache
+from dvae.denoiser import Given
+from dvae.errors import MachineError, UserError
+from dvae.job import Job
+from dvae.pipeline import Pipeline
+from dvae.pipeline import load as load_pipeline
+from dvae.run import Run, submit
+
+MAP = [
+    "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
+    "encoder.discriminator_weight=0", "encoder.middle_attention=false",
+]  # fmt: skip
+LATENT = [
+    "recipe=ldm_avatars", *MAP, "image_size=16", "source.count=60", "data.workers=1", "data.heldout=0.2", "refiner.width=32",
+    "refiner.multipliers=[1]", "sampler.steps=2", "evaluate.metrics=false", "evaluate.n=4", "evaluate.seeds=[0]",
+]  # fmt: skip
+QUICK = [
+    f"{stage}.{word}"
+    for stage in ("train_encoder", "train_refiner")
+    for word in ("steps=3", "batch=4", "log_every=1", "save_every=2", "warmup=1", "preview_every=2", "precision=fp32")
+]
+
+
+def trained(tmp_path: Path, name: str, *words: str) -> Run:
+    run = submit(config.compose("train", [*LATENT, *QUICK, f"run={tmp_path / name}", *words]))
+    Job(str(run.path))()
+    return run
+
+
+def rows(run: Run) -> list[float]:
+    """The refiner's losses."""
+    found = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [row["loss"] for row in found if row["stage"] == "refiner"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return trained(tmp_path_factory.mktemp("latent"), "cached")
+
+
+def test_a_run_in_latent_space_draws_images(run: Run) -> None:
+    pipeline = load_pipeline(run.path)
+    vae, refined = pipeline.generate(3, seed=1)
+    assert vae is None
+    assert refined.shape == (3, 3, 16, 16)
+    assert refined.float().std() > 1
+    assert (run.path / "samples.png").exists()
+    assert len(rows(run)) == 3
+
+
+def test_what_is_drawn_is_decoded_from_latents_of_the_measured_scale(run: Run) -> None:
+    """With the exact denoiser of a point, sampling gives that point's image."""
+    pipeline = load_pipeline(run.path)
+    denoiser = pipeline.models.denoiser
+    assert denoiser.io.channels == 4
+    assert denoiser.io.image_size == 8
+    latents = torch.randn(2, 4, 8, 8) * 0.3
+
+    def of_a_point(u: torch.Tensor, t: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+        x0 = denoiser.to_state(latents, given)
+        return denoiser.diffusion.eps_from_x0(u, t, x0), x0
+
+    denoiser.predict = of_a_point  # type: ignore[method-assign]
+    drawn = pipeline.refine(pipeline.draw(2, 0), 0)
+    assert torch.allclose(drawn, pipeline.decode(latents), atol=1e-4)
+    made = denoiser.data_scale * torch.stack([z for z in _latents(run)])
+    assert made.std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def _latents(run: Run) -> list[torch.Tensor]:
+    settings = run.config()
+    made = load_pipeline(run.path).models
+    from dvae.training.caching import about
+
+    mean, logvar = cache.Cache(run.path / "latents", about(run, settings, made)).posteriors(torch.arange(20))
+    return list(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape))
+
+
+def test_training_from_cached_posteriors_is_training_without_them(run: Run, tmp_path: Path) -> None:
+    shards = f"data.shards={run.path / 'shards'}"
+    same = {"encoded": ["data.cache_gib=0"], "remembered": []}
+    for name, words in same.items():
+        other = trained(tmp_path, name, shards, "stages=[shards,encoder,refiner]", *words)
+        assert (other.path / "weights" / "posteriors.safetensors").exists() == (name == "remembered")
+        np.testing.assert_allclose(rows(other), rows(run), rtol=2e-5)
+
+
+def test_cached_reconstructions_are_those_of_their_latents(tmp_path: Path) -> None:
+    words = ["denoiser.space=pixel", "denoiser.condition_image=true", "cache.what=reconstructions", "cache.draws=2"]
+    run = trained(tmp_path, "pixels", *words)
+    from dvae.training import caching
+    from dvae.training.latents import Reconstructions
+
+    made = load_pipeline(run.path).models
+    latents = caching.open_latents(run, run.config(), made)
+    assert isinstance(latents, Reconstructions)
+    z, x_hat = latents.cache.reconstructions(torch.tensor([3, 3, 7]), torch.tensor([0, 1, 1]))
+    assert (x_hat - made.encoder.decode(z)).abs().max() < 1.01 / 255
+    assert not torch.equal(z[0], z[1])
+    assert len(rows(run)) == 3
+
+
+def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_path: Path) -> None:
+    made = models.build(run.config())
+    from dvae.training.caching import about
+
+    wanted = about(run, run.config(), made)
+    with pytest.raises(UserError, match="was made with seed 0, this run has 1"):
+        cache.Cache(run.path / "latents", cache.About(**{**vars(wanted), "seed": 1}))
+    with pytest.raises(UserError, match="no finished cache"):
+        cache.Cache(tmp_path, wanted)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in (run.path / "latents").iterdir():
+        data = bytearray(path.read_bytes())
+        if path.suffix == ".tar":
+            data[2000] ^= 1
+        (copy / path.name).write_bytes(data)
+    with pytest.raises(MachineError, match=r"latents-000000\.tar is damaged"):
+        cache.Cache(copy, wanted)
+
+
+def test_a_killed_cache_goes_on_after_its_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SHARD_SIZE", 4)
+    about = cache.About(10, 0, [2], "e", "i", "fp32", 0)
+    asked: list[int] = []
+
+    def samples(start: int, stop: int, fail: bool):
+        for index in range(start, stop):
+            if fail and index == 6:
+                raise KeyboardInterrupt
+            asked.append(index)
+            yield cache.Sample(np.full((2, 2), index, np.float32), [])
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.write(tmp_path, about, lambda start, stop: samples(start, stop, True))
+    with pytest.raises(UserError, match="no finished cache"):
+        cache.Cache(tmp_path, about)
+    asked.clear()
+    cache.write(tmp_path, about, lambda start, stop: samples(start, stop, False))
+    assert asked == [4, 5, 6, 7, 8, 9]
+    mean, _ = cache.Cache(tmp_path, about).posteriors(torch.tensor([9, 0, 5]))
+    assert mean[:, 0].tolist() == [9, 0, 5]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") or "unfinished" in path.name]
+
+
+def test_webdataset_reads_the_cache(run: Run) -> None:
+    import webdataset
+
+    first = next(iter(webdataset.WebDataset(str(run.path / "latents" / "latents-000000.tar"), shardshuffle=False).decode()))
+    assert first["__key__"] == "000000000"
+    assert first["npy"].shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["encoder=conv_vae_demo", "image_size=32"], "needs a latent that is a square map"),
+        (["denoiser.condition_image=true"], r"set denoiser\.condition_image=false"),
+        (["denoiser.condition_latent=true"], r"set denoiser\.condition_latent=false"),
+        (["prior=gmm"], "prior=gmm has no part in it"),
+    ],
+)
+def test_what_has_no_place_in_latent_space_is_refused(words: list[str], message: str) -> None:
+    base = LATENT if "encoder=conv_vae_demo" not in words else ["recipe=ldm_avatars"]
+    with pytest.raises(UserError, match=message):
+        models.on_meta(config.typed(config.compose("train", [*base, *words])))
+
+
+def test_pixels_cannot_be_kept_in_latent_space(run: Run) -> None:
+    pipeline: Pipeline = load_pipeline(run.path)
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(UserError, match="inpainting: not defined"):
+        pipeline.inpaint(images, torch.ones(1, 1, 16, 16, dtype=torch.bool), 0)
+    with pytest.raises(UserError, match="bits per dimension: not defined"):
+        pipeline.bits_per_dim(images, 0)
+    x_hat, refined = pipeline.reconstruct(images)
+    assert x_hat.shape == images.shape
+    assert refined is None
