@@ -1,0 +1,193 @@
+"""Checkpoints of DiffuseVAE's public code (Pandey et al. 2022): of the VAE, and of the DDPM with the VAE in it.
+
+Names below the prefixes are those of dvae's own `conv_vae` and `unet`, so only prefixes are taken off.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import count, pairwise
+from typing import Any
+
+import torch
+
+from dvae.errors import UserError
+from dvae.importers.checkpoint import Checkpoint, Stored
+from dvae.importers.found import Found, check_averaged, network, shape, under
+
+PREFIXES = {True: "target_network.decoder.", False: "online_network.decoder."}
+OTHERS = ("online_network.", "target_network.", "vae.", "spaced_diffusion.")
+"""What else such a checkpoint holds: tables of the process, which are computed anew, and the VAE."""
+
+
+def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> Found:
+    """What a DDPM checkpoint holds, averaged or online weights; the VAE from `vae` where it is given.
+
+    `config` is the recipe's. Raises UserError where the file is of another layout.
+    """
+    names = checkpoint.state()
+    if not any(name.startswith(tuple(PREFIXES.values())) for name in names) and under(names, "enc."):
+        raise UserError(
+            f"{checkpoint.path}: holds the VAE alone: give the DDPM checkpoint as ckpt= (it has the VAE in it), and "
+            "this one, if at all, as vae="
+        )
+    net = network(checkpoint, PREFIXES, ema, OTHERS)
+    found = Found(needs={"refiner": "unet", "process": "vp"}, parts={"denoiser": net})
+    found.components["prior"] = {"name": "normal"}
+    found.fields |= _unet(checkpoint, net, config["image_size"])
+    if ema:
+        check_averaged(net["out.2.weight"])
+    found.components["schedule"] = _schedule(checkpoint, names)
+    found.fields |= {"denoiser.prediction": "eps", "denoiser.mixed": False, "denoiser.data_scale": 1.0}
+    # only formulation 2 has a third coefficient in the posterior mean
+    form2 = "online_network.post_coeff_3" in names
+    found.fields["denoiser.centre"] = "input" if form2 else "none"
+    found.unknown = {
+        "image_size": "wrong places for attention, worse images",
+        "refiner.heads": "worse images; public configurations and scripts disagree on it",
+        "denoiser.condition_dropout": "guidance refused, or without effect",
+    }
+    _read_vae(found, checkpoint, vae, config)
+    return found
+
+
+def _read_vae(found: Found, checkpoint: Checkpoint, vae: Checkpoint | None, config: dict[str, Any]) -> None:
+    """Add the VAE to `found`; none where the U-Net is unconditional."""
+    if not found.fields["denoiser.condition_image"]:
+        if vae is not None:
+            raise UserError(f"vae={vae.path}: the network of {checkpoint.path} is unconditional: leave vae= out")
+        found.components["encoder"] = {"name": "none"}
+        return
+    found.needs["encoder"] = "conv_vae"
+    source, state = (vae, vae.state()) if vae else (checkpoint, under(checkpoint.state(), "vae."))
+    if "enc.mu.weight" not in state:
+        raise UserError(f"{source.path}: holds no VAE (no tensor enc.mu.weight): give its own checkpoint as vae=FILE")
+    found.parts["encoder"] = state
+    found.fields |= _vae(source, state)
+    sides = _resolutions(source, found.fields)
+    if sides:
+        found.fields["encoder.resolutions"] = sides
+        if sides[0] != config["image_size"]:
+            raise UserError(
+                f"{source.path}: a VAE of {sides[0]} px, but the recipe has image_size={config['image_size']}"
+            )
+    else:
+        found.unknown["encoder.resolutions"] = "worse reconstructions"
+
+
+def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> dict[str, Any]:
+    """Settings of the U-Net and of its conditions, from names and shapes."""
+
+    width, inputs, *_ = shape(checkpoint, net, "input_blocks.0.0.weight", 4)
+    channels = shape(checkpoint, net, "out.2.weight", 4)[0]
+    levels: list[list[tuple[int, bool]]] = [[]]
+    """Of each block of each level: its channels, and whether attention follows."""
+    for n in count(1):
+        block = f"input_blocks.{n}."
+        if f"{block}0.op.weight" in net:
+            levels.append([])
+        elif f"{block}0.in_layers.2.weight" in net:
+            outputs = shape(checkpoint, net, f"{block}0.in_layers.2.weight", 4)[0]
+            levels[-1].append((outputs, f"{block}1.qkv.weight" in net))
+        else:
+            break
+    kinds = [set(level) for level in levels]
+    if any(len(kind) != 1 for kind in kinds) or len({len(level) for level in levels}) != 1:
+        raise UserError(
+            f"{checkpoint.path}: the blocks of its U-Net differ within a level: not a network of DiffuseVAE"
+        )
+    if inputs not in (channels, 2 * channels):
+        raise UserError(
+            f"{checkpoint.path}: its U-Net takes {inputs} channels for images of {channels}: unknown layout"
+        )
+    first = shape(checkpoint, net, "input_blocks.1.0.emb_layers.1.weight", 2)[0]
+    return {
+        "channels": channels,
+        "refiner.width": width,
+        "refiner.multipliers": [level[0][0] // width for level in levels],
+        "refiner.blocks": len(levels[0]),
+        "refiner.attention_resolutions": [image_size // 2**i for i, level in enumerate(levels) if level[0][1]],
+        "refiner.scale_shift_norm": first == 2 * levels[0][0][0],
+        "refiner.patch": 1,
+        "denoiser.condition_image": inputs == 2 * channels,
+        "denoiser.condition_latent": "proj.0.weight" in net,
+    }
+
+
+def _schedule(checkpoint: Checkpoint, names: dict[str, Stored]) -> dict[str, Any]:
+    """DDPM's table, from the buffer `betas`."""
+    shape(checkpoint, names, "online_network.betas", 1)
+    betas = names["online_network.betas"].load().double()
+    start, end = (float(f"{value:.6g}") for value in (betas[0], betas[-1]))  # the table was made in float32
+    if (betas - torch.linspace(start, end, len(betas), dtype=torch.float64)).abs().max() > 1e-5 * end:
+        raise UserError(f"{checkpoint.path}: its betas are not evenly spaced, as DDPM's are")
+    return {"name": "ddpm_linear", "beta_start": start, "beta_end": end, "steps": len(betas)}
+
+
+def _vae(checkpoint: Checkpoint, state: dict[str, Stored]) -> dict[str, Any]:
+    """Settings of the VAE, from names and shapes; `resolutions` appear in none."""
+    encoder, decoder = _levels(checkpoint, state, "enc."), _levels(checkpoint, state, "dec.")
+    return {
+        "encoder.channels": [channels for channels, _ in encoder],
+        "encoder.encoder_blocks": [blocks for _, blocks in encoder],
+        "encoder.decoder_blocks": [blocks for _, blocks in reversed(decoder)],
+        "encoder.latent_dim": shape(checkpoint, state, "enc.mu.weight", 4)[0],
+        "encoder.patch": 1,
+    }
+
+
+def _levels(checkpoint: Checkpoint, state: dict[str, Stored], half: str) -> list[tuple[int, int]]:
+    """(channels, residual blocks) of each resolution of "enc." or "dec.", in the order of the file."""
+    modules: dict[int, Stored] = {}
+    for name, value in state.items():
+        match = re.fullmatch(re.escape(half) + r"block_mod\.(\d+)\.(c1\.)?weight", name)
+        if match:
+            modules[int(match[1])] = value
+    levels: list[list[int]] = []
+    for _, weight in sorted(modules.items()):
+        if len(weight.shape) != 4:
+            raise UserError(f"{checkpoint.path}: {weight.name!r} is no convolution: another layout")
+        if ".c1." in weight.name:
+            if not levels:
+                levels.append([weight.shape[1], 0])
+            levels[-1][1] += 1
+        else:  # a change of channels: the next resolution
+            levels = levels or [[weight.shape[1], 0]]
+            levels.append([weight.shape[0], 0])
+    if not levels:
+        raise UserError(f"{checkpoint.path}: its VAE has no {half}block_mod.*: cut short, or of another layout")
+    return [(channels, blocks) for channels, blocks in levels]
+
+
+def _resolutions(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[int]:
+    """Heights of the VAE's levels, from the block strings of its hyper-parameters; [] where these are not kept.
+
+    Raises UserError where the strings describe an order of layers that `conv_vae` does not have.
+    """
+    settings = checkpoint.settings()
+    encoder, decoder = settings.get("enc_block_str"), settings.get("dec_block_str")
+    if not isinstance(encoder, str) or not isinstance(decoder, str):
+        return []
+    sides = [int(side) for side in dict.fromkeys(re.findall(r"(?:^|,)(\d+)", encoder))]
+    down, up = fields["encoder.encoder_blocks"], fields["encoder.decoder_blocks"]
+    if len(sides) == len(down) == len(up) and all(sides):
+        steps = list(pairwise(sides))
+        wanted_down = [f"{a}x{n - 1},{a}d{a // b},{a}t{b}" for (a, b), n in zip(steps, down, strict=False)]
+        wanted_up = [f"{b}x{n},{b}u{a // b},{b}t{a}" for (a, b), n in zip(steps, up[1:], strict=True)]
+        wanted_down.append(f"{sides[-1]}x{down[-1]}")
+        wanted_up.insert(0, f"{sides[0]}x{up[0]}")
+        if _layers(encoder) == _layers(",".join(wanted_down)) and _layers(decoder) == _layers(
+            ",".join(wanted_up[::-1])
+        ):
+            return sides
+    raise UserError(f"{checkpoint.path}: enc_block_str or dec_block_str in it orders layers as conv_vae cannot")
+
+
+def _layers(blocks: str) -> list[str]:
+    """A block string, one entry per layer: "8x2,8d2" is 8, 8, 8d2."""
+    layers: list[str] = []
+    for entry in blocks.split(","):
+        side, repeated, number = entry.partition("x")
+        # more than the file has tensors is nonsense, and could be very much more
+        layers += [side] * min(int(number), 10_000) if repeated and number.isdecimal() else [entry]
+    return layers

@@ -1,0 +1,175 @@
+"""Checkpoints of PSLD's public code (Pandey & Mandt 2023): NCSN++ score network and its average.
+
+Names below the prefixes are those of dvae's own `ncsnpp` (all_modules.N in the order of construction).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from dvae.errors import UserError
+from dvae.importers.checkpoint import Checkpoint, Stored
+from dvae.importers.found import Found, check_averaged, network, under
+from dvae.registry import PROCESSES, Shapes
+
+PREFIXES = {True: "ema_score_fn.", False: "score_fn."}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One of `all_modules`: what it is, and its channels."""
+
+    kind: str
+    """linear, conv, norm, fourier, block, resample (a block that halves or doubles), attention, [fir] pyramid."""
+    inputs: int
+    outputs: int
+
+
+def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> Found:
+    """What a checkpoint of the score model holds, averaged or online weights. `config` is the recipe's.
+
+    Raises UserError where the file is of another layout, or its network does not fit the recipe's process.
+    """
+    if vae is not None:
+        raise UserError(f"vae={vae.path}: PSLD has no VAE: leave vae= out")
+    if under(checkpoint.state(), "clf_fn."):
+        raise UserError(f"{checkpoint.path}: holds a classifier: give the checkpoint of the score network")
+    net = network(checkpoint, PREFIXES, ema, ())
+    modules = _modules(checkpoint, net)
+    found = Found(needs={"refiner": "ncsnpp"}, parts={"denoiser": net})
+    found.components = {"encoder": {"name": "none"}, "prior": {"name": "normal"}}
+    found.fields = _settings(checkpoint, modules, config) | {
+        "refiner.patch": 1,
+        "denoiser.prediction": "eps",
+        "denoiser.mixed": False,
+        "denoiser.data_scale": 1.0,
+        "denoiser.centre": "none",
+        "denoiser.condition_image": False,
+        "denoiser.condition_latent": False,
+    }
+    if ema:
+        check_averaged(net[f"all_modules.{len(modules) - 1}.weight"])
+    found.unknown = {
+        "image_size": "wrong places for attention, worse images",
+        "process": "bad images; its constants are in no tensor either",
+        "schedule": "bad images; its constants are in no tensor either",
+    }
+    if _components(config) > 1:
+        found.unknown |= {"denoiser.matching": "worse images", "denoiser.factor": "bad images"}
+    if "refiner.fir" not in found.fields:
+        found.unknown["refiner.fir"] = "worse images; only a network with progressive input shows it"
+    return found
+
+
+def _modules(checkpoint: Checkpoint, net: dict[str, Stored]) -> list[Module]:
+    """all_modules, in order. Raises UserError on one that PSLD's NCSN++ does not have."""
+    shapes: dict[int, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, value in net.items():
+        number, _, inner = name.removeprefix("all_modules.").partition(".")
+        if not name.startswith("all_modules.") or not number.isdecimal():
+            raise UserError(f"{checkpoint.path}: {value.name!r} is no part of NCSN++: another layout")
+        shapes[int(number)][inner] = value.shape
+    modules = []
+    for index in range(len(shapes)):
+        module = _module(shapes[index]) if index in shapes else None
+        if module is None:
+            tensors = ", ".join(sorted(shapes[index])) or "nothing"
+            raise UserError(
+                f"{checkpoint.path}: all_modules.{index} ({tensors}) is no module of NCSN++ with BigGAN blocks, as "
+                "PSLD has it: cut short, or of another layout"
+            )
+        modules.append(module)
+    return modules
+
+
+def _module(shapes: dict[str, tuple[int, ...]]) -> Module | None:
+    """The module that has tensors of these names and shapes."""
+    match shapes:
+        case {"GroupNorm_1.weight": _, "Conv_0.weight": (outputs, inputs, _, _)} if "NIN_0.W" not in shapes:
+            resamples = "Conv_2.weight" in shapes and inputs == outputs
+            return Module("resample" if resamples else "block", inputs, outputs)
+        case {"GroupNorm_0.weight": _, "NIN_0.W": (inputs, outputs)}:
+            return Module("attention", inputs, outputs)
+        case {"Conv2d_0.weight": (outputs, inputs, _, _)}:
+            return Module("fir pyramid", inputs, outputs)
+        case {"Conv_0.weight": (outputs, inputs, _, _), "Conv_0.bias": _} if len(shapes) == 2:
+            return Module("pyramid", inputs, outputs)
+        case {"weight": (outputs, inputs, _, _)}:
+            return Module("conv", inputs, outputs)
+        case {"weight": (outputs, inputs)}:
+            return Module("linear", inputs, outputs)
+        case {"weight": (channels,)}:
+            return Module("norm", channels, channels)
+        case {"W": (frequencies,)} if len(shapes) == 1:
+            return Module("fourier", 1, frequencies)
+    return None
+
+
+def _settings(checkpoint: Checkpoint, modules: list[Module], config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the network, from its modules. Raises UserError where they are not in the order of NCSN++."""
+    strange = UserError(f"{checkpoint.path}: its modules are not in the order of PSLD's NCSN++: another layout")
+    fourier = bool(modules) and modules[0].kind == "fourier"
+    begin = 3 + fourier
+    if [module.kind for module in modules[fourier:begin]] != ["linear", "linear", "conv"]:
+        raise strange
+    stem = modules[begin - 1]
+    down, channels = [], stem.outputs
+    for module in modules[begin:]:
+        if module.kind in ("block", "resample"):
+            if module.inputs != channels:  # joined with a skip connection: the way up
+                break
+            channels = module.outputs
+        down.append(module)
+    if [module.kind for module in down[-3:]] != ["block", "attention", "block"]:  # the middle
+        raise strange
+    levels: list[list[int]] = [[]]
+    attended: list[int] = [0]
+    pyramids = set()
+    for module in down[:-3]:
+        if module.kind == "block":
+            levels[-1].append(module.outputs)
+        elif module.kind == "resample":
+            levels.append([])
+            attended.append(0)
+        elif module.kind == "attention":
+            attended[-1] += 1
+        else:
+            pyramids.add(module.kind)
+    blocks = len(levels[0])
+    even = all(len(level) == blocks and len(set(level)) == 1 for level in levels)
+    if not even or not set(attended) <= {0, blocks} or not pyramids <= {"pyramid", "fir pyramid"}:
+        raise strange
+    _check_channels(checkpoint, stem.inputs, config)
+    size = config["image_size"]
+    settings: dict[str, Any] = {
+        "refiner.width": stem.outputs,
+        "refiner.multipliers": [level[0] // stem.outputs for level in levels],
+        "refiner.blocks": blocks,
+        "refiner.attention_resolutions": [size // 2**i for i, number in enumerate(attended) if number],
+        "refiner.progressive_input": bool(pyramids),
+        "refiner.time": "fourier" if fourier else "positional",
+    }
+    if pyramids:
+        settings["refiner.fir"] = "fir pyramid" in pyramids
+    if not fourier:
+        settings["refiner.time_scale"] = 1.0  # the public code embeds t in [0, 1] as it is
+    return settings
+
+
+def _components(config: dict[str, Any]) -> int:
+    """Components per channel of the recipe's process: 2 with a momentum."""
+    io = Shapes(image_size=config["image_size"], channels=config["channels"])
+    return PROCESSES.build(config["process"], io).k
+
+
+def _check_channels(checkpoint: Checkpoint, inputs: int, config: dict[str, Any]) -> None:
+    """Refuse a recipe whose process gives the network another number of channels."""
+    given = _components(config) * config["channels"]
+    if inputs != given:
+        raise UserError(
+            f"{checkpoint.path}: its network takes {inputs} channels, process={config['process']['name']} on images of "
+            f"{config['channels']} gives {given}: choose a recipe with another process (psld and cld have a "
+            "momentum, vp has none)"
+        )

@@ -1,0 +1,269 @@
+"""A pickle, read as data. Its instructions are followed one by one here, and none of them can import or call anything.
+
+Names of classes and functions become `Name`, objects of foreign classes become `Foreign`, tensors become `TensorRef`.
+Only calls that real checkpoints need are understood; a call of anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dvae.errors import UserError, one_line
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that the pickle names: "os.system". It was not looked up."""
+
+    path: str
+
+
+@dataclass(eq=False)
+class Foreign:
+    """An object of some class, which was not made: what the pickle gave for it."""
+
+    kind: str
+    items: dict[Any, Any] = field(default_factory=dict)
+    """Entries, of a class that is a mapping."""
+    state: Any = None
+    """Attributes, usually a mapping."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of numbers in a record of its own."""
+
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where a tensor lies in a storage; offset and stride in elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def within(self) -> bool:
+        """Whether all of its elements lie in the storage, each once."""
+        numbers = (self.offset, self.storage.numel, *self.shape, *self.stride)
+        if any(type(n) is not int or n < 0 for n in numbers) or len(self.shape) != len(self.stride):
+            return False
+        last = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return 0 < math.prod(self.shape) <= self.storage.numel < LARGEST and last < self.storage.numel
+
+
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+MAPPINGS = {"collections.OrderedDict", "collections.defaultdict"}
+SEQUENCES = {"torch.Size", "builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"}
+PLAIN_CALLS = {
+    "torch.device", "_codecs.encode", "copyreg._reconstructor", "copy_reg._reconstructor", "numpy.dtype",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "pathlib.PosixPath", "pathlib.WindowsPath",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "collections.deque",
+}  # fmt: skip
+"""Calls that checkpoints hold beside their tensors; they become `Foreign`."""
+PLAIN_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "omegaconf"}
+"""Packages whose classes (capitalised names) are called in checkpoints; likewise."""
+
+LARGEST = 2**40
+"""Elements that no storage has."""
+MARK = object()
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": MARK}
+EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
+LITERALS = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING",
+}  # fmt: skip
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read(data: bytes, what: str) -> Any:
+    """What the pickle `data` describes; `what` names it in messages.
+
+    Raises UserError where it is no whole pickle, or calls something that is no part of a checkpoint.
+    """
+    machine = _Machine(what)
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                return machine.pop()
+            machine.step(opcode.name, argument)
+    except ValueError as error:  # genops' and our own word for a pickle that makes no sense
+        raise UserError(f"{what}: not a readable checkpoint ({one_line(error)}): copy it again") from None
+    raise UserError(f"{what}: not a readable checkpoint (its pickle has no end): copy it again")
+
+
+class _Machine:
+    """Stack and memo of pickle's instructions (documented in pickletools)."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop(self) -> Any:
+        if not self.stack or self.stack[-1] is MARK:
+            raise ValueError("its stack is empty")
+        return self.stack.pop()
+
+    def pop_to_mark(self) -> list[Any]:
+        items = []
+        while self.stack and self.stack[-1] is not MARK:
+            items.append(self.stack.pop())
+        if not self.stack:
+            raise ValueError("its stack has no mark")
+        self.stack.pop()
+        return items[::-1]
+
+    def top(self) -> Any:
+        self.stack.append(self.pop())
+        return self.stack[-1]
+
+    def step(self, name: str, argument: Any) -> None:
+        """Follow one instruction."""
+        push = self.stack.append
+        if name in LITERALS:
+            push(argument)
+        elif name in CONSTANTS:
+            push(CONSTANTS[name])
+        elif name in EMPTY:
+            push(EMPTY[name]())
+        elif name in TUPLES:
+            push(tuple([self.pop() for _ in range(TUPLES[name])][::-1]))
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.top()
+        elif name in ("BINGET", "LONG_BINGET"):
+            if argument not in self.memo:
+                raise ValueError("its memo lacks an entry")
+            push(self.memo[argument])
+        else:
+            self._compose(name, argument)
+
+    def _compose(self, name: str, argument: Any) -> None:
+        """The instructions that name things, or put them together."""
+        push = self.stack.append
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case "POP":
+                self.pop()
+            case "POP_MARK":
+                self.pop_to_mark()
+            case "TUPLE" | "FROZENSET":
+                push(tuple(self.pop_to_mark()))
+            case "GLOBAL":
+                push(Name(".".join(argument.split(" "))))
+            case "STACK_GLOBAL":
+                attribute, module = self.pop(), self.pop()
+                push(Name(f"{module}.{attribute}"))
+            case "BINPERSID":
+                push(_storage(self.pop()))
+            case "REDUCE" | "NEWOBJ":
+                arguments, called = self.pop(), self.pop()
+                push(self._made(called, arguments, call=name == "REDUCE"))
+            case "BUILD":
+                state = self.pop()
+                _set_state(self.top(), state)
+            case "APPEND":
+                item = self.pop()
+                _extend(self.top(), [item])
+            case "APPENDS" | "ADDITEMS":
+                items = self.pop_to_mark()
+                _extend(self.top(), items)
+            case "SETITEM":
+                value, key = self.pop(), self.pop()
+                _set_items(self.top(), [key, value])
+            case "SETITEMS":
+                items = self.pop_to_mark()
+                _set_items(self.top(), items)
+            case _:
+                raise ValueError(f"the instruction {name} is in no checkpoint of torch")
+
+    def _made(self, called: Any, arguments: Any, call: bool) -> Any:
+        """What stands for the object that the pickle has made by `called`. Raises UserError on a foreign call."""
+        if not isinstance(called, Name) or not isinstance(arguments, tuple):
+            raise ValueError("it calls what is no name")
+        path = called.path
+        if path in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+            return _tensor(arguments)
+        if path == "torch._utils._rebuild_parameter" and arguments and isinstance(arguments[0], TensorRef):
+            return arguments[0]
+        if path in MAPPINGS:
+            return _mapping(arguments)
+        if path in SEQUENCES:
+            return arguments[0] if arguments else ()
+        package, _, rest = path.partition(".")
+        is_class = rest.rpartition(".")[2][:1].isupper()
+        if call and path not in PLAIN_CALLS and not (package in PLAIN_PACKAGES and is_class):
+            raise UserError(
+                f"{self.what}: its pickle calls {path!r}, which no weights need: refused, and nothing in it was run; "
+                "do not load this file with torch either unless you trust it"
+            )
+        return Foreign(path)
+
+
+def _storage(identity: Any) -> Storage:
+    """The storage of a persistent id ("storage", class, key, device, number of elements)."""
+    match identity:
+        case ("storage", Name(path), str(key), str(), int(numel)) if path.startswith("torch."):
+            kind = path.rpartition(".")[2]
+            if kind in STORAGES:
+                return Storage(STORAGES[kind], key, numel)
+    raise ValueError("it refers to a storage of an unknown kind")
+
+
+def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
+    """The tensor of (storage, offset, shape, stride, ...)."""
+    match arguments:
+        case (Storage() as storage, int(offset), tuple(shape), tuple(stride), *_):
+            return TensorRef(storage, offset, shape, stride)
+    raise ValueError("a tensor in it is not laid out as torch does")
+
+
+def _mapping(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    """An OrderedDict, from nothing or a list of pairs; a defaultdict's factory is dropped."""
+    made: dict[Any, Any] = {}
+    if arguments and isinstance(arguments[0], list):
+        for pair in arguments[0]:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ValueError("a mapping in it is not made of pairs")
+            _set_items(made, list(pair))
+    return made
+
+
+def _set_state(target: Any, state: Any) -> None:
+    if isinstance(target, Foreign):
+        target.state = state
+    elif not isinstance(target, dict):  # attributes of an OrderedDict: versions of modules, nothing of use
+        raise ValueError("it gives attributes to what has none")
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target.extend(items)
+    elif not isinstance(target, Foreign):  # what a foreign list holds is of no use
+        raise ValueError("it appends to what is no list")
+
+
+def _set_items(target: Any, flat: list[Any]) -> None:
+    """Enter [key, value, key, value, ...] into a mapping."""
+    entries = target.items if isinstance(target, Foreign) else target
+    if not isinstance(entries, dict) or len(flat) % 2:
+        raise ValueError("it sets items of what is no mapping")
+    for key, value in zip(flat[::2], flat[1::2], strict=True):
+        # no tuples: a nest of shared tuples takes exponential time to hash
+        if not isinstance(key, (str, bytes, int, float, Name, Foreign, type(None))):
+            raise ValueError(f"a mapping in it has a {type(key).__name__} for a key")
+        entries[key] = value

@@ -1,0 +1,73 @@
+"""A checkpoint of the published size fits its recipe, with nothing changed but what is meant to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dvae import config as configuration
+from dvae import models
+from dvae.importers import convert
+from dvae.importers.checkpoint import Stored
+from dvae.importers.unpickle import Storage, TensorRef
+
+
+class Shapeless:
+    """A checkpoint with names and shapes, and no numbers; settings of a VAE are not kept in it."""
+
+    held: dict[str, Stored]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Shapeless:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def settings(self) -> dict[str, str]:
+        return {}
+
+    def state(self) -> dict[str, Stored]:
+        return self.held
+
+
+def hold(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, Stored]:
+    held = {}
+    for name, value in state.items():
+        ref = TensorRef(Storage(torch.float32, "0", value.numel()), 0, tuple(value.shape), value.stride())
+        held[prefix + name] = Stored(None, prefix + name, ref)
+    return held
+
+
+def no_numbers(tensor: Stored) -> torch.Tensor:
+    return torch.linspace(1e-4, 0.02, 1000) if tensor.name.endswith("betas") else torch.ones(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout", "changed"),
+    [
+        ("cifar10", "diffusevae", "prior gmm -> normal"),
+        ("celebahq256", "diffusevae", "prior gmm -> normal"),
+        ("psld_cifar10", "psld", "nothing"),
+        ("cld_cifar10", "psld", "refiner.time_scale 1000.0 -> 1.0"),
+    ],
+)
+def test_fits(recipe, layout, changed, tmp_path, monkeypatch):
+    words = [f"from={layout}", f"recipe={recipe}", "ckpt=a.ckpt", f"out={tmp_path / 'b'}", "dry_run=true"]
+    config = convert.compose(words)
+    made = models.on_meta(configuration.typed(OmegaConf.create(convert._plain(config))))
+    refiner = made.denoiser.refiner.state_dict()
+    held = hold("ema_score_fn.", refiner)
+    if layout == "diffusevae":
+        held = hold("target_network.decoder.", refiner) | hold("vae.", made.encoder.state_dict())
+        form2 = {"post_coeff_3": torch.ones(1000)} if made.denoiser.config.centre.name == "input" else {}
+        held |= hold("online_network.", {"betas": torch.ones(1000), **form2})
+    monkeypatch.setattr(convert, "Checkpoint", Shapeless)
+    monkeypatch.setattr(Shapeless, "held", held, raising=False)
+    monkeypatch.setattr(Stored, "load", no_numbers)
+    lines = convert.convert(config)
+    assert f"changed in recipe={recipe} for it: {changed}" in lines
