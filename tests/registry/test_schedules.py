@@ -172,7 +172,7 @@ def test_b_has_twelve_digits(name: str, fields: dict, exact: Callable[[mpmath.mp
 
 def test_every_continuous_schedule_has_a_published_answer() -> None:
     ours = {name for name in SCHEDULES.names() if type(build(name)).__module__.startswith("dvae.")}
-    assert ours == {name for name, _, _ in PUBLISHED} | {"ddpm_linear"}
+    assert ours == {name for name, _, _ in PUBLISHED} | {"ddpm_linear", "scaled_linear"}
 
 
 # -- DDPM's table --
@@ -194,6 +194,13 @@ def test_ddpm_table_against_exact_arithmetic() -> None:
             expected = -float(mpmath.log(abar[i]))
             assert pytest.approx(expected, rel=1e-12, abs=0) == B
     assert len(schedule.betas) == len(schedule.abar) == schedule.steps == 1000
+
+
+def test_scaled_linear_is_the_table_of_stable_diffusion() -> None:
+    schedule = build("scaled_linear", beta_start=0.00085, beta_end=0.012)
+    roots = schedule.betas.sqrt()
+    torch.testing.assert_close(roots.diff(), (roots[-1] - roots[0]).expand(999) / 999, rtol=1e-9, atol=0)
+    assert schedule.abar[-1].sqrt().item() == pytest.approx(0.068265, abs=5e-7)  # Lin et al. 2024, section 3.1
 
 
 def test_ddpm_feature_is_the_index_of_the_table() -> None:

@@ -46,8 +46,7 @@ class DDPMLinear(Schedule):
                 f"schedule.beta_start={config.beta_start}, beta_end={config.beta_end}: need 0 < start <= end < 1"
             )
         self.steps: int = config.steps
-        # the device is named, since models are also built on the meta device, and tables must hold values there too
-        self.betas = torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64, device="cpu")
+        self.betas = self._spread(config)
         increments = -torch.log1p(-self.betas)
         self._table = torch.cat([torch.zeros_like(increments[:1]), increments.cumsum(0)])  # B at i/steps, i = 0..steps
         self._slopes = increments * config.steps
@@ -59,6 +58,11 @@ class DDPMLinear(Schedule):
             self._rescaled = ZeroTerminal(self._plain(times)[-1].item())
             table = self.integral(times)
             self.abar, self.betas = torch.exp(-table[1:]), -torch.expm1(-table.diff())
+
+    def _spread(self, config: Config) -> torch.Tensor:
+        """The table of beta, (steps,), float64."""
+        # the device is named, since models are also built on the meta device, and tables must hold values there too
+        return torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64, device="cpu")
 
     def _plain(self, t: torch.Tensor) -> torch.Tensor:
         """B without the rescaling."""
