@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from dvae.diffusion import Diffusion
 
 
+LEAST_ROOT = 1e-3
+"""sqrt(B) below which nothing is integrated: there on a clock like edm t_min is as good as 0, where the score ends."""
+
+
 @SAMPLERS.register("ode")
 class ProbabilityFlow(Sampler):
     """The probability-flow ODE by adaptive Runge-Kutta steps, for any process (Song et al. 2021, section 4.3).
@@ -31,7 +35,8 @@ class ProbabilityFlow(Sampler):
         tolerance: float = 1e-5
         """Tolerated error of each step, relative and absolute."""
         t_min: float = 1e-3
-        """The last time before 0, in (0, 1); below 1e-3 it takes more evaluations to no visible gain."""
+        """The last time before 0, in (0, 1), or where sqrt(B) is 1e-3, if that is later; below 1e-3 it takes more
+        evaluations to no visible gain."""
         threshold: Threshold = Threshold.none
         """none | clamp | dynamic; one that acts bends the flow, which takes many more evaluations."""
 
@@ -58,9 +63,11 @@ class ProbabilityFlow(Sampler):
         u = config.temperature * u
         if on_step is not None:
             u = on_step(0, 1.0, u)
-        flow = flow_by_root(model, config.threshold)
-        end = integrate(flow, u, root_of(diffusion, 1.0), root_of(diffusion, config.t_min), config.tolerance)
-        u = diffusion.clean(model(end.y, config.t_min, threshold=config.threshold).x0)
+        flow, last = flow_by_root(model, config.threshold), config.t_min
+        if root_of(diffusion, last) < LEAST_ROOT:
+            last = diffusion.schedule.inverse(torch.tensor(LEAST_ROOT**2, dtype=torch.float64, device="cpu")).item()
+        end = integrate(flow, u, root_of(diffusion, 1.0), root_of(diffusion, last), config.tolerance)
+        u = diffusion.clean(model(end.y, last, threshold=config.threshold).x0)
         if on_step is not None:
             u = on_step(1, 0.0, u)
         return Sampled(u, (end.evaluations + 1) * model.passes)

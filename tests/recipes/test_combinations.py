@@ -1,0 +1,178 @@
+"""Encoders, refiners, processes, schedules, samplers: every two that can meet do, in a run; the others are refused.
+
+Taken from the registries, so that a new component is covered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from covering import Row, covering, pairs
+from shrink import SIZE, small
+
+from dvae import config, models
+from dvae.data.loader import Batch
+from dvae.denoiser import Centre
+from dvae.errors import UserError
+from dvae.pipeline import Pipeline
+from dvae.registry import ENCODERS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Registry, Shapes
+from dvae.registry.core import ComponentConfig
+from dvae.settings import Precision, RunConfig
+from dvae.training.latents import Encoded
+from dvae.training.stages import RefinerStage, Stage
+from dvae.training.work import new_encoder_stage
+from dvae.weighting import PredictionType
+
+IMAGES = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+SHAPES = Shapes(image_size=SIZE)
+CPU = torch.device("cpu")
+
+
+@cache
+def plain() -> RunConfig:
+    """A run without the choices that are tried here."""
+    words = [f"image_size={SIZE}", "encoder=none", "prior=normal", "refiner=flat_resnet", "denoiser.data_scale=1"]
+    settings = config.typed(config.compose("train", ["recipe=demo", *words, "denoiser.condition_latent=false"]))
+    return replace(settings, train_refiner=replace(settings.train_refiner, precision=Precision.fp32, batch=2))
+
+
+@cache
+def chosen(registry: Registry, name: str) -> ComponentConfig:
+    fields = {"steps": 2} if registry is SAMPLERS else {}
+    return registry.config({**small(registry.kind, name), **fields})
+
+
+@cache
+def latent_shape(encoder: str) -> tuple[int, ...]:
+    with torch.device("meta"):
+        return ENCODERS.build(chosen(ENCODERS, encoder), SHAPES).latent_shape
+
+
+@cache
+def endless(schedule: str) -> bool:
+    return SCHEDULES.build({"name": schedule}, SHAPES).endless
+
+
+def settings_of(row: Row) -> RunConfig:
+    """The run of a row (encoder, refiner, process, schedule, sampler), given whatever the encoder has to give.
+
+    The prediction type and the centre are no columns: they change from row to row as far as they are defined.
+    """
+    encoder, refiner, process, schedule, sampler = row
+    known = 0 not in latent_shape(encoder)
+    turn = sum(map(ord, "".join(row)))
+    types = [PredictionType.v, PredictionType.x0, PredictionType.eps]
+    if process != "vp":
+        types = [PredictionType.eps]
+    elif endless(schedule):
+        types.remove(PredictionType.eps)
+    denoiser = replace(
+        plain().denoiser,
+        prediction=types[turn % len(types)],
+        centre=list(Centre)[turn % 3] if known else Centre.none,
+        condition_image=known,
+        condition_latent=known,
+    )
+    return replace(
+        plain(),
+        encoder=chosen(ENCODERS, encoder),
+        refiner=chosen(REFINERS, refiner),
+        process=chosen(PROCESSES, process),
+        schedule=chosen(SCHEDULES, schedule),
+        sampler=chosen(SAMPLERS, sampler),
+        denoiser=denoiser,
+    )
+
+
+@cache
+def refusals() -> dict[Row, str]:
+    """(process, schedule, sampler) -> what is said of it where it is refused, else nothing."""
+    said = {}
+    for row in product(PROCESSES.names(), SCHEDULES.names(), SAMPLERS.names()):
+        try:
+            models.on_meta(settings_of(("none", "flat_resnet", *row)))
+            said[row] = ""
+        except UserError as error:
+            said[row] = str(error)
+    return said
+
+
+@cache
+def rows() -> list[Row]:
+    able = [row for row, said in refusals().items() if not said]
+    return covering([(*nets, *row) for nets in product(ENCODERS.names(), REFINERS.names()) for row in able])
+
+
+def take_a_step(stage: Stage) -> None:
+    """One step of each of the stage's modules, after which something of each has moved."""
+    batch = Batch(2 + torch.arange(2), torch.arange(2), IMAGES)  # the second step: an adversary is heard
+    modules = stage.modules()
+    for name, module in modules.items():
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+        before = [p.detach().clone() for p in module.parameters()]
+        loss = stage.loss(name, modules, batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after = list(module.parameters())
+        assert loss.isfinite()
+        assert all(p.isfinite().all() for p in after)
+        assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS.names() if name != "none"])
+def test_every_encoder_takes_a_step(encoder: str) -> None:
+    settings = replace(plain(), encoder=chosen(ENCODERS, encoder))
+    made = models.build(settings).encoder
+    take_a_step(new_encoder_stage(made, replace(settings, train_encoder=settings.train_refiner)))
+
+
+@pytest.mark.parametrize("refiner", REFINERS.names())
+@pytest.mark.parametrize("encoder", ENCODERS.names())
+def test_what_fits_trains_and_samples(encoder: str, refiner: str) -> None:
+    mine = [row for row in rows() if row[:2] == (encoder, refiner)]
+    assert mine
+    for row in mine:
+        settings = settings_of(row)
+        made = models.build(settings)
+        training = settings.train_refiner
+        take_a_step(RefinerStage(made.encoder, made.denoiser, Encoded(made.encoder), training, 0, CPU))
+        for module in made.trained().values():
+            module.eval().requires_grad_(False)
+        pipeline = Pipeline(settings, made, batch=2)
+        x = pipeline.refine(pipeline.draw(2, seed=1), seed=1)
+        assert x.shape == IMAGES.shape, row
+        assert x.isfinite().all(), row
+        assert pipeline.nfe >= 2, row
+
+
+def test_what_does_not_fit_is_refused_with_its_reason() -> None:
+    refused = {row: said for row, said in refusals().items() if said}
+    assert refused
+    for (process, schedule, sampler), said in refused.items():
+        assert "\n" not in said
+        assert f"schedule={schedule}" in said, said
+        assert f"process={process}" in said, said
+        assert f"sampler={sampler}" in said or "B is infinite" in said, said
+
+
+def test_every_two_that_can_meet_do() -> None:
+    met = set().union(*map(pairs, rows()))
+    able = [row for row, said in refusals().items() if not said]
+    for nets in product(ENCODERS.names(), REFINERS.names()):
+        assert all(pairs((*nets, *row)) <= met for row in able)
+    for column, registry in enumerate((ENCODERS, REFINERS, PROCESSES, SCHEDULES, SAMPLERS)):
+        assert {row[column] for row in rows()} == set(registry.names())
+
+
+def test_covering_is_small() -> None:
+    """Ten columns of two values need 6 rows at least; of three by three by three, nine are enough to find."""
+    assert 6 <= len(covering(list(product("ab", repeat=10)))) <= 10
+    squares = covering(list(product("abc", repeat=3)))
+    assert 9 <= len(squares) <= 11
+    assert squares[0] == ("a", "a", "a")
+    assert covering([("a", "a"), ("b", "b")]) == [("a", "a"), ("b", "b")]

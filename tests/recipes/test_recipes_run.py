@@ -1,0 +1,46 @@
+"""Every recipe, shrunk, from images to samples: two steps of each stage, by the launch command's own path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+from shrink import shrink
+
+from dvae import config, pipeline, preflight, run
+from dvae.launchers import local
+from dvae.training import work
+
+
+def launch(composed: DictConfig) -> run.Run:
+    """What tools/launch.py does with a composed config."""
+    preflight.check(config.typed(composed))
+    submitted = run.submit(composed)
+    local.launch(submitted.path)
+    return submitted
+
+
+@pytest.mark.parametrize("recipe", config.recipes())
+def test_a_shrunk_recipe_trains_and_samples(
+    recipe: str, published: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "SCALE_IMAGES", 8)
+    monkeypatch.setattr(work, "HELDOUT_DRAWS", 8)
+    composed = config.compose("train", [f"recipe={recipe}", f"run={tmp_path}/run"])
+    if composed.source.name in published:
+        composed.source.path = published[composed.source.name]
+    small = shrink(composed)
+    done = launch(small)
+    assert list(done.records()) == list(small.stages)
+    trained = [stage for stage in ("encoder", "refiner", "classifier") if stage in small.stages]
+    rows = [json.loads(line) for line in done.metrics.read_text(encoding="utf-8").splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [(stage, step) for stage in trained for step in (1, 2)]
+    assert json.loads(done.summary.read_text(encoding="utf-8"))["recipe"] == recipe
+    made = pipeline.load(done.path)
+    assert made.config.recipe == recipe
+    given = made.draw(2, 7)
+    x = made.refine(given, 7)
+    assert x.shape == (2, small.channels, small.image_size, small.image_size)
+    assert x.isfinite().all()
