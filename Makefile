@@ -11,7 +11,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e '.[demo,metrics,parquet,dev]'
+	$(BIN)/pip install --quiet -e '.[demo,digits,metrics,parquet,dev]'
 	touch $@
 
 demo: setup

