@@ -65,7 +65,7 @@ def train(
     for it, MachineError where a step was not finite.
     """
     config = stage.config
-    engines = {name: Engine(module, config) for name, module in stage.modules().items()}
+    engines = {name: Engine(module, stage.settings(name)) for name, module in stage.modules().items()}
     state = resume(stage.name, engines, checkpoints, tracker)
     with Progress(stage.name, config.steps, state.step) as progress, on_signals() as stopping:
         while state.step < config.steps:

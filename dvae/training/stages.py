@@ -55,6 +55,10 @@ class Stage(ABC):
         """Whether batches must hold their images."""
         return True
 
+    def settings(self, name: str) -> TrainingConfig:
+        """How module `name` is trained."""
+        return self.config
+
     def trains(self, name: str, step: int) -> bool:
         """Whether module `name` takes step number `step` (from 1)."""
         return True
@@ -119,6 +123,9 @@ class GanStage(EncoderStage):
 
     def modules(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, "discriminator": self.adversary.discriminator}
+
+    def settings(self, name: str) -> TrainingConfig:
+        return self.config if name == "encoder" else replace(self.config, lr=self.config.lr * self.adversary.lr)
 
     def trains(self, name: str, step: int) -> bool:
         return name == "encoder" or step > self.adversary.start

@@ -160,7 +160,7 @@ def test_adaptive_weight_by_hand() -> None:
     """x = 1 on 2 x 2 pixels, w = 1/2: the error is 4 (1 - w)^2 / 4, its slope -1; a critic 3 * mean(x_hat) has 3."""
     encoder, critic = Linear(), nn.Conv2d(1, 1, 1, bias=False)
     nn.init.constant_(critic.weight, 3.0)
-    adversary = Adversary(critic, GanLoss.hinge, 0.8, 0, encoder.last, squared_error)
+    adversary = Adversary(critic, GanLoss.hinge, 0.8, 0, 1.0, encoder.last, squared_error)
     config = TrainingConfig(batch=1, precision=Precision.fp32)
     stage = GanStage(encoder, adversary, config, seed=0, device=torch.device("cpu"))
     image = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)

@@ -41,6 +41,8 @@ class Adversary:
     """Weight of the adversarial loss, times the adaptive weight (dvae.layers.adversarial)."""
     start: int
     """Steps before the discriminator is trained and heard."""
+    lr: float
+    """Learning rate of the discriminator, as a multiple of the encoder's."""
     last_layer: nn.Conv2d
     """The decoder's last layer, at which gradients are compared."""
     distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -46,11 +46,15 @@ class KLGAN(Encoder):
         """Channels of the discriminator's first layer; a multiple of 8."""
         discriminator_layers: int = 3
         """Halvings in the discriminator; 1, 2 and 3 judge patches of 16, 34 and 70 px."""
+        discriminator_lr: float = 1.0
+        """Learning rate of the discriminator, as a multiple of the encoder's."""
         gan_loss: GanLoss = GanLoss.hinge
         """What discriminator and decoder minimise."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
+        if config.discriminator_lr <= 0:
+            raise UserError(f"encoder.discriminator_lr {config.discriminator_lr}: use a multiple above 0")
         if config.kl_weight < 0 or config.discriminator_weight < 0 or config.discriminator_start < 0:
             raise UserError(
                 f"encoder.kl_weight {config.kl_weight}, encoder.discriminator_weight {config.discriminator_weight}, "
@@ -100,6 +104,7 @@ class KLGAN(Encoder):
             loss=config.gan_loss,
             weight=config.discriminator_weight,
             start=config.discriminator_start,
+            lr=config.discriminator_lr,
             last_layer=self.autoencoder.last_layer,
             distance=squared_error,
         )
