@@ -111,7 +111,7 @@ def take_step(stage: Stage, engines: dict[str, Engine], batches: list[Batch], st
 
 
 def seed_dropout(seed: int, step: int, part: int) -> None:
-    """nn.Dropout draws from torch's own generator, so that is keyed by hand, by number of the micro-batch in its step."""
+    """nn.Dropout draws from torch's own generator, so that is keyed by hand, by the micro-batch in its step."""
     number = part * ranks.world_size() + ranks.rank()
     torch.manual_seed(int(keyed.generator(seed, f"dropout 0 {number}", step).integers(2**62)))
 
