@@ -103,11 +103,12 @@ class Engine:
         Every rank takes part.
         """
         state = {name: value.detach().clone() for name, value in self.module.named_buffers()}
+        begun = any("ema" in known for known in self.optimizer.state.values())
         for name, parameter in self.module.named_parameters():
             if self.config.zero_stage == 0:
                 average = self.optimizer.state.get(parameter, {}).get("ema", parameter)
             else:  # a weight has no average before the first step; at stage 3 its own tensor is an empty placeholder
-                average = safe_get_full_optimizer_state(parameter, "ema")
+                average = safe_get_full_optimizer_state(parameter, "ema") if begun else None
                 average = safe_get_full_fp32_param(parameter) if average is None else average
             state[name] = average.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state
