@@ -26,6 +26,8 @@ from dvae.errors import MachineError, UserError, in_words, one_line
 
 GRACE = 5.0
 """Seconds that the other ranks have to end by themselves once one has failed; then they are killed."""
+LOOK_EVERY = 0.2
+"""Seconds after which ranks are looked at, whether or not one is heard to have ended."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 STOPPED, LOST, CRASHED = 143, 75, 1
 """Exit statuses of a rank: stopped on request and saved; another rank is gone; an error that nobody foresaw."""
@@ -45,7 +47,8 @@ class Rank:
         if self.process.is_alive():
             return False
         with self.line, suppress(EOFError):  # it ended well, or without a word
-            self.said = self.line.recv()
+            if self.line.poll():  # an orphan of the rank's may hold the other end: never wait for it
+                self.said = self.line.recv()
         return True
 
 
@@ -149,8 +152,7 @@ def watch(ranks: list[Rank]) -> list[Rank]:
     left, failed = list(ranks), []
     deadline = None
     while left:
-        pause: float | None = None if deadline is None else max(0.0, deadline - time.monotonic())
-        connection.wait([rank.process.sentinel for rank in left], pause)
+        connection.wait([rank.process.sentinel for rank in left], LOOK_EVERY)
         ended = [rank for rank in left if rank.ended()]
         left = [rank for rank in left if rank not in ended]
         failed += [rank for rank in ended if rank.process.exitcode not in (0, STOPPED)]
