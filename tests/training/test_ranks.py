@@ -185,7 +185,7 @@ def test_a_killed_first_rank_and_a_killed_launcher_leave_no_trace(two: Path, tmp
 @pytest.mark.slow
 def test_torchrun_is_honoured(two: Path, tmp_path: Path, tiny: list[str]) -> None:
     run = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = command([*tiny, *zero(2)], run)[1:]
     done = subprocess.run([*torchrun, *words], env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
