@@ -19,7 +19,7 @@ from dvae.errors import UserError, near, one_line
 from dvae.registry import SOURCES
 from dvae.registry.core import KINDS, broken_plugins, discover, load_plugins
 from dvae.registry.sources import EndlessSource
-from dvae.settings import STAGES, RunConfig, TrainingConfig
+from dvae.settings import STAGES, Launch, LauncherConfig, RunConfig, TrainingConfig
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -140,6 +140,7 @@ def check(config: RunConfig) -> RunConfig:
     elif config.image_size < 4:
         raise UserError(f"image_size={config.image_size}: use 4 or more")
     check_classes(config)
+    check_launcher(config.launcher)
     for name in ("train_encoder", "train_refiner", "train_classifier"):
         training: TrainingConfig = getattr(config, name)
         for key in ("steps", "batch", "micro_batches", "log_every", "save_every", "keep"):
@@ -156,6 +157,14 @@ def check(config: RunConfig) -> RunConfig:
             "use a smaller subset"
         )
     return config
+
+
+def check_launcher(launcher: LauncherConfig) -> None:
+    """Refuse a number of ranks that the launcher does not start."""
+    if launcher.count < 1:
+        raise UserError(f"launcher.count={launcher.count}: use 1 or more")
+    if launcher.name is Launch.local and launcher.count > 1:
+        raise UserError(f"launcher.count={launcher.count}: launcher=local starts none: use launcher=processes")
 
 
 def check_classes(config: RunConfig) -> None:

@@ -40,22 +40,26 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     """Run a tool's `command(argv)`; turn its errors into one line on stderr and an exit status."""
     try:
         command(sys.argv[1:] if argv is None else argv)
-    except (UserError, MachineError) as error:
-        print(f"dvae: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:  # training saves first (training/stopping.py); the other stages start over
-        print("dvae: interrupted: the same command again resumes", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout (head, less) left: nothing to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
+    except (UserError, MachineError, OSError, KeyboardInterrupt) as error:
+        words = in_words(error)
+        if words is None:
             raise
+        line, status = words
+        print(f"dvae: {'' if isinstance(error, KeyboardInterrupt) else 'error: '}{line}", file=sys.stderr)
+        sys.exit(status)
+
+
+def in_words(error: BaseException) -> tuple[str, int] | None:
+    """An error in one line, and its exit status; None where it is none that a person can mend."""
+    if isinstance(error, UserError | MachineError):
+        return one_line(error), error.exit_status
+    if isinstance(error, KeyboardInterrupt):  # training saves first (training/stopping.py); the other stages start over
+        return "interrupted: the same command again resumes", 130
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"dvae: error: {error.strerror}{where}: finished stages and checkpoints are whole; mend the disk, then run "
-            "the same command again",
-            file=sys.stderr,
-        )
-        sys.exit(MachineError.exit_status)
+        mend = "finished stages and checkpoints are whole; mend the disk, then run the same command again"
+        return f"{error.strerror}{where}: {mend}", MachineError.exit_status
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dvae.run import Run
 from dvae.settings import STAGES, RunConfig
 from dvae.tracking.console import Counted
 from dvae.tracking.report import write_report
+from dvae.training import ranks
 from dvae.training.engine import start_distributed
 from dvae.training.memory import keep_freed_memory
 from dvae.training.work import (
@@ -41,23 +43,40 @@ class Job:
     folder: str
 
     def __call__(self) -> None:
+        """On every rank; rank 0 holds the folder and decides what there is to do."""
         run = Run(Path(self.folder))
-        with run.held():
-            run.tidy()
+        start_distributed()
+        keep_freed_memory()
+        with ranks.losses_named(), nullcontext() if ranks.rank() else run.held():
+            ranks.on_first(run.tidy)
             config = run.config()
-            start_distributed()
-            keep_freed_memory()
-            took_part = False
-            for stage in (name for name in STAGES if name in config.stages):
-                if not finished(run, stage, config):
-                    took_part = True
-                    print(f"dvae: {stage} ...", flush=True)
-                    WORK[stage](run, config)
-            if took_part:
-                write_report(run.path)
-                print(f"dvae: done; open {run.path / 'report.html'}", flush=True)
-            else:
-                print(f"dvae: {run.path} is finished ({', '.join(config.stages)}): nothing to do", flush=True)
+            stages = ranks.on_first(unfinished, run, config)
+            for stage in stages:
+                if stage in ALONE:
+                    ranks.on_first(work, stage, run, config)
+                else:
+                    work(stage, run, config)
+            ranks.on_first(conclude, run, config, bool(stages))
+            ranks.leave()
+
+
+def work(stage: str, run: Run, config: RunConfig) -> None:
+    if ranks.rank() == 0:
+        print(f"dvae: {stage} ...", flush=True)
+    WORK[stage](run, config)
+
+
+def conclude(run: Run, config: RunConfig, took_part: bool) -> None:
+    if took_part:
+        write_report(run.path)
+        print(f"dvae: done; open {run.path / 'report.html'}", flush=True)
+    else:
+        print(f"dvae: {run.path} is finished ({', '.join(config.stages)}): nothing to do", flush=True)
+
+
+def unfinished(run: Run, config: RunConfig) -> list[str]:
+    """The stages that there are to run, in their order."""
+    return [stage for stage in STAGES if stage in config.stages and not finished(run, stage, config)]
 
 
 def finished(run: Run, stage: str, config: RunConfig) -> bool:
@@ -127,3 +146,5 @@ WORK: dict[str, Callable[[Run, RunConfig], None]] = {
     "classifier": classifier_stage,
     "evaluate": evaluate_stage,
 }
+ALONE = ("shards", "prior", "cache", "evaluate")
+"""Stages that rank 0 does alone, while the others wait; the rest is training, in which all take part."""

@@ -97,7 +97,7 @@ def _probe(source: Source, name: str) -> list[Item]:
 def describe(config: DictConfig) -> str:
     """What `dry_run=true` prints: the resolved config, stages, parameter counts and shards."""
     settings = configuration.typed(config)
-    made, counts = check(settings)
+    made, counts = check(settings, settings.launcher.count)
     splits = sum(count > 0 for count in counts.values())
     shards = splits * math.ceil(sum(counts.values()) / SHARD_SIZE)
     lines = [configuration.to_yaml(config).rstrip(), "---", f"stages: {' -> '.join(settings.stages)}"]

@@ -28,8 +28,8 @@ from dvae.errors import UserError
 from dvae.settings import RunConfig
 
 FREE = (
-    "stages", "plugins", "dry_run", "run", "tracking", "evaluate", "sampler", "cache", "data.threads", "data.workers",
-    "data.cache_gib", "train_encoder.keep", "train_refiner.keep", "train_encoder.preview_every",
+    "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
+    "data.workers", "data.cache_gib", "train_encoder.keep", "train_refiner.keep", "train_encoder.preview_every",
     "train_refiner.preview_every", "train_encoder.save_every", "train_refiner.save_every",
     "train_classifier.keep", "train_classifier.preview_every", "train_classifier.save_every",
 )  # fmt: skip

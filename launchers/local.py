@@ -1,4 +1,4 @@
-"""Run the job in this process."""
+"""Run the job in this process, which may be one of several that torchrun started."""
 
 from __future__ import annotations
 

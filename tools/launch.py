@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 
-from dvae.errors import run_command
+from dvae.errors import UserError, run_command
 
 USAGE = """usage: python tools/launch.py recipe=NAME [run=FOLDER] [key=value ...]
 
@@ -17,6 +19,8 @@ Trains the recipe, stage by stage, into the run folder (default runs/NAME). The 
                          train on your own images
   refiner.width=96       set any field of any component
   schedule=cosine        swap a component ({kinds})
+  launcher=processes launcher.count=2
+                         train on that many processes of this machine (torchrun works too)
   plugins=[my_module]    import modules that register components
   dry_run=true           print the resolved config, stages and parameter counts; write nothing
 
@@ -28,6 +32,7 @@ def command(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     from dvae import config, preflight, run
     from dvae.registry.core import KINDS
+    from dvae.settings import Launch
 
     if any(word in ("-h", "--help") for word in argv):
         print(
@@ -39,11 +44,21 @@ def command(argv: list[str]) -> None:
     if settings.dry_run:
         print(preflight.describe(composed))
         return
-    preflight.check(settings)
-    folder = run.submit(composed).path
-    from dvae.launchers import local  # here, since it imports DeepSpeed, which takes seconds
+    started = "RANK" in os.environ  # by torchrun or the like: this is one of several ranks already
+    several = settings.launcher.name is Launch.processes
+    if started and several:
+        raise UserError("launcher=processes: torchrun has started the ranks already: leave launcher=processes out")
+    preflight.check(settings, int(os.environ["WORLD_SIZE"]) if started else settings.launcher.count)
+    first = os.environ.get("RANK", "0") == "0"
+    folder = run.submit(composed).path if first else Path(settings.run)
+    if several:
+        from dvae.launchers import processes  # here, since importing torch and DeepSpeed takes seconds
 
-    local.launch(folder)
+        processes.launch(folder, settings.launcher.count)
+    else:
+        from dvae.launchers import local
+
+        local.launch(folder)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ WINDOW = 15.0
 
 
 class Progress:
-    """Context manager around work of `total` steps, of which `start` are done already. Writes to stderr."""
+    """Context manager around work of `total` steps, of which `start` are done already. Writes to stderr, or nothing
+    (`quiet`)."""
 
-    def __init__(self, label: str, total: int, start: int = 0) -> None:
+    def __init__(self, label: str, total: int, start: int = 0, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.label, self.total, self.start, self.step = label, total, start, start
         self._metrics: Mapping[str, float] = {}
         self._images = 0
@@ -36,7 +38,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.begin()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(self.label, total=self.total, completed=self.start, text=self.text())
@@ -76,7 +78,8 @@ class Progress:
         return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
 
     def _print(self, now: float) -> None:
-        print(f"{self.label}: {self.text()}", file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(f"{self.label}: {self.text()}", file=sys.stderr, flush=True)
         self._printed_at, self._printed_step = now, self.step
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

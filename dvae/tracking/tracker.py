@@ -48,3 +48,16 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+class NoTracker(Tracker):
+    """Records nothing: that of the ranks beside the first."""
+
+    def __init__(self) -> None:
+        self.wandb = None
+
+    def rewind(self, stage: str, step: int) -> None: ...
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def image(self, name: str, path: Path, step: int) -> None: ...

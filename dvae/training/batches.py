@@ -11,7 +11,7 @@ from dvae.data.loader import Loader
 from dvae.data.order import Order
 from dvae.data.reader import Shards
 from dvae.settings import RunConfig, TrainingConfig
-from dvae.training.engine import rank, world_size
+from dvae.training import ranks
 
 
 def open_shards(config: RunConfig, split: str) -> Shards:
@@ -24,15 +24,21 @@ def open_shards(config: RunConfig, split: str) -> Shards:
 
 
 def open_loader(
-    config: RunConfig, training: TrainingConfig, stage: str, split: str = "train", images: bool = True
+    config: RunConfig,
+    training: TrainingConfig,
+    stage: str,
+    split: str = "train",
+    images: bool = True,
+    whole: bool = False,
 ) -> Loader | EndlessLoader:
-    """Batches of a stage; without `images` where it can do without them."""
+    """Batches of a stage: this rank's share, or all of them (`whole`); without `images` where it can do without."""
+    rank, world = (0, 1) if whole else (ranks.rank(), ranks.world_size())
     if configuration.endless(config):
         return EndlessLoader(
             points.open_source(config),
             batch=training.batch,
-            rank=rank(),
-            world=world_size(),
+            rank=rank,
+            world=world,
             accumulate=training.micro_batches,
             seed=keyed.child(config.seed, f"{stage} data"),
         )
@@ -42,8 +48,8 @@ def open_loader(
         shards,
         order,
         batch=training.batch,
-        rank=rank(),
-        world=world_size(),
+        rank=rank,
+        world=world,
         accumulate=training.micro_batches,
         flip=config.data.flip,
         labels=shards.classes(config.data.label, config.classes) if config.classes else None,

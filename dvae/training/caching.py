@@ -21,6 +21,7 @@ from dvae.registry.encoders import Posterior
 from dvae.run import Run
 from dvae.settings import Cached, Precision, RunConfig
 from dvae.tracking.console import Counted
+from dvae.training import ranks
 from dvae.training.batches import open_shards
 from dvae.training.latents import Encoded, Latents, Posteriors, Reconstructions
 
@@ -40,14 +41,19 @@ def encode(config: RunConfig, made: Models, shards: Shards, start: int, stop: in
 
 def posteriors(run: Run, config: RunConfig, made: Models) -> Posterior:
     """Posteriors of all training images, in the order of the data set; computed once and kept in the run folder."""
+    keep_posteriors(run, config, made)
+    state = bundle.load_weights(run.weights("posteriors"))
+    return Posterior(state["mean"], state["logvar"])
+
+
+def keep_posteriors(run: Run, config: RunConfig, made: Models) -> None:
+    """Compute the posteriors into the run folder, where they are not there yet."""
     path = run.weights("posteriors")
     if not path.exists():
         shards = open_shards(config, "train")
         parts = list(encode(config, made, shards, 0, len(shards)))
         state = {"mean": torch.cat([p.mean for p in parts]), "logvar": torch.cat([p.logvar for p in parts])}
         bundle.save_weights(path, state)
-    state = bundle.load_weights(path)
-    return Posterior(state["mean"], state["logvar"])
 
 
 def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
@@ -60,6 +66,7 @@ def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
     size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(made.io.latent)
     if size > config.data.cache_gib * 2**30:
         return Encoded(made.encoder)
+    ranks.on_first(keep_posteriors, run, config, made)
     known = posteriors(run, config, made)
     return Posteriors(lambda indices: (known.mean[indices], known.logvar[indices]))
 

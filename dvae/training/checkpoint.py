@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from dvae import files
 from dvae.errors import MachineError
+from dvae.training import ranks
 
 log = logging.getLogger("dvae")
 HASHES = "hashes.json"
@@ -25,19 +27,30 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Publish a checkpoint of `step`: `state` (JSON) and the files that `write(folder)` makes."""
+        """Publish a checkpoint of `step`: `state` (JSON) and the files that every rank's `write(folder)` makes.
+
+        Every rank takes part; rank 0 makes the folder, hashes all parts once they are there, and renames it.
+        """
         try:
-            with files.new_folder(self._path(step)) as aside:
+            with self._aside(step) as aside:
                 write(aside)
-                (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
-                parts = [item for item in sorted(aside.rglob("*")) if item.is_file()]
-                hashes = {str(item.relative_to(aside)): files.sha256(item) for item in parts}
-                (aside / HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+                ranks.barrier()
+                if ranks.rank() == 0:
+                    _seal(aside, state)
         except OSError as error:
             raise MachineError(
                 f"checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}); "
                 "earlier checkpoints are whole: make room, then run the same command again"
             ) from None
+        ranks.on_first(self._drop_old)
+
+    @contextmanager
+    def _aside(self, step: int) -> Iterator[Path]:
+        """The new folder of a checkpoint: rank 0's, on every rank."""
+        with ExitStack() as stack:
+            yield ranks.on_first(lambda: stack.enter_context(files.new_folder(self._path(step))))
+
+    def _drop_old(self) -> None:
         for old in self._paths()[self.keep :]:
             shutil.rmtree(old)
 
@@ -62,6 +75,14 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
+
+
+def _seal(folder: Path, state: dict[str, Any]) -> None:
+    """Add the state, and the hashes of all that is there."""
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    parts = [item for item in sorted(folder.rglob("*")) if item.is_file()]
+    hashes = {str(item.relative_to(folder)): files.sha256(item) for item in parts}
+    (folder / HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
 
 
 def _step(path: Path) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dvae.settings import Decay, Precision, TrainingConfig
+from dvae.training import ranks
 from dvae.training.ema import AdamWEma, ema_decay
 
 if not torch.cuda.is_available():
@@ -29,24 +30,11 @@ TAG = "engine"
 def start_distributed() -> None:
     """Join the process group that the environment names (RANK, WORLD_SIZE, ...), or be a group of one."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    if dist.get_world_size() == 1:  # nothing to reduce: spare the minute that compiling the shared-memory op takes
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ranks.join()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    # on CPUs DeepSpeed compiles this operator, for a minute, and uses it in inference alone
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -75,7 +63,7 @@ class Engine:
     def _settings(self) -> dict[str, Any]:
         config = self.config
         return {
-            "train_micro_batch_size_per_gpu": config.batch // (world_size() * config.micro_batches),
+            "train_micro_batch_size_per_gpu": config.batch // (ranks.world_size() * config.micro_batches),
             "gradient_accumulation_steps": config.micro_batches,
             "gradient_clipping": config.clip,
             "zero_optimization": {"stage": config.zero_stage},
@@ -110,13 +98,17 @@ class Engine:
         return self.deepspeed.was_step_applied()
 
     def averaged(self) -> dict[str, torch.Tensor]:
-        """State dict of the module with the moving average in place of the weights; whole on every rank."""
+        """State dict of the module with the moving average in place of the weights; whole on every rank.
+
+        Every rank takes part.
+        """
         state = {name: value.detach().clone() for name, value in self.module.named_buffers()}
+        begun = any("ema" in known for known in self.optimizer.state.values())
         for name, parameter in self.module.named_parameters():
             if self.config.zero_stage == 0:
                 average = self.optimizer.state.get(parameter, {}).get("ema", parameter)
             else:  # a weight has no average before the first step; at stage 3 its own tensor is an empty placeholder
-                average = safe_get_full_optimizer_state(parameter, "ema")
+                average = safe_get_full_optimizer_state(parameter, "ema") if begun else None
                 average = safe_get_full_fp32_param(parameter) if average is None else average
             state[name] = average.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state

@@ -19,11 +19,11 @@ from dvae.registry.encoders import Encoder
 from dvae.run import Run
 from dvae.settings import RunConfig, TrainingConfig
 from dvae.tracking import pictures, scatter
-from dvae.tracking.tracker import Tracker
+from dvae.tracking.tracker import NoTracker, Tracker
+from dvae.training import ranks
 from dvae.training.batches import open_loader, open_shards
 from dvae.training.caching import cache_record, open_latents, posteriors
 from dvae.training.checkpoint import Checkpoints
-from dvae.training.engine import Engine
 from dvae.training.latents import Encoded
 from dvae.training.loop import Preview, State, train
 from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
@@ -66,24 +66,29 @@ def train_stage(
     preview: Preview | None,
     figures: Callable[[Weights], dict[str, float]] | None = None,
 ) -> None:
-    """Train one stage, keep its averaged weights, and bring the bundle up to date.
+    """Train one stage, keep its averaged weights, and bring the bundle up to date. Every rank takes part.
 
     `figures` of the averaged weights go into the stage's record.
     """
+    parameters = sum(p.numel() for p in stage.modules()[stage.name].parameters())  # now: ZeRO 3 will cut them up
     checkpoints = Checkpoints(run.checkpoints(stage.name), training.keep)
-    tracked = Tracker(run.path, config.tracking.wandb, stage.name)
+    tracked = NoTracker() if ranks.rank() else Tracker(run.path, config.tracking.wandb, stage.name)
     with tracked as tracker, open_loader(config, training, stage.name, images=stage.needs_images) as data:
         averaged, state = train(stage, data, checkpoints, tracker, preview, run.path)
     weights = averaged[stage.name]
-    bundle.save_weights(run.weights(part), weights)
-    export(run, config)
-    record = {
-        "seconds": state.seconds,
-        "steps": state.step,
-        "images_per_second": training.batch * state.step / state.seconds,
-        "parameters": sum(p.numel() for p in stage.modules()[stage.name].parameters()),
-    } | (figures(weights) if figures else {})
-    run.finish(stage.name, record)
+
+    def finish() -> None:
+        bundle.save_weights(run.weights(part), weights)
+        export(run, config)
+        record = {
+            "seconds": state.seconds,
+            "steps": state.step,
+            "images_per_second": training.batch * state.step / state.seconds,
+            "parameters": parameters,
+        }
+        run.finish(stage.name, record | (figures(weights) if figures else {}))
+
+    ranks.on_first(finish)
 
 
 def export(run: Run, config: RunConfig) -> None:
@@ -101,14 +106,14 @@ def encoder_stage(run: Run, config: RunConfig) -> None:
     made = take_up(run, config)
     given = made.encoder.pretrained()
     if given is not None:
-        take_over(run, config, made.encoder, given)
+        ranks.on_first(take_over, run, config, made.encoder, given)
         return
     stage = new_encoder_stage(made.encoder, config)
     shown = preview_images(config)
 
-    def preview(step: int, engines: dict[str, Engine]) -> Path:
+    def preview(step: int, averaged: Weights) -> Path:
         copy = models.build(config)
-        copy.encoder.load_state_dict(engines["encoder"].averaged())
+        copy.encoder.load_state_dict(averaged)
         copy.encoder.eval().requires_grad_(False)
         x_hat = copy.encoder.decode(copy.encoder.encode(to_float(shown)).mean)
         path = run.images / f"encoder-{step:08d}.png"
@@ -157,11 +162,11 @@ def refiner_stage(run: Run, config: RunConfig) -> None:
     latents = open_latents(run, config, made)
     stage = RefinerStage(made.encoder, made.denoiser, latents, config.train_refiner, config.seed, device())
     if config.denoiser.data_scale is None:
-        made.denoiser.data_scale.fill_(measure_scale(config, stage))
+        made.denoiser.data_scale.fill_(ranks.on_first(measure_scale, config, stage))
 
-    def preview(step: int, engines: dict[str, Engine]) -> Path:
+    def preview(step: int, averaged: Weights) -> Path:
         copy = take_up(run, config, "encoder", "prior")
-        copy.denoiser.load_state_dict(engines["refiner"].averaged())
+        copy.denoiser.load_state_dict(averaged)
         copy.denoiser.eval()
         path = run.images / f"refiner-{step:08d}.png"
         if configuration.endless(config):
@@ -198,7 +203,7 @@ def classifier_stage(run: Run, config: RunConfig) -> None:
         device(),
     )
 
-    with open_loader(config, training, "classifier held-out", "heldout") as heldout:
+    with open_loader(config, training, "classifier held-out", "heldout", whole=True) as heldout:
 
         def figures(weights: Weights) -> dict[str, float]:
             classifier.load_state_dict(weights)
@@ -221,7 +226,7 @@ def heldout_accuracy(stage: ClassifierStage, heldout: Batches) -> dict[str, floa
 @torch.no_grad()
 def measure_scale(config: RunConfig, stage: RefinerStage) -> float:
     """1 / standard deviation of the unscaled clean state, over the first training images of the run."""
-    loader = open_loader(config, config.train_refiner, stage.name, images=stage.needs_images)
+    loader = open_loader(config, config.train_refiner, stage.name, images=stage.needs_images, whole=True)
     states = []
     for start in range(0, SCALE_IMAGES, config.train_refiner.batch):
         for batch in loader.step(start):

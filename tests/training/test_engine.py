@@ -65,6 +65,13 @@ def test_stages_agree_and_the_average_is_one(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_before_the_first_step_the_average_is_the_weights(stage: int) -> None:
+    engine = make(stage)
+    for name, value in make(0).module.state_dict().items():
+        assert torch.equal(engine.averaged()[name], value), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_non_finite_step_is_left_out(stage: int) -> None:
     engine = make(stage)
     steps(engine, 1, 2)

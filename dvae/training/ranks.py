@@ -1,0 +1,146 @@
+"""Several processes as one: who is who, and the few ways in which ranks wait for each other.
+
+A process alone is rank 0 of 1: there, nothing here waits or communicates.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dvae.errors import MachineError
+
+T = TypeVar("T")
+Sums = dict[str, list[float]]
+"""Figures that are summed up: name -> [sum, count]."""
+LONGEST_PAUSE = 0.05
+"""Seconds between two looks at the store."""
+
+_store: dist.Store | None = None
+_waits = 0
+"""How often this process has met the others at the store; the same on every rank, since all run the same program."""
+
+
+class Lost(MachineError):
+    """Another rank is gone, so that this one cannot go on. Exit status 75: not this rank's own fault."""
+
+    exit_status = 75
+
+
+def join() -> None:
+    """Join the group that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, ...), or be a group of one."""
+    global _store
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, number, count = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=number, world_size=count)
+    _store = dist.PrefixStore("dvae", store)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_first(work: Callable[..., T], *args: Any) -> T:
+    """What `work(*args)` returns on rank 0, which alone does it; the others wait, for hours if need be.
+
+    They wait at the store and not in a collective, which would give up (gloo) or keep a device busy (nccl). What is
+    returned must be picklable and small.
+    """
+    if world_size() == 1:
+        return work(*args)
+    store, key = _meet("first")
+    if rank() == 0:
+        result = work(*args)
+        store.set(key, pickle.dumps(result))  # type: ignore[arg-type] # its stub wants str
+        return result
+    _wait(lambda: store.check([key]))
+    return pickle.loads(store.get(key))  # written by rank 0 of this very run
+
+
+def barrier() -> None:
+    """Wait, for hours if need be, until every rank is here."""
+    if world_size() > 1:
+        store, key = _meet("barrier")
+        store.add(key, 1)
+        _wait(lambda: store.add(key, 0) == world_size())
+
+
+def leave() -> None:
+    """The end: rank 0, which may be the store's host, is the last to go."""
+    if world_size() > 1:
+        store, key = _meet("leave")
+        store.add(key, 1)
+        if rank() == 0:
+            _wait(lambda: store.add(key, 0) == world_size())
+
+
+def gathered(value: T) -> list[T]:
+    """The `value` of every rank, in their order; collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(parts: list[Sums]) -> Sums:
+    """Sums and counts of all parts added up, in their order."""
+    sums: Sums = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            before = sums.get(name, [0.0, 0.0])
+            sums[name] = [before[0] + value, before[1] + count]
+    return sums
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank's flag is set; collective, one number wide."""
+    if world_size() == 1:
+        return flag
+    wanted = torch.tensor(float(flag), device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(wanted, dist.ReduceOp.MAX)
+    return bool(wanted.item())
+
+
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """Turn what torch raises when a rank is gone (a broken connection) into Lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise Lost(f"rank {rank()}: lost the connection to another rank ({error})") from error
+        raise
+
+
+def _meet(purpose: str) -> tuple[dist.Store, str]:
+    global _waits
+    assert _store is not None
+    _waits += 1
+    return _store, f"{purpose} {_waits}"
+
+
+def _wait(there: Callable[[], bool]) -> None:
+    """Return once `there()`; between looks Python runs, so that signals are heard."""
+    pause = 0.001
+    while not there():
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
