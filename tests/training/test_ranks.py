@@ -126,7 +126,8 @@ def test_two_ranks_log_what_one_does(one: Path, two: Path) -> None:
     agree(one, two)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_two_ranks_at_the_other_zero_stages_too(one: Path, stage: int, tmp_path: Path, tiny: list[str]) -> None:
     agree(one, finish([*tiny, *TWO, *zero(stage)], tmp_path / "run"))
 
@@ -143,6 +144,7 @@ def killed(process: subprocess.Popen[str], run: Path, number: int) -> str:
     return (run.parent / "out.txt").read_text().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_and_sigterm_leave_no_trace(two: Path, tmp_path: Path, tiny: list[str]) -> None:
     run, words = tmp_path / "run", [*tiny, *TWO, *zero(2)]
     process = begin(words, run)
