@@ -142,12 +142,12 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
         if settings.density not in names:
             raise UserError(f"density={settings.density}: {path} draws others; {near(settings.density, names)}")
         runs[path.name] = run
-    return dict(sorted(runs.items(), key=lambda item: item[1].models.io.k))
+    return dict(sorted(runs.items(), key=lambda item: item[1].models.denoiser.io.k))
 
 
 def sampler_names(run: Pipeline, settings: GalleryConfig) -> list[str]:
     """Those samplers asked for that integrate the run's process. Raises UserError where none does."""
-    diffusion, io = run.models.denoiser.diffusion, run.models.io
+    diffusion, io = run.models.denoiser.diffusion, run.models.denoiser.io
     asked = settings.samplers or SAMPLERS.names()
     able = [name for name in asked if SAMPLERS.build({"name": name}, io).supports(diffusion)]
     if not able:

@@ -204,7 +204,7 @@ class Pipeline:
         space.
         """
         self._need_pixels("bits per dimension")
-        denoiser, io = self.models.denoiser, self.models.io
+        denoiser, io = self.models.denoiser, self.models.denoiser.io
         shape = (io.k * io.channels, io.image_size, io.image_size)
         parts = []
         for numbers in torch.arange(len(images)).split(self.batch):

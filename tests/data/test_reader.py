@@ -13,7 +13,7 @@ import pytest
 import torch
 from patterns import pixels_of
 
-from dvae.data import reader
+from dvae.data import members
 from dvae.data.build import build
 from dvae.data.reader import JSON, PNG, Shards
 from dvae.errors import MachineError, UserError
@@ -113,7 +113,7 @@ def test_grey(tmp_path: Path):
 
 
 def test_threads_read_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reader, "OPEN_FILES", 2)  # so that files are evicted while others read
+    monkeypatch.setattr(members, "OPEN_FILES", 2)  # so that files are evicted while others read
     for cache in (0, 2**20):
         data = Shards(shards, cache_bytes=cache)
         expected = Shards(shards, cache_bytes=0).read(range(len(data)))

@@ -178,7 +178,7 @@ def test_without_labels_the_densities_are_one_mixture() -> None:
     words = ["denoiser.condition_label=false", "classes=[]", "process=cld"]
     settings = config.typed(config.compose("train", [*TINY, *words]))
     assert points.groups(settings, points.open_source(settings)) == {"moons + rings": None}
-    assert models.on_meta(settings).io.outputs == 1
+    assert models.on_meta(settings).denoiser.io.outputs == 1
 
 
 @pytest.mark.slow
