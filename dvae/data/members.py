@@ -46,11 +46,12 @@ class Members:
 
     def read(self, index: int, member: int) -> bytes:
         """Member number `member` of sample `index`. Raises DamagedImage where the shard ends before it does."""
-        file, offset, size = self.where(index, member)
+        name, offset, size = self.where(index, member)
+        file = self._open(name)  # held until it was read: another thread may evict it meanwhile
         try:
-            data = os.pread(self._open(file).handle, size, offset)
+            data = os.pread(file.handle, size, offset)
         except OSError as error:
-            raise MachineError(f"shard {self.folder / file} cannot be read: {error.strerror}") from None
+            raise MachineError(f"shard {self.folder / name} cannot be read: {error.strerror}") from None
         if len(data) != size:
             raise DamagedImage(f"the file ends {size - len(data)} bytes early")
         return data
