@@ -41,7 +41,7 @@ def score(
 
     sets: name -> one tensor (n, C, H, W), uint8, per seed, all of the same n. reference (M, C, H, W) and heldout
     (K, C, H, W) are real images, uint8, disjoint. Features of real images are kept in the folder `cache`.
-    `reconstructions` of the first held-out images are one more set, of a size of its own.
+    `reconstructions` of held-out images are one more set, of a size of its own.
 
     Returns {"protocol": {...}, "sets": {name: figures}, "floor": {"heldout": figures, "reference halves": figures}}
     with figures = {"n", "n_reference", "KID-lite0": {"mean", "se", "per_seed", "subset_std"}, "FID-lite0": {"mean",
