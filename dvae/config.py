@@ -19,7 +19,7 @@ from dvae.errors import UserError, near, one_line
 from dvae.registry import SOURCES
 from dvae.registry.core import KINDS, broken_plugins, discover, load_plugins
 from dvae.registry.sources import EndlessSource
-from dvae.settings import STAGES, Launch, LauncherConfig, RunConfig, TrainingConfig
+from dvae.settings import STAGES, WIDTHS, EmaConfig, EmaProfile, Launch, LauncherConfig, RunConfig, TrainingConfig
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -141,15 +141,20 @@ def check(config: RunConfig) -> RunConfig:
         raise UserError(f"image_size={config.image_size}: use 4 or more")
     check_classes(config)
     check_launcher(config.launcher)
+    if not config.max_hours >= 0:
+        raise UserError(f"max_hours={config.max_hours:g}: use 0 (no limit) or more")
     for name in ("train_encoder", "train_refiner", "train_classifier"):
         training: TrainingConfig = getattr(config, name)
         for key in ("steps", "batch", "micro_batches", "log_every", "save_every", "keep"):
             if getattr(training, key) < 1:
                 raise UserError(f"{name}.{key}={getattr(training, key)}: use 1 or more")
+        if training.nonfinite_skips < 0:
+            raise UserError(f"{name}.nonfinite_skips={training.nonfinite_skips}: use 0 or more")
         if training.zero_stage not in range(4):
             raise UserError(f"{name}.zero_stage={training.zero_stage}: use 0, 1, 2 or 3")
         if training.lr <= 0:
             raise UserError(f"{name}.lr={training.lr}: use a learning rate above 0")
+        check_ema(f"{name}.ema", training.ema)
     images = config.evaluate.metrics and not endless(config)
     if images and config.evaluate.kid_subset_size > config.evaluate.n:
         raise UserError(
@@ -159,10 +164,39 @@ def check(config: RunConfig) -> RunConfig:
     return config
 
 
+def check_ema(name: str, ema: EmaConfig) -> None:
+    """Refuse averages that are none, and snapshots from which nothing could be made."""
+    for key, widths in (("width", [ema.width]), ("extra_widths", ema.extra_widths)):
+        for width in widths:
+            if not WIDTHS[0] <= width <= WIDTHS[1]:
+                raise UserError(f"{name}.{key}={width:g}: use {WIDTHS[0]} to {WIDTHS[1]}")
+    for key, decays in (("decay", [ema.decay]), ("extra_decays", ema.extra_decays)):
+        for decay in decays:
+            if not 0 <= decay < 1:
+                raise UserError(f"{name}.{key}={decay:g}: use 0 or more, and less than 1")
+    power = ema.profile is EmaProfile.power
+    for key, kept in (
+        ("extra_widths", [*([ema.width] if power else []), *ema.extra_widths]),
+        ("extra_decays", [*([] if power else [ema.decay]), *ema.extra_decays]),
+    ):
+        twice = [value for value in kept if kept.count(value) > 1]
+        if twice:
+            raise UserError(f"{name}.{key}: an average of {twice[0]:g} is kept already: name each once")
+    if ema.snapshot_every < 0:
+        raise UserError(f"{name}.snapshot_every={ema.snapshot_every}: use 0 (none) or more")
+    if ema.snapshot_every and power + len(ema.extra_widths) < 2 and not ema.extra_decays:
+        raise UserError(
+            f"{name}.snapshot_every={ema.snapshot_every} needs two averages of power profile: "
+            f"add {name}.extra_widths=[0.05,0.1]"
+        )
+
+
 def check_launcher(launcher: LauncherConfig) -> None:
     """Refuse a number of ranks that the launcher does not start."""
     if launcher.count < 1:
         raise UserError(f"launcher.count={launcher.count}: use 1 or more")
+    if not launcher.hang_seconds >= 0:
+        raise UserError(f"launcher.hang_seconds={launcher.hang_seconds:g}: use 0 (never) or more")
     if launcher.name is Launch.local and launcher.count > 1:
         raise UserError(f"launcher.count={launcher.count}: launcher=local starts none: use launcher=processes")
 

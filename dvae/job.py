@@ -13,7 +13,8 @@ from dvae import files
 from dvae.config import endless
 from dvae.data.build import build as build_shards
 from dvae.data.manifest import FILE as manifest_file
-from dvae.data.manifest import Manifest
+from dvae.data.manifest import TRAIN, Manifest
+from dvae.data.remote import is_remote
 from dvae.evaluation.points import evaluate_points
 from dvae.evaluation.stage import evaluate
 from dvae.pipeline import Pipeline
@@ -21,7 +22,7 @@ from dvae.run import Run
 from dvae.settings import STAGES, RunConfig
 from dvae.tracking.console import Counted
 from dvae.tracking.report import write_report
-from dvae.training import ranks
+from dvae.training import ranks, stopping, watch
 from dvae.training.engine import start_distributed
 from dvae.training.memory import keep_freed_memory
 from dvae.training.work import (
@@ -51,11 +52,15 @@ class Job:
             ranks.on_first(run.tidy)
             config = run.config()
             stages = ranks.on_first(unfinished, run, config)
-            for stage in stages:
-                if stage in ALONE:
-                    ranks.on_first(work, stage, run, config)
-                else:
-                    work(stage, run, config)
+            asking = stopping.begin(config.max_hours)
+            with watch.watching(config.launcher.hang_seconds):
+                for number, stage in enumerate(stages):
+                    if number:
+                        asking.between_stages()
+                    if stage in ALONE:
+                        ranks.on_first(work, stage, run, config)
+                    else:
+                        work(stage, run, config)
             ranks.on_first(conclude, run, config, bool(stages))
             ranks.leave()
 
@@ -94,7 +99,9 @@ def evaluate_settings(config: RunConfig) -> str:
 def shards_stage(run: Run, config: RunConfig) -> None:
     began = time.perf_counter()
     folder = Path(config.data.shards)
-    if (folder / manifest_file).exists():
+    if is_remote(config.data.shards):
+        manifest = open_shards(config, TRAIN).manifest
+    elif (folder / manifest_file).exists():
         manifest = Manifest.load(folder, config.image_size, config.channels)
     else:
         manifest = build_with_progress(config, folder)

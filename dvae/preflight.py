@@ -14,6 +14,7 @@ from dvae.data.images import DamagedImage
 from dvae.data.labels import check_label
 from dvae.data.loader import check_batch
 from dvae.data.manifest import Manifest
+from dvae.data.remote import is_remote, read_manifest
 from dvae.errors import UserError, one_line
 from dvae.registry import SOURCES, Shapes
 from dvae.registry.sources import Item, Source
@@ -57,8 +58,13 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[models.Models, dict[str, i
 def images(config: RunConfig) -> dict[str, int]:
     """Images by split: of the shards where they exist, else of the source, split by the held-out fraction."""
     folder = Path(config.data.shards)
-    if (folder / "manifest.json").exists() or "shards" not in config.stages:
-        manifest = Manifest.load(folder, image_size=config.image_size, channels=config.channels)
+    remote = is_remote(config.data.shards)
+    if remote or (folder / "manifest.json").exists() or "shards" not in config.stages:
+        if remote:  # its folder here may lie in the run's, which does not exist yet
+            text = read_manifest(config.data.shards)
+            manifest = Manifest.parse(text, config.data.shards, config.image_size, config.channels)
+        else:
+            manifest = Manifest.load(folder, config.image_size, config.channels)
         if config.classes:
             check_label(manifest.labels, config.data.label, config.classes)
         return {split: manifest.count(split) for split in ("train", "heldout")}

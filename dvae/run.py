@@ -4,6 +4,7 @@ config.yaml        resolved when the run was submitted
 stages.json        what is finished, with times and counts
 metrics.jsonl      figures by stage and step
 checkpoints/       resume state of the stage in progress
+snapshots/         averages at steps of a stage, for tools/ema.py
 weights/           averaged weights of finished stages (safetensors)
 bundle/            what users run on
 images/            pictures; samples.png and reconstructions.png beside it
@@ -27,12 +28,18 @@ from dvae import files
 from dvae.errors import UserError
 from dvae.settings import RunConfig
 
-FREE = (
+TRAININGS = ("train_encoder", "train_refiner", "train_classifier")
+FREE = {
     "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
-    "data.workers", "data.cache_gib", "train_encoder.keep", "train_refiner.keep", "train_encoder.preview_every",
-    "train_refiner.preview_every", "train_encoder.save_every", "train_refiner.save_every",
-    "train_classifier.keep", "train_classifier.preview_every", "train_classifier.save_every",
-)  # fmt: skip
+    "data.workers", "data.cache_gib", "data.download_to", "data.download_gib", "data.log_samples", "max_hours",
+} | {
+    f"{training}.{name}"
+    for training in TRAININGS
+    for name in (
+        "keep", "keep_every", "save_every", "preview_every", "zero_stage", "offload", "micro_batches",
+        "nonfinite_skips", "ema.snapshot_every",
+    )
+}  # fmt: skip
 """Settings that may change from one attempt to the next: they do not touch what was trained (a cache refuses
 others by itself)."""
 

@@ -31,6 +31,10 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+WIDTHS = (0.005, 0.28)
+"""Least and greatest width of a power profile; beyond 0.289 there is none."""
+
+
 class EmaProfile(Enum):
     """How past weights are weighted: exponential decay, or a power of the step (Karras et al. 2024, section 3.1)."""
 
@@ -48,6 +52,13 @@ class EmaConfig:
     """For constant: weight of the past per step; early on (1 + step) / (10 + step) where that is less."""
     width: float = 0.1
     """For power: standard deviation of the profile relative to training so far (sigma_rel), 0.005 to 0.28."""
+    extra_widths: list[float] = field(default_factory=list)
+    """Further averages that are kept beside it: of profile power, with these widths."""
+    extra_decays: list[float] = field(default_factory=list)
+    """Further averages that are kept beside it: of profile constant, with these decays."""
+    snapshot_every: int = 0
+    """Steps between snapshots of all averages but a constant one that is exported anyway (0: none); from those of
+    profile power tools/ema.py makes any other."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,10 +83,14 @@ class TrainingConfig:
     """Decoupled weight decay."""
     clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    nonfinite_skips: int = 0
+    """Steps that may be left out because a gradient was not finite, in one stage; one more ends the run."""
     precision: Precision = Precision.bf16
     """bf16 (autocast; weights stay fp32) or fp32."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
+    offload: bool = False
+    """With ZeRO 1 to 3: keep the optimiser's state in the host's memory, and take its step there."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Moving average of the weights."""
     log_every: int = 50
@@ -83,7 +98,9 @@ class TrainingConfig:
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good (0: none)."""
     preview_every: int = 5000
     """Steps between preview pictures in images/ (0: none)."""
 
@@ -93,7 +110,12 @@ class DataConfig:
     """Where images lie and how they are read."""
 
     shards: str = "${run}/shards"
-    """Folder of shards; built from `source` where it does not exist yet."""
+    """Folder of shards, built from `source` where it does not exist yet; or where they lie elsewhere: a URL (http://,
+    https://, s3://, gs://) or pipe:COMMAND, in which %s stands for a file's name (without it, the name comes last)."""
+    download_to: str = "${run}/remote"
+    """Folder into which shards from elsewhere are fetched; ranks of a machine, and runs, may share it."""
+    download_gib: float = 50.0
+    """Shards from elsewhere take no more than this there; those not wanted for the longest go first."""
     heldout: float = 0.1
     """Fraction of the images kept from training, for reconstructions and the metrics' floor."""
     flip: bool = False
@@ -110,6 +132,8 @@ class DataConfig:
     """Blocks within which single images are shuffled."""
     threads: int = 0
     """Threads that read ahead (0: none, best on two cores with the images in memory)."""
+    log_samples: bool = False
+    """Write the numbers of each step's samples to samples-STAGE.jsonl in the run folder."""
     workers: int = 2
     """Processes that read or render images when shards are built."""
 
@@ -177,6 +201,8 @@ class LauncherConfig:
     """local: in this process, which may be one of torchrun's; processes: in `count` processes of this machine."""
     count: int = 1
     """For processes: how many ranks there are."""
+    hang_seconds: float = 900.0
+    """A rank that stands still for so many seconds, in training, ends the job (0: never)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -199,6 +225,8 @@ class RunConfig:
     """Stages to run, of shards, encoder, prior, cache, refiner, classifier, evaluate."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
+    max_hours: float = 0.0
+    """Hours after which this attempt saves and stops, as at a signal (0: no limit)."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
     source: Any = MISSING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -28,9 +29,12 @@ GRACE = 5.0
 """Seconds that the other ranks have to end by themselves once one has failed; then they are killed."""
 LOOK_EVERY = 0.2
 """Seconds after which ranks are looked at, whether or not one is heard to have ended."""
-PASSED_ON = (signal.SIGTERM, signal.SIGINT)
-STOPPED, LOST, CRASHED = 143, 75, 1
-"""Exit statuses of a rank: stopped on request and saved; another rank is gone; an error that nobody foresaw."""
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED, LOST, HANGS, CRASHED = 143, 75, 76, 1
+"""Exit statuses of a rank: stopped on request and saved; another rank is gone, or stands still; an error that nobody
+foresaw."""
+LAST_WORDS = 2.0
+"""Seconds that a rank which stands still has to say where, before it is killed."""
 
 
 @dataclass
@@ -103,10 +107,18 @@ def run_rank(folder: str, line: connection.Connection) -> None:
     """What a rank's process does. An error that has words for the user goes to the launcher, which alone prints it."""
     os.setpgrp()  # Ctrl-C reaches the launcher alone, which passes it on: twice would mean to end at once
     threading.Thread(target=end_with_parent, daemon=True).start()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT, chain=True)  # says where it is, and ends
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         from dvae.job import Job  # here, since the launcher itself has no use for DeepSpeed
+        from dvae.training import watch
 
+        def on_hang(words: str, speaks: bool) -> None:
+            line.send(words)
+            watch.end(HANGS)
+
+        watch.on_hang = on_hang
         Job(folder)()
     except BaseException as error:  # noqa: BLE001 told to the launcher, whatever it is
         words = in_words(error)
@@ -159,11 +171,24 @@ def watch(ranks: list[Rank]) -> list[Rank]:
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() >= deadline:
+            if any(rank.process.exitcode == HANGS for rank in failed):
+                let_speak(left)
             for rank in left:
                 rank.process.kill()
                 rank.process.join()
             break
     return failed
+
+
+def let_speak(ranks: list[Rank]) -> None:
+    """Have ranks that stand still say where, on stderr, through Python's faulthandler; it ends them."""
+    for rank in ranks:
+        for number in (signal.SIGQUIT, signal.SIGCONT):  # a stopped process hears nothing until it may go on
+            if rank.process.is_alive() and rank.process.pid:
+                os.kill(rank.process.pid, number)
+    deadline = time.monotonic() + LAST_WORDS
+    for rank in ranks:
+        rank.process.join(max(0.0, deadline - time.monotonic()))
 
 
 def explain(folder: Path, failed: list[Rank], passed: list[int]) -> None:
@@ -172,6 +197,8 @@ def explain(folder: Path, failed: list[Rank], passed: list[int]) -> None:
     status = rank.process.exitcode or 0
     if -status in passed:
         raise with_status(f"ended by {signal.Signals(-status).name}: the same command again resumes", 128 - status)
+    if status == HANGS:
+        raise MachineError(rank.said)
     if status == UserError.exit_status:
         raise UserError(rank.said)
     if status == 130:

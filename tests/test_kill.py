@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -73,6 +74,43 @@ def test_a_run_killed_in_every_stage_ends_as_an_undisturbed_one(whole: Path, tmp
         assert torch.equal(value, theirs[name]), name
     assert (run / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
     assert not list(run.rglob(".*.tmp*"))
+
+
+def trained(folder: Path, tiny: list[str], shards: Path, ranks: int, kills: int) -> dict[str, int]:
+    """Encoder and refiner of 150 steps, saved at every third, killed so often; what tests/killed_runs.py says of it."""
+    words = [*tiny, "stages=[encoder,refiner]", f"data.shards={shards}", f"run={folder / 'run'}"]
+    for stage in ("train_encoder", "train_refiner"):
+        words += [f"{stage}.steps=150", f"{stage}.save_every=3", f"{stage}.preview_every=0", f"{stage}.zero_stage=2"]
+    task = {"words": words, "run": str(folder / "run"), "ranks": ranks, "kills": kills, "seed": kills}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "killed_runs.py"), json.dumps(task)],
+        env=environment(), capture_output=True, text=True, timeout=3000,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """All that was trained, byte for byte: averages, and the last checkpoints with weights and moments."""
+    found = [*run.glob("weights/*.safetensors"), *run.glob("checkpoints/*/step-00000150/**/*.safetensors")]
+    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(
+    whole: Path, ranks: int, tmp_path: Path, tiny: list[str]
+) -> None:
+    kills = int(os.environ.get("DVAE_KILLS", "20"))
+    for name, count in (("undisturbed", 0), ("killed", kills)):
+        (tmp_path / name).mkdir()
+        print(trained(tmp_path / name, tiny, whole / "shards", ranks, count))
+    undisturbed, killed = tmp_path / "undisturbed" / "run", tmp_path / "killed" / "run"
+    assert rows(killed) == rows(undisturbed)
+    assert len(rows(killed)) == 300
+    assert len(files_of(killed)) == 3 + 2 * ranks  # encoder, its posteriors, denoiser
+    assert files_of(killed) == files_of(undisturbed)
+    assert not list(killed.rglob(".*.tmp*"))
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_a_non_finite_step_ends_the_run_and_spoils_nothing(tool: Tool, tiny: lis
     done = tool("launch", *tiny, "train_encoder.lr=1e30", "train_encoder.save_every=1", "run=mine")
     assert done.returncode == 1
     assert "a gradient is not finite" in done.stderr.splitlines()[-1]
-    (record,) = (tmp_path / "mine").glob("nonfinite-encoder-*.json")
+    (record,) = (tmp_path / "mine").glob("nonfinite-encoder-*/record.json")
     kept = json.loads(record.read_text())
     assert len(kept["samples"]) == len(kept["indices"]) == 8
     saved = sorted((tmp_path / "mine" / "checkpoints" / "encoder").iterdir())

@@ -12,8 +12,11 @@ TOOLS = {
     "shards": "build or verify WebDataset shards",
     "cache": "write the latents of a run's training images into shards",
     "sample": "draw images from a trained run",
+    "ema": "make an average of any width from the snapshots of a training",
     "judge": "say what the samples show, by a classifier trained on the real images",
+    "replay": "take a training step that was not finite once more, and look at it",
     "convert": "read a public checkpoint of DiffuseVAE or PSLD",
+    "bench": "measure how fast images come, and what the trainer costs",
     "gallery": "draw process x sampler x evaluations, from runs on points",
     "components": "list what is registered",
 }

@@ -12,6 +12,7 @@ import torch
 from dvae import keyed
 from dvae.data.images import to_float
 from dvae.data.order import Order
+from dvae.data.prefetch import Prefetcher
 from dvae.data.reader import Shards
 from dvae.errors import UserError
 
@@ -86,9 +87,12 @@ class Loader:
         self._flip, self._labels, self._seed, self._prefetch, self._images = flip, labels, seed, prefetch, images
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
         self._ahead: dict[int, Future[list[Batch]]] = {}
+        self._prefetcher = Prefetcher(shards.remote, shards.shards, order) if shards.remote and images else None
 
     def step(self, sample: int) -> list[Batch]:
         """This rank's `accumulate` micro-batches of the global step that begins at global sample number `sample`."""
+        if self._prefetcher:
+            self._prefetcher.at(sample)
         if self._pool is None:
             return self._load(sample)
         wanted = [sample + self._batch * i for i in range(self._prefetch + 1)]
@@ -115,6 +119,8 @@ class Loader:
 
     def close(self) -> None:
         """End the threads; what was read ahead is dropped."""
+        if self._prefetcher:
+            self._prefetcher.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._ahead.clear()

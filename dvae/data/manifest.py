@@ -78,12 +78,22 @@ class Manifest:
         """The manifest in `folder`. Raises UserError where there is none, or images of another size or channels."""
         path = Path(folder) / FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"no shards at {folder}: build them with python tools/shards.py build source=... out={folder}"
             ) from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}): build the shards again") from None
+        return cls.parse(text, str(folder), image_size, channels)
+
+    @classmethod
+    def parse(cls, text: bytes, place: str, image_size: int | None = None, channels: int | None = None) -> Manifest:
+        """The manifest of the shards at `place`, which may lie elsewhere; raises as `load` does."""
+        path = f"{place}/{FILE}"
+        try:
+            data = json.loads(text)
+        except ValueError as error:
             raise UserError(f"{path} cannot be read ({one_line(error)}): build the shards again") from None
         if not isinstance(data, dict) or data.get("version") != VERSION:
             found = data.get("version") if isinstance(data, dict) else None
@@ -97,7 +107,7 @@ class Manifest:
             found = getattr(manifest, name)
             if wanted is not None and wanted != found:
                 raise UserError(
-                    f"shards at {folder} have {name} {found}, not {wanted} as asked for: "
+                    f"shards at {place} have {name} {found}, not {wanted} as asked for: "
                     f"use {name}={found} or build others"
                 )
         return manifest

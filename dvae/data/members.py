@@ -6,27 +6,35 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from dvae.data.images import DamagedImage
 from dvae.data.manifest import Shard
+from dvae.data.remote import Remote
 from dvae.errors import MachineError
 from dvae.files import sha256
 
 OPEN_FILES = 128
+FETCHERS = 8
+"""Indices of shards elsewhere that are fetched at a time."""
 
 
 class Members:
     """Members of the samples of consecutive shards, by index over all of them. Thread-safe.
 
-    Raises MachineError where a shard or its index is missing or not what it was; `again` says how they are made.
+    The shards lie in `folder`, or come there from `remote` as they are read. Raises MachineError where a shard or its
+    index is missing or not what it was; `again` says how they are made.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], again: str) -> None:
-        self.folder, self._shards, self._again = folder, shards, again
+    def __init__(self, folder: Path, shards: Sequence[Shard], again: str, remote: Remote | None = None) -> None:
+        self.folder, self._shards, self._again, self._remote = folder, shards, again, remote
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
+        if remote:
+            with ThreadPoolExecutor(FETCHERS) as pool:
+                list(pool.map(remote.index, shards))
         self._rows = np.concatenate([self._load_index(shard) for shard in shards])
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
@@ -36,8 +44,11 @@ class Members:
 
     def place(self, index: int) -> tuple[str, int]:
         """(Name of the shard, number of the sample in it)."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = self._shard_of(index)
         return self._shards[number].file, index - int(self._starts[number])
+
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def where(self, index: int, member: int) -> tuple[str, int, int]:
         """(Name of the shard, offset and size in bytes) of member number `member` of sample `index`."""
@@ -47,7 +58,8 @@ class Members:
     def read(self, index: int, member: int) -> bytes:
         """Member number `member` of sample `index`. Raises DamagedImage where the shard ends before it does."""
         name, offset, size = self.where(index, member)
-        file = self._open(name)  # held until it was read: another thread may evict it meanwhile
+        # held until it was read: another thread may evict it meanwhile
+        file = self._open(self._shards[self._shard_of(index)])
         try:
             data = os.pread(file.handle, size, offset)
         except OSError as error:
@@ -56,11 +68,14 @@ class Members:
             raise DamagedImage(f"the file ends {size - len(data)} bytes early")
         return data
 
-    def _open(self, name: str) -> _File:
+    def _open(self, shard: Shard) -> _File:
+        if self._remote:  # opened anew each time: what is held open would keep its place on the disk when it is removed
+            return _File(self._remote.open(shard))
         with self._lock:
+            name = shard.file
             if name not in self._files:
                 try:
-                    self._files[name] = _File(self.folder / name)
+                    self._files[name] = _File(os.open(self.folder / name, os.O_RDONLY))
                 except OSError as error:
                     raise MachineError(
                         f"shard {self.folder / name} cannot be opened ({error.strerror}): restore it or {self._again}"
@@ -73,7 +88,7 @@ class Members:
     def _load_index(self, shard: Shard) -> np.ndarray:
         """A shard's index, (count, 2 * members)."""
         path = self.folder / shard.index
-        for needed in (self.folder / shard.file, path):
+        for needed in [path] if self._remote else [self.folder / shard.file, path]:
             if not needed.exists():
                 raise MachineError(f"shard file {needed} is missing: restore it or {self._again}")
         if sha256(path) != shard.index_sha256:
@@ -84,10 +99,8 @@ class Members:
 class _File:
     """An open file, closed when the last reader lets go of it: a thread may still be reading what another evicts."""
 
-    def __init__(self, path: Path) -> None:
-        self.handle = -1
-        self.handle = os.open(path, os.O_RDONLY)
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
 
     def __del__(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
+        os.close(self.handle)

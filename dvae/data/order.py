@@ -38,13 +38,16 @@ class Order:
         """Data set indices of the global sample numbers start, ..., stop - 1: (stop - start,), int64."""
         parts = [np.empty(0, np.int64)]
         while start < stop:
-            epoch, position = divmod(start, self.count)
-            _, starts = _layout(self, epoch)
-            window = int(np.searchsorted(starts, position, side="right")) - 1
-            first = position - int(starts[window])
-            parts.append(_window(self, epoch, window)[first : first + stop - start])
+            parts.append(self.rest(start)[: stop - start])
             start += len(parts[-1])
         return np.concatenate(parts)
+
+    def rest(self, start: int) -> np.ndarray:
+        """Data set indices of the global sample numbers from `start` to the end of its window."""
+        epoch, position = divmod(start, self.count)
+        _, starts = _layout(self, epoch)
+        window = int(np.searchsorted(starts, position, side="right")) - 1
+        return _window(self, epoch, window)[position - int(starts[window]) :]
 
 
 def _permutation(seed: int, purpose: str, number: int, size: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +12,47 @@ import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
-from dvae.data.images import DamagedImage
+from dvae.data.images import DamagedImage, check_png
 from dvae.data.labels import check_label
 from dvae.data.manifest import Manifest
 from dvae.data.members import Members
+from dvae.data.remote import Remote
 from dvae.errors import MachineError, UserError, near, one_line
 
 PNG, JSON = 0, 1  # members of a sample
 
 
 class Shards:
-    """A split of a folder of shards, by index. Thread-safe.
+    """A split of a folder of shards, here or elsewhere, by index. Thread-safe.
 
     Images are read by offset and decoded; where all of them take no more than `cache_bytes`, each is kept in memory
-    once it was decoded. A damaged image is replaced by the next good one, remembered in `damaged`, and an error when
-    there are more than `max_bad_fraction` of the split.
+    once it was decoded. A damaged image is replaced by the next good one, remembered in `damaged`, told to `report` in
+    one line, and an error when there are more than `max_bad_fraction` of the split.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        place: str | Path | Remote,
         split: str = "train",
         cache_bytes: int = 2 * 2**30,
         max_bad_fraction: float = 0.01,
+        report: Callable[[str], None] | None = None,
     ) -> None:
-        self.folder, self.split = Path(folder), split
-        self.manifest = Manifest.load(folder)
+        self.remote = place if isinstance(place, Remote) else None
+        self.folder, self.split = place.folder if isinstance(place, Remote) else Path(place), split
+        self.manifest = place.manifest() if isinstance(place, Remote) else Manifest.load(place)
         if split not in self.manifest.splits:
             raise UserError(f"unknown split {split!r}: {near(split, self.manifest.splits)}")
-        shards = self.manifest.splits[split]
-        if not shards:
-            raise UserError(f"shards at {folder} have no image in {split!r}: build them with another held-out fraction")
-        self.members = Members(self.folder, shards, again="build the shards again")
+        self.shards = self.manifest.splits[split]
+        """The split's shards, in the order of the indices."""
+        if not self.shards:
+            raise UserError(f"shards at {place} have no image in {split!r}: build them with another held-out fraction")
+        again = f"remove {self.folder}, to fetch them again" if self.remote else "build the shards again"
+        self.members = Members(self.folder, self.shards, again, self.remote)
         self.shape = (self.manifest.channels, self.manifest.image_size, self.manifest.image_size)
         self.damaged: dict[int, str] = {}
-        """Damaged images met so far: index -> file, key and reason."""
+        """Damaged images known so far: index -> file, key and reason."""
+        self._report = report
         self._max_bad = max_bad_fraction * len(self)
         self._lock = threading.Lock()
         cached = len(self) * int(np.prod(self.shape)) <= cache_bytes
@@ -113,6 +119,13 @@ class Shards:
             return indices
         return np.array([next(at for at in self._from(int(index)) if at not in self.damaged) for index in indices])
 
+    def know(self, damaged: dict[int, str]) -> None:
+        """Take images for damaged that others found to be. Raises MachineError where there are too many."""
+        with self._lock:
+            self.damaged = damaged | self.damaged
+        for index in damaged:
+            self._refuse_many(index)
+
     def _from(self, index: int) -> Iterator[int]:
         """All indices from `index` on, and around."""
         return ((index + step) % len(self) for step in range(len(self)))
@@ -120,7 +133,10 @@ class Shards:
     def _pass_over(self, index: int, why: str) -> None:
         """Remember a damaged image. Raises MachineError where there are too many."""
         with self._lock:
+            new = index not in self.damaged
             self.damaged[index] = why
+        if new and self._report:
+            self._report(f"damaged image {why}; {len(self.damaged)} of {len(self)}, passed over")
         self._refuse_many(index)
 
     def _refuse_many(self, index: int) -> None:
@@ -147,6 +163,7 @@ class Shards:
         mode = ImageReadMode.GRAY if self.shape[0] == 1 else ImageReadMode.RGB
         try:
             data = self.members.read(index, PNG)
+            check_png(data)
             image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
         except (DamagedImage, RuntimeError, ValueError) as error:
             raise DamagedImage(f"{file}:{self._name(index)} ({one_line(error)[:120]})") from None

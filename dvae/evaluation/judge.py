@@ -26,6 +26,7 @@ from dvae.config import endless
 from dvae.data.images import to_float
 from dvae.data.order import Order
 from dvae.data.reader import Shards
+from dvae.data.remote import Remote, is_remote
 from dvae.errors import UserError, near
 from dvae.tracking import pictures
 from dvae.tracking.console import Progress
@@ -173,7 +174,10 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
         raise UserError(f"run={settings.run} draws points, not images: use python tools/gallery.py runs={settings.run}")
     if settings.sampler is not None:
         pipeline.use_sampler(settings.sampler)
-    real = Path(settings.shards or pipeline.config.data.shards)
+    data = pipeline.config.data
+    real: Path | Remote = Path(settings.shards or data.shards)
+    if not settings.shards and is_remote(data.shards):
+        real = Remote(data.shards, data.download_to, data.download_gib)
     train_set, heldout_set = Shards(real, "train"), Shards(real, "heldout")
     channels, size = train_set.shape[:2]
     if (channels, size) != (pipeline.config.channels, pipeline.config.image_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from dvae import config as configuration
@@ -10,17 +11,33 @@ from dvae.data.endless import EndlessLoader
 from dvae.data.loader import Loader
 from dvae.data.order import Order
 from dvae.data.reader import Shards
+from dvae.data.remote import Remote, is_remote
 from dvae.settings import RunConfig, TrainingConfig
 from dvae.training import ranks
+from dvae.training.feed import Feed, known_damage
+
+
+def place_of(config: RunConfig) -> Path | Remote:
+    """Where the shards lie: a folder, or elsewhere."""
+    data = config.data
+    return Remote(data.shards, data.download_to, data.download_gib) if is_remote(data.shards) else Path(data.shards)
 
 
 def open_shards(config: RunConfig, split: str) -> Shards:
-    return Shards(
-        Path(config.data.shards),
+    """A split of the run's shards; what the run has found damaged is passed over from the start."""
+    shards = Shards(
+        place_of(config),
         split,
         cache_bytes=int(config.data.cache_gib * 2**30),
         max_bad_fraction=config.data.max_bad_fraction,
+        report=say,
     )
+    shards.know(known_damage(Path(config.run), split))
+    return shards
+
+
+def say(line: str) -> None:
+    print(f"dvae: {line}", file=sys.stderr, flush=True)
 
 
 def open_loader(
@@ -30,11 +47,11 @@ def open_loader(
     split: str = "train",
     images: bool = True,
     whole: bool = False,
-) -> Loader | EndlessLoader:
+) -> Loader | EndlessLoader | Feed:
     """Batches of a stage: this rank's share, or all of them (`whole`); without `images` where it can do without."""
     rank, world = (0, 1) if whole else (ranks.rank(), ranks.world_size())
     if configuration.endless(config):
-        return EndlessLoader(
+        endless = EndlessLoader(
             points.open_source(config),
             batch=training.batch,
             rank=rank,
@@ -42,9 +59,10 @@ def open_loader(
             accumulate=training.micro_batches,
             seed=keyed.child(config.seed, f"{stage} data"),
         )
+        return endless if whole else Feed(endless, None, training, stage, Path(config.run), config.data.log_samples)
     shards = open_shards(config, split)
     order = Order(len(shards), keyed.child(config.seed, f"{stage} order"), config.data.block, config.data.window)
-    return Loader(
+    loader = Loader(
         shards,
         order,
         batch=training.batch,
@@ -57,3 +75,4 @@ def open_loader(
         threads=config.data.threads,
         images=images,
     )
+    return loader if whole else Feed(loader, shards, training, stage, Path(config.run), config.data.log_samples)

@@ -23,6 +23,7 @@ from dvae.settings import Cached, Precision, RunConfig
 from dvae.tracking.console import Counted
 from dvae.training import ranks
 from dvae.training.batches import open_shards
+from dvae.training.feed import record_damage
 from dvae.training.latents import Encoded, Latents, Posteriors, Reconstructions
 
 
@@ -53,6 +54,7 @@ def keep_posteriors(run: Run, config: RunConfig, made: Models) -> None:
         shards = open_shards(config, "train")
         parts = list(encode(config, made, shards, 0, len(shards)))
         state = {"mean": torch.cat([p.mean for p in parts]), "logvar": torch.cat([p.logvar for p in parts])}
+        record_damage(run.path, shards)
         bundle.save_weights(path, state)
 
 
@@ -80,12 +82,13 @@ def about(run: Run, config: RunConfig, made: Models) -> cache.About:
         raise UserError("cache.what=reconstructions has no use where denoiser.space=latent: use cache.what=posteriors")
     if reconstructions and config.cache.draws < 1:
         raise UserError(f"cache.draws={config.cache.draws}: use 1 or more")
+    shards = open_shards(config, "train")
     return cache.About(
-        images=open_shards(config, "train").manifest.count("train"),
+        images=len(shards),
         draws=config.cache.draws if reconstructions else 0,
         latent=list(made.io.latent),
         encoder_sha256=sha256(run.weights("encoder")),
-        images_sha256=sha256(Path(config.data.shards) / MANIFEST),
+        images_sha256=sha256(shards.folder / MANIFEST),
         precision=config.train_refiner.precision.name,
         seed=config.seed,
     )
@@ -110,6 +113,7 @@ def write_cache(run: Run, config: RunConfig, made: Models) -> cache.About:
                 progress(index, wanted.images)
 
         cache.write(folder, wanted, samples)
+    record_damage(run.path, shards)
     return wanted
 
 

@@ -1,12 +1,13 @@
-"""AdamW that keeps a moving average of the weights as state beside its moments.
+"""AdamW that keeps moving averages of the weights as state beside its moments.
 
-As optimiser state the average is partitioned, saved and resumed by DeepSpeed with everything else, and a step that is
-skipped is skipped for it too.
+As optimiser state they are partitioned, saved and resumed with everything else, and a step that is skipped is skipped
+for them too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +15,45 @@ from torch import nn
 
 from dvae.settings import EmaConfig, EmaProfile
 
-
-def ema_decay(config: EmaConfig, step: int) -> float:
-    """Weight of the past when step number `step` (from 1) has been taken."""
-    if config.profile is EmaProfile.constant:
-        return min(config.decay, (1 + step) / (10 + step))
-    return (1.0 - 1.0 / step) ** (_gamma(config.width) + 1.0)
+MAIN = "ema"
+"""State of the average that a run exports."""
 
 
-def _gamma(width: float) -> float:
-    """Exponent of the power profile whose relative width is sigma_rel (Karras et al. 2024, eq. 126), by bisection.
+@dataclass(frozen=True)
+class Average:
+    """How one average weighs past weights."""
+
+    profile: EmaProfile
+    value: float
+    """constant: the decay; power: the width (sigma_rel)."""
+
+    def decay(self, step: int) -> float:
+        """Weight of the past when step number `step` (from 1) has been taken; of power: Karras et al. 2024, §3.1."""
+        if self.profile is EmaProfile.constant:
+            return min(self.value, (1 + step) / (10 + step))
+        return (1.0 - 1.0 / step) ** (power(self.value) + 1.0)
+
+
+def averages(config: EmaConfig) -> dict[str, Average]:
+    """Every average that is kept, by the name of its optimiser state; the one that a run exports is first."""
+    value = config.decay if config.profile is EmaProfile.constant else config.width
+    extra = [Average(EmaProfile.power, width) for width in config.extra_widths]
+    extra += [Average(EmaProfile.constant, decay) for decay in config.extra_decays]
+    return {MAIN: Average(config.profile, value)} | {f"{MAIN}_{n}": one for n, one in enumerate(extra, 1)}
+
+
+def ema_names(config: EmaConfig) -> list[str]:
+    """Names of the optimiser states that are averages, MAIN first."""
+    return list(averages(config))
+
+
+def ema_decays(config: EmaConfig, step: int) -> dict[str, float]:
+    """For each average the weight of the past when step number `step` (from 1) has been taken."""
+    return {name: average.decay(step) for name, average in averages(config).items()}
+
+
+def power(width: float) -> float:
+    """Exponent gamma of the power profile of relative width sigma_rel (Karras et al. 2024, eq. 126), by bisection.
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), falling in gamma >= 0.
     """
@@ -38,15 +68,16 @@ def _gamma(width: float) -> float:
 
 
 class AdamWEma(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) with state "ema" per parameter; `ema_decay` is a param-group entry.
+    """AdamW (Loshchilov & Hutter 2019) with averages as further state of each parameter.
 
+    The param-group entry `ema_decays` names them and gives each its weight of the past, before every step.
     `overflow`, set by the engine before a step, leaves that step out; DeepSpeed reads it after the step.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         for group in self.param_groups:
-            group.setdefault("ema_decay", 0.0)
+            group.setdefault("ema_decays", {MAIN: 0.0})
         self.overflow = False
 
     @torch.no_grad()
@@ -56,5 +87,8 @@ class AdamWEma(torch.optim.AdamW):
         super().step(closure)
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
-            averages = [self.state[p].setdefault("ema", p.detach().clone()) for p in weights]
-            torch._foreach_lerp_(averages, weights, 1.0 - group["ema_decay"])
+            for name, decay in group["ema_decays"].items():
+                for p in weights:
+                    if name not in self.state[p]:
+                        self.state[p][name] = p.detach().clone()
+                torch._foreach_lerp_([self.state[p][name] for p in weights], weights, 1.0 - decay)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dvae.errors import MachineError
 from dvae.settings import Decay, Precision, TrainingConfig
 from dvae.training import ranks
-from dvae.training.ema import AdamWEma, ema_decay
+from dvae.training.ema import MAIN, AdamWEma, ema_decays
+from dvae.training.footprint import bucket
+from dvae.training.fragments import STEP, WEIGHT, Fragment, Holder, Part, Saved, buffers, holders, pack
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
 
 import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-TAG = "engine"
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 
 
 def start_distributed() -> None:
@@ -52,6 +53,7 @@ class Engine:
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         self.module = module
         self.config = config
+        self.parameters = sum(p.numel() for p in module.parameters())
         self.grad_norm = 0.0
         """Global gradient norm of the latest step, before clipping."""
         betas = (config.betas[0], config.betas[1])
@@ -66,8 +68,10 @@ class Engine:
             "train_micro_batch_size_per_gpu": config.batch // (ranks.world_size() * config.micro_batches),
             "gradient_accumulation_steps": config.micro_batches,
             "gradient_clipping": config.clip,
-            "zero_optimization": {"stage": config.zero_stage},
+            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket(self.parameters)}
+            | ({"offload_optimizer": {"device": "cpu"}} if config.offload else {}),
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU optimiser would leave the average out
             "torch_autocast": {"enabled": config.precision is Precision.bf16, "dtype": "bfloat16"},
             "steps_per_print": 10**9,
         }
@@ -78,56 +82,136 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         self.deepspeed.backward(loss)
 
-    def step(self, number: int) -> bool:
-        """Take step `number` (from 1) once its micro-batches were seen; False where it was left out (non-finite)."""
+    def finite(self) -> bool:
+        """Whether the gradients of the step that is due are; sets `grad_norm`. Every rank takes part, and agrees."""
+        if self.config.zero_stage == 0:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        elif self.config.zero_stage < 3:
+            self.deepspeed.optimizer._wait_for_offload_copies()
+            norm = self.deepspeed.optimizer.scaled_global_norm()
+        else:
+            norm = combine_grad_norm_groups(self.deepspeed.optimizer._get_norm_groups())
+        self.grad_norm = float(norm)
+        return math.isfinite(self.grad_norm)
+
+    def step(self, number: int, keep: bool | None = None) -> bool:
+        """Take step `number` (from 1) once its micro-batches were seen; False where it was left out.
+
+        It is left out, in weights, moments and average, where its gradients are not finite, or not to be kept
+        (another engine's may not be).
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, number)
-            group["ema_decay"] = ema_decay(self.config.ema, number)
+            group["ema_decays"] = ema_decays(self.config.ema, number)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
             return True
-        if self.config.zero_stage == 0:  # DeepSpeed neither tells the norm there, nor leaves out a non-finite step
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            self.optimizer.overflow = not bool(torch.isfinite(norm))
-            self.deepspeed.step()
-        else:
-            self.deepspeed.step()
-            norm = self.deepspeed.get_global_grad_norm()
-        self.grad_norm = float(norm)
-        return self.deepspeed.was_step_applied()
+        keep = self.finite() if keep is None else keep
+        self.optimizer.overflow = not keep  # at stage 0 DeepSpeed does not look itself
+        self.deepspeed.step()
+        return keep
 
-    def averaged(self) -> dict[str, torch.Tensor]:
-        """State dict of the module with the moving average in place of the weights; whole on every rank.
+    def gradient_norms(self) -> dict[str, float]:
+        """Gradient norm of each parameter of the step that is due, over all ranks; every rank takes part."""
+        norms = {}
+        for name, parameter in self.module.named_parameters():
+            if self.config.zero_stage == 0:
+                gradient = parameter.grad
+            elif self.config.zero_stage < 3:  # its own .grad is this rank's alone
+                gradient = parameter.get_full_hp_grad()  # type: ignore[attr-defined]
+            else:
+                gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                norms[name] = float(torch.linalg.vector_norm(gradient.float()))
+        return norms
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """State dict of the module as it is, whole on every rank; every rank takes part."""
+        state = {name: value.detach().clone() for name, value in buffers(self.module).items()}
+        for name, parameter in self.module.named_parameters():
+            whole = safe_get_full_fp32_param(parameter) if self.config.zero_stage == 3 else parameter
+            state[name] = whole.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
+        return state
+
+    def averaged(self, ema: str = MAIN) -> dict[str, torch.Tensor]:
+        """State dict of the module with the average `ema` (of ema_names) in place of the weights; whole on every rank.
 
         Every rank takes part.
         """
         state = {name: value.detach().clone() for name, value in self.module.named_buffers()}
-        begun = any("ema" in known for known in self.optimizer.state.values())
+        begun = any(ema in known for known in self.optimizer.state.values())
         for name, parameter in self.module.named_parameters():
             if self.config.zero_stage == 0:
-                average = self.optimizer.state.get(parameter, {}).get("ema", parameter)
+                average = self.optimizer.state.get(parameter, {}).get(ema, parameter)
             else:  # a weight has no average before the first step; at stage 3 its own tensor is an empty placeholder
-                average = safe_get_full_optimizer_state(parameter, "ema") if begun else None
+                average = safe_get_full_optimizer_state(parameter, ema) if begun else None
                 average = safe_get_full_fp32_param(parameter) if average is None else average
             state[name] = average.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state
 
-    def save(self, folder: Path) -> None:
-        """Write this engine's whole state into `folder`; every rank takes part."""
-        try:
-            self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        except RuntimeError as error:  # torch's archive writer reports a full disk as one
-            if "inline_container" not in str(error):
-                raise
-            free = shutil.disk_usage(folder).free
-            raise OSError(errno.EIO, f"the archive was cut short; {free} bytes are free on this disk") from error
+    def copied(self) -> Part:
+        """This rank's part of the engine's whole state, on the host; training may go on while it is written."""
+        stage = self.config.zero_stage
+        fragments = [
+            fragment
+            for number, fragment in enumerate(self._fragments())
+            if stage or number % ranks.world_size() == ranks.rank()  # at stage 0 all hold all
+        ]
+        return pack(fragments, buffers(self.module) if ranks.rank() == 0 else {})
 
     def load(self, folder: Path) -> None:
-        """Take up the state that `save` wrote; every rank takes part."""
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise FileNotFoundError(f"{folder}: no engine state in this checkpoint")
+        """Take up the state in `folder`, whatever number of ranks and ZeRO stage wrote it; every rank takes part."""
+        saved = Saved(folder)
+        own = {name for name, _ in self.module.named_parameters()}
+        for name in sorted(own ^ saved.shapes.keys()):
+            raise MachineError(f"{folder}: {name!r} is not in both the checkpoint and the model: another version's?")
+        self._make_room(saved)
+        for fragment in self._fragments():
+            for kind, values in fragment.values.items():
+                values.copy_(saved.read(kind, fragment.name, fragment.start, values.numel()))
+        if self.config.zero_stage:
+            self._refresh(saved)
+        for name, buffer in buffers(self.module).items():
+            buffer.copy_(saved.buffers()[name])
+
+    def _held(self) -> Iterator[Holder]:
+        return holders(self.module, self.deepspeed.optimizer, self.config.zero_stage, ranks.rank())
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """Views of all that this rank holds."""
+        for name, parameter, flat, offset, start, count in self._held():
+            known = self.optimizer.state.get(flat, {})
+            states = {kind: value for kind, value in known.items() if kind != STEP} | {WEIGHT: flat}
+            values = {kind: value.detach().view(-1).narrow(0, offset, count) for kind, value in states.items()}
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            yield Fragment(name, shape, start, values, int(known.get(STEP, 0)))
+
+    def _make_room(self, saved: Saved) -> None:
+        """Give the optimiser the states that `saved` has values of; it makes them at its first step otherwise."""
+        for name, _, flat, *_ in self._held():
+            if kinds := saved.kinds[name]:
+                state = self.optimizer.state[flat]
+                state[STEP] = torch.tensor(float(saved.steps[name]), device=flat.device)
+                for kind in kinds - state.keys():
+                    state[kind] = torch.zeros_like(flat, requires_grad=False)
+
+    @torch.no_grad()
+    def _refresh(self, saved: Saved) -> None:
+        """Bring the weights that the network computes with up to date with the optimiser's."""
+        stage = self.config.zero_stage
+        for name, parameter in self.module.named_parameters():
+            if stage < 3:
+                parameter.data.copy_(saved.whole(WEIGHT, name))
+                continue
+            if parameter.data.numel() == parameter.ds_numel:  # type: ignore[attr-defined] # kept whole on all ranks
+                parameter.data.copy_(saved.whole(WEIGHT, name))
+        if stage < 3:
+            if any(saved.kinds.values()):  # DeepSpeed does this after the first step, once
+                self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+            return
+        for _, parameter, flat, offset, _, count in self._held():
+            parameter.ds_tensor.data[:count].copy_(flat.detach().narrow(0, offset, count))  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self.deepspeed.destroy()

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 
-from dvae import files, keyed
+from dvae import keyed
 from dvae.data.loader import Batch, Batches
-from dvae.errors import MachineError, UserError
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import Tracker
-from dvae.training import ranks
+from dvae.training import nonfinite, ranks, stopping, watch
 from dvae.training.checkpoint import Checkpoints
 from dvae.training.engine import Engine, learning_rate
+from dvae.training.snapshots import Snapshots
 from dvae.training.stages import Stage, StepOutput
-from dvae.training.stopping import Stopped, on_signals
 
 Preview = Callable[[int, dict[str, torch.Tensor]], Path]
 """preview(step, averaged weights of the stage) draws a picture of what has been learnt so far, and says where it lies;
@@ -39,6 +38,8 @@ class State:
     """Figures of this rank since the last row of metrics: name -> [sum, count]."""
     window_seconds: float = 0.0
     """Time since the last row of metrics."""
+    skipped: int = 0
+    """Steps of this stage that were left out because they were not finite."""
 
     def add(self, metrics: dict[str, tuple[float, float]]) -> None:
         sums = defaultdict(lambda: [0.0, 0.0], self.sums)
@@ -63,29 +64,39 @@ def train(
 ) -> tuple[dict[str, dict[str, torch.Tensor]], State]:
     """Train `stage` to its last step, from the newest good checkpoint if there is one. Every rank takes part.
 
-    Returns the averaged weights of each module, and the final state. Raises Stopped after saving when a signal asked
-    for it, MachineError where a step was not finite.
+    Returns the averaged weights of each module, and the final state. Raises Stopped after saving where a signal or the
+    time limit asked for it, MachineError where more steps were not finite than may be.
     """
     config = stage.config
     engines = {name: Engine(module, stage.settings(name)) for name, module in stage.modules().items()}
-    state = resume(stage, engines, checkpoints, tracker)
+    state = resume(stage.name, engines, checkpoints, tracker)
+    snapshots = Snapshots(run / "snapshots" / stage.name, stage.settings(stage.name))
+    ranks.on_first(snapshots.drop_after, state.step)
     progress = Progress(stage.name, config.steps, state.step, quiet=ranks.rank() > 0)
-    with progress, on_signals() as stopping:
+    asking = stopping.current()
+    with progress, asking.on_signals(), checkpoints:
         while state.step < config.steps:
             began = time.perf_counter()
+            watch.beat(stage.name, state.step + 1, "data")
             batches = data.step(state.step * config.batch)
             take_step(stage, engines, batches, state, run)
             elapsed = time.perf_counter() - began
             state.seconds += elapsed
             state.window_seconds += elapsed
+            watch.beat(stage.name, state.step, "end")
             log(stage, state, tracker, progress)
+            checkpoints.check()
+            why = asking.agreed()
+            watch.rest(stage.name, state.step, "preview or save")
             if preview and config.preview_every and state.step % config.preview_every == 0:
                 show(preview, state.step, engines[stage.name].averaged(), tracker)
-            asked = ranks.any_rank(stopping.asked)
-            if state.step % config.save_every == 0 or state.step == config.steps or asked:
+            snapshots.take(state.step, engines[stage.name])
+            if state.step % config.save_every == 0 or state.step == config.steps or why:
                 save(engines, checkpoints, state)
-            if asked and state.step < config.steps:
-                raise Stopped(f"stopped at {stage.name} step {state.step}, saved: the same command again resumes")
+            if why and state.step < config.steps:
+                raise stopping.Stopped(
+                    f"stopped at {stage.name} step {state.step} ({why}), saved: the same command again resumes"
+                )
     averaged = {name: engine.averaged() for name, engine in engines.items()}
     for engine in engines.values():
         engine.close()
@@ -93,42 +104,55 @@ def train(
 
 
 def take_step(stage: Stage, engines: dict[str, Engine], batches: list[Batch], state: State, run: Path) -> None:
-    """One optimiser step of every module over this rank's micro-batches; advances the state."""
+    """One optimiser step of every module over this rank's micro-batches; advances the state.
+
+    All modules take the step or none does. Raises MachineError where it was left out and none more may be.
+    """
     number = state.step + 1
+    trained = {name: engine for name, engine in engines.items() if stage.trains(name, number)}
+    before = nonfinite.Buffers(trained) if stage.config.nonfinite_skips else None
+    figures = backward(stage, engines, batches, number)
+    watch.beat(stage.name, number, "step")
+    finite = {name: engine.finite() for name, engine in trained.items()}  # of each, since all ranks take part in it
+    kept = all(finite.values())
+    if not kept:
+        watch.rest(stage.name, number, "replay bundle")
+        state.skipped += 1
+        nonfinite.leave_out(stage, trained, batches, figures, number, state.skipped, run)
+    for engine in trained.values():
+        engine.step(number, kept)
+    if before and not kept:
+        before.restore()
+    if kept:
+        for part in figures:
+            state.add(part)
+        for name, engine in trained.items():
+            state.add({f"grad_norm_{name}" if len(engines) > 1 else "grad_norm": (engine.grad_norm, 1.0)})
+    state.step = number
+
+
+def backward(stage: Stage, engines: dict[str, Engine], batches: list[Batch], number: int) -> list[nonfinite.Figures]:
+    """The gradients of step `number` of every module over this rank's micro-batches; returns the figures of each."""
+    figures = []
     for name, engine in engines.items():
         if not stage.trains(name, number):
             continue
         for part, batch in enumerate(batches):
             seed_dropout(stage.seed, number, part)
+            watch.beat(stage.name, number, "forward")
             out: StepOutput = stage.loss(name, engines, batch)
+            watch.beat(stage.name, number, "backward")
             engine.backward(out.loss)
-            applied = engine.step(number)
-            state.add(out.metrics)
-        if not applied:
-            refuse(stage, number, batches, run)
-        state.add({f"grad_norm_{name}" if len(engines) > 1 else "grad_norm": (engine.grad_norm, 1.0)})
-    state.step = number
+            figures.append(out.metrics)
+            if part + 1 < len(batches):
+                engine.step(number)  # only ends the micro-batch
+    return figures
 
 
 def seed_dropout(seed: int, step: int, part: int) -> None:
     """nn.Dropout draws from torch's own generator, so that is keyed by hand, by the micro-batch in its step."""
     number = part * ranks.world_size() + ranks.rank()
     torch.manual_seed(int(keyed.generator(seed, f"dropout 0 {number}", step).integers(2**62)))
-
-
-def refuse(stage: Stage, step: int, batches: list[Batch], run: Path) -> None:
-    """A non-finite step: keep nothing of it, save its sample numbers, and stop. Every rank refuses the same step."""
-    path = run / f"nonfinite-{stage.name}-{step:08d}.json"
-    mine = [(batch.keys.tolist(), batch.indices.tolist()) for batch in batches]
-    seen = [batch for others in ranks.gathered(mine) for batch in others]
-    samples = [key for keys, _ in seen for key in keys]
-    indices = [index for _, batch in seen for index in batch]
-    record = {"stage": stage.name, "step": step, "samples": samples, "indices": indices}
-    ranks.on_first(files.write_json, path, record)
-    raise MachineError(
-        f"{stage.name} step {step}: a gradient is not finite; the step was left out, its samples are in {path}, "
-        "the last checkpoint is good: lower the learning rate or look at those samples"
-    )
 
 
 def log(stage: Stage, state: State, tracker: Tracker, progress: Progress) -> None:
@@ -141,6 +165,7 @@ def log(stage: Stage, state: State, tracker: Tracker, progress: Progress) -> Non
         speed = steps * config.batch / state.window_seconds
         state.sums = ranks.total(ranks.gathered(state.sums))
         row: dict[str, Any] = state.row() | {"lr": learning_rate(config, state.step), "seconds": state.seconds}
+        row |= {"skipped": state.skipped} if state.skipped else {}
         tracker.log(state.step, row | {"images_per_second": speed})
 
 
@@ -150,30 +175,36 @@ def show(preview: Preview, step: int, averaged: dict[str, torch.Tensor], tracker
 
 
 def save(engines: dict[str, Engine], checkpoints: Checkpoints, state: State) -> None:
-    """Publish a checkpoint of every engine and the state."""
+    """Begin a checkpoint of every engine and the state; it is written while training goes on."""
+    parts = {name: engine.copied() for name, engine in engines.items()}
 
-    def write(folder: Path) -> None:
-        for name, engine in engines.items():
-            engine.save(folder / name)
+    def write(folder: Path) -> list[Path]:
+        written = []
+        for name, part in parts.items():
+            (folder / name).mkdir(exist_ok=True)
+            written.append(folder / name / f"rank-{ranks.rank():05d}.safetensors")
+            part.write(written[-1])
+        return written
 
     first, *others = ranks.gathered(state.sums)
     checkpoints.save(state.step, asdict(state) | {"sums": first, "others": others}, write)
 
 
-def resume(stage: Stage, engines: dict[str, Engine], checkpoints: Checkpoints, tracker: Tracker) -> State:
-    """The state of the newest good checkpoint, engines loaded; metrics beyond it are taken back."""
+def resume(name: str, engines: dict[str, Engine], checkpoints: Checkpoints, tracker: Tracker) -> State:
+    """The state of the newest good checkpoint of stage `name`, engines loaded; metrics beyond it are taken back.
+
+    The checkpoint may come from another number of ranks and another ZeRO stage.
+    """
     found = ranks.on_first(checkpoints.newest)
     state = State()
     if found:
         folder, saved = found
         sums = [saved["sums"], *saved.pop("others", [])]
-        if len(sums) != ranks.world_size():
-            refuse_other_ranks(stage, len(sums), folder)
-        for name, engine in engines.items():
-            engine.load(folder / name)
+        for module, engine in engines.items():
+            engine.load(folder / module)
         state = State(**saved | {"sums": share(sums)})
     ranks.on_first(checkpoints.drop_after, state.step)
-    ranks.on_first(tracker.rewind, stage.name, state.step)
+    ranks.on_first(tracker.rewind, name, state.step)
     return state
 
 
@@ -182,12 +213,3 @@ def share(sums: list[ranks.Sums]) -> ranks.Sums:
     if len(sums) == ranks.world_size():
         return sums[ranks.rank()]
     return {} if ranks.rank() else ranks.total(sums)
-
-
-def refuse_other_ranks(stage: Stage, count: int, folder: Path) -> None:
-    """Raise UserError where `folder`, saved by `count` ranks, holds an optimiser that was cut among them."""
-    if stage.config.zero_stage:
-        raise UserError(
-            f"launcher.count={ranks.world_size()}: {folder} was saved by {count}, and zero_stage="
-            f"{stage.config.zero_stage} cuts it among them: use as many ranks until the {stage.name} is trained"
-        )

@@ -50,6 +50,11 @@ def join() -> None:
     _store = dist.PrefixStore("dvae", store)
 
 
+def store_for(purpose: str) -> dist.Store:
+    """The group's store for the keys of one purpose, on a connection of its own: each takes one call at a time."""
+    return dist.HashStore() if _store is None else dist.PrefixStore(purpose, _store.clone())
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -99,6 +104,22 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def handed_in(key: str, value: T) -> list[T]:
+    """Rank 0: the `value` of every rank, in their order, once all have handed one in; the others: nothing, at once.
+
+    For a thread beside the training, since nothing here is collective. `key` may be used once.
+    """
+    if world_size() == 1:
+        return [value]
+    assert _store is not None
+    _store.set(f"{key} {rank()}", pickle.dumps(value))  # type: ignore[arg-type] # its stub wants str
+    if rank():
+        return []
+    keys = [f"{key} {number}" for number in range(world_size())]
+    _wait(lambda: _store.check(keys))
+    return [pickle.loads(_store.get(one)) for one in keys]  # written by the ranks of this very run
 
 
 def total(parts: list[Sums]) -> Sums:

@@ -140,8 +140,10 @@ class GanStage(EncoderStage):
         x_hat, features = terms.pop("x_hat"), terms.pop("features")
         loss, metrics = terms["loss"].mean(), _sums(terms)
         first = int(batch.keys[0])
-        if self.trains("discriminator", first // self.config.batch + 1):
+        step = first // self.config.batch + 1
+        if self.trains("discriminator", step):
             self.fakes[first] = x_hat.detach()
+        if step > self.adversary.start + self.adversary.alone:
             gradient, figures = self.judged(x, x_hat.detach(), features.detach())
             # known already, the gradient is handed on by this product: no second pass through the discriminator
             loss = loss + (gradient * x_hat).sum()

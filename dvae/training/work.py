@@ -71,7 +71,7 @@ def train_stage(
     `figures` of the averaged weights go into the stage's record.
     """
     parameters = sum(p.numel() for p in stage.modules()[stage.name].parameters())  # now: ZeRO 3 will cut them up
-    checkpoints = Checkpoints(run.checkpoints(stage.name), training.keep)
+    checkpoints = Checkpoints(run.checkpoints(stage.name), training.keep, training.keep_every)
     tracked = NoTracker() if ranks.rank() else Tracker(run.path, config.tracking.wandb, stage.name)
     with tracked as tracker, open_loader(config, training, stage.name, images=stage.needs_images) as data:
         averaged, state = train(stage, data, checkpoints, tracker, preview, run.path)
@@ -157,12 +157,30 @@ def prior_stage(run: Run, config: RunConfig) -> None:
     run.finish("prior", {"seconds": time.perf_counter() - began, **figures})
 
 
-def refiner_stage(run: Run, config: RunConfig) -> None:
+def open_stage(run: Run, config: RunConfig, name: str) -> Stage:
+    """The training stage `name`, with its modules as they are before the first step."""
+    if name == "encoder":
+        return new_encoder_stage(take_up(run, config).encoder, config)
+    return new_refiner_stage(run, config) if name == "refiner" else new_classifier_stage(run, config)
+
+
+def new_refiner_stage(run: Run, config: RunConfig) -> RefinerStage:
     made = take_up(run, config, "encoder")
     latents = open_latents(run, config, made)
-    stage = RefinerStage(made.encoder, made.denoiser, latents, config.train_refiner, config.seed, device())
+    return RefinerStage(made.encoder, made.denoiser, latents, config.train_refiner, config.seed, device())
+
+
+def new_classifier_stage(run: Run, config: RunConfig) -> ClassifierStage:
+    made = take_up(run, config, "encoder", "denoiser")
+    assert made.classifier is not None
+    latents, training = open_latents(run, config, made), config.train_classifier
+    return ClassifierStage(made.classifier, made.encoder, made.denoiser, latents, training, config.seed, device())
+
+
+def refiner_stage(run: Run, config: RunConfig) -> None:
+    stage = new_refiner_stage(run, config)
     if config.denoiser.data_scale is None:
-        made.denoiser.data_scale.fill_(ranks.on_first(measure_scale, config, stage))
+        stage.denoiser.data_scale.fill_(ranks.on_first(measure_scale, config, stage))
 
     def preview(step: int, averaged: Weights) -> Path:
         copy = take_up(run, config, "encoder", "prior")
@@ -188,20 +206,10 @@ def preview_points(config: RunConfig, pipeline: Pipeline, path: Path) -> None:
 
 
 def classifier_stage(run: Run, config: RunConfig) -> None:
-    made = take_up(run, config, "encoder", "denoiser")
-    assert made.classifier is not None
-    classifier, latents = made.classifier, open_latents(run, config, made)
-    seed, training = config.seed, config.train_classifier
-    stage = ClassifierStage(classifier, made.encoder, made.denoiser, latents, training, seed, device())
-    unseen = ClassifierStage(
-        classifier,
-        made.encoder,
-        made.denoiser,
-        Encoded(made.encoder),
-        training,
-        keyed.child(seed, "held-out"),
-        device(),
-    )
+    stage, training = new_classifier_stage(run, config), config.train_classifier
+    classifier, encoder = stage.classifier, stage.encoder
+    seed = keyed.child(config.seed, "held-out")
+    unseen = ClassifierStage(classifier, encoder, stage.denoiser, Encoded(encoder), training, seed, device())
 
     with open_loader(config, training, "classifier held-out", "heldout", whole=True) as heldout:
 

@@ -1,20 +1,27 @@
-"""The moving average against its definition, and the power profile against its stated width."""
+"""The moving averages against their definition, on one process and cut among two; the profile against its width."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
+from torch.distributed import TCPStore
 
-from dvae.settings import EmaConfig, EmaProfile
-from dvae.training.ema import AdamWEma, ema_decay
+from dvae.settings import EmaConfig, EmaProfile, Precision, TrainingConfig
+from dvae.training import ranks
+from dvae.training.ema import MAIN, AdamWEma, averages, ema_decays, ema_names
+from dvae.training.engine import Engine, start_distributed
 
 
 def weights_of_past(config: EmaConfig, steps: int) -> np.ndarray:
     """Weight that step i has in the average after `steps` steps."""
     weights = np.zeros(steps)
     for step in range(1, steps + 1):
-        decay = ema_decay(config, step)
+        decay = averages(config)[MAIN].decay(step)
         weights *= decay
         weights[step - 1] = 1.0 - decay
     return weights
@@ -32,28 +39,40 @@ def test_power_profile_has_its_width(width: float) -> None:
 
 def test_constant_profile_forgets_the_start() -> None:
     config = EmaConfig(decay=0.99)
-    assert ema_decay(config, 1) == pytest.approx(2 / 11)
-    assert ema_decay(config, 10_000) == 0.99
+    assert ema_decays(config, 1) == {MAIN: pytest.approx(2 / 11)}
+    assert ema_decays(config, 10_000) == {MAIN: 0.99}
 
 
-def test_average_and_adamw_equal_their_definitions() -> None:
+def test_names_are_of_states_and_the_exported_one_is_first() -> None:
+    config = EmaConfig(decay=0.9, extra_widths=[0.05, 0.1], extra_decays=[0.5])
+    assert ema_names(config) == ["ema", "ema_1", "ema_2", "ema_3"]
+    late = ema_decays(config, 10**6)
+    assert (late["ema"], late["ema_3"]) == (0.9, 0.5)
+    assert 1 - late["ema_1"] > 1 - late["ema_2"] > 0  # the narrower forgets sooner
+
+
+def test_averages_and_adamw_equal_their_definitions() -> None:
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     theirs.load_state_dict(ours.state_dict())
     optimizer = AdamWEma(ours.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.1)
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
-    average: torch.Tensor | None = None
+    config = EmaConfig(extra_widths=[0.05, 0.2], extra_decays=[0.5])
+    expected: dict[str, torch.Tensor] = {}
     for step in range(1, 20):
-        optimizer.param_groups[0]["ema_decay"] = decay = ema_decay(EmaConfig(), step)
+        optimizer.param_groups[0]["ema_decays"] = decays = ema_decays(config, step)
         x = torch.randn(8, 4)
         for module, each in ((ours, optimizer), (theirs, reference)):
             module.zero_grad()
             module(x).square().mean().backward()
             each.step()
         weight = theirs.weight.detach()
-        average = weight.clone() if average is None else decay * average + (1 - decay) * weight
+        for name, decay in decays.items():
+            expected[name] = decay * expected.get(name, weight) + (1 - decay) * weight
     torch.testing.assert_close(ours.weight, theirs.weight)
-    torch.testing.assert_close(optimizer.state[ours.weight]["ema"], average)
+    for name in ema_names(config):
+        torch.testing.assert_close(optimizer.state[ours.weight][name], expected[name])
+    assert not torch.allclose(expected["ema_1"], expected["ema_2"])
 
 
 def test_a_step_that_overflowed_changes_nothing() -> None:
@@ -65,3 +84,54 @@ def test_a_step_that_overflowed_changes_nothing() -> None:
     optimizer.step()
     assert torch.equal(module.weight, before)
     assert not optimizer.state
+
+
+SEVERAL = EmaConfig(decay=0.5, extra_widths=[0.05, 0.1], extra_decays=[0.9])
+STEPS = 6
+
+
+def averaged(zero_stage: int) -> tuple[Engine, dict[str, dict[str, torch.Tensor]]]:
+    """An engine after some steps on batches of 4, of which each rank takes its share, and all averages."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.SiLU(), torch.nn.Linear(8, 6))
+    config = TrainingConfig(batch=4, lr=1e-2, warmup=0, precision=Precision.fp32, ema=SEVERAL, zero_stage=zero_stage)
+    engine = Engine(module, config)
+    for number in range(1, STEPS + 1):
+        batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+        x = batch.chunk(ranks.world_size())[ranks.rank()]
+        engine.backward((engine(x) - x).square().mean())
+        assert engine.step(number)
+    return engine, {name: engine.averaged(name) for name in ema_names(SEVERAL)}
+
+
+def on_two(number: int, port: int, folder: Path) -> None:
+    """A rank: leaves what is kept at each ZeRO stage, and its part of a checkpoint at stage 2."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    start_distributed()
+    for stage in range(4):
+        engine, kept = averaged(stage)
+        if number == 0:
+            torch.save(kept, folder / f"zero-{stage}.pt")
+        if stage == 2:
+            held = {name: sum(state[name].numel() for state in engine.optimizer.state.values()) for name in kept}
+            assert max(held.values()) <= sum(p.numel() for p in engine.module.parameters()) / 2 + 8, held
+            engine.copied().write(folder / f"rank-{number:05d}.safetensors")
+
+
+def test_two_ranks_keep_the_averages_of_one_at_every_zero_stage(tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(on_two, (store.port, tmp_path), nprocs=2)
+    start_distributed()
+    engine, alone = averaged(0)
+    for stage in range(4):
+        together = torch.load(tmp_path / f"zero-{stage}.pt", weights_only=True)
+        assert together.keys() == alone.keys() == {"ema", "ema_1", "ema_2", "ema_3"}
+        for name, state in alone.items():
+            for key, value in state.items():
+                torch.testing.assert_close(together[name][key], value, rtol=1e-4, atol=1e-6)
+    engine.load(tmp_path)  # from two ranks at stage 2 to one at stage 0
+    together = torch.load(tmp_path / "zero-2.pt", weights_only=True)
+    for name, state in together.items():
+        for key, value in state.items():
+            assert torch.equal(engine.averaged(name)[key], value), (name, key)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dvae.errors import MachineError
 from dvae.settings import Decay, EmaConfig, Precision, TrainingConfig
 from dvae.training.engine import Engine, learning_rate, start_distributed
 
@@ -45,13 +46,49 @@ def test_resume_is_bit_for_bit(stage: int, precision: Precision, tmp_path: Path)
     expected = steps(whole, 1, 8)
     first = make(stage, precision=precision)
     steps(first, 1, 5)
-    first.save(tmp_path)
+    first.copied().write(tmp_path / "rank.safetensors")
     second = make(stage, precision=precision)
     second.load(tmp_path)
     assert steps(second, 6, 8) == expected[5:]
     for name, value in whole.averaged().items():
         assert torch.equal(value, second.averaged()[name]), name
     assert second.grad_norm == whole.grad_norm > 0
+
+
+@pytest.mark.parametrize("other", STAGES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_stage_takes_up_every_value(stage: int, other: int, tmp_path: Path) -> None:
+    first = make(stage)
+    steps(first, 1, 3)
+    first.copied().write(tmp_path / "rank.safetensors")
+    second = make(other)
+    steps(second, 1, 1)  # values of its own, to be replaced
+    second.load(tmp_path)
+    ours, theirs = first.copied().tensors, second.copied().tensors
+    assert ours.keys() == theirs.keys()
+    assert {key.partition(":")[0] for key in ours} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+    assert steps(first, 4, 6) == pytest.approx(steps(second, 4, 6), rel=1e-4)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    make(0).copied().write(tmp_path / "rank.safetensors")
+    other = Engine(nn.Sequential(nn.Linear(6, 6)), TrainingConfig(batch=4))
+    with pytest.raises(MachineError, match=r"'2\.bias' is not in both"):
+        other.load(tmp_path)
+    with pytest.raises(MachineError, match="no engine state"):
+        other.load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_optimiser_on_the_host_takes_the_same_steps(stage: int, tmp_path: Path) -> None:
+    plain, offloaded = make(stage), make(stage, offload=True)
+    assert steps(plain, 1, 3) == steps(offloaded, 1, 3)
+    offloaded.copied().write(tmp_path / "rank.safetensors")
+    again = make(stage, offload=True)
+    again.load(tmp_path)
+    assert steps(again, 4, 5) == steps(plain, 4, 5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -116,6 +116,20 @@ def test_before_the_start_it_is_the_encoder_alone(tmp_path: Path) -> None:
     assert not same(weights(first["encoder"]), weights(second["encoder"]))
 
 
+def test_until_it_is_heard_it_is_the_encoder_alone(tmp_path: Path) -> None:
+    with_gan, without = gan(discriminator_start=1, discriminator_alone=2), gan(discriminator_start=100)
+    first, second = engines_of(with_gan), engines_of(without)
+    untrained = weights(first["discriminator"])
+    rows = steps(with_gan, first, 1, 3, tmp_path)
+    steps(without, second, 1, 3, tmp_path)
+    assert [("discriminator" in row, "generator" in row) for row in rows] == [(False, False), *[(True, False)] * 2]
+    assert not same(untrained, weights(first["discriminator"]))
+    assert same(weights(first["encoder"]), weights(second["encoder"]))
+    (row,) = steps(with_gan, first, 4, 4, tmp_path)
+    assert "generator" in row
+    assert with_gan.fakes == {}
+
+
 def test_each_gradient_reaches_its_own_module_alone() -> None:
     stage = gan(discriminator_start=0)
     engines = engines_of(stage)
@@ -160,7 +174,7 @@ def test_adaptive_weight_by_hand() -> None:
     """x = 1 on 2 x 2 pixels, w = 1/2: the error is 4 (1 - w)^2 / 4, its slope -1; a critic 3 * mean(x_hat) has 3."""
     encoder, critic = Linear(), nn.Conv2d(1, 1, 1, bias=False)
     nn.init.constant_(critic.weight, 3.0)
-    adversary = Adversary(critic, GanLoss.hinge, 0.8, 0, 1.0, encoder.last, squared_error)
+    adversary = Adversary(critic, GanLoss.hinge, 0.8, 0, 0, 1.0, encoder.last, squared_error)
     config = TrainingConfig(batch=1, precision=Precision.fp32)
     stage = GanStage(encoder, adversary, config, seed=0, device=torch.device("cpu"))
     image = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)
@@ -184,7 +198,8 @@ def test_resume_is_bit_for_bit_at_every_zero_stage(zero: int, tmp_path: Path) ->
         first = gan(**settings)
         begun = engines_of(first)
         steps(first, begun, 1, stop, tmp_path)
-        save(begun, checkpoints, State(step=stop))
+        with checkpoints:
+            save(begun, checkpoints, State(step=stop))
         second = gan(**settings)
         resumed = engines_of(second)
         found = checkpoints.newest()

@@ -40,7 +40,9 @@ class Adversary:
     weight: float
     """Weight of the adversarial loss, times the adaptive weight (dvae.layers.adversarial)."""
     start: int
-    """Steps before the discriminator is trained and heard."""
+    """Steps before the discriminator is trained."""
+    alone: int
+    """Steps in which it is trained and not yet heard."""
     lr: float
     """Learning rate of the discriminator, as a multiple of the encoder's."""
     last_layer: nn.Conv2d

@@ -41,7 +41,9 @@ class KLGAN(Encoder):
         discriminator_weight: float = 0.5
         """Weight of the adversarial loss, times |its gradient| over |the error's| at the last layer (0: no GAN)."""
         discriminator_start: int = 50_000
-        """Steps before the discriminator is trained and heard."""
+        """Steps before the discriminator is trained."""
+        discriminator_alone: int = 0
+        """Steps in which it is trained and not yet heard: what is heard of it untrained only spoils the decoder."""
         discriminator_width: int = 64
         """Channels of the discriminator's first layer; a multiple of 8."""
         discriminator_layers: int = 3
@@ -55,11 +57,9 @@ class KLGAN(Encoder):
         super().__init__(config, io)
         if config.discriminator_lr <= 0:
             raise UserError(f"encoder.discriminator_lr {config.discriminator_lr}: use a multiple above 0")
-        if config.kl_weight < 0 or config.discriminator_weight < 0 or config.discriminator_start < 0:
-            raise UserError(
-                f"encoder.kl_weight {config.kl_weight}, encoder.discriminator_weight {config.discriminator_weight}, "
-                f"encoder.discriminator_start {config.discriminator_start}: use 0 or more"
-            )
+        for name in ("kl_weight", "discriminator_weight", "discriminator_start", "discriminator_alone"):
+            if getattr(config, name) < 0:
+                raise UserError(f"encoder.{name} {getattr(config, name)}: use 0 or more")
         if config.discriminator_weight:
             check_discriminator(config.discriminator_width, config.discriminator_layers, io.image_size)
         plan = Plan(
@@ -104,6 +104,7 @@ class KLGAN(Encoder):
             loss=config.gan_loss,
             weight=config.discriminator_weight,
             start=config.discriminator_start,
+            alone=config.discriminator_alone,
             lr=config.discriminator_lr,
             last_layer=self.autoencoder.last_layer,
             distance=squared_error,

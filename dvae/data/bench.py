@@ -1,0 +1,227 @@
+"""How fast images come: our shards and loader, ImageFolder, and plain webdataset, on the same pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import webdataset
+from hydra.core.config_store import ConfigStore
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import ToTensor
+
+from dvae import files
+from dvae.data.build import ShardWriter, seal
+from dvae.data.images import Crop, decode, encode_png, fit, is_image_name
+from dvae.data.loader import Loader
+from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
+from dvae.data.order import Order
+from dvae.data.reader import Shards
+from dvae.errors import UserError
+
+BASE = "ImageFolder, JPEG"
+"""What the others are compared with."""
+SHARD_SIZE = 1000
+
+
+@dataclass(kw_only=True, slots=True)
+class DataBenchConfig:
+    """What `tools/bench.py data` takes."""
+
+    folder: str = ""
+    """Folder of pictures (empty: drawn as smooth noise)."""
+    size: int = 256
+    """Height and width in pixels."""
+    images: int = 1000
+    """Pictures, at most."""
+    batch: int = 64
+    """Images per batch."""
+    threads: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Threads of our loader, and worker processes of the others (0: none)."""
+    rounds: int = 3
+    """Passes over the pictures for each way, in turns; the median counts."""
+    quality: int = 90
+    """Of the JPEG files."""
+    out: str = ""
+    """File for the figures (JSON); empty: none."""
+
+
+ConfigStore.instance().store(name="bench_data_schema", node=DataBenchConfig, provider="dvae")
+
+
+def run(config: DataBenchConfig) -> dict[str, dict[str, float]]:
+    """Images per second by way, {"loaders": {...}, "decoders": {...}}; one thread of torch. Raises UserError."""
+    for name in ("size", "images", "batch", "rounds"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)}: use 1 or more")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # webdataset's and torchvision's remarks about their own future
+            count = prepare(Path(folder), config)
+            if count < config.batch:
+                raise UserError(f"{count} pictures make no batch of {config.batch}: use a smaller batch")
+            figures = {
+                "loaders": timed(loaders(Path(folder), config), config.rounds),
+                "decoders": timed(decoders(Path(folder)), config.rounds),
+            }
+    finally:
+        torch.set_num_threads(threads)
+    if config.out:
+        files.write_json(Path(config.out), figures)
+    return figures
+
+
+def pictures(config: DataBenchConfig) -> Iterator[np.ndarray]:
+    """(size, size, 3) uint8: of the folder, or smooth noise, which a JPEG packs about as well as a photograph."""
+    if config.folder:
+        paths = sorted(path for path in Path(config.folder).rglob("*") if is_image_name(path.name))
+        if not paths:
+            raise UserError(f"folder={config.folder}: there is no picture in it")
+        for path in paths[: config.images]:
+            yield fit(decode(path.read_bytes(), str(path)), config.size, 3, Crop.center, str(path))
+        return
+    for number in range(config.images):
+        coarse = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        yield np.asarray(Image.fromarray(coarse).resize((config.size, config.size), Image.Resampling.BICUBIC))
+
+
+def prepare(folder: Path, config: DataBenchConfig) -> int:
+    """The same pictures as JPEG files (jpeg/all/), as a tar of them (jpeg.tar), and as our shards (shards/).
+
+    The shards hold what the JPEG files decode to, as PNG. Returns how many pictures there are.
+    """
+    (folder / "jpeg" / "all").mkdir(parents=True)
+    (folder / "shards").mkdir()
+    jpegs, shards, count = ShardWriter(folder / "jpeg.tar"), [], 0
+    writer: ShardWriter | None = None
+    for count, pixels in enumerate(pictures(config), start=1):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=config.quality)
+        data = file.getvalue()
+        (folder / "jpeg" / "all" / f"{count:06d}.jpg").write_bytes(data)
+        about = json.dumps({"key": str(count), "labels": {}}).encode()
+        jpegs.write(count, {"jpg": data})
+        if writer is None:
+            writer = ShardWriter(folder / "shards" / f"train-{count // SHARD_SIZE:06d}.tar")
+        writer.write(count, {"png": encode_png(np.asarray(decode(data, "jpeg"))), "json": about})
+        if count % SHARD_SIZE == 0:
+            writer.close()
+            shards.append(seal(writer.path))
+            writer = None
+    jpegs.close()
+    if writer is not None:
+        writer.close()
+        shards.append(seal(writer.path))
+    manifest = Manifest(
+        image_size=config.size, channels=3, source={}, licence="", protocol="", heldout_fraction=0.0,
+        shard_size=SHARD_SIZE, splits={TRAIN: shards, HELDOUT: []}, labels={},
+    )  # fmt: skip
+    files.write_json(folder / "shards" / FILE, manifest.as_dict())
+    return count
+
+
+Way = Callable[[], int]
+"""Goes once over the pictures; returns how many it has seen."""
+
+
+def loaders(folder: Path, config: DataBenchConfig) -> dict[str, Way]:
+    """Every way of loading, by name; batches of uint8 or float tensors (B, 3, H, W)."""
+    fresh, kept = Shards(folder / "shards", cache_bytes=0), Shards(folder / "shards", cache_bytes=2**40)
+    kept.read(range(len(kept)))
+    ways: dict[str, Way] = {
+        f"ours, {threads} threads": partial(ours, fresh, threads, config) for threads in config.threads
+    }
+    ways["ours, from memory"] = partial(ours, kept, 0, config)
+    for workers in config.threads:
+        name = BASE if workers == 0 else f"{BASE}, {workers} workers"
+        ways[name] = partial(image_folder, folder / "jpeg", workers, config)
+    for decoder in ("pil", "torchrgb"):
+        for kind, pattern in (("JPEG", "jpeg.tar"), ("PNG", "shards/train-*.tar")):
+            tars = sorted(map(str, folder.glob(pattern)))
+            ways[f"webdataset {decoder}, {kind}"] = partial(webdataset_of, tars, decoder, config)
+    return ways
+
+
+def ours(shards: Shards, threads: int, config: DataBenchConfig) -> int:
+    """Order, reader, decoder and loader as a run has them."""
+    seen = 0
+    with Loader(shards, Order(len(shards)), config.batch, threads=threads) as loader:
+        while seen + config.batch <= len(shards):
+            (batch,) = loader.step(seen)
+            seen += len(batch.images)
+    return seen
+
+
+def image_folder(folder: Path, workers: int, config: DataBenchConfig) -> int:
+    """ImageFolder, PIL, ToTensor."""
+    data = ImageFolder(str(folder), ToTensor())
+    loader = DataLoader(data, config.batch, shuffle=True, num_workers=workers, drop_last=True)
+    return sum(len(images) for images, _ in loader)
+
+
+def webdataset_of(tars: list[str], decoder: str, config: DataBenchConfig) -> int:
+    """A plain WebDataset of the tar files; "pil" images become uint8 tensors here."""
+    data = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(1000).decode(decoder)
+    data = data.to_tuple("jpg;png")
+    if decoder == "pil":
+        data = data.map_tuple(lambda image: torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+    return sum(len(images) for (images,) in data.batched(config.batch, partial=False))
+
+
+def decoders(folder: Path) -> dict[str, Way]:
+    """Decoding alone, in one thread, from memory: bytes to (3, H, W) uint8."""
+    jpegs = [path.read_bytes() for path in sorted((folder / "jpeg" / "all").iterdir())[:200]]
+    pngs = [encode_png(np.asarray(decode(data, "jpeg"))) for data in jpegs]
+
+    def by_torchvision(data: bytes) -> torch.Tensor:
+        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+    def by_pillow(data: bytes) -> torch.Tensor:
+        return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+    def over(decoder: Callable[[bytes], torch.Tensor], encoded: list[bytes]) -> Way:
+        return lambda: sum(1 for data in encoded if decoder(data).shape[0] == 3)
+
+    return {
+        "torchvision, PNG": over(by_torchvision, pngs),
+        "Pillow, PNG": over(by_pillow, pngs),
+        "torchvision, JPEG": over(by_torchvision, jpegs),
+        "Pillow, JPEG": over(by_pillow, jpegs),
+    }
+
+
+def timed(ways: dict[str, Way], rounds: int) -> dict[str, float]:
+    """Images per second by way: the median of the rounds, in which all ways take turns."""
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            seen = way()
+            speeds[name].append(seen / (time.perf_counter() - began))
+    return {name: median(found) for name, found in speeds.items()}
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """The figures as two Markdown tables; loaders as ratios to ImageFolder in this process, too."""
+    loading = figures["loaders"]
+    base = loading.get(BASE) or next(speed for name, speed in loading.items() if name.startswith(BASE))
+    lines = ["| loader | images/s | ratio |", "|---|---|---|"]
+    lines += [f"| {name} | {speed:.0f} | {speed / base:.2f} |" for name, speed in loading.items()]
+    lines += ["", "| decoder | ms per image |", "|---|---|"]
+    lines += [f"| {name} | {1000 / speed:.2f} |" for name, speed in figures["decoders"].items()]
+    return "\n".join(lines)

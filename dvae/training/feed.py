@@ -1,0 +1,115 @@
+"""What a stage is fed: its loader, and the records of which samples it has seen and which images were damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from dvae import files
+from dvae.data.endless import EndlessLoader
+from dvae.data.loader import Batch, Loader
+from dvae.data.reader import Shards
+from dvae.errors import MachineError, one_line
+from dvae.settings import TrainingConfig
+from dvae.tracking.metrics import MetricsLog
+from dvae.training import ranks
+
+DAMAGED = "damaged.json"
+"""In the run folder: images that were found damaged, by split: index -> file, key and reason."""
+
+
+def samples_file(run: Path, stage: str) -> Path:
+    """Where the samples of a stage are recorded."""
+    return run / f"samples-{stage}.jsonl"
+
+
+class Feed:
+    """A loader of which every rank has one: the same calls on all of them.
+
+    Damaged images that a rank has met are made known to all every `log_every` steps, so that all pass over the same
+    ones, and all stop at once where there are too many. With `log_samples` each step's samples are written down as they
+    are handed out: a row {"stage", "step", "samples": global numbers, "indices": of the data set} for all ranks.
+    """
+
+    def __init__(
+        self,
+        loader: Loader | EndlessLoader,
+        shards: Shards | None,
+        training: TrainingConfig,
+        stage: str,
+        run: Path,
+        log_samples: bool,
+    ) -> None:
+        self._loader, self._shards, self._training, self._stage, self._run = loader, shards, training, stage, run
+        self._log = MetricsLog(samples_file(run, stage)) if log_samples else None
+        self._next: int | None = None
+        self._shared: set[int] = set(shards.damaged) if shards else set()
+
+    def step(self, sample: int) -> list[Batch]:
+        """This rank's micro-batches of the global step that begins at global sample number `sample`."""
+        batches = self._loader.step(sample)
+        step = sample // self._training.batch + 1
+        if self._log:
+            self._write(self._log, step, batches)
+        if self._shards and (step % self._training.log_every == 0 or step == self._training.steps):
+            self._share(self._shards)
+        return batches
+
+    def _write(self, log: MetricsLog, step: int, batches: list[Batch]) -> None:
+        seen = ranks.gathered([(batch.keys.tolist(), batch.indices.tolist()) for batch in batches])
+        if ranks.rank():
+            return
+        if step != self._next:  # where training resumes: what was handed out later is handed out again
+            log.rewind(self._stage, step - 1)
+        parts = sorted(part for rank in seen for part in rank)  # in the order of the sample numbers
+        row = {
+            "samples": [key for keys, _ in parts for key in keys],
+            "indices": [index for _, indices in parts for index in indices],
+        }
+        log.append({"stage": self._stage, "step": step, **row})
+        self._next = step + 1
+
+    def _share(self, shards: Shards) -> None:
+        mine = {index: why for index, why in dict(shards.damaged).items() if index not in self._shared}
+        found = {index: why for part in ranks.gathered(mine) for index, why in part.items()}
+        if found:
+            shards.know(found)
+            self._shared |= found.keys()
+            ranks.on_first(record_damage, self._run, shards)
+
+    def close(self) -> None:
+        self._loader.close()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def known_damage(run: Path, split: str) -> dict[int, str]:
+    """Images of a split that the run has found damaged so far: index -> file, key and reason."""
+    path = run / DAMAGED
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get(split, {})
+        return {int(index): why for index, why in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise MachineError(
+            f"{path} cannot be read ({one_line(error)}): remove it, what is damaged is found again"
+        ) from None
+
+
+def record_damage(run: Path, shards: Shards) -> None:
+    """Add what `shards` knows to be damaged to the run's record; on rank 0 alone."""
+    known = known_damage(run, shards.split)
+    if shards.damaged.keys() <= known.keys():
+        return
+    path = run / DAMAGED
+    others = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = known | dict(shards.damaged)
+    files.write_json(path, others | {shards.split: {str(index): found[index] for index in sorted(found)}})

@@ -1,0 +1,164 @@
+"""An engine's state parameter by parameter, whoever holds which part of it: what checkpoints are made of.
+
+Weights, moments and averages of a parameter are cut the same way: with ZeRO 1 to 3 each rank holds a run of the
+flattened values, with ZeRO 0 every rank holds all. A file says which runs it holds, so that a checkpoint of n ranks and
+one ZeRO stage is taken up by m ranks and another stage: each reads the runs that it needs. Values are copied, never
+computed, so nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dvae.errors import MachineError, one_line
+
+WEIGHT, BUFFER, STEP = "weight", "buffer", "step"
+"""Kinds of values beside those of the optimiser (exp_avg, exp_avg_sq, ema, ...), and the count of its steps."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one parameter's flattened values, with all that belongs to them."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    start: int
+    values: dict[str, torch.Tensor]
+    """By kind, views (numel,) of what the engine works on."""
+    step: int
+    """Optimiser steps that these values have seen."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of an engine's state, copied to the host."""
+
+    tensors: dict[str, torch.Tensor]
+    """kind:name -> (numel,), or a whole buffer."""
+    layout: dict[str, dict[str, Any]]
+    """name -> start, shape, step."""
+
+    def write(self, path: Path) -> None:
+        """Raises OSError where the disk does not take it."""
+        try:
+            save_file(self.tensors, path, {"layout": json.dumps(self.layout)})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, one_line(error)) from error
+
+
+def pack(fragments: list[Fragment], buffers: Mapping[str, torch.Tensor]) -> Part:
+    """Copies of `fragments` and `buffers`, which training may go on to change."""
+    tensors = {f"{BUFFER}:{name}": copied(value) for name, value in buffers.items()}
+    layout = {}
+    for fragment in fragments:
+        layout[fragment.name] = {"start": fragment.start, "shape": fragment.shape, STEP: fragment.step}
+        tensors |= {f"{kind}:{fragment.name}": copied(value) for kind, value in fragment.values.items()}
+    return Part(tensors, layout)
+
+
+def copied(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+class Saved:
+    """What the ranks' files in one folder hold together. Raises MachineError where a file is not readable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.steps: dict[str, int] = {}
+        self.kinds: dict[str, set[str]] = defaultdict(set)
+        """What was saved of a parameter besides its weights."""
+        self._runs: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+        self._buffers: dict[str, Any] = {}
+        try:
+            for path in sorted(folder.glob("*.safetensors")):
+                self._open(path)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise MachineError(f"{folder}: not a readable checkpoint ({one_line(error)})") from error
+        if not self._runs:
+            raise MachineError(f"{folder}: no engine state in this checkpoint")
+
+    def _open(self, path: Path) -> None:
+        file = safe_open(path, framework="pt")
+        layout = json.loads(file.metadata()["layout"])
+        for key in file.keys():  # noqa: SIM118 # it is no dict
+            kind, _, name = key.partition(":")
+            if kind == BUFFER:
+                self._buffers[name] = file
+                continue
+            about = layout[name]
+            self.shapes[name], self.steps[name] = tuple(about["shape"]), about[STEP]
+            if kind != WEIGHT:
+                self.kinds[name].add(kind)
+            self._runs[key].append((about["start"], file.get_slice(key).get_shape()[0], file))
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
+        """Values `start` to `start + numel` of a flattened parameter, whichever files they lie in."""
+        key = f"{kind}:{name}"
+        found = torch.empty(numel)
+        missing = numel
+        for first, count, file in self._runs.get(key, ()):
+            low, high = max(start, first), min(start + numel, first + count)
+            if low < high:
+                found[low - start : high - start] = file.get_slice(key)[low - first : high - first]
+                missing -= high - low
+        if missing:
+            raise MachineError(f"{self.folder}: {missing} of {numel} values of {key} are not in this checkpoint")
+        return found
+
+    def whole(self, kind: str, name: str) -> torch.Tensor:
+        """A parameter's values in its own shape."""
+        if name not in self.shapes:
+            raise MachineError(f"{self.folder}: no parameter {name!r} in this checkpoint: it belongs to another model")
+        shape = self.shapes[name]
+        return self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {name: file.get_tensor(f"{BUFFER}:{name}") for name, file in self._buffers.items()}
+
+    def state(self, kind: str) -> dict[str, torch.Tensor]:
+        """A whole state dict with values of one kind ("weight", "ema", ...) as the parameters."""
+        return {name: self.whole(kind, name) for name in self.shapes} | self.buffers()
+
+
+def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to a module's state."""
+    kept = module.state_dict().keys()
+    return {name: value for name, value in module.named_buffers() if name in kept}
+
+
+Holder = tuple[str, nn.Parameter, torch.Tensor, int, int, int]
+"""A parameter's name, itself, the flat tensor that the optimiser steps, where its run begins in that, where in the
+parameter, and how long it is."""
+
+
+def holders(module: nn.Module, zero: Any, stage: int, rank: int) -> Iterator[Holder]:
+    """What this rank's optimiser holds of each parameter. `zero` is DeepSpeed's optimiser around it."""
+    for name, parameter in module.named_parameters():
+        if stage == 0:
+            yield name, parameter, parameter, 0, 0, parameter.numel()
+        elif stage < 3:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield name, parameter, flat, there.start, here.start, there.numel
+        else:
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = rank * size
+            count = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined] # the last run is padded
+            if count > 0:
+                yield name, parameter, zero.fp32_partitioned_groups_flat[group], offset, start, count

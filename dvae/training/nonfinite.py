@@ -1,0 +1,127 @@
+"""Steps whose gradient is not finite: left out, and kept on disk as replay bundles that tools/replay.py takes up.
+
+A replay bundle is a folder run/nonfinite-<stage>-<step>/: weights.safetensors, the modules' weights as they were
+at that step, and record.json, what was seen. Figures that are not finite are there as "nan", "inf", "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvae import bundle, files
+from dvae.data.loader import Batch
+from dvae.errors import MachineError
+from dvae.training import ranks
+from dvae.training.engine import Engine
+from dvae.training.stages import Stage
+
+log = logging.getLogger("dvae")
+SAVED = 3
+"""Steps of a stage that are saved for replay; the others of its skipped steps are counted alone."""
+RECORD, WEIGHTS = "record.json", "weights.safetensors"
+Figures = dict[str, tuple[float, float]]
+"""Sums of a micro-batch's figures: name -> (sum, count)."""
+
+
+def leave_out(
+    stage: Stage,
+    engines: Mapping[str, Engine],
+    batches: list[Batch],
+    figures: list[Figures],
+    step: int,
+    skipped: int,
+    run: Path,
+) -> None:
+    """Save what there is to know of `step`, the stage's `skipped`-th to be left out; the gradients must still be there.
+
+    Every rank takes part. Raises MachineError, on all, where that is one more than TrainingConfig.nonfinite_skips.
+    """
+    allowed = stage.config.nonfinite_skips
+    where = "not saved"
+    if skipped <= SAVED:
+        path = run / f"nonfinite-{stage.name}-{step:08d}"
+        save(path, stage, engines, batches, figures, step)
+        where = f"python tools/replay.py bundle={path}"
+    what = f"{stage.name} step {step}: a gradient is not finite; the step was left out"
+    if skipped > allowed:
+        raise MachineError(
+            f"{what}{f' like {allowed} before' if allowed else ''}, the last checkpoint is good: look at the step "
+            f"({where}), lower the learning rate, or raise train_{stage.name}.nonfinite_skips={allowed}"
+        )
+    if ranks.rank() == 0:
+        log.warning("%s (%d of %d that may be, %s)", what, skipped, allowed, where)
+
+
+def save(
+    path: Path, stage: Stage, engines: Mapping[str, Engine], batches: list[Batch], figures: list[Figures], step: int
+) -> None:
+    """Write the replay bundle of `step` to the folder `path`, whole or not at all. Every rank takes part."""
+    mine = [(batch.keys.tolist(), batch.indices.tolist()) for batch in batches]
+    parts = [part for parts in zip(*ranks.gathered(mine), strict=True) for part in parts]  # as they lie in the batch
+    record = {
+        "stage": stage.name,
+        "step": step,
+        "seed": stage.seed,
+        "world_size": ranks.world_size(),
+        "micro_batches": len(batches),
+        "samples": [key for keys, _ in parts for key in keys],
+        "indices": [index for _, indices in parts for index in indices],
+    } | observed(ranks.gathered(figures), engines)
+    weights = {f"{name}.{key}": value for name, engine in engines.items() for key, value in engine.weights().items()}
+
+    def write() -> None:
+        with files.new_folder(path) as folder:
+            files.write_json(folder / RECORD, record)
+            bundle.save_weights(folder / WEIGHTS, weights)
+
+    ranks.on_first(write)
+
+
+def observed(figures: list[list[Figures]], engines: Mapping[str, Engine]) -> dict[str, Any]:
+    """What was seen at a step, as a record holds it: figures, gradient norms by layer, which of them are not finite.
+
+    `figures` are those of every rank's micro-batches. Every rank takes part.
+    """
+    parts = [{name: [*pair] for name, pair in part.items()} for rank in figures for part in rank]
+    means = {name: total / count for name, (total, count) in sorted(ranks.total(parts).items()) if count}
+    norms = {
+        f"{name}.{layer}": norm for name, engine in engines.items() for layer, norm in engine.gradient_norms().items()
+    }
+    return {
+        "figures": {name: written(value) for name, value in means.items()},
+        "gradient_norms": {name: written(value) for name, value in norms.items()},
+        "not_finite": {
+            "figures": [name for name, value in means.items() if not math.isfinite(value)],
+            "gradient_norms": [name for name, value in norms.items() if not math.isfinite(value)],
+        },
+    }
+
+
+def written(value: float) -> float | str:
+    """A number as JSON can hold it; float() reads it back."""
+    return value if math.isfinite(value) else str(value)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record of a replay bundle. Raises FileNotFoundError or ValueError where there is none."""
+    return dict(json.loads((path / RECORD).read_text(encoding="utf-8")))
+
+
+class Buffers:
+    """Values of the modules' buffers, such as running statistics, which a forward pass changes by itself."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._buffers = [buffer for engine in engines.values() for buffer in engine.module.buffers()]
+        self._values = [buffer.clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, value in zip(self._buffers, self._values, strict=True):
+            buffer.copy_(value)

@@ -1,0 +1,193 @@
+"""Post-hoc moving averages: an average of any width, made from snapshots of two (Karras et al. 2024, appendix C).
+
+The weight that a power profile of exponent gamma gives step i at step T is ((i/T)^(gamma+1) - ((i-1)/T)^(gamma+1)): the
+integral over (i - 1, i] of p(t) = (gamma + 1) t^gamma / T^(gamma+1). So what holds for profiles over [0, T] holds for
+the averages of a training exactly: a sum of profiles that is near another gives a sum of averages that is near the
+other's. Here the coefficients also add up to 1, which the paper does not ask for: a weight that never moved is made
+exactly, and the error is in proportion to what the weights moved, not to what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from dvae import bundle, models
+from dvae.errors import UserError, near
+from dvae.run import Run
+from dvae.settings import WIDTHS, EmaProfile, RunConfig
+from dvae.training.ema import power
+from dvae.training.snapshots import Snapshot, list_snapshots
+
+PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
+"""Stage -> the part of a bundle that it trains."""
+RIDGE = 1e-10
+"""Relative to each profile's squared norm: keeps coefficients small where snapshots lie close together."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EmaToolConfig:
+    """What tools/ema.py takes."""
+
+    run: str = MISSING
+    """A run folder."""
+    stage: str = "refiner"
+    """Stage whose weights are averaged: encoder, refiner or classifier."""
+    width: float | None = None
+    """Width (sigma_rel) of the average that is made, 0.005 to 0.28; or else decay."""
+    decay: float | None = None
+    """Decay of an average that was kept (ema.extra_decays) and is taken out as it is."""
+    step: int = 0
+    """Step of the average (0: that of the last snapshot)."""
+    out: str = ""
+    """Weights file that is written (empty: none)."""
+    bundle: str = ""
+    """Folder of a bundle that is written, the run's other parts as they are (empty: none)."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+
+
+ConfigStore.instance().store(name="ema_schema", node=EmaToolConfig, provider="dvae")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an average is made of snapshots."""
+
+    step: int
+    snapshots: list[Snapshot]
+    coefficients: np.ndarray
+    """One for each snapshot; they add up to 1."""
+    error: float
+    """Norm of the difference between the profile that is made and the one that was asked for, over that of the latter;
+    in L2 over training time."""
+
+
+def products(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float) -> np.ndarray:
+    """Integrals over t of the profiles (steps, gammas), each (n,), times the profile (step, gamma): (n,).
+
+    With a the one that ends first: (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (t_a / t_b)^gamma_b / t_b.
+    """
+    first, last = np.minimum(steps, step), np.maximum(steps, step)
+    exponent = np.where(steps <= step, gamma, gammas)
+    return (gammas + 1) * (gamma + 1) / ((gammas + gamma + 1) * last) * (first / last) ** exponent
+
+
+def coefficients(steps: np.ndarray, widths: np.ndarray, step: int, width: float) -> tuple[np.ndarray, float]:
+    """Coefficients (n,), adding up to 1, of averages of `widths` (n,) at `steps` (n,) for one of `width` at `step`.
+
+    They minimise the distance in L2 between the profiles; returns it too, relative to the norm of the profile.
+    """
+    gammas, gamma = np.array([power(one) for one in widths]), power(width)
+    gram = np.stack([products(steps, gammas, *one) for one in zip(steps, gammas, strict=True)])
+    norm = np.sqrt(products(np.array([step]), np.array([gamma]), step, gamma)[0])
+    norms = np.sqrt(np.diag(gram))
+    cosines, wanted = gram / np.outer(norms, norms), products(steps, gammas, step, gamma) / (norms * norm)
+    masses = norm / norms  # of profiles of norm 1, in units of the wanted one's
+    solved = np.linalg.solve(cosines + RIDGE * np.eye(len(steps)), np.stack([wanted, masses], 1))
+    free, shift = solved.T
+    found = free + (1 - masses @ free) / (masses @ shift) * shift  # Lagrange: their masses add up to 1
+    squared = 1 - 2 * found @ wanted + found @ cosines @ found
+    return found * masses, float(np.sqrt(max(0.0, squared)))
+
+
+def fit(snapshots: Sequence[Snapshot], step: int, width: float) -> Fit:
+    """The best combination of snapshots of power profile; those long after `step` are left out."""
+    end = min(one.step for one in snapshots if one.step >= step)
+    used = [one for one in snapshots if one.step <= end]
+    steps, widths = np.array([float(one.step) for one in used]), np.array([one.average.value for one in used])
+    found, error = coefficients(steps, widths, step, width)
+    return Fit(step, used, found, error)
+
+
+def combine(found: Fit, parameters: set[str]) -> dict[str, torch.Tensor]:
+    """The state dict of a fit. What is no parameter (a buffer) is that of the snapshot nearest in time."""
+    nearest = min(found.snapshots, key=lambda one: abs(one.step - found.step))
+    state = bundle.load_weights(nearest.path)
+    sums = {name: torch.zeros_like(state[name], dtype=torch.float64) for name in state.keys() & parameters}
+    for snapshot, coefficient in zip(found.snapshots, found.coefficients, strict=True):
+        values = bundle.load_weights(snapshot.path)
+        for name, total in sums.items():
+            total.add_(values[name].double(), alpha=float(coefficient))
+    return state | {name: total.float() for name, total in sums.items()}
+
+
+def make(settings: EmaToolConfig) -> Fit:
+    """Make the average that `settings` ask for, and write it. Raises UserError where it cannot be made."""
+    run, config = _check(settings)
+    snapshots = list_snapshots(run.path / "snapshots" / settings.stage)
+    if not snapshots:
+        raise UserError(
+            f"run={settings.run} has no snapshots of its {settings.stage}: train with train_{settings.stage}"
+            ".ema.snapshot_every=1000 and .extra_widths=[0.05,0.1]"
+        )
+    found = _kept(snapshots, settings) if settings.width is None else _fitted(snapshots, settings, settings.width)
+    part, trained = PARTS[settings.stage], models.on_meta(config).trained()
+    weights = combine(found, {name for name, _ in trained[part].named_parameters()})
+    if settings.out:
+        bundle.save_weights(Path(settings.out), weights)
+    if settings.bundle:
+        kept = {name: run.weights(name) for name in trained if name != part and run.weights(name).exists()}
+        lacking = sorted(trained.keys() - kept.keys() - {part, bundle.CLASSIFIER})
+        if lacking:
+            raise UserError(f"run={settings.run} has no trained {lacking[0]} yet, which a bundle needs: use out=FILE")
+        parts = {name: bundle.load_weights(path) for name, path in kept.items()} | {part: weights}
+        bundle.export(Path(settings.bundle), run.config_file.read_text(encoding="utf-8"), parts)
+    return found
+
+
+def _check(settings: EmaToolConfig) -> tuple[Run, RunConfig]:
+    """The run and its config. Raises UserError for words that are wrong whatever snapshots there are."""
+    if (settings.width is None) == (settings.decay is None):
+        raise UserError("an average has a width or a decay: add width=0.15, or decay=NUMBER of one that was kept")
+    if settings.width is not None and not WIDTHS[0] <= settings.width <= WIDTHS[1]:
+        raise UserError(f"width={settings.width:g}: use {WIDTHS[0]} to {WIDTHS[1]}")
+    if settings.stage not in PARTS:
+        raise UserError(f"unknown stage {settings.stage!r}: {near(settings.stage, PARTS)}")
+    if not settings.out and not settings.bundle:
+        raise UserError("nothing would be written: add out=FILE.safetensors or bundle=FOLDER")
+    if settings.out and Path(settings.out).is_dir():
+        raise UserError(f"out={settings.out} is a folder: name a file, or use bundle=")
+    if settings.bundle and Path(settings.bundle).exists():
+        raise UserError(f"bundle={settings.bundle} is there already: name a folder that is not")
+    run = Run(Path(settings.run))
+    if not run.config_file.exists():
+        raise UserError(f"run={settings.run}: no run is there: name a run folder")
+    return run, run.config()
+
+
+def _step(snapshots: Sequence[Snapshot], settings: EmaToolConfig) -> int:
+    last = max(one.step for one in snapshots)
+    if not 0 <= settings.step <= last:
+        raise UserError(f"step={settings.step}: use 1 to {last}, the step of the last snapshot")
+    return settings.step or last
+
+
+def _fitted(snapshots: list[Snapshot], settings: EmaToolConfig, width: float) -> Fit:
+    usable = [one for one in snapshots if one.average.profile is EmaProfile.power]
+    if len(usable) < 2:
+        raise UserError(
+            f"run={settings.run} has {len(usable)} snapshots of power profile of its {settings.stage}, a fit needs 2: "
+            f"train with train_{settings.stage}.ema.extra_widths=[0.05,0.1]"
+        )
+    return fit(usable, _step(usable, settings), width)
+
+
+def _kept(snapshots: list[Snapshot], settings: EmaToolConfig) -> Fit:
+    """An average of constant profile, just as it was kept."""
+    constant = [one for one in snapshots if one.average.profile is EmaProfile.constant]
+    same = [one for one in constant if one.average.value == settings.decay]
+    if not same:
+        known = ", ".join(sorted({str(one.average.value) for one in constant})) or "none"
+        raise UserError(f"decay={settings.decay}: no such average was kept, only a width can be made: kept: {known}")
+    step = _step(same, settings)
+    if chosen := [one for one in same if one.step == step]:
+        return Fit(step, chosen, np.ones(1), 0.0)
+    steps = [one.step for one in same]
+    raise UserError(f"step={step}: an average of constant profile is to be had at its snapshots only: {steps}")

@@ -1,0 +1,159 @@
+"""Replay of a step that was left out: the same weights, samples and draws once more, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+from torch import nn
+
+from dvae import bundle
+from dvae.data.loader import Batch
+from dvae.errors import UserError, one_line
+from dvae.run import Run
+from dvae.settings import RunConfig, TrainingConfig
+from dvae.training import nonfinite
+from dvae.training.batches import open_loader
+from dvae.training.engine import Engine, start_distributed
+from dvae.training.loop import backward
+from dvae.training.stages import Stage
+from dvae.training.work import open_stage
+
+
+@dataclass(kw_only=True, slots=True)
+class ReplayConfig:
+    """What tools/replay.py takes."""
+
+    bundle: str = MISSING
+    """A folder nonfinite-<stage>-<step> of a run folder."""
+
+
+ConfigStore.instance().store(name="replay_schema", node=ReplayConfig, provider="dvae")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step as it was recorded and as it is now: "figures", "gradient_norms" (numbers, or "nan", "inf", "-inf")."""
+
+    recorded: dict[str, Any]
+    now: dict[str, Any]
+    first: str
+    """The first layer that made a value that is not finite of ones that are, now; empty where none did."""
+
+    @property
+    def verdict(self) -> str:
+        """Whether what was not finite is so again, in one line."""
+        before, now = (
+            {name for names in seen["not_finite"].values() for name in names} for seen in (self.recorded, self.now)
+        )
+        if before == now:
+            return f"reproduced: the same {len(now)} values are not finite"
+        if not now:
+            return "not reproduced: every value is finite; another device, other libraries, or a fault of the machine"
+        only_before, only_now = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
+        return (
+            f"reproduced in part: {len(before & now)} of {len(before)} values are not finite again; "
+            f"then only: {only_before or 'none'}; now only: {only_now or 'none'}"
+        )
+
+
+def replay(folder: str) -> Replayed:
+    """Take the step of the replay bundle `folder` once more, up to its gradients.
+
+    The micro-batches of all ranks are taken one after the other, as they lie in the batch. Raises UserError where the
+    bundle and its run do not go together.
+    """
+    path = Path(folder)
+    try:
+        record = nonfinite.read(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"bundle={path} is no replay bundle ({one_line(error)}): name a folder nonfinite-STAGE-STEP of a run"
+        ) from None
+    start_distributed()
+    run = Run(path.absolute().parent)
+    config = run.config()
+    training = as_one_process(config, record)
+    stage = open_stage(run, config, record["stage"])
+    batches = recorded_batches(config, training, stage, record, path)
+    engines = recorded_engines(stage, record["step"], path)
+    with first_not_finite(engines) as first:
+        figures = backward(stage, engines, batches, record["step"])
+    now = nonfinite.observed([figures], engines)
+    for engine in engines.values():
+        engine.close()
+    return Replayed(record, now, next(iter(first), ""))
+
+
+def as_one_process(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
+    """The stage's settings, changed in `config`: the parts of all ranks are micro-batches of one."""
+    name = f"train_{record['stage']}"
+    training: TrainingConfig = getattr(config, name)
+    parts = record["world_size"] * record["micro_batches"]
+    training = replace(training, zero_stage=0, offload=False, micro_batches=parts)
+    setattr(config, name, training)
+    return training
+
+
+def recorded_batches(
+    config: RunConfig, training: TrainingConfig, stage: Stage, record: dict[str, Any], path: Path
+) -> list[Batch]:
+    """The step's micro-batches. Raises UserError where the run's samples are not those of the record."""
+    with open_loader(config, training, stage.name, images=stage.needs_images, whole=True) as data:
+        batches = data.step((record["step"] - 1) * training.batch)
+    for name, values in (
+        ("samples", [batch.keys for batch in batches]),
+        ("indices", [batch.indices for batch in batches]),
+    ):
+        if torch.cat(values).tolist() != record[name]:
+            raise UserError(f"bundle={path}: its {name} are not those of the run's data: were other shards put there?")
+    return batches
+
+
+def recorded_engines(stage: Stage, step: int, path: Path) -> dict[str, Engine]:
+    """An engine around each module that `step` trained, with the recorded weights."""
+    weights = bundle.load_weights(path / nonfinite.WEIGHTS)
+    engines = {}
+    for name, module in stage.modules().items():
+        if stage.trains(name, step):
+            start = f"{name}."
+            own = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+            bundle.fit(module, own, str(path / nonfinite.WEIGHTS))
+            engines[name] = Engine(module, stage.settings(name))
+    return engines
+
+
+@contextmanager
+def first_not_finite(engines: Mapping[str, Engine]) -> Iterator[list[str]]:
+    """Layers, in the order in which they are run in the block, whose output is not finite while their input is."""
+    found: list[str] = []
+    hooks = []
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if not finite(output) and finite(inputs):
+                found.append(name)
+
+        return hook
+
+    for name, engine in engines.items():
+        for layer, module in engine.module.named_modules():
+            if not list(module.children()):
+                hooks.append(module.register_forward_hook(look(f"{name}.{layer}")))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def finite(values: Any) -> bool:
+    """Whether all tensors among `values` are."""
+    values = values if isinstance(values, tuple | list) else (values,)
+    return all(bool(value.isfinite().all()) for value in values if isinstance(value, torch.Tensor))

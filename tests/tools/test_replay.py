@@ -1,0 +1,83 @@
+"""tools/replay.py on bundles of real runs: the same values are not finite again, in one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dvae.errors import UserError
+from dvae.tools.replay import command
+from dvae.training.replay import Replayed
+
+Tool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def bundle_of(tool: Tool, words: list[str], run: Path) -> str:
+    """Run until a step is not finite; returns its replay bundle, as the last line names it."""
+    done = tool("launch", *words, f"run={run}")
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.splitlines()[-1]
+    folder = line.partition("bundle=")[2].partition(")")[0]
+    assert (Path(folder) / "weights.safetensors").exists(), line
+    return folder
+
+
+def values(folder: str, kind: str) -> dict[str, float]:
+    return {name: float(value) for name, value in json.loads((Path(folder) / "record.json").read_text())[kind].items()}
+
+
+def test_a_refiners_step_is_reproduced_and_mended_weights_are_not(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+    folder = bundle_of(tool, [*tiny, "train_refiner.lr=1e30"], tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    seen = tool("replay", f"bundle={folder}")
+    assert seen.returncode == 0, seen.stderr
+    assert seen.stdout.splitlines()[-1].startswith("reproduced: the same ")
+    rows = {line.split()[0]: line.split()[1:] for line in seen.stdout.splitlines() if len(line.split()) == 3}
+    for name in values(folder, "figures") | values(folder, "gradient_norms"):
+        assert rows[name][0] == rows[name][1], name  # one rank then and now: the same digits
+    assert any(name.startswith("loss_t") for name in rows)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+    weights = load_file(Path(folder) / "weights.safetensors")
+    save_file({name: value.clamp(-0.1, 0.1) for name, value in weights.items()}, Path(folder) / "weights.safetensors")
+    assert (
+        tool("replay", f"bundle={folder}").stdout.splitlines()[-1].startswith("not reproduced: every value is finite")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launcher=processes", "launcher.count=2", "train_encoder.micro_batches=2", "train_encoder.zero_stage=2"],
+        ["encoder=kl_gan", "encoder.channels=[8,8]", "encoder.groups=4", "encoder.discriminator_width=8",
+         "encoder.discriminator_layers=2", "encoder.discriminator_start=0"],
+    ],
+)  # fmt: skip
+def test_an_encoders_step_is_reproduced(words: list[str], tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+    plain = [word for word in tiny if "kl_gan" not in words[0] or not word.startswith("encoder.")]
+    folder = bundle_of(tool, [*plain, *words, "train_encoder.lr=1e30", "stages=[shards,encoder]"], tmp_path / "run")
+    seen = tool("replay", f"bundle={folder}")
+    assert seen.returncode == 0, seen.stderr
+    assert seen.stdout.splitlines()[-1].startswith("reproduced: the same ")
+
+
+def test_what_is_no_bundle_is_refused() -> None:
+    for words, said in (([], "bundle= is not set"), (["bundle=nowhere"], "bundle=nowhere is no replay bundle")):
+        with pytest.raises(UserError, match=said):
+            command(words)
+
+
+def test_the_verdict_compares_what_is_not_finite() -> None:
+    def seen(*names: str) -> dict[str, dict[str, list[str]]]:
+        return {"not_finite": {"figures": [], "gradient_norms": list(names)}}
+
+    assert Replayed(seen("a", "b"), seen("b", "a"), "").verdict == "reproduced: the same 2 values are not finite"
+    assert Replayed(seen("a"), seen(), "").verdict.startswith("not reproduced")
+    part = Replayed(seen("a", "b"), seen("b", "c"), "").verdict
+    assert part == "reproduced in part: 1 of 2 values are not finite again; then only: a; now only: c"

@@ -1,0 +1,121 @@
+"""Two ranks in one job against one process that takes each batch in two parts: every kind of stage, autocast, ZeRO 0-3."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch.distributed import TCPStore
+
+from dvae import config as configuration
+from dvae import keyed, models
+from dvae.data.loader import Batch
+from dvae.registry import ENCODERS, Shapes
+from dvae.settings import Precision, TrainingConfig
+from dvae.training import ranks
+from dvae.training.engine import Engine, start_distributed
+from dvae.training.latents import Encoded
+from dvae.training.loop import State, backward
+from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
+
+BATCH, STEPS, SIZE = 8, 20, 16
+KINDS = ["encoder", "refiner", "classifier", "gan"]
+CPU = torch.device("cpu")
+GAN = {
+    "name": "kl_gan", "channels": [8, 8], "groups": 4, "discriminator_width": 8, "discriminator_layers": 2,
+    "discriminator_start": 3, "discriminator_alone": 2,
+}  # fmt: skip
+
+
+def make(kind: str, words: list[str], zero: int) -> Stage:
+    """A stage of the demo in small, dropout 0; `words` are those of the fixture `tiny`."""
+    torch.manual_seed(0)
+    training = TrainingConfig(
+        batch=BATCH, micro_batches=2 // ranks.world_size(), lr=1e-3, warmup=0, zero_stage=zero,
+        precision=Precision.bf16, steps=STEPS,
+    )  # fmt: skip
+    if kind == "gan":
+        encoder = ENCODERS.build(GAN, Shapes(image_size=SIZE))
+        adversary = encoder.adversary()
+        assert adversary is not None
+        return GanStage(encoder, adversary, training, seed=1, device=CPU)
+    classes = ["classes=[a,b,c]", "classifier=half_unet_demo", "classifier.width=32"] if kind == "classifier" else []
+    config = configuration.typed(configuration.compose("train", [*words, *classes, "run=nowhere"]))
+    made = models.build(config)
+    if kind == "encoder":
+        return EncoderStage(made.encoder, training, 1, CPU)
+    if kind == "refiner":
+        return RefinerStage(made.encoder, made.denoiser, Encoded(made.encoder), training, 1, CPU)
+    assert made.classifier is not None
+    return ClassifierStage(made.classifier, made.encoder, made.denoiser, Encoded(made.encoder), training, 1, CPU)
+
+
+def parts(number: int) -> list[Batch]:
+    """This rank's micro-batches of step `number`: halves of the batch."""
+    keys = torch.arange((number - 1) * BATCH, number * BATCH)
+    images = torch.floor(128 + 60 * keyed.normal(0, "images", keys.tolist(), (3, SIZE, SIZE))).clamp(0, 255).byte()
+    halves = [Batch(k, k, i, k % 3) for k, i in zip(keys.chunk(2), images.chunk(2), strict=True)]
+    return halves if ranks.world_size() == 1 else [halves[ranks.rank()]]
+
+
+def trained(stage: Stage) -> dict[str, Any]:
+    """Gradient norm of each parameter at its first step, and the figures of each step, over all ranks."""
+    engines = {name: Engine(module, stage.settings(name)) for name, module in stage.modules().items()}
+    norms: dict[str, float] = {}
+    losses = []
+    for number in range(1, STEPS + 1):
+        figures = backward(stage, engines, parts(number), number)
+        for name, engine in engines.items():
+            if stage.trains(name, number):
+                if not any(known.startswith(f"{name}.") for known in norms):
+                    norms |= {f"{name}.{layer}": norm for layer, norm in engine.gradient_norms().items()}
+                assert engine.step(number)
+        state = State()
+        for part in figures:
+            state.add(part)
+        state.sums = ranks.total(ranks.gathered(state.sums))
+        losses.append({key: value for key, value in state.row().items() if key in ("loss", "discriminator")})
+    for engine in engines.values():
+        engine.close()
+    return {"norms": norms, "losses": losses}
+
+
+def a_rank(number: int, port: int, words: list[str], out: Path) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)
+    start_distributed()
+    found = {f"{kind} {zero}": trained(make(kind, words, zero)) for kind in KINDS for zero in range(4)}
+    if number == 0:
+        out.write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("agreement") / "two.json"
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(a_rank, (store.port, tiny, out), nprocs=2)
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def one(request: pytest.FixtureRequest, tiny: list[str]) -> tuple[str, dict[str, Any]]:
+    start_distributed()
+    torch.set_num_threads(1)
+    return request.param, trained(make(request.param, tiny, 0))
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_two_ranks_agree_with_one(one: tuple[str, dict[str, Any]], two: dict[str, Any], zero: int) -> None:
+    kind, mine = one
+    theirs = two[f"{kind} {zero}"]
+    assert theirs["norms"].keys() == mine["norms"].keys()
+    for layer, norm in mine["norms"].items():
+        assert theirs["norms"][layer] == pytest.approx(norm, rel=1e-5, abs=1e-5 * max(mine["norms"].values())), layer
+    for ours, its in zip(mine["losses"], theirs["losses"], strict=True):
+        assert its == pytest.approx(ours, rel=1e-3)

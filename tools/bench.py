@@ -1,0 +1,51 @@
+"""Measurements: python tools/bench.py data folder=PICTURES size=256"""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf
+
+from dvae.errors import UserError, near, run_command
+
+USAGE = """usage: python tools/bench.py data [folder=PICTURES] [size=256] [images=1000] [batch=64] [threads=[0,1,2]]
+       [rounds=3] [quality=90] [out=FILE.json]
+       python tools/bench.py trainer [run=runs/demo] [turns=40]
+
+data: images per second of our shards and loader, of ImageFolder with Pillow and ToTensor, and of plain webdataset, on
+  the same pictures as JPEG (theirs) and PNG (ours); and milliseconds per image of the decoders alone. The pictures are
+  those of a folder, or drawn. All ways take turns in one process with one thread of torch; compare ratios.
+trainer: a step of a run's refiner, against the same network in a bare DeepSpeed loop and in bare torch, which take
+  turns; and for how long a checkpoint holds training up."""
+
+
+def command(argv: list[str]) -> None:
+    """Measure what the first word says, with the words after it."""
+    if not argv or any(word in ("-h", "--help") for word in argv):
+        print(USAGE)
+    elif argv[0] in BENCHES:
+        BENCHES[argv[0]](argv[1:])
+    else:
+        raise UserError(f"unknown word {argv[0]!r}: {near(argv[0], BENCHES)}")
+
+
+def data(words: list[str]) -> None:
+    """Ways to load images."""
+    from dvae import config
+    from dvae.data import bench
+
+    settings: bench.DataBenchConfig = OmegaConf.to_object(config.compose("bench_data", words))  # type: ignore[assignment]
+    print(bench.table(bench.run(settings)))
+
+
+def trainer(words: list[str]) -> None:
+    """What the trainer adds to a step."""
+    from dvae import config
+    from dvae.training import bench
+
+    settings: bench.TrainerBenchConfig = OmegaConf.to_object(config.compose("bench_trainer", words))  # type: ignore[assignment]
+    bench.run(settings)
+
+
+BENCHES = {"data": data, "trainer": trainer}
+
+if __name__ == "__main__":
+    run_command(command)
