@@ -68,13 +68,25 @@ class Engine:
             "train_micro_batch_size_per_gpu": config.batch // (ranks.world_size() * config.micro_batches),
             "gradient_accumulation_steps": config.micro_batches,
             "gradient_clipping": config.clip,
-            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket(self.parameters)}
-            | ({"offload_optimizer": {"device": "cpu"}} if config.offload else {}),
+            "zero_optimization": self._zero(),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU optimiser would leave the average out
-            "torch_autocast": {"enabled": config.precision is Precision.bf16, "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": config.precision is Precision.bf16,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # whose gradients would be added up over the ranks in bf16
+            },
             "steps_per_print": 10**9,
         }
+
+    def _zero(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "stage": self.config.zero_stage,
+            "reduce_bucket_size": bucket(self.parameters),
+            # else stage 3 replaces linear layers, in the whole process, by its own, which round otherwise
+            "memory_efficient_linear": False,
+        }
+        return settings | ({"offload_optimizer": {"device": "cpu"}} if self.config.offload else {})
 
     def __call__(self, *args: Any) -> Any:
         return self.deepspeed(*args)

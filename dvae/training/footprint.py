@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dvae.settings import Precision, TrainingConfig
+from dvae.settings import TrainingConfig
 
 BUCKET = 500_000_000
 """Values that are communicated at once, at most (DeepSpeed's own default)."""
-FLOAT, HALF = 4, 2
+FLOAT = 4
 MOMENTS = 2
 
 
@@ -29,6 +29,5 @@ def bytes_per_rank(parameters: int, ranks: int, config: TrainingConfig, averages
     if config.zero_stage < 3:
         kept = whole + (whole + states) // ranks
         return kept, kept + whole // ranks
-    communicated = HALF if config.precision is Precision.bf16 else FLOAT
-    kept = (3 * whole + states) // ranks + communicated * bucket(parameters)
+    kept = (3 * whole + states) // ranks + FLOAT * bucket(parameters)
     return kept, kept

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests_support import ROOT, environment
 from torch.distributed import TCPStore
 
+from dvae import attempts
 from dvae import config as configuration
 from dvae.data.reader import Shards
 from dvae.run import submit
@@ -124,6 +125,10 @@ def agree(one: Path, other: Path) -> None:
 
 def test_two_ranks_log_what_one_does(one: Path, two: Path) -> None:
     agree(one, two)
+    assert [(row.launcher, row.count, row.status) for run in (one, two) for row in attempts.read(run)] == [
+        ("local", 1, 0),
+        ("processes", 2, 0),
+    ]
 
 
 @pytest.mark.slow
