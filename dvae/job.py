@@ -20,8 +20,10 @@ from dvae.evaluation.stage import evaluate
 from dvae.pipeline import Pipeline
 from dvae.run import Run
 from dvae.settings import STAGES, RunConfig
+from dvae.tracking import figures
 from dvae.tracking.console import Counted
 from dvae.tracking.report import write_report
+from dvae.tracking.tracker import Tracker
 from dvae.training import ranks, stopping, watch
 from dvae.training.engine import start_distributed
 from dvae.training.memory import keep_freed_memory
@@ -140,6 +142,12 @@ def evaluate_stage(run: Run, config: RunConfig) -> None:
         )
     record = {"seconds": time.perf_counter() - began, "settings": evaluate_settings(config)}
     summary["stages"] = summary["stages"] | {"evaluate": record}
+    found = figures.of_evaluation(summary["evaluation"])
+    summary["figures"] = figures.of_training(run.path) | found
+    with Tracker(run.path, config.tracking.wandb, "evaluate") as tracked:
+        tracked.summarise(found)
+        pictures = [path for path in (run.path / "samples.png", run.path / "reconstructions.png") if path.exists()]
+        tracked.results(found, pictures, run.bundle)
     files.write_json(run.summary, summary)
     run.finish("evaluate", record)
 

@@ -1,6 +1,7 @@
 """The run folder: everything about a run, and nothing outside it.
 
 config.yaml        resolved when the run was submitted
+attempts.jsonl     when it was started, where, and how that ended
 stages.json        what is finished, with times and counts
 metrics.jsonl      figures by stage and step
 checkpoints/       resume state of the stage in progress
@@ -13,7 +14,6 @@ summary.json report.html
 
 from __future__ import annotations
 
-import fcntl
 import json
 import tempfile
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dvae import attempts, files
 from dvae import config as configuration
-from dvae import files
 from dvae.errors import UserError
 from dvae.settings import RunConfig
 
@@ -81,13 +81,7 @@ class Run:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the folder against a second process; the hold ends with this process, however it ends."""
-        with (self.path / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"run={self.path} is in use by another process: wait for it, or use another run="
-                ) from None
+        with attempts.hold(self.path, attempts.WORKER):
             yield
 
 

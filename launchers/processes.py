@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dvae import attempts
 from dvae.errors import MachineError, UserError, in_words, one_line
 
 GRACE = 5.0
@@ -63,6 +64,12 @@ def launch(folder: Path, count: int) -> None:
     """
     if torch.cuda.is_available() and count > torch.cuda.device_count():
         raise UserError(f"launcher.count={count}: this machine has {torch.cuda.device_count()} GPUs: use no more ranks")
+    with attempts.recorded(folder, "processes", count):
+        run(folder, count)
+
+
+def run(folder: Path, count: int) -> None:
+    """Start the ranks, and see how they end."""
     # here, not in rank 0: no port is guessed, and it outlives every rank
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
     ranks: list[Rank] = []

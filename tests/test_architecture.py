@@ -18,6 +18,7 @@ ONLY = {
     "deepspeed": {"training/engine.py"},
     "wandb": {"tracking/wandb_run.py"},
     "torch_fidelity": {"evaluation/metrics.py"},
+    "sweeps": {"sweeps/engine.py"},
     "submitit": set(),
 }
 ABOVE = {
@@ -29,6 +30,7 @@ ABOVE = {
     "training": ["launchers", "tools", "evaluation", "job"],
     "evaluation": ["launchers", "tools", "training", "job"],
     "tracking": ["launchers", "tools", "training", "evaluation", "job"],
+    "sweeps": ["launchers", "tools", "training", "evaluation", "job", "pipeline"],
 }
 """Part of the package -> parts that lie above it, which it must not import."""
 

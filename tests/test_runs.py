@@ -85,10 +85,12 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(small_disk: Path, 
 def test_wandb_offline_continues_one_run(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
     from dvae.tracking.wandb_run import offline_rows
 
-    words = [*tiny, "tracking.wandb.mode=offline", "run=mine"]
+    words, key = [*tiny, "tracking.wandb.mode=offline", "run=mine"], "0123456789abcdef0123456789abcdef01234567"
     for stages in ("[shards,encoder]", "[shards,encoder,prior,refiner]"):
-        done = tool("launch", *words, f"stages={stages}", WANDB_SILENT="true")
+        done = tool("launch", *words, f"stages={stages}", WANDB_API_KEY=key)
         assert done.returncode == 0, done.stderr
+        assert key not in done.stdout + done.stderr
+    assert not any(key.encode() in path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file())
     run_id = json.loads((tmp_path / "mine" / "wandb.json").read_text())
     logs = sorted((tmp_path / "mine").rglob("*.wandb"))
     assert len(logs) >= 2

@@ -9,6 +9,8 @@ from dvae.errors import UserError, near, run_command
 
 TOOLS = {
     "launch": "train a recipe: dvae launch recipe=demo",
+    "runs": "list runs, follow, cancel or resume one",
+    "sweep": "try settings: a W&B sweep file, without a server",
     "shards": "build or verify WebDataset shards",
     "cache": "write the latents of a run's training images into shards",
     "sample": "draw images from a trained run",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dvae.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from dvae.settings import RunConfig
 
 USAGE = """usage: python tools/launch.py recipe=NAME [run=FOLDER] [key=value ...]
 
@@ -23,35 +27,58 @@ Trains the recipe, stage by stage, into the run folder (default runs/NAME). The 
                          train on that many processes of this machine (torchrun works too)
   plugins=[my_module]    import modules that register components
   dry_run=true           print the resolved config, stages and parameter counts; write nothing
+  --multirun seed=1,2    a run for every combination, one after the other, in run=FOLDER/0, /1, ...; tools/sweep.py
+                         does more
 
 `python tools/components.py` lists the components with their fields."""
 
 
 def command(argv: list[str]) -> None:
     """Compose the config from the words of argv, check it, and run it."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    silence()
     from dvae import config, preflight, run
     from dvae.registry.core import KINDS
-    from dvae.settings import Launch
+    from dvae.sweeps import multirun
 
     if any(word in ("-h", "--help") for word in argv):
         print(
             USAGE.format(recipes=", ".join(config.recipes()), stages=", ".join(config.STAGES), kinds=", ".join(KINDS))
         )
         return
+    if any(word in multirun.FLAGS for word in argv):
+        multirun.run([word for word in argv if word not in multirun.FLAGS])
+        return
     composed = config.compose("train", argv)
     settings = config.typed(composed)
     if settings.dry_run:
         print(preflight.describe(composed))
         return
+    check(settings)
+    first = os.environ.get("RANK", "0") == "0"
+    start(settings, run.submit(composed).path if first else Path(settings.run))
+
+
+def silence() -> None:
+    """Before anything is imported that warns."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+
+
+def check(settings: RunConfig) -> None:
+    """Refuse what can be known to be wrong on the ranks that there will be."""
+    from dvae import preflight
+    from dvae.settings import Launch
+
     started = "RANK" in os.environ  # by torchrun or the like: this is one of several ranks already
-    several = settings.launcher.name is Launch.processes
-    if started and several:
+    if started and settings.launcher.name is Launch.processes:
         raise UserError("launcher=processes: torchrun has started the ranks already: leave launcher=processes out")
     preflight.check(settings, int(os.environ["WORLD_SIZE"]) if started else settings.launcher.count)
-    first = os.environ.get("RANK", "0") == "0"
-    folder = run.submit(composed).path if first else Path(settings.run)
-    if several:
+
+
+def start(settings: RunConfig, folder: Path) -> None:
+    """Take a run folder through its stages, by the launcher that its config names."""
+    from dvae.settings import Launch
+
+    if settings.launcher.name is Launch.processes:
         from dvae.launchers import processes  # here, since importing torch and DeepSpeed takes seconds
 
         processes.launch(folder, settings.launcher.count)

@@ -18,7 +18,7 @@ class Tracker:
         """Raises UserError where W&B is wanted and cannot be had."""
         self.stage = stage
         self.metrics = MetricsLog(run_folder / "metrics.jsonl")
-        self.wandb = None if wandb.mode is WandbMode.disabled else WandbRun(run_folder, wandb)
+        self.wandb = None if wandb.mode is WandbMode.disabled else WandbRun(run_folder, wandb, stage)
 
     def rewind(self, stage: str, step: int) -> None:
         """Training of `stage` (re)starts after `step`: drop its later rows, and send W&B those that it lacks."""
@@ -37,6 +37,17 @@ class Tracker:
         """Show W&B a PNG of the run folder, after the row of its step."""
         if self.wandb:
             self.wandb.image(self.stage, step, name, path)
+
+    def summarise(self, figures: dict[str, float | None]) -> None:
+        """Enter figures of the whole run, by full name, in W&B's summary; summary.json is the caller's."""
+        if self.wandb:
+            self.wandb.summarise(figures)
+
+    def results(self, figures: dict[str, float | None], pictures: list[Path], bundle: Path) -> None:
+        """Show W&B what an evaluation found, and the rows of metrics that it lacks."""
+        if self.wandb:
+            self.wandb.catch_up(self.metrics.rows())
+            self.wandb.results(figures, pictures, bundle)
 
     def close(self) -> None:
         """Wait until everything is written or uploaded."""

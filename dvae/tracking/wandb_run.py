@@ -6,14 +6,21 @@ session begins by asking W&B how far it holds each stage: offline, its own log f
 run's summary on the server. Rows of metrics.jsonl beyond that are sent again, rows up to it never. So after a kill W&B
 holds every row once. A picture of the last seconds before the kill may be missing there; it lies in the run folder.
 Online, rows that the server stored without the summary that follows them would be sent again: same step, same values.
+
+Online never stops training: where the server cannot be reached, or takes nothing more, a session's data stay in its own
+folder below the run folder's wandb/, and a line says how to send them; a later session that does reach the server sends
+the figures by itself. wandb.json names the sessions whose data are on the disk alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import secrets
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -23,6 +30,14 @@ from omegaconf import OmegaConf
 
 from dvae import files
 from dvae.errors import MachineError, UserError, one_line
+from dvae.tracking import code
+
+OPEN, CLOSE = 30.0, 60.0
+"""Seconds that W&B's server has to open a run, and to take the last of what it was sent."""
+BUNDLE = 1800.0
+"""Seconds that it has to take a bundle too."""
+GAVE_UP = b"filestream: fatal error"
+"""What W&B's log says where the server refused figures; its client says it nowhere else."""
 
 
 class WandbMode(Enum):
@@ -46,52 +61,78 @@ class WandbConfig:
     entity: str | None = None
     """User or team; by default that of the login."""
     group: str | None = None
-    """Group of the run."""
+    """Group of the run; by default its recipe."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
+    bundle: bool = False
+    """Upload the bundle as an artifact, after evaluation."""
 
 
 class WandbRun:
     """One session of a W&B run. Its id is kept in the run folder's wandb.json: every session continues the same run."""
 
-    def __init__(self, run_folder: Path, config: WandbConfig) -> None:
-        """Open the run. Raises UserError where W&B cannot be reached or knows no login."""
+    def __init__(self, run_folder: Path, config: WandbConfig, stage: str) -> None:
+        """Open the run; its job type is the stage. Raises UserError where W&B refuses a run that has no figures yet."""
         import wandb
 
-        run_id = _run_id(run_folder)
-        held_offline = _held_offline(run_folder, run_id)  # before this session adds its own file
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,  # a remote's address may hold a token
-            disable_code=True,
-            x_disable_meta=True,  # so may the command line
-            x_transaction_log_flush_interval=1.0,
-        )
-        try:
-            self._run = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                name=config.name or run_folder.resolve().name,
-                group=config.group,
-                tags=config.tags,
-                id=run_id,
-                resume="allow",
-                mode=config.mode.value,
-                dir=run_folder,
-                config=_run_config(run_folder),
-                settings=settings,
-            )
-        except wandb.errors.Error as error:
-            wandb.teardown()
-            raise UserError(
-                f"tracking.wandb.mode={config.mode.value}: W&B did not open the run ({one_line(error)}); "
-                "run `wandb login`, or use tracking.wandb.mode=offline"
-            ) from None
+        self.folder, self.config, self.stage = run_folder, config, stage
+        self._record = _record(run_folder)
+        self._settings = _run_config(run_folder) | {"code": code.code(), "environment": code.environment()}
         self._image = wandb.Image
-        self._held = held_offline if config.mode is WandbMode.offline else _held_online(self._run.summary)
         self._sent: dict[str, int] = {}
         self._defined: set[str] = set()
+        self.online, self._works = config.mode is WandbMode.online, True
+        held_here = _held_here(run_folder, self._record["id"])  # before this session adds its own file
+        wandb.setup(wandb.Settings(silent=True))  # what there is to tell is told here
+        try:
+            self._run: Any = self._open(config.mode)
+        except wandb.errors.Error as error:
+            wandb.teardown()
+            why = one_line(error)[:200]
+            refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
+            refused = refused or re.search(r"returned error 4\d\d", why) is not None
+            begun = (run_folder / "metrics.jsonl").exists()  # then training must not end for a key that has
+            if not self.online or (refused and not begun):
+                raise UserError(
+                    f"tracking.wandb.mode={config.mode.value}: W&B did not open the run ({why}); "
+                    "run `wandb login`, or use tracking.wandb.mode=offline"
+                ) from None
+            self.online = False
+            say(f"W&B cannot be had ({why}): training goes on, and what W&B should get is kept offline")
+            self._run = self._open(WandbMode.offline)
+        self._held = _held_online(self._run.summary) if self.online else held_here
+        if patch := code.diff():
+            path = Path(self._run.dir) / "diff.patch"
+            path.write_text(patch, encoding="utf-8")
+            self._run.save(str(path), base_path=self._run.dir, policy="now")
+
+    def _open(self, mode: WandbMode) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self.config.project,
+            entity=self.config.entity,
+            name=self.config.name or self.folder.resolve().name,
+            group=self.config.group or self._settings.get("recipe"),
+            job_type=self.stage,
+            tags=self.config.tags,
+            id=self._record["id"],
+            resume="allow",
+            mode=mode.value,
+            dir=self.folder,
+            config=self._settings,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,  # a remote's address may hold a token
+                disable_code=True,
+                x_disable_meta=True,  # so may the command line
+                x_transaction_log_flush_interval=1.0,
+                init_timeout=OPEN,
+                finish_timeout=BUNDLE if self.config.bundle and self.stage == "evaluate" else CLOSE,
+                finish_timeout_raises=True,
+            ),
+        )
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Send one row as "<stage>/<name>", unless W&B holds that step already."""
@@ -113,31 +154,92 @@ class WandbRun:
             figures = {key: v for key, v in row.items() if key not in ("stage", "step")}
             self.log(row["stage"], row["step"], figures)
 
+    def summarise(self, figures: Mapping[str, float | None]) -> None:
+        """Enter figures of the whole run, by full name, in the summary: what a sweep can optimise."""
+        self._do(lambda run: run.summary.update(dict(figures)))
+
+    def results(self, figures: Mapping[str, float | None], pictures: Iterable[Path], bundle: Path) -> None:
+        """Send what an evaluation found as a table and as pictures; and the bundle, where the config asks for it."""
+        import wandb
+
+        table = wandb.Table(columns=["figure", "value"], data=[[name, value] for name, value in figures.items()])
+        self._send(self.stage, 0, {"table": table} | {path.stem: self._image(str(path)) for path in pictures})
+        if self.config.bundle:
+            artifact = wandb.Artifact(f"{self._record['id']}-bundle", type="model")
+            artifact.add_dir(str(bundle))
+            self._do(lambda run: run.log_artifact(artifact))
+
     def close(self) -> None:
         """Wait until W&B has written or uploaded what it was given, and its helper process has ended."""
         import wandb
 
-        self._run.finish()
-        wandb.teardown()  # finish alone returns before the helper lets go of the run's files and id
+        here, log = Path(self._run.settings.sync_dir), Path(self._run.settings.log_internal)
+        why = self._call(lambda run: run.finish()) if self._works else "its client failed"
+        self._call(lambda run: wandb.teardown())  # finish alone returns before the helper lets go of the run's files
+        if self.config.mode is not WandbMode.online:
+            if why:
+                say(f"W&B's files may lack figures ({why}); metrics.jsonl holds all")
+            return
+        if not self.online:
+            why = why or "it could not be had"
+        elif log.exists() and GAVE_UP in log.read_bytes():
+            why = why or "it refused them"
+        self._tell(here.name, why)
+
+    def _tell(self, session: str, why: str) -> None:
+        """Say how to send what W&B's server did not get, and why it did not; empty: it got all."""
+        kept = self._record["kept"]
+        if why:
+            kept = [*kept, session]
+            sync = " ".join(["wandb sync --include-online", *(str(self.folder / "wandb" / name) for name in kept)])
+            say(f"W&B's server did not get all figures ({why}); they are kept, send them with: {sync}")
+        elif kept:
+            kept = []
+            say("W&B can be had again, and was sent the figures that it lacked: nothing is left to sync")
+        files.write_json(self.folder / "wandb.json", self._record | {"kept": kept})
+
+    def _call(self, do: Callable[[Any], object]) -> str:
+        """Have W&B do something. Returns why it did not, or nothing."""
+        try:
+            do(self._run)
+        except Exception as error:  # noqa: BLE001 whatever it is, a mirror must not stop what it shows
+            return one_line(error) or type(error).__name__
+        return ""
+
+    def _do(self, do: Callable[[Any], object]) -> None:
+        """Have W&B do something; where it fails, that is said, and it is asked no more in this session."""
+        if self._works and (why := self._call(do)):
+            say(f"W&B failed ({why}): training goes on, metrics.jsonl holds all")
+            self._works = False
 
     def _last(self, stage: str) -> int:
         return max(self._held.get(stage, -1), self._sent.get(stage, -1))
 
     def _send(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        if stage not in self._defined:
-            self._run.define_metric(f"{stage}/step", hidden=True)
-            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-            self._defined.add(stage)
-        self._run.log({f"{stage}/step": step} | {f"{stage}/{key}": v for key, v in values.items()})
+        def send(run: Any) -> None:
+            if stage not in self._defined:
+                run.define_metric(f"{stage}/step", hidden=True)
+                run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+                self._defined.add(stage)
+            run.log({f"{stage}/step": step} | {f"{stage}/{key}": v for key, v in values.items()})
+
+        self._do(send)
 
 
-def _run_id(run_folder: Path) -> str:
-    """The id kept in wandb.json, made at the first session."""
+def say(words: str) -> None:
+    print(f"dvae: {words}", file=sys.stderr, flush=True)
+
+
+def _record(run_folder: Path) -> dict[str, Any]:
+    """What wandb.json holds: the run's id, made at the first session (that of a trial comes from W&B's sweep agent),
+    and the sessions whose data are on the disk alone."""
     path = run_folder / "wandb.json"
     if not path.exists():
-        files.write_json(path, {"id": secrets.token_hex(6)})
+        given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        files.write_json(path, {"id": given or secrets.token_hex(6), "kept": []})
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"id": str(record["id"]), "kept": list(record.get("kept", []))}
     except (ValueError, KeyError, TypeError):
         raise MachineError(f"{path}: holds no run id; delete it to begin a new W&B run") from None
 
@@ -145,7 +247,9 @@ def _run_id(run_folder: Path) -> str:
 def _run_config(run_folder: Path) -> dict[str, Any]:
     """The run's resolved config, for W&B's table of runs."""
     path = run_folder / "config.yaml"
-    return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}  # type: ignore[return-value]
+    config = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    scrubbed: dict[str, Any] = json.loads(code.without_secrets(json.dumps(config)))
+    return scrubbed
 
 
 def _held_online(summary: Any) -> dict[str, int]:
@@ -153,10 +257,10 @@ def _held_online(summary: Any) -> dict[str, int]:
     return {key.removesuffix("/step"): int(summary[key]) for key in list(summary.keys()) if key.endswith("/step")}
 
 
-def _held_offline(run_folder: Path, run_id: str) -> dict[str, int]:
-    """Last step of each stage in the files that offline sessions left."""
+def _held_here(run_folder: Path, run_id: str) -> dict[str, int]:
+    """Last step of each stage in the files that earlier sessions left, of either mode: each has what it was given."""
     held: dict[str, int] = {}
-    for path in sorted(run_folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")):
+    for path in sorted(run_folder.glob(f"wandb/*run-*/run-{run_id}.wandb")):
         for row in offline_rows(path):
             for key, value in row.items():
                 if key.endswith("/step"):

@@ -1,5 +1,6 @@
 """W&B with its real client, offline: nothing leaves the machine."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from dvae.errors import MachineError, UserError
 from dvae.tracking.pictures import grid
 from dvae.tracking.tracker import Tracker
-from dvae.tracking.wandb_run import WandbConfig, WandbMode, offline_rows
+from dvae.tracking.wandb_run import WandbConfig, WandbMode, _log_records, offline_rows
 
 OFFLINE = WandbConfig(mode=WandbMode.offline, project="test")
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -67,6 +68,28 @@ def test_sessions_continue_one_run_and_replayed_steps_arrive_once(tmp_path, monk
     assert last["refiner/loss"] == 1 / 40
     everything = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert SECRET.encode() not in everything
+
+
+def test_an_evaluation_sends_table_pictures_and_where_asked_the_bundle(tmp_path):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    grid(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tmp_path / "samples.png")
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "model.safetensors").write_bytes(b"weights")
+    for asked in (False, True):
+        config = WandbConfig(mode=WandbMode.offline, project="test", bundle=asked)
+        with Tracker(tmp_path, config, "evaluate") as tracker:
+            tracker.summarise({"evaluate/psnr": 20.5})
+            tracker.results({"evaluate/psnr": 20.5}, [tmp_path / "samples.png"], tmp_path / "bundle")
+        row = list(offline_rows(logs(tmp_path)[-1]))[-1]
+        assert row["evaluate/samples/_type"] == "image-file"
+        table = logs(tmp_path)[-1].parent / "files" / row["evaluate/table/path"]
+        assert json.loads(table.read_text())["data"] == [["evaluate/psnr", 20.5]]
+        kinds = [Record.FromString(data) for data in _log_records(logs(tmp_path)[-1])]
+        artifacts = [record.artifact for record in kinds if record.WhichOneof("record_type") == "artifact"]
+        models = [artifact.name for artifact in artifacts if artifact.type == "model"]
+        run_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
+        assert models == ([f"{run_id}-bundle"] if asked else [])
 
 
 KILLED = """

@@ -1,0 +1,120 @@
+"""The attempts of a run: when it was started, where, by what, and how that ended. Imports nothing heavy.
+
+attempts.jsonl has a row for each time that a run was started. A row without an end is that of the attempt which goes
+on, where somebody holds the folder's lock, and else of one that was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dvae import files
+from dvae.errors import MachineError, UserError, in_words, one_line
+
+FILE = "attempts.jsonl"
+WORKER = ".lock"
+"""Held by the process that works in the folder: rank 0 of a job, or a tool."""
+LAUNCHER = ".attempt"
+"""Held by the process that started the attempt, from its first moment to its last."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit statuses of an attempt that was asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One row of attempts.jsonl."""
+
+    started: float
+    """Seconds since 1970."""
+    host: str
+    """Name of the machine."""
+    pid: int
+    """Process to which a signal goes; it passes it on to its ranks."""
+    launcher: str
+    """local, processes, or torchrun."""
+    count: int
+    """Ranks."""
+    cwd: str
+    """Folder that relative paths of the config start from."""
+    ended: float | None = None
+    """Seconds since 1970; None where it goes on, or was killed."""
+    status: int | None = None
+    """Exit status; 0 where the run is finished, above 128 where the attempt was asked to stop."""
+    message: str = ""
+    """Its last words."""
+
+
+def read(folder: Path) -> list[Attempt]:
+    """All attempts, in their order. Raises MachineError where the file is damaged."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    try:
+        return [Attempt(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise MachineError(f"{path}: is damaged ({one_line(error)}); delete it to go on, the run is safe") from None
+
+
+def write(folder: Path, attempts: list[Attempt]) -> None:
+    files.write_text(folder / FILE, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
+
+
+@contextmanager
+def hold(folder: Path, lock: str) -> Iterator[None]:
+    """Hold a lock of a run folder. Raises UserError where another process has it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(folder / lock))
+        except BlockingIOError:
+            raise UserError(f"run={folder} is in use by another process: wait for it, or use another run=") from None
+        yield
+
+
+def in_use(folder: Path) -> bool:
+    """Whether an attempt goes on, or a tool works in the folder."""
+    return files.is_locked(folder / LAUNCHER) or files.is_locked(folder / WORKER)
+
+
+@contextmanager
+def recorded(folder: Path, launcher: str, count: int) -> Iterator[None]:
+    """The attempt of this process on a run, which is what the block does. Raises UserError where another goes on."""
+    with hold(folder, LAUNCHER):
+        with hold(folder, WORKER):  # refused before anything is recorded; rank 0 takes it again
+            earlier = read(folder)
+            begun = Attempt(
+                started=round(time.time(), 3), host=socket.gethostname(), pid=os.getpid(), launcher=launcher,
+                count=count, cwd=os.getcwd(),
+            )  # fmt: skip
+            write(folder, [*earlier, begun])
+        try:
+            yield
+        except BaseException as error:
+            said, status = in_words(error) or (f"{type(error).__name__}: {one_line(error)}", 1)
+            try:
+                write(folder, [*earlier, ended(begun, status, said)])
+            except OSError as fault:  # a full disk, as a rule: the error itself matters more
+                print(f"dvae: {folder / FILE} cannot be written ({one_line(fault)})", file=sys.stderr)
+            raise
+        write(folder, [*earlier, ended(begun, 0, "finished")])
+
+
+def ended(attempt: Attempt, status: int, message: str) -> Attempt:
+    return replace(attempt, ended=round(time.time(), 3), status=status, message=message)
+
+
+def close(folder: Path, status: int, message: str) -> Attempt:
+    """The last attempt, which is over; where it could not write down its end itself, that is done here."""
+    with hold(folder, LAUNCHER):
+        *earlier, last = read(folder)
+        if last.ended is None:
+            last = ended(last, status, message)
+            write(folder, [*earlier, last])
+    return last

@@ -1,0 +1,295 @@
+"""Looking after runs: what state each is in, from its folder alone. Imports nothing heavy, and writes nothing but what
+`cancel` learns of an attempt that could not say itself how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from dvae import attempts, files
+from dvae.attempts import Attempt
+from dvae.errors import MachineError, UserError, one_line
+from dvae.tracking.console import clock
+
+TAIL = 65536
+"""Bytes at the end of metrics.jsonl in which the newest rows are looked for."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at a run that is followed."""
+PATIENCE = 120.0
+"""Seconds that `cancel` waits for a run to save and end."""
+
+
+class State(Enum):
+    """What a run does."""
+
+    running = "running"
+    finished = "finished"
+    """All stages of its config are done."""
+    stopped = "stopped"
+    """Asked to stop (a signal, max_hours); the same command again resumes it."""
+    failed = "failed"
+    """Ended by an error, or killed."""
+    waiting = "waiting"
+    """Submitted; nothing has begun yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What there is to know of a run."""
+
+    path: Path
+    state: State
+    message: str
+    """Who runs it, or its last words."""
+    stage: str = ""
+    """The stage that it is in, or goes on with; empty where all are done."""
+    step: int = 0
+    """Steps of that stage on record."""
+    total: int = 0
+    """Steps of that stage; 0 where it has none."""
+    images_per_second: float | None = None
+    eta: float | None = None
+    """Seconds that the rest of this stage will take; None where it does not run, or that is not known."""
+    age: float | None = None
+    """Seconds since the last row of metrics."""
+
+
+def find(folder: Path) -> list[Path]:
+    """Run folders in or below `folder`, in the order of their names; what lies inside a run is none."""
+    if not folder.is_dir():
+        raise UserError(f"in={folder}: no such folder: give the one that holds your runs")
+    found = []
+    for here, folders, names in os.walk(folder):
+        if "config.yaml" in names and "bundle.json" not in names:
+            found.append(Path(here))
+            folders.clear()
+        folders[:] = [name for name in folders if name != "wandb" and not name.startswith(".")]
+    return sorted(found)
+
+
+def look(folder: Path) -> Status:
+    """The status of a run. Raises UserError where the folder is none, MachineError where a file of it is damaged."""
+    config, records = _config(folder), _records(folder)
+    tried = attempts.read(folder)
+    live = attempts.in_use(folder)
+    row = newest(folder)
+    state, message = _state(folder, tried, live, all(stage in records for stage in config["stages"]), row is not None)
+    left = [stage for stage in config["stages"] if stage not in records]
+    age = time.time() - row["time"] if row else None
+    if not left:
+        return Status(path=folder, state=state, message=message, age=age)
+    if row is None or row["stage"] not in left or "images_per_second" not in row:
+        total = config.get(f"train_{left[0]}", {}).get("steps", 0)
+        return Status(path=folder, state=state, message=message, stage=left[0], total=total, age=age)
+    training = config[f"train_{row['stage']}"]
+    speed = row["images_per_second"]
+    running = state is State.running
+    return Status(
+        path=folder,
+        state=state,
+        message=message,
+        stage=row["stage"],
+        step=row["step"],
+        total=training["steps"],
+        images_per_second=speed if running else None,
+        eta=(training["steps"] - row["step"]) * training["batch"] / speed if running and speed else None,
+        age=age,
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.yaml as it is written: to check it would take seconds of imports."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"run={folder} is no run: it has no config.yaml")
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(config, dict)
+        return config | {"stages": list(config["stages"])}
+    except (OSError, YAMLError, KeyError, TypeError, AssertionError) as error:
+        raise MachineError(f"{path}: not a readable config ({one_line(error)})") from None
+
+
+def _records(folder: Path) -> dict[str, Any]:
+    path = folder / "stages.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise MachineError(f"{path}: is damaged ({one_line(error)})") from None
+
+
+def _state(folder: Path, tried: list[Attempt], live: bool, complete: bool, rows: bool) -> tuple[State, str]:
+    """State and message of a run whose stages are `complete` or not, and which has rows of metrics or none."""
+    last = tried[-1] if tried else None
+    if live:
+        if last is None or last.ended is not None:
+            return State.running, "a tool works in the folder, or the run is about to start"
+        ranks = f", {last.count} ranks" if last.count > 1 else ""
+        return State.running, f"since {_date(last.started)}, pid {last.pid} on {last.host} ({last.launcher}{ranks})"
+    if last is None:
+        state = State.finished if complete else State.stopped if rows else State.waiting
+        return state, "" if complete else "no attempt is on record"
+    if last.ended is None:
+        return State.failed, f"killed without a word, pid {last.pid} on {last.host}, or the machine went down"
+    if last.status == 0:
+        return (State.finished, "") if complete else (State.waiting, f"{last.message}; stages were added since")
+    stopped = last.status == attempts.INTERRUPTED or last.status == attempts.TERMINATED
+    return State.stopped if stopped else State.failed, last.message
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+
+
+def tail(folder: Path) -> list[dict[str, Any]]:
+    """The newest whole rows of metrics."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL))
+        whole = file.read().rpartition(b"\n")[0].splitlines()
+    try:
+        return [json.loads(line) for line in (whole[1:] if size > TAIL else whole)]
+    except ValueError as error:
+        raise MachineError(f"{path}: is damaged ({one_line(error)})") from None
+
+
+def newest(folder: Path) -> dict[str, Any] | None:
+    rows = tail(folder)
+    return rows[-1] if rows else None
+
+
+HEADINGS = ("run", "state", "stage", "step", "images/s", "left", "last row", "message")
+
+
+def table(folder: Path) -> Iterator[str]:
+    """Lines that list all runs below `folder`."""
+    lines = [HEADINGS, *(cells(path) for path in find(folder))]
+    if len(lines) == 1:
+        yield f"{folder}: no runs"
+        return
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS) - 1)]
+    for *line, message in lines:
+        yield "  ".join([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] + [message]).rstrip()
+
+
+def cells(folder: Path) -> tuple[str, ...]:
+    """A run's row of the table; one that cannot be read says why."""
+    try:
+        status = look(folder)
+    except (MachineError, OSError) as error:
+        return (str(folder), "damaged", "", "", "", "", "", one_line(error))
+    return (
+        str(folder),
+        status.state.value,
+        status.stage,
+        f"{status.step}/{status.total}" if status.total else "",
+        f"{status.images_per_second:.4g}" if status.images_per_second is not None else "",
+        clock(status.eta) if status.eta is not None else "",
+        f"{clock(status.age)} ago" if status.age is not None else "",
+        status.message,
+    )
+
+
+def follow(folder: Path) -> Iterator[str]:
+    """A line for the newest row of metrics and for every one to come, until the run ends; then how it ended.
+
+    Raises MachineError where it failed.
+    """
+    seen = (newest(folder) or {"time": 0.0})["time"] - 1e-6
+    while True:
+        live = attempts.in_use(folder)  # before the rows are read, so that none is missed
+        config = _config(folder)
+        for row in tail(folder):
+            if row["time"] > seen:  # rows of steps that are taken again are newer too
+                seen = row["time"]
+                yield in_line(row, config)
+        if not live:
+            break
+        time.sleep(LOOK_EVERY)
+    status = look(folder)
+    if status.state is State.failed:
+        raise MachineError(f"{folder} failed: {status.message}")
+    yield f"{folder} is {status.state.value}" + (f": {status.message}" if status.message else "")
+
+
+def in_line(row: dict[str, Any], config: dict[str, Any]) -> str:
+    """A row of metrics as progress shows it: "refiner: 1200/5000  182 images/s  loss 0.0123  2:13 left"."""
+    if "images_per_second" not in row:
+        return f"{row['stage']}: " + "  ".join(f"{key} {value}" for key, value in row.items() if key != "stage")
+    training, speed = config[f"train_{row['stage']}"], row["images_per_second"]
+    parts = [f"{row['stage']}: {row['step']}/{training['steps']}", f"{speed:.4g} images/s"]
+    parts += [f"loss {row['loss']:.4g}"] if row.get("loss") is not None else []
+    parts += [f"{clock((training['steps'] - row['step']) * training['batch'] / speed)} left"]
+    return "  ".join(parts)
+
+
+def cancel(folder: Path) -> Iterator[str]:
+    """Ask the attempt that goes on to save and end, wait for that, and say what happened."""
+    status = look(folder)
+    if status.state is not State.running:
+        raise UserError(f"run={folder} is {status.state.value}: there is nothing to cancel")
+    tried = attempts.read(folder)
+    if not files.is_locked(folder / attempts.LAUNCHER) or not tried or tried[-1].ended is not None:
+        raise UserError(f"run={folder} is held by no attempt ({status.message}): end that where it was started")
+    last = tried[-1]
+    if last.host != socket.gethostname():
+        raise UserError(f"run={folder} goes on at {last.host} (pid {last.pid}): cancel it there")
+    try:
+        if not _holds(last.pid, folder / attempts.LAUNCHER):
+            raise UserError(f"run={folder}: pid {last.pid} is another process here: cancel it where it was started")
+        os.kill(last.pid, signal.SIGTERM)
+    except PermissionError:
+        raise UserError(f"run={folder}: pid {last.pid} belongs to another user: ask them to cancel it") from None
+    except (ProcessLookupError, FileNotFoundError):
+        pass  # it has just ended; how, is said below
+    yield f"{folder}: SIGTERM to pid {last.pid} ({last.launcher}); waiting for it to save and end"
+    deadline = time.monotonic() + PATIENCE
+    while files.is_locked(folder / attempts.LAUNCHER):
+        if time.monotonic() >= deadline:
+            yield f"{folder}: still at work after {PATIENCE:g} s; cancel it again to end it without saving"
+            return
+        time.sleep(0.1)
+    said = "ended by SIGTERM outside training: finished stages and checkpoints are kept"
+    yield f"{folder}: {attempts.close(folder, attempts.TERMINATED, said).message}"
+
+
+def _holds(pid: int, lock: Path) -> bool:
+    """Whether that process has the lock file open; a number may have passed on to another process, or another
+    container's be meant. True where the system does not tell."""
+    opened = Path(f"/proc/{pid}/fd")
+    if not Path("/proc/self/fd").is_dir():
+        return True
+    return any(handle.exists() and os.path.samefile(handle, lock) for handle in opened.iterdir())
+
+
+def enter(folder: Path) -> None:
+    """Go where the run was started, so that the relative paths of its config hold. Raises UserError where it cannot be
+    resumed from its folder alone."""
+    status = look(folder)
+    if status.state is State.running:
+        raise UserError(f"run={folder} is running already ({status.message})")
+    tried = attempts.read(folder)
+    last = tried[-1] if tried else None
+    if last and last.launcher == "torchrun":
+        raise UserError(f"run={folder} was started by torchrun on {last.count} ranks: give that command again")
+    made, here, cwd = str(_config(folder)["run"]), folder.resolve(), last.cwd if last else os.getcwd()
+    if not os.path.isdir(cwd) or Path(cwd, made).resolve() != here:
+        raise UserError(
+            f"run={folder} was made as run={made} in {cwd}, which is another folder now: give the launch command again"
+        )
+    os.chdir(cwd)

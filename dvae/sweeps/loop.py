@@ -1,0 +1,210 @@
+"""The sweep: trials are drawn, started, watched and entered, until `count` of them are at their end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dvae.errors import MachineError, UserError, near, one_line
+from dvae.sweeps import engine, spec
+from dvae.sweeps.process import Processes, Running
+from dvae.sweeps.spec import Spec
+from dvae.sweeps.trials import DONE, Folder, State, Trial
+from dvae.tracking import figures
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks at the trials."""
+SAVED = 143
+"""Exit status of a run that was asked to stop, and saved (dvae/training/stopping.py)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepToolConfig:
+    """What tools/sweep.py takes, besides words for its trials."""
+
+    sweep: str = ""
+    """A sweep of recipes/sweep, or a YAML file."""
+    count: int = 8
+    """Trials that the sweep shall have at its end; those that failed are not counted."""
+    parallel: int = 1
+    """Trials at a time."""
+    out: str = ""
+    """Folder of the sweep; by default runs/sweep-NAME."""
+    failures: int = 3
+    """Trials that may fail, in one call, before it gives up."""
+
+
+OWN = tuple(field.name for field in fields(SweepToolConfig))
+
+
+def parted(argv: list[str]) -> tuple[SweepToolConfig, list[str]]:
+    """The sweep's own settings, and the words for its trials. Raises UserError for a value of the wrong type.
+
+    Hydra composes the trials alone: to it, sweep=NAME would choose a file of recipes/sweep as part of a config.
+    """
+    own = [word for word in argv if "=" in word and word.partition("=")[0] in OWN]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SweepToolConfig), OmegaConf.from_dotlist(own))
+        settings: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
+    return settings, [word for word in argv if word not in own]
+
+
+class Ended(MachineError):
+    """The sweep was asked to stop, and its trials have saved."""
+
+    exit_status = SAVED
+
+
+@dataclass
+class Sweep:
+    """A sweep in progress. `processes` is what starts and watches its trials."""
+
+    spec: Spec
+    folder: Folder
+    words: list[str]
+    processes: Processes
+    settings: SweepToolConfig
+
+    def __post_init__(self) -> None:
+        self.trials = self.folder.trials()
+        self.failed = 0
+
+    def run(self) -> list[Trial]:
+        """Returns all trials once `count` are at their end, or a grid has no more. Raises UserError for a metric that
+        is not measured, MachineError where too many trials fail."""
+        exhausted = False
+        while True:
+            for number, running in self.processes.ended().items():
+                self.enter(self.trials[number - 1], running)
+            exhausted = exhausted or not self.fill()
+            if not self.processes.running:
+                return self.trials
+            self.stop_hopeless()
+            time.sleep(LOOK_EVERY)
+
+    def fill(self) -> bool:
+        """Start trials until `parallel` run or `count` are on their way; False where the engine has no more."""
+        while len(self.processes.running) < self.settings.parallel:
+            waiting = [t for t in self.trials if t.state is State.running and t.number not in self.processes.running]
+            if waiting:
+                self.start(waiting[0])
+            elif done(self.trials) + len(self.processes.running) >= self.settings.count:
+                return True
+            else:
+                parameters = engine.propose(self.spec.sweep, self.trials)
+                if parameters is None:
+                    return False
+                self.trials.append(Trial(len(self.trials) + 1, parameters))
+                self.folder.keep(self.trials)
+        return True
+
+    def start(self, trial: Trial) -> None:
+        words = [*self.words, f"run={self.folder.run(trial)}"]
+        self.processes.start(trial.number, self.spec.command(trial.parameters, words), self.folder.log(trial))
+        chosen = " ".join(f"{name}={shown(value)}" for name, value in trial.parameters.items())
+        print(f"dvae: {trial.name} {chosen}", flush=True)
+
+    def enter(self, trial: Trial, running: Running) -> None:
+        """Enter what has become of a trial whose process has ended."""
+        status = running.process.returncode
+        trial.seconds = round(trial.seconds + running.seconds(), 1)
+        if status == 0 or running.asked:
+            trial.metric = self.measured(trial)
+            trial.state = State.finished if status == 0 else State.stopped
+            if trial.metric is None:
+                trial.state, trial.said = State.failed, f"{self.spec.metric} was not a finite number"
+        elif status != SAVED:  # one that somebody else asked to stop has saved, and is taken up again
+            trial.state, trial.said = State.failed, f"exit status {status}: {running.last_words()}"
+        self.folder.keep(self.trials)
+        reached = "" if trial.metric is None else f", {self.spec.metric} {shown(trial.metric)}"
+        print(f"dvae: {trial.name} {trial.state.value}{reached}{trial.said and f': {trial.said}'}", flush=True)
+        self.give_up(trial)
+
+    def measured(self, trial: Trial) -> float | None:
+        """The metric at the end of a trial; None where it is not finite. Raises UserError where there is no such."""
+        found = figures.of_run(self.folder.run(trial))
+        if self.spec.metric not in found:
+            raise UserError(
+                f"metric {self.spec.metric!r} is not measured by {self.folder.run(trial)}: "
+                f"{near(self.spec.metric, found)}"
+            )
+        return found[self.spec.metric]
+
+    def give_up(self, trial: Trial) -> None:
+        """Raise MachineError where this trial's failure is one too many."""
+        if trial.state is State.failed:
+            self.failed += 1
+            if self.failed >= self.settings.failures:
+                raise MachineError(
+                    f"{self.failed} trials failed, the last of them {trial.name} with {trial.said}; see "
+                    f"{self.folder.log(trial)}; the same command again draws others"
+                )
+
+    def stop_hopeless(self) -> None:
+        """Ask those to stop that hyperband gives up."""
+        if "early_terminate" not in self.spec.sweep:
+            return
+        values = {
+            trial.number: figures.history(self.folder.run(trial), self.spec.metric)
+            for trial in self.trials
+            if trial.state is not State.failed
+        }
+        for number in engine.to_stop(self.spec.sweep, self.trials, values):
+            if number in self.processes.running:
+                self.processes.stop(number)
+
+
+def sweep(words: list[str], settings: SweepToolConfig) -> tuple[Spec, Folder, list[Trial]]:
+    """Run the sweep that `settings` names; `words` go to every trial. Raises UserError before anything is written."""
+    found = spec.load(settings.sweep)
+    for name in ("count", "parallel", "failures"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
+    spec.preflight(found, words)
+    folder = Folder(Path(settings.out or f"runs/sweep-{found.name}"))
+    folder.open(found.sweep, words)
+    processes = Processes(settings.parallel)
+    with folder.held(), ending(processes):
+        current = Sweep(found, folder, words, processes, settings)
+        if done(current.trials) > settings.count:
+            raise UserError(
+                f"count={settings.count}: {folder.path} holds {done(current.trials)} finished trials already: "
+                f"use count={done(current.trials)} or more, or another out="
+            )
+        return found, folder, current.run()
+
+
+@contextmanager
+def ending(processes: Processes) -> Iterator[None]:
+    """Have the trials save and end when the block is left, whatever ends it; SIGTERM ends it."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        raise Ended(f"stopped ({signal.Signals(number).name}), its trials have saved: the same command again resumes")
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        processes.stop_all()
+        signal.signal(signal.SIGTERM, before)
+
+
+def done(trials: list[Trial]) -> int:
+    """How many trials are at their end, and did not fail."""
+    return sum(trial.state in DONE for trial in trials)
+
+
+def shown(value: object) -> str:
+    """A parameter or a metric, for people."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,124 @@
+"""Parallel coordinates: an axis for each swept parameter and one for the metric, a curve for each trial."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dvae import files
+from dvae.sweeps.loop import shown
+from dvae.sweeps.spec import Spec
+from dvae.sweeps.table import ranked
+from dvae.sweeps.trials import Trial
+
+INK, SOFT = "#1c1b19", "#6a675f"
+PER_AXIS, SIDE, HEIGHT, DPI = 1.8, 1.0, 4.4, 110
+"""Inches from one axis to the next, beside the outer ones, and in all; dots per inch."""
+LETTERS = 22
+"""Letters in a line of an axis' name."""
+FLAT = 0.12
+"""Share of the way between two axes in which a curve leaves its axis: near 0 it is a straight line."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Places values on [0, 1], and names some of them."""
+
+    name: str
+    place: Callable[[Any], float]
+    ticks: Sequence[tuple[float, str]]
+
+
+def draw(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
+    """Write the picture as PNG, in one rename; trials without a metric are grey, and end before its axis."""
+    axes = [
+        axis_of(name, [trial.parameters[name] for trial in trials], "log" in str(given.get("distribution", "")))
+        for name, given in spec.sweep["parameters"].items()
+        if "value" not in given  # a constant has no axis
+    ]
+    metrics = [trial.metric for trial in trials if trial.metric is not None]
+    last = axis_of(spec.metric, metrics, spread_out(metrics)) if metrics else None
+    width = 2 * SIDE + PER_AXIS * len(axes)
+    figure = Figure(figsize=(width, HEIGHT))
+    FigureCanvasAgg(figure)
+    plot = figure.add_axes((SIDE / width, 0.06, 1 - 2 * SIDE / width, 0.72))
+    for trial in reversed(ranked(trials, spec)):  # the best one is drawn last, on top
+        heights = [axis.place(trial.parameters[axis.name]) for axis in axes]
+        if last is None or trial.metric is None:
+            curve(plot, heights, SOFT, 1.0, ":")
+        else:
+            height = last.place(trial.metric)
+            good = 1 - height if spec.minimises else height
+            curve(plot, [*heights, height], colormaps["viridis"](0.92 * good), 1.0 + 1.6 * (good == 1.0), "-")
+    for number, axis in enumerate([*axes, last] if last else axes):
+        dress(plot, number, axis)
+    plot.set_xlim(0, len(axes))
+    plot.set_ylim(0, 1)
+    plot.axis("off")
+    goal = "least" if spec.minimises else "greatest"
+    figure.text(0.02, 0.95, f"{spec.name}: {len(trials)} trials, bold: {goal} {spec.metric}", color=INK, fontsize=11)
+    files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
+
+
+def axis_of(name: str, values: Sequence[Any], logarithmic: bool) -> Axis:
+    """An axis over the values that there are: in equal steps for a choice among few, else to scale."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    if not numbers or any(not math.isfinite(value) for value in values):
+        kinds = sorted({shown(value) for value in values})
+        places = {kind: (number + 0.5) / len(kinds) for number, kind in enumerate(kinds)}
+        return Axis(name, lambda value: places[shown(value)], [(place, kind) for kind, place in places.items()])
+    scale = math.log if logarithmic and min(values) > 0 else float
+    low, high = scale(min(values)), scale(max(values))
+
+    def place(value: float) -> float:
+        return (scale(value) - low) / (high - low) if high > low else 0.5
+
+    few = sorted(set(values))
+    if len(few) > 5:
+        between = np.linspace(low, high, 5)
+        few = [float(np.exp(value) if scale is math.log else value) for value in between]
+    return Axis(name, place, [(place(value), shown(value)) for value in few])
+
+
+def spread_out(values: Sequence[float]) -> bool:
+    """Whether a metric spans so much that only a logarithmic axis shows its small values."""
+    return min(values) > 0 and max(values) >= 20 * min(values)
+
+
+def curve(plot: Axes, heights: Sequence[float], colour: Any, width: float, style: str) -> None:
+    """A smooth curve through (0, heights[0]), (1, heights[1]), ..., level at each axis."""
+    t = np.linspace(0.0, 1.0, 40)
+    smooth = (1 - FLAT) * (3 * t**2 - 2 * t**3) + FLAT * t
+    for left, (a, b) in enumerate(pairwise(heights)):
+        plot.plot(left + t, a + (b - a) * smooth, style, color=colour, linewidth=width, alpha=0.9, clip_on=False)
+
+
+def dress(plot: Axes, x: int, axis: Axis) -> None:
+    """The axis' line, its ticks, and its name above."""
+    plot.plot([x, x], [0, 1], color=INK, linewidth=1.0, clip_on=False)
+    for place, text in axis.ticks:
+        plot.plot([x, x + 0.02], [place, place], color=INK, linewidth=1.0, clip_on=False)
+        box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
+        plot.text(x + 0.035, place, text, fontsize=8, color=INK, va="center", bbox=box)
+    plot.text(x, 1.04, in_lines(axis.name), fontsize=8.5, color=INK, ha="center", va="bottom")
+
+
+def in_lines(name: str) -> str:
+    """A long name broken after dots and slashes."""
+    lines = [""]
+    for part in re.findall(r"[^./]*[./]?", name):
+        if len(lines[-1] + part) > LETTERS and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)

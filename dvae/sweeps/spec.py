@@ -1,0 +1,157 @@
+"""A W&B sweep file: found, checked, and its command made into words for tools/launch.py."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import dvae
+from dvae import config as configuration
+from dvae.errors import UserError, near, one_line
+from dvae.sweeps import engine
+from dvae.tracking.figures import EVALUATE
+
+SERVER_ONLY = ("run", "tracking.wandb.mode")
+"""Words of a command that suit W&B's agent: here trials have a folder of the sweep's, and need no server."""
+PROGRAM = "tools/launch.py"
+MEASURED_ALONG = ("encoder", "refiner", "classifier")
+"""Stages whose figures metrics.jsonl holds by step, as hyperband needs them."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A sweep file that W&B's schema and the recipe accept."""
+
+    name: str
+    """That of the file."""
+    sweep: dict[str, Any]
+    """The file."""
+
+    @property
+    def metric(self) -> str:
+        return str(self.sweep["metric"]["name"])
+
+    @property
+    def minimises(self) -> bool:
+        return bool(self.sweep["metric"].get("goal", "minimize") == "minimize")  # W&B's default
+
+    def command(self, parameters: Mapping[str, Any], words: Iterable[str]) -> list[str]:
+        """The process of a trial: the file's command with these parameters and further words, which come last.
+
+        What the file says for W&B's agent alone (SERVER_ONLY) is left out.
+        """
+        chunks = expand(self.sweep["command"], self.sweep["program"], parameters)
+        start = chunks.index(program(self.sweep["program"])) + 1
+        given = {key(word): word for word in chunks[start:] if key(word) not in SERVER_ONLY}
+        given |= {key(word): word for word in words}
+        return [*chunks[:start], *given.values()]
+
+    def words(self, parameters: Mapping[str, Any], words: Iterable[str]) -> list[str]:
+        """What `command` gives tools/launch.py."""
+        chunks = self.command(parameters, words)
+        return chunks[chunks.index(program(self.sweep["program"])) + 1 :]
+
+
+def key(word: str) -> str:
+    """The field that a word sets: `+a.b=1` and `~a.b` set a.b."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def load(name: str) -> Spec:
+    """The sweep `name` of recipes/sweep, or in a file. Raises UserError where there is none or it cannot work here."""
+    if name.endswith((".yaml", ".yml")):
+        path: Any = Path(name)
+        if not path.is_file():
+            raise UserError(f"sweep={name}: no such file; the sweeps here are {', '.join(known())}")
+    elif name in known():
+        path = importlib.resources.files("dvae.recipes") / "sweep" / f"{name}.yaml"
+    else:
+        raise UserError(f"unknown sweep {name!r}: {near(name, known())}")
+    try:
+        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"sweep={name}: not a readable YAML file ({one_line(error)})") from None
+    return Spec(Path(name).stem, check(name, sweep))
+
+
+def known() -> list[str]:
+    """Names that sweep= takes."""
+    folder = importlib.resources.files("dvae.recipes") / "sweep"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def check(name: str, sweep: Any) -> dict[str, Any]:
+    """Refuse what W&B refuses, and what only its server can do. Raises UserError, one line."""
+    if not isinstance(sweep, dict):
+        raise UserError(f"sweep={name}: not a sweep: a mapping with method, metric, parameters and command is one")
+    wrong = engine.violations(sweep)
+    if wrong:
+        raise UserError(f"sweep={name}: W&B's schema refuses it: {'; '.join(wrong)}")
+    if sweep["method"] not in engine.METHODS:
+        raise UserError(f"sweep={name}: method: {sweep['method']}: {near(sweep['method'], engine.METHODS)}")
+    if not (sweep.get("metric") or {}).get("name"):
+        raise UserError(f"sweep={name}: it names no metric to optimise: add metric: {{name: refiner/loss}}")
+    for wanted in ("program", "command"):
+        if not sweep.get(wanted):
+            raise UserError(f"sweep={name}: it has no {wanted}: copy that of {known()[0]}.yaml")
+    nested = [parameter for parameter, given in sweep["parameters"].items() if "parameters" in given]
+    if nested:
+        raise UserError(f"sweep={name}: parameter {nested[0]!r} is nested: write its fields with dots, a.b")
+    expand(sweep["command"], sweep["program"], {})
+    return sweep
+
+
+def preflight(spec: Spec, words: list[str]) -> None:
+    """Compose the first trial, before anything is written. Raises UserError where the recipe refuses it."""
+    swept = [word for word in words if key(word) in spec.sweep["parameters"]]
+    if swept:
+        raise UserError(f"{swept[0]}: the sweep chooses {key(swept[0])}: leave it out")
+    parameters = engine.propose(spec.sweep, [])
+    assert parameters is not None  # a grid has a first point
+    settings = configuration.typed(configuration.compose("train", spec.words(parameters, words)))
+    stage = spec.metric.partition("/")[0]
+    if stage not in settings.stages:
+        raise UserError(
+            f"metric {spec.metric!r} is no figure of the stages {', '.join(settings.stages)}: "
+            f"name one like refiner/loss or {EVALUATE}/reconstructions/psnr"
+        )
+    if "early_terminate" in spec.sweep and stage not in MEASURED_ALONG:
+        raise UserError(
+            f"early_terminate: {spec.metric!r} is known at a trial's end only: name a metric of "
+            f"{', '.join(MEASURED_ALONG)}, or leave early_terminate out"
+        )
+
+
+def expand(command: list[Any], program_: str, parameters: Mapping[str, Any]) -> list[str]:
+    """What W&B's agent makes of a command: macros, and ${envvar:NAME} inside of words. Raises UserError for others."""
+    macros = {
+        "${env}": ["/usr/bin/env"],
+        "${interpreter}": [sys.executable],
+        "${program}": [program(program_)],
+        "${args_no_hyphens}": [f"{name}={value}" for name, value in parameters.items()],
+    }
+    chunks: list[str] = []
+    for chunk in map(str, command):
+        if chunk in macros:
+            chunks += macros[chunk]
+            continue
+        whole = re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda found: os.environ.get(found[1], found[1]), chunk)
+        if whole.startswith("${") and whole.endswith("}"):
+            raise UserError(f"command: {chunk}: {near(chunk, macros)}")
+        chunks.append(whole)
+    if program(program_) not in chunks or "${args_no_hyphens}" not in map(str, command):
+        raise UserError("command: it needs ${program} and ${args_no_hyphens}, for Hydra takes no --name=value")
+    return chunks
+
+
+def program(name: str) -> str:
+    """The program of a sweep; tools/launch.py is that of this package where there is none in the working folder."""
+    return str(Path(dvae.__file__).parent / name) if name == PROGRAM and not Path(name).is_file() else name

@@ -1,0 +1,55 @@
+"""The trials of a sweep as a table, best first."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dvae import files
+from dvae.sweeps.loop import done, shown
+from dvae.sweeps.spec import Spec
+from dvae.sweeps.trials import DONE, Trial
+
+
+def ranked(trials: Sequence[Trial], spec: Spec) -> list[Trial]:
+    """Best first; those without a metric last."""
+    sign = 1 if spec.minimises else -1
+    return sorted(trials, key=lambda trial: (trial.metric is None, sign * (trial.metric or 0.0)))
+
+
+def rows(trials: Sequence[Trial], spec: Spec) -> list[list[Any]]:
+    """A heading, and a row per trial."""
+    parameters = list(spec.sweep["parameters"])
+    heading = ["trial", "state", spec.metric, *parameters, "seconds", "said"]
+    return [
+        heading,
+        *(
+            [t.name, t.state.value, t.metric, *(t.parameters.get(name) for name in parameters), t.seconds, t.said]
+            for t in ranked(trials, spec)
+        ),
+    ]
+
+
+def write(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
+    """Write the table as CSV, numbers in full."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows(trials, spec))
+    files.write_text(path, text.getvalue())
+
+
+def text(trials: Sequence[Trial], spec: Spec) -> str:
+    """The table for a terminal, numbers in four digits."""
+    cells = [["" if cell is None else shown(cell) for cell in row] for row in rows(trials, spec)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def ending(trials: Sequence[Trial], count: int, folder: Path) -> str:
+    """How many there are of how many, and where the table is."""
+    finished = [trial for trial in trials if trial.state in DONE]
+    short = f", fewer than count={count}: the grid has no more" if done(list(trials)) < count else ""
+    return f"{len(finished)} of {len(trials)} trials finished{short}; {folder / 'trials.csv'} {folder / 'parallel.png'}"

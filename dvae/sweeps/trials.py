@@ -1,0 +1,116 @@
+"""The folder of a sweep, and what it remembers.
+
+sweep.yaml         the sweep, and the words that all its trials were started with
+trials.json        every trial that was drawn: parameters, state, metric
+trial-0001/ ...    their run folders
+logs/              what each of them said
+trials.csv parallel.png
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dvae import files
+from dvae.errors import MachineError, UserError
+
+
+class State(Enum):
+    """What has become of a trial."""
+
+    running = "running"
+    """Drawn, and not at its end: it is taken up again when the sweep is."""
+    finished = "finished"
+    stopped = "stopped"
+    """Ended early by hyperband; counts as finished, with the metric that it had reached."""
+    failed = "failed"
+    """Its process failed; it is not tried again."""
+
+
+DONE = (State.finished, State.stopped)
+
+
+@dataclass
+class Trial:
+    """One run of a sweep."""
+
+    number: int
+    """From 1."""
+    parameters: dict[str, Any]
+    """What the engine chose."""
+    state: State = State.running
+    metric: float | None = None
+    """What the sweep optimises, at the trial's end."""
+    seconds: float = 0.0
+    """Time that its processes took, over all attempts."""
+    said: str = ""
+    """For a failed one: exit status and last line."""
+
+    @property
+    def name(self) -> str:
+        return f"trial-{self.number:04d}"
+
+
+class Folder:
+    """A sweep's folder. Every change is on the disk before the next thing is done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logs = path / "logs"
+        self._sweep = path / "sweep.yaml"
+        self._trials = path / "trials.json"
+
+    def open(self, sweep: dict[str, Any], words: list[str]) -> None:
+        """Make the folder, or take it up. Raises UserError where it holds something else, or another sweep."""
+        kept = {"sweep": sweep, "words": words}
+        if self._sweep.exists():
+            if yaml.safe_load(self._sweep.read_text(encoding="utf-8")) != kept:
+                raise UserError(f"out={self.path} holds a sweep of another file or other words: use another out=")
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"out={self.path} exists and is not a sweep: use another out=, or remove it")
+        try:
+            self.logs.mkdir(parents=True)
+            files.write_text(self._sweep, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise UserError(f"out={self.path} cannot be written ({error.strerror}): use another out=") from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder against a second sweep; the hold ends with this process, however it ends."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(files.locked(self.path / ".lock"))
+            except BlockingIOError:
+                raise UserError(f"out={self.path} is in use by another sweep: wait, or use another out=") from None
+            files.remove_leftovers(self.path)
+            yield
+
+    def trials(self) -> list[Trial]:
+        """All trials, in the order in which they were drawn."""
+        if not self._trials.exists():
+            return []
+        try:
+            rows = json.loads(self._trials.read_text(encoding="utf-8"))
+            return [Trial(**row | {"state": State(row["state"])}) for row in rows]
+        except (ValueError, KeyError, TypeError):
+            raise MachineError(f"{self._trials}: is damaged; the trials' run folders beside it are whole") from None
+
+    def keep(self, trials: list[Trial]) -> None:
+        """Write all trials."""
+        files.write_json(self._trials, [asdict(trial) | {"state": trial.state.value} for trial in trials])
+
+    def run(self, trial: Trial) -> Path:
+        """The trial's run folder."""
+        return self.path / trial.name
+
+    def log(self, trial: Trial) -> Path:
+        return self.logs / f"{trial.name}.log"

@@ -1,0 +1,67 @@
+"""Which code a run is made by, and on what: for W&B's table of runs. No address of a repository, no command line: they
+may hold secrets, and what else might is scrubbed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import dvae
+
+SECRET_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+"""Environment variables whose values must not be told."""
+SHORTEST = 8
+"""Characters of such a value, below which it cannot be told from a common word."""
+
+
+def without_secrets(text: str) -> str:
+    """`text` without values of secret environment variables, and without user:password@ in addresses."""
+    secrets = (v for name, v in os.environ.items() if SECRET_NAMES.search(name) and len(v) >= SHORTEST)
+    for value in sorted(secrets, key=len, reverse=True):
+        text = text.replace(value, "[removed]")
+    return re.sub(r"://[^\s/@'\"]+@", "://", text)
+
+
+def code() -> dict[str, Any]:
+    """Version of dvae; where it lies in a git checkout of its own, commit, and whether files differ from it."""
+    commit = _git("rev-parse", "HEAD")
+    changed = {"commit": commit.strip(), "changed": bool(diff().strip())} if commit else {}
+    return {"version": dvae.__version__, **changed}
+
+
+def diff() -> str:
+    """What differs from the commit in files that git knows, without secrets; empty where there is no checkout."""
+    return without_secrets(_git("diff", "HEAD"))
+
+
+def _git(*words: str) -> str:
+    """What git says of the checkout in whose root dvae lies; empty where there is none, or no git."""
+    root = Path(dvae.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, timeout=30, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else ""
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, GPUs and ranks."""
+    import torch
+
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "deepspeed": version("deepspeed"),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+    }

@@ -1,0 +1,54 @@
+"""The figures of a run by the names that W&B's summary has: "refiner/loss", "evaluate/sets/refined/KID-lite0/mean"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dvae.errors import MachineError
+from dvae.tracking.metrics import MetricsLog
+
+EVALUATE = "evaluate"
+"""Prefix of what the evaluate stage found out; that of a row of metrics.jsonl is its stage."""
+
+
+def of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+    """Every single number that summary.json holds under "evaluation", by its path; settings are none."""
+    found = {name: value for name, value in evaluation.items() if name not in ("protocol", "sampler")}
+    return dict(_leaves(EVALUATE, found))
+
+
+def of_training(run_folder: Path) -> dict[str, float | None]:
+    """The last value of everything that metrics.jsonl holds; None where it was not finite."""
+    last: dict[str, float | None] = {}
+    for row in MetricsLog(run_folder / "metrics.jsonl").rows():
+        last |= {f"{row['stage']}/{name}": value for name, value in row.items() if name not in ("stage", "time")}
+    return last
+
+
+def of_run(run_folder: Path) -> dict[str, float | None]:
+    """All figures of a run, finished or not."""
+    path = run_folder / "summary.json"
+    if not path.exists():
+        return of_training(run_folder)
+    try:
+        return of_training(run_folder) | dict(json.loads(path.read_text(encoding="utf-8"))["figures"])
+    except (ValueError, KeyError, TypeError):
+        raise MachineError(f"{path}: holds no figures; delete it, then launch the run again") from None
+
+
+def history(run_folder: Path, name: str) -> list[float]:
+    """The finite values of "STAGE/NAME" in metrics.jsonl, in order of step; empty for what only evaluation tells."""
+    stage, _, key = name.partition("/")
+    rows = MetricsLog(run_folder / "metrics.jsonl").rows(stage)
+    return [float(row[key]) for row in rows if row.get(key) is not None]
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, float | None]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(f"{path}/{name}", item)
+    elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        yield path, value

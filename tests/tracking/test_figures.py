@@ -1,0 +1,58 @@
+"""A run's figures by the names of W&B's summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dvae.errors import MachineError
+from dvae.tracking import figures
+from dvae.tracking.metrics import MetricsLog
+
+EVALUATION = {
+    "sampler": {"steps": 25},
+    "protocol": {"n": 200},
+    "nfe": 25,
+    "reconstructions": {"n": 8, "psnr": 11.5, "latent": [8]},
+    "sets": {"refined": {"KID-lite0": {"mean": 0.08, "se": None, "per_seed": [0.08]}}},
+    "points": {"done": True, "name": "spirals"},
+}
+
+
+def test_numbers_of_the_evaluation_by_their_path_and_no_settings() -> None:
+    assert figures.of_evaluation(EVALUATION) == {
+        "evaluate/nfe": 25,
+        "evaluate/reconstructions/n": 8,
+        "evaluate/reconstructions/psnr": 11.5,
+        "evaluate/sets/refined/KID-lite0/mean": 0.08,
+        "evaluate/sets/refined/KID-lite0/se": None,
+    }
+
+
+def test_the_last_value_of_training_counts_and_the_summary_adds_to_it(tmp_path: Path) -> None:
+    assert figures.of_run(tmp_path) == {}
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step, loss in ((1, 3.0), (2, float("nan")), (3, 2.0)):
+        log.append({"stage": "refiner", "step": step, "time": 1.0, "loss": loss, "grad_norm": 1 / step})
+    log.append({"stage": "encoder", "step": 3, "time": 1.0, "loss": float("inf")})
+    training = {
+        "refiner/step": 3,
+        "refiner/loss": 2.0,
+        "refiner/grad_norm": 1 / 3,
+        "encoder/step": 3,
+        "encoder/loss": None,
+    }
+    assert figures.of_run(tmp_path) == training
+    assert figures.history(tmp_path, "refiner/loss") == [3.0, 2.0]
+    assert figures.history(tmp_path, "encoder/loss") == figures.history(tmp_path, "evaluate/nfe") == []
+    (tmp_path / "summary.json").write_text(json.dumps({"figures": {"evaluate/nfe": 25}}), encoding="utf-8")
+    assert figures.of_run(tmp_path) == training | {"evaluate/nfe": 25}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_summary_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "summary.json").write_text(text, encoding="utf-8")
+    with pytest.raises(MachineError, match=r"summary\.json: holds no figures"):
+        figures.of_run(tmp_path)

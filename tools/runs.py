@@ -1,0 +1,71 @@
+"""Look after runs: python tools/runs.py [list] [in=runs], follow run=RUN, cancel run=RUN, resume run=RUN"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dvae.errors import UserError, near, run_command
+
+USAGE = """usage: python tools/runs.py [list] [in=runs]
+       python tools/runs.py follow run=RUN
+       python tools/runs.py cancel run=RUN
+       python tools/runs.py resume run=RUN
+
+list      all runs below a folder: running, finished, stopped, failed or waiting; stage, step, images/s, time left
+follow    the figures of a run as they come, until it ends
+cancel    have a run save and end, as SIGTERM does; twice: at once
+resume    go on with a run by its own config, here, where its last attempt was made"""
+KEYS = {"list": "in", "follow": "run", "cancel": "run", "resume": "run"}
+
+
+def command(argv: list[str]) -> None:
+    """Do what the first word says."""
+    from dvae import runs
+
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE)
+        return
+    what, folder = parse(argv)
+    if what == "list":
+        lines = runs.table(folder)
+    elif what == "resume":
+        resume(folder)
+        return
+    else:
+        lines = runs.follow(folder) if what == "follow" else runs.cancel(folder)
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        print(f"{folder}: goes on without being watched")
+
+
+def parse(argv: list[str]) -> tuple[str, Path]:
+    """What to do, and with which folder."""
+    what, *words = argv if argv and "=" not in argv[0] else ["list", *argv]
+    if what not in KEYS:
+        raise UserError(f"unknown word {what!r}: {near(what, KEYS)}")
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    odd = [word for word in words if word.partition("=")[0] != KEYS[what] or "=" not in word]
+    if odd:
+        raise UserError(f"{what}: unknown word {odd[0]!r}: use {KEYS[what]}=FOLDER")
+    if what != "list" and "run" not in given:
+        raise UserError(f"{what} needs a run: add run=FOLDER")
+    return what, Path(given.get(KEYS[what], "runs"))
+
+
+def resume(folder: Path) -> None:
+    """As tools/launch.py does, without composing anything anew."""
+    from dvae import runs
+    from dvae.run import Run
+    from dvae.tools import launch
+
+    runs.enter(folder := folder.absolute())
+    launch.silence()
+    config = Run(folder).config()
+    launch.check(config)
+    launch.start(config, Path(config.run))
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -1,0 +1,37 @@
+"""Try settings: python tools/sweep.py sweep=demo count=6 parallel=2 [out=runs/sweep-demo] [key=value ...]"""
+
+from __future__ import annotations
+
+from dvae.errors import run_command
+
+USAGE = """usage: python tools/sweep.py sweep=NAME|FILE.yaml [count=8] [parallel=1] [out=runs/sweep-NAME] [failures=3]
+       [key=value ...]
+
+Runs a W&B sweep file on this machine, without a server, by W&B's own engine: grid, random or bayes, and hyperband.
+Each trial is a run of tools/launch.py in out/trial-0001, ...; words like train_refiner.steps=200 go to all of them.
+The same command again goes on, up to `count` finished trials. At the end: out/trials.csv and out/parallel.png.
+
+  sweep=NAME             {sweeps}
+  tracking.wandb.mode=offline
+                         keep W&B's files too (off here, whatever the sweep file says)
+
+With W&B's server: wandb sweep recipes/sweep/NAME.yaml, then wandb agent ... ; docs/sweeps.md"""
+
+
+def command(argv: list[str]) -> None:
+    """Part the sweep's words from those of its trials, run it, and show the table."""
+    from dvae.sweeps import loop, picture, spec, table
+
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE.format(sweeps=", ".join(spec.known())))
+        return
+    settings, words = loop.parted(argv)
+    found, folder, trials = loop.sweep(words, settings)
+    table.write(trials, found, folder.path / "trials.csv")
+    picture.draw(trials, found, folder.path / "parallel.png")
+    print(table.text(trials, found))
+    print(table.ending(trials, settings.count, folder.path))
+
+
+if __name__ == "__main__":
+    run_command(command)
