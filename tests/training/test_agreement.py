@@ -1,4 +1,4 @@
-"""Two ranks in one job against one process that takes each batch in two parts: every kind of stage, autocast, ZeRO 0-3."""
+"""Two ranks against one process that takes each batch in two parts: every kind of stage, bf16, ZeRO 0 to 3."""
 
 from __future__ import annotations
 
