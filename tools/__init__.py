@@ -14,6 +14,7 @@ TOOLS = {
     "shards": "build or verify WebDataset shards",
     "cache": "write the latents of a run's training images into shards",
     "sample": "draw images from a trained run",
+    "export": "make a bundle of a checkpoint",
     "ema": "make an average of any width from the snapshots of a training",
     "judge": "say what the samples show, by a classifier trained on the real images",
     "replay": "take a training step that was not finite once more, and look at it",

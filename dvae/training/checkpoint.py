@@ -121,6 +121,18 @@ class Checkpoints:
             log.warning("checkpoint %s is damaged (%s): passing over it", path, fault)
         return None
 
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that there are."""
+        return sorted(_step(path) for path in self._paths())
+
+    def checked(self, step: int) -> Path:
+        """The folder of a checkpoint that is there. Raises MachineError where it is damaged."""
+        path = self._path(step)
+        fault = damage(path)
+        if fault:
+            raise MachineError(f"checkpoint {path} is damaged ({fault}): take another step, of {self.steps()}")
+        return path
+
     def drop_after(self, step: int) -> None:
         """Remove checkpoints beyond `step`: they are damaged, and their steps are about to be taken again."""
         for path in self._paths():

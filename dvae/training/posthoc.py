@@ -23,10 +23,9 @@ from dvae.errors import UserError, near
 from dvae.run import Run
 from dvae.settings import WIDTHS, EmaProfile, RunConfig
 from dvae.training.ema import power
+from dvae.training.export import PARTS, with_part
 from dvae.training.snapshots import Snapshot, list_snapshots
 
-PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
-"""Stage -> the part of a bundle that it trains."""
 RIDGE = 1e-10
 """Relative to each profile's squared norm: keeps coefficients small where snapshots lie close together."""
 
@@ -133,12 +132,7 @@ def make(settings: EmaToolConfig) -> Fit:
     if settings.out:
         bundle.save_weights(Path(settings.out), weights)
     if settings.bundle:
-        kept = {name: run.weights(name) for name in trained if name != part and run.weights(name).exists()}
-        lacking = sorted(trained.keys() - kept.keys() - {part, bundle.CLASSIFIER})
-        if lacking:
-            raise UserError(f"run={settings.run} has no trained {lacking[0]} yet, which a bundle needs: use out=FILE")
-        parts = {name: bundle.load_weights(path) for name, path in kept.items()} | {part: weights}
-        bundle.export(Path(settings.bundle), run.config_file.read_text(encoding="utf-8"), parts)
+        with_part(run, config, part, weights, Path(settings.bundle))
     return found
 
 

@@ -1,0 +1,76 @@
+"""A bundle of what a checkpoint holds: on any machine, in one process, without a GPU, whoever trained it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from dvae import bundle, models
+from dvae.errors import UserError, near
+from dvae.run import Run
+from dvae.settings import RunConfig
+from dvae.training.checkpoint import Checkpoints
+from dvae.training.ema import MAIN
+from dvae.training.fragments import WEIGHT, Saved
+from dvae.training.work import Weights
+
+PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
+"""Stage -> the part of a bundle that it trains."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """What tools/export.py takes."""
+
+    run: str = MISSING
+    """A run folder."""
+    out: str = MISSING
+    """Folder of the bundle; it must not be there yet."""
+    stage: str = "refiner"
+    """Stage whose checkpoint is taken: encoder, refiner or classifier."""
+    step: int = 0
+    """Step of the checkpoint (0: the newest)."""
+    average: bool = True
+    """The moving average that a run exports, or (false) the weights themselves."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+
+
+ConfigStore.instance().store(name="export_schema", node=ExportConfig, provider="dvae")
+
+
+def export(settings: ExportConfig) -> int:
+    """Write the bundle; returns the checkpoint's step. Raises UserError where there is no such checkpoint or part."""
+    run = Run(Path(settings.run))
+    if not run.config_file.exists():
+        raise UserError(f"run={settings.run}: no run is there: name a run folder")
+    if settings.stage not in PARTS:
+        raise UserError(f"unknown stage {settings.stage!r}: {near(settings.stage, PARTS)}")
+    if Path(settings.out).exists():
+        raise UserError(f"out={settings.out} is there already: name a folder that is not")
+    config = run.config()
+    checkpoints = Checkpoints(run.checkpoints(settings.stage), keep=0)
+    known = checkpoints.steps()
+    if not known or (settings.step and settings.step not in known):
+        raise UserError(
+            f"run={settings.run} has no checkpoint of its {settings.stage} at step={settings.step}: it has {known}"
+        )
+    step = settings.step or known[-1]
+    saved = Saved(checkpoints.checked(step) / settings.stage)
+    kind = MAIN if settings.average and any(saved.kinds.values()) else WEIGHT
+    with_part(run, config, PARTS[settings.stage], saved.state(kind), Path(settings.out))
+    return step
+
+
+def with_part(run: Run, config: RunConfig, part: str, weights: Weights, folder: Path) -> None:
+    """Write a bundle of the run's finished parts with these weights as one of them. Raises UserError if one lacks."""
+    trained = models.on_meta(config).trained()
+    kept = {name: run.weights(name) for name in trained if name != part and run.weights(name).exists()}
+    lacking = sorted(trained.keys() - kept.keys() - {part, bundle.CLASSIFIER})
+    if lacking:
+        raise UserError(f"run={run.path} has no trained {lacking[0]} yet, which a bundle needs: train that first")
+    parts = {name: bundle.load_weights(path) for name, path in kept.items()} | {part: weights}
+    bundle.export(folder, run.config_file.read_text(encoding="utf-8"), parts)
