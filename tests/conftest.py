@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, environment
+from tests_support import ROOT, Tool, environment
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start processes beside this one: idle threads would spin
-Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+Tool = Callable[..., "subprocess.CompletedProcess[str]"]
+"""What the fixture `tool` gives: tool(name, *words, **environment)."""
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-from conftest import Tool
+from tests_support import Tool
 
 from dvae.errors import MachineError, UserError
 from dvae.sweeps import multirun

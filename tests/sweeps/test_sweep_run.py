@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import Tool
 from PIL import Image
-from tests_support import ROOT, environment
+from tests_support import ROOT, Tool, environment
 
 SWEEP = {
     "program": "tools/launch.py",

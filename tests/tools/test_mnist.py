@@ -111,12 +111,13 @@ def test_mistakes_are_one_line(from_idx: Path, tmp_path: Path, words: list[str],
 def test_a_short_training_draws_digits(tmp_path: Path) -> None:
     run = launch(
         tmp_path, "train_refiner.steps=600", "train_refiner.warmup=50", "train_refiner.preview_every=0",
+        "train_refiner.lr=1.5e-3", "refiner.width=128",
         "evaluate.metrics=false", "evaluate.n=32", "evaluate.seeds=[0]",
     )  # fmt: skip
     out = tmp_path / "judge.png"
     judge_tool.command([f"run={run}", "n=200", f"out={out}"])
     figures = json.loads(out.with_suffix(".json").read_text())
     assert figures["accuracy_heldout"] > 0.95
-    # 0.45 was measured; noise has 0, and half-and-half images of two digits 0.32
+    # 0.45 was measured for this smaller network; noise has 0, and half-and-half images of two digits 0.32
     assert figures["samples"]["recognised"] > 0.35
     assert figures["samples"]["classes_present"] >= 8

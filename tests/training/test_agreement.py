@@ -23,6 +23,7 @@ from dvae.training.latents import Encoded
 from dvae.training.loop import State, backward
 from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
 
+pytestmark = pytest.mark.slow  # 20 trainings
 BATCH, STEPS, SIZE = 8, 20, 16
 KINDS = ["encoder", "refiner", "classifier", "gan"]
 CPU = torch.device("cpu")
