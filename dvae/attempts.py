@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -70,11 +70,8 @@ def write(folder: Path, attempts: list[Attempt]) -> None:
 @contextmanager
 def hold(folder: Path, lock: str) -> Iterator[None]:
     """Hold a lock of a run folder. Raises UserError where another process has it."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(files.locked(folder / lock))
-        except BlockingIOError:
-            raise UserError(f"run={folder} is in use by another process: wait for it, or use another run=") from None
+    refusal = UserError(f"run={folder} is in use by another process: wait for it, or use another run=")
+    with files.locked(folder / lock, refusal):
         yield
 
 

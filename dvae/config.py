@@ -92,6 +92,19 @@ def _siblings(name: str, config_name: str, words: list[str]) -> list[str]:
     return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
 
+def words_of_a_tool(composed: DictConfig) -> Any:
+    """The dataclass of a tool's words, as `compose` gave them. Raises UserError for one that is missing or mistyped."""
+    plain = OmegaConf.to_container(composed)  # unresolved: what refers to a missing word is not missing itself
+    assert isinstance(plain, dict)
+    missing = sorted(str(key) for key, value in plain.items() if value == MISSING)
+    if missing:
+        raise UserError(f"not set: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
+    try:
+        return OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
+
+
 def typed(config: Any) -> RunConfig:
     """A RunConfig with a typed Config for each component. Raises UserError on a foreign field or a wrong type."""
     try:

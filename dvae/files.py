@@ -98,8 +98,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; the hold ends with this process, however it ends. Raises BlockingIOError where another
+def locked(path: Path, refusal: Exception) -> Iterator[None]:
+    """Hold the lock file `path`; the hold ends with this process, however it ends. Raises `refusal` where another
     process holds it."""
     deadline = time.monotonic() + LOOKED_AT
     with path.open("w") as handle:
@@ -109,7 +109,7 @@ def locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise
+                    raise refusal from None
                 time.sleep(LOOKED_AT / 10)
         yield
 

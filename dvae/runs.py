@@ -21,7 +21,7 @@ from yaml import YAMLError
 from dvae import attempts, files
 from dvae.attempts import Attempt
 from dvae.errors import MachineError, UserError, one_line
-from dvae.tracking.console import clock
+from dvae.tracking.console import aligned, clock
 
 TAIL = 65536
 """Bytes at the end of metrics.jsonl in which the newest rows are looked for."""
@@ -182,9 +182,7 @@ def table(folder: Path) -> Iterator[str]:
     if len(lines) == 1:
         yield f"{folder}: no runs"
         return
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS) - 1)]
-    for *line, message in lines:
-        yield "  ".join([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] + [message]).rstrip()
+    yield from aligned(lines)
 
 
 def cells(folder: Path) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from dvae import attempts
 from dvae.errors import MachineError, UserError, in_words, one_line
+from dvae.machine import cores
 
 GRACE = 5.0
 """Seconds that the other ranks have to end by themselves once one has failed; then they are killed."""
@@ -103,11 +104,6 @@ def start(folder: Path, number: int, count: int, port: int) -> Rank:
         os.environ.clear()
         os.environ.update(before)
     return Rank(number, process, line)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_rank(folder: str, line: connection.Connection) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-Tool = Callable[..., "subprocess.CompletedProcess[str]"]
+from tests_support import Tool
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
 from dvae.errors import UserError, near, run_command
 
 USAGE = """usage: python tools/bench.py data [folder=PICTURES] [size=256] [images=1000] [batch=64] [threads=[0,1,2]]
@@ -32,7 +30,7 @@ def data(words: list[str]) -> None:
     from dvae import config
     from dvae.data import bench
 
-    settings: bench.DataBenchConfig = OmegaConf.to_object(config.compose("bench_data", words))  # type: ignore[assignment]
+    settings: bench.DataBenchConfig = config.words_of_a_tool(config.compose("bench_data", words))
     print(bench.table(bench.run(settings)))
 
 
@@ -41,7 +39,7 @@ def trainer(words: list[str]) -> None:
     from dvae import config
     from dvae.training import bench
 
-    settings: bench.TrainerBenchConfig = OmegaConf.to_object(config.compose("bench_trainer", words))  # type: ignore[assignment]
+    settings: bench.TrainerBenchConfig = config.words_of_a_tool(config.compose("bench_trainer", words))
     bench.run(settings)
 
 

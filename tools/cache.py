@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/cache.py run=RUN [what=posteriors|reconstructions] [draws=8] [folder=RUN/latents]
@@ -25,7 +23,7 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    words: CacheToolConfig = OmegaConf.to_object(config.compose("cache", argv))  # type: ignore[assignment]
+    words: CacheToolConfig = config.words_of_a_tool(config.compose("cache", argv))
     run = Run(Path(words.run))
     settings = run.config()
     settings.cache = words

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/ema.py run=FOLDER width=WIDTH [stage=refiner] [step=STEP] [out=FILE.safetensors]
@@ -27,7 +25,7 @@ def command(argv: list[str]) -> None:
     from dvae import config
     from dvae.training import posthoc
 
-    settings: posthoc.EmaToolConfig = OmegaConf.to_object(config.compose("ema", argv))  # type: ignore[assignment]
+    settings: posthoc.EmaToolConfig = config.words_of_a_tool(config.compose("ema", argv))
     made = posthoc.make(settings)
     kept = "width" if settings.decay is None else "decay"
     print(

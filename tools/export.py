@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/export.py run=FOLDER out=BUNDLE [stage=refiner] [step=STEP] [average=true]
@@ -20,7 +18,7 @@ def command(argv: list[str]) -> None:
     from dvae import config
     from dvae.training import export
 
-    settings: export.ExportConfig = OmegaConf.to_object(config.compose("export", argv))  # type: ignore[assignment]
+    settings: export.ExportConfig = config.words_of_a_tool(config.compose("export", argv))
     step = export.export(settings)
     print(f"{settings.out}: the {settings.stage} of step {step}")
 

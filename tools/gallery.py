@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/gallery.py [runs=runs/toy2d] [density=spirals] [out=gallery.png] [samplers=[ddim,em]]
@@ -21,7 +19,7 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    settings: gallery.GalleryConfig = OmegaConf.to_object(config.compose("gallery", argv))  # type: ignore[assignment]
+    settings: gallery.GalleryConfig = config.words_of_a_tool(config.compose("gallery", argv))
     figures = gallery.draw(settings)
     print(f"{settings.out}: {len(figures['cells'])} panels, floor {figures['floor']['mean']:.4f}")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/judge.py run=FOLDER [n=1000] [seed=0] [confidence=0.9] [label=ATTRIBUTE] [out=judge.png]
@@ -24,7 +22,7 @@ def command(argv: list[str]) -> None:
     from dvae import config
     from dvae.evaluation import judge
 
-    settings: judge.JudgeConfig = OmegaConf.to_object(config.compose("judge", argv))  # type: ignore[assignment]
+    settings: judge.JudgeConfig = config.words_of_a_tool(config.compose("judge", argv))
     figures = judge.assess(settings)
     print(f"judge: {100 * figures['accuracy_heldout']:.1f}% right on held-out images")
     for name, title in (

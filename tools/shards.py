@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-from dvae.errors import UserError, near, one_line, run_command
+from dvae.errors import UserError, near, run_command
 
 USAGE = """usage: python tools/shards.py build source=NAME source.FIELD=VALUE size=64 out=FOLDER [key=value ...]
        python tools/shards.py verify FOLDER
@@ -76,13 +75,7 @@ def build(words: list[str]) -> None:
     from dvae.tracking.console import Counted
 
     composed = config.compose("shards", words)
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise UserError(f"not set: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
-    try:
-        settings: ShardsConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {one_line(error.msg)}") from None
+    settings: ShardsConfig = config.words_of_a_tool(composed)
     start = time.monotonic()
     with Counted("shards") as progress:
         manifest = builder.build(

@@ -20,12 +20,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
 
 from dvae.data.manifest import FILE, Manifest, Shard
 from dvae.errors import DISK_FAULTS, MachineError, UserError, one_line
 from dvae.files import sha256
+
+if TYPE_CHECKING:
+    from dvae.settings import DataConfig
 
 ATTEMPTS = 5
 """How often a file is asked for."""
@@ -43,6 +47,11 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 def is_remote(location: str) -> bool:
     """Whether data.shards names another place than a folder: pipe:COMMAND, or a URL."""
     return location.startswith("pipe:") or "://" in location
+
+
+def place_of(data: DataConfig) -> Path | Remote:
+    """Where a run's shards lie: a folder, or elsewhere."""
+    return Remote(data.shards, data.download_to, data.download_gib) if is_remote(data.shards) else Path(data.shards)
 
 
 def url_of(location: str, name: str) -> str:

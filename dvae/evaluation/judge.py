@@ -26,7 +26,7 @@ from dvae.config import endless
 from dvae.data.images import to_float
 from dvae.data.order import Order
 from dvae.data.reader import Shards
-from dvae.data.remote import Remote, is_remote
+from dvae.data.remote import place_of
 from dvae.errors import UserError, near
 from dvae.tracking import pictures
 from dvae.tracking.console import Progress
@@ -174,10 +174,7 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
         raise UserError(f"run={settings.run} draws points, not images: use python tools/gallery.py runs={settings.run}")
     if settings.sampler is not None:
         pipeline.use_sampler(settings.sampler)
-    data = pipeline.config.data
-    real: Path | Remote = Path(settings.shards or data.shards)
-    if not settings.shards and is_remote(data.shards):
-        real = Remote(data.shards, data.download_to, data.download_gib)
+    real = Path(settings.shards) if settings.shards else place_of(pipeline.config.data)
     train_set, heldout_set = Shards(real, "train"), Shards(real, "heldout")
     channels, size = train_set.shape[:2]
     if (channels, size) != (pipeline.config.channels, pipeline.config.image_size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dvae.attempts import TERMINATED
 from dvae.errors import MachineError, UserError, near, one_line
 from dvae.sweeps import engine, spec
 from dvae.sweeps.process import Processes, Running
@@ -23,8 +24,6 @@ from dvae.tracking import figures
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the trials."""
-SAVED = 143
-"""Exit status of a run that was asked to stop, and saved (dvae/training/stopping.py)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +62,7 @@ def parted(argv: list[str]) -> tuple[SweepToolConfig, list[str]]:
 class Ended(MachineError):
     """The sweep was asked to stop, and its trials have saved."""
 
-    exit_status = SAVED
+    exit_status = TERMINATED
 
 
 @dataclass
@@ -124,7 +123,7 @@ class Sweep:
             trial.state = State.finished if status == 0 else State.stopped
             if trial.metric is None:
                 trial.state, trial.said = State.failed, f"{self.spec.metric} was not a finite number"
-        elif status != SAVED:  # one that somebody else asked to stop has saved, and is taken up again
+        elif status != TERMINATED:  # one that somebody else asked to stop has saved, and is taken up again
             trial.state, trial.said = State.failed, f"exit status {status}: {running.last_words()}"
         self.folder.keep(self.trials)
         reached = "" if trial.metric is None else f", {self.spec.metric} {shown(trial.metric)}"
@@ -200,7 +199,7 @@ def ending(processes: Processes) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def done(trials: list[Trial]) -> int:
+def done(trials: Sequence[Trial]) -> int:
     """How many trials are at their end, and did not fail."""
     return sum(trial.state in DONE for trial in trials)
 

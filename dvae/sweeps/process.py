@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvae.errors import one_line
+from dvae.machine import cores
 
 PR_SET_PDEATHSIG = 1
 """Linux, prctl(2): the signal that a process gets when its parent ends."""
@@ -108,11 +109,6 @@ def share(slot: int, parallel: int, environment: Mapping[str, str], devices: lis
     if devices:
         mine["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot::parallel] or [devices[slot % len(devices)]])
     return mine
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:

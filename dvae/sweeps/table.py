@@ -11,7 +11,8 @@ from typing import Any
 from dvae import files
 from dvae.sweeps.loop import done, shown
 from dvae.sweeps.spec import Spec
-from dvae.sweeps.trials import DONE, Trial
+from dvae.sweeps.trials import Trial
+from dvae.tracking.console import aligned
 
 
 def ranked(trials: Sequence[Trial], spec: Spec) -> list[Trial]:
@@ -42,14 +43,11 @@ def write(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
 
 def text(trials: Sequence[Trial], spec: Spec) -> str:
     """The table for a terminal, numbers in four digits."""
-    cells = [["" if cell is None else shown(cell) for cell in row] for row in rows(trials, spec)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join(lines)
+    return "\n".join(aligned([["" if cell is None else shown(cell) for cell in row] for row in rows(trials, spec)]))
 
 
 def ending(trials: Sequence[Trial], count: int, folder: Path) -> str:
     """How many there are of how many, and where the table is."""
-    finished = [trial for trial in trials if trial.state in DONE]
-    short = f", fewer than count={count}: the grid has no more" if done(list(trials)) < count else ""
-    return f"{len(finished)} of {len(trials)} trials finished{short}; {folder / 'trials.csv'} {folder / 'parallel.png'}"
+    finished = done(trials)
+    short = f", fewer than count={count}: the grid has no more" if finished < count else ""
+    return f"{finished} of {len(trials)} trials finished{short}; {folder / 'trials.csv'} {folder / 'parallel.png'}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -86,11 +86,8 @@ class Folder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the folder against a second sweep; the hold ends with this process, however it ends."""
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(files.locked(self.path / ".lock"))
-            except BlockingIOError:
-                raise UserError(f"out={self.path} is in use by another sweep: wait, or use another out=") from None
+        refusal = UserError(f"out={self.path} is in use by another sweep: wait, or use another out=")
+        with files.locked(self.path / ".lock", refusal):
             files.remove_leftovers(self.path)
             yield
 

@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import struct
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -31,6 +30,7 @@ from omegaconf import OmegaConf
 from dvae import files
 from dvae.errors import MachineError, UserError, one_line
 from dvae.tracking import code
+from dvae.tracking.console import say
 
 OPEN, CLOSE = 30.0, 60.0
 """Seconds that W&B's server has to open a run, and to take the last of what it was sent."""
@@ -224,10 +224,6 @@ class WandbRun:
             run.log({f"{stage}/step": step} | {f"{stage}/{key}": v for key, v in values.items()})
 
         self._do(send)
-
-
-def say(words: str) -> None:
-    print(f"dvae: {words}", file=sys.stderr, flush=True)
 
 
 def _record(run_folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from dvae import config as configuration
@@ -11,22 +10,17 @@ from dvae.data.endless import EndlessLoader
 from dvae.data.loader import Loader
 from dvae.data.order import Order
 from dvae.data.reader import Shards
-from dvae.data.remote import Remote, is_remote
+from dvae.data.remote import place_of
 from dvae.settings import RunConfig, TrainingConfig
+from dvae.tracking.console import say
 from dvae.training import ranks
 from dvae.training.feed import Feed, known_damage
-
-
-def place_of(config: RunConfig) -> Path | Remote:
-    """Where the shards lie: a folder, or elsewhere."""
-    data = config.data
-    return Remote(data.shards, data.download_to, data.download_gib) if is_remote(data.shards) else Path(data.shards)
 
 
 def open_shards(config: RunConfig, split: str) -> Shards:
     """A split of the run's shards; what the run has found damaged is passed over from the start."""
     shards = Shards(
-        place_of(config),
+        place_of(config.data),
         split,
         cache_bytes=int(config.data.cache_gib * 2**30),
         max_bad_fraction=config.data.max_bad_fraction,
@@ -34,10 +28,6 @@ def open_shards(config: RunConfig, split: str) -> Shards:
     )
     shards.know(known_damage(Path(config.run), split))
     return shards
-
-
-def say(line: str) -> None:
-    print(f"dvae: {line}", file=sys.stderr, flush=True)
 
 
 def open_loader(
@@ -51,7 +41,8 @@ def open_loader(
     """Batches of a stage: this rank's share, or all of them (`whole`); without `images` where it can do without."""
     rank, world = (0, 1) if whole else (ranks.rank(), ranks.world_size())
     if configuration.endless(config):
-        endless = EndlessLoader(
+        shards = None
+        loader: Loader | EndlessLoader = EndlessLoader(
             points.open_source(config),
             batch=training.batch,
             rank=rank,
@@ -59,20 +50,20 @@ def open_loader(
             accumulate=training.micro_batches,
             seed=keyed.child(config.seed, f"{stage} data"),
         )
-        return endless if whole else Feed(endless, None, training, stage, Path(config.run), config.data.log_samples)
-    shards = open_shards(config, split)
-    order = Order(len(shards), keyed.child(config.seed, f"{stage} order"), config.data.block, config.data.window)
-    loader = Loader(
-        shards,
-        order,
-        batch=training.batch,
-        rank=rank,
-        world=world,
-        accumulate=training.micro_batches,
-        flip=config.data.flip,
-        labels=shards.classes(config.data.label, config.classes) if config.classes else None,
-        seed=keyed.child(config.seed, f"{stage} data"),
-        threads=config.data.threads,
-        images=images,
-    )
+    else:
+        shards = open_shards(config, split)
+        order = Order(len(shards), keyed.child(config.seed, f"{stage} order"), config.data.block, config.data.window)
+        loader = Loader(
+            shards,
+            order,
+            batch=training.batch,
+            rank=rank,
+            world=world,
+            accumulate=training.micro_batches,
+            flip=config.data.flip,
+            labels=shards.classes(config.data.label, config.classes) if config.classes else None,
+            seed=keyed.child(config.seed, f"{stage} data"),
+            threads=config.data.threads,
+            images=images,
+        )
     return loader if whole else Feed(loader, shards, training, stage, Path(config.run), config.data.log_samples)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def ema_decays(config: EmaConfig, step: int) -> dict[str, float]:
     return {name: average.decay(step) for name, average in averages(config).items()}
 
 
+@cache
 def power(width: float) -> float:
     """Exponent gamma of the power profile of relative width sigma_rel (Karras et al. 2024, eq. 126), by bisection.
 

@@ -113,9 +113,9 @@ class Engine:
         It is left out, in weights, moments and average, where its gradients are not finite, or not to be kept
         (another engine's may not be).
         """
+        rate, decays = learning_rate(self.config, number), ema_decays(self.config.ema, number)
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, number)
-            group["ema_decays"] = ema_decays(self.config.ema, number)
+            group["lr"], group["ema_decays"] = rate, decays
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
             return True
@@ -184,8 +184,9 @@ class Engine:
                 values.copy_(saved.read(kind, fragment.name, fragment.start, values.numel()))
         if self.config.zero_stage:
             self._refresh(saved)
+        kept = saved.buffers()
         for name, buffer in buffers(self.module).items():
-            buffer.copy_(saved.buffers()[name])
+            buffer.copy_(kept[name])
 
     def _held(self) -> Iterator[Holder]:
         return holders(self.module, self.deepspeed.optimizer, self.config.zero_stage, ranks.rank())
@@ -213,10 +214,8 @@ class Engine:
         """Bring the weights that the network computes with up to date with the optimiser's."""
         stage = self.config.zero_stage
         for name, parameter in self.module.named_parameters():
-            if stage < 3:
-                parameter.data.copy_(saved.whole(WEIGHT, name))
-                continue
-            if parameter.data.numel() == parameter.ds_numel:  # type: ignore[attr-defined] # kept whole on all ranks
+            # at stage 3 small ones are kept whole on all ranks
+            if stage < 3 or parameter.data.numel() == parameter.ds_numel:  # type: ignore[attr-defined]
                 parameter.data.copy_(saved.whole(WEIGHT, name))
         if stage < 3:
             if any(saved.kinds.values()):  # DeepSpeed does this after the first step, once

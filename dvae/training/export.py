@@ -44,13 +44,7 @@ ConfigStore.instance().store(name="export_schema", node=ExportConfig, provider="
 
 def export(settings: ExportConfig) -> int:
     """Write the bundle; returns the checkpoint's step. Raises UserError where there is no such checkpoint or part."""
-    run = Run(Path(settings.run))
-    if not run.config_file.exists():
-        raise UserError(f"run={settings.run}: no run is there: name a run folder")
-    if settings.stage not in PARTS:
-        raise UserError(f"unknown stage {settings.stage!r}: {near(settings.stage, PARTS)}")
-    if Path(settings.out).exists():
-        raise UserError(f"out={settings.out} is there already: name a folder that is not")
+    run = checked("out", settings.out, settings.stage, settings.run)
     config = run.config()
     checkpoints = Checkpoints(run.checkpoints(settings.stage), keep=0)
     known = checkpoints.steps()
@@ -63,6 +57,18 @@ def export(settings: ExportConfig) -> int:
     kind = MAIN if settings.average and any(saved.kinds.values()) else WEIGHT
     with_part(run, config, PARTS[settings.stage], saved.state(kind), Path(settings.out))
     return step
+
+
+def checked(word: str, folder: str, stage: str, run: str) -> Run:
+    """The run in folder `run`. Raises UserError where there is none, or no such stage, or `word`=`folder` is taken."""
+    if stage not in PARTS:
+        raise UserError(f"unknown stage {stage!r}: {near(stage, PARTS)}")
+    if folder and Path(folder).exists():
+        raise UserError(f"{word}={folder} is there already: name a folder that is not")
+    found = Run(Path(run))
+    if not found.config_file.exists():
+        raise UserError(f"run={run}: no run is there: name a run folder")
+    return found
 
 
 def with_part(run: Run, config: RunConfig, part: str, weights: Weights, folder: Path) -> None:

@@ -19,11 +19,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from dvae import bundle, models
-from dvae.errors import UserError, near
+from dvae.errors import UserError
 from dvae.run import Run
 from dvae.settings import WIDTHS, EmaProfile, RunConfig
 from dvae.training.ema import power
-from dvae.training.export import PARTS, with_part
+from dvae.training.export import PARTS, checked, with_part
 from dvae.training.snapshots import Snapshot, list_snapshots
 
 RIDGE = 1e-10
@@ -142,17 +142,11 @@ def _check(settings: EmaToolConfig) -> tuple[Run, RunConfig]:
         raise UserError("an average has a width or a decay: add width=0.15, or decay=NUMBER of one that was kept")
     if settings.width is not None and not WIDTHS[0] <= settings.width <= WIDTHS[1]:
         raise UserError(f"width={settings.width:g}: use {WIDTHS[0]} to {WIDTHS[1]}")
-    if settings.stage not in PARTS:
-        raise UserError(f"unknown stage {settings.stage!r}: {near(settings.stage, PARTS)}")
     if not settings.out and not settings.bundle:
         raise UserError("nothing would be written: add out=FILE.safetensors or bundle=FOLDER")
     if settings.out and Path(settings.out).is_dir():
         raise UserError(f"out={settings.out} is a folder: name a file, or use bundle=")
-    if settings.bundle and Path(settings.bundle).exists():
-        raise UserError(f"bundle={settings.bundle} is there already: name a folder that is not")
-    run = Run(Path(settings.run))
-    if not run.config_file.exists():
-        raise UserError(f"run={settings.run}: no run is there: name a run folder")
+    run = checked("bundle", settings.bundle, settings.stage, settings.run)
     return run, run.config()
 
 

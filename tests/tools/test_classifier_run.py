@@ -6,19 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests_support import ROOT, environment
+from tests_support import ROOT, Tool, environment
 
 from dvae import bundle, config, models
 from dvae.errors import UserError, one_line
 from dvae.tools.launch import command
-
-Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")

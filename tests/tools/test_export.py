@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             export_tool.command(words)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["export", "ema", "judge", "cache"])
+def test_a_tool_without_its_words_says_which(name: str) -> None:
+    command = importlib.import_module(f"dvae.tools.{name}").command
+    with pytest.raises(UserError, match=r"^not set: .*run; add .*run=\.\.\.$"):
+        command([])
 
 
 def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path) -> None:

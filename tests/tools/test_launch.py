@@ -7,15 +7,14 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-Tool = Callable[..., "subprocess.CompletedProcess[str]"]
+from tests_support import ROOT, Tool, environment
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
@@ -31,8 +30,6 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """A whole tiny run."""
     import sys
-
-    from tests_support import ROOT, environment
 
     folder = tmp_path_factory.mktemp("finished")
     command = [sys.executable, str(ROOT / "tools" / "launch.py"), *tiny, f"run={folder}/run"]

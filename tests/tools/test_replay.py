@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests_support import Tool
 
 from dvae.errors import UserError
 from dvae.tools.replay import command
 from dvae.training.replay import Replayed
-
-Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def bundle_of(tool: Tool, words: list[str], run: Path) -> str:

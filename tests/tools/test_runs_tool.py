@@ -10,12 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests_support import ROOT, environment
+from tests_support import ROOT, Tool, environment
 
 from dvae import attempts, runs
 from dvae.attempts import Attempt
@@ -23,7 +22,6 @@ from dvae.errors import MachineError, UserError
 from dvae.runs import State
 from dvae.tools.runs import command, parse
 
-Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 CONFIG = """
 run: {run}
 recipe: demo

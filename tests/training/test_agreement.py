@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
-from torch.distributed import TCPStore
+from spawned_ranks import on_ranks
 
 from dvae import config as configuration
 from dvae import keyed, models
@@ -90,11 +88,7 @@ def trained(stage: Stage) -> dict[str, Any]:
     return {"norms": norms, "losses": losses}
 
 
-def a_rank(number: int, port: int, words: list[str], out: Path) -> None:
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    torch.set_num_threads(1)
-    start_distributed()
+def a_rank(number: int, words: list[str], out: Path) -> None:
     found = {f"{kind} {zero}": trained(make(kind, words, zero)) for kind in KINDS for zero in range(4)}
     if number == 0:
         out.write_text(json.dumps(found))
@@ -103,8 +97,7 @@ def a_rank(number: int, port: int, words: list[str], out: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("agreement") / "two.json"
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(a_rank, (store.port, tiny, out), nprocs=2)
+    on_ranks(2, a_rank, tiny, out)
     return json.loads(out.read_text())
 
 

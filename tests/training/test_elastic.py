@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+from spawned_ranks import on_ranks
 from torch import nn
-from torch.distributed import TCPStore
 
 from dvae.settings import EmaConfig, Precision, TrainingConfig
 from dvae.training import ranks
@@ -63,10 +61,7 @@ def save(engine: Engine, folder: Path) -> None:
     ranks.barrier()
 
 
-def a_rank(number: int, count: int, port: int, work: Path) -> None:
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    start_distributed()
+def a_rank(number: int, count: int, work: Path) -> None:
     losses = {}
     for stage in STAGES:
         engine = make(stage)
@@ -89,8 +84,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(engine, 1, 3)
     save(engine, folder / "one")
     for count in (2, 3):
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        torch.multiprocessing.spawn(a_rank, (count, store.port, folder), nprocs=count)
+        on_ranks(count, a_rank, count, folder)
     return folder
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
-from torch.distributed import TCPStore
+from spawned_ranks import on_ranks
 
 from dvae.settings import EmaConfig, EmaProfile, Precision, TrainingConfig
 from dvae.training import ranks
@@ -104,11 +102,8 @@ def averaged(zero_stage: int) -> tuple[Engine, dict[str, dict[str, torch.Tensor]
     return engine, {name: engine.averaged(name) for name in ema_names(SEVERAL)}
 
 
-def on_two(number: int, port: int, folder: Path) -> None:
+def on_two(number: int, folder: Path) -> None:
     """A rank: leaves what is kept at each ZeRO stage, and its part of a checkpoint at stage 2."""
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    start_distributed()
     for stage in range(4):
         engine, kept = averaged(stage)
         if number == 0:
@@ -120,8 +115,7 @@ def on_two(number: int, port: int, folder: Path) -> None:
 
 
 def test_two_ranks_keep_the_averages_of_one_at_every_zero_stage(tmp_path: Path) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(on_two, (store.port, tmp_path), nprocs=2)
+    on_ranks(2, on_two, tmp_path)
     start_distributed()
     engine, alone = averaged(0)
     for stage in range(4):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+from spawned_ranks import on_ranks
 from torch import nn
-from torch.distributed import TCPStore
 
 from dvae.settings import Precision, TrainingConfig
 from dvae.training import ranks
@@ -53,10 +51,7 @@ def counted(stage: int, precision: Precision) -> tuple[int, int]:
     return between, full
 
 
-def a_rank(number: int, port: int, out: Path) -> None:
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    start_distributed()
+def a_rank(number: int, out: Path) -> None:
     figures = [counted(stage, precision) for stage, precision in SETTINGS]
     (out / f"{number}.json").write_text(json.dumps(figures))
 
@@ -64,8 +59,7 @@ def a_rank(number: int, port: int, out: Path) -> None:
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[int, int]]]:
     out = tmp_path_factory.mktemp("footprint")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(a_rank, (store.port, out), nprocs=2)
+    on_ranks(2, a_rank, out)
     return [json.loads((out / f"{number}.json").read_text()) for number in range(2)]
 
 

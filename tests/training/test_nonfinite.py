@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from safetensors.torch import load_file
+from spawned_ranks import on_ranks
 from torch import nn
-from torch.distributed import TCPStore
 
 from dvae.data.loader import Batch
 from dvae.errors import MachineError
@@ -167,13 +166,8 @@ def test_gradient_norms_by_layer_are_those_of_the_whole(tmp_path: Path) -> None:
     assert norms[0] == norms[1] == norms[2] == norms[3]
 
 
-def on_two_ranks(number: int, port: int, folder: str) -> None:
+def on_two_ranks(number: int, folder: str) -> None:
     """The second rank alone meets the poison; both leave the step out, and one bundle says what both have seen."""
-    import os
-
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    start_distributed()
     whole = None
     for zero in range(4):
         run = Path(folder) / str(zero)
@@ -207,5 +201,4 @@ def on_two_ranks(number: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks_leave_it_out_together_at_every_zero_stage(tmp_path: Path) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(on_two_ranks, (store.port, str(tmp_path)), nprocs=2)
+    on_ranks(2, on_two_ranks, tmp_path)

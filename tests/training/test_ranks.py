@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from safetensors.torch import load_file
+from spawned_ranks import on_ranks
 from tests_support import ROOT, environment
-from torch.distributed import TCPStore
 
 from dvae import attempts
 from dvae import config as configuration
@@ -249,14 +248,11 @@ def test_all_ranks_refuse_a_non_finite_step(tmp_path: Path, tiny: list[str]) -> 
     assert saved[-1].name == f"step-{step - 1:08d}"
 
 
-def nan_on_one(number: int, port: int) -> None:
+def nan_on_one(number: int) -> None:
     """A rank on whose share of the batch alone the loss is not a number."""
     from dvae.settings import TrainingConfig
-    from dvae.training.engine import Engine, start_distributed
+    from dvae.training.engine import Engine
 
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    start_distributed()
     for stage in range(4):
         engine = Engine(torch.nn.Linear(4, 4), TrainingConfig(batch=4, zero_stage=stage))
         for step, factor in ((1, 1.0), (2, torch.nan if number == 1 else 1.0), (3, 1.0)):
@@ -269,8 +265,7 @@ def nan_on_one(number: int, port: int) -> None:
 
 
 def test_a_value_that_is_not_finite_on_one_rank_is_refused_by_both() -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(nan_on_one, (store.port,), nprocs=2)
+    on_ranks(2, nan_on_one)
 
 
 def test_sums_of_all_parts_add_up() -> None:
