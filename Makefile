@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-slow lint clean setup
+.PHONY: demo test test-slow lint clean setup system
 setup: $(VENV)/.ready
 
 # torch first and pinned: the newest pair that the tests have run on
@@ -16,13 +16,17 @@ $(VENV)/.ready: setup.py
 	$(BIN)/pip install --quiet --no-deps sweeps==0.3.0
 	touch $@
 
+# a browser and SLURM, for tests
+system:
+	tests/install_system.sh
+
 demo: setup
 	$(BIN)/python tools/launch.py recipe=demo run=runs/demo
 
-test: setup
+test: setup system
 	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile
 
-test-slow: setup
+test-slow: setup system
 	$(BIN)/python -m pytest -m slow
 
 lint: setup

@@ -39,11 +39,13 @@ class Attempt:
     pid: int
     """Process to which a signal goes; it passes it on to its ranks."""
     launcher: str
-    """local, processes, or torchrun."""
+    """local, processes, torchrun, slurm, ..."""
     count: int
     """Ranks."""
     cwd: str
     """Folder that relative paths of the config start from."""
+    job: str = ""
+    """Number of the job that it is part of, on a cluster."""
     ended: float | None = None
     """Seconds since 1970; None where it goes on, or was killed."""
     status: int | None = None
@@ -81,14 +83,14 @@ def in_use(folder: Path) -> bool:
 
 
 @contextmanager
-def recorded(folder: Path, launcher: str, count: int) -> Iterator[None]:
+def recorded(folder: Path, launcher: str, count: int, job: str = "") -> Iterator[None]:
     """The attempt of this process on a run, which is what the block does. Raises UserError where another goes on."""
     with hold(folder, LAUNCHER):
         with hold(folder, WORKER):  # refused before anything is recorded; rank 0 takes it again
             earlier = read(folder)
             begun = Attempt(
                 started=round(time.time(), 3), host=socket.gethostname(), pid=os.getpid(), launcher=launcher,
-                count=count, cwd=os.getcwd(),
+                count=count, cwd=os.getcwd(), job=job,
             )  # fmt: skip
             write(folder, [*earlier, begun])
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -83,7 +84,9 @@ def export(folder: Path, config_yaml: str, parts: dict[str, dict[str, torch.Tens
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
     with files.new_folder(folder) as aside:
         save_weights(aside / WEIGHTS, tensors)
-        files.write_text(aside / CONFIG, config_yaml)
+        config = OmegaConf.create(config_yaml)
+        config.launcher = None  # how it was trained is nothing to who uses it, who may not have that launcher
+        files.write_text(aside / CONFIG, OmegaConf.to_yaml(config))
         about: dict[str, Any] = {
             "format": FORMAT,
             "dvae": __version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dvae.errors import UserError, near, one_line
 from dvae.registry import SOURCES
 from dvae.registry.core import KINDS, broken_plugins, discover, load_plugins
+from dvae.registry.launchers import launcher_of
 from dvae.registry.sources import EndlessSource
-from dvae.settings import STAGES, WIDTHS, EmaConfig, EmaProfile, Launch, LauncherConfig, RunConfig, TrainingConfig
+from dvae.settings import STAGES, WIDTHS, EmaConfig, EmaProfile, RunConfig, TrainingConfig
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -94,15 +96,21 @@ def _siblings(name: str, config_name: str, words: list[str]) -> list[str]:
 
 def words_of_a_tool(composed: DictConfig) -> Any:
     """The dataclass of a tool's words, as `compose` gave them. Raises UserError for one that is missing or mistyped."""
-    plain = OmegaConf.to_container(composed)  # unresolved: what refers to a missing word is not missing itself
-    assert isinstance(plain, dict)
-    missing = sorted(str(key) for key, value in plain.items() if value == MISSING)
-    if missing:
+    if missing := sorted(_missing("", OmegaConf.to_container(composed))):
         raise UserError(f"not set: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
     try:
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
+
+
+def _missing(prefix: str, plain: Any) -> Iterator[str]:
+    """Full keys of what is not set; of an unresolved container, since what refers to such a word is not itself one."""
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            yield from _missing(f"{prefix}{key}.", value)
+        elif value == MISSING:
+            yield f"{prefix}{key}"
 
 
 def typed(config: Any) -> RunConfig:
@@ -153,7 +161,7 @@ def check(config: RunConfig) -> RunConfig:
     elif config.image_size < 4:
         raise UserError(f"image_size={config.image_size}: use 4 or more")
     check_classes(config)
-    check_launcher(config.launcher)
+    launcher_of(config.launcher)  # refuses settings that are none
     if not config.max_hours >= 0:
         raise UserError(f"max_hours={config.max_hours:g}: use 0 (no limit) or more")
     for name in ("train_encoder", "train_refiner", "train_classifier"):
@@ -202,16 +210,6 @@ def check_ema(name: str, ema: EmaConfig) -> None:
             f"{name}.snapshot_every={ema.snapshot_every} needs two averages of power profile: "
             f"add {name}.extra_widths=[0.05,0.1]"
         )
-
-
-def check_launcher(launcher: LauncherConfig) -> None:
-    """Refuse a number of ranks that the launcher does not start."""
-    if launcher.count < 1:
-        raise UserError(f"launcher.count={launcher.count}: use 1 or more")
-    if not launcher.hang_seconds >= 0:
-        raise UserError(f"launcher.hang_seconds={launcher.hang_seconds:g}: use 0 (never) or more")
-    if launcher.name is Launch.local and launcher.count > 1:
-        raise UserError(f"launcher.count={launcher.count}: launcher=local starts none: use launcher=processes")
 
 
 def check_classes(config: RunConfig) -> None:

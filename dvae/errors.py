@@ -21,6 +21,19 @@ class MachineError(Exception):
     """A fault of the machine or of a file; names the file and what is safe. Exit status 1."""
 
     exit_status = 1
+    again = True
+    """Whether the same might work another time."""
+
+
+class Stopped(MachineError):
+    """The run was asked to stop, and saved what it had. Exit status 143: terminated, to be continued."""
+
+    exit_status = 143
+
+    def __init__(self, message: str, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why
+        """What asked: a signal's name, or the setting of a limit."""
 
 
 def near(name: str, known: Iterable[str]) -> str:

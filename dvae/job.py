@@ -12,12 +12,14 @@ from typing import Any
 from dvae import files
 from dvae.config import endless
 from dvae.data.build import build as build_shards
+from dvae.data.build import build_part
 from dvae.data.manifest import FILE as manifest_file
 from dvae.data.manifest import TRAIN, Manifest
 from dvae.data.remote import is_remote
 from dvae.evaluation.points import evaluate_points
 from dvae.evaluation.stage import evaluate
 from dvae.pipeline import Pipeline
+from dvae.registry.launchers import launcher_of
 from dvae.run import Run
 from dvae.settings import STAGES, RunConfig
 from dvae.tracking import figures
@@ -44,6 +46,8 @@ class Job:
     """Runs what a folder's config.yaml says. Holds nothing but the folder, so that it can be sent anywhere."""
 
     folder: str
+    stages: tuple[str, ...] = ()
+    """Those of the config's stages that are run; empty: all."""
 
     def __call__(self) -> None:
         """On every rank; rank 0 holds the folder and decides what there is to do."""
@@ -53,9 +57,9 @@ class Job:
         with ranks.losses_named(), nullcontext() if ranks.rank() else run.held():
             ranks.on_first(run.tidy)
             config = run.config()
-            stages = ranks.on_first(unfinished, run, config)
+            stages = ranks.on_first(unfinished, run, config, self.stages)
             asking = stopping.begin(config.max_hours)
-            with watch.watching(config.launcher.hang_seconds):
+            with watch.watching(launcher_of(config.launcher).config.hang_seconds):
                 for number, stage in enumerate(stages):
                     if number:
                         asking.between_stages()
@@ -81,9 +85,10 @@ def conclude(run: Run, config: RunConfig, took_part: bool) -> None:
         print(f"dvae: {run.path} is finished ({', '.join(config.stages)}): nothing to do", flush=True)
 
 
-def unfinished(run: Run, config: RunConfig) -> list[str]:
-    """The stages that there are to run, in their order."""
-    return [stage for stage in STAGES if stage in config.stages and not finished(run, stage, config)]
+def unfinished(run: Run, config: RunConfig, among: tuple[str, ...] = ()) -> list[str]:
+    """The stages that there are to run, in their order; where some are named, among these."""
+    wanted = [stage for stage in STAGES if stage in config.stages and (not among or stage in among)]
+    return [stage for stage in wanted if not finished(run, stage, config)]
 
 
 def finished(run: Run, stage: str, config: RunConfig) -> bool:
@@ -117,6 +122,24 @@ def build_with_progress(config: RunConfig, folder: Path) -> Manifest:
             config.source,
             size=config.image_size,
             out=folder,
+            heldout_fraction=config.data.heldout,
+            channels=config.channels,
+            workers=config.data.workers,
+            progress=progress,
+            max_bad_fraction=config.data.max_bad_fraction,
+        )
+
+
+def build_part_of_shards(folder: Path, part: int, parts: int) -> None:
+    """Build part number `part` of `parts` of a run's shards; the stage `shards` publishes them once all are built."""
+    config = Run(folder).config()
+    with Counted(f"shards, part {part + 1} of {parts}") as progress:
+        build_part(
+            config.source,
+            size=config.image_size,
+            out=config.data.shards,
+            part=part,
+            parts=parts,
             heldout_fraction=config.data.heldout,
             channels=config.channels,
             workers=config.data.workers,

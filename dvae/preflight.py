@@ -17,6 +17,7 @@ from dvae.data.manifest import Manifest
 from dvae.data.remote import is_remote, read_manifest
 from dvae.errors import UserError, one_line
 from dvae.registry import SOURCES, Shapes
+from dvae.registry.launchers import launcher_of
 from dvae.registry.sources import Item, Source
 from dvae.settings import RunConfig
 
@@ -103,7 +104,8 @@ def _probe(source: Source, name: str) -> list[Item]:
 def describe(config: DictConfig) -> str:
     """What `dry_run=true` prints: the resolved config, stages, parameter counts and shards."""
     settings = configuration.typed(config)
-    made, counts = check(settings, settings.launcher.count)
+    launcher = launcher_of(settings.launcher)
+    made, counts = check(settings, launcher.ranks)
     splits = sum(count > 0 for count in counts.values())
     shards = splits * math.ceil(sum(counts.values()) / SHARD_SIZE)
     lines = [configuration.to_yaml(config).rstrip(), "---", f"stages: {' -> '.join(settings.stages)}"]
@@ -116,5 +118,6 @@ def describe(config: DictConfig) -> str:
     if counts:
         lines.append(f"images: about {counts['train']} to train on, {counts['heldout']} held out")
         lines.append(f"shards: {shards} in {settings.data.shards}")
+    lines += filter(None, [launcher.plan(Path(settings.run), settings.stages)])
     lines.append("dry run: nothing was written")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -21,12 +22,16 @@ from yaml import YAMLError
 from dvae import attempts, files
 from dvae.attempts import Attempt
 from dvae.errors import MachineError, UserError, one_line
+from dvae.slurm import queue
+from dvae.slurm.queue import Job
 from dvae.tracking.console import aligned, clock
 
 TAIL = 65536
 """Bytes at the end of metrics.jsonl in which the newest rows are looked for."""
 LOOK_EVERY = 1.0
 """Seconds between two looks at a run that is followed."""
+ASK_EVERY = 5.0
+"""Seconds between two questions to SLURM about one that waits."""
 PATIENCE = 120.0
 """Seconds that `cancel` waits for a run to save and end."""
 
@@ -79,13 +84,18 @@ def find(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def look(folder: Path) -> Status:
-    """The status of a run. Raises UserError where the folder is none, MachineError where a file of it is damaged."""
+def look(folder: Path, jobs: list[Job] | None = None) -> Status:
+    """The status of a run; `jobs` are those of it that wait or run on a cluster, asked for here where not given.
+
+    Raises UserError where the folder is none, MachineError where a file of it is damaged.
+    """
     config, records = _config(folder), _records(folder)
     tried = attempts.read(folder)
     live = attempts.in_use(folder)
     row = newest(folder)
     state, message = _state(folder, tried, live, all(stage in records for stage in config["stages"]), row is not None)
+    if jobs := queue.active(folder) if jobs is None else jobs:
+        state, message = _state_of_jobs(jobs, state, message)
     left = [stage for stage in config["stages"] if stage not in records]
     age = time.time() - row["time"] if row else None
     if not left:
@@ -149,6 +159,29 @@ def _state(folder: Path, tried: list[Attempt], live: bool, complete: bool, rows:
     return State.stopped if stopped else State.failed, last.message
 
 
+def _state_of_jobs(jobs: list[Job], state: State, message: str) -> tuple[State, str]:
+    """State and message of a run with jobs on a cluster, of which the locks may tell nothing here."""
+    busy = [job for job in jobs if job.state != "PENDING"]
+    if busy:
+        return State.running, f"job {busy[0].id} is {busy[0].state.lower()}" + (
+            f", {message}" if state is State.running and message else ""
+        )
+    more = f", {len(jobs) - 1} more after it" if len(jobs) > 1 else ""
+    last = f"; last attempt: {message}" if message and state is not State.waiting else ""
+    return State.waiting, f"job {jobs[0].id} waits ({jobs[0].reason}){more}{last}"
+
+
+def refuse_busy(folder: Path) -> None:
+    """Raise UserError where somebody works in the folder, or a job for it waits on a cluster."""
+    if attempts.in_use(folder):
+        raise UserError(f"run={folder} is in use by another process: wait for it, or use another run=")
+    if jobs := queue.active(folder):
+        raise UserError(
+            f"run={folder} has a job already, {jobs[0].id}, {jobs[0].state.lower()}: python tools/runs.py follow or "
+            "cancel does that, or use another run="
+        )
+
+
 def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
@@ -178,17 +211,31 @@ HEADINGS = ("run", "state", "stage", "step", "images/s", "left", "last row", "me
 
 def table(folder: Path) -> Iterator[str]:
     """Lines that list all runs below `folder`."""
-    lines = [HEADINGS, *(cells(path) for path in find(folder))]
-    if len(lines) == 1:
+    found = find(folder)
+    if not found:
         yield f"{folder}: no runs"
         return
-    yield from aligned(lines)
+    jobs = _jobs(found)
+    yield from aligned([HEADINGS, *(cells(path, jobs.get(path, [])) for path in found)])
 
 
-def cells(folder: Path) -> tuple[str, ...]:
+def _jobs(folders: list[Path]) -> dict[Path, list[Job]]:
+    """The jobs of each run that wait or run; SLURM is asked once for all."""
+    numbers = {}
+    for folder in folders:
+        with suppress(MachineError):  # its row of the table says what is damaged
+            numbers[folder] = [job.id for job in queue.jobs_of(folder)]
+    known = queue.look(number for found in numbers.values() for number in found) if queue.available() else {}
+    return {
+        folder: [job for number in found for job in known.get(number, []) if job.active]
+        for folder, found in numbers.items()
+    }
+
+
+def cells(folder: Path, jobs: list[Job]) -> tuple[str, ...]:
     """A run's row of the table; one that cannot be read says why."""
     try:
-        status = look(folder)
+        status = look(folder, jobs)
     except (MachineError, OSError) as error:
         return (str(folder), "damaged", "", "", "", "", "", one_line(error))
     return (
@@ -208,17 +255,21 @@ def follow(folder: Path) -> Iterator[str]:
 
     Raises MachineError where it failed.
     """
-    seen = (newest(folder) or {"time": 0.0})["time"] - 1e-6
+    seen, waits = (newest(folder) or {"time": 0.0})["time"] - 1e-6, ""
     while True:
-        live = attempts.in_use(folder)  # before the rows are read, so that none is missed
+        here = attempts.in_use(folder)  # before the rows are read, so that none is missed
+        jobs = [] if here else queue.active(folder)
         config = _config(folder)
         for row in tail(folder):
             if row["time"] > seen:  # rows of steps that are taken again are newer too
                 seen = row["time"]
                 yield in_line(row, config)
-        if not live:
+        if not here and not jobs:
             break
-        time.sleep(LOOK_EVERY)
+        if jobs and (status := look(folder, jobs)).message != waits:
+            waits = status.message
+            yield f"{folder} is {status.state.value}: {waits}"
+        time.sleep(LOOK_EVERY if here else ASK_EVERY)
     status = look(folder)
     if status.state is State.failed:
         raise MachineError(f"{folder} failed: {status.message}")
@@ -238,7 +289,10 @@ def in_line(row: dict[str, Any], config: dict[str, Any]) -> str:
 
 def cancel(folder: Path) -> Iterator[str]:
     """Ask the attempt that goes on to save and end, wait for that, and say what happened."""
-    status = look(folder)
+    if jobs := queue.active(folder):
+        yield from _cancel_jobs(folder, jobs)
+        return
+    status = look(folder, [])
     if status.state is not State.running:
         raise UserError(f"run={folder} is {status.state.value}: there is nothing to cancel")
     tried = attempts.read(folder)
@@ -264,6 +318,26 @@ def cancel(folder: Path) -> Iterator[str]:
         time.sleep(0.1)
     said = "ended by SIGTERM outside training: finished stages and checkpoints are kept"
     yield f"{folder}: {attempts.close(folder, attempts.TERMINATED, said).message}"
+
+
+def _cancel_jobs(folder: Path, jobs: list[Job]) -> Iterator[str]:
+    """As `cancel`, of a run on a cluster: what waits is cancelled, what runs saves and ends."""
+    busy = [job for job in jobs if job.state == "RUNNING"]
+    for job in jobs:
+        if job.state == "PENDING":
+            queue.cancel(job.id)
+            yield f"{folder}: job {job.id} is cancelled, it had not begun"
+    for job in busy:
+        queue.stop(job.id)
+        yield f"{folder}: SIGTERM to the ranks of job {job.id}; waiting for it to save and end"
+    deadline = time.monotonic() + PATIENCE
+    while busy and queue.active(folder):
+        if time.monotonic() >= deadline:
+            yield f"{folder}: still at work after {PATIENCE:g} s; cancel it again to end it without saving"
+            return
+        time.sleep(LOOK_EVERY)
+    if busy:
+        yield f"{folder}: {attempts.close(folder, attempts.TERMINATED, 'ended by SIGTERM').message}"
 
 
 def _holds(pid: int, lock: Path) -> bool:

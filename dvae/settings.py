@@ -186,25 +186,6 @@ class TrackingConfig:
     """Weights & Biases."""
 
 
-class Launch(Enum):
-    """Ways to start a run."""
-
-    local = "local"
-    processes = "processes"
-
-
-@dataclass(kw_only=True, slots=True)
-class LauncherConfig:
-    """How a run is started: launcher=local or launcher=processes."""
-
-    name: Launch = Launch.local
-    """local: in this process, which may be one of torchrun's; processes: in `count` processes of this machine."""
-    count: int = 1
-    """For processes: how many ranks there are."""
-    hang_seconds: float = 900.0
-    """A rank that stands still for so many seconds, in training, ends the job (0: never)."""
-
-
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """A whole run, as config.yaml holds it."""
@@ -246,7 +227,8 @@ class RunConfig:
     """preview_every is without effect here."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    launcher: Any = None
+    """How a run is started (null: as local)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -283,9 +265,6 @@ class CacheToolConfig(CacheConfig):
     """A run folder with a trained encoder."""
 
 
-for launch, count in ((Launch.local, 1), (Launch.processes, 2)):
-    launcher = LauncherConfig(name=launch, count=count)
-    ConfigStore.instance().store(group="launcher", name=launch.value, node=launcher, provider="dvae")
 ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")
 ConfigStore.instance().store(name="sample_schema", node=SampleConfig, provider="dvae")
 ConfigStore.instance().store(name="cache_schema", node=CacheToolConfig, provider="dvae")

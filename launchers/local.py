@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from dvae import attempts
-from dvae.job import Job
+from dvae.registry.launchers import LAUNCHERS, Launcher, LauncherConfig
 
 
-def launch(folder: Path) -> None:
-    """Take the run folder through its stages; returns when they are finished."""
-    name = "torchrun" if "RANK" in os.environ else "local"
-    first = os.environ.get("RANK", "0") == "0"
-    with attempts.recorded(folder, name, int(os.environ.get("WORLD_SIZE", "1"))) if first else nullcontext():
-        Job(str(folder))()
+@LAUNCHERS.register("local")
+class Local(Launcher):
+    """In this process, which may be one of torchrun's."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(LauncherConfig):
+        pass
+
+    @property
+    def ranks(self) -> int:
+        return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+    def launch(self, folder: Path) -> None:
+        from dvae.job import Job  # here, since importing DeepSpeed takes seconds
+
+        name = "torchrun" if "RANK" in os.environ else "local"
+        first = os.environ.get("RANK", "0") == "0"
+        with attempts.recorded(folder, name, self.ranks) if first else nullcontext():
+            Job(str(folder))()

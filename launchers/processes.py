@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import multiprocessing
 import os
 import signal
@@ -24,49 +23,63 @@ import torch
 import torch.distributed as dist
 
 from dvae import attempts
-from dvae.errors import MachineError, UserError, in_words, one_line
+from dvae.attempts import TERMINATED
+from dvae.ends import CRASHED, GRACE, HANGS, End, explain
+from dvae.errors import Stopped, UserError, in_words, one_line
 from dvae.machine import cores
+from dvae.registry.launchers import LAUNCHERS, Launcher, LauncherConfig
 
-GRACE = 5.0
-"""Seconds that the other ranks have to end by themselves once one has failed; then they are killed."""
 LOOK_EVERY = 0.2
 """Seconds after which ranks are looked at, whether or not one is heard to have ended."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOPPED, LOST, HANGS, CRASHED = 143, 75, 76, 1
-"""Exit statuses of a rank: stopped on request and saved; another rank is gone, or stands still; an error that nobody
-foresaw."""
 LAST_WORDS = 2.0
 """Seconds that a rank which stands still has to say where, before it is killed."""
 
 
 @dataclass
 class Rank:
-    """One process, and the line in which it said why it failed."""
+    """One process, and the line in which it says why it failed."""
 
     number: int
     process: SpawnProcess
     line: connection.Connection
-    said: str = ""
 
-    def ended(self) -> bool:
-        """Whether the process is gone; then `said` is what it left."""
+    def ended(self) -> End | None:
+        """How the process ended, and what it left to say; None while it runs. To be asked no more after that."""
         if self.process.is_alive():
-            return False
+            return None
+        said = ""
         with self.line, suppress(EOFError):  # it ended well, or without a word
             if self.line.poll():  # an orphan of the rank's may hold the other end: never wait for it
-                self.said = self.line.recv()
-        return True
+                said = self.line.recv()
+        return End(number=self.number, status=self.process.exitcode or 0, said=said)
 
 
-def launch(folder: Path, count: int) -> None:
-    """Take the run folder through its stages on `count` ranks; returns when they are finished.
+@LAUNCHERS.register("processes")
+class Processes(Launcher):
+    """In `count` processes of this machine."""
 
-    Raises what the first failing rank raised, or MachineError with that rank's number, signal or status and last step.
-    """
-    if torch.cuda.is_available() and count > torch.cuda.device_count():
-        raise UserError(f"launcher.count={count}: this machine has {torch.cuda.device_count()} GPUs: use no more ranks")
-    with attempts.recorded(folder, "processes", count):
-        run(folder, count)
+    @dataclass(kw_only=True, slots=True)
+    class Config(LauncherConfig):
+        count: int = 2
+        """Ranks; no more than there are GPUs, where there are any."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.count < 1:
+            raise UserError(f"launcher.count={config.count}: use 1 or more")
+
+    @property
+    def ranks(self) -> int:
+        return int(self.config.count)
+
+    def launch(self, folder: Path) -> None:
+        """Raises what the first failing rank did, or MachineError with its number, signal or status and last step."""
+        gpus = torch.cuda.device_count()
+        if gpus and self.ranks > gpus:
+            raise UserError(f"launcher.count={self.ranks}: this machine has {gpus} GPUs: use no more ranks")
+        with attempts.recorded(folder, "processes", self.ranks):
+            run(folder, self.ranks)
 
 
 def run(folder: Path, count: int) -> None:
@@ -77,12 +90,13 @@ def run(folder: Path, count: int) -> None:
     with passing_on(ranks) as passed:
         for number in range(count):
             ranks.append(start(folder, number, count, store.port))
-        failed = watch(ranks)
+        ended = watch(ranks)
+    failed = [end for end in ended if end.failed]
     if failed:
         explain(folder, failed, passed)
-    stopped = next((rank for rank in ranks if rank.process.exitcode == STOPPED), None)
+    stopped = next((end for end in ended if end.status == TERMINATED), None)
     if stopped:
-        raise with_status(stopped.said, STOPPED)
+        raise Stopped(stopped.said, stopped.why)
 
 
 def start(folder: Path, number: int, count: int, port: int) -> Rank:
@@ -161,26 +175,26 @@ def passing_on(ranks: list[Rank]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def watch(ranks: list[Rank]) -> list[Rank]:
-    """Wait for all ranks, and kill what is left GRACE seconds after one has failed. Returns those that failed, in the
-    order in which they ended, without the killed."""
-    left, failed = list(ranks), []
+def watch(ranks: list[Rank]) -> list[End]:
+    """Wait for all ranks, and kill what is left GRACE seconds after one has failed. Returns how they ended, in their
+    order, without the killed."""
+    left, ended = list(ranks), []
     deadline = None
     while left:
         connection.wait([rank.process.sentinel for rank in left], LOOK_EVERY)
-        ended = [rank for rank in left if rank.ended()]
-        left = [rank for rank in left if rank not in ended]
-        failed += [rank for rank in ended if rank.process.exitcode not in (0, STOPPED)]
-        if failed and deadline is None:
+        new = [end for end in map(Rank.ended, left) if end]
+        left = [rank for rank in left if rank.number not in {end.number for end in new}]
+        ended += new
+        if deadline is None and any(end.failed for end in new):
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() >= deadline:
-            if any(rank.process.exitcode == HANGS for rank in failed):
+            if any(end.status == HANGS for end in ended):
                 let_speak(left)
             for rank in left:
                 rank.process.kill()
                 rank.process.join()
             break
-    return failed
+    return ended
 
 
 def let_speak(ranks: list[Rank]) -> None:
@@ -192,36 +206,3 @@ def let_speak(ranks: list[Rank]) -> None:
     deadline = time.monotonic() + LAST_WORDS
     for rank in ranks:
         rank.process.join(max(0.0, deadline - time.monotonic()))
-
-
-def explain(folder: Path, failed: list[Rank], passed: list[int]) -> None:
-    """Raise, in one line, what ended the job: the first rank that did not merely lose another."""
-    rank = next((rank for rank in failed if rank.process.exitcode != LOST), failed[0])
-    status = rank.process.exitcode or 0
-    if -status in passed:
-        raise with_status(f"ended by {signal.Signals(-status).name}: the same command again resumes", 128 - status)
-    if status == HANGS:
-        raise MachineError(rank.said)
-    if status == UserError.exit_status:
-        raise UserError(rank.said)
-    if status == 130:
-        raise KeyboardInterrupt
-    how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
-    why = f": {rank.said}" if rank.said else "; the other ranks were stopped: the same command again resumes"
-    raise MachineError(f"rank {rank.number} {how} after {last_step(folder)}{why}")
-
-
-def with_status(message: str, status: int) -> MachineError:
-    error = MachineError(message)
-    error.exit_status = status
-    return error
-
-
-def last_step(folder: Path) -> str:
-    """Where the run was, by its last row of metrics."""
-    path = folder / "metrics.jsonl"
-    whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
-    if not whole:
-        return "no step on record"
-    row = json.loads(whole[-1])
-    return f"{row['stage']} step {row['step']}"

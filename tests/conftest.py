@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster, cluster, missing
 from tests_support import ROOT, Tool, environment
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start processes beside this one: idle threads would spin
@@ -40,3 +42,14 @@ def tool(tmp_path: Path) -> Tool:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A real SLURM of two nodes. Where its programs are missing the test is skipped, or fails if CI may not skip it."""
+    if reason := missing():
+        if os.environ.get("CI") or os.environ.get("DVAE_NEED_SLURM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with cluster() as running:
+        yield running

@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import dvae.job  # noqa: F401 # imports all that the job needs
 from dvae.errors import run_command
-from dvae.launchers import local  # noqa: F401 # imports all that the job needs
 from dvae.tools import launch
 
 

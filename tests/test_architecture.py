@@ -19,7 +19,7 @@ ONLY = {
     "wandb": {"tracking/wandb_run.py"},
     "torch_fidelity": {"evaluation/metrics.py"},
     "sweeps": {"sweeps/engine.py"},
-    "submitit": set(),
+    "submitit": {"launchers/slurm.py"},
 }
 ABOVE = {
     "layers": ["registry.encoders", "registry.refiners", "diffusion", "denoiser", "training", "pipeline", "evaluation"],

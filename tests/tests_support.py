@@ -11,8 +11,14 @@ ROOT = Path(__file__).parent.parent
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 """What the fixture `tool` gives: tool(name, *words, **environment)."""
 
+SURROUNDING = (
+    "WANDB_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "SLURM", "SBATCH_", "SRUN_",
+    "SUBMITIT_",
+)  # fmt: skip
+"""How variables begin that a tool would take for word of where it runs."""
+
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a tool: one thread, and nothing of a surrounding W&B or process group."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RANK", "WORLD_SIZE", "MASTER_"))}
+    """The environment of a tool: one thread, and nothing of a surrounding W&B, process group or SLURM."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SURROUNDING)}
     return kept | {"OMP_NUM_THREADS": "1"} | more

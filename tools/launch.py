@@ -25,6 +25,8 @@ Trains the recipe, stage by stage, into the run folder (default runs/NAME). The 
   schedule=cosine        swap a component ({kinds})
   launcher=processes launcher.count=2
                          train on that many processes of this machine (torchrun works too)
+  launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8
+                         train as a job on SLURM (docs/cluster.md)
   plugins=[my_module]    import modules that register components
   dry_run=true           print the resolved config, stages and parameter counts; write nothing
   --multirun seed=1,2    a run for every combination, one after the other, in run=FOLDER/0, /1, ...; tools/sweep.py
@@ -36,7 +38,7 @@ Trains the recipe, stage by stage, into the run folder (default runs/NAME). The 
 def command(argv: list[str]) -> None:
     """Compose the config from the words of argv, check it, and run it."""
     silence()
-    from dvae import config, preflight, run
+    from dvae import config, preflight, run, runs
     from dvae.registry.core import KINDS
     from dvae.sweeps import multirun
 
@@ -55,6 +57,8 @@ def command(argv: list[str]) -> None:
         return
     check(settings)
     first = os.environ.get("RANK", "0") == "0"
+    if first:
+        runs.refuse_busy(Path(settings.run))
     start(settings, run.submit(composed).path if first else Path(settings.run))
 
 
@@ -66,26 +70,20 @@ def silence() -> None:
 def check(settings: RunConfig) -> None:
     """Refuse what can be known to be wrong on the ranks that there will be."""
     from dvae import preflight
-    from dvae.settings import Launch
+    from dvae.registry.launchers import DEFAULT, launcher_of
 
-    started = "RANK" in os.environ  # by torchrun or the like: this is one of several ranks already
-    if started and settings.launcher.name is Launch.processes:
-        raise UserError("launcher=processes: torchrun has started the ranks already: leave launcher=processes out")
-    preflight.check(settings, int(os.environ["WORLD_SIZE"]) if started else settings.launcher.count)
+    launcher = launcher_of(settings.launcher)
+    if "RANK" in os.environ and launcher.config.name != DEFAULT:  # this is one of several ranks already
+        name = launcher.config.name
+        raise UserError(f"launcher={name}: torchrun has started the ranks already: leave launcher={name} out")
+    preflight.check(settings, launcher.ranks)
 
 
 def start(settings: RunConfig, folder: Path) -> None:
     """Take a run folder through its stages, by the launcher that its config names."""
-    from dvae.settings import Launch
+    from dvae.registry.launchers import launcher_of
 
-    if settings.launcher.name is Launch.processes:
-        from dvae.launchers import processes  # here, since importing torch and DeepSpeed takes seconds
-
-        processes.launch(folder, settings.launcher.count)
-    else:
-        from dvae.launchers import local
-
-        local.launch(folder)
+    launcher_of(settings.launcher).launch(folder)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def resume(folder: Path) -> None:
     from dvae.run import Run
     from dvae.tools import launch
 
+    runs.refuse_busy(folder)
     runs.enter(folder := folder.absolute())
     launch.silence()
     config = Run(folder).config()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
 from dvae.errors import UserError, near, run_command
 
 USAGE = """usage: python tools/shards.py build source=NAME source.FIELD=VALUE size=64 out=FOLDER [key=value ...]
@@ -24,6 +26,8 @@ build renders every image of a source at one size and writes WebDataset shards w
   shard_size=10000       images of the source of which a train and a held-out shard are made
   max_bad_fraction=0.01  damaged images are named and passed over up to this share
   plugins=[my_module]    import modules that register sources
+  part=0 parts=4         make only the first (0, ..., 3) of 4 parts, beside others, on machines that share the folder's
+                         place; when all have ended, the same command without them makes what is missing and publishes
 verify checks counts and hashes, and names every damaged, missing or foreign file."""
 
 
@@ -49,6 +53,10 @@ class ShardsConfig:
     """Damaged images are named and passed over up to this share."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
+    part: int | None = None
+    """Make only this part (0 is the first) of `parts`, and publish nothing; null: all."""
+    parts: int = 1
+    """How many parts are made, each by a command of its own."""
 
 
 ConfigStore.instance().store(name="shards_schema", node=ShardsConfig, provider="dvae")
@@ -69,31 +77,50 @@ def command(argv: list[str]) -> None:
 
 
 def build(words: list[str]) -> None:
-    """Compose the words, build, and tell how many images there are and how fast they came."""
+    """Compose the words, build all or a part, and tell how many images there are and how fast they came."""
     from dvae import config
     from dvae.data import build as builder
     from dvae.tracking.console import Counted
 
     composed = config.compose("shards", words)
     settings: ShardsConfig = config.words_of_a_tool(composed)
+    if settings.part is None and settings.parts != 1:
+        raise UserError(f"parts={settings.parts} without part: say which, part=0 to part={settings.parts - 1}")
+    how: dict[str, Any] = {
+        "heldout_fraction": settings.heldout,
+        "channels": settings.channels,
+        "shard_size": settings.shard_size,
+        "workers": settings.workers,
+        "max_bad_fraction": settings.max_bad_fraction,
+    }
+    what = (composed.source, settings.size, settings.out)
     start = time.monotonic()
     with Counted("shards") as progress:
-        manifest = builder.build(
-            composed.source, settings.size, settings.out, settings.heldout, settings.channels, settings.shard_size,
-            settings.workers, progress, settings.max_bad_fraction,
-        )  # fmt: skip
+        if settings.part is None:
+            about = _of_all(settings, builder.build(*what, progress=progress, **how))
+        else:
+            images = builder.build_part(*what, settings.part, settings.parts, progress=progress, **how)
+            about = _of_part(settings, images)
     seconds = time.monotonic() - start
-    total = manifest.count("train") + manifest.count("heldout")
-    print(
-        f"{settings.out}: {total} images of {settings.size}x{settings.size} ({manifest.count('train')} train, "
-        f"{manifest.count('heldout')} held out), {manifest.damaged} damaged"
-    )
-    if progress.images:
-        print(f"  {progress.images} images in {seconds:.1f} s, {progress.images / seconds:.3g} images/s")
-    else:
-        print("  all of them were there already")
-    for damage in manifest.damaged_first:
-        print(f"  damaged: {damage}")
+    speed = f"{progress.images} images in {seconds:.1f} s, {progress.images / max(seconds, 1e-9):.3g} images/s"
+    about.insert(1, f"  {speed}" if progress.images else "  all of them were there already")
+    print("\n".join(about))
+
+
+def _of_all(settings: ShardsConfig, manifest: Manifest) -> list[str]:
+    train, heldout = manifest.count(TRAIN), manifest.count(HELDOUT)
+    return [
+        f"{settings.out}: {train + heldout} images of {settings.size}x{settings.size} ({train} train, {heldout} held "
+        f"out), {manifest.damaged} damaged",
+        *(f"  damaged: {damage}" for damage in manifest.damaged_first),
+    ]
+
+
+def _of_part(settings: ShardsConfig, images: int) -> list[str]:
+    lines = [f"{settings.out}: part={settings.part} parts={settings.parts} has {images} images, all made"]
+    if not (Path(settings.out) / FILE).exists():
+        lines.append("  when all parts are made: the same command without part= and parts= publishes the shards")
+    return lines
 
 
 def verify(words: list[str]) -> None:

@@ -24,12 +24,12 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import ToTensor
 
 from dvae import files
-from dvae.data.build import ShardWriter, seal
 from dvae.data.images import Crop, decode, encode_png, fit, is_image_name
 from dvae.data.loader import Loader
 from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
 from dvae.data.order import Order
 from dvae.data.reader import Shards
+from dvae.data.tars import ShardWriter, seal
 from dvae.errors import UserError
 
 BASE = "ImageFolder, JPEG"

@@ -20,10 +20,10 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 
 from dvae import files
-from dvae.data.build import ShardWriter, seal
 from dvae.data.images import DamagedImage, encode_png, to_float
 from dvae.data.manifest import Shard
 from dvae.data.members import Members
+from dvae.data.tars import ShardWriter, seal
 from dvae.errors import MachineError, UserError, one_line
 
 FILE = "cache.json"

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 
@@ -52,14 +52,14 @@ def render(source: Source, index: int) -> Rendered:
     return Rendered(index, item.key, encode_png(item.image), item.labels, _position(item.image))
 
 
-def rendered(source: Source, start: int, workers: int) -> Generator[Rendered]:
-    """The images from `start` on, in the source's order, by `workers` processes (1, or few images: this one)."""
-    total = len(source)
-    if workers == 1 or total - start < FEW:
-        yield from (render(source, index) for index in range(start, total))
+def rendered(source: Source, wanted: Sequence[range], workers: int) -> Generator[Rendered]:
+    """The images `wanted`, in that order, by `workers` processes (1, or few images: this one)."""
+    total = sum(len(indices) for indices in wanted)
+    if workers == 1 or total < FEW:
+        yield from (render(source, index) for indices in wanted for index in indices)
         return
-    chunk = max(1, min(64, (total - start) // (4 * workers)))
-    starts = iter(range(start, total, chunk))
+    size = max(1, min(64, total // (4 * workers)))
+    chunks = (indices[start : start + size] for indices in wanted for start in range(0, len(indices), size))
     # forkserver: this process may hold threads (torch), which a fork would break
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dvae.data.render"])
@@ -67,10 +67,10 @@ def rendered(source: Source, start: int, workers: int) -> Generator[Rendered]:
         pending: deque[Future[list[Rendered]]] = deque()
         try:
             for _ in range(3 * workers):  # enough ahead to keep all busy, few enough to bound the memory
-                _submit(pool, pending, starts, chunk, total)
+                _submit(pool, pending, chunks)
             while pending:
                 images = pending.popleft().result()
-                _submit(pool, pending, starts, chunk, total)
+                _submit(pool, pending, chunks)
                 yield from images
         finally:
             for future in pending:
@@ -82,12 +82,10 @@ def _position(pixels: np.ndarray) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def _submit(
-    pool: ProcessPoolExecutor, pending: deque[Future[list[Rendered]]], starts: Iterator[int], chunk: int, total: int
-) -> None:
-    start = next(starts, None)
-    if start is not None:
-        pending.append(pool.submit(_render_chunk, start, min(start + chunk, total)))
+def _submit(pool: ProcessPoolExecutor, pending: deque[Future[list[Rendered]]], chunks: Iterator[range]) -> None:
+    chunk = next(chunks, None)
+    if chunk is not None:
+        pending.append(pool.submit(_render_chunk, chunk))
 
 
 _source: Source  # of this worker process
@@ -108,5 +106,5 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _render_chunk(start: int, stop: int) -> list[Rendered]:
-    return [render(_source, index) for index in range(start, stop)]
+def _render_chunk(chunk: range) -> list[Rendered]:
+    return [render(_source, index) for index in chunk]

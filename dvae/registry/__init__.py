@@ -1,8 +1,12 @@
-"""The registries, one per kind of component; each kind has a folder here, each component a file in it."""
+"""The registries, one per kind of component; each kind has a folder here, each component a file in it.
+
+Launchers alone lie elsewhere, in the folder launchers/.
+"""
 
 from dvae.registry.classifiers import CLASSIFIERS
 from dvae.registry.core import KINDS, ComponentConfig, Registry, Shapes, discover, load_plugins
 from dvae.registry.encoders import ENCODERS
+from dvae.registry.launchers import LAUNCHERS
 from dvae.registry.priors import PRIORS
 from dvae.registry.processes import PROCESSES
 from dvae.registry.refiners import REFINERS
@@ -14,6 +18,7 @@ __all__ = [
     "CLASSIFIERS",
     "ENCODERS",
     "KINDS",
+    "LAUNCHERS",
     "PRIORS",
     "PROCESSES",
     "REFINERS",

@@ -13,6 +13,7 @@ import torch
 
 from dvae import keyed
 from dvae.data.loader import Batch, Batches
+from dvae.errors import Stopped
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import Tracker
 from dvae.training import nonfinite, ranks, stopping, watch
@@ -94,9 +95,8 @@ def train(
             if state.step % config.save_every == 0 or state.step == config.steps or why:
                 save(engines, checkpoints, state)
             if why and state.step < config.steps:
-                raise stopping.Stopped(
-                    f"stopped at {stage.name} step {state.step} ({why}), saved: the same command again resumes"
-                )
+                said = f"stopped at {stage.name} step {state.step} ({why}), saved: the same command again resumes"
+                raise Stopped(said, why)
     averaged = {name: engine.averaged() for name, engine in engines.items()}
     for engine in engines.values():
         engine.close()

@@ -30,6 +30,12 @@ Figures = dict[str, tuple[float, float]]
 """Sums of a micro-batch's figures: name -> (sum, count)."""
 
 
+class NotFinite(MachineError):
+    """More steps were not finite than the config allows: another attempt would meet them too."""
+
+    again = False
+
+
 def leave_out(
     stage: Stage,
     engines: Mapping[str, Engine],
@@ -51,7 +57,7 @@ def leave_out(
         where = f"python tools/replay.py bundle={path}"
     what = f"{stage.name} step {step}: a gradient is not finite; the step was left out"
     if skipped > allowed:
-        raise MachineError(
+        raise NotFinite(
             f"{what}{f' like {allowed} before' if allowed else ''}, the last checkpoint is good: look at the step "
             f"({where}), lower the learning rate, or raise train_{stage.name}.nonfinite_skips={allowed}"
         )

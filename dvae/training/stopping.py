@@ -12,18 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from dvae.errors import MachineError
+from dvae.errors import Stopped
 from dvae.training import ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 BEGAN = time.monotonic()
 """When this process began, but for the imports before this one."""
-
-
-class Stopped(MachineError):
-    """The run was asked to stop, and saved what it had. Exit status 143: terminated, to be continued."""
-
-    exit_status = 143
 
 
 class Stopping:
@@ -47,7 +41,7 @@ class Stopping:
     def between_stages(self) -> None:
         """Raise Stopped on every rank where any was asked, as in the last step of a stage. Collective."""
         if why := self.agreed():
-            raise Stopped(f"stopped after a stage ({why}), saved: the same command again resumes")
+            raise Stopped(f"stopped after a stage ({why}), saved: the same command again resumes", why)
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ import webdataset
 from patterns import pixels_of
 from PIL import Image
 
-from dvae.data import build as builder
 from dvae.data.build import build
+from dvae.data.manifest import Manifest
+from dvae.data.unfinished import Unfinished
 from dvae.errors import MachineError, UserError
 
 PATTERNS = {"name": "test_patterns"}
@@ -60,7 +62,7 @@ def finish(out: Path, node: dict | None = None) -> int:
 def test_finished_shards_are_kept_and_the_result_is_the_same(shards: Path, tmp_path: Path, number: int, kept: int):
     aside = begin(tmp_path / "out", number)
     assert not (tmp_path / "out").exists()
-    before = written(aside)
+    before = written(aside / "shards")
     assert finish(tmp_path / "out") == kept
     after = written(tmp_path / "out")
     finished = {f"{split}-{n:06d}{suffix}" for split in ("train", "heldout") for n in range(kept // SHARD)
@@ -78,15 +80,23 @@ def test_interrupted_again_and_again(shards: Path, tmp_path: Path):
 
 
 def test_killed_before_the_folder_appears(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def killed(aside: Path, out: Path) -> None:
-        (aside / builder.JOURNAL).unlink()
+    def killed(self: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
+    def publish(self: Unfinished, manifest: Manifest) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "chmod", killed)  # the manifest is half-written
+            original(self, manifest)
+
+    original = Unfinished.publish
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "_publish", killed)
+        patch.setattr(Unfinished, "publish", publish)
         with pytest.raises(KeyboardInterrupt):
             build(PATTERNS, 8, tmp_path / "out", 0.2, shard_size=SHARD, workers=1)
-    assert finish(tmp_path / "out") == -1  # nothing is rendered again
+    before = written(tmp_path / ".out.building" / "shards")
+    assert finish(tmp_path / "out") == 50  # nothing is rendered again
+    after = written(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
     assert content(tmp_path / "out") == content(shards)
 
 
@@ -120,20 +130,21 @@ def test_another_request_starts_over(shards: Path, tmp_path: Path):
 
 def test_a_damaged_finished_shard_is_made_again(shards: Path, tmp_path: Path):
     aside = begin(tmp_path / "out", 30)
-    path = aside / "train-000002.tar"
+    path = aside / "shards" / "train-000002.tar"
     path.chmod(0o644)
     data = bytearray(path.read_bytes())
     data[700] ^= 255
     path.write_bytes(data)
-    assert finish(tmp_path / "out") == 14
+    assert finish(tmp_path / "out") == 21  # units 0, 1 and 3
     assert content(tmp_path / "out") == content(shards)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"request": 1}', '{"request": {}, "units": [{"more": 1}]}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"request": 1}', '{"request": "SAME", "unit": {"shards": {}, "more": 1}}'])
 def test_a_journal_that_makes_no_sense(shards: Path, tmp_path: Path, text: str):
     aside = begin(tmp_path / "out", 30)
-    (aside / builder.JOURNAL).write_text(text)
-    assert finish(tmp_path / "out") == 0
+    journal = aside / "unit-000001.json"
+    journal.write_text(text.replace("SAME", json.loads(journal.read_text())["request"]))
+    assert finish(tmp_path / "out") == 21
     assert content(tmp_path / "out") == content(shards)
 
 
@@ -160,6 +171,16 @@ def test_a_source_that_changed_meanwhile(tmp_path: Path, pictures: dict, change:
     else:
         picture(path, 99)
     assert finish(tmp_path / "out", pictures) == kept
+    build(pictures, 8, tmp_path / "whole", 0.2, shard_size=SHARD, workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_an_image_came_and_another_went(tmp_path: Path, pictures: dict):
+    """Unit 2 ends with the image with which it ended, but begins with another."""
+    begin(tmp_path / "out", 29, pictures)
+    picture(tmp_path / "in" / "b00a.png", 99)
+    (tmp_path / "in" / "b16.png").unlink()
+    assert finish(tmp_path / "out", pictures) == 7  # unit 3
     build(pictures, 8, tmp_path / "whole", 0.2, shard_size=SHARD, workers=1)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 

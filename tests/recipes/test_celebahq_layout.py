@@ -21,7 +21,7 @@ from dvae.registry import SOURCES, Shapes
 from dvae.run import submit
 
 FACES = 60
-LAUNCH = "import pathlib, sys; from dvae.launchers import local; local.launch(pathlib.Path(sys.argv[1]))"
+LAUNCH = "import pathlib, sys; from dvae.job import Job; Job(sys.argv[1])()"
 
 
 def words(folder: Path, run: Path) -> list[str]:

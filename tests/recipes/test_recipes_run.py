@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from shrink import shrink
 
 from dvae import config, pipeline, preflight, run
-from dvae.launchers import local
+from dvae.job import Job
 from dvae.training import work
 
 
@@ -18,7 +18,7 @@ def launch(composed: DictConfig) -> run.Run:
     """What tools/launch.py does with a composed config."""
     preflight.check(config.typed(composed))
     submitted = run.submit(composed)
-    local.launch(submitted.path)
+    Job(str(submitted.path))()
     return submitted
 
 

@@ -61,6 +61,23 @@ def test_a_folder_with_a_damaged_picture(tmp_path: Path, capsys: pytest.CaptureF
     assert "1 damaged" in capsys.readouterr().out
 
 
+def test_parts_then_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "shards"
+    words = ["build", "source=avatars", "source.count=20", "size=16", "shard_size=6", f"out={out}"]
+    for _ in range(2):
+        shards.command([*words, "part=1", "parts=3"])
+    first, again = capsys.readouterr().out.split("shards: ")[1:]
+    assert first.startswith("part=1 parts=3 has 6 images, all made\n  6 images in ")
+    assert again.endswith(
+        "  all of them were there already\n"
+        "  when all parts are made: the same command without part= and parts= publishes the shards\n"
+    )
+    shards.command(words)
+    assert "14 images in" in capsys.readouterr().out
+    shards.command([*words, "part=2", "parts=3"])
+    assert capsys.readouterr().out.endswith("has 8 images, all made\n  all of them were there already\n")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -73,6 +90,8 @@ def test_a_folder_with_a_damaged_picture(tmp_path: Path, capsys: pytest.CaptureF
         (["build", "out=x", "source=folder"], "not set: source.path; add source.path=..."),
         (["build", "out=x", "source=folder", "source.path=nowhere"], "nowhere does not exist"),
         (["build", "out=x", "plugins=[no_such_module]"], "no_such_module"),
+        (["build", "out=x", "parts=4"], "say which, part=0 to part=3"),
+        (["build", "out=x", "part=4", "parts=4"], "part=4: use 0 to 3"),
         (["verify"], "one folder"),
         (["verify", "nowhere"], "no shards at nowhere"),
     ],

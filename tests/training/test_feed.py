@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dvae.data.build import ShardWriter, seal
 from dvae.data.images import encode_png
 from dvae.data.loader import Loader
 from dvae.data.manifest import Manifest
 from dvae.data.order import Order
 from dvae.data.reader import PNG, Shards
+from dvae.data.tars import ShardWriter, seal
 from dvae.errors import MachineError
 from dvae.settings import TrainingConfig
 from dvae.training import feed as feeding

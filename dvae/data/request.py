@@ -1,0 +1,70 @@
+"""What shards are asked for: the request, its units, and how parts share them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+from dvae.errors import UserError
+
+
+def check(size: int, channels: int, heldout: float, shard_size: int, workers: int, max_bad: float) -> None:
+    """Raises UserError for numbers that no build can take."""
+    if size < 1:
+        raise UserError(f"size={size}: use 1 or more pixels")
+    if channels not in (1, 3):
+        raise UserError(f"channels={channels}: images have 1 or 3 channels")
+    for name, fraction in (("heldout", heldout), ("max_bad_fraction", max_bad)):
+        if not 0 <= fraction < 1:
+            raise UserError(f"{name}={fraction}: use a fraction of at least 0 and below 1")
+    if shard_size < 1:
+        raise UserError(f"shard_size={shard_size}: use 1 or more")
+    if workers < 1:
+        raise UserError(f"workers={workers}: use 1 or more")
+
+
+def check_part(part: int, parts: int) -> None:
+    """Raises UserError for a part that there is not."""
+    if parts < 1:
+        raise UserError(f"parts={parts}: use 1 or more")
+    if not 0 <= part < parts:
+        raise UserError(f"part={part}: use 0 to {parts - 1}, since parts={parts}")
+
+
+def digest(request: dict[str, Any]) -> str:
+    """Tells requests apart."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What of the request `wanted` is another in `there`, or nothing; a source's single field where that differs."""
+    for key, value in wanted.items():
+        found = there.get(key)
+        if found == value:
+            continue
+        if isinstance(found, dict) and isinstance(value, dict):
+            name = next(name for name in {**found, **value} if found.get(name) != value.get(name))
+            key, found, value = f"{key}.{name}", found.get(name), value.get(name)
+        return f"{key} {found}, not {value}"
+    return ""
+
+
+def indices(number: int, shard_size: int, total: int) -> range:
+    """The images of unit `number`, of a source of `total` images."""
+    return range(number * shard_size, min((number + 1) * shard_size, total))
+
+
+def units(total: int, shard_size: int) -> range:
+    """The numbers of all units of a source of `total` images."""
+    return range(math.ceil(total / shard_size))
+
+
+def block(numbers: range, part: int, parts: int) -> range:
+    """The units of one part: those side by side, and as many as any other part has, or one more.
+
+    Side by side, because sources are read fastest in order: of a Parquet file's row group, or an archive's block, no
+    part but its own reads anything, however small the units are.
+    """
+    return numbers[part * len(numbers) // parts : (part + 1) * len(numbers) // parts]

@@ -1,0 +1,53 @@
+"""Tar files of samples: written, indexed, and seen to the disk."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from webdataset import TarWriter
+
+from dvae import files
+from dvae.data.manifest import Shard
+
+MEMBERS = ("png", "json")
+"""Files of each sample in a shard of images."""
+
+
+class ShardWriter:
+    """One tar file, being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # a stream, not a name: webdataset would take a % or | in the folder's name for a pattern or a pipe
+        self._stream = path.open("wb")
+        self._tar = TarWriter(self._stream, encoder=False, mtime=0)
+
+    def write(self, number: int, members: dict[str, bytes]) -> None:
+        # WebDataset cuts a name at its first dot, so a file name cannot be the key
+        self._tar.write({"__key__": f"{number:09d}", **members})
+
+    def close(self) -> None:
+        self._tar.close()
+        self._stream.close()
+
+
+def seal(path: Path, members: tuple[str, ...] = MEMBERS) -> Shard:
+    """Write a finished tar file's index, and see both to the disk."""
+    index = path.with_suffix(".npy")
+    rows = index_of(path, members)
+    with index.open("wb") as file:
+        np.save(file, rows)
+    files.sync(path)
+    files.sync(index)
+    return Shard(path.name, len(rows), path.stat().st_size, files.sha256(path), index.name, files.sha256(index))
+
+
+def index_of(path: Path, members: tuple[str, ...] = MEMBERS) -> np.ndarray:
+    """Offset and size of each sample's members in a shard, (count, 2 * members), int64, in the order of the samples."""
+    with tarfile.open(path, "r:") as tar:
+        places = {member.name: (member.offset_data, member.size) for member in tar}
+    keys = dict.fromkeys(name.partition(".")[0] for name in places)
+    rows = [[number for member in members for number in places[f"{key}.{member}"]] for key in keys]
+    return np.array(rows, dtype=np.int64).reshape(-1, 2 * len(members))

@@ -1,0 +1,164 @@
+"""The hidden folder in which shards are made, and who may work in it: one build, or any number of parts.
+
+    .NAME.building/
+      lock               held by whoever is at work: shared by parts, by a build alone
+      lock-K-of-N        held by part K
+      lock-request       held for a moment, by a part that looks whether it belongs to the others
+      request.json       what is asked for
+      unit-NNNNNN.json   journal of a finished unit, written after its shards
+      work-*/            of the unit that a process has in hand
+      shards/            shards of finished units; becomes NAME when they are complete
+
+Locks save work and tell people what goes on; on a file system whose locks do not reach other machines nothing but work
+is lost: processes write in folders of their own, and a shard takes its place in one rename, with the same bytes whoever
+made it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dvae import files
+from dvae.data.manifest import FILE, Manifest
+from dvae.data.request import difference
+from dvae.errors import UserError
+
+LOCK = "lock"
+REQUEST = "request.json"
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The hidden folder of the shards `out`."""
+
+    out: Path
+    path: Path
+
+    @property
+    def shards(self) -> Path:
+        """Where finished shards lie."""
+        return self.path / "shards"
+
+    def journal(self, number: int) -> Path:
+        """The note that unit `number` is finished."""
+        return self.path / f"unit-{number:06d}.json"
+
+    def take(self, request: dict[str, Any]) -> None:
+        """For a build: make the folder that of `request`, whatever it was."""
+        self.shards.mkdir(exist_ok=True)
+        files.write_json(self.path / REQUEST, request)
+
+    def join(self, request: dict[str, Any]) -> None:
+        """For a part: work on `request`. Raises UserError where the folder is that of another."""
+        self.shards.mkdir(exist_ok=True)
+        path = self.path / REQUEST
+        with (self.path / f"{LOCK}-request").open("a+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # the part that comes first says what it is
+            if not path.exists():
+                files.write_json(path, request)
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise UserError(f"{path} cannot be read: remove {self.path}") from None
+        if different := difference(there, request):
+            raise UserError(
+                f"parts of another request are being made for {self.out} ({different}): choose another folder or "
+                f"remove {self.path}"
+            )
+
+    @contextmanager
+    def part(self, part: int, parts: int) -> Iterator[str]:
+        """Be this part, for a while; gives the beginning of its working folders' names.
+
+        Removes those that it left when it was killed. Raises UserError where another process is this part.
+        """
+        name = f"{part}-of-{parts}"
+        refusal = UserError(f"another process is making part={part} parts={parts} of {self.out} now: wait for it")
+        with files.locked(self.path / f"{LOCK}-{name}", refusal):
+            for folder in self.path.glob(f"work-{name}.*"):
+                shutil.rmtree(folder)
+            yield f"work-{name}."
+
+    def clean(self, journals: Iterable[Path], shards: Iterable[str]) -> None:
+        """For a build: remove all but these."""
+        kept = {self.path / LOCK, self.path / REQUEST, self.shards, *journals, *(self.shards / name for name in shards)}
+        for path in [*self.path.iterdir(), *self.shards.iterdir()]:
+            if path not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def publish(self, manifest: Manifest) -> None:
+        """Let the shards appear, with their manifest."""
+        files.write_json(self.shards / FILE, manifest.as_dict())
+        self.shards.chmod(0o755)
+        files.sync(self.shards)
+        self.shards.replace(self.out)
+        files.sync(self.out.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it; the lock goes last, so that nobody comes in before."""
+        for path in self.path.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def at_work(out: Path, shared: bool) -> Iterator[Unfinished]:
+    """The hidden folder beside `out`, locked until the context or this process ends.
+
+    `shared` is for parts, which may be there together; a build is there alone. Raises UserError where that cannot be.
+    """
+    out = out.absolute()
+    folder = Unfinished(out, out.with_name(f".{out.name}.building"))
+    with _locked(folder, shared):
+        yield folder
+
+
+def _locked(folder: Unfinished, shared: bool) -> IO[str]:
+    """The lock file, locked; made with its folder where there is none."""
+    path = folder.path / LOCK
+    while True:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = path.open("a+")  # NFS wants it writable for an exclusive lock and readable for a shared one
+        except FileNotFoundError:  # the folder went meanwhile: its shards were published
+            continue
+        if not _try(handle, shared):
+            raise _refusal(folder.out, handle, shared)
+        if _is_at(handle, path):
+            return handle
+        handle.close()  # the lock of a folder that went meanwhile
+
+
+def _try(handle: IO[str], shared: bool) -> bool:
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(handle: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _refusal(out: Path, handle: IO[str], shared: bool) -> UserError:
+    """Says who is at work: a lock that may be shared is held by parts."""
+    with handle:
+        if not shared and _try(handle, shared=True):
+            return UserError(f"other processes are making parts of {out} now: wait until they have ended")
+        return UserError(f"another process is building {out} now: wait for it or choose another folder")

@@ -1,0 +1,75 @@
+"""How a job ended, in one line, from how its ranks did. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dvae.attempts import INTERRUPTED, TERMINATED
+from dvae.errors import MachineError, Stopped, UserError
+
+LOST, HANGS, CRASHED = 75, 76, 1
+"""Exit statuses of a rank, beside those of `run_command`: another rank is gone, or stands still; an error that nobody
+foresaw."""
+GRACE = 5.0
+"""Seconds that the other ranks have to end by themselves once one has failed; then they are killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How one rank ended."""
+
+    number: int
+    """Its rank."""
+    status: int
+    """Exit status; below 0: the signal that killed it, as in subprocess."""
+    said: str = ""
+    """Why it failed, in one line."""
+    why: str = ""
+    """Of one that was asked to stop and has saved: what asked (dvae/training/stopping.py)."""
+    again: bool = True
+    """Whether the same might work another time."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it neither finished nor was asked to stop."""
+        return self.status not in (0, TERMINATED)
+
+
+def explain(folder: Path, failed: list[End], passed: Sequence[int]) -> None:
+    """Raise what ended the job: the first of the ranks in `failed` that did not merely lose another.
+
+    `passed` are the signals that were passed on to the ranks: who died of one was asked to. Raises UserError where the
+    user can mend it, KeyboardInterrupt, Stopped, or else MachineError with the rank, how it ended and its last step.
+    """
+    rank = next((rank for rank in failed if rank.status != LOST), failed[0])
+    if -rank.status in passed:
+        name = signal.Signals(-rank.status).name
+        error = Stopped(f"ended by {name}: the same command again resumes", name)
+        error.exit_status = 128 - rank.status
+        raise error
+    if rank.status == UserError.exit_status:
+        raise UserError(rank.said)
+    if rank.status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if rank.status == HANGS:
+        raise MachineError(rank.said)
+    killed = rank.status < 0
+    how = f"ended by {signal.Signals(-rank.status).name}" if killed else f"failed with exit status {rank.status}"
+    why = f": {rank.said}" if rank.said else "; the other ranks were stopped: the same command again resumes"
+    failure = MachineError(f"rank {rank.number} {how} after {last_step(folder)}{why}")
+    failure.again = rank.again
+    raise failure
+
+
+def last_step(folder: Path) -> str:
+    """Where the run was, by its last row of metrics."""
+    path = folder / "metrics.jsonl"
+    whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
+    if not whole:
+        return "no step on record"
+    row = json.loads(whole[-1])
+    return f"{row['stage']} step {row['step']}"

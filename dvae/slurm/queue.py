@@ -1,0 +1,143 @@
+"""What SLURM says of jobs and is told, through squeue, scontrol and scancel; and which jobs a run has. Imports nothing
+heavy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from dvae import files
+from dvae.errors import MachineError, one_line
+
+FOLDER = "slurm"
+"""In the run folder: jobs.json, and a folder by job with its sbatch file and logs."""
+FILE = "jobs.json"
+OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
+"""States of a job that neither waits nor runs."""
+PATIENCE = 60
+"""Seconds that SLURM may take for an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A job of a run, as jobs.json holds it."""
+
+    id: str
+    """Its number; that of the whole array where it is one."""
+    stages: list[str]
+    """What it does."""
+    submitted: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job, or a task of an array, as squeue shows it."""
+
+    id: str
+    state: str
+    """PENDING, RUNNING, COMPLETED, ..."""
+    reason: str
+    """Why it waits."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state not in OVER
+
+
+def jobs_of(folder: Path) -> list[Submitted]:
+    """All jobs that a run was given, in their order. Raises MachineError where the file is damaged."""
+    path = folder / FOLDER / FILE
+    if not path.exists():
+        return []
+    try:
+        return [Submitted(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise MachineError(f"{path}: is damaged ({one_line(error)}); delete it to go on, the run is safe") from None
+
+
+def enter(folder: Path, jobs: Iterable[Submitted]) -> None:
+    """Add jobs to those of a run."""
+    files.write_json(folder / FOLDER / FILE, [asdict(job) for job in [*jobs_of(folder), *jobs]])
+
+
+def available() -> bool:
+    """Whether this machine can talk to a SLURM."""
+    return shutil.which("squeue") is not None
+
+
+def ask(*words: str) -> str:
+    """What a command of SLURM prints. Raises MachineError where it fails or does not answer."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MachineError(f"{words[0]}: no answer from SLURM ({one_line(error)}): try again") from None
+    if done.returncode:
+        raise MachineError(f"{' '.join(words[:3])}: {one_line(done.stderr) or f'exit status {done.returncode}'}")
+    return done.stdout
+
+
+def look(ids: Iterable[str]) -> dict[str, list[Job]]:
+    """The tasks of each job that SLURM still remembers, by the job's number."""
+    wanted = sorted(set(ids))
+    if not wanted:
+        return {}
+    try:
+        text = ask("squeue", "--noheader", "--states=all", f"--jobs={','.join(wanted)}", "--format=%F|%i|%T|%r")
+    except MachineError as error:
+        if "Invalid job id" in str(error):  # it has forgotten the only one that was asked for
+            return {}
+        raise
+    found: dict[str, list[Job]] = {}
+    for line in text.splitlines():
+        number, job, state, reason = line.split("|", 3)
+        found.setdefault(number, []).append(Job(id=job, state=state, reason=reason))
+    return found
+
+
+def active(folder: Path) -> list[Job]:
+    """The run's jobs that wait or run; none where this machine cannot ask."""
+    jobs = jobs_of(folder)
+    if not jobs or not available():
+        return []
+    return [job for tasks in look(job.id for job in jobs).values() for job in tasks if job.active]
+
+
+def ends(job: str) -> float | None:
+    """When the time limit of a running job is over, in seconds since 1970; None where it has none."""
+    text = ask("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
+    return datetime.fromisoformat(text).timestamp() if text[:1].isdigit() else None
+
+
+def preempted(job: str) -> bool:
+    """Whether a running job has to make room for another."""
+    text = ask("scontrol", "show", "job", "--oneliner", job)
+    return "PreemptTime=" in text and "PreemptTime=None" not in text
+
+
+def requeue(job: str) -> None:
+    """Put this job back into the queue, which ends what it runs; does not return where that works."""
+    ask("scontrol", "requeue", job)
+    time.sleep(PATIENCE)
+    raise MachineError(f"SLURM has not requeued job {job}: the same command again resumes")
+
+
+def cancel(job: str, signal: str = "") -> None:
+    """Cancel a job or a step ("12.0"), or send a signal to its ranks."""
+    ask("scancel", *([f"--signal={signal}"] if signal else []), job)
+
+
+def stop(job: str) -> None:
+    """Ask a job that runs to save and end: its ranks, and its supervisor, which may be waiting to start them."""
+    ask("scancel", "--signal=TERM", "--batch", job)
+    ask("scancel", "--signal=TERM", job)

@@ -1,0 +1,85 @@
+"""A rank of a job on SLURM: srun starts python -m dvae.slurm.rank RUN [STAGE ...] once per task.
+
+It says over the supervisor's store that it is there and how it ended; its output goes to a log of its own.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+from dvae.errors import Stopped, in_words, one_line
+
+ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HELLO, BYE = "hello", "bye"
+"""Keys of the store, followed by the rank's number."""
+
+
+def main(words: list[str]) -> int:
+    """Take part in the job; returns the exit status."""
+    for ask in ASKS:
+        signal.signal(ask, asked)
+    os.environ.update(variables(os.environ))
+    import torch.distributed as dist
+
+    where, port, number = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"]
+    store = dist.TCPStore(where, port, is_master=False, timeout=timedelta(minutes=5))
+    host = {"host": os.environ.get("SLURMD_NODENAME", "?"), "pid": os.getpid(), "step": os.environ["SLURM_STEP_ID"]}
+    store.set(f"{HELLO} {number}", json.dumps(host))
+    end = run(words, store)
+    store.set(f"{BYE} {number}", json.dumps(end))
+    return int(end["status"])
+
+
+def variables(given: Any) -> dict[str, str]:
+    """What torch.distributed is to know, of what srun has set."""
+    theirs = {
+        "RANK": given["SLURM_PROCID"], "WORLD_SIZE": given["SLURM_NTASKS"], "LOCAL_RANK": given["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": given["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0],
+    }  # fmt: skip
+    threads = given.get("SLURM_CPUS_PER_TASK", "1")
+    return theirs | ({} if "OMP_NUM_THREADS" in given else {"OMP_NUM_THREADS": threads})
+
+
+def run(words: list[str], store: Any) -> dict[str, Any]:
+    """Run the job; returns how it ended, for the supervisor."""
+    from dvae.ends import CRASHED, HANGS
+    from dvae.job import Job
+    from dvae.training import watch
+
+    def on_hang(said: str, speaks: bool) -> None:
+        store.set(f"{BYE} {os.environ['RANK']}", json.dumps({"status": HANGS, "said": said}))
+        watch.end(HANGS)
+
+    watch.on_hang = on_hang
+    try:
+        Job(words[0], tuple(words[1:]))()
+    except BaseException as error:  # noqa: BLE001 told to the supervisor, whatever it is
+        known = in_words(error)
+        if known is None:
+            traceback.print_exc()
+        said, status = known or (f"{type(error).__name__}: {one_line(error)}", CRASHED)
+        print(f"dvae: {said}", file=sys.stderr, flush=True)
+        more = {"why": getattr(error, "why", ""), "again": getattr(error, "again", True)}
+        return {"status": status, "said": said} | more
+    return {"status": 0}
+
+
+def asked(number: int, frame: FrameType | None) -> None:
+    """A signal outside training: there is nothing to save but what is saved already."""
+    name = signal.Signals(number).name
+    raise Stopped(f"stopped between two steps ({name}): the same command again resumes", name)
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,253 @@
+"""The supervisor of a run on SLURM: what the batch script runs, on the first node of the job.
+
+It hosts the store at which the ranks meet, starts them with srun, and says in one line how they ended. Then it decides:
+the job is done; or it has failed for good; or the ranks start anew, at once in the same allocation after a failure that
+may pass, by a requeue where the time is over or another job needs the place. A job that SLURM itself requeues, since a
+node was lost, begins here again. Each start is a row of attempts.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dvae import attempts
+from dvae.attempts import TERMINATED, Attempt
+from dvae.ends import GRACE, End, explain
+from dvae.errors import MachineError, Stopped, UserError, in_words, one_line
+from dvae.slurm import queue
+from dvae.slurm.rank import ASKS, BYE, HELLO
+
+LOOK_EVERY = 0.2
+"""Seconds between two looks at the ranks."""
+LATE = 1 / 3
+"""Of the time between the signal and the end of a job, what is left when ranks that have not ended are given up."""
+TIME_IS_OVER = ("SIGUSR1", "SIGUSR2")
+"""Signals that mean: save and come back."""
+FAILED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[\d,\[\]-]+): (?P<how>.+)")
+"""How srun tells of a task that failed."""
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """Takes a run folder through some of its stages (none named: all). Holds nothing else: a job may wait for long."""
+
+    folder: str
+    stages: tuple[str, ...] = ()
+
+    def __call__(self) -> None:
+        """In the batch script. Ends this process with the attempt's exit status."""
+        try:
+            self.supervise()
+        except (UserError, MachineError, OSError) as error:
+            words = in_words(error)
+            if words is None:
+                raise
+            print(f"dvae: error: {words[0]}", file=sys.stderr, flush=True)
+            sys.exit(words[1])
+
+    def supervise(self) -> None:
+        """Start the ranks until they have finished, or there is no use in it."""
+        folder, job = Path(self.folder), os.environ["SLURM_JOB_ID"]
+        asked: list[str] = []
+        for number in ASKS:  # the ranks hear it too, and act on it
+            signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
+        while True:
+            settings = self.settings()
+            try:
+                with attempts.recorded(folder, "slurm", int(os.environ["SLURM_NTASKS"]), job):
+                    Ranks(self, settings, job).run()
+                return
+            except Stopped as error:
+                why = error.why
+                if why not in TIME_IS_OVER and not queue.preempted(job):
+                    raise
+                self.give_up(job, settings["max_attempts"], error)
+                say(f"{one_line(error)}; job {job} goes back into the queue")
+                queue.requeue(job)
+            except MachineError as error:
+                if not error.again or asked:
+                    raise
+                times = self.give_up(job, settings["max_attempts"], error)
+                pause = settings["retry_seconds"] * 2 ** (times - 1)
+                say(f"{one_line(error)}; attempt {times + 1} of {settings['max_attempts']} begins in {pause:g} s")
+                self.rest(pause, asked)
+
+    @staticmethod
+    def rest(seconds: float, asked: list[str]) -> None:
+        """Pause between two attempts. Raises Stopped where a signal asks."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if asked:
+                raise Stopped(f"stopped between two attempts ({asked[0]}): the same command again resumes", asked[0])
+            time.sleep(LOOK_EVERY)
+
+    def settings(self) -> dict[str, Any]:
+        """The launcher's settings, as they were when the job was submitted."""
+        from omegaconf import OmegaConf
+
+        config: Any = OmegaConf.load(Path(self.folder) / "config.yaml")
+        return dict(config.launcher)
+
+    def give_up(self, job: str, most: int, error: MachineError) -> int:
+        """How many attempts in a row have kept nothing, or at most one since something was kept. Raises MachineError
+        where they are as many as there may be."""
+        times = in_vain(attempts.read(Path(self.folder)), job, newest(Path(self.folder)))
+        if times < most:
+            return times
+        failure = MachineError(
+            f"{one_line(error)}; that was attempt {times} of launcher.max_attempts={most} that got no further"
+        )
+        failure.exit_status = error.exit_status
+        raise failure from None
+
+
+def in_vain(tried: list[Attempt], job: str, kept: float) -> int:
+    """Attempts of this job, from the last one back, that began after something was `kept` (seconds since 1970), and the
+    one during which it was; at least 1."""
+    mine = [attempt for attempt in tried if attempt.job == job]
+    return max(1, sum(attempt.started > kept for attempt in mine) + any(attempt.started <= kept for attempt in mine))
+
+
+def newest(folder: Path) -> float:
+    """When something of the run was kept last: a checkpoint, a finished stage; 0 where nothing was."""
+    kept = [folder / "stages.json", *folder.glob("checkpoints/*/step-*")]
+    return max((path.stat().st_mtime for path in kept if path.exists()), default=0.0)
+
+
+def say(words: str) -> None:
+    print(f"dvae: {words}", file=sys.stderr, flush=True)
+
+
+class Ranks:
+    """The ranks of one attempt: a step of the job, one task for each."""
+
+    def __init__(self, supervisor: Supervisor, settings: dict[str, Any], job: str) -> None:
+        import torch.distributed as dist  # here, since it takes seconds, and launchers are imported to compose a config
+
+        self.folder, self.job, self.settings = Path(supervisor.folder), job, settings
+        self.count = int(os.environ["SLURM_NTASKS"])
+        self.host = os.environ["SLURMD_NODENAME"]
+        # here, not in rank 0: no port is guessed, and it outlives every rank
+        self.store = dist.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+        self.words = [supervisor.folder, *supervisor.stages]
+        self.killed: dict[int, End] = {}
+        """What srun says of tasks that it saw fail."""
+        self.before: list[End] | None = None
+        """How those had ended that had when the others were killed."""
+
+    def run(self) -> None:
+        """Start them, and raise how they ended, unless they finished."""
+        srun = subprocess.Popen(self.command(), env=self.environment(), stderr=subprocess.PIPE, text=True)
+        listener = threading.Thread(target=self.listen, args=(srun,), daemon=True)
+        listener.start()
+        late = self.wait(srun)
+        listener.join()
+        ends = self.ends() if self.before is None else self.before
+        failed = [end for end in ends if end.failed]
+        stopped = next((end for end in ends if end.status == TERMINATED), None)
+        if failed:
+            explain(self.folder, failed, ASKS)
+        if late:
+            raise Stopped(f"not at a place to stop before the job's time was over ({self.folder})", TIME_IS_OVER[1])
+        if stopped:
+            raise Stopped(stopped.said, stopped.why)
+        if srun.returncode:
+            raise MachineError(f"srun ended with exit status {srun.returncode}; see {self.logs()}")
+
+    def command(self) -> list[str]:
+        """srun with its words."""
+        python = shlex.split(self.settings["python"]) or [sys.executable]
+        threads = os.environ.get("SLURM_CPUS_PER_TASK")
+        # who has saved may end before the others: here it is decided when the rest is given up, not by srun
+        return [
+            "srun", "--kill-on-bad-exit=0", "--wait=0", f"--output={self.logs()}/rank-%t.log", "--open-mode=append",
+            *([f"--cpus-per-task={threads}"] if threads else []), *self.settings["srun"],
+            *python, "-u", "-m", "dvae.slurm.rank", *self.words,
+        ]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """Where the ranks meet."""
+        port = str(self.store.port)
+        return dict(os.environ) | {
+            "MASTER_ADDR": self.host, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
+
+    def logs(self) -> Path:
+        """Folder of the job's logs."""
+        return self.folder / queue.FOLDER / self.job
+
+    def listen(self, srun: subprocess.Popen[str]) -> None:
+        """Hear what srun says of its tasks; all of it goes into the log as well."""
+        assert srun.stderr is not None
+        for line in srun.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            if found := FAILED.search(line):
+                status = status_of(found["how"])
+                for number in numbers(found["tasks"]):
+                    self.killed.setdefault(number, End(number=number, status=status))
+
+    def wait(self, srun: subprocess.Popen[str]) -> bool:
+        """Wait for all ranks; whoever is left GRACE seconds after one has failed, or when the job's time is nearly
+        over, is killed. Returns whether the time was over."""
+        over, deadline = queue.ends(self.job), None
+        while srun.poll() is None:
+            time.sleep(LOOK_EVERY)
+            if deadline is None and any(end.failed for end in self.ends()):
+                deadline = time.monotonic() + GRACE
+            late = over is not None and time.time() > over - LATE * self.settings["signal_seconds"]
+            if late or (deadline is not None and time.monotonic() > deadline):
+                self.before = self.ends()
+                self.kill(srun)
+                srun.wait()
+                return late
+        return False
+
+    def kill(self, srun: subprocess.Popen[str]) -> None:
+        """Kill what is left of the step."""
+        step = next((hello["step"] for hello in self.said(HELLO)), None)
+        if step is None:  # none has got so far as to say which step it is in
+            srun.send_signal(signal.SIGQUIT)  # srun ends its tasks, and itself
+            return
+        with suppress(MachineError):  # it has just ended by itself
+            queue.cancel(f"{self.job}.{step}", "KILL")
+
+    def ends(self) -> list[End]:
+        """How ranks have ended so far: those that were killed by something first, since they are why others failed."""
+        told = {row["number"]: End(**row) for row in self.said(BYE)}
+        return [end for end in self.killed.values() if end.number not in told] + list(told.values())
+
+    def said(self, key: str) -> Iterator[dict[str, Any]]:
+        for number in range(self.count):
+            if self.store.check([f"{key} {number}"]):
+                yield {"number": number} | json.loads(self.store.get(f"{key} {number}"))
+
+
+def numbers(tasks: str) -> list[int]:
+    """Task numbers as srun writes them: "0", "0-2,5", "[1,3]"."""
+    found: list[int] = []
+    for part in tasks.strip("[]").split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def status_of(how: str) -> int:
+    """srun's words for the end of a task as an exit status, below 0 for a signal."""
+    if code := re.search(r"exit code (\d+)", how):
+        return int(code[1])
+    names = {signal.strsignal(number): -number for number in signal.valid_signals()}
+    return next((status for name, status in names.items() if name and how.startswith(name)), -signal.SIGKILL)
