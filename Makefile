@@ -27,7 +27,8 @@ test: setup system
 	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup system
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not alone' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'slow and alone'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -89,7 +89,7 @@ def submit(config: DictConfig) -> Run:
     """The run folder for `config`, made or taken up. Raises UserError where it is not this run's or not writable."""
     run = Run(Path(str(config.run)))
     if run.config_file.exists():
-        _refuse_other(run, config)
+        refuse_other(run, config)
     elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise UserError(f"run={run.path} exists and is not a run: use another run=, or remove it")
     try:
@@ -102,7 +102,7 @@ def submit(config: DictConfig) -> Run:
     return run
 
 
-def _refuse_other(run: Run, config: DictConfig) -> None:
+def refuse_other(run: Run, config: DictConfig) -> None:
     """Raise UserError where the folder holds a run with other settings."""
     before, now = _settings(OmegaConf.load(run.config_file)), _settings(config)
     if before.get("recipe") != now.get("recipe"):

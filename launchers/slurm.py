@@ -9,8 +9,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ SMALL = (*ON_CPUS, "evaluate")
 @LAUNCHERS.register("slurm")
 class Slurm(Launcher):
     """As a job on SLURM, one rank per GPU; the job comes back by itself until the run is finished."""
+
+    elsewhere = True
 
     @dataclass(kw_only=True, slots=True)
     class Config(LauncherConfig):
@@ -65,8 +68,8 @@ class Slurm(Launcher):
         """Python of the ranks, in a container if you like: "apptainer exec --nv dvae.sif python" ("": the one here)."""
         srun: list[str] = field(default_factory=list)
         """More words for srun, as ["--container-image=dvae.sqsh"]."""
-        sbatch: dict[str, str] = field(default_factory=dict)
-        """More options of sbatch: {mail-type: FAIL, mail-user: me@example.org}."""
+        sbatch: list[str] = field(default_factory=list)
+        """More options of sbatch, as ["--mail-type=FAIL", "--exclusive"]."""
         signal_seconds: int = 120
         """How long before the time limit the ranks are told to save; SLURM may be up to a minute earlier."""
         max_attempts: int = 3
@@ -119,17 +122,27 @@ class Slurm(Launcher):
         queue.enter(folder, submitted)
         for job in submitted:
             print(f"dvae: job {job.id}: {', '.join(job.stages)}", flush=True)
-        if sys.stdout.isatty() if self.config.wait is None else self.config.wait:
+        if self.waits:
             follow(folder)
         else:
             print(f"dvae: next: python tools/runs.py follow run={folder}  (or list, cancel)", flush=True)
+
+    @property
+    def waits(self) -> bool:
+        return sys.stdout.isatty() if self.config.wait is None else bool(self.config.wait)
+
+    def attach(self, folder: Path) -> bool:
+        if not self.waits or not queue.active(folder):
+            return False
+        follow(folder)
+        return True
 
     def submit(self, folder: Path, stages: list[str]) -> list[Submitted]:
         """Submit a job, or a chain of jobs; what was submitted is cancelled where a later one is refused."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         submitted: list[Submitted] = []
-        with outside_any_job():
+        with outside_any_job(), redirect_stderr(StringIO()):  # submitit shows what sbatch says; here that is one line
             try:
                 for executor, work, count, doing in self.planned(folder, stages, submitted):
                     made = executor.map_array(work, range(count)) if count > 1 else [executor.submit(work)]
@@ -206,6 +219,7 @@ class Slurm(Launcher):
             "gpus_per_node": gpus, "setup": list(config.setup),
         }  # fmt: skip
         more = {"requeue": True, "kill-on-invalid-dep": "yes", "mem": config.mem, "reservation": config.reservation}
+        extra = {name.lstrip("-"): value or True for name, _, value in (word.partition("=") for word in config.sbatch)}
         return {name: value for name, value in given.items() if value} | {
             "job_name": f"dvae-{folder.absolute().name}",
             "time": self.minutes,
@@ -215,7 +229,7 @@ class Slurm(Launcher):
             "signal_delay_s": config.signal_seconds,
             "stderr_to_stdout": True,
             "use_srun": array,
-            "additional_parameters": {name: value for name, value in more.items() if value} | dict(config.sbatch),
+            "additional_parameters": {name: value for name, value in more.items() if value} | extra,
         }
 
     def plan(self, folder: Path, stages: list[str]) -> str:

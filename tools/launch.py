@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from dvae.errors import UserError, run_command
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from dvae.settings import RunConfig
 
 USAGE = """usage: python tools/launch.py recipe=NAME [run=FOLDER] [key=value ...]
@@ -38,7 +40,7 @@ Trains the recipe, stage by stage, into the run folder (default runs/NAME). The 
 def command(argv: list[str]) -> None:
     """Compose the config from the words of argv, check it, and run it."""
     silence()
-    from dvae import config, preflight, run, runs
+    from dvae import config, preflight, run
     from dvae.registry.core import KINDS
     from dvae.sweeps import multirun
 
@@ -57,8 +59,8 @@ def command(argv: list[str]) -> None:
         return
     check(settings)
     first = os.environ.get("RANK", "0") == "0"
-    if first:
-        runs.refuse_busy(Path(settings.run))
+    if first and under_way(composed, settings):
+        return
     start(settings, run.submit(composed).path if first else Path(settings.run))
 
 
@@ -77,6 +79,23 @@ def check(settings: RunConfig) -> None:
         name = launcher.config.name
         raise UserError(f"launcher={name}: torchrun has started the ranks already: leave launcher={name} out")
     preflight.check(settings, launcher.ranks)
+
+
+def under_way(composed: DictConfig, settings: RunConfig) -> bool:
+    """Wait for this very run where it is under way, and its launcher can; False where nobody works in its folder.
+
+    Raises UserError where somebody does.
+    """
+    from dvae import run, runs
+    from dvae.registry.launchers import launcher_of
+
+    folder = Path(settings.run)
+    if (folder / "config.yaml").exists():
+        run.refuse_other(run.Run(folder), composed)
+        if launcher_of(settings.launcher).attach(folder):
+            return True
+    runs.refuse_busy(folder)
+    return False
 
 
 def start(settings: RunConfig, folder: Path) -> None:

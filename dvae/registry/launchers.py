@@ -31,6 +31,8 @@ class Launcher(ABC):
     """
 
     Config: type[ComponentConfig]
+    elsewhere = False
+    """Whether the ranks run on other machines than this one; then launcher.wait=true has `launch` wait for them."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -48,6 +50,10 @@ class Launcher(ABC):
 
         Returns when that is done, or under way elsewhere. Raises UserError or MachineError in one line where it failed.
         """
+
+    def attach(self, folder: Path) -> bool:
+        """Wait for a run that is under way already, where this launcher waits; False where there is none."""
+        return False
 
     def plan(self, folder: Path, stages: list[str]) -> str:
         """What `dry_run=true` prints of it, beyond the config of the run and its stages."""

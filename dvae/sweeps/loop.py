@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dvae.attempts import TERMINATED
 from dvae.errors import MachineError, UserError, near, one_line
+from dvae.registry.launchers import launcher_of
 from dvae.sweeps import engine, spec
 from dvae.sweeps.process import Processes, Running
 from dvae.sweeps.spec import Spec
@@ -170,10 +171,12 @@ def sweep(words: list[str], settings: SweepToolConfig) -> tuple[Spec, Folder, li
     for name in ("count", "parallel", "failures"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
-    spec.preflight(found, words)
+    launcher = launcher_of(spec.preflight(found, words).launcher)
+    if launcher.elsewhere:
+        words = [*words, "launcher.wait=true"]
     folder = Folder(Path(settings.out or f"runs/sweep-{found.name}"))
     folder.open(found.sweep, words)
-    processes = Processes(settings.parallel)
+    processes = Processes(settings.parallel, shared=not launcher.elsewhere)
     with folder.held(), ending(processes):
         current = Sweep(found, folder, words, processes, settings)
         if done(current.trials) > settings.count:

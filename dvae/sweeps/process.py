@@ -40,10 +40,13 @@ class Running:
 
 
 class Processes:
-    """Starts at most `parallel` processes side by side, and tells which have ended."""
+    """Starts at most `parallel` processes side by side, and tells which have ended.
 
-    def __init__(self, parallel: int) -> None:
-        self.parallel = parallel
+    Where they have this machine's cores and GPUs in common (`shared`), each gets its part.
+    """
+
+    def __init__(self, parallel: int, shared: bool = True) -> None:
+        self.parallel, self.shared = parallel, shared
         self.running: dict[int, Running] = {}
 
     def start(self, number: int, command: list[str], log: Path) -> None:
@@ -53,7 +56,7 @@ class Processes:
         with log.open("ab") as out:
             process = subprocess.Popen(
                 command,
-                env=dict(os.environ) | share(slot, self.parallel, os.environ, gpus()),
+                env=dict(os.environ) | (share(slot, self.parallel, os.environ, gpus()) if self.shared else {}),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ import yaml
 import dvae
 from dvae import config as configuration
 from dvae.errors import UserError, near, one_line
+from dvae.settings import RunConfig
 from dvae.sweeps import engine
 from dvae.tracking.figures import EVALUATE
 
@@ -109,8 +110,8 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
     return sweep
 
 
-def preflight(spec: Spec, words: list[str]) -> None:
-    """Compose the first trial, before anything is written. Raises UserError where the recipe refuses it."""
+def preflight(spec: Spec, words: list[str]) -> RunConfig:
+    """The settings of the first trial, before anything is written. Raises UserError where the recipe refuses it."""
     swept = [word for word in words if key(word) in spec.sweep["parameters"]]
     if swept:
         raise UserError(f"{swept[0]}: the sweep chooses {key(swept[0])}: leave it out")
@@ -128,6 +129,7 @@ def preflight(spec: Spec, words: list[str]) -> None:
             f"early_terminate: {spec.metric!r} is known at a trial's end only: name a metric of "
             f"{', '.join(MEASURED_ALONG)}, or leave early_terminate out"
         )
+    return settings
 
 
 def expand(command: list[Any], program_: str, parameters: Mapping[str, Any]) -> list[str]:

@@ -131,6 +131,7 @@ def test_two_ranks_log_what_one_does(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_two_ranks_at_the_other_zero_stages_too(one: Path, stage: int, tmp_path: Path, tiny: list[str]) -> None:
     agree(one, finish([*tiny, *TWO, *zero(stage)], tmp_path / "run"))
@@ -149,6 +150,7 @@ def killed(process: subprocess.Popen[str], run: Path, number: int) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_rank_and_sigterm_leave_no_trace(two: Path, tmp_path: Path, tiny: list[str]) -> None:
     run, words = tmp_path / "run", [*tiny, *TWO, *zero(2)]
     process = begin(words, run)
@@ -169,6 +171,7 @@ def test_a_killed_rank_and_sigterm_leave_no_trace(two: Path, tmp_path: Path, tin
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_first_rank_and_a_killed_launcher_leave_no_trace(two: Path, tmp_path: Path, tiny: list[str]) -> None:
     run, words = tmp_path / "run", [*tiny, *TWO, *zero(2)]
     process = begin(words, run)
@@ -189,6 +192,7 @@ def test_a_killed_first_rank_and_a_killed_launcher_leave_no_trace(two: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_ranks_and_zero_stage_change_in_mid_run(one: Path, tmp_path: Path, tiny: list[str]) -> None:
     """2 ranks at ZeRO 1, one process at ZeRO 3, 2 ranks at ZeRO 2, one process at ZeRO 0."""
     run, words = tmp_path / "run", [*tiny, "data.log_samples=true"]
@@ -209,6 +213,7 @@ def test_ranks_and_zero_stage_change_in_mid_run(one: Path, tmp_path: Path, tiny:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_torchrun_is_honoured(two: Path, tmp_path: Path, tiny: list[str]) -> None:
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -148,6 +148,7 @@ def test_beats_count_up_and_say_where() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_stopped_rank_ends_the_job_which_resumes(number: int, tmp_path: Path, tiny: list[str]) -> None:
     from test_ranks import alive, begin, finish, ranks_of, wait_for
@@ -171,6 +172,7 @@ def test_a_stopped_rank_ends_the_job_which_resumes(number: int, tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_under_torchrun_one_rank_says_it(tmp_path: Path, tiny: list[str]) -> None:
     from test_ranks import wait_for
 
