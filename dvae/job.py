@@ -27,6 +27,7 @@ from dvae.tracking.console import Counted
 from dvae.tracking.report import write_report
 from dvae.tracking.tracker import Tracker
 from dvae.training import ranks, stopping, watch
+from dvae.training.caching import write_cache_part
 from dvae.training.engine import start_distributed
 from dvae.training.memory import keep_freed_memory
 from dvae.training.work import (
@@ -146,6 +147,13 @@ def build_part_of_shards(folder: Path, part: int, parts: int) -> None:
             progress=progress,
             max_bad_fraction=config.data.max_bad_fraction,
         )
+
+
+def write_part_of_cache(folder: Path, part: int, parts: int) -> None:
+    """Make part number `part` of `parts` of a run's cache; the stage `cache` publishes it once all are made."""
+    run = Run(folder)
+    config = run.config()
+    write_cache_part(run, config, take_up(run, config, "encoder"), part, parts)
 
 
 def evaluate_stage(run: Run, config: RunConfig) -> None:

@@ -263,6 +263,10 @@ class CacheToolConfig(CacheConfig):
 
     run: str = MISSING
     """A run folder with a trained encoder."""
+    part: int | None = None
+    """Make only this part (0 is the first) of `parts`, and publish nothing; null: all."""
+    parts: int = 1
+    """How many parts are made, each by a command of its own."""
 
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")

@@ -83,12 +83,12 @@ class Slurm(Launcher):
         evaluation on one node."""
         cpu_partition: str = ""
         """With chain: partition of shards and cache ("": as the rest)."""
-        shard_jobs: int = 4
-        """With chain: jobs of the array that builds shards."""
+        array_jobs: int = 4
+        """With chain: jobs of the array that builds shards together, and of that which writes the cache."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        for name in ("nodes", "cpus_per_task", "max_attempts", "shard_jobs", "signal_seconds"):
+        for name in ("nodes", "cpus_per_task", "max_attempts", "array_jobs", "signal_seconds"):
             if getattr(config, name) < 1:
                 raise UserError(f"launcher.{name}={getattr(config, name)}: use 1 or more")
         for name in ("gpus_per_node", "tasks_per_node", "retry_seconds"):
@@ -169,9 +169,9 @@ class Slurm(Launcher):
 
         here = str(folder.absolute())
         for part in self.parts(stages):
-            count = self.config.shard_jobs
-            if part == ("shards",) and count > 1:
-                yield self.executor(folder, part, submitted, array=True), ShardsPart(here, count), count, part
+            count = self.config.array_jobs
+            if self.config.chain and part[0] in ON_CPUS and count > 1:
+                yield self.executor(folder, part, submitted, array=True), Part(here, part[0], count), count, part
             yield self.executor(folder, part, submitted), Supervisor(here, part), 1, part
 
     def parts(self, stages: list[str]) -> list[tuple[str, ...]]:
@@ -244,19 +244,21 @@ class Slurm(Launcher):
 
 
 @dataclass(frozen=True)
-class ShardsPart:
-    """What each job of an array does that builds a run's shards together; the job after the array publishes them."""
+class Part:
+    """What the jobs of an array do that write a run's shards, or its cache, together; the job after them publishes."""
 
     folder: str
+    stage: str
     parts: int
 
     def __call__(self, part: int) -> None:
-        from dvae.job import build_part_of_shards
+        from dvae.job import build_part_of_shards, write_part_of_cache
 
-        build_part_of_shards(Path(self.folder), part, self.parts)
+        work = build_part_of_shards if self.stage == "shards" else write_part_of_cache
+        work(Path(self.folder), part, self.parts)
 
     def checkpoint(self, part: int) -> Any:
-        """submitit calls it when the job's time is nearly over, and requeues it: finished shards are on disk."""
+        """submitit calls it when the job's time is nearly over, and requeues it: what is finished is on disk."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, part)

@@ -131,30 +131,6 @@ def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_pa
         cache.Cache(copy, wanted)
 
 
-def test_a_killed_cache_goes_on_after_its_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "SHARD_SIZE", 4)
-    wanted = cache.About(10, 0, [2], "e", "i", "fp32", 0)
-    asked: list[int] = []
-
-    def samples(start: int, stop: int, fail: bool):
-        for index in range(start, stop):
-            if fail and index == 6:
-                raise KeyboardInterrupt
-            asked.append(index)
-            yield cache.Sample(np.full((2, 2), index, np.float32), [])
-
-    with pytest.raises(KeyboardInterrupt):
-        cache.write(tmp_path, wanted, lambda start, stop: samples(start, stop, True))
-    with pytest.raises(UserError, match="no finished cache"):
-        cache.Cache(tmp_path, wanted)
-    asked.clear()
-    cache.write(tmp_path, wanted, lambda start, stop: samples(start, stop, False))
-    assert asked == [4, 5, 6, 7, 8, 9]
-    mean, _ = cache.Cache(tmp_path, wanted).posteriors(torch.tensor([9, 0, 5]))
-    assert mean[:, 0].tolist() == [9, 0, 5]
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") or "unfinished" in path.name]
-
-
 def test_webdataset_reads_the_cache(run: Run) -> None:
     tar = run.path / "latents" / "latents-000000.tar"
     first = next(iter(webdataset.WebDataset(str(tar), shardshuffle=False).decode()))

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/cache.py run=RUN [what=posteriors|reconstructions] [draws=8] [folder=RUN/latents]
+                                    [part=0 parts=4]
 
 Writes what the trained encoder of a run makes of every training image into WebDataset shards: mean and logvar, or that
 many draws of z with their reconstructions. The stage `cache` does the same, and takes up what lies there: train with
-stages=[shards,encoder,prior,cache,refiner,evaluate], and the same cache.what, cache.draws and cache.folder."""
+stages=[shards,encoder,prior,cache,refiner,evaluate], and the same cache.what, cache.draws and cache.folder.
+Stopped, the same command again goes on after the last finished shard. With part= and parts=, only the first (0, ..., 3)
+of 4 parts is made, beside others, on machines that share the folder's place; when all have ended, the same command
+without them, or the stage, makes what is missing and publishes."""
 
 
 def command(argv: list[str]) -> None:
@@ -16,6 +20,8 @@ def command(argv: list[str]) -> None:
     from pathlib import Path
 
     from dvae import config
+    from dvae.data import request
+    from dvae.data.cache import FILE
     from dvae.run import Run
     from dvae.settings import CacheToolConfig
     from dvae.training import caching, work
@@ -24,13 +30,21 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     words: CacheToolConfig = config.words_of_a_tool(config.compose("cache", argv))
+    request.check_part(words.part, words.parts)
     run = Run(Path(words.run))
     settings = run.config()
     settings.cache = words
+    if words.part is not None:
+        made = work.take_up(run, settings, "encoder")
+        images = caching.write_cache_part(run, settings, made, words.part, words.parts)
+        print(f"{words.folder}: part={words.part} parts={words.parts} has {images} images, all made")
+        if not (Path(words.folder) / FILE).exists():
+            print("  when all parts are made: the same command without part= and parts= publishes the cache")
+        return
     with run.held():
-        made = caching.write_cache(run, settings, work.take_up(run, settings, "encoder"))
-    kept = f"{made.draws} reconstructions each" if made.draws else "posteriors"
-    print(f"{words.folder}: {kept} of {made.images} images")
+        about = caching.write_cache(run, settings, work.take_up(run, settings, "encoder"))
+    kept = f"{about.draws} reconstructions each" if about.draws else "posteriors"
+    print(f"{words.folder}: {kept} of {about.images} images")
 
 
 if __name__ == "__main__":

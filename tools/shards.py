@@ -80,12 +80,12 @@ def build(words: list[str]) -> None:
     """Compose the words, build all or a part, and tell how many images there are and how fast they came."""
     from dvae import config
     from dvae.data import build as builder
+    from dvae.data import request
     from dvae.tracking.console import Counted
 
     composed = config.compose("shards", words)
     settings: ShardsConfig = config.words_of_a_tool(composed)
-    if settings.part is None and settings.parts != 1:
-        raise UserError(f"parts={settings.parts} without part: say which, part=0 to part={settings.parts - 1}")
+    request.check_part(settings.part, settings.parts)
     how: dict[str, Any] = {
         "heldout_fraction": settings.heldout,
         "channels": settings.channels,

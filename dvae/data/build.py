@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from dvae.data import request
 from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
-from dvae.data.unfinished import at_work
+from dvae.data.unfinished import at_work, faults
 from dvae.data.units import Progress, Unit, Units
 from dvae.errors import MachineError, UserError, one_line
 from dvae.registry import SOURCES, Shapes
@@ -61,12 +61,12 @@ def build(
             units = Units(source, wanted, folder, progress, max_bad_fraction)
             numbers = request.units(len(source), shard_size)
             finished = units.finished(numbers)
-            folder.clean(map(folder.journal, finished), _names(finished))
+            folder.clean(finished, [shard for unit in finished.values() for shard in unit.shards.values()])
             manifest = _manifest(source, wanted, units.complete(finished, numbers, workers, "work-all."))
         except UserError:
             folder.remove()
             raise
-        folder.publish(manifest)
+        folder.publish(FILE, manifest.as_dict())
     return manifest
 
 
@@ -150,24 +150,13 @@ def _share(manifest: Manifest, part: int, parts: int) -> int:
 def _faults(out: Path) -> Iterator[None]:
     """Faults of the machine, in one line."""
     try:
-        yield
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"shards cannot be written to {out} ({error.strerror}): choose another folder") from None
+        with faults(out, "shards"):
+            yield
     except BrokenProcessPool as error:
         raise MachineError(
             f"a process that renders images for {out} died ({one_line(error)}): finished shards are kept, the same "
             "command again goes on after them"
         ) from None
-    except OSError as error:
-        raise MachineError(
-            f"writing shards to {out} failed: {one_line(error)}; finished shards are kept, the same command again goes "
-            "on after them"
-        ) from None
-
-
-def _names(units: dict[int, Unit]) -> list[str]:
-    """The files of units."""
-    return [name for unit in units.values() for shard in unit.shards.values() for name in (shard.file, shard.index)]
 
 
 def _manifest(source: Source, wanted: dict[str, Any], units: dict[int, Unit]) -> Manifest:

@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_image
 
 from dvae import files
-from dvae.data.images import DamagedImage, encode_png, to_float
+from dvae.data.images import DamagedImage, decode_png, encode_png, to_float
 from dvae.data.manifest import Shard
 from dvae.data.members import Members
-from dvae.data.tars import ShardWriter, seal
 from dvae.errors import MachineError, UserError, one_line
 
 FILE = "cache.json"
-SHARD_SIZE = 5000
 AGAIN = "remove the folder and run the cache stage again"
 
 
@@ -70,53 +66,6 @@ class Sample:
         return {"npy": file.getvalue(), **drawn}
 
 
-def write(folder: Path, about: About, samples: Callable[[int, int], Iterator[Sample]]) -> None:
-    """Write the cache into `folder`; where shards of the same request are there already, they are kept.
-
-    samples(start, stop) gives those of the images start, ..., stop - 1. cache.json is written last: without it there
-    is no cache. Raises MachineError where writing fails.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(folder)
-        request = folder / "unfinished.json"
-        if not request.exists() or json.loads(request.read_text(encoding="utf-8")) != asdict(about):
-            for path in folder.glob("latents-*"):
-                path.unlink()
-            files.write_json(request, asdict(about))
-        shards = [
-            _shard(folder, about, number, start, samples)
-            for number, start in enumerate(range(0, about.images, SHARD_SIZE))
-        ]
-        files.write_json(folder / FILE, asdict(about) | {"shards": [asdict(shard) for shard in shards]})
-        request.unlink()
-    except OSError as error:
-        raise MachineError(
-            f"writing the cache to {folder} failed: {one_line(error)}; finished shards are kept, the same command "
-            "again goes on after them"
-        ) from None
-
-
-def _shard(
-    folder: Path, about: About, number: int, start: int, samples: Callable[[int, int], Iterator[Sample]]
-) -> Shard:
-    """Shard `number`, which begins with image `start`."""
-    stop = min(start + SHARD_SIZE, about.images)
-    tar = folder / f"latents-{number:06d}.tar"
-
-    def fill(aside: Path) -> None:
-        writer = ShardWriter(aside)
-        try:
-            for index, sample in zip(range(start, stop), samples(start, stop), strict=True):
-                writer.write(index, sample.members())
-        finally:
-            writer.close()
-
-    if not tar.exists():
-        files.write_file(tar, fill)
-    return seal(tar, about.members())
-
-
 class Cache:
     """A written cache, by index of the image. Thread-safe.
 
@@ -124,14 +73,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path, about: About) -> None:
-        found = _load(folder)
-        shards = [Shard(**row) for row in found.pop("shards")]
-        for name, wanted in asdict(about).items():
-            if found.get(name) != wanted:
-                raise UserError(
-                    f"cache.folder={folder} was made with {name} {found.get(name)}, this run has {wanted}: "
-                    "use another cache.folder"
-                )
+        shards = shards_of(folder, about)
         self.folder, self.about = folder, about
         self.members = Members(folder, shards, AGAIN)
         for shard in shards:
@@ -153,8 +95,7 @@ class Cache:
         return torch.from_numpy(np.load(io.BytesIO(self._read(index, 0)), allow_pickle=False))
 
     def _picture(self, index: int, draw: int) -> torch.Tensor:
-        data = torch.frombuffer(bytearray(self._read(index, 1 + draw)), dtype=torch.uint8)
-        return decode_image(data, mode=ImageReadMode.UNCHANGED)
+        return decode_png(self._read(index, 1 + draw))
 
     def _read(self, index: int, member: int) -> bytes:
         try:
@@ -163,6 +104,18 @@ class Cache:
             raise MachineError(
                 f"cache shard {self.folder / self.members.place(index)[0]} is damaged ({error}): {AGAIN}"
             ) from None
+
+
+def shards_of(folder: Path, about: About) -> list[Shard]:
+    """The shards of the cache in `folder`, not looked at. Raises UserError where it is not that of `about`."""
+    found = _load(folder)
+    for name, wanted in asdict(about).items():
+        if found.get(name) != wanted:
+            raise UserError(
+                f"cache.folder={folder} was made with {name} {found.get(name)}, this run has {wanted}: "
+                "use another cache.folder"
+            )
+    return [Shard(**row) for row in found["shards"]]
 
 
 def _load(folder: Path) -> dict[str, Any]:

@@ -136,6 +136,14 @@ def check_png(data: bytes) -> None:
         at = end + 4
 
 
+def decode_png(data: bytes, channels: int = 0) -> torch.Tensor:
+    """A PNG as uint8 (C, H, W), with 1 or 3 channels, or (0) those that it has. Raises RuntimeError where it cannot."""
+    from torchvision.io import ImageReadMode, decode_image  # here, since that takes seconds, and a config needs none
+
+    mode = {0: ImageReadMode.UNCHANGED, 1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}[channels]
+    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+
+
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 in [0, 255] to float32 in [-1, 1]; any shape."""
     return images.to(torch.float32) / 127.5 - 1.0

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_image
 
-from dvae.data.images import DamagedImage, check_png
+from dvae.data.images import DamagedImage, check_png, decode_png
 from dvae.data.labels import check_label
 from dvae.data.manifest import Manifest
 from dvae.data.members import Members
@@ -160,11 +159,10 @@ class Shards:
 
     def _decode(self, index: int) -> torch.Tensor:
         file, _ = self.members.place(index)
-        mode = ImageReadMode.GRAY if self.shape[0] == 1 else ImageReadMode.RGB
         try:
             data = self.members.read(index, PNG)
             check_png(data)
-            image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+            image = decode_png(data, self.shape[0])
         except (DamagedImage, RuntimeError, ValueError) as error:
             raise DamagedImage(f"{file}:{self._name(index)} ({one_line(error)[:120]})") from None
         if tuple(image.shape) != self.shape:

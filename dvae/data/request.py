@@ -25,11 +25,14 @@ def check(size: int, channels: int, heldout: float, shard_size: int, workers: in
         raise UserError(f"workers={workers}: use 1 or more")
 
 
-def check_part(part: int, parts: int) -> None:
-    """Raises UserError for a part that there is not."""
+def check_part(part: int | None, parts: int) -> None:
+    """Raises UserError for a part that there is not; None stands for all of them, made by one."""
     if parts < 1:
         raise UserError(f"parts={parts}: use 1 or more")
-    if not 0 <= part < parts:
+    if part is None:
+        if parts > 1:
+            raise UserError(f"parts={parts} without part: say which, part=0 to part={parts - 1}")
+    elif not 0 <= part < parts:
         raise UserError(f"part={part}: use 0 to {parts - 1}, since parts={parts}")
 
 

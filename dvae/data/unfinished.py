@@ -1,4 +1,5 @@
-"""The hidden folder in which shards are made, and who may work in it: one build, or any number of parts.
+"""The hidden folder in which shards (of images, or of a cache) are made, and who may work in it: one build, or any
+number of parts.
 
     .NAME.building/
       lock               held by whoever is at work: shared by parts, by a build alone
@@ -20,6 +21,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +29,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dvae import files
-from dvae.data.manifest import FILE, Manifest
-from dvae.data.request import difference
-from dvae.errors import UserError
+from dvae.data.manifest import Shard
+from dvae.data.request import difference, digest
+from dvae.errors import MachineError, UserError, one_line
 
 LOCK = "lock"
 REQUEST = "request.json"
@@ -87,16 +89,41 @@ class Unfinished:
                 shutil.rmtree(folder)
             yield f"work-{name}."
 
-    def clean(self, journals: Iterable[Path], shards: Iterable[str]) -> None:
-        """For a build: remove all but these."""
-        kept = {self.path / LOCK, self.path / REQUEST, self.shards, *journals, *(self.shards / name for name in shards)}
+    @contextmanager
+    def aside(self, work: str) -> Iterator[Path]:
+        """A folder for the shards of a unit that is being written, whose name begins with `work`."""
+        with tempfile.TemporaryDirectory(prefix=work, dir=self.path) as folder:
+            yield Path(folder)
+
+    def finish(
+        self, number: int, request: dict[str, Any], unit: dict[str, Any], aside: Path, shards: Iterable[Shard]
+    ) -> None:
+        """Let the shards of unit `number` take their places, from `aside`, then note `unit` in its journal."""
+        for shard in shards:
+            for name in (shard.file, shard.index):
+                (aside / name).replace(self.shards / name)
+        files.sync(self.shards)
+        files.write_json(self.journal(number), {"request": digest(request), "unit": unit})
+
+    def noted(self, number: int, request: dict[str, Any]) -> Any:
+        """What the journal of a unit of `request` holds; None where there is none, or none that makes sense."""
+        try:
+            journal = json.loads(self.journal(number).read_text(encoding="utf-8"))
+            return journal["unit"] if journal["request"] == digest(request) else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def clean(self, units: Iterable[int], shards: Iterable[Shard]) -> None:
+        """For a build: remove all but the journals of these units, and these shards."""
+        kept = {self.path / LOCK, self.path / REQUEST, self.shards, *map(self.journal, units)}
+        kept |= {self.shards / name for shard in shards for name in (shard.file, shard.index)}
         for path in [*self.path.iterdir(), *self.shards.iterdir()]:
             if path not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def publish(self, manifest: Manifest) -> None:
-        """Let the shards appear, with their manifest."""
-        files.write_json(self.shards / FILE, manifest.as_dict())
+    def publish(self, file: str, content: dict[str, Any]) -> None:
+        """Let the shards appear, with the JSON file that says what they are."""
+        files.write_json(self.shards / file, content)
         self.shards.chmod(0o755)
         files.sync(self.shards)
         self.shards.replace(self.out)
@@ -123,6 +150,20 @@ def at_work(out: Path, shared: bool) -> Iterator[Unfinished]:
     folder = Unfinished(out, out.with_name(f".{out.name}.building"))
     with _locked(folder, shared):
         yield folder
+
+
+@contextmanager
+def faults(out: Path, what: str) -> Iterator[None]:
+    """Faults of the machine while `what` is written to `out`, in one line."""
+    try:
+        yield
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{what} cannot be written to {out} ({error.strerror}): choose another folder") from None
+    except OSError as error:
+        raise MachineError(
+            f"writing {what} to {out} failed: {one_line(error)}; finished shards are kept, the same command again goes "
+            "on after them"
+        ) from None
 
 
 def _locked(folder: Unfinished, shared: bool) -> IO[str]:

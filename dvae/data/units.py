@@ -3,8 +3,6 @@ those held out, and noted in a journal of their own when that is done."""
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -12,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dvae import files
 from dvae.data import request
 from dvae.data.manifest import HELDOUT, TRAIN, Shard
 from dvae.data.render import Rendered, render, rendered
@@ -60,13 +57,10 @@ class Units:
         return {number: unit for number, unit in noted.items() if unit and self._sound(number, unit)}
 
     def _noted(self, number: int) -> Unit | None:
+        row = self.folder.noted(number, self.request)
         try:
-            journal = json.loads(self.folder.journal(number).read_text(encoding="utf-8"))
-            if journal["request"] != request.digest(self.request):
-                return None
-            row = journal["unit"]
             return Unit(**{**row, "shards": {split: Shard(**shard) for split, shard in row["shards"].items()}})
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             return None  # no journal, or one of another version
 
     def _sound(self, number: int, unit: Unit) -> bool:
@@ -98,14 +92,9 @@ class Units:
 
     def _make(self, number: int, images: Iterable[Rendered], earlier: list[str], work: str) -> Unit:
         """Write unit `number` aside, let its shards take their places, then note it; `earlier` are damaged images."""
-        with tempfile.TemporaryDirectory(prefix=work, dir=self.folder.path) as aside:
-            unit = self._write(number, images, earlier, Path(aside))
-            for shard in unit.shards.values():
-                for name in (shard.file, shard.index):
-                    (Path(aside) / name).replace(self.folder.shards / name)
-        files.sync(self.folder.shards)
-        journal = {"request": request.digest(self.request), "unit": asdict(unit)}
-        files.write_json(self.folder.journal(number), journal)
+        with self.folder.aside(work) as aside:
+            unit = self._write(number, images, earlier, aside)
+            self.folder.finish(number, self.request, asdict(unit), aside, unit.shards.values())
         return unit
 
     def _write(self, number: int, images: Iterable[Rendered], earlier: list[str], aside: Path) -> Unit:

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -25,8 +26,7 @@ HELLO, BYE = "hello", "bye"
 
 def main(words: list[str]) -> int:
     """Take part in the job; returns the exit status."""
-    for ask in ASKS:
-        signal.signal(ask, asked)
+    listen(leave)  # at once: imports take seconds, and what is not heard kills
     os.environ.update(variables(os.environ))
     import torch.distributed as dist
 
@@ -34,6 +34,7 @@ def main(words: list[str]) -> int:
     store = dist.TCPStore(where, port, is_master=False, timeout=timedelta(minutes=5))
     host = {"host": os.environ.get("SLURMD_NODENAME", "?"), "pid": os.getpid(), "step": os.environ["SLURM_STEP_ID"]}
     store.set(f"{HELLO} {number}", json.dumps(host))
+    listen(asked)
     end = run(words, store)
     store.set(f"{BYE} {number}", json.dumps(end))
     return int(end["status"])
@@ -71,6 +72,16 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
         more = {"why": getattr(error, "why", ""), "again": getattr(error, "again", True)}
         return {"status": status, "said": said} | more
     return {"status": 0}
+
+
+def listen(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in ASKS:
+        signal.signal(number, handler)
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """A signal before there is anybody to tell: srun does, by the exit status."""
+    os._exit(128 + number)
 
 
 def asked(number: int, frame: FrameType | None) -> None:

@@ -246,8 +246,8 @@ def numbers(tasks: str) -> list[int]:
 
 
 def status_of(how: str) -> int:
-    """srun's words for the end of a task as an exit status, below 0 for a signal."""
+    """srun's words for the end of a task as an exit status, below 0 for a signal, which above 128 means too."""
     if code := re.search(r"exit code (\d+)", how):
-        return int(code[1])
+        return int(code[1]) if int(code[1]) <= 128 else 128 - int(code[1])
     names = {signal.strsignal(number): -number for number in signal.valid_signals()}
     return next((status for name, status in names.items() if name and how.startswith(name)), -signal.SIGKILL)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dvae import bundle, keyed
-from dvae.data import cache
+from dvae.data import cache, cache_build, request
 from dvae.data.images import to_float, to_uint8
 from dvae.data.manifest import FILE as MANIFEST
 from dvae.data.reader import Shards
@@ -74,7 +74,12 @@ def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
 
 
 def about(run: Run, config: RunConfig, made: Models) -> cache.About:
-    """What the run's cache must be. Raises UserError where no cache can serve the run."""
+    """What the run's cache must be.
+
+    Raises UserError where the stage encoder is not finished, and where no cache can serve the run.
+    """
+    if "encoder" not in run.records():
+        raise UserError(f"run={run.path} has no finished stage encoder yet: a cache is made of what it has trained")
     if config.data.flip:
         raise UserError("stages: cache holds each image as it is, data.flip=true asks for both: set data.flip=false")
     reconstructions = config.cache.what is Cached.reconstructions
@@ -96,25 +101,35 @@ def about(run: Run, config: RunConfig, made: Models) -> cache.About:
 
 def write_cache(run: Run, config: RunConfig, made: Models) -> cache.About:
     """The run's cache, written where it is not there yet. `made` holds the trained encoder."""
-    wanted, folder = about(run, config, made), Path(config.cache.folder)
-    if (folder / cache.FILE).exists():
-        cache.Cache(folder, wanted)  # refuses another's, or a damaged one
-        return wanted
-    shards = open_shards(config, "train")
+    work = _work(run, config, made)
     with Counted("cache") as progress:
+        cache_build.write(Path(config.cache.folder), work, progress)
+    record_damage(run.path, work.images)
+    return work.about
 
-        def samples(start: int, stop: int) -> Iterator[cache.Sample]:
-            index = start
-            progress(index, wanted.images)
-            for posterior in encode(config, made, shards, start, stop):
-                for mean, logvar in zip(posterior.mean, posterior.logvar, strict=True):
-                    yield sample(config, made, wanted, index, Posterior(mean[None], logvar[None]))
-                    index += 1
-                progress(index, wanted.images)
 
-        cache.write(folder, wanted, samples)
-    record_damage(run.path, shards)
-    return wanted
+def write_cache_part(run: Run, config: RunConfig, made: Models, part: int, parts: int) -> int:
+    """Make part number `part` (0 is the first) of `parts` of the run's cache, which `write_cache` publishes.
+
+    Returns how many images the part has. `made` holds the trained encoder. Parts may be made at the same time, and
+    while the run's folder is held: nothing in it is touched, and damaged images are noted down by `write_cache`.
+    """
+    request.check_part(part, parts)
+    with Counted(f"cache, part {part + 1} of {parts}") as progress:
+        return cache_build.write_part(Path(config.cache.folder), _work(run, config, made), part, parts, progress)
+
+
+def _work(run: Run, config: RunConfig, made: Models) -> cache_build.Work:
+    wanted, shards = about(run, config, made), open_shards(config, "train")
+
+    def samples(start: int, stop: int) -> Iterator[cache.Sample]:
+        index = start
+        for posterior in encode(config, made, shards, start, stop):
+            for mean, logvar in zip(posterior.mean, posterior.logvar, strict=True):
+                yield sample(config, made, wanted, index, Posterior(mean[None], logvar[None]))
+                index += 1
+
+    return cache_build.Work(wanted, config.evaluate.batch, shards, samples)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
@@ -18,7 +19,6 @@ from patterns import pixels_of
 from PIL import Image
 
 from dvae.data.build import build
-from dvae.data.manifest import Manifest
 from dvae.data.unfinished import Unfinished
 from dvae.errors import MachineError, UserError
 
@@ -83,10 +83,10 @@ def test_killed_before_the_folder_appears(shards: Path, tmp_path: Path, monkeypa
     def killed(self: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    def publish(self: Unfinished, manifest: Manifest) -> None:
+    def publish(self: Unfinished, file: str, content: dict[str, Any]) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "chmod", killed)  # the manifest is half-written
-            original(self, manifest)
+            original(self, file, content)
 
     original = Unfinished.publish
     with monkeypatch.context() as patch:

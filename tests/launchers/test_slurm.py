@@ -245,12 +245,12 @@ def test_a_cancelled_step_begins_anew_and_a_cancelled_job_has_saved(runs: Runs, 
 
 def test_cancel_saves_and_frees_the_nodes(runs: Runs, two: Path) -> None:
     run = runs.folder / "asked"
-    job = runs.launch(run, "launcher.wait=false", *runs.slow(0.5))
+    job = runs.launch(run, "launcher.wait=false", *runs.slow(0.25))
     under_way(run, 5)
     listed = runs.tool("runs", "list", f"in={run}").stdout
     assert f"job {job} is running, since" in listed
     assert "running" in listed
-    again = runs.tool("launch", *runs.words, *SLURM, f"run={run}", *runs.slow(0.5))
+    again = runs.tool("launch", *runs.words, *SLURM, f"run={run}", *runs.slow(0.25))
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     done = runs.tool("runs", "cancel", f"run={run}")
     assert "stopped at encoder step" in done.stdout.splitlines()[-1], done.stdout + done.stderr + logs(run)
@@ -301,16 +301,20 @@ def test_a_sweep_whose_trials_are_jobs(runs: Runs) -> None:
 
 def test_a_chain_of_jobs(runs: Runs, two: Path) -> None:
     run = runs.folder / "chain"
-    chain = ["launcher.chain=true", "launcher.cpu_partition=cpu", "launcher.shard_jobs=2", "launcher.wait=false"]
-    runs.launch(run, *chain)
+    chain = ["launcher.chain=true", "launcher.cpu_partition=cpu", "launcher.array_jobs=2", "launcher.wait=false"]
+    runs.launch(run, *chain, "stages=[shards,encoder,prior,cache,refiner,evaluate]")
     jobs = queue.jobs_of(run)
-    assert [job.stages for job in jobs] == [["shards"], ["shards"], ["encoder", "prior", "refiner"], ["evaluate"]]
+    first, last = ["shards"], ["evaluate"]
+    assert [job.stages for job in jobs] == [first, first, ["encoder", "prior"], ["cache"], ["cache"], ["refiner"], last]
     runs.finish(run)
-    assert same(run, two)
-    assert [attempt.count for attempt in attempts.read(run)] == [1, 2, 1]
+    ours, theirs = figures(run), figures(two)
+    assert ours[:STEPS] == theirs[:STEPS]
+    assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], rel=1e-3)  # the cache rounds
+    assert [attempt.count for attempt in attempts.read(run)] == [1, 2, 1, 2, 1]
     partitions = runs.cluster.run("squeue", "-h", "-t", "all", "-o", "%F %P").split("\n")
     assert f"{jobs[0].id} cpu" in partitions
     assert f"{jobs[2].id} main" in partitions
+    assert f"{jobs[3].id} cpu" in partitions
 
 
 def test_what_cannot_work_is_refused_before_anything_is_queued(runs: Runs) -> None:

@@ -80,16 +80,17 @@ def test_a_dry_run_prints_the_sbatch_file_and_writes_nothing(
 
 
 def test_a_chain_asks_for_gpus_only_where_they_are_used(tiny: list[str]) -> None:
-    words = ["launcher.chain=true", "launcher.nodes=2", "launcher.gpus_per_node=8", "launcher.shard_jobs=3"]
+    words = ["launcher.chain=true", "launcher.nodes=2", "launcher.gpus_per_node=8", "launcher.array_jobs=3"]
     stages = "stages=[shards,encoder,prior,cache,refiner,evaluate]"
     files = sbatch(
         tiny, *words, "launcher.cpu_partition=cpu", stages, "train_encoder.batch=16", "train_refiner.batch=16"
     )
     kinds = [text.splitlines()[0] for text in files]
-    assert kinds == ["shards", "shards", "encoder, prior", "cache", "refiner", "evaluate"]
-    array, publish, encoder, cache, _, evaluate = files
+    assert kinds == ["shards", "shards", "encoder, prior", "cache", "cache", "refiner", "evaluate"]
+    array, publish, encoder, more, cache, _, evaluate = files
     assert "#SBATCH --array=0-2%3" in array
-    for text in (array, publish, cache):
+    assert "#SBATCH --array=0-2%3" in more
+    for text in (array, publish, more, cache):
         assert "#SBATCH --partition=cpu" in text
         assert "gpus" not in text
         assert "#SBATCH --nodes=1" in text
@@ -130,8 +131,8 @@ def test_a_machine_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("how", "status"),
-    [("Killed", -9), ("Terminated", -15), ("Exited with exit code 143", 143), ("Segmentation fault (core dumped)", -11),
-     ("User defined signal 2", -12), ("Out Of Memory", -9)],
+    [("Killed", -9), ("Terminated", -15), ("Exited with exit code 75", 75), ("Exited with exit code 140", -12),
+     ("Segmentation fault (core dumped)", -11), ("User defined signal 2", -12), ("Out Of Memory", -9)],
 )  # fmt: skip
 def test_sruns_words_for_an_end(how: str, status: int) -> None:
     assert status_of(how) == status

@@ -9,8 +9,6 @@ from enum import Enum
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 
 from dvae import keyed
 from dvae.errors import UserError
@@ -73,6 +71,11 @@ class GMM(Prior):
                 f"prior gmm has {config.components} components but only {len(mean)} latents to fit: use "
                 f"prior.components={max(1, len(mean) // 10)} or more images"
             )
+        from sklearn.exceptions import (
+            ConvergenceWarning,  # here, since that takes seconds, and a config names this file
+        )
+        from sklearn.mixture import GaussianMixture
+
         latents = self._training_latents(mean, logvar, seed)
         mixture = GaussianMixture(
             config.components,
