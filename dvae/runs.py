@@ -85,7 +85,7 @@ def find(folder: Path) -> list[Path]:
 
 
 def look(folder: Path, jobs: list[Job] | None = None) -> Status:
-    """The status of a run; `jobs` are those of it that wait or run on a cluster, asked for here where not given.
+    """The status of a run; `jobs` are what a cluster knows of its jobs, asked for here where not given.
 
     Raises UserError where the folder is none, MachineError where a file of it is damaged.
     """
@@ -94,8 +94,11 @@ def look(folder: Path, jobs: list[Job] | None = None) -> Status:
     live = attempts.in_use(folder)
     row = newest(folder)
     state, message = _state(folder, tried, live, all(stage in records for stage in config["stages"]), row is not None)
-    if jobs := queue.active(folder) if jobs is None else jobs:
-        state, message = _state_of_jobs(jobs, state, message)
+    jobs = queue.known([folder]).get(folder, []) if jobs is None else jobs
+    if active := [job for job in jobs if job.active]:
+        state, message = _state_of_jobs(active, state, message)
+    elif state is not State.finished and not live and (gone := _without_a_word(folder, jobs, tried)):
+        state, message = State.failed, gone
     left = [stage for stage in config["stages"] if stage not in records]
     age = time.time() - row["time"] if row else None
     if not left:
@@ -171,6 +174,16 @@ def _state_of_jobs(jobs: list[Job], state: State, message: str) -> tuple[State, 
     return State.waiting, f"job {jobs[0].id} waits ({jobs[0].reason}){more}{last}"
 
 
+def _without_a_word(folder: Path, jobs: list[Job], tried: list[Attempt]) -> str:
+    """What became of jobs after which no attempt began: of an array that builds shards, say; empty: one did."""
+    submitted = queue.jobs_of(folder)
+    if not submitted or (tried and tried[-1].started > submitted[-1].submitted):
+        return ""
+    bad = next((job for job in jobs if job.state != "COMPLETED"), None)
+    how = f"job {bad.id} ended as {bad.state}" if bad else f"job {submitted[-1].id} has gone"
+    return f"{how}, and no attempt began after it; see {folder / queue.FOLDER}"
+
+
 def refuse_busy(folder: Path) -> None:
     """Raise UserError where somebody works in the folder, or a job for it waits on a cluster."""
     if attempts.in_use(folder):
@@ -215,21 +228,13 @@ def table(folder: Path) -> Iterator[str]:
     if not found:
         yield f"{folder}: no runs"
         return
-    jobs = _jobs(found)
+    readable = []
+    for path in found:
+        with suppress(MachineError):  # its row says what is damaged
+            queue.jobs_of(path)
+            readable.append(path)
+    jobs = queue.known(readable)
     yield from aligned([HEADINGS, *(cells(path, jobs.get(path, [])) for path in found)])
-
-
-def _jobs(folders: list[Path]) -> dict[Path, list[Job]]:
-    """The jobs of each run that wait or run; SLURM is asked once for all."""
-    numbers = {}
-    for folder in folders:
-        with suppress(MachineError):  # its row of the table says what is damaged
-            numbers[folder] = [job.id for job in queue.jobs_of(folder)]
-    known = queue.look(number for found in numbers.values() for number in found) if queue.available() else {}
-    return {
-        folder: [job for number in found for job in known.get(number, []) if job.active]
-        for folder, found in numbers.items()
-    }
 
 
 def cells(folder: Path, jobs: list[Job]) -> tuple[str, ...]:
@@ -322,11 +327,10 @@ def cancel(folder: Path) -> Iterator[str]:
 
 def _cancel_jobs(folder: Path, jobs: list[Job]) -> Iterator[str]:
     """As `cancel`, of a run on a cluster: what waits is cancelled, what runs saves and ends."""
-    busy = [job for job in jobs if job.state == "RUNNING"]
-    for job in jobs:
-        if job.state == "PENDING":
-            queue.cancel(job.id)
-            yield f"{folder}: job {job.id} is cancelled, it had not begun"
+    busy = [job for job in jobs if job.state == "RUNNING" and not job.task]
+    for number in dict.fromkeys(job.number for job in jobs if job.state == "PENDING" or job.task):
+        queue.cancel(number)
+        yield f"{folder}: job {number} is cancelled"
     for job in busy:
         queue.stop(job.id)
         yield f"{folder}: SIGTERM to the ranks of job {job.id}; waiting for it to save and end"

@@ -54,6 +54,16 @@ class Job:
         """Whether it waits or runs."""
         return self.state not in OVER
 
+    @property
+    def number(self) -> str:
+        """Its number; of a task of an array, the array's."""
+        return self.id.partition("_")[0]
+
+    @property
+    def task(self) -> str:
+        """What part of an array it is; empty where it is none."""
+        return self.id.partition("_")[2]
+
 
 def jobs_of(folder: Path) -> list[Submitted]:
     """All jobs that a run was given, in their order. Raises MachineError where the file is damaged."""
@@ -93,24 +103,29 @@ def look(ids: Iterable[str]) -> dict[str, list[Job]]:
     if not wanted:
         return {}
     try:
-        text = ask("squeue", "--noheader", "--states=all", f"--jobs={','.join(wanted)}", "--format=%F|%i|%T|%r")
+        text = ask("squeue", "--noheader", "--states=all", f"--jobs={','.join(wanted)}", "--format=%i|%T|%r")
     except MachineError as error:
         if "Invalid job id" in str(error):  # it has forgotten the only one that was asked for
             return {}
         raise
     found: dict[str, list[Job]] = {}
     for line in text.splitlines():
-        number, job, state, reason = line.split("|", 3)
-        found.setdefault(number, []).append(Job(id=job, state=state, reason=reason))
+        number, state, reason = line.split("|", 2)
+        job = Job(id=number, state=state, reason=reason)
+        found.setdefault(job.number, []).append(job)
     return found
+
+
+def known(folders: Iterable[Path]) -> dict[Path, list[Job]]:
+    """What SLURM knows of the jobs of each run, asked once for all; nothing where this machine cannot ask."""
+    numbers = {folder: [job.id for job in jobs_of(folder)] for folder in folders}
+    found = look(number for mine in numbers.values() for number in mine) if available() else {}
+    return {folder: [job for number in mine for job in found.get(number, [])] for folder, mine in numbers.items()}
 
 
 def active(folder: Path) -> list[Job]:
     """The run's jobs that wait or run; none where this machine cannot ask."""
-    jobs = jobs_of(folder)
-    if not jobs or not available():
-        return []
-    return [job for tasks in look(job.id for job in jobs).values() for job in tasks if job.active]
+    return [job for job in known([folder])[folder] if job.active]
 
 
 def ends(job: str) -> float | None:

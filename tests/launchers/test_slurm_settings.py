@@ -145,8 +145,11 @@ def test_sruns_words_for_tasks() -> None:
     assert (found["host"], found["tasks"], found["how"]) == ("node-a12", "0-1,3", "Exited with exit code 1")
 
 
-def attempt(started: float, job: str = "7", status: int | None = 1) -> Attempt:
-    return Attempt(started=started, host="h", pid=1, launcher="slurm", count=2, cwd="/", job=job, status=status)
+def attempt(started: float, job: str = "7", status: int = 1) -> Attempt:
+    return Attempt(
+        started=started, host="h", pid=1, launcher="slurm", count=2, cwd="/", job=job, ended=started + 1,
+        status=status, message="its last words",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -195,9 +198,40 @@ def test_jobs_tell_a_runs_state_where_locks_do_not(tmp_path: Path, monkeypatch: 
     status = runs.look(tmp_path, [Job(id="12", state="RUNNING", reason="None")])
     assert (status.state, status.message) == (State.running, "job 12 is running")
     assert runs.look(tmp_path, []).state is State.failed
+    over = Job(id="12", state="COMPLETED", reason="None")
+    assert runs.look(tmp_path, [over]).message == runs.look(tmp_path, []).message
     monkeypatch.setattr(queue, "active", lambda folder: jobs)
     with pytest.raises(UserError, match="has a job already, 12, pending"):
         runs.refuse_busy(tmp_path)
+
+
+def test_jobs_that_end_before_an_attempt_begins_are_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: x\nstages: [shards, encoder]\ntrain_encoder: {steps: 5, batch: 8}\n")
+    (tmp_path / queue.FOLDER).mkdir()
+    queue.enter(tmp_path, [Submitted(id="12", stages=["shards"], submitted=time.time() - 9)])
+    tasks = [Job(id="12_0", state="COMPLETED", reason="None"), Job(id="12_1", state="FAILED", reason="NonZeroExitCode")]
+    status = runs.look(tmp_path, tasks)
+    assert (status.state, status.message.partition(",")[0]) == (State.failed, "job 12_1 ended as FAILED")
+    assert runs.look(tmp_path, []).message.startswith("job 12 has gone, and no attempt began after it")
+    attempts.write(tmp_path, [attempt(time.time(), status=143)])
+    assert runs.look(tmp_path, tasks).state is State.stopped
+
+
+def test_cancel_cancels_what_waits_and_arrays_and_stops_what_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(queue, "cancel", lambda job: done.append(f"cancel {job}"))
+    monkeypatch.setattr(queue, "stop", lambda job: done.append(f"stop {job}"))
+    monkeypatch.setattr(queue, "known", lambda folders: {tmp_path: jobs if not done else []})
+    states = [("12_0", "RUNNING"), ("12_[1-3%4]", "PENDING"), ("13", "PENDING")]
+    jobs = [Job(id=number, state=state, reason="") for number, state in states]
+    assert list(runs.cancel(tmp_path)) == [f"{tmp_path}: job {number} is cancelled" for number in ("12", "13")]
+    assert done == ["cancel 12", "cancel 13"]
+    done, jobs = [], [Job(id="14", state="RUNNING", reason="")]
+    attempts.write(tmp_path, [attempt(time.time(), status=143)])
+    assert len(list(runs.cancel(tmp_path))) == 2
+    assert done == ["stop 14"]
 
 
 def test_jobs_are_kept_in_the_run_folder(tmp_path: Path) -> None:
