@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests_support import ROOT, Tool, environment
+
+from dvae.errors import UserError, one_line
+from dvae.tools import launch
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
@@ -24,6 +28,22 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("dvae: error: ")
     return lines[0]
+
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refusal:
+    """The one line by which a tool refuses words; in this process, to be quick. One test sees the exit status too."""
+
+    def run(name: str, *words: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError) as caught:
+            importlib.import_module(f"dvae.tools.{name}").command(list(words))
+        return one_line(caught.value)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +87,25 @@ def test_sampling_is_keyed_per_image(finished: Path, tool: Tool, tmp_path: Path)
     assert np.abs(few[:16, : 6 * 17 - 1] - many[:16, : 6 * 17 - 1]).max() <= 1
 
 
-def test_dry_run_prints_and_writes_nothing(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
-    done = tool("launch", *tiny, "dry_run=true")
-    assert done.returncode == 0, done.stderr
-    assert "stages: shards -> encoder -> prior -> refiner -> evaluate" in done.stdout
-    assert "encoder: 0.0M parameters, 6 steps of 8 images" in done.stdout
-    assert "refiner: 0.2M parameters" in done.stdout
-    assert "shards: 2 in" in done.stdout
+def test_dry_run_prints_and_writes_nothing(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launch.command([*tiny, "dry_run=true"])
+    said = capsys.readouterr().out
+    assert "stages: shards -> encoder -> prior -> refiner -> evaluate" in said
+    assert "encoder: 0.0M parameters, 6 steps of 8 images" in said
+    assert "refiner: 0.2M parameters" in said
+    assert "shards: 2 in" in said
     assert not list(tmp_path.iterdir())
 
 
-def test_help_names_recipes_and_kinds(tool: Tool) -> None:
-    done = tool("launch", "--help")
-    assert done.returncode == 0
-    assert "demo" in done.stdout
-    assert "avatars" in done.stdout
-    assert "schedule" in done.stdout
+def test_help_names_recipes_and_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    launch.command(["--help"])
+    said = capsys.readouterr().out
+    assert "demo" in said
+    assert "avatars" in said
+    assert "schedule" in said
 
 
 MISTAKES = {
@@ -105,15 +128,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("word", MISTAKES)
-def test_a_wrong_word_is_one_line(word: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, to be quick; the fresh interpreter of the other tests proves the exit status."""
-    from dvae.errors import UserError, one_line
-    from dvae.tools.launch import command
-
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        command([*tiny, word])
-    assert MISTAKES[word] in one_line(caught.value)
+def test_a_wrong_word_is_one_line(word: str, tiny: list[str], tmp_path: Path, refusal: Refusal) -> None:
+    assert MISTAKES[word] in refusal("launch", *tiny, word)
     assert not list(tmp_path.iterdir())
 
 
@@ -123,7 +139,7 @@ def test_a_wrong_word_ends_with_status_2(tool: Tool, tiny: list[str], tmp_path: 
 
 
 @pytest.mark.parametrize("content", ["missing", "empty", "no images", "text called .png"])
-def test_a_folder_without_images(content: str, tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+def test_a_folder_without_images(content: str, refusal: Refusal, tiny: list[str], tmp_path: Path) -> None:
     images = tmp_path / "images"
     if content != "missing":
         images.mkdir()
@@ -133,24 +149,22 @@ def test_a_folder_without_images(content: str, tool: Tool, tiny: list[str], tmp_
         for number in range(20):
             (images / f"{number}.png").write_text("no picture")
     words = [word for word in tiny if not word.startswith("source.")]
-    line = refused(tool("launch", *words, "source=folder", f"source.path={images}"))
+    line = refusal("launch", *words, "source=folder", f"source.path={images}")
     assert str(images) in line or "0.png" in line
     assert not (tmp_path / "runs").exists()
 
 
-def test_shards_of_another_size(finished: Path, tool: Tool, tiny: list[str], tmp_path: Path) -> None:
-    line = refused(
-        tool("launch", *tiny, f"data.shards={finished}/shards", "image_size=32", "encoder.resolutions=[16,4,1]")
-    )
+def test_shards_of_another_size(finished: Path, refusal: Refusal, tiny: list[str], tmp_path: Path) -> None:
+    line = refusal("launch", *tiny, f"data.shards={finished}/shards", "image_size=32", "encoder.resolutions=[16,4,1]")
     assert "16" in line
     assert "32" in line
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_of_another_recipe_or_setting(finished: Path, tool: Tool, tiny: list[str]) -> None:
+def test_a_run_of_another_recipe_or_setting(finished: Path, refusal: Refusal, tiny: list[str]) -> None:
     other = [word for word in tiny if word != "recipe=demo"]
-    assert "belongs to recipe 'demo'" in refused(tool("launch", "recipe=avatars", *other, f"run={finished}"))
-    assert "made with train_refiner.lr=" in refused(tool("launch", *tiny, f"run={finished}", "train_refiner.lr=1"))
+    assert "belongs to recipe 'demo'" in refusal("launch", "recipe=avatars", *other, f"run={finished}")
+    assert "made with train_refiner.lr=" in refusal("launch", *tiny, f"run={finished}", "train_refiner.lr=1")
 
 
 @pytest.fixture
@@ -170,20 +184,20 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_read_only_run_folder(read_only: Path, tool: Tool, tiny: list[str]) -> None:
-    assert "cannot be written" in refused(tool("launch", *tiny, f"run={read_only}"))
-    assert "cannot be written" in refused(tool("launch", *tiny, f"run={read_only}/run"))
+def test_a_read_only_run_folder(read_only: Path, refusal: Refusal, tiny: list[str]) -> None:
+    assert "cannot be written" in refusal("launch", *tiny, f"run={read_only}")
+    assert "cannot be written" in refusal("launch", *tiny, f"run={read_only}/run")
 
 
-def test_a_folder_that_is_no_run(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run(refusal: Refusal, tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "is not a run" in refused(tool("launch", *tiny, "run=mine"))
+    assert "is not a run" in refusal("launch", *tiny, "run=mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("fault", ["config", "bytes", "missing", "not a bundle"])
-def test_a_bundle_that_is_not_whole(fault: str, finished: Path, tool: Tool, tmp_path: Path) -> None:
+def test_a_bundle_that_is_not_whole(fault: str, finished: Path, refusal: Refusal, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(finished / "bundle", bundle)
     weights = bundle / "model.safetensors"
@@ -202,5 +216,5 @@ def test_a_bundle_that_is_not_whole(fault: str, finished: Path, tool: Tool, tmp_
     else:
         bundle = tmp_path / "nothing"
         said = "no such run or bundle"
-    assert said in refused(tool("sample", f"run={bundle}", "n=2", "out=x.png"))
+    assert said in refusal("sample", f"run={bundle}", "n=2", "out=x.png")
     assert not (tmp_path / "x.png").exists()
