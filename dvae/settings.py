@@ -241,8 +241,16 @@ class SampleConfig:
     """Images."""
     seed: int = 0
     """Seed of z and of the noise."""
+    first: int = 0
+    """Number of the first image; image k of a seed is the same whichever is the first."""
     out: str = "samples.png"
-    """The picture."""
+    """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
+    vae: bool | None = None
+    """Put the VAE's sample at the left of each refined one (null: in a picture only, where there is a VAE)."""
+    batch_size: int | None = None
+    """Images per network call (null: fixed chunks of 16, with which image k has the same bits in any request)."""
+    processes: int = 1
+    """Processes of this machine that draw."""
     label: str = ""
     """Class of all images (empty: drawn evenly, where the run has classes)."""
     guidance: float = 1.0
@@ -254,7 +262,7 @@ class SampleConfig:
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
     sampler: Any = None
-    """Another sampler than the run's."""
+    """Another sampler than the run's, or fields of the run's own."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,21 +14,22 @@ from dvae import config, models
 from dvae.data.images import to_float
 from dvae.errors import UserError
 from dvae.guidance import Guidance
-from dvae.pipeline import Pipeline
+from dvae.pipeline import Pipeline, calls
 from dvae.registry import SAMPLERS
 
 PHASE_SPACE = ["schedule=constant", "denoiser.prediction=eps", "sampler=em"]
 WORDS = {"vp": [], "psld": ["process=psld", *PHASE_SPACE], "cld": ["process=cld", *PHASE_SPACE]}
 
 
-def pipeline(tiny: list[str], *words: str) -> Pipeline:
+def pipeline(tiny: list[str], *words: str, batch: int | None = 3) -> Pipeline:
     settings = config.typed(config.compose("train", [*tiny, "denoiser.data_scale=1", *words]))
+    torch.manual_seed(0)
     made = models.build(settings)
     for module in made.trained().values():
         module.eval().requires_grad_(False)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    return Pipeline(settings, made, batch=3)
+    return Pipeline(settings, made, batch)
 
 
 CASES = integrable(("vp",), ("cosine",)) + integrable(("psld", "cld"), ("constant",))
@@ -45,6 +48,77 @@ def test_every_sampler_draws_images_with_every_process_it_supports(
     alone = made.refine(made.draw(4, 0)[3:], 0, numbers=[3])  # the batch is of no account, up to rounding
     together = made.refine(made.draw(4, 0), 0)[3:]
     assert (alone - together).abs().mean() < 0.02
+
+
+MAPS = [
+    "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
+    "encoder.discriminator_weight=0", "encoder.middle_attention=false",
+]  # fmt: skip
+LATENT = [
+    "recipe=ldm_avatars", *MAPS, "image_size=16", "refiner.width=32", "refiner.multipliers=[1]", "sampler.steps=2"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("space", "precision", "rounding"),
+    [("vp", "fp32", 1), ("vp", "bf16", 8), ("psld", "fp32", 1), ("latent", "fp32", 1), ("guided", "fp32", 1)],
+)
+def test_an_image_has_the_same_bits_in_every_request(
+    space: str, precision: str, rounding: int, tiny: list[str]
+) -> None:
+    words = [*WORDS.get(space, []), f"train_refiner.precision={precision}", "denoiser.condition_dropout=0.1"]
+    made = pipeline(LATENT, *words[:1], batch=None) if space == "latent" else pipeline(tiny, *words, batch=None)
+    guidance = Guidance(condition=2.0 if space == "guided" else 1.0)
+    vae, whole = made.generate(40, seed=5, guidance=guidance)
+    threads = torch.get_num_threads()
+    for first, n in ((0, 1), (3, 7), (14, 5), (33, 7)):
+        torch.set_num_threads(3)
+        vae_part, part = made.generate(n, seed=5, first=first, guidance=guidance)
+        torch.set_num_threads(threads)
+        assert torch.equal(part, whole[first : first + n])
+        assert (vae is None) == (vae_part is None) == (space == "latent")
+        if vae is not None:
+            assert torch.equal(vae_part, vae[first : first + n])
+    assert not torch.equal(whole[0], whole[1])
+    for made.batch in (1, 7, 64):
+        _, other = made.generate(40, seed=5, guidance=guidance)
+        assert ((other.int() - whole.int()).abs() > rounding).float().mean() < 0.01  # an untrained network may amplify
+
+
+def test_numbers_that_are_computed_together() -> None:
+    assert calls(0, 17, None) == [range(16), range(16, 32)]
+    assert calls(20, 3, None) == [range(16, 32)]
+    assert calls(20, 3, 2) == [range(20, 22), range(22, 23)]
+
+
+def test_adaptive_steps_have_the_same_bits_and_images_that_nobody_asked_for_are_not_counted(tiny: list[str]) -> None:
+    made = pipeline(tiny, batch=None)
+    made.use_sampler("ode", tolerance=0.1)
+    counted: list[int] = []
+    _, both = made.generate(2, 0, first=15, advance=counted.append)  # the last of a chunk and the first of the next
+    together, apart = made.nfe, 0.0
+    for i in (0, 1):
+        _, alone = made.generate(1, 0, first=15 + i)
+        assert torch.equal(alone[0], both[i])
+        apart += made.nfe
+    assert apart == 2 * together
+    assert counted == [1, 1]
+    with pytest.raises(UserError, match="n=0 first=0: use n=1"):
+        made.generate(0, 0)
+
+
+def test_fields_of_the_present_sampler_are_changed(tiny: list[str]) -> None:
+    made = pipeline(tiny)
+    made.use_sampler("em", steps=5)
+    made.use_sampler(temperature=0.9)
+    assert (made.sampler.config.name, made.sampler.config.steps, made.sampler.config.temperature) == ("em", 5, 0.9)
+    with pytest.raises(UserError, match="stps is not a field of 'em': did you mean 'steps'"):
+        made.use_sampler(stps=5)
+
+
+def test_dvae_itself_imports_nothing_heavy() -> None:
+    code = "import sys, dvae; assert callable(dvae.load); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("process", ["vp", "psld"])

@@ -1,45 +1,42 @@
-"""Draw images: python tools/sample.py run=runs/demo n=64 seed=0 out=samples.png [sampler=ddim sampler.steps=50]"""
+"""Draw images: python tools/sample.py run=runs/demo n=64 seed=0 out=samples.png [sampler=ddim] [sampler.steps=50]"""
 
 from __future__ import annotations
 
-from dvae.errors import UserError, run_command
+from dvae.errors import run_command
 
-USAGE = """usage: python tools/sample.py run=FOLDER [n=64] [seed=0] [out=samples.png] [sampler=NAME sampler.FIELD=VALUE]
-       [label=NAME] [guidance=1] [label_guidance=1] [classifier_guidance=0]
+USAGE = """usage: python tools/sample.py run=FOLDER [n=64] [seed=0] [first=0] [out=samples.png] [vae=BOOL] [processes=1]
+       [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1] [label_guidance=1] [classifier_guidance=0]
+       [batch_size=N]
 
-run= takes a run folder or a bundle. Writes one picture: each VAE sample, where there is a VAE, with its refined sample
-at its right.
+run= takes a run folder or a bundle. out= names the form: NAME.png one picture, each VAE sample, where there is a VAE,
+with its refined sample at its right; NAME/ a folder of 000000.png, ...; NAME.npy uint8 (n, H, W, C); NAME.zip and
+NAME.tar (WebDataset) of PNGs. vae=true puts the VAE's samples there too. The same command again goes on where it was
+ended. Image k of a seed has the same bits on the CPU, however many are drawn, from whichever `first`, by however many
+processes; with batch_size=, which may be faster, a pixel may be off by one grey level in fp32, by a few in bf16.
+sampler.FIELD changes the run's own sampler or the one that sampler= names; sampler.temperature scales the starting
+noise.
 guidance weighs x_hat, z and class together, label_guidance the class alone (0 without, 1 as trained, above 1 stronger);
 classifier_guidance is the factor on the gradient of the run's classifier. label is one of the run's classes."""
 
 
 def command(argv: list[str]) -> None:
-    """Load the run, draw n images, write the picture."""
-    from pathlib import Path
-
-    import torch
-
-    from dvae import config, pipeline
-    from dvae.guidance import Guidance
-    from dvae.tracking import pictures
-
+    """Draw what the words ask for, and say what it took."""
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    words = config.compose("sample", argv)
-    if int(words.n) < 1:
-        raise UserError(f"n={words.n}: use 1 or more")
-    loaded = pipeline.load(str(words.run))
-    if config.endless(loaded.config):
-        raise UserError(f"run={words.run} draws points, not images: use python tools/gallery.py runs={words.run}")
-    if words.sampler is not None:
-        loaded.use_sampler(words.sampler)
-    guidance = Guidance(condition=words.guidance, label=words.label_guidance, classifier=words.classifier_guidance)
-    label = loaded.class_number(words.label) if words.label else None
-    vae, refined = loaded.generate(int(words.n), int(words.seed), label=label, guidance=guidance)
-    shown = [refined] if vae is None else [vae, refined]
-    pictures.grid(torch.stack(shown, 1).flatten(0, 1), Path(str(words.out)))
-    print(f"{words.out}: {words.n} samples, {loaded.nfe:g} network evaluations each")
+    from dvae import config, drawing
+
+    settings = config.words_of_a_tool(config.compose("sample", own_sampler(argv)))
+    done = drawing.draw(settings)
+    speed = f", {done.drawn} drawn now at {done.images_per_second:.3g} images/s" if done.drawn else ""
+    print(f"{settings.out}: {settings.n} samples, {done.nfe:g} network evaluations each{speed}")
+
+
+def own_sampler(words: list[str]) -> list[str]:
+    """The words, with sampler.FIELD=VALUE as Hydra wants it where no sampler is named: fields of the run's own."""
+    if any(word.startswith("sampler=") for word in words):
+        return words
+    return [f"+{word}" if word.startswith("sampler.") else word for word in words]
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
     Raises UserError where the run, its images or their labels are not to be had.
     """
     _check(settings)
-    pipeline = pipelines.load(settings.run)
+    pipeline = pipelines.load(settings.run, settings.batch)
     if endless(pipeline.config):
         raise UserError(f"run={settings.run} draws points, not images: use python tools/gallery.py runs={settings.run}")
     if settings.sampler is not None:

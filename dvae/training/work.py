@@ -190,7 +190,7 @@ def refiner_stage(run: Run, config: RunConfig) -> None:
         if configuration.endless(config):
             preview_points(config, Pipeline(config, copy, config.evaluate.batch), path)
             return path
-        vae, refined = Pipeline(config, copy).generate(PREVIEW_IMAGES, config.seed)
+        vae, refined = Pipeline(config, copy, config.evaluate.batch).generate(PREVIEW_IMAGES, config.seed)
         pictures.grid(refined if vae is None else torch.cat([vae, refined]), path)
         return path
 

@@ -1,0 +1,106 @@
+"""Chunks of images under way: a hidden folder beside the result, with the request that they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dvae import files
+from dvae.errors import MachineError, UserError, one_line
+
+REQUEST = "request.json"
+LOCK = "lock"
+
+
+class Chunks:
+    """The chunks of one request, each a file that is complete or absent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def folder_of(out: Path) -> Path:
+        return out.with_name(f".{out.name}.drawing")
+
+    @classmethod
+    @contextmanager
+    def opened(cls, out: Path, request: dict[str, Any]) -> Iterator[Chunks]:
+        """The chunks for `out`, those of an earlier attempt too; no other command has them meanwhile.
+
+        Raises UserError where another command draws there now, or another request was begun there.
+        """
+        folder = cls.folder_of(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(folder / LOCK, UserError(f"out={out}: another command draws it now: wait, or name another")):
+            record = folder / REQUEST
+            if not record.exists():  # the folder of a command that was ended before it could begin
+                for path in folder.glob("*.npz"):
+                    path.unlink()
+                files.write_json(record, request)
+            if unlike := difference(read(record), request):
+                raise UserError(f"out={out} is half-drawn with {unlike}: name another, or remove {folder}")
+            files.remove_leftovers(folder)
+            yield cls(folder)
+
+    def path(self, numbers: range) -> Path:
+        return self.folder / f"{numbers.start:09d}-{numbers.stop:09d}.npz"
+
+    def has(self, numbers: range) -> bool:
+        return self.path(numbers).exists()
+
+    def write(self, numbers: range, pixels: np.ndarray, nfe: np.ndarray) -> None:
+        """Keep the pixels (n, H, W, C) uint8 and network evaluations (n,) of a chunk."""
+        files.write_file(self.path(numbers), lambda aside: np.savez(aside, pixels=pixels, nfe=nfe))
+
+    def read(self, numbers: range, what: str) -> np.ndarray:
+        """`pixels` or `nfe` of a chunk. Raises MachineError, naming the file, where it is damaged."""
+        path = self.path(numbers)
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                return np.asarray(kept[what])
+        except Exception as error:  # noqa: BLE001 damaged bytes make zipfile and NumPy raise nearly anything
+            raise MachineError(
+                f"{path} is damaged ({one_line(error)}): remove it, then the same command again draws it anew"
+            ) from None
+
+    def remove(self) -> None:
+        """Remove the folder: chunks first, so that no chunk is ever without its request."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.suffix != ".npz"):
+            path.unlink()
+        self.folder.rmdir()
+
+    @classmethod
+    def remove_at(cls, out: Path) -> None:
+        """Remove what a command that was ended while it removed the folder has left."""
+        folder = cls.folder_of(out)
+        if folder.exists():
+            cls(folder).remove()
+
+
+def read(record: Path) -> dict[str, Any]:
+    """A record as it was written. Raises UserError where it is none."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{record}: not a record of what was drawn ({one_line(error)}): remove it") from None
+    return dict(found)
+
+
+def difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """The first field in which two requests differ, in words; empty where none does."""
+    for key in [*mine, *(key for key in theirs if key not in mine)]:
+        there, here = theirs.get(key), mine.get(key)
+        if there != here:
+            return f"{key}={_short(there)}, this asks for {_short(here)}"
+    return ""
+
+
+def _short(value: Any) -> str:
+    """A value as one writes it; a hash by its beginning."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text[:12] if len(text) == 64 else text or "''"

@@ -1,0 +1,241 @@
+"""Drawing many images: forms, going on after a kill, processes, requests that do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from tests_support import ROOT, environment
+
+import dvae
+from dvae import bundle, config, drawing, files, models
+from dvae.drawing import processes
+from dvae.drawing.chunks import Chunks
+from dvae.errors import MachineError, UserError
+from dvae.settings import SampleConfig
+from dvae.tools import sample
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """The bundle of a run that was never trained."""
+    composed = config.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
+    made = models.build(config.typed(composed))
+    with torch.no_grad():
+        made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
+    folder = tmp_path_factory.mktemp("drawing") / "bundle"
+    bundle.export(folder, config.to_yaml(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(VAE samples, refined samples) of seed 3, (40, H, W, C)."""
+    vae, refined = dvae.load(run).generate(40, seed=3)
+    assert vae is not None
+    return vae.permute(0, 2, 3, 1).numpy(), refined.permute(0, 2, 3, 1).numpy()
+
+
+def asked(run: Path, out: Path | str, **words: object) -> SampleConfig:
+    return SampleConfig(**{"run": str(run), "out": str(out), "n": 20, "seed": 3, **words})  # type: ignore[arg-type]
+
+
+def test_every_form_holds_the_same_images(run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    both = np.concatenate(expected, 2)
+    for first, vae, wanted in ((0, False, expected[1][:20]), (17, True, both[17:37])):
+        outs = [f"{tmp_path}/{first}{end}" for end in ("/", ".npy", ".zip", ".tar")]
+        for out in outs:
+            done = drawing.draw(asked(run, out, first=first, vae=vae))
+            assert (done.nfe, done.drawn) == (2, 20)
+        names = [f"{number:06d}.png" for number in range(first, first + 20)]
+        folder = Path(outs[0])
+        assert sorted(path.name for path in folder.iterdir()) == names
+        assert np.array_equal(np.stack([np.asarray(Image.open(folder / name)) for name in names]), wanted)
+        assert np.array_equal(np.load(outs[1]), wanted)
+        with zipfile.ZipFile(outs[2]) as archive:
+            assert archive.namelist() == names
+            assert all(archive.read(name) == (folder / name).read_bytes() for name in names)
+            assert {item.compress_type for item in archive.infolist()} == {zipfile.ZIP_STORED}
+        shard = list(webdataset.WebDataset(outs[3], shardshuffle=False))
+        assert [item["__key__"] for item in shard] == [f"{number:09d}" for number in range(first, first + 20)]
+        assert [item["png"] for item in shard] == [(folder / name).read_bytes() for name in names]
+        assert json.loads(Path(f"{outs[1]}.json").read_text())["nfe"] == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_picture_shows_both_and_is_replaced(
+    run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    out = tmp_path / "grid.png"
+    drawing.draw(asked(run, out, n=2, seed=4))
+    drawing.draw(asked(run, out, n=2))
+    picture = np.asarray(Image.open(out))[:, :, :3]
+    assert picture.shape == (16, 4 * 17 - 1, 3)
+    cells = [picture[:, start : start + 16] for start in range(0, 68, 17)]
+    for cell, wanted in zip(cells, (expected[0][0], expected[1][0], expected[0][1], expected[1][1]), strict=True):
+        assert np.array_equal(cell, wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def start(run: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "tools" / "sample.py"), f"run={run}", "seed=3", *words]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent
+    )
+
+
+@pytest.mark.parametrize(("kill_at", "n"), [(96, 320), pytest.param(300, 1000, marks=pytest.mark.slow)])
+def test_killed_and_gone_on_with_by_two_processes(run: Path, tmp_path: Path, kill_at: int, n: int) -> None:
+    out = tmp_path / "images"
+    victim = start(run, f"out={out}/", f"n={n}")
+    under_way = Chunks.folder_of(out)
+    while 16 * len(list(under_way.glob("0*.npz"))) < kill_at:
+        assert victim.poll() is None, victim.communicate()
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    kept = 16 * len(list(under_way.glob("0*.npz")))
+    assert kept < n - 16
+    assert not out.exists()
+    with pytest.raises(
+        UserError, match=r"is half-drawn with seed=3, this asks for 4: name another, or remove .*drawing"
+    ):
+        drawing.draw(asked(run, f"{out}/", n=n, seed=4))
+    with pytest.raises(UserError, match=r"half-drawn with sampler\.steps=2, this asks for 3"):
+        drawing.draw(asked(run, f"{out}/", n=n, sampler={"steps": 3}))
+
+    resumed = start(run, f"out={out}/", f"n={n}", "processes=2")
+    said, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    drawn = re.search(rf"{n} samples, 2 network evaluations each, (\d+) drawn now at .* images/s", said)
+    assert drawn, said
+    assert int(drawn[1]) == n - kept
+    assert not under_way.exists()
+
+    straight = tmp_path / "straight"
+    drawing.draw(asked(run, f"{straight}/", n=n))
+    hashes = [{path.name: files.sha256(path) for path in folder.iterdir()} for folder in (out, straight)]
+    assert len(hashes[0]) == n
+    assert hashes[0] == hashes[1]
+    assert drawing.draw(asked(run, f"{out}/", n=n)).drawn == 0
+
+
+def test_more_may_be_asked_for_while_it_is_under_way(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.npy"
+    drawn: list[range] = []
+    write = Chunks.write
+
+    def ends_at_the_third(self: Chunks, numbers: range, pixels: np.ndarray, nfe: np.ndarray) -> None:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(numbers)
+        write(self, numbers, pixels, nfe)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Chunks, "write", ends_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            drawing.draw(asked(run, out, n=33))
+    assert drawn == [range(16), range(16, 32)]
+    assert drawing.draw(asked(run, out, n=40)).drawn == 8
+    assert len(np.load(out)) == 40
+
+
+def test_a_batch_size_is_within_a_grey_level(
+    run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    drawing.draw(asked(run, tmp_path / "x.npy", n=40, batch_size=7))
+    assert np.abs(np.load(tmp_path / "x.npy").astype(int) - expected[1].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["n=0"], "n=0: use 1 or more"),
+        (["first=-1"], "first=-1: use 0 or more"),
+        (["processes=0"], "processes=0: use 1 or more"),
+        (["batch_size=0"], "batch_size=0: use 1 or more, or leave it out"),
+        (["out=x.gif"], r"out=x\.gif: use a name that ends with \.png"),
+        (["out=x.png", "n=5000"], r"out=x\.png is one picture, too small for n=5000 \(at most 1024\)"),
+        (["label=cat"], "label=cat: this run has no classes"),
+        (["sampler.stps=3"], r"sampler\.stps is not a field of 'ddim'"),
+        (["guidance=2"], "guidance=2.0 needs a refiner trained with"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as refusal:
+        sample.command([f"run={run}", *words])
+    assert "\n" not in str(refusal.value)
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "folder"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("all of it")
+    with pytest.raises(UserError, match="is there already, and not from this command"):
+        drawing.draw(asked(run, foreign))
+    out = tmp_path / "x.npy"
+    drawing.draw(asked(run, out, n=3))
+    before = hashlib.sha256(out.read_bytes()).hexdigest()
+    with pytest.raises(UserError, match="drawn with n=3, this asks for 4"):
+        drawing.draw(asked(run, out, n=4))
+    assert drawing.draw(asked(run, out, n=3)).drawn == 0
+    assert hashlib.sha256(out.read_bytes()).hexdigest() == before
+    with Chunks.opened(tmp_path / "y.npy", {}), pytest.raises(UserError, match="another command draws it now"):
+        drawing.draw(asked(run, tmp_path / "y.npy"))
+
+
+def test_a_chunk_without_a_request_is_not_trusted(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.npy"
+    chunks = Chunks(Chunks.folder_of(out))
+    chunks.write(range(16), np.zeros((16, 16, 16, 3), np.uint8), np.ones(16))
+    assert drawing.draw(asked(run, out, n=3)).drawn == 3
+    assert np.load(out).any()
+
+
+def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
+    chunks = Chunks(tmp_path)
+    chunks.write(range(2), np.zeros((2, 4, 4, 3), np.uint8), np.ones(2))
+    data = bytearray(chunks.path(range(2)).read_bytes())
+    data[200] ^= 1
+    chunks.path(range(2)).write_bytes(data)
+    with pytest.raises(MachineError, match=r"000000000-000000002\.npz is damaged .*: remove it"):
+        chunks.read(range(2), "pixels")
+
+
+def test_a_process_that_ends_early_ends_the_command() -> None:
+    context = get_context("spawn")
+    line, end = context.Pipe(duplex=False)
+    process = context.Process(target=os.abort)
+    process.start()
+    end.send(None)
+    end.send(range(3))
+    end.close()
+    told: list[range | None] = []
+    with pytest.raises(MachineError, match="process 1 was ended by SIGABRT: what is drawn is kept, the same command"):
+        processes.watch([processes.Child(1, process, line)], told.append)
+    assert told == [None, range(3)]
+    for said, kind in ((("n=0: use 1", 2), UserError), (("the disk is full", 1), MachineError)):
+        line, end = context.Pipe(duplex=False)
+        end.send(said)
+        with pytest.raises(kind, match=said[0]):
+            processes.watch([processes.Child(0, process, line)], told.append)
