@@ -35,22 +35,24 @@ GONE_WITHIN = 10.0
 """Seconds in which all ranks are gone once one has failed, as docs/reliability.md promises."""
 
 
-def command(words: list[str], run: Path) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / "launch.py"), *words, *EXACT, f"run={run}"]
+def command(words: list[str], run: Path, more: list[str]) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "launch.py"), *words, *EXACT, *more, f"run={run}"]
 
 
-def finish(words: list[str], run: Path) -> Path:
+def finish(words: list[str], run: Path, *more: str) -> Path:
     """Run to the end."""
-    done = subprocess.run(command(words, run), env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command(words, run, list(more)), env=environment(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return run
 
 
-def begin(words: list[str], run: Path) -> subprocess.Popen[str]:
+def begin(words: list[str], run: Path, *more: str) -> subprocess.Popen[str]:
     """Start in a session of its own, so that whoever is left of it can be found."""
     out = (run.parent / "out.txt").open("w")
     return subprocess.Popen(
-        command(words, run), env=environment(), stdout=out, stderr=out, text=True, start_new_session=True
+        command(words, run, list(more)), env=environment(), stdout=out, stderr=out, text=True, start_new_session=True
     )
 
 
