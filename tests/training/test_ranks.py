@@ -35,8 +35,8 @@ GONE_WITHIN = 10.0
 """Seconds in which all ranks are gone once one has failed, as docs/reliability.md promises."""
 
 
-def command(words: list[str], run: Path, more: list[str]) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / "launch.py"), *words, *EXACT, *more, f"run={run}"]
+def command(words: list[str], run: Path, more: list[str] | None = None) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "launch.py"), *words, *EXACT, *(more or []), f"run={run}"]
 
 
 def finish(words: list[str], run: Path, *more: str) -> Path:
