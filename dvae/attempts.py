@@ -72,9 +72,13 @@ def write(folder: Path, attempts: list[Attempt]) -> None:
 @contextmanager
 def hold(folder: Path, lock: str) -> Iterator[None]:
     """Hold a lock of a run folder. Raises UserError where another process has it."""
-    refusal = UserError(f"run={folder} is in use by another process: wait for it, or use another run=")
-    with files.locked(folder / lock, refusal):
+    with files.locked(folder / lock, refusal(folder)):
         yield
+
+
+def refusal(folder: Path) -> UserError:
+    """What is said where somebody else works in a run folder."""
+    return UserError(f"run={folder} is in use by another process: wait for it, or use another run=")
 
 
 def in_use(folder: Path) -> bool:

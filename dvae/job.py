@@ -119,34 +119,26 @@ def shards_stage(run: Run, config: RunConfig) -> None:
 
 def build_with_progress(config: RunConfig, folder: Path) -> Manifest:
     with Counted("shards") as progress:
-        return build_shards(
-            config.source,
-            size=config.image_size,
-            out=folder,
-            heldout_fraction=config.data.heldout,
-            channels=config.channels,
-            workers=config.data.workers,
-            progress=progress,
-            max_bad_fraction=config.data.max_bad_fraction,
-        )
+        return build_shards(config.source, out=folder, progress=progress, **shards_of(config))
+
+
+def shards_of(config: RunConfig) -> dict[str, Any]:
+    """What a run's shards are, and how they are built, in the words of dvae.data.build."""
+    return {
+        "size": config.image_size,
+        "heldout_fraction": config.data.heldout,
+        "channels": config.channels,
+        "workers": config.data.workers,
+        "max_bad_fraction": config.data.max_bad_fraction,
+    }
 
 
 def build_part_of_shards(folder: Path, part: int, parts: int) -> None:
     """Build part number `part` of `parts` of a run's shards; the stage `shards` publishes them once all are built."""
     config = Run(folder).config()
     with Counted(f"shards, part {part + 1} of {parts}") as progress:
-        build_part(
-            config.source,
-            size=config.image_size,
-            out=config.data.shards,
-            part=part,
-            parts=parts,
-            heldout_fraction=config.data.heldout,
-            channels=config.channels,
-            workers=config.data.workers,
-            progress=progress,
-            max_bad_fraction=config.data.max_bad_fraction,
-        )
+        out = config.data.shards
+        build_part(config.source, out=out, part=part, parts=parts, progress=progress, **shards_of(config))
 
 
 def write_part_of_cache(folder: Path, part: int, parts: int) -> None:

@@ -187,7 +187,7 @@ def _without_a_word(folder: Path, jobs: list[Job], tried: list[Attempt]) -> str:
 def refuse_busy(folder: Path) -> None:
     """Raise UserError where somebody works in the folder, or a job for it waits on a cluster."""
     if attempts.in_use(folder):
-        raise UserError(f"run={folder} is in use by another process: wait for it, or use another run=")
+        raise attempts.refusal(folder)
     if jobs := queue.active(folder):
         raise UserError(
             f"run={folder} has a job already, {jobs[0].id}, {jobs[0].state.lower()}: python tools/runs.py follow or "

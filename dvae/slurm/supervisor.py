@@ -30,6 +30,7 @@ from dvae.ends import GRACE, End, explain
 from dvae.errors import MachineError, Stopped, UserError, in_words, one_line
 from dvae.slurm import queue
 from dvae.slurm.rank import ASKS, BYE, HELLO
+from dvae.tracking.console import say
 
 LOOK_EVERY = 0.2
 """Seconds between two looks at the ranks."""
@@ -56,7 +57,7 @@ class Supervisor:
             words = in_words(error)
             if words is None:
                 raise
-            print(f"dvae: error: {words[0]}", file=sys.stderr, flush=True)
+            say(f"error: {words[0]}")
             sys.exit(words[1])
 
     def supervise(self) -> None:
@@ -126,10 +127,6 @@ def newest(folder: Path) -> float:
     """When something of the run was kept last: a checkpoint, a finished stage; 0 where nothing was."""
     kept = [folder / "stages.json", *folder.glob("checkpoints/*/step-*")]
     return max((path.stat().st_mtime for path in kept if path.exists()), default=0.0)
-
-
-def say(words: str) -> None:
-    print(f"dvae: {words}", file=sys.stderr, flush=True)
 
 
 class Ranks:
