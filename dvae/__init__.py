@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from PIL import Image
 
     from dvae.pipeline import Pipeline
 
@@ -23,3 +24,11 @@ def load(path: str | Path, batch: int | None = None, device: str | torch.device 
     from dvae import pipeline  # here, since it imports torch, which takes seconds
 
     return pipeline.load(path, batch, device)
+
+
+def pil(images: torch.Tensor) -> list[Image.Image]:
+    """Pillow images of (n, C, H, W) or (C, H, W) uint8, C = 1 (grey) or 3."""
+    from PIL import Image
+
+    pixels = (images[None] if images.ndim == 3 else images).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(each[:, :, 0] if each.shape[2] == 1 else each) for each in pixels]

@@ -16,12 +16,13 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from dvae.denoiser import Space
 from dvae.errors import UserError, near, one_line
 from dvae.registry import SOURCES
 from dvae.registry.core import KINDS, broken_plugins, discover, load_plugins
 from dvae.registry.launchers import launcher_of
 from dvae.registry.sources import EndlessSource
-from dvae.settings import STAGES, WIDTHS, EmaConfig, EmaProfile, RunConfig, TrainingConfig
+from dvae.settings import STAGES, TRAININGS, WIDTHS, EmaConfig, EmaProfile, RunConfig, TrainingConfig
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -101,7 +102,7 @@ def words_of_a_tool(composed: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
+        raise mistyped(error) from None
 
 
 def _missing(prefix: str, plain: Any) -> Iterator[str]:
@@ -161,10 +162,17 @@ def check(config: RunConfig) -> RunConfig:
     elif config.image_size < 4:
         raise UserError(f"image_size={config.image_size}: use 4 or more")
     check_classes(config)
+    if "joint" in config.stages:
+        check_joint(config)
+    if "distil" in config.stages:
+        if config.distiller is None:
+            raise UserError("stages: distil needs a distiller: set distiller=consistency or progressive")
+        if not config.teacher:
+            raise UserError("stages: distil needs what it starts from: set teacher=RUN, the folder of a finished run")
     launcher_of(config.launcher)  # refuses settings that are none
     if not config.max_hours >= 0:
         raise UserError(f"max_hours={config.max_hours:g}: use 0 (no limit) or more")
-    for name in ("train_encoder", "train_refiner", "train_classifier"):
+    for name in TRAININGS:
         training: TrainingConfig = getattr(config, name)
         for key in ("steps", "batch", "micro_batches", "log_every", "save_every", "keep"):
             if getattr(training, key) < 1:
@@ -176,13 +184,30 @@ def check(config: RunConfig) -> RunConfig:
         if training.lr <= 0:
             raise UserError(f"{name}.lr={training.lr}: use a learning rate above 0")
         check_ema(f"{name}.ema", training.ema)
-    images = config.evaluate.metrics and not endless(config)
+    if config.evaluate.every < 0:
+        raise UserError(f"evaluate.every={config.evaluate.every}: use 0 (none) or a number of steps")
+    images = (config.evaluate.metrics or config.evaluate.every) and not endless(config)
     if images and config.evaluate.kid_subset_size > config.evaluate.n:
         raise UserError(
             f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} is more than evaluate.n={config.evaluate.n}: "
             "use a smaller subset"
         )
     return config
+
+
+def check_joint(config: RunConfig) -> None:
+    """Refuse what does not go together with training encoder and refiner end to end."""
+    apart = [name for name in ("encoder", "cache", "refiner") if name in config.stages]
+    if apart:
+        raise UserError(f"stages: joint trains encoder and refiner together: leave {apart[0]} out")
+    if config.denoiser.space is Space.latent:
+        raise UserError("stages: joint has no latent space that stays as it is: set denoiser.space=pixel")
+    if config.denoiser.data_scale is None:
+        raise UserError(
+            "denoiser.data_scale=null is measured with a trained encoder, which joint has not: set a number"
+        )
+    if not config.joint.weight > 0.0:
+        raise UserError(f"joint.weight={config.joint.weight:g}: use more than 0")
 
 
 def check_ema(name: str, ema: EmaConfig) -> None:
@@ -230,6 +255,17 @@ def check_classes(config: RunConfig) -> None:
 def endless(config: RunConfig) -> bool:
     """Whether the source draws samples without end, so that there are neither shards nor held-out images."""
     return issubclass(SOURCES.get(config.source.name), EndlessSource)
+
+
+def refuse_points(config: RunConfig, run: str) -> None:
+    """Raise UserError where a trained run draws points."""
+    if endless(config):
+        raise UserError(f"run={run} draws points, not images: use python tools/gallery.py runs={run}")
+
+
+def mistyped(error: OmegaConfBaseException) -> UserError:
+    """A field of a tool that does not fit, in one line."""
+    return UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}")
 
 
 def to_yaml(config: DictConfig) -> str:

@@ -15,6 +15,7 @@ the state is y_0 = data_scale * x.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -24,6 +25,7 @@ from torch import nn
 from dvae import keyed
 from dvae.diffusion import Diffusion, Factor, Matching, apply
 from dvae.errors import UserError
+from dvae.layers.whitening import Whitening
 from dvae.registry.core import Shapes
 from dvae.registry.refiners import Condition, Refiner
 from dvae.weighting import LossConfig, Objective, PredictionType
@@ -73,6 +75,10 @@ class DenoiserConfig:
     """The refiner is also given the class."""
     condition_dropout: float = 0.0
     """Probability, per sample, of dropping all conditions together in training; above 0 it allows guidance != 1."""
+    pca_components: int = 0
+    """Latent guidance is also given the coordinates of z on so many principal components, whitened (0: no)."""
+    pca_dropout: float = 0.1
+    """Probability, per sample, of dropping these coordinates alone; above 0 it allows pca_guidance != 1."""
     label_dropout: float = 0.0
     """Probability, per sample, of dropping the class alone; above 0 it allows label_guidance != 1."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -89,6 +95,8 @@ class Given:
     """(B, *latent)."""
     label: torch.Tensor | None = None
     """Class (B,), int64, -1 where it is not given; None: for no sample."""
+    pca: torch.Tensor | None = None
+    """(B,) bool: principal coordinates are given; None: of all samples."""
 
     @classmethod
     def nothing(cls, x: torch.Tensor, label: torch.Tensor | None) -> Given:
@@ -97,18 +105,26 @@ class Given:
 
     def __getitem__(self, chosen: slice | torch.Tensor) -> Given:
         """Some of the samples."""
-        return Given(self.x_hat[chosen], self.z[chosen], None if self.label is None else self.label[chosen])
+        label, pca = (None if part is None else part[chosen] for part in (self.label, self.pca))
+        return Given(self.x_hat[chosen], self.z[chosen], label, pca)
 
     def drop(self, keep: torch.Tensor) -> Given:
-        """x_hat, z and class dropped where keep (B,) is false."""
-        dropped = self.drop_label(keep)
-        return Given(self.x_hat * _column(keep, self.x_hat), self.z * _column(keep, self.z), dropped.label)
+        """x_hat, z, its coordinates and class dropped where keep (B,) is false."""
+        dropped = self.drop_label(keep).drop_pca(keep)
+        x_hat, z = self.x_hat * _column(keep, self.x_hat), self.z * _column(keep, self.z)
+        return Given(x_hat, z, dropped.label, dropped.pca)
 
     def drop_label(self, keep: torch.Tensor) -> Given:
         """The class alone dropped where keep (B,) is false."""
         if self.label is None:
             return self
-        return Given(self.x_hat, self.z, self.label.masked_fill(~keep.to(self.label.device), NO_LABEL))
+        label = self.label.masked_fill(~keep.to(self.label.device), NO_LABEL)
+        return Given(self.x_hat, self.z, label, self.pca)
+
+    def drop_pca(self, keep: torch.Tensor) -> Given:
+        """The principal coordinates alone dropped where keep (B,) is false."""
+        keep = keep.to(self.z.device)
+        return Given(self.x_hat, self.z, self.label, keep if self.pca is None else self.pca & keep)
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,8 @@ class Draws:
     """(B,) bool: the conditions are kept."""
     keep_label: torch.Tensor | None = None
     """(B,) bool: the class is kept; None: wherever the conditions are."""
+    keep_pca: torch.Tensor | None = None
+    """(B,) bool: the principal coordinates are kept; None: wherever the conditions are."""
     weight: torch.Tensor | None = None
     """(B, p, p) float64: weight of the squared error of the p predicted components; None: 1."""
     start: torch.Tensor | None = None
@@ -148,6 +166,11 @@ class Denoiser(nn.Module):
         self.io = io
         self.objective = Objective(config.loss, diffusion, config.prediction)
         # a buffer, so that a measured scale travels with the weights
+        if config.pca_components:
+            size = math.prod(io.latent)
+            self.whitening = Whitening(config.pca_components, size)
+            # zero, so that a refiner that has learnt nothing of them yet is the one without
+            self.pca_projection = nn.Parameter(torch.zeros(size, config.pca_components))
         self.register_buffer("data_scale", torch.tensor(config.data_scale or 1.0, dtype=torch.float32))
 
     def shift(self, given: Given) -> torch.Tensor:
@@ -168,12 +191,14 @@ class Denoiser(nn.Module):
         t, weight = self.objective.times(keyed.uniform(seed, "time", numbers))
         shape = (self.io.k * self.io.channels, self.io.image_size, self.io.image_size)
         keep = keyed.uniform(seed, "drop", numbers) >= config.condition_dropout
-        keep_label = start = None
+        keep_label = keep_pca = start = None
+        if config.pca_components:
+            keep_pca = keyed.uniform(seed, "drop pca", numbers) >= config.pca_dropout
         if config.condition_label:
             keep_label = keep & (keyed.uniform(seed, "drop label", numbers) >= config.label_dropout)
         if self.io.k > 1 and config.matching is Matching.dsm:
             start = keyed.normal(seed, "start", numbers, shape)
-        return Draws(t, keyed.normal(seed, "noise", numbers, shape), keep, keep_label, weight, start)
+        return Draws(t, keyed.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, start)
 
     def condition(self, given: Given) -> Condition:
         """What the refiner is told besides state and time."""
@@ -184,9 +209,18 @@ class Denoiser(nn.Module):
             label = torch.where(label == NO_LABEL, self.io.labels, label)
         return Condition(
             image=given.x_hat if self.config.condition_image else None,
-            latent=given.z if self.config.condition_latent else None,
+            latent=self._latent(given) if self.config.condition_latent else None,
             label=label,
         )
+
+    def _latent(self, given: Given) -> torch.Tensor:
+        """z, and what is made of its principal coordinates where these are given."""
+        if not self.config.pca_components:
+            return given.z
+        coordinates = self.whitening(given.z)
+        if given.pca is not None:
+            coordinates = coordinates * _column(given.pca, coordinates)
+        return given.z + (coordinates @ self.pca_projection.T).view_as(given.z)
 
     def output(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
         """The refiner's raw output (B, io.output_channels, H, W), fp32, for states u at times t (B,)."""
@@ -206,6 +240,8 @@ class Denoiser(nn.Module):
         given = given.drop(draws.keep)
         if draws.keep_label is not None:
             given = given.drop_label(draws.keep_label)
+        if draws.keep_pca is not None:
+            given = given.drop_pca(draws.keep_pca)
         u = self.noised(x, given, draws)
         error = self.output(u, draws.t, given) - self._target(x, u, given, draws)
         weighted = error if draws.weight is None else apply(draws.weight, error)
@@ -252,9 +288,14 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, io: Shapes) -> None:
     prediction = config.prediction.name
     if config.centre is not Centre.none and not config.condition_image:
         raise UserError(f"denoiser.centre={config.centre.name} needs x_hat: set denoiser.condition_image=true")
-    for name in ("condition_dropout", "label_dropout"):
+    for name in ("condition_dropout", "label_dropout", "pca_dropout"):
         if not 0.0 <= getattr(config, name) <= 1.0:
             raise UserError(f"denoiser.{name}={getattr(config, name)} is not a probability: use 0 to 1")
+    size = math.prod(io.latent)
+    if config.pca_components and not config.condition_latent:
+        raise UserError("denoiser.pca_components are of the z that latent guidance gives: set condition_latent=true")
+    if not 0 <= config.pca_components <= (size if config.condition_latent else 0):
+        raise UserError(f"denoiser.pca_components={config.pca_components}: z has {size} numbers, use 0 to {size}")
     if config.condition_label and not io.labels:
         raise UserError("denoiser.condition_label=true needs classes: name them in classes=[...] and set data.label")
     if config.data_scale is not None and config.data_scale <= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from dvae.attempts import INTERRUPTED, TERMINATED
 from dvae.errors import MachineError, Stopped, UserError
+from dvae.tracking.metrics import MetricsLog
 
 LOST, HANGS, CRASHED = 75, 76, 1
 """Exit statuses of a rank, beside those of `run_command`: another rank is gone, or stands still; an error that nobody
@@ -67,9 +67,5 @@ def explain(folder: Path, failed: list[End], passed: Sequence[int]) -> None:
 
 def last_step(folder: Path) -> str:
     """Where the run was, by its last row of metrics."""
-    path = folder / "metrics.jsonl"
-    whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
-    if not whole:
-        return "no step on record"
-    row = json.loads(whole[-1])
-    return f"{row['stage']} step {row['step']}"
+    row = MetricsLog(folder / "metrics.jsonl").newest()
+    return f"{row['stage']} step {row['step']}" if row else "no step on record"

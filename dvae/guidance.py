@@ -28,6 +28,8 @@ class Guidance:
     their weight is w - 1)."""
     label: float = 1.0
     """The same for the class alone: eps(c) is itself eps(x_hat, z) + label (eps(x_hat, z, class) - eps(x_hat, z))."""
+    pca: float = 1.0
+    """The same for the principal coordinates of z alone (denoiser.pca_components)."""
     classifier: float = 0.0
     """Factor on the gradient of log p(class | u_t) (Dhariwal & Nichol 2021, section 4)."""
 
@@ -48,7 +50,7 @@ class Bound:
         _check(denoiser, given, guidance, classifier)
         self.denoiser, self.given, self.guidance, self.classifier = denoiser, given, guidance, classifier
         nothing = torch.zeros(len(given.z), dtype=torch.bool)
-        self._views = _views(guidance, given, given.drop_label(nothing), given.drop(nothing))
+        self._views = _views(guidance, given, given.drop_pca(nothing), given.drop_label(nothing), given.drop(nothing))
 
     @property
     def diffusion(self) -> Diffusion:
@@ -99,10 +101,18 @@ class Bound:
             return torch.autograd.grad(chosen.sum(), u)[0]
 
 
-def _views(guidance: Guidance, full: Given, unlabelled: Given, nothing: Given) -> list[tuple[float, Given]]:
+def _views(
+    guidance: Guidance, full: Given, without_pca: Given, unlabelled: Given, nothing: Given
+) -> list[tuple[float, Given]]:
     """(weight, condition) whose weighted sum is the guided prediction; those of weight 0 are left out."""
     w, label = guidance.condition, guidance.label
-    weighted = [(w * label, full), (w * (1.0 - label), unlabelled), (1.0 - w, nothing)]
+    pca = guidance.pca
+    weighted = [
+        (w * label * pca, full),
+        (w * label * (1.0 - pca), without_pca),
+        (w * (1.0 - label), unlabelled),
+        (1.0 - w, nothing),
+    ]
     return [(weight, given) for weight, given in weighted if weight]
 
 
@@ -126,6 +136,11 @@ def _check(denoiser: Denoiser, given: Given, guidance: Guidance, classifier: Cla
         raise UserError(
             f"label_guidance={guidance.label} needs a refiner trained with denoiser.condition_label=true and "
             "denoiser.label_dropout above 0: use label_guidance=1"
+        )
+    if guidance.pca != 1.0 and not (config.pca_components and config.pca_dropout):
+        raise UserError(
+            f"pca_guidance={guidance.pca} needs a refiner trained with denoiser.pca_components and "
+            "denoiser.pca_dropout above 0: use pca_guidance=1"
         )
     if not guidance.classifier:
         return

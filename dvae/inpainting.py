@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.data.images import to_float, to_uint8
+from dvae.denoiser import Given
 from dvae.diffusion import Diffusion, Matching
+from dvae.errors import UserError, near
+from dvae.noise import Noise
 from dvae.registry.samplers import OnStep
+from dvae.together import Drawn
+
+if TYPE_CHECKING:
+    from dvae.guidance import Guidance
+    from dvae.pipeline import Classes, Pipeline
+
+IMPUTATIONS = 8
+"""Rounds in which unknown pixels are filled in by the encoder before an image is inpainted."""
+KNOWN = {
+    "left": "the left half",
+    "right": "the right half",
+    "top": "the upper half",
+    "bottom": "the lower half",
+    "centre": "the middle, half as wide and as high as the image",
+    "border": "all but the middle, which is half as wide and as high as the image",
+}
+"""Masks that have a name, by what is known."""
 
 
 def keep_known(
@@ -26,3 +48,53 @@ def keep_known(
         return torch.where(known, diffusion.perturb(diffusion.clean(x0, start), t, noise(2 * i)).to(u.dtype), u)
 
     return on_step
+
+
+def mask_of(name: str, size: int) -> torch.Tensor:
+    """The mask (size, size) of that name, true where pixels are known. Raises UserError for an unknown name."""
+    if name not in KNOWN:
+        raise UserError(f"mask={name}: {near(name, KNOWN)}, or a PNG that is white where the image is known")
+    half, quarter = size // 2, size // 4
+    middle = slice(quarter, size - quarter)
+    places = {
+        "left": (slice(None), slice(half)),
+        "right": (slice(None), slice(half, None)),
+        "top": (slice(half), slice(None)),
+        "bottom": (slice(half, None), slice(None)),
+        "centre": (middle, middle),
+        "border": (middle, middle),
+    }
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[places[name]] = True
+    return ~mask if name == "border" else mask
+
+
+@torch.no_grad()
+def inpaint(
+    pipeline: Pipeline,
+    images: torch.Tensor,
+    mask: torch.Tensor,
+    seed: int,
+    numbers: Sequence[int],
+    label: Classes = None,
+    guidance: Guidance | float = 1.0,
+) -> Drawn:
+    """Images (n, C, H, W) uint8 as they are where mask (n, 1, H, W) is true, and drawn anew elsewhere.
+
+    x_hat is found by imputation: unknown pixels are grey at first, then those of the reconstruction, a few times
+    over (Rezende et al. 2014, appendix F). Raises UserError for a sampler whose images stand at no common time, and in
+    latent space, where pixels cannot be kept.
+    """
+    pipeline.need_pixels("inpainting")
+    if not pipeline.sampler.by_steps:
+        raise UserError("inpainting needs a sampler that moves all images in the same steps: use sampler=ddim or em")
+    known, mask_there = to_float(images).to(pipeline.device), mask.to(pipeline.device)
+    filled = torch.where(mask_there, known, 0.0)
+    for _ in range(IMPUTATIONS):
+        found = pipeline.encode(filled)
+        filled = torch.where(mask_there, known, found.x_hat)
+    given = Given(found.x_hat, found.z, pipeline.classes(label, len(images)))
+    drawn, nfe = pipeline.refined(given, Noise(seed, numbers), guidance=guidance, known=(known, mask_there))
+    vae = to_uint8(given.x_hat).cpu() if pipeline.models.generates else None
+    classes = None if given.label is None else given.label.cpu()
+    return Drawn(vae, torch.where(mask, images, to_uint8(drawn)), nfe, classes)

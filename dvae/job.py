@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dvae.data.build import build_part
 from dvae.data.manifest import FILE as manifest_file
 from dvae.data.manifest import TRAIN, Manifest
 from dvae.data.remote import is_remote
+from dvae.evaluation.during import scorer
 from dvae.evaluation.points import evaluate_points
 from dvae.evaluation.stage import evaluate
 from dvae.pipeline import Pipeline
@@ -28,7 +30,9 @@ from dvae.tracking.report import write_report
 from dvae.tracking.tracker import Tracker
 from dvae.training import ranks, stopping, watch
 from dvae.training.caching import write_cache_part
+from dvae.training.distilling import distil_stage
 from dvae.training.engine import start_distributed
+from dvae.training.joint import joint_stage
 from dvae.training.memory import keep_freed_memory
 from dvae.training.work import (
     PARTS,
@@ -101,7 +105,7 @@ def finished(run: Run, stage: str, config: RunConfig) -> bool:
 
 
 def evaluate_settings(config: RunConfig) -> str:
-    return f"{config.evaluate} {config.sampler}"
+    return f"{replace(config.evaluate, every=0)} {config.sampler}"
 
 
 def shards_stage(run: Run, config: RunConfig) -> None:
@@ -148,6 +152,10 @@ def write_part_of_cache(folder: Path, part: int, parts: int) -> None:
     write_cache_part(run, config, take_up(run, config, "encoder"), part, parts)
 
 
+def scored_refiner_stage(run: Run, config: RunConfig) -> None:
+    refiner_stage(run, config, scorer(run, config, partial(open_shards, config)))
+
+
 def evaluate_stage(run: Run, config: RunConfig) -> None:
     if not run.weights("classifier").exists():
         config = replace(config, classifier=None)  # not trained yet: all else works without it
@@ -178,10 +186,12 @@ def evaluate_stage(run: Run, config: RunConfig) -> None:
 WORK: dict[str, Callable[[Run, RunConfig], None]] = {
     "shards": shards_stage,
     "encoder": encoder_stage,
+    "joint": joint_stage,
     "prior": prior_stage,
     "cache": cache_stage,
-    "refiner": refiner_stage,
+    "refiner": scored_refiner_stage,
     "classifier": classifier_stage,
+    "distil": distil_stage,
     "evaluate": evaluate_stage,
 }
 ALONE = ("shards", "prior", "cache", "evaluate")

@@ -18,14 +18,18 @@ bounds from above the bits that a lossless code of the image needs, in expectati
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dvae import keyed
+from dvae.denoiser import Denoiser, Given
 from dvae.diffusion import apply
 from dvae.errors import UserError
+from dvae.guidance import Bound
 from dvae.registry.samplers import Model
-from dvae.registry.samplers.ode import root_of
+from dvae.registry.samplers.ode import LEAST_ROOT, root_of
 from dvae.rk45 import Velocity, integrate
 
 
@@ -44,6 +48,28 @@ def dequantised(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return (images.to(uniform.dtype) + uniform - 0.5) / 127.5 - 1.0
 
 
+def of_images(
+    denoiser: Denoiser, given: Given, images: torch.Tensor, numbers: Sequence[int], seed: int, tolerance: float
+) -> Likelihood:
+    """Likelihood of images (B, C, H, W) uint8 under the refiner, `given` what it is told of each.
+
+    One draw of dequantisation, of the momentum where k > 1, and of the probe of the divergence per image, keyed by the
+    image's number.
+    """
+    io, device = denoiser.io, given.z.device
+    shape = (io.k * io.channels, io.image_size, io.image_size)
+    x = dequantised(images, keyed.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
+    probes = keyed.uniform(seed, "probe", numbers, shape).sub(0.5).sign().float()
+    return bits_per_dim(
+        Bound(denoiser, given),
+        denoiser.to_state(x.to(device), given),
+        noise=keyed.normal(seed, "momentum", numbers, shape).to(device),
+        probes=probes.to(device),
+        data_scale=float(denoiser.data_scale),
+        tolerance=tolerance,
+    )
+
+
 @torch.no_grad()
 def bits_per_dim(
     model: Model,
@@ -60,7 +86,9 @@ def bits_per_dim(
     noise: for k > 1, standard normal (B, k*C, H, W): draws the components beside the image; average over draws.
     probes: +1 and -1 with equal chance, (B, k*C, H, W): the divergence is estimated with them (Hutchinson 1989),
     unbiased; none: it is exact, at k*C*H*W gradients per evaluation.
-    t_min: where the flow starts, with u = (x, m) as it is; in (0, 1).
+    t_min: where the flow starts, with u = (x, m) as it is; in (0, 1), or where sqrt(B) is 1e-3, if that is later: on
+    the linear clock that is 1e-5, as Song et al. have it, but on edm 1e-5 is a noise of 1e-33, which a network's x0 is
+    divided by twice. Whatever the start, the density is one: that of the model's states there.
 
     Raises UserError on a schedule whose B is infinite at t = 1, ValueError where noise is missing. The model must be
     differentiable in u (not with classifier guidance).
@@ -76,7 +104,8 @@ def bits_per_dim(
     u = diffusion.clean(x, noise)
     state = torch.cat([u.flatten(1), u.new_zeros(len(u), 1)], dim=1)
     flow = _flow_and_divergence(model, u.shape[1:], probes)
-    end = integrate(flow, state, root_of(diffusion, t_min), root_of(diffusion, 1.0), tolerance)
+    start = max(root_of(diffusion, t_min), LEAST_ROOT)
+    end = integrate(flow, state, start, root_of(diffusion, 1.0), tolerance)
     u_1, change = end.y[:, :-1].view_as(u), end.y[:, -1].double().cpu()
     log_density = _log_normal(u_1, diffusion.S_inf) + change
     if diffusion.k > 1:

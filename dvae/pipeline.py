@@ -1,65 +1,43 @@
-"""A trained run for its user: generate, reconstruct, inpaint, measure likelihood."""
+"""A trained run for its user: generate, reconstruct, interpolate, edit, inpaint, measure likelihood."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from dvae import bundle, keyed, likelihood
+from dvae import bundle, editing, inpainting, keyed, likelihood
 from dvae.data.images import to_float, to_uint8
-from dvae.denoiser import Given
+from dvae.denoiser import NO_LABEL, Given
+from dvae.directions import Direction
+from dvae.editing import Images
 from dvae.errors import UserError, near
-from dvae.guidance import Bound, Guidance
-from dvae.inpainting import keep_known
+from dvae.guidance import Guidance
 from dvae.models import Models, build_sampler
-from dvae.registry import SAMPLERS
-from dvae.registry.samplers import OnStep
+from dvae.noise import Between, Noise, Shared, named
+from dvae.quantisation import plan
+from dvae.refinement import check_drawing, refine_together
+from dvae.registry import PRIORS, SAMPLERS
+from dvae.registry.priors import Prior
 from dvae.settings import RunConfig
+from dvae.together import CHUNK, Drawn, calls, mean, one_thread, rows_of
 
 Advance = Callable[[int], None]
+Classes = int | str | Sequence[int | str] | None
+"""The class of all images, or of each: by name or number. None: none is asked for."""
 PLAIN = Guidance()
-IMPUTATIONS = 8
-"""Rounds in which unknown pixels are filled in by the encoder before an image is inpainted."""
-CHUNK = 16
-"""Images that are computed together where no batch size is asked for: most of the speed of larger batches (80% of that
-of 64 on one core, with the demo's networks), and at most 15 images are drawn that nobody asked for."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Images that were drawn together."""
-
-    vae: torch.Tensor | None
-    """What they were refined from, (n, C, H, W) uint8; None where nothing is drawn before refinement."""
-    refined: torch.Tensor
-    """(n, C, H, W) uint8."""
-    nfe: torch.Tensor
-    """Network evaluations of each, (n,), int64, as counted."""
-
-
-def calls(first: int, n: int, batch: int | None) -> list[range]:
-    """The numbers that are drawn together, call by call, for the images first..first + n - 1.
-
-    Without `batch` these are whole chunks [16 c, 16 c + 16): what is asked for besides never changes what an image is
-    computed with, so it has the same bits. With `batch` they are so many at a time, and no others.
-    """
-    end = first + n
-    if batch is None:
-        return [range(start, start + CHUNK) for start in range(first - first % CHUNK, end, CHUNK)]
-    return [range(start, min(start + batch, end)) for start in range(first, end, batch)]
 
 
 class Pipeline:
     """Encoder, prior and refiner of a run. Images go in and out as uint8 (n, C, H, W), on the CPU.
 
-    Image k of a seed has the same z and the same noise however many are asked for and in whatever batches. `generate`
-    gives it the same bits, on a CPU of one kind, as long as `batch` is None: it is then computed in a fixed chunk (see
-    `calls`) on one thread. With a `batch` of images per network call rounding may move a pixel by one grey level in
-    fp32, and by a few in bf16.
+    Image k of a seed has the same z and the same noise however many are asked for and in whatever batches; so has image
+    k of those that are given. On a CPU of one kind it has the same bits too, as long as `batch` is None: it is then
+    computed in a fixed chunk (see `calls`), filled up where images are lacking, on one thread. With a `batch` of images
+    per network call rounding may move a pixel by one grey level in fp32, and by a few in bf16.
     """
 
     def __init__(self, config: RunConfig, models: Models, batch: int | None = None) -> None:
@@ -67,23 +45,49 @@ class Pipeline:
         self.models = models
         self.batch = batch
         self.sampler = models.sampler
+        self.prior = models.prior
         self.nfe: float = 0
-        """Network evaluations per image of the latest refinement, as counted; their mean where images differ."""
-        self.device = next(models.denoiser.parameters()).device
-
-    @property
-    def _together(self) -> int:
-        """Images per network call where images are given, not drawn."""
-        return self.batch or CHUNK
+        """Network evaluations per image of the latest call, as counted; their mean where images differ."""
+        self.device = models.denoiser.data_scale.device  # quantised layers have no parameters
 
     def use_sampler(self, sampler: object = None, **changes: object) -> None:
-        """Refine with another sampler, by its name or config node, or (None) the present one; with fields changed.
+        """Refine with another sampler, by its name or config node, or (None, or a dict of fields without a name) the
+        present one; with fields changed.
 
         Raises UserError for an unknown name or field, and for a sampler that does not integrate the run's process.
         """
+        if isinstance(sampler, dict) and "name" not in sampler:
+            changes, sampler = sampler | changes, None
         node = {"name": sampler} if isinstance(sampler, str) else self.sampler.config if sampler is None else sampler
         denoiser = self.models.denoiser
         self.sampler = build_sampler(asdict(SAMPLERS.config(node)) | changes, denoiser.diffusion, denoiser.io)
+
+    def use_prior(self, prior: Prior | str) -> None:
+        """Draw z from another prior: one that is fitted to the run's latents, or by the name of one that needs no fit.
+
+        Raises UserError for an unknown name, or one that must be fitted.
+        """
+        if isinstance(prior, str):
+            made = PRIORS.build({"name": prior}, self.models.io)
+            if made.state_dict():
+                raise UserError(f"prior={prior} must be fitted to the run's latents: give the fitted one, or normal")
+            prior = made
+        self.prior = prior.to(self.device).eval()
+
+    @contextmanager
+    def using(self, sampler: object = None, *, prior: Prior | str | None = None, **changes: object) -> Iterator[None]:
+        """Another sampler, with fields changed, and another prior while the block runs, as `use_sampler` and
+        `use_prior` have it. Fields that are None stay as they are."""
+        before = self.sampler, self.prior
+        changes = {name: value for name, value in changes.items() if value is not None}
+        try:
+            if sampler is not None or changes:
+                self.use_sampler(sampler, **changes)
+            if prior is not None:
+                self.use_prior(prior)
+            yield
+        finally:
+            self.sampler, self.prior = before
 
     def class_number(self, name: str) -> int:
         """The number of a class. Raises UserError, with the nearest name, where the run has none of that name."""
@@ -92,108 +96,155 @@ class Pipeline:
             raise UserError(f"label={name}: {known}")
         return self.config.classes.index(name)
 
+    def classes(self, label: Classes, n: int) -> torch.Tensor | None:
+        """Class numbers (n,) of n images, -1 where none is given; None where the run has no classes.
+
+        Raises UserError for an unknown class, or another number of them; and where none is given to a refiner that has
+        never seen an image without.
+        """
+        each = [label] * n if label is None or isinstance(label, int | str) else list(label)
+        numbers = [self.class_number(one) if isinstance(one, str) else NO_LABEL if one is None else one for one in each]
+        known = len(self.config.classes)
+        if wrong := [number for number in numbers if not NO_LABEL <= number < known]:
+            raise UserError(f"label={wrong[0]}: the run has {known} classes, numbered from 0")
+        if len(numbers) != n:
+            raise UserError(f"{len(numbers)} labels for {n} images: give one for all, or one for each")
+        denoiser = self.models.denoiser.config
+        always = denoiser.condition_label and not (denoiser.label_dropout or denoiser.condition_dropout)
+        if always and NO_LABEL in numbers:
+            raise UserError(
+                f"the refiner has seen no image without a class: give label=NAME, of {near('', self.config.classes)}"
+            )
+        return torch.tensor(numbers, device=self.device) if known else None
+
+    def _rows(self, n: int, size: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Rows of n images, call by call, and how many of them count: fixed calls of `size` without a batch size."""
+        return rows_of(n, self.batch or size, fixed=self.batch is None)
+
+    def _same_bits(self) -> AbstractContextManager[None]:
+        return one_thread(self.batch is None and self.device.type == "cpu")
+
     @torch.no_grad()
-    def draw(self, n: int, seed: int, label: int | None = None, first: int = 0) -> Given:
+    def draw(self, n: int, seed: int, label: Classes = None, first: int = 0) -> Given:
         """What the images first..first + n - 1 are refined from: z from the prior and its x_hat, in latent space
         nothing.
 
         And their class where the run has classes (None: drawn evenly).
         """
-        numbers, io = range(first, first + n), self.models.io
+        return self.drawn_for(range(first, first + n), seed, label)
+
+    @torch.no_grad()
+    def drawn_for(self, numbers: Sequence[int], seed: int, label: Classes = None) -> Given:
+        """What the images of these numbers are refined from; see `draw`."""
+        io = self.models.io
         labels = None
-        if io.labels:
-            drawn = (keyed.uniform(seed, "label", numbers) * io.labels).long()
-            labels = (drawn if label is None else torch.full((n,), label)).to(self.device)
+        if label is not None:
+            labels = self.classes(label, len(numbers))
+        elif io.labels:
+            labels = (keyed.uniform(seed, "label", numbers) * io.labels).long().to(self.device)
         if self.models.latent_space:
-            return Given.nothing(torch.empty(n, *io.latent, device=self.device), labels)
+            return Given.nothing(torch.empty(len(numbers), *io.latent, device=self.device), labels)
         component = keyed.uniform(seed, "prior component", numbers)
         normal = keyed.normal(seed, "prior", numbers, io.latent)
-        z = self.models.prior.sample(component.to(self.device), normal.to(self.device))
+        z = self.prior.sample(component.to(self.device), normal.to(self.device))
         return Given(self.decode(z), z, labels)
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """x_hat (n, C, H, W) in [-1, 1], fp32."""
-        return torch.cat([self.models.encoder.decode(part).float() for part in z.split(self._together)])
+        """x_hat (n, C, H, W) in [-1, 1], fp32, of z (n, *latent)."""
+        with self._same_bits():
+            z = z.to(self.device)
+            return torch.cat(
+                [self.models.encoder.decode(z[rows])[:count].float() for rows, count in self._rows(len(z), CHUNK)]
+            )
 
     @torch.no_grad()
-    def encode(self, x: torch.Tensor) -> Given:
-        """The posterior mean of images x (n, C, H, W) in [-1, 1], and its x_hat."""
-        z = torch.cat([self.models.encoder.encode(part).mean.float() for part in x.split(self._together)])
-        return Given(self.decode(z), z)
+    def encode(self, images: torch.Tensor, label: Classes = None) -> Given:
+        """The posterior mean z of images (n, C, H, W), uint8 or in [-1, 1], and its x_hat; with their class, if any."""
+        with self._same_bits():
+            x = (to_float(images) if images.dtype == torch.uint8 else images).to(self.device)
+            parts = [
+                self.models.encoder.encode(x[rows]).mean[:count].float() for rows, count in self._rows(len(x), CHUNK)
+            ]
+            z = torch.cat(parts)
+            return Given(self.decode(z), z, None if label is None else self.classes(label, len(z)))
 
-    @torch.no_grad()
     def refine(
         self,
-        given: Given,
-        seed: int,
+        x_hat: torch.Tensor,
+        z: torch.Tensor | None = None,
+        seed: int = 0,
         *,
-        guidance: Guidance = PLAIN,
-        numbers: Sequence[int] | None = None,
-        advance: Advance | None = None,
-        known: tuple[torch.Tensor, torch.Tensor] | None = None,
+        label: Classes = None,
+        guidance: Guidance | float = PLAIN,
     ) -> torch.Tensor:
-        """Refined images (n, C, H, W), fp32, in [-1, 1] as far as the sampler keeps them there.
+        """Refined images (n, C, H, W) uint8 of x_hat (n, C, H, W), uint8 or in [-1, 1]; each has its noise of the seed.
 
-        `numbers` names each image's noise (default 0..n-1). `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the
-        pixels where the mask is true.
+        z (n, *latent) is what x_hat was decoded from; only a refiner that is given it (denoiser.condition_latent) needs
+        it. Raises UserError where it lacks.
         """
-        images = list(range(len(given.z))) if numbers is None else list(numbers)
-        parts, evaluations = [], 0
-        for start in range(0, len(images), self._together):
-            chosen = slice(start, start + self._together)
-            kept = None if known is None else (known[0][chosen], known[1][chosen])
-            refined, nfe = self._refine(given[chosen], images[chosen], seed, guidance, kept)
-            parts.append(refined.cpu())
-            evaluations += int(nfe.sum())
-            if advance:
-                advance(len(refined))
-        self.nfe = mean(evaluations, len(images))
-        return torch.cat(parts)
+        x_hat = (to_float(x_hat) if x_hat.dtype == torch.uint8 else x_hat).to(self.device)
+        if z is None and self.models.denoiser.config.condition_latent:
+            raise UserError("refine: this refiner is given z besides x_hat (denoiser.condition_latent=true): give both")
+        z = x_hat.new_zeros(len(x_hat), 0) if z is None else z.to(self.device)
+        given = Given(x_hat, z, self.classes(label, len(x_hat)))
+        return to_uint8(self.refined(given, Noise(seed, range(len(z))), guidance=guidance)[0])
 
-    def _refine(
+    @torch.no_grad()
+    def refined(
         self,
         given: Given,
-        numbers: list[int],
-        seed: int,
-        guidance: Guidance,
-        known: tuple[torch.Tensor, torch.Tensor] | None,
+        noise: Noise,
+        *,
+        guidance: Guidance | float = PLAIN,
+        advance: Advance | None = None,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(images, network evaluations of each) of one batch."""
-        denoiser, io = self.models.denoiser, self.models.denoiser.io
-        shape = (io.k * io.channels, io.image_size, io.image_size)
+        """Refined images (n, C, H, W), fp32, in [-1, 1] as far as the sampler keeps them there, and their network
+        evaluations (n,); both on the CPU.
 
-        def normal(purpose: str) -> torch.Tensor:
-            drawn = keyed.normal(seed, purpose, numbers, shape)
-            return drawn.to(self.device, memory_format=torch.channels_last)
+        `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the pixels where the mask is true.
+        """
+        # with steps of its own an image may be alone in a call, so it always is
+        size = CHUNK if self.sampler.by_steps else 1
+        images, evaluations = [], []
+        with self._same_bits():
+            for rows, count in self._rows(len(noise), size):
+                kept = None if known is None else (known[0][rows], known[1][rows])
+                refined, nfe, _ = refine_together(self, given[rows], noise[rows.tolist()], guidance, kept)
+                images.append(refined[:count].cpu())
+                evaluations.append(nfe[:count].cpu())
+                if advance:
+                    advance(count)
+        nfe = torch.cat(evaluations)
+        self.nfe = mean(int(nfe.sum()), len(nfe))
+        return torch.cat(images), nfe
 
-        given = Given(given.x_hat.contiguous(memory_format=torch.channels_last), given.z, given.label)
-        on_step: OnStep | None = None
-        if known is not None:
-            x, mask = (part.to(self.device) for part in known)
-            on_step = keep_known(
-                denoiser.diffusion, denoiser.to_state(x, given), mask, lambda i: normal(f"known pixels {i}")
-            )
-        model = Bound(denoiser, given, guidance, self.models.classifier)
-        bf16 = self.config.train_refiner.precision.name == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            start = denoiser.diffusion.prior(normal("x_T"))
-            sampled = self.sampler.sample(model, start, lambda i: normal(f"sampler {i}"), on_step)
-        drawn = denoiser.to_image(sampled.u[:, : io.channels], given)
-        return self.decode(drawn) if self.models.latent_space else drawn, sampled.nfe
-
+    @torch.no_grad()
     def draw_together(
-        self, numbers: range, seed: int, *, label: int | None = None, guidance: Guidance = PLAIN
+        self,
+        numbers: range,
+        seed: int,
+        *,
+        label: Classes = None,
+        guidance: Guidance | float = PLAIN,
+        shared: Shared | None = None,
+        intermediate: int = 0,
     ) -> Drawn:
         """The images of these numbers, in one network call per evaluation; on one thread where that fixes their bits.
 
-        `numbers` is one of `calls`.
+        `numbers` is one of `calls`; a label for each is that of numbers[0], numbers[1], ...
         """
-        with one_thread(self.batch is None and self.device.type == "cpu"):
-            given = self.draw(len(numbers), seed, label, numbers.start)
-            refined, nfe = self._refine(given, list(numbers), seed, guidance, None)
+        check_drawing(self, shared, intermediate)
+        same = [0] * len(numbers)
+        with self._same_bits():
+            given = self.drawn_for(same if shared is Shared.z else numbers, seed, label)
+            noise = Noise(seed, same if shared is Shared.noise else numbers)
+            refined, nfe, estimates = refine_together(self, given, noise, guidance, estimates=intermediate)
             vae = to_uint8(given.x_hat).cpu() if self.models.generates else None
-            return Drawn(vae, to_uint8(refined).cpu(), nfe.cpu())
+            on_the_way = torch.stack([to_uint8(each).cpu() for each in estimates], 1) if estimates else None
+            classes = None if given.label is None else given.label.cpu()
+            return Drawn(vae, to_uint8(refined).cpu(), nfe.cpu(), classes, on_the_way)
 
     def generate(
         self,
@@ -201,66 +252,115 @@ class Pipeline:
         seed: int,
         *,
         first: int = 0,
-        label: int | None = None,
-        guidance: Guidance = PLAIN,
+        label: Classes = None,
+        sampler: object = None,
+        steps: int | None = None,
+        temperature: float | None = None,
+        prior: Prior | str | None = None,
+        guidance: Guidance | float = PLAIN,
+        shared: Shared | str | None = None,
         advance: Advance | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(VAE samples, refined samples) from the same z, both (n, C, H, W) uint8: images first..first + n - 1 of the
         seed.
 
-        The former are None where nothing is drawn before refinement: without an encoder, and in latent space. Raises
-        UserError for n < 1 or first < 0.
+        The former are None where nothing is drawn before refinement: without an encoder, and in latent space.
+        `sampler`, `steps`, `temperature` and `prior` are for this call alone; `shared="z"` lets only the noise vary,
+        `shared="noise"` only z. Raises UserError for n < 1 or first < 0, and for what the run has not.
         """
         if n < 1 or first < 0:
             raise UserError(f"n={n} first={first}: use n=1 or more, and first=0 or more")
+        each = None if label is None or isinstance(label, int | str) else list(label)
+        if each is not None:
+            self.classes(each, n)
+        same = None if shared is None else named(Shared, shared, "shared")
         refined, vae, evaluations = [], [], 0
-        for numbers in calls(first, n, self.batch):
-            drawn = self.draw_together(numbers, seed, label=label, guidance=guidance)
-            asked = slice(max(first - numbers.start, 0), first + n - numbers.start)
-            refined.append(drawn.refined[asked])
-            if drawn.vae is not None:
-                vae.append(drawn.vae[asked])
-            evaluations += int(drawn.nfe[asked].sum())
-            if advance:
-                advance(len(refined[-1]))
+        with self.using(sampler, prior=prior, steps=steps, temperature=temperature):
+            for numbers in calls(first, n, self.batch):
+                asked = slice(max(first - numbers.start, 0), first + n - numbers.start)
+                mine = label if each is None else [each[min(max(k - first, 0), n - 1)] for k in numbers]
+                drawn = self.draw_together(numbers, seed, label=mine, guidance=guidance, shared=same)
+                refined.append(drawn.refined[asked])
+                if drawn.vae is not None:
+                    vae.append(drawn.vae[asked])
+                evaluations += int(drawn.nfe[asked].sum())
+                if advance:
+                    advance(len(refined[-1]))
         self.nfe = mean(evaluations, n)
         return torch.cat(vae) if vae else None, torch.cat(refined)
 
-    @torch.no_grad()
-    def reconstruct(self, images: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def reconstruct(
+        self, images: torch.Tensor, seed: int = 0, *, label: Classes = None, guidance: Guidance | float = PLAIN
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(VAE reconstructions, refined reconstructions) through the posterior mean, both (n, C, H, W) uint8.
 
-        The latter are None in latent space, where there is nothing to refine.
+        The latter are None in latent space, where there is nothing to refine. Raises UserError without an encoder.
         """
-        given = self.encode(to_float(images).to(self.device))
-        refined = None if self.models.latent_space else to_uint8(self.refine(given, seed))
-        return to_uint8(given.x_hat).cpu(), refined
+        start = editing.start(self, images, seed, label)
+        drawn = editing.reconstruct(self, start, seed, guidance)
+        return (drawn.refined, None) if drawn.vae is None else (drawn.vae, drawn.refined)
 
-    @torch.no_grad()
-    def inpaint(
-        self, images: torch.Tensor, mask: torch.Tensor, seed: int, *, guidance: Guidance = PLAIN
+    def interpolate(
+        self,
+        a: Images,
+        b: Images,
+        space: Between | str = Between.both,
+        steps: int = 8,
+        seed: int = 0,
+        *,
+        label: Classes = None,
+        guidance: Guidance | float = PLAIN,
     ) -> torch.Tensor:
-        """Images (n, C, H, W) uint8 whose pixels are kept where mask (n, 1, H, W) is true, and drawn anew elsewhere.
+        """Strips (n, steps, C, H, W) uint8 from each of a to that of b, both ends included.
 
-        x_hat is found by imputation: unknown pixels are grey at first, then those of the reconstruction, a few times
-        over (Rezende et al. 2014, appendix F). Raises UserError for a sampler whose images stand at no
-        common time, and in latent space, where pixels cannot be kept.
+        a and b are images, of which a[i] has the noise 2 i and b[i] that of 2 i + 1, as the images a[0], b[0], a[1],
+        ... have it together; or they are numbers of images of the seed, as `generate` draws them. space "z": only z is
+        interpolated, "noise": only the noise, "both". See dvae/editing.py for the paths; raises UserError as it says.
         """
-        self._need_pixels("inpainting")
-        if not self.sampler.by_steps:
-            raise UserError(
-                "inpainting needs a sampler that moves all images in the same steps: use sampler=ddim or em"
-            )
-        known = to_float(images).to(self.device)
-        mask = mask.to(self.device)
-        filled = torch.where(mask, known, 0.0)
-        for _ in range(IMPUTATIONS):
-            given = self.encode(filled)
-            filled = torch.where(mask, known, given.x_hat)
-        drawn = self.refine(given, seed, guidance=guidance, known=(known, mask))
-        return torch.where(mask.cpu(), images, to_uint8(drawn))
+        pair = editing.pair(self, a, b, seed, label)
+        drawn = editing.interpolate(self, *pair, named(Between, space, "space"), steps, seed, guidance)
+        return drawn.refined.unflatten(0, (-1, steps))
 
-    def _need_pixels(self, what: str) -> None:
+    def edit(
+        self,
+        images: Images,
+        direction: Direction | torch.Tensor | int,
+        strength: float | Sequence[float],
+        seed: int = 0,
+        *,
+        label: Classes = None,
+        guidance: Guidance | float = PLAIN,
+    ) -> torch.Tensor:
+        """Images (n, C, H, W) uint8 whose z is moved along a direction; for a list of S strengths strips
+        (n, S, C, H, W).
+
+        `images`: images, or numbers of images of the seed. `direction`: one of dvae.directions, which says what
+        strength 1 is, a vector of the latent's shape, which is added once, or the number, from 1, of a principal
+        component that the refiner knows (denoiser.pca_components): it is put at `strength` standard deviations.
+        """
+        strengths = [float(strength)] if isinstance(strength, int | float) else [float(each) for each in strength]
+        move = editing.along(self, direction)
+        drawn = editing.edit(self, editing.start(self, images, seed, label), move, strengths, seed, guidance)
+        return drawn.refined if isinstance(strength, int | float) else drawn.refined.unflatten(0, (-1, len(strengths)))
+
+    def inpaint(
+        self,
+        images: torch.Tensor,
+        mask: torch.Tensor,
+        seed: int = 0,
+        *,
+        label: Classes = None,
+        guidance: Guidance | float = PLAIN,
+    ) -> torch.Tensor:
+        """Images (n, C, H, W) uint8 whose pixels are kept where mask is true, and drawn anew elsewhere.
+
+        `mask`: bool (H, W) for all, or (n, 1, H, W). See dvae/inpainting.py; raises UserError as it says.
+        """
+        images = editing.checked(self, images)
+        masks = mask.expand(len(images), 1, *images.shape[2:])
+        return inpainting.inpaint(self, images, masks, seed, range(len(images)), label, guidance).refined
+
+    def need_pixels(self, what: str) -> None:
         """Raise UserError in latent space."""
         if self.models.latent_space:
             raise UserError(f"{what}: not defined where denoiser.space=latent: use a run whose refiner draws pixels")
@@ -272,65 +372,26 @@ class Pipeline:
         the probe of the divergence per image; see dvae/likelihood.py for what that bounds. Raises UserError in latent
         space.
         """
-        self._need_pixels("bits per dimension")
-        denoiser, io = self.models.denoiser, self.models.denoiser.io
-        shape = (io.k * io.channels, io.image_size, io.image_size)
+        self.need_pixels("bits per dimension")
         parts = []
-        for numbers in torch.arange(len(images)).split(self._together):
+        for numbers in torch.arange(len(images)).split(self.batch or CHUNK):
             chosen = images[numbers]
-            x = likelihood.dequantised(
-                chosen, keyed.uniform(seed, "dequantise", numbers.tolist(), images.shape[1:]).float()
-            )
-            probes = keyed.uniform(seed, "probe", numbers.tolist(), shape).sub(0.5).sign().float()
-            momentum = keyed.normal(seed, "momentum", numbers.tolist(), shape)
             given = self.encode(to_float(chosen).to(self.device))
-            found = likelihood.bits_per_dim(
-                Bound(denoiser, given),
-                denoiser.to_state(x.to(self.device), given),
-                noise=momentum.to(self.device),
-                probes=probes.to(self.device),
-                data_scale=float(denoiser.data_scale),
-                tolerance=tolerance,
-            )
+            found = likelihood.of_images(self.models.denoiser, given, chosen, numbers.tolist(), seed, tolerance)
             parts.append(found.bits_per_dim)
         return torch.cat(parts)
-
-
-@contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Compute on one thread of the CPU while the block runs, if `wanted`: with more, the number of threads decides how
-    sums are split, and so their rounding."""
-    before = torch.get_num_threads()
-    if wanted:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def mean(evaluations: int, images: int) -> float:
-    """Evaluations per image, a whole number where it is one."""
-    return evaluations // images if evaluations % images == 0 else evaluations / images
-
-
-def bundle_of(path: str | Path) -> Path:
-    """The bundle of a run folder, or the bundle itself. Raises UserError where there is none."""
-    folder = Path(path)
-    inner = folder / "bundle"
-    if inner.is_dir():
-        return inner
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run or bundle")
-    return folder
 
 
 def load(path: str | Path, batch: int | None = None, device: str | torch.device | None = None) -> Pipeline:
     """The pipeline of a run folder or a bundle, on `device` (None: a GPU where there is one).
 
-    Raises UserError where there is none or it is not whole.
+    Raises UserError where there is none or it is not whole, or its int8 kernels are asked onto a GPU.
     """
-    config, models = bundle.load(bundle_of(path))
+    config, models = bundle.load(bundle.folder_of(path))
+    bound = plan.cpu_only(models)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() and not bound else "cpu"))
+    if bound and device.type != "cpu":
+        raise UserError(f"{path} is quantised by method=int8, whose kernels are for CPUs: leave device={device} out")
     for module in models.trained().values():
-        module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        module.to(device)
     return Pipeline(config, models, batch)

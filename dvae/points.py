@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dvae import keyed
+from dvae.noise import Noise
 from dvae.pipeline import Advance, Pipeline
 from dvae.registry import SOURCES, Shapes
 from dvae.registry.sources import EndlessSource
@@ -32,4 +33,4 @@ def true(source: EndlessSource, label: int | None, n: int, seed: int) -> torch.T
 
 def drawn(pipeline: Pipeline, label: int | None, n: int, seed: int, advance: Advance | None = None) -> torch.Tensor:
     """n points (n, d) of a trained run."""
-    return pipeline.refine(pipeline.draw(n, seed, label), seed, advance=advance).flatten(1)
+    return pipeline.refined(pipeline.draw(n, seed, label), Noise(seed, range(n)), advance=advance)[0].flatten(1)

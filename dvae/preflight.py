@@ -8,18 +8,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from dvae import bundle, models, points
 from dvae import config as configuration
-from dvae import models, points
 from dvae.data.images import DamagedImage
 from dvae.data.labels import check_label
 from dvae.data.loader import check_batch
 from dvae.data.manifest import Manifest
 from dvae.data.remote import is_remote, read_manifest
 from dvae.errors import UserError, one_line
-from dvae.registry import SOURCES, Shapes
+from dvae.registry import DISTILLERS, SOURCES, Shapes
 from dvae.registry.launchers import launcher_of
 from dvae.registry.sources import Item, Source
 from dvae.settings import RunConfig
+from dvae.stage_names import settings_of
 
 PROBED = 8
 """Images of a source that are tried before a run begins."""
@@ -37,21 +38,27 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[models.Models, dict[str, i
         raise UserError(f"stages: encoder={config.encoder.name} has nothing to train: leave encoder and prior out")
     if "cache" in config.stages and not made.parameters()["encoder"]:
         raise UserError(f"stages: cache keeps what an encoder makes, encoder={config.encoder.name} makes nothing")
+    if "joint" in config.stages and (not made.parameters()["encoder"] or made.encoder.adversary() is not None):
+        raise UserError(f"stages: joint needs an encoder to train without a discriminator, not {config.encoder.name}")
     if "encoder" in config.stages:
-        made.encoder.pretrained()  # refuses a folder of weights that does not fit
-    for training in (getattr(config, f"train_{stage}") for stage in made.parameters()):
+        bundle.given_encoder(config, made.encoder)  # refuses weights that do not fit
+    for training in (getattr(config, settings_of(stage)) for stage in [*made.parameters(), "joint", "distil"]):
         check_batch(training.batch, ranks, training.micro_batches)
+    if "distil" in config.stages:
+        DISTILLERS.build(config.distiller, made.denoiser.io).check(made.denoiser)
+        bundle.teacher_of(config)  # refuses what is not there, or other networks
     if configuration.endless(config):
         _check_classes(config)
         return made, {}
     counts = images(config)
     smallest = min(counts["train"], config.evaluate.reference)
-    if "evaluate" in config.stages and config.evaluate.metrics and smallest < 2 * config.evaluate.kid_subset_size:
+    scored = config.evaluate.every > 0 or ("evaluate" in config.stages and config.evaluate.metrics)
+    if scored and smallest < 2 * config.evaluate.kid_subset_size:
         raise UserError(
             f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} needs twice as many real images, there are "
             f"{smallest}: use {smallest // 2} or less, or evaluate.metrics=false"
         )
-    if "evaluate" in config.stages and config.evaluate.metrics:
+    if scored:
         importlib.import_module("dvae.evaluation.metrics")  # refuses where its packages are not installed
     return made, counts
 
@@ -112,9 +119,17 @@ def describe(config: DictConfig) -> str:
     for stage, parameters in made.parameters().items():
         training = getattr(settings, f"train_{stage}")
         if stage in settings.stages:
-            given = stage == "encoder" and made.encoder.pretrained() is not None
+            given = stage == "encoder" and bundle.given_encoder(settings, made.encoder) is not None
             work = "taken over as they are" if given else f"{training.steps} steps of {training.batch} images"
             lines.append(f"{stage}: {parameters / 1e6:.1f}M parameters, {work}")
+    if "joint" in settings.stages:
+        total = made.parameters()["encoder"] + made.parameters()["refiner"]
+        training = settings.train_joint
+        lines.append(f"joint: {total / 1e6:.1f}M parameters, {training.steps} steps of {training.batch} images")
+    if "distil" in settings.stages:
+        training, made_for = settings.train_distil, DISTILLERS.build(settings.distiller, made.denoiser.io).rounds
+        rounds = " -> ".join(map(str, made_for))
+        lines.append(f"distil: for {rounds} steps, {training.steps} steps of {training.batch} images each")
     if counts:
         lines.append(f"images: about {counts['train']} to train on, {counts['heldout']} held out")
         lines.append(f"shards: {shards} in {settings.data.shards}")

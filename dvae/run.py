@@ -26,9 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from dvae import attempts, files
 from dvae import config as configuration
 from dvae.errors import UserError
-from dvae.settings import RunConfig
+from dvae.settings import TRAININGS, RunConfig
 
-TRAININGS = ("train_encoder", "train_refiner", "train_classifier")
 FREE = {
     "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
     "data.workers", "data.cache_gib", "data.download_to", "data.download_gib", "data.log_samples", "max_hours",

@@ -24,10 +24,10 @@ from dvae.attempts import Attempt
 from dvae.errors import MachineError, UserError, one_line
 from dvae.slurm import queue
 from dvae.slurm.queue import Job
+from dvae.stage_names import settings_of, stage_of
 from dvae.tracking.console import aligned, clock
+from dvae.tracking.metrics import MetricsLog
 
-TAIL = 65536
-"""Bytes at the end of metrics.jsonl in which the newest rows are looked for."""
 LOOK_EVERY = 1.0
 """Seconds between two looks at a run that is followed."""
 ASK_EVERY = 5.0
@@ -92,7 +92,7 @@ def look(folder: Path, jobs: list[Job] | None = None) -> Status:
     config, records = _config(folder), _records(folder)
     tried = attempts.read(folder)
     live = attempts.in_use(folder)
-    row = newest(folder)
+    row = metrics(folder).newest()
     state, message = _state(folder, tried, live, all(stage in records for stage in config["stages"]), row is not None)
     jobs = queue.known([folder]).get(folder, []) if jobs is None else jobs
     if active := [job for job in jobs if job.active]:
@@ -103,10 +103,10 @@ def look(folder: Path, jobs: list[Job] | None = None) -> Status:
     age = time.time() - row["time"] if row else None
     if not left:
         return Status(path=folder, state=state, message=message, age=age)
-    if row is None or row["stage"] not in left or "images_per_second" not in row:
+    if row is None or stage_of(row["stage"]) not in left or "images_per_second" not in row:
         total = config.get(f"train_{left[0]}", {}).get("steps", 0)
         return Status(path=folder, state=state, message=message, stage=left[0], total=total, age=age)
-    training = config[f"train_{row['stage']}"]
+    training = config[settings_of(row["stage"])]
     speed = row["images_per_second"]
     running = state is State.running
     return Status(
@@ -199,24 +199,8 @@ def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
-def tail(folder: Path) -> list[dict[str, Any]]:
-    """The newest whole rows of metrics."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL))
-        whole = file.read().rpartition(b"\n")[0].splitlines()
-    try:
-        return [json.loads(line) for line in (whole[1:] if size > TAIL else whole)]
-    except ValueError as error:
-        raise MachineError(f"{path}: is damaged ({one_line(error)})") from None
-
-
-def newest(folder: Path) -> dict[str, Any] | None:
-    rows = tail(folder)
-    return rows[-1] if rows else None
+def metrics(folder: Path) -> MetricsLog:
+    return MetricsLog(folder / "metrics.jsonl")
 
 
 HEADINGS = ("run", "state", "stage", "step", "images/s", "left", "last row", "message")
@@ -260,12 +244,12 @@ def follow(folder: Path) -> Iterator[str]:
 
     Raises MachineError where it failed.
     """
-    seen, waits = (newest(folder) or {"time": 0.0})["time"] - 1e-6, ""
+    seen, waits = (metrics(folder).newest() or {"time": 0.0})["time"] - 1e-6, ""
     while True:
         here = attempts.in_use(folder)  # before the rows are read, so that none is missed
         jobs = [] if here else queue.active(folder)
         config = _config(folder)
-        for row in tail(folder):
+        for row in metrics(folder).tail():
             if row["time"] > seen:  # rows of steps that are taken again are newer too
                 seen = row["time"]
                 yield in_line(row, config)
@@ -285,7 +269,7 @@ def in_line(row: dict[str, Any], config: dict[str, Any]) -> str:
     """A row of metrics as progress shows it: "refiner: 1200/5000  182 images/s  loss 0.0123  2:13 left"."""
     if "images_per_second" not in row:
         return f"{row['stage']}: " + "  ".join(f"{key} {value}" for key, value in row.items() if key != "stage")
-    training, speed = config[f"train_{row['stage']}"], row["images_per_second"]
+    training, speed = config[settings_of(row["stage"])], row["images_per_second"]
     parts = [f"{row['stage']}: {row['step']}/{training['steps']}", f"{speed:.4g} images/s"]
     parts += [f"loss {row['loss']:.4g}"] if row.get("loss") is not None else []
     parts += [f"{clock((training['steps'] - row['step']) * training['batch'] / speed)} left"]

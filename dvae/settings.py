@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from dvae.denoiser import DenoiserConfig
 from dvae.tracking.wandb_run import WandbConfig
 
-STAGES = ("shards", "encoder", "prior", "cache", "refiner", "classifier", "evaluate")
+STAGES = ("shards", "encoder", "joint", "prior", "cache", "refiner", "classifier", "distil", "evaluate")
 """In the order in which they run."""
 USUAL = ["shards", "encoder", "prior", "refiner", "evaluate"]
 
@@ -82,7 +82,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     clip: float = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    """Global gradient norm above which gradients are scaled down (0: none)."""
     nonfinite_skips: int = 0
     """Steps that may be left out because a gradient was not finite, in one stage; one more ends the run."""
     precision: Precision = Precision.bf16
@@ -158,6 +158,27 @@ class CacheConfig:
     """For reconstructions: how many there are of each image."""
 
 
+class Reaches(Enum):
+    """By what the gradient of the refiner's loss reaches the encoder."""
+
+    nothing = "nothing"
+    z = "z"
+    x_hat = "x_hat"
+    both = "both"
+
+
+@dataclass(kw_only=True, slots=True)
+class JointConfig:
+    """How the stage joint adds up the objectives of encoder and refiner."""
+
+    weight: float = 1.0
+    """Factor on the refiner's loss, the mean over pixels; the encoder's is a sum over them."""
+    reaches: Reaches = Reaches.both
+    """nothing | z | x_hat | both: by what the gradient of the refiner's loss reaches the encoder."""
+    start: int = 0
+    """Steps before it does."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """The last stage: what is drawn and how it is scored."""
@@ -176,6 +197,8 @@ class EvaluateConfig:
     """Images per forward pass."""
     metrics: bool = True
     """false: draw pictures only."""
+    every: int = 0
+    """Steps of the refiner's training between scores of its averaged weights, with the first of `seeds` (0: none)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -203,9 +226,13 @@ class RunConfig:
     classes: list[str] = field(default_factory=list)
     """Names of the classes, in the order of their numbers: values of the attribute data.label ([]: no classes)."""
     stages: list[str] = field(default_factory=lambda: list(USUAL))
-    """Stages to run, of shards, encoder, prior, cache, refiner, classifier, evaluate."""
+    """Stages to run, of shards, encoder, joint, prior, cache, refiner, classifier, distil, evaluate."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
+    encoder_weights: str = ""
+    """A run folder or bundle whose trained encoder is taken over, instead of training one (empty: none)."""
+    teacher: str = ""
+    """A run folder or bundle from whose trained models the stage distil starts."""
     max_hours: float = 0.0
     """Hours after which this attempt saves and stops, as at a signal (0: no limit)."""
     dry_run: bool = False
@@ -219,50 +246,26 @@ class RunConfig:
     sampler: Any = MISSING
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     classifier: Any = None
+    distiller: Any = None
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
     train_encoder: TrainingConfig = field(default_factory=TrainingConfig)
     train_refiner: TrainingConfig = field(default_factory=TrainingConfig)
     train_classifier: TrainingConfig = field(default_factory=TrainingConfig)
     """preview_every is without effect here."""
+    train_joint: TrainingConfig = field(default_factory=TrainingConfig)
+    """Of encoder and refiner together."""
+    train_distil: TrainingConfig = field(default_factory=TrainingConfig)
+    """Of each round of the distiller."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launcher: Any = None
     """How a run is started (null: as local)."""
 
 
-@dataclass(kw_only=True, slots=True)
-class SampleConfig:
-    """What tools/sample.py takes."""
-
-    run: str = MISSING
-    """A run folder or a bundle."""
-    n: int = 64
-    """Images."""
-    seed: int = 0
-    """Seed of z and of the noise."""
-    first: int = 0
-    """Number of the first image; image k of a seed is the same whichever is the first."""
-    out: str = "samples.png"
-    """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
-    vae: bool | None = None
-    """Put the VAE's sample at the left of each refined one (null: in a picture only, where there is a VAE)."""
-    batch_size: int | None = None
-    """Images per network call (null: fixed chunks of 16, with which image k has the same bits in any request)."""
-    processes: int = 1
-    """Processes of this machine that draw."""
-    label: str = ""
-    """Class of all images (empty: drawn evenly, where the run has classes)."""
-    guidance: float = 1.0
-    """Weight of x_hat, z and class together."""
-    label_guidance: float = 1.0
-    """Weight of the class alone."""
-    classifier_guidance: float = 0.0
-    """Factor on the gradient of the classifier."""
-    plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
-    sampler: Any = None
-    """Another sampler than the run's, or fields of the run's own."""
+TRAININGS = tuple(each.name for each in fields(RunConfig) if each.name.startswith("train_"))
+"""Fields that hold the settings of a training."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -278,5 +281,4 @@ class CacheToolConfig(CacheConfig):
 
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")
-ConfigStore.instance().store(name="sample_schema", node=SampleConfig, provider="dvae")
 ConfigStore.instance().store(name="cache_schema", node=CacheToolConfig, provider="dvae")

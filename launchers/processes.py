@@ -26,7 +26,7 @@ from dvae import attempts
 from dvae.attempts import TERMINATED
 from dvae.ends import CRASHED, GRACE, HANGS, End, explain
 from dvae.errors import Stopped, UserError, in_words, one_line
-from dvae.machine import cores
+from dvae.machine import cores, end_with_parent
 from dvae.registry.launchers import LAUNCHERS, Launcher, LauncherConfig
 
 LOOK_EVERY = 0.2
@@ -144,14 +144,6 @@ def run_rank(folder: str, line: connection.Connection) -> None:
         said, status = words or (f"{type(error).__name__}: {one_line(error)}", CRASHED)
         line.send(said)
         sys.exit(status)
-
-
-def end_with_parent() -> None:
-    """Do not outlive the launcher, even where it was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

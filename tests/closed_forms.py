@@ -104,7 +104,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def integrable(processes: tuple[str, ...], schedules: tuple[str, ...]) -> list[tuple[str, str, str]]:
-    """(sampler, process, schedule), by name, of each registered sampler that integrates the process on the schedule."""
+    """(sampler, process, schedule), by name, of each registered sampler that integrates a denoiser of the two."""
     found = []
     for process in processes:
         for schedule in schedules:
@@ -113,7 +113,7 @@ def integrable(processes: tuple[str, ...], schedules: tuple[str, ...]) -> list[t
             found += [
                 (name, process, schedule)
                 for name in SAMPLERS.names()
-                if SAMPLERS.build({"name": name}, io).supports(made)
+                if SAMPLERS.get(name).of_means and SAMPLERS.build({"name": name}, io).supports(made)
             ]
     return found
 

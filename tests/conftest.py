@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from slurm_cluster import Cluster, cluster, missing
 from tests_support import ROOT, Tool, environment
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start processes beside this one: idle threads would spin
+
+# the same examples in every run: a failure is of the change, and comes again; --hypothesis-profile=default explores
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ ONLY = {
     "torch_fidelity": {"evaluation/metrics.py"},
     "sweeps": {"sweeps/engine.py"},
     "submitit": {"launchers/slurm.py"},
+    "gradio": {"page.py"},
 }
 ABOVE = {
     "layers": ["registry.encoders", "registry.refiners", "diffusion", "denoiser", "training", "pipeline", "evaluation"],
@@ -29,7 +30,9 @@ ABOVE = {
     "data": ["training", "pipeline", "evaluation", "launchers", "tools", "denoiser", "diffusion"],
     "training": ["launchers", "tools", "evaluation", "job"],
     "evaluation": ["launchers", "tools", "training", "job"],
+    "planning": ["launchers", "tools", "pipeline", "evaluation", "job"],
     "tracking": ["launchers", "tools", "training", "evaluation", "job"],
+    "quantisation": ["launchers", "tools", "training", "job"],
     "sweeps": ["launchers", "tools", "training", "evaluation", "job", "pipeline"],
 }
 """Part of the package -> parts that lie above it, which it must not import."""

@@ -15,6 +15,7 @@ from dvae.data import cache
 from dvae.denoiser import Given
 from dvae.errors import MachineError, UserError
 from dvae.job import Job
+from dvae.noise import Noise
 from dvae.pipeline import Pipeline
 from dvae.pipeline import load as load_pipeline
 from dvae.registry.encoders import Posterior
@@ -78,7 +79,8 @@ def test_what_is_drawn_is_decoded_from_latents_of_the_measured_scale(run: Run) -
         return denoiser.diffusion.eps_from_x0(u, t, x0), x0
 
     denoiser.predict = of_a_point  # type: ignore[method-assign]
-    drawn = pipeline.refine(pipeline.draw(2, 0), 0)
+    pipeline.batch = 2  # the denoiser knows these two alone, not a whole chunk
+    drawn = pipeline.refined(pipeline.draw(2, 0), Noise(0, range(2)))[0]
     assert torch.allclose(drawn, pipeline.decode(latents), atol=1e-4)
     made = denoiser.data_scale * _latents(run)
     assert made.std().item() == pytest.approx(1.0, abs=0.1)

@@ -10,9 +10,10 @@ import torch
 from closed_forms import Mixture, diffusion, normal
 from scipy.linalg import expm
 
-from dvae.diffusion import Diffusion
+from dvae.diffusion import Diffusion, Prediction, Time
 from dvae.errors import UserError
 from dvae.likelihood import bits_per_dim, dequantised
+from dvae.registry.samplers import Threshold
 
 MEAN, VARIANCE = 0.3, 0.25
 BITS = math.log2(127.5)
@@ -46,6 +47,24 @@ def test_bits_of_gaussian_data(schedule: str, exact: bool) -> None:
     )
     np.testing.assert_allclose(found.bits_per_dim, -log_normal(NODES, MEAN, VARIANCE) / math.log(2) + BITS, atol=1e-2)
     assert found.nfe.min() > 20
+
+
+class Rounded(Mixture):
+    """The same, its score made of its x0 in fp32, as that of a network that predicts x0."""
+
+    def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:
+        x0 = self.x0(u, t)
+        eps = self.diffusion.eps_from_x0(u, t, x0)
+        return Prediction(eps, x0, self.diffusion.score_from_eps(eps, t))
+
+
+@pytest.mark.parametrize("schedule", ["edm", "linear"])
+def test_the_start_is_no_nearer_the_data_than_fp32_can_tell(schedule: str) -> None:
+    """edm's noise at t = 1e-5 is 1e-33: without a floor the score of x0 overflows there."""
+    x = images(*NODES).float()
+    found = bits_per_dim(Rounded(diffusion("vp", schedule), (MEAN,), (VARIANCE,)), x, probes=torch.ones_like(x))
+    np.testing.assert_allclose(found.bits_per_dim, -log_normal(NODES, MEAN, VARIANCE) / math.log(2) + BITS, atol=2e-2)
+    assert found.nfe.max() < 200
 
 
 def test_density_of_two_modes() -> None:

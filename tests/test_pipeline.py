@@ -14,8 +14,10 @@ from dvae import config, models
 from dvae.data.images import to_float
 from dvae.errors import UserError
 from dvae.guidance import Guidance
-from dvae.pipeline import Pipeline, calls
+from dvae.noise import Noise
+from dvae.pipeline import Pipeline
 from dvae.registry import SAMPLERS
+from dvae.together import calls
 
 PHASE_SPACE = ["schedule=constant", "denoiser.prediction=eps", "sampler=em"]
 WORDS = {"vp": [], "psld": ["process=psld", *PHASE_SPACE], "cld": ["process=cld", *PHASE_SPACE]}
@@ -45,8 +47,8 @@ def test_every_sampler_draws_images_with_every_process_it_supports(
     assert vae.shape == refined.shape == (4, 3, 16, 16)
     assert refined.float().std() > 1.0
     assert made.nfe >= 4
-    alone = made.refine(made.draw(4, 0)[3:], 0, numbers=[3])  # the batch is of no account, up to rounding
-    together = made.refine(made.draw(4, 0), 0)[3:]
+    alone, _ = made.refined(made.draw(4, 0)[3:], Noise(0, [3]))  # the batch is of no account, up to rounding
+    together = made.refined(made.draw(4, 0), Noise(0, range(4)))[0][3:]
     assert (alone - together).abs().mean() < 0.02
 
 

@@ -21,6 +21,7 @@ def launch(*words: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_example_of_contributing_is_a_whole_component(tmp_path: Path, tiny: list[str]) -> None:
     code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     assert code is not None
@@ -41,6 +42,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_an_installed_plugin_trains(installed: Path, tmp_path: Path, tiny: list[str]) -> None:
     words = [*tiny, "schedule=sigmoid_sample", "schedule.end=4"]
     done = launch(*words, f"run={tmp_path}/run", path=installed, cwd=tmp_path)

@@ -39,6 +39,7 @@ def test_ones_own_folder_of_images(folder_of_images: Path, tool: Tool, tiny: lis
     assert (tmp_path / "mine" / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["none", "input"])
 def test_the_formulations_train_with_a_table_and_dropped_conditions(form: str, tool: Tool, tiny: list[str]) -> None:
     words = [f"denoiser.centre={form}", "denoiser.prediction=eps", "denoiser.condition_dropout=0.5", "data.flip=true"]
@@ -58,7 +59,7 @@ def test_a_non_finite_step_ends_the_run_and_spoils_nothing(tool: Tool, tiny: lis
     assert not (tmp_path / "mine" / "weights").exists()
 
 
-@pytest.fixture(params=["1m", "2m", "4m"])
+@pytest.fixture(params=["1m", *(pytest.param(size, marks=pytest.mark.slow) for size in ("2m", "4m"))])
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system that fills up while shards, a checkpoint or the bundle are written."""
     folder = tmp_path / "small"
@@ -81,6 +82,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(small_disk: Path, 
     assert not list((small_disk / "run").rglob(".*.tmp*"))
 
 
+@pytest.mark.slow
 def test_wandb_offline_continues_one_run(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
     from dvae.tracking.wandb_run import offline_rows
 
@@ -99,6 +101,7 @@ def test_wandb_offline_continues_one_run(tool: Tool, tiny: list[str], tmp_path: 
         assert [row[f"{stage}/step"] for row in rows if f"{stage}/loss" in row] == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_refused(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
     import fcntl
 

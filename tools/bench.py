@@ -7,12 +7,15 @@ from dvae.errors import UserError, near, run_command
 USAGE = """usage: python tools/bench.py data [folder=PICTURES] [size=256] [images=1000] [batch=64] [threads=[0,1,2]]
        [rounds=3] [quality=90] [out=FILE.json]
        python tools/bench.py trainer [run=runs/demo] [turns=40]
+       python tools/bench.py planner [recipe=demo] [widths=[64,32,96]] [batch=16] [turns=8]
 
 data: images per second of our shards and loader, of ImageFolder with Pillow and ToTensor, and of plain webdataset, on
   the same pictures as JPEG (theirs) and PNG (ours); and milliseconds per image of the decoders alone. The pictures are
   those of a folder, or drawn. All ways take turns in one process with one thread of torch; compare ratios.
 trainer: a step of a run's refiner, against the same network in a bare DeepSpeed loop and in bare torch, which take
-  turns; and for how long a checkpoint holds training up."""
+  turns; and for how long a checkpoint holds training up.
+planner: how far the step times that tools/plan.py would predict from this machine's measured peak are off, for small
+  refiners: docs/scale.md."""
 
 
 def command(argv: list[str]) -> None:
@@ -43,7 +46,16 @@ def trainer(words: list[str]) -> None:
     bench.run(settings)
 
 
-BENCHES = {"data": data, "trainer": trainer}
+def planner(words: list[str]) -> None:
+    """How far the planner is off."""
+    from dvae import config
+    from dvae.planning import trial
+
+    settings: trial.PlannerBenchConfig = config.words_of_a_tool(config.compose("bench_planner", words))
+    print(trial.run(settings))
+
+
+BENCHES = {"data": data, "trainer": trainer, "planner": planner}
 
 if __name__ == "__main__":
     run_command(command)

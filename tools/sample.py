@@ -5,8 +5,9 @@ from __future__ import annotations
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/sample.py run=FOLDER [n=64] [seed=0] [first=0] [out=samples.png] [vae=BOOL] [processes=1]
-       [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1] [label_guidance=1] [classifier_guidance=0]
-       [batch_size=N]
+       [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1] [label_guidance=1] [pca_guidance=1]
+       [classifier_guidance=0]
+       [batch_size=N] [shared=z|noise] [intermediate=0]
 
 run= takes a run folder or a bundle. out= names the form: NAME.png one picture, each VAE sample, where there is a VAE,
 with its refined sample at its right; NAME/ a folder of 000000.png, ...; NAME.npy uint8 (n, H, W, C); NAME.zip and
@@ -16,7 +17,9 @@ processes; with batch_size=, which may be faster, a pixel may be off by one grey
 sampler.FIELD changes the run's own sampler or the one that sampler= names; sampler.temperature scales the starting
 noise.
 guidance weighs x_hat, z and class together, label_guidance the class alone (0 without, 1 as trained, above 1 stronger);
-classifier_guidance is the factor on the gradient of the run's classifier. label is one of the run's classes."""
+classifier_guidance is the factor on the gradient of the run's classifier. label is one of the run's classes.
+shared=z gives all images z and class of image 0 of the seed, so that only the noise varies; shared=noise gives all its
+noise. intermediate=N puts N denoised estimates, from evenly spread steps, at the left of each image."""
 
 
 def command(argv: list[str]) -> None:
@@ -28,8 +31,7 @@ def command(argv: list[str]) -> None:
 
     settings = config.words_of_a_tool(config.compose("sample", own_sampler(argv)))
     done = drawing.draw(settings)
-    speed = f", {done.drawn} drawn now at {done.images_per_second:.3g} images/s" if done.drawn else ""
-    print(f"{settings.out}: {settings.n} samples, {done.nfe:g} network evaluations each{speed}")
+    print(f"{settings.out}: {done.n} samples, {done}")
 
 
 def own_sampler(words: list[str]) -> list[str]:

@@ -217,7 +217,8 @@ class Remote:
             self._reserve(handle, size, stop)
             self._download(name, digest, handle, stop)
             os.fsync(handle)
-            part.rename(path)
+            with self._room():  # who counts just now would find it under neither name
+                part.rename(path)
         except BaseException:
             part.unlink(missing_ok=True)
             os.close(handle)

@@ -25,22 +25,22 @@ class Tree(ABC):
         """A file's bytes. Raises DamagedImage, naming it, where it cannot be read."""
 
 
-def open_tree(path: str) -> Tree:
-    """The folder or the zip archive at source.path. Raises UserError where there is none, or no image in it."""
-    return FolderTree(path) if Path(path).expanduser().is_dir() else ZipTree(path)
+def open_tree(path: str, word: str = "source.path") -> Tree:
+    """The folder or the zip archive that `word` names. Raises UserError where there is none, or no image in it."""
+    return FolderTree(path, word) if Path(path).expanduser().is_dir() else ZipTree(path, word)
 
 
 class FolderTree(Tree):
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, word: str = "source.path") -> None:
         self.root = Path(path).expanduser()
         if not self.root.is_dir():
             why = "is not a folder" if self.root.exists() else "does not exist"
-            raise UserError(f"source.path={path} {why}: name a folder of images")
+            raise UserError(f"{word}={path} {why}: name a folder of images")
         files = sorted(_files(self.root))
         self.names = [name for name in files if is_image_name(name)]
         if not self.names:
             raise UserError(
-                f"source.path={path} holds no images ({_content(files)}): name a folder with .png, .jpg or .webp files"
+                f"{word}={path} holds no images ({_content(files)}): name a folder with .png, .jpg or .webp files"
             )
 
     def read(self, name: str) -> bytes:
@@ -51,23 +51,23 @@ class FolderTree(Tree):
 
 
 class ZipTree(Tree):
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, word: str = "source.path") -> None:
         self.path = path
         self._local = threading.local()
         try:
             members = [info for info in self._archive().infolist() if not info.is_dir()]
         except FileNotFoundError:
-            raise UserError(f"source.path={path} does not exist: name a folder or zip archive of images") from None
+            raise UserError(f"{word}={path} does not exist: name a folder or zip archive of images") from None
         except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"source.path={path} is not a readable zip archive: {one_line(error)}") from None
+            raise UserError(f"{word}={path} is not a readable zip archive: {one_line(error)}") from None
         images = [info for info in members if is_image_name(info.filename) and "__MACOSX" not in info.filename]
         if not images:
             raise UserError(
-                f"source.path={path} holds no images ({_content([info.filename for info in members])}): "
+                f"{word}={path} holds no images ({_content([info.filename for info in members])}): "
                 "name an archive with .png, .jpg or .webp files"
             )
         if any(info.flag_bits & 1 for info in images):
-            raise UserError(f"source.path={path} is encrypted: unpack it and name the folder")
+            raise UserError(f"{word}={path} is encrypted: unpack it and name the folder")
         self.names = sorted({info.filename for info in images})
 
     def read(self, name: str) -> bytes:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dvae import files, pipeline
+from dvae import files, together
 from dvae.drawing import formats, processes
 from dvae.drawing.artist import Artist
 from dvae.drawing.chunks import Chunks, difference, read
+from dvae.drawing.samples import Samples
+from dvae.drawing.settings import DrawingConfig
 from dvae.errors import UserError
-from dvae.settings import SampleConfig
 from dvae.tracking.console import Progress, say
 
 
@@ -26,63 +27,72 @@ from dvae.tracking.console import Progress, say
 class Finished:
     """What became of a request."""
 
+    n: int
+    """Results that were asked for."""
     nfe: float
     """Network evaluations per image, as counted; their mean where images differ."""
     drawn: int
-    """Images that this command drew; the others were there."""
+    """Results that this command drew; the others were there."""
     images_per_second: float
-    """Of those, without the time to load the run."""
+    """Refined images of those, without the time to load the run."""
+
+    def __str__(self) -> str:
+        speed = f", {self.drawn} drawn now at {self.images_per_second:.3g} images/s" if self.drawn else ""
+        return f"{self.nfe:g} network evaluations each{speed}"
 
 
-def draw(settings: SampleConfig) -> Finished:
-    """Draw the images first..first + n - 1 of a seed into `settings.out`; go on where an earlier attempt was ended.
+def draw(settings: DrawingConfig, make: type[Artist] = Samples) -> Finished:
+    """Draw the results first..first + n - 1 of make(settings) into `settings.out`; go on where an earlier attempt was
+    ended.
 
     Raises UserError for what cannot be drawn, or where `out` is there already or half-drawn by another request;
     MachineError where a process ends early. What is drawn by then is kept.
     """
     _check(settings)
     out, form = formats.of(settings.out)
+    artist = make(settings, "cpu" if settings.processes > 1 else None)
+    n = len(artist.asked)
     if not form.whole:
-        _check_grid(settings)
-    artist = Artist(settings, "cpu" if settings.processes > 1 else None)
+        _check_grid(settings.out, n, artist.tiles)
     request = artist.request()
     record = out.with_name(f"{out.name}.json")
-    if form.whole and (nfe := _finished(out, record, request, settings.n)) is not None:
+    if form.whole and (nfe := _finished(out, record, request, n)) is not None:
         Chunks.remove_at(out)
         say(f"{settings.out} is there already, as asked for")
-        return Finished(nfe=nfe, drawn=0, images_per_second=0.0)
+        return Finished(n=n, nfe=nfe, drawn=0, images_per_second=0.0)
     with Chunks.opened(out, request) as chunks:
-        wanted = pipeline.calls(settings.first, settings.n, settings.batch_size)
+        wanted = together.calls(settings.first, n, artist.batch, artist.together)
         missing = [numbers for numbers in wanted if not chunks.has(numbers)]
-        count = sum(len(_asked(numbers, settings)) for numbers in missing)
-        seconds = _draw(artist, chunks, missing, settings.n - count)
-        evaluations = sum(int(nfe) for _, nfe in _kept(chunks, wanted, settings, "nfe"))
-        mean = pipeline.mean(evaluations, settings.n)
+        count = sum(len(_both(numbers, artist.asked)) for numbers in missing)
+        seconds = _draw(artist, chunks, missing, n - count)
+        evaluations = sum(int(row["nfe"].sum()) for _, row in _kept(artist, chunks, wanted, "nfe"))
+        mean = together.mean(evaluations, n * artist.images)
         if form.whole:  # before the result, which would be refused as somebody else's without it
             versions = {name: metadata.version(name) for name in ("dvae", "torch", "numpy")}
-            files.write_json(record, {"request": request, "n": settings.n, "nfe": mean, "versions": versions})
-        form.write(out, _kept(chunks, wanted, settings, "pixels"), settings.n, 2 if artist.vae else 1)
+            files.write_json(record, {"request": request, "n": n, "nfe": mean, "versions": versions})
+        form.write(out, _results(artist, chunks, wanted), n, artist.tiles)
         chunks.remove()
-    return Finished(nfe=mean, drawn=count, images_per_second=count / seconds if count else 0.0)
+    speed = count * artist.images / seconds if count else 0.0
+    return Finished(n=n, nfe=mean, drawn=count, images_per_second=speed)
 
 
 def _draw(artist: Artist, chunks: Chunks, missing: list[range], done: int) -> float:
     """Draw the missing chunks; seconds from the moment that the first process had loaded the run."""
     settings = artist.settings
     began = time.perf_counter()
-    with Progress("images", settings.n, done) as progress:
+    with Progress("images", len(artist.asked), done) as progress:
 
         def after(numbers: range | None) -> None:
             nonlocal began
             if numbers is not None:
-                images = len(_asked(numbers, settings))
-                progress.update(progress.step + images, images)
+                count = len(_both(numbers, artist.asked))
+                progress.update(progress.step + count, count * artist.images)
             elif progress.step == progress.start:  # a process is ready: what it took to start would spoil the rate
                 progress.begin()
                 began = time.perf_counter()
 
         if settings.processes > 1 and missing:
-            processes.draw(settings, chunks.folder, missing, after)
+            processes.draw(type(artist), settings, chunks.folder, missing, after)
         else:
             draw_chunks(artist, chunks, missing, after)
     return time.perf_counter() - began
@@ -91,35 +101,44 @@ def _draw(artist: Artist, chunks: Chunks, missing: list[range], done: int) -> fl
 def draw_chunks(artist: Artist, chunks: Chunks, share: list[range], after: Callable[[range], None]) -> None:
     """Draw and keep chunk by chunk."""
     for numbers in share:
-        chunks.write(numbers, *artist.draw(numbers))
+        chunks.write(numbers, artist.draw(numbers))
         after(numbers)
 
 
-def _kept(chunks: Chunks, wanted: list[range], settings: SampleConfig, what: str) -> Iterator[tuple[int, np.ndarray]]:
-    """(number, pixels or nfe) of each image that is asked for."""
+def _kept(
+    artist: Artist, chunks: Chunks, wanted: list[range], *names: str
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(number, its row of each of the named arrays) of all that is asked for."""
     for numbers in wanted:
-        values = chunks.read(numbers, what)
-        for number in _asked(numbers, settings):
-            yield number, values[number - numbers.start]
+        arrays = {name: chunks.read(numbers, name) for name in names}
+        for number in _both(numbers, artist.asked):
+            yield number, {name: array[number - numbers.start] for name, array in arrays.items()}
 
 
-def _asked(numbers: range, settings: SampleConfig) -> range:
+def _results(artist: Artist, chunks: Chunks, wanted: list[range]) -> formats.Results:
+    """What is written of each number."""
+    for number, row in _kept(artist, chunks, wanted, "pixels", *(["label"] if artist.labelled else [])):
+        yield formats.Result(number, row["pixels"], artist.about(number, row["label"]) if "label" in row else None)
+
+
+def _both(numbers: range, asked: range) -> range:
     """Those of the numbers that are asked for: a fixed chunk may hold others."""
-    return range(max(numbers.start, settings.first), min(numbers.stop, settings.first + settings.n))
+    return range(max(numbers.start, asked.start), min(numbers.stop, asked.stop))
 
 
-def _check(settings: SampleConfig) -> None:
+def _check(settings: DrawingConfig) -> None:
     for name, least in (("n", 1), ("first", 0), ("processes", 1)):
-        if getattr(settings, name) < least:
-            raise UserError(f"{name}={getattr(settings, name)}: use {least} or more")
+        if (value := getattr(settings, name)) is not None and value < least:
+            raise UserError(f"{name}={value}: use {least} or more")
     if settings.batch_size is not None and settings.batch_size < 1:
         raise UserError(f"batch_size={settings.batch_size}: use 1 or more, or leave it out for fixed chunks")
 
 
-def _check_grid(settings: SampleConfig) -> None:
-    if settings.n > formats.MOST_IN_A_GRID:
+def _check_grid(out: str, n: int, tiles: formats.Tiles) -> None:
+    most = formats.MOST_IN_A_GRID * 2 // max(2, tiles[0] * tiles[1])
+    if n > most:
         raise UserError(
-            f"out={settings.out} is one picture, too small for n={settings.n} (at most {formats.MOST_IN_A_GRID}): "
+            f"out={out} is one picture, too small for n={n} (at most {most}): "
             "name a folder (out=NAME/), .npy, .zip or .tar"
         )
 

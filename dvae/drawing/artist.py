@@ -1,59 +1,118 @@
-"""A run, opened to draw what was asked for; and the record of what that was."""
+"""A run, opened to draw what a command was asked for; and the record of what that was."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from dvae import bundle, config, pipeline
+from dvae import bundle, config, pipeline, together
+from dvae.drawing.formats import Tiles
+from dvae.drawing.settings import DrawingConfig
 from dvae.errors import UserError
 from dvae.guidance import Guidance
-from dvae.settings import SampleConfig
+
+MANY = 8
+"""Results where no number is asked for, and there might be many."""
 
 
-class Artist:
-    """The pipeline of a run with everything set as the words of tools/sample.py say.
+class Artist(ABC):
+    """The pipeline of a run with everything set as a command's words say. Picklable are its class and its settings.
 
-    Raises UserError where the run has not what they name.
+    A command's artist sets `tiles`, and perhaps `images`; says how many results there are; and draws them. Raises
+    UserError where the run has not what the words name.
     """
 
-    def __init__(self, settings: SampleConfig, device: str | torch.device | None = None) -> None:
+    decide: ClassVar[tuple[str, ...]] = ()
+    """Names of the settings that decide the bits of result k, besides those that all commands have."""
+
+    def __init__(self, settings: DrawingConfig, device: str | torch.device | None = None) -> None:
         self.settings = settings
         self.pipeline = pipeline.load(settings.run, settings.batch_size, device)
-        if config.endless(self.pipeline.config):
-            raise UserError(f"run={settings.run} draws points, not images: use python tools/gallery.py runs=...")
-        if isinstance(settings.sampler, dict) and "name" not in settings.sampler:
-            self.pipeline.use_sampler(**settings.sampler)
-        elif settings.sampler is not None:
+        config.refuse_points(self.pipeline.config, settings.run)
+        if settings.sampler is not None:
             self.pipeline.use_sampler(settings.sampler)
-        self.label = self.pipeline.class_number(settings.label) if settings.label else None
         self.guidance = Guidance(
-            condition=settings.guidance, label=settings.label_guidance, classifier=settings.classifier_guidance
+            condition=settings.guidance,
+            label=settings.label_guidance,
+            pca=settings.pca_guidance,
+            classifier=settings.classifier_guidance,
         )
-        generates, grid = self.pipeline.models.generates, settings.out.lower().endswith(".png")
+        if settings.label:
+            self.pipeline.class_number(settings.label)
+        self.picture = settings.out.lower().endswith(".png")
+        """Whether the result is to be looked at, and so shows more than what was drawn."""
+        generates = self.pipeline.models.generates
         if settings.vae and not generates:
             raise UserError(f"vae=true: run={settings.run} draws nothing before refinement: use vae=false")
-        self.vae: bool = generates and grid if settings.vae is None else settings.vae
-        """Whether the VAE's sample stands at the left of each refined one."""
+        self.vae: bool = generates and self.picture if settings.vae is None else settings.vae
+        """Whether the VAE's image stands beside each refined one."""
+        self.labelled = bool(self.pipeline.config.classes)
+        """Whether results have a class; `draw` then gives "label" too."""
+        self.images = 1
+        """Refined images of a result."""
+        self.tiles: Tiles = (1, 1 + self.vae)
+        """Rows and columns of images in the pixels of a result."""
+        self.asked = range(settings.first, settings.first + (MANY if settings.n is None else settings.n))
+        """Numbers of the results."""
+
+    @property
+    def together(self) -> int:
+        """Results that are drawn in a fixed chunk."""
+        return together.together(self.images)
+
+    @property
+    def batch(self) -> int | None:
+        """Results that are drawn together by batch_size; None for fixed chunks."""
+        return None if self.settings.batch_size is None else max(1, self.settings.batch_size // self.images)
+
+    def limit(self, total: int, what: str, most: int | None = None) -> None:
+        """Let there be `total` results; all, or `most` of them, are asked for where n is null.
+
+        Raises UserError where more are asked for than there are.
+        """
+        first, n = self.settings.first, self.settings.n
+        end = first + n if n is not None else total if most is None else min(total, first + most)
+        if end > total or first >= total:
+            asked = "" if n is None else f"n={n} "
+            raise UserError(f"{asked}first={first}: {what} {total}, numbered from 0: ask for no more")
+        self.asked = range(first, end)
 
     def request(self) -> dict[str, Any]:
-        """What decides the bits of image k, ready for JSON: all but n."""
-        hashes = json.loads((pipeline.bundle_of(self.settings.run) / bundle.ABOUT).read_text("utf-8"))["sha256"]
-        names = ("seed", "first", "label", "guidance", "label_guidance", "classifier_guidance", "batch_size")
-        sampler = {
-            f"sampler.{key}": value.name if isinstance(value, Enum) else value
-            for key, value in asdict(self.pipeline.sampler.config).items()
-        }
-        asked = {name: getattr(self.settings, name) for name in names}
-        return {"weights": hashes[bundle.WEIGHTS], "config": hashes[bundle.CONFIG], "vae": self.vae} | asked | sampler
+        """What decides the bits of result k, ready for JSON: all but n."""
+        names = (
+            "seed", "first", "label", "guidance", "label_guidance", "pca_guidance", "classifier_guidance", "batch_size",
+        )  # fmt: skip
+        sampler = {f"sampler.{key}": plain(value) for key, value in asdict(self.pipeline.sampler.config).items()}
+        asked = {name: plain(getattr(self.settings, name)) for name in (*names, *self.decide)}
+        return bundle.hashes(self.settings.run) | {"vae": self.vae} | asked | sampler
 
-    def draw(self, numbers: range) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (n, H, W, C) uint8, or (n, H, 2W, C) with the VAE's sample at the left, and evaluations (n,)."""
-        drawn = self.pipeline.draw_together(numbers, self.settings.seed, label=self.label, guidance=self.guidance)
-        shown = drawn.refined if drawn.vae is None or not self.vae else torch.cat([drawn.vae, drawn.refined], 3)
-        return shown.permute(0, 2, 3, 1).contiguous().numpy(), drawn.nfe.numpy()
+    @abstractmethod
+    def draw(self, numbers: range) -> dict[str, np.ndarray]:
+        """The results of these numbers: "pixels" (n, H, W, C) uint8, its tiles laid side by side; "nfe" (n,) or (n,
+        images), network evaluations of each image of a result; "label" (n,) where the run has classes, -1 for none.
+
+        `numbers` is one of `together.calls`. Those beyond the last that there is may be left out at the end.
+        """
+
+    def about(self, number: int, label: np.ndarray) -> bytes:
+        """JSON of a result's class, as beside the images of dvae's own shards."""
+        settings = self.pipeline.config
+        labels = {settings.data.label: settings.classes[int(label)]} if label >= 0 else {}
+        return json.dumps({"key": f"{number:06d}", "labels": labels}, sort_keys=True).encode()
+
+
+def plain(value: Any) -> Any:
+    """A setting ready for JSON."""
+    return value.name if isinstance(value, Enum) else value
+
+
+def side_by_side(rows: list[list[torch.Tensor]]) -> np.ndarray:
+    """Pixels (n, rows H, columns W, C) of images (n, C, H, W) uint8 for each tile, row by row."""
+    tiled = torch.cat([torch.cat(row, 3) for row in rows], 2)
+    return tiled.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -53,12 +53,12 @@ class Chunks:
     def has(self, numbers: range) -> bool:
         return self.path(numbers).exists()
 
-    def write(self, numbers: range, pixels: np.ndarray, nfe: np.ndarray) -> None:
-        """Keep the pixels (n, H, W, C) uint8 and network evaluations (n,) of a chunk."""
-        files.write_file(self.path(numbers), lambda aside: np.savez(aside, pixels=pixels, nfe=nfe))
+    def write(self, numbers: range, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep the arrays of a chunk, by name; row i of each belongs to numbers[i]."""
+        files.write_file(self.path(numbers), lambda aside: np.savez(aside, **dict(arrays)))  # type: ignore[arg-type]
 
     def read(self, numbers: range, what: str) -> np.ndarray:
-        """`pixels` or `nfe` of a chunk. Raises MachineError, naming the file, where it is damaged."""
+        """One of the arrays of a chunk. Raises MachineError, naming the file, where it is damaged."""
         path = self.path(numbers)
         try:
             with np.load(path, allow_pickle=False) as kept:

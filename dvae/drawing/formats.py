@@ -17,10 +17,28 @@ from dvae.errors import UserError
 from dvae.tracking import pictures
 
 MOST_IN_A_GRID = 1024
-Images = Iterator[tuple[int, np.ndarray]]
-"""(number, pixels (H, W, C) uint8) in the order of the numbers; with the VAE's samples W is that of two images."""
-Write = Callable[[Path, Images, int, int], None]
-"""write(out, images, how many there are, images side by side in the pixels of each)."""
+"""Results of one or two images each; fewer of larger ones."""
+COLUMNS = 8
+"""Images in a row of a picture; more only where one result has more."""
+Tiles = tuple[int, int]
+"""Rows and columns of the images of one result."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is written of one number."""
+
+    number: int
+    pixels: np.ndarray
+    """(rows H, columns W, C) uint8: its images, laid side by side."""
+    about: bytes | None = None
+    """JSON of its class as in dvae's own shards, where the run has classes; a tar keeps it."""
+
+
+Results = Iterator[Result]
+"""In the order of their numbers."""
+Write = Callable[[Path, Results, int, Tiles], None]
+"""write(out, results, how many there are, tiles of each)."""
 
 
 @dataclass(frozen=True)
@@ -32,56 +50,58 @@ class Format:
     """Whether it holds images for others to read, and so is not replaced; a picture is to be looked at."""
 
 
-def grid(out: Path, images: Images, count: int, shown: int) -> None:
-    """One picture, 8 images a row."""
-    wide = np.stack([pixels for _, pixels in images])
+def grid(out: Path, results: Results, count: int, tiles: Tiles) -> None:
+    """One picture, as many results in a row as make 8 images; one where a result has several rows."""
+    (rows, columns), wide = tiles, np.stack([result.pixels for result in results])
     n, height, width, channels = wide.shape
-    apart = torch.from_numpy(wide).view(n, height, shown, width // shown, channels).permute(0, 2, 4, 1, 3)
-    pictures.grid(apart.flatten(0, 1), out)
+    cells = torch.from_numpy(wide).view(n, rows, height // rows, columns, width // columns, channels)
+    together = max(1, COLUMNS // columns) if rows == 1 else 1
+    pictures.grid(cells.permute(0, 1, 3, 5, 2, 4).flatten(0, 2), out, columns=together * columns)
 
 
-def folder(out: Path, images: Images, count: int, shown: int) -> None:
+def folder(out: Path, results: Results, count: int, tiles: Tiles) -> None:
     """000000.png, 000001.png, ..."""
     with files.new_folder(out) as aside:
-        for number, pixels in images:
-            (aside / png_name(number)).write_bytes(encode_png(pixels))
+        for result in results:
+            (aside / png_name(result.number)).write_bytes(encode_png(result.pixels))
 
 
-def npy(out: Path, images: Images, count: int, shown: int) -> None:
+def npy(out: Path, results: Results, count: int, tiles: Tiles) -> None:
     """One uint8 array (n, H, W, C)."""
 
     def write(aside: Path) -> None:
         array: np.ndarray | None = None
-        for row, (_, pixels) in enumerate(images):
+        for row, result in enumerate(results):
             if array is None:
-                array = np.lib.format.open_memmap(aside, "w+", np.uint8, (count, *pixels.shape))
-            array[row] = pixels
+                array = np.lib.format.open_memmap(aside, "w+", np.uint8, (count, *result.pixels.shape))
+            array[row] = result.pixels
         assert isinstance(array, np.memmap)
         array.flush()
 
     files.write_file(out, write)
 
 
-def zipped(out: Path, images: Images, count: int, shown: int) -> None:
+def zipped(out: Path, results: Results, count: int, tiles: Tiles) -> None:
     """PNGs, stored as they are: they are compressed already."""
 
     def write(aside: Path) -> None:
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
-            for number, pixels in images:
-                member = zipfile.ZipInfo(png_name(number))  # dated 1980: the same images give the same bytes
+            for result in results:
+                member = zipfile.ZipInfo(png_name(result.number))  # dated 1980: the same images give the same bytes
                 member.external_attr = 0o644 << 16
-                archive.writestr(member, encode_png(pixels))
+                archive.writestr(member, encode_png(result.pixels))
 
     files.write_file(out, write)
 
 
-def tar(out: Path, images: Images, count: int, shown: int) -> None:
-    """A WebDataset shard of PNGs."""
+def tar(out: Path, results: Results, count: int, tiles: Tiles) -> None:
+    """A WebDataset shard of PNGs; with their classes, in a .json beside each, where the run has classes."""
 
     def write(aside: Path) -> None:
         shard = ShardWriter(aside)
-        for number, pixels in images:
-            shard.write(number, {"png": encode_png(pixels)})
+        for result in results:
+            about = {} if result.about is None else {"json": result.about}
+            shard.write(result.number, {"png": encode_png(result.pixels)} | about)
         shard.close()
 
     files.write_file(out, write)

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from dvae.drawing.artist import Artist
 from dvae.drawing.chunks import Chunks
+from dvae.drawing.settings import DrawingConfig
 from dvae.errors import MachineError, UserError, in_words, one_line
-from dvae.launchers.processes import end_with_parent
-from dvae.machine import cores
-from dvae.settings import SampleConfig
+from dvae.machine import cores, end_with_parent
 
 After = Callable[[range | None], None]
 """after(chunk) once it is drawn; after(None) when a process has loaded the run."""
@@ -35,8 +34,10 @@ class Child:
     line: connection.Connection
 
 
-def draw(settings: SampleConfig, folder: Path, missing: list[range], after: After) -> None:
+def draw(make: type[Artist], settings: DrawingConfig, folder: Path, missing: list[range], after: After) -> None:
     """Have the missing chunks drawn in turn by `settings.processes` processes, no more than there are chunks.
+
+    Each opens the run with make(settings, device).
 
     Raises what the first process to fail did, or MachineError with how it ended; the others are ended.
     """
@@ -44,7 +45,7 @@ def draw(settings: SampleConfig, folder: Path, missing: list[range], after: Afte
     children: list[Child] = []
     try:
         for number in range(count):
-            children.append(start(settings, folder, missing[number::count], number, count))
+            children.append(start(make, settings, folder, missing[number::count], number, count))
         watch(children, after)
     finally:
         for child in children:
@@ -52,14 +53,16 @@ def draw(settings: SampleConfig, folder: Path, missing: list[range], after: Afte
             child.process.join()
 
 
-def start(settings: SampleConfig, folder: Path, share: list[range], number: int, count: int) -> Child:
+def start(
+    make: type[Artist], settings: DrawingConfig, folder: Path, share: list[range], number: int, count: int
+) -> Child:
     """Start one process, with its share of the cores."""
     context = multiprocessing.get_context("spawn")
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))  # OpenMP reads it when it is loaded
     try:
         line, end = context.Pipe(duplex=False)
-        arguments = (settings, folder, share, number, end)
+        arguments = (make, settings, folder, share, number, end)
         process = context.Process(target=run, args=arguments, name=f"process {number}")
         process.start()
         end.close()
@@ -69,7 +72,14 @@ def start(settings: SampleConfig, folder: Path, share: list[range], number: int,
     return Child(number, process, line)
 
 
-def run(settings: SampleConfig, folder: Path, share: list[range], number: int, line: connection.Connection) -> None:
+def run(
+    make: type[Artist],
+    settings: DrawingConfig,
+    folder: Path,
+    share: list[range],
+    number: int,
+    line: connection.Connection,
+) -> None:
     """What a process does: says None once it is ready, each chunk once it is kept, True at the end, or why it fails."""
     os.setpgrp()  # Ctrl-C reaches the command alone, which ends all
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -81,7 +91,7 @@ def run(settings: SampleConfig, folder: Path, share: list[range], number: int, l
 
         load_plugins(settings.plugins)
         gpus = torch.cuda.device_count()
-        artist = Artist(settings, f"cuda:{number % gpus}" if gpus else "cpu")
+        artist = make(settings, f"cuda:{number % gpus}" if gpus else "cpu")
         line.send(None)
         draw_chunks(artist, Chunks(folder), share, line.send)
         line.send(True)

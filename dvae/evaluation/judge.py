@@ -22,7 +22,7 @@ from torch import nn
 
 from dvae import files, keyed
 from dvae import pipeline as pipelines
-from dvae.config import endless
+from dvae.config import refuse_points
 from dvae.data.images import to_float
 from dvae.data.order import Order
 from dvae.data.reader import Shards
@@ -73,7 +73,7 @@ class JudgeConfig:
 ConfigStore.instance().store(name="judge_schema", node=JudgeConfig, provider="dvae")
 
 Draw = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
-"""Indices (B,) -> real images (B, C, H, W) uint8 and their classes (B,) int64."""
+"""Indices (B,) -> real images (B, C, H, W) uint8 and their classes (B,) int64, or (B, A) of A attributes."""
 
 
 def network(channels: int, size: int, outputs: int) -> nn.Sequential:
@@ -89,31 +89,46 @@ def network(channels: int, size: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(width * size * size, outputs))
 
 
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of the network, images (B, C, H, W) in [-1, 1] and what is known of them (B, ...): a scalar."""
+
+
 def train(draw: Draw, count: int, classes: int, *, steps: int, batch: int, seed: int) -> nn.Module:
     """A judge trained on `count` real images, fp32: images (B, C, H, W) in [-1, 1] to logits (B, classes + 1).
 
-    The last logit is "nothing". Images are shifted by up to a fourteenth of their size, so that a few pixels more to
-    one side do not matter. The same seed and images give the same judge.
+    The last logit is "nothing". The same seed and images give the same judge.
+    """
+
+    def loss(judge: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        bad = spoilt(x[: -(-len(x) // SPOILT)])
+        labels = torch.cat([labels, torch.full((len(bad),), classes)])
+        return F.cross_entropy(judge(torch.cat([x, bad])), labels)
+
+    return learn(draw, count, classes + 1, loss, steps=steps, batch=batch, seed=seed)
+
+
+def learn(draw: Draw, count: int, outputs: int, loss: Loss, *, steps: int, batch: int, seed: int) -> nn.Module:
+    """A network of `outputs` logits that minimises `loss` over `count` real images, fp32, in evaluation mode.
+
+    Images are shifted by up to a fourteenth of their size, so that a few pixels more to one side do not matter. The
+    same seed and images give the same network.
     """
     order = Order(count, keyed.child(seed, "judge order"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed.child(seed, "judge"))
         images, _ = draw(order.indices(0, 1))
-        judge = network(images.shape[1], images.shape[2], classes + 1).to(memory_format=torch.channels_last)
+        judge = network(images.shape[1], images.shape[2], outputs).to(memory_format=torch.channels_last)
         optimiser = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps)
         with Progress("judge", steps) as progress:
             for step in range(steps):
-                images, labels = draw(order.indices(step * batch, (step + 1) * batch))
-                x = shifted(to_float(images))
-                bad = spoilt(x[: -(-len(x) // SPOILT)])
-                labels = torch.cat([labels, torch.full((len(bad),), classes)])
-                loss = F.cross_entropy(judge(torch.cat([x, bad])), labels)
+                images, known = draw(order.indices(step * batch, (step + 1) * batch))
+                found = loss(judge, shifted(to_float(images)), known)
                 optimiser.zero_grad()
-                loss.backward()
+                found.backward()
                 optimiser.step()
                 schedule.step()
-                progress.update(step + 1, len(images), {"loss": float(loss.detach())})
+                progress.update(step + 1, len(images), {"loss": float(found.detach())})
     return judge.eval().requires_grad_(False)
 
 
@@ -170,8 +185,7 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
     """
     _check(settings)
     pipeline = pipelines.load(settings.run, settings.batch)
-    if endless(pipeline.config):
-        raise UserError(f"run={settings.run} draws points, not images: use python tools/gallery.py runs={settings.run}")
+    refuse_points(pipeline.config, settings.run)
     if settings.sampler is not None:
         pipeline.use_sampler(settings.sampler)
     real = Path(settings.shards) if settings.shards else place_of(pipeline.config.data)

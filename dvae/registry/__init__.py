@@ -5,6 +5,7 @@ Launchers alone lie elsewhere, in the folder launchers/.
 
 from dvae.registry.classifiers import CLASSIFIERS
 from dvae.registry.core import KINDS, ComponentConfig, Registry, Shapes, discover, load_plugins
+from dvae.registry.distillers import DISTILLERS
 from dvae.registry.encoders import ENCODERS
 from dvae.registry.launchers import LAUNCHERS
 from dvae.registry.priors import PRIORS
@@ -16,6 +17,7 @@ from dvae.registry.sources import SOURCES
 
 __all__ = [
     "CLASSIFIERS",
+    "DISTILLERS",
     "ENCODERS",
     "KINDS",
     "LAUNCHERS",

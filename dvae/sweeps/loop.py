@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dvae.attempts import TERMINATED
-from dvae.errors import MachineError, UserError, near, one_line
+from dvae.config import mistyped
+from dvae.errors import MachineError, UserError, near
 from dvae.registry.launchers import launcher_of
 from dvae.sweeps import engine, spec
 from dvae.sweeps.process import Processes, Running
@@ -56,7 +57,7 @@ def parted(argv: list[str]) -> tuple[SweepToolConfig, list[str]]:
         merged = OmegaConf.merge(OmegaConf.structured(SweepToolConfig), OmegaConf.from_dotlist(own))
         settings: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
+        raise mistyped(error) from None
     return settings, [word for word in argv if word not in own]
 
 

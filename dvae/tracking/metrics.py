@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from dvae import files
-from dvae.errors import MachineError
+from dvae.errors import MachineError, one_line
+
+TAIL = 65536
+"""Bytes at the end of the file in which the newest rows are looked for."""
 
 
 class MetricsLog:
@@ -47,6 +51,24 @@ class MetricsLog:
     def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
         """All rows, or those of one stage, in the order of writing. Raises MachineError where a line is damaged."""
         return [row for _, row in self._read() if stage in (None, row["stage"])]
+
+    def tail(self) -> list[dict[str, Any]]:
+        """The newest whole rows, without reading the file from its beginning. Raises MachineError for a damaged one."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            whole = file.read().rpartition(b"\n")[0].splitlines()
+        try:
+            return [json.loads(line) for line in (whole[1:] if size > TAIL else whole)]
+        except ValueError as error:
+            raise MachineError(f"{self.path}: is damaged ({one_line(error)})") from None
+
+    def newest(self) -> dict[str, Any] | None:
+        """The last whole row; None where there is none."""
+        rows = self.tail()
+        return rows[-1] if rows else None
 
     def _read(self) -> list[tuple[str, dict[str, Any]]]:
         """The whole lines, as text and as rows."""

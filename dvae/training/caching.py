@@ -17,7 +17,7 @@ from dvae.data.reader import Shards
 from dvae.errors import UserError
 from dvae.files import sha256
 from dvae.models import Models
-from dvae.registry.encoders import Posterior
+from dvae.registry.encoders import Encoder, Posterior
 from dvae.run import Run
 from dvae.settings import Cached, Precision, RunConfig
 from dvae.tracking.console import Counted
@@ -28,15 +28,15 @@ from dvae.training.latents import Encoded, Latents, Posteriors, Reconstructions
 
 
 @torch.no_grad()
-def encode(config: RunConfig, made: Models, shards: Shards, start: int, stop: int) -> Iterator[Posterior]:
+def encode(config: RunConfig, encoder: Encoder, shards: Shards, start: int, stop: int) -> Iterator[Posterior]:
     """Posteriors of the training images start, ..., stop - 1, batch by batch, as the refiner's training has them."""
-    made.encoder.eval()
-    device = next(made.encoder.parameters()).device
+    encoder.eval()
+    device = next(encoder.parameters()).device
     bf16 = config.train_refiner.precision is Precision.bf16
     for indices in torch.arange(start, stop).split(config.evaluate.batch):
         x = to_float(shards.read(indices.numpy())).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            posterior = made.encoder.encode(x)
+            posterior = encoder.encode(x)
         yield Posterior(posterior.mean.float(), posterior.logvar.float())
 
 
@@ -52,7 +52,7 @@ def keep_posteriors(run: Run, config: RunConfig, made: Models) -> None:
     path = run.weights("posteriors")
     if not path.exists():
         shards = open_shards(config, "train")
-        parts = list(encode(config, made, shards, 0, len(shards)))
+        parts = list(encode(config, made.encoder, shards, 0, len(shards)))
         state = {"mean": torch.cat([p.mean for p in parts]), "logvar": torch.cat([p.logvar for p in parts])}
         record_damage(run.path, shards)
         bundle.save_weights(path, state)
@@ -124,7 +124,7 @@ def _work(run: Run, config: RunConfig, made: Models) -> cache_build.Work:
 
     def samples(start: int, stop: int) -> Iterator[cache.Sample]:
         index = start
-        for posterior in encode(config, made, shards, start, stop):
+        for posterior in encode(config, made.encoder, shards, start, stop):
             for mean, logvar in zip(posterior.mean, posterior.logvar, strict=True):
                 yield sample(config, made, wanted, index, Posterior(mean[None], logvar[None]))
                 index += 1

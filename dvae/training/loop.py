@@ -26,6 +26,20 @@ Preview = Callable[[int, dict[str, torch.Tensor]], Path]
 """preview(step, averaged weights of the stage) draws a picture of what has been learnt so far, and says where it lies;
 on rank 0 alone."""
 
+Score = Callable[[dict[str, torch.Tensor]], dict[str, float]]
+"""score(averaged weights of the stage): figures of what they draw, for the row of metrics; on rank 0 alone."""
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How what has been learnt so far is looked at while a stage trains."""
+
+    preview: Preview | None = None
+    """Every preview_every steps."""
+    score: Score | None = None
+    score_every: int = 0
+    """Steps between scores (0: none)."""
+
 
 @dataclass
 class State:
@@ -60,7 +74,7 @@ def train(
     data: Batches,
     checkpoints: Checkpoints,
     tracker: Tracker,
-    preview: Preview | None,
+    looks: Looks,
     run: Path,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], State]:
     """Train `stage` to its last step, from the newest good checkpoint if there is one. Every rank takes part.
@@ -85,12 +99,15 @@ def train(
             state.seconds += elapsed
             state.window_seconds += elapsed
             watch.beat(stage.name, state.step, "end")
+            if looks.score and looks.score_every and state.step % looks.score_every == 0:
+                watch.rest(stage.name, state.step, "scores")
+                state.add(scored(looks.score, engines[stage.name].averaged()))
             log(stage, state, tracker, progress)
             checkpoints.check()
             why = asking.agreed()
             watch.rest(stage.name, state.step, "preview or save")
-            if preview and config.preview_every and state.step % config.preview_every == 0:
-                show(preview, state.step, engines[stage.name].averaged(), tracker)
+            if looks.preview and config.preview_every and state.step % config.preview_every == 0:
+                show(looks.preview, state.step, engines[stage.name].averaged(), tracker)
             snapshots.take(state.step, engines[stage.name])
             if state.step % config.save_every == 0 or state.step == config.steps or why:
                 save(engines, checkpoints, state)
@@ -172,6 +189,13 @@ def log(stage: Stage, state: State, tracker: Tracker, progress: Progress) -> Non
 def show(preview: Preview, step: int, averaged: dict[str, torch.Tensor], tracker: Tracker) -> None:
     """A picture of what has been learnt so far."""
     ranks.on_first(lambda: tracker.image("preview", preview(step, averaged), step))
+
+
+def scored(score: Score, averaged: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Figures of what has been learnt so far, as sums and counts: they go into the next row, and into a checkpoint that
+    comes before it, so that a resumed run has the same rows."""
+    found = ranks.on_first(score, averaged)
+    return {} if ranks.rank() else {name: (value, 1.0) for name, value in found.items()}
 
 
 def save(engines: dict[str, Engine], checkpoints: Checkpoints, state: State) -> None:

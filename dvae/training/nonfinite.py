@@ -18,6 +18,7 @@ import torch
 from dvae import bundle, files
 from dvae.data.loader import Batch
 from dvae.errors import MachineError
+from dvae.stage_names import settings_of
 from dvae.training import ranks
 from dvae.training.engine import Engine
 from dvae.training.stages import Stage
@@ -59,7 +60,7 @@ def leave_out(
     if skipped > allowed:
         raise NotFinite(
             f"{what}{f' like {allowed} before' if allowed else ''}, the last checkpoint is good: look at the step "
-            f"({where}), lower the learning rate, or raise train_{stage.name}.nonfinite_skips={allowed}"
+            f"({where}), lower the learning rate, or raise {settings_of(stage.name)}.nonfinite_skips={allowed}"
         )
     if ranks.rank() == 0:
         log.warning("%s (%d of %d that may be, %s)", what, skipped, allowed, where)

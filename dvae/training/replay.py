@@ -18,9 +18,12 @@ from dvae.data.loader import Batch
 from dvae.errors import UserError, one_line
 from dvae.run import Run
 from dvae.settings import RunConfig, TrainingConfig
+from dvae.stage_names import settings_of, stage_of
 from dvae.training import nonfinite
 from dvae.training.batches import open_loader
+from dvae.training.distilling import open_distil
 from dvae.training.engine import Engine, start_distributed
+from dvae.training.joint import open_joint
 from dvae.training.loop import backward
 from dvae.training.stages import Stage
 from dvae.training.work import open_stage
@@ -80,7 +83,7 @@ def replay(folder: str) -> Replayed:
     run = Run(path.absolute().parent)
     config = run.config()
     training = as_one_process(config, record)
-    stage = open_stage(run, config, record["stage"])
+    stage = open_training(run, config, record["stage"])
     batches = recorded_batches(config, training, stage, record, path)
     engines = recorded_engines(stage, record["step"], path)
     with first_not_finite(engines) as first:
@@ -91,9 +94,19 @@ def replay(folder: str) -> Replayed:
     return Replayed(record, now, next(iter(first), ""))
 
 
+def open_training(run: Run, config: RunConfig, name: str) -> Stage:
+    """The training `name`, with its modules as they are before the first step."""
+    match stage_of(name):
+        case "distil":
+            return open_distil(run, config, name)
+        case "joint":
+            return open_joint(run, config)
+    return open_stage(run, config, name)
+
+
 def as_one_process(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
     """The stage's settings, changed in `config`: the parts of all ranks are micro-batches of one."""
-    name = f"train_{record['stage']}"
+    name = settings_of(record["stage"])
     training: TrainingConfig = getattr(config, name)
     parts = record["world_size"] * record["micro_batches"]
     training = replace(training, zero_stage=0, offload=False, micro_batches=parts)

@@ -21,6 +21,8 @@ from dvae.settings import Precision, TrainingConfig
 from dvae.training.latents import Latents
 
 BUCKETS = 10
+DRAWN = ("z", "x_hat", "features")
+"""What an encoder's forward returns besides figures."""
 Engines = Mapping[str, Callable[..., Any]]
 """Modules by name, to be called as such: an Engine each in training."""
 
@@ -79,9 +81,28 @@ class Stage(ABC):
         tensor = tensor.to(self.device)
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
+    def labels(self, batch: Batch) -> torch.Tensor | None:
+        """Classes (B,), where the images have any."""
+        return None if batch.labels is None else self.place(batch.labels)
 
-def _sums(terms: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    def posterior_noise(self, batch: Batch, encoder: Encoder) -> torch.Tensor:
+        """What q(z | x) is sampled with, (B, *latent)."""
+        return self.place(keyed.normal(self.seed, "posterior", batch.keys.tolist(), encoder.latent_shape))
+
+    def draws(self, batch: Batch, denoiser: Denoiser) -> Draws:
+        """Times and noise of the batch, keyed by its sample numbers."""
+        drawn = denoiser.draw(self.seed, batch.keys)
+        start = None if drawn.start is None else self.place(drawn.start)
+        return replace(drawn, eps=self.place(drawn.eps), start=start)
+
+
+def sums(terms: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
     return {name: (float(values.detach().sum()), float(len(values))) for name, values in terms.items()}
+
+
+def encoder_figures(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of an encoder's terms that are one number (B,) per image."""
+    return {name: values for name, values in terms.items() if name not in DRAWN}
 
 
 class EncoderStage(Stage):
@@ -97,12 +118,8 @@ class EncoderStage(Stage):
         return {"encoder": self.encoder}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        terms = engines[name](self.images(batch), self.noise(batch))
-        return StepOutput(terms["loss"].mean(), _sums(terms))
-
-    def noise(self, batch: Batch) -> torch.Tensor:
-        """What q(z | x) is sampled with, (B, *latent)."""
-        return self.place(keyed.normal(self.seed, "posterior", batch.keys.tolist(), self.encoder.latent_shape))
+        terms = engines[name](self.images(batch), self.posterior_noise(batch, self.encoder))
+        return StepOutput(terms["loss"].mean(), sums(encoder_figures(terms)))
 
 
 class GanStage(EncoderStage):
@@ -136,9 +153,9 @@ class GanStage(EncoderStage):
 
     def encoder_turn(self, engine: Callable[..., Any], batch: Batch) -> StepOutput:
         x = self.images(batch)
-        terms = engine(x, self.noise(batch))
-        x_hat, features = terms.pop("x_hat"), terms.pop("features")
-        loss, metrics = terms["loss"].mean(), _sums(terms)
+        terms = engine(x, self.posterior_noise(batch, self.encoder))
+        x_hat, features = terms["x_hat"], terms["features"]
+        loss, metrics = terms["loss"].mean(), sums(encoder_figures(terms))
         first = int(batch.keys[0])
         step = first // self.config.batch + 1
         if self.trains("discriminator", step):
@@ -173,7 +190,7 @@ class GanStage(EncoderStage):
         losses = discriminator_loss(self.adversary.loss, real_logits, fake_logits).flatten(1).mean(1)
         confidence = {"real": torch.sigmoid(real_logits), "fake": torch.sigmoid(fake_logits)}
         metrics = {f"confidence_{name}": values.flatten(1).mean(1) for name, values in confidence.items()}
-        return StepOutput(losses.mean(), _sums({"discriminator": losses} | metrics))
+        return StepOutput(losses.mean(), sums({"discriminator": losses} | metrics))
 
 
 class NoisyStage(Stage):
@@ -204,8 +221,8 @@ class NoisyStage(Stage):
         Images with the x_hat of a freshly drawn z; in latent space z itself, of which nothing is known. And the class
         where there is one.
         """
-        label = None if batch.labels is None else self.place(batch.labels)
-        noise = self.place(keyed.normal(self.seed, "posterior", batch.keys.tolist(), self.encoder.latent_shape))
+        label = self.labels(batch)
+        noise = self.posterior_noise(batch, self.encoder)
         x = self.images(batch)
         with self.autocast():
             z, x_hat = self.latents.draw(batch, x, noise)
@@ -215,12 +232,6 @@ class NoisyStage(Stage):
             if x_hat is None:
                 x_hat = self.encoder.decode(z).float()
         return x, Given(self.place(x_hat), z.float(), label)
-
-    def draws(self, batch: Batch) -> Draws:
-        """Times and noise of the batch, keyed by its sample numbers."""
-        drawn = self.denoiser.draw(self.seed, batch.keys)
-        start = None if drawn.start is None else self.place(drawn.start)
-        return replace(drawn, eps=self.place(drawn.eps), start=start)
 
 
 class RefinerStage(NoisyStage):
@@ -233,9 +244,9 @@ class RefinerStage(NoisyStage):
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
         x, given = self.example(batch)
-        draws = self.draws(batch)
+        draws = self.draws(batch, self.denoiser)
         losses = engines[name](x, given, draws)
-        return StepOutput(losses.mean(), _sums({"loss": losses}) | _by_time("loss", losses, draws.t))
+        return StepOutput(losses.mean(), sums({"loss": losses}) | by_time("loss", losses, draws.t))
 
 
 class ClassifierStage(NoisyStage):
@@ -261,7 +272,7 @@ class ClassifierStage(NoisyStage):
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
         x, given = self.example(batch)
-        draws = self.draws(batch)
+        draws = self.draws(batch, self.denoiser)
         assert given.label is not None
         with torch.no_grad():
             u = self.denoiser.noised(x, given, draws)  # the condition is never dropped here
@@ -269,13 +280,13 @@ class ClassifierStage(NoisyStage):
         logits = engines[name](u, feature, self.denoiser.condition(given))
         losses = F.cross_entropy(logits, given.label, reduction="none")
         figures = {"loss": losses, "accuracy": (logits.argmax(1) == given.label).float()}
-        metrics = _sums(figures)
+        metrics = sums(figures)
         for figure, values in figures.items():
-            metrics |= _by_time(figure, values, draws.t)
+            metrics |= by_time(figure, values, draws.t)
         return StepOutput(losses.mean(), metrics)
 
 
-def _by_time(name: str, values: torch.Tensor, t: torch.Tensor) -> dict[str, tuple[float, float]]:
+def by_time(name: str, values: torch.Tensor, t: torch.Tensor) -> dict[str, tuple[float, float]]:
     """Sums of a figure (B,) in tenths of t: name_t0 is t in (0, 0.1], ..., name_t9 is (0.9, 1]."""
     bucket = (torch.ceil(t * BUCKETS).long() - 1).clamp(0, BUCKETS - 1)
     sums = torch.zeros(BUCKETS, dtype=torch.float64).index_add_(0, bucket, values.detach().double().cpu())

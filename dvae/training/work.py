@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from dvae import config as configuration
 from dvae.data.images import to_float, to_uint8
 from dvae.data.loader import Batches
 from dvae.errors import UserError
+from dvae.layers.whitening import Moments
 from dvae.models import Models
 from dvae.pipeline import Pipeline
 from dvae.registry.encoders import Encoder
@@ -22,10 +24,10 @@ from dvae.tracking import pictures, scatter
 from dvae.tracking.tracker import NoTracker, Tracker
 from dvae.training import ranks
 from dvae.training.batches import open_loader, open_shards
-from dvae.training.caching import cache_record, open_latents, posteriors
+from dvae.training.caching import cache_record, encode, open_latents, posteriors
 from dvae.training.checkpoint import Checkpoints
 from dvae.training.latents import Encoded
-from dvae.training.loop import Preview, State, train
+from dvae.training.loop import Looks, State, train
 from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
 
 Weights = dict[str, torch.Tensor]
@@ -62,23 +64,25 @@ def train_stage(
     config: RunConfig,
     stage: Stage,
     training: TrainingConfig,
-    part: str,
-    preview: Preview | None,
+    parts: Mapping[str, str],
+    looks: Looks,
     figures: Callable[[Weights], dict[str, float]] | None = None,
 ) -> None:
     """Train one stage, keep its averaged weights, and bring the bundle up to date. Every rank takes part.
 
-    `figures` of the averaged weights go into the stage's record.
+    parts: by name, how the names of their weights begin in what the stage trains; that is taken off. `figures` of the
+    averaged weights go into the stage's record.
     """
     parameters = sum(p.numel() for p in stage.modules()[stage.name].parameters())  # now: ZeRO 3 will cut them up
     checkpoints = Checkpoints(run.checkpoints(stage.name), training.keep, training.keep_every)
     tracked = NoTracker() if ranks.rank() else Tracker(run.path, config.tracking.wandb, stage.name)
     with tracked as tracker, open_loader(config, training, stage.name, images=stage.needs_images) as data:
-        averaged, state = train(stage, data, checkpoints, tracker, preview, run.path)
+        averaged, state = train(stage, data, checkpoints, tracker, looks, run.path)
     weights = averaged[stage.name]
 
     def finish() -> None:
-        bundle.save_weights(run.weights(part), weights)
+        for part, prefix in parts.items():
+            bundle.save_weights(run.weights(part), part_of(weights, prefix))
         export(run, config)
         record = {
             "seconds": state.seconds,
@@ -89,6 +93,11 @@ def train_stage(
         run.finish(stage.name, record | (figures(weights) if figures else {}))
 
     ranks.on_first(finish)
+
+
+def part_of(weights: Weights, prefix: str) -> Weights:
+    """The weights whose names begin so, with that taken off."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def export(run: Run, config: RunConfig) -> None:
@@ -104,7 +113,7 @@ def preview_images(config: RunConfig) -> torch.Tensor:
 
 def encoder_stage(run: Run, config: RunConfig) -> None:
     made = take_up(run, config)
-    given = made.encoder.pretrained()
+    given = bundle.given_encoder(config, made.encoder)
     if given is not None:
         ranks.on_first(take_over, run, config, made.encoder, given)
         return
@@ -120,7 +129,7 @@ def encoder_stage(run: Run, config: RunConfig) -> None:
         pictures.grid(torch.cat([shown, to_uint8(x_hat)]), path)
         return path
 
-    train_stage(run, config, stage, config.train_encoder, "encoder", preview)
+    train_stage(run, config, stage, config.train_encoder, {"encoder": ""}, Looks(preview))
 
 
 def new_encoder_stage(encoder: Encoder, config: RunConfig) -> EncoderStage:
@@ -136,6 +145,7 @@ def new_encoder_stage(encoder: Encoder, config: RunConfig) -> EncoderStage:
 def take_over(run: Run, config: RunConfig, encoder: Encoder, weights: Weights) -> None:
     """Keep weights that were trained elsewhere as those of the run's encoder."""
     began = time.perf_counter()
+    bundle.fit(encoder, weights, "the given encoder")
     bundle.save_weights(run.weights("encoder"), weights)
     export(run, config)
     parameters = sum(p.numel() for p in encoder.parameters())
@@ -177,32 +187,63 @@ def new_classifier_stage(run: Run, config: RunConfig) -> ClassifierStage:
     return ClassifierStage(made.classifier, made.encoder, made.denoiser, latents, training, config.seed, device())
 
 
-def refiner_stage(run: Run, config: RunConfig) -> None:
+def refiner_stage(run: Run, config: RunConfig, score: Callable[[Pipeline], dict[str, float]]) -> None:
+    """Every evaluate.every steps `score` gives figures of the pipeline of the averaged weights."""
     stage = new_refiner_stage(run, config)
     if config.denoiser.data_scale is None:
         stage.denoiser.data_scale.fill_(ranks.on_first(measure_scale, config, stage))
+    if config.denoiser.pca_components:
+        stage.denoiser.whitening.fit(ranks.on_first(measure_latents, run, config, stage))
 
     def preview(step: int, averaged: Weights) -> Path:
-        copy = take_up(run, config, "encoder", "prior")
-        copy.denoiser.load_state_dict(averaged)
-        copy.denoiser.eval()
-        path = run.images / f"refiner-{step:08d}.png"
-        if configuration.endless(config):
-            preview_points(config, Pipeline(config, copy, config.evaluate.batch), path)
-            return path
-        vae, refined = Pipeline(config, copy, config.evaluate.batch).generate(PREVIEW_IMAGES, config.seed)
-        pictures.grid(refined if vae is None else torch.cat([vae, refined]), path)
-        return path
+        pipeline, name = pipeline_of(run, config, averaged), f"refiner-{step:08d}.png"
+        return (preview_points if configuration.endless(config) else preview_samples)(run, pipeline, name)
 
-    train_stage(run, config, stage, config.train_refiner, "denoiser", preview)
+    def scored(averaged: Weights) -> dict[str, float]:
+        return score(pipeline_of(run, config, averaged))
+
+    looks = Looks(preview, scored, config.evaluate.every)
+    train_stage(run, config, stage, config.train_refiner, {"denoiser": ""}, looks)
 
 
-def preview_points(config: RunConfig, pipeline: Pipeline, path: Path) -> None:
+def measure_latents(run: Run, config: RunConfig, stage: RefinerStage) -> Moments:
+    """Of the posterior means of all training images."""
+    moments = Moments(math.prod(stage.encoder.latent_shape))
+    if run.weights("posteriors").exists():
+        for means in bundle.load_weights(run.weights("posteriors"))["mean"].split(SCALE_IMAGES):
+            moments.add(means)
+        return moments
+    shards = open_shards(config, "train")
+    for posterior in encode(config, stage.encoder, shards, 0, len(shards)):
+        moments.add(posterior.mean)
+    return moments
+
+
+def pipeline_of(run: Run, config: RunConfig, denoiser: Weights) -> Pipeline:
+    """Encoder and prior of the finished stages, with the weights of a denoiser that is still trained."""
+    copy = take_up(run, config, "encoder", "prior")
+    copy.denoiser.load_state_dict(denoiser)
+    copy.denoiser.eval()
+    return Pipeline(config, copy, config.evaluate.batch)
+
+
+def preview_samples(run: Run, pipeline: Pipeline, name: str) -> Path:
+    """What the pipeline draws, as images/NAME; VAE samples above the refined ones of the same z."""
+    vae, refined = pipeline.generate(PREVIEW_IMAGES, pipeline.config.seed)
+    path = run.images / name
+    pictures.grid(refined if vae is None else torch.cat([vae, refined]), path)
+    return path
+
+
+def preview_points(run: Run, pipeline: Pipeline, name: str) -> Path:
+    """True points beside those that the pipeline draws, as images/NAME."""
+    config, path = pipeline.config, run.images / name
     source = points.open_source(config)
     groups = points.groups(config, source).items()
     true = {name: points.true(source, label, PREVIEW_POINTS, config.seed) for name, label in groups}
     drawn = {name: points.drawn(pipeline, label, PREVIEW_POINTS, config.seed) for name, label in groups}
     scatter.compare(true, drawn, path)
+    return path
 
 
 def classifier_stage(run: Run, config: RunConfig) -> None:
@@ -217,7 +258,7 @@ def classifier_stage(run: Run, config: RunConfig) -> None:
             classifier.load_state_dict(weights)
             return heldout_accuracy(unseen, heldout)
 
-        train_stage(run, config, stage, training, "classifier", None, figures)
+        train_stage(run, config, stage, training, {"classifier": ""}, Looks(), figures)
 
 
 @torch.no_grad()

@@ -282,6 +282,7 @@ def started(out: Path, part: int, parts: int) -> tuple[ForkServerProcess, Connec
     return process, here
 
 
+@pytest.mark.slow
 def test_processes_at_once_and_one_killed(shards: Path, tmp_path: Path):
     out = tmp_path / "out"
     parts = [started(out, part, 3) for part in range(3)]

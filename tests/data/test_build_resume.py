@@ -212,6 +212,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_kill_9_with_processes_at_work(tmp_path: Path):
     (tmp_path / "in").mkdir()
     for i in range(280):

@@ -244,6 +244,21 @@ def test_training_reads_on_while_shards_come_and_go(threads: int, server: Server
             assert stored(remote) <= remote.limit
 
 
+def test_a_shard_is_published_while_nobody_counts(server: Server, shards: Path, tmp_path: Path):
+    """Renamed between the listing and the sizes it would count for nothing, and another would come too many."""
+    remote = Remote(server.url, tmp_path / "to", 1.0)
+    (shard, *_) = remote.manifest().splits["train"]
+    fetch = threading.Thread(target=lambda: os.close(remote.open(shard)))
+    with remote._room():
+        fetch.start()
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            assert not (remote.folder / shard.file).exists()
+            time.sleep(0.01)
+    fetch.join(20)
+    assert (remote.folder / shard.file).exists()
+
+
 def test_what_will_be_read_is_fetched_ahead_in_that_order(server: Server, shards: Path, tmp_path: Path):
     data = Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0)
     order = Order(len(data), 3, block=4, window=2)

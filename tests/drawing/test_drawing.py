@@ -16,30 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import webdataset
 from PIL import Image
 from tests_support import ROOT, environment
 
 import dvae
-from dvae import bundle, config, drawing, files, models
+from dvae import drawing, files
 from dvae.drawing import processes
 from dvae.drawing.chunks import Chunks
+from dvae.drawing.settings import SampleConfig
 from dvae.errors import MachineError, UserError
-from dvae.settings import SampleConfig
+from dvae.noise import Shared
 from dvae.tools import sample
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
-    """The bundle of a run that was never trained."""
-    composed = config.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
-    made = models.build(config.typed(composed))
-    with torch.no_grad():
-        made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    folder = tmp_path_factory.mktemp("drawing") / "bundle"
-    bundle.export(folder, config.to_yaml(composed), {name: part.state_dict() for name, part in made.trained().items()})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +129,11 @@ def test_more_may_be_asked_for_while_it_is_under_way(
     drawn: list[range] = []
     write = Chunks.write
 
-    def ends_at_the_third(self: Chunks, numbers: range, pixels: np.ndarray, nfe: np.ndarray) -> None:
+    def ends_at_the_third(self: Chunks, numbers: range, arrays: dict[str, np.ndarray]) -> None:
         if len(drawn) == 2:
             raise KeyboardInterrupt
         drawn.append(numbers)
-        write(self, numbers, pixels, nfe)
+        write(self, numbers, arrays)
 
     with monkeypatch.context() as patched:
         patched.setattr(Chunks, "write", ends_at_the_third)
@@ -175,6 +163,9 @@ def test_a_batch_size_is_within_a_grey_level(
         (["label=cat"], "label=cat: this run has no classes"),
         (["sampler.stps=3"], r"sampler\.stps is not a field of 'ddim'"),
         (["guidance=2"], "guidance=2.0 needs a refiner trained with"),
+        (["intermediate=3"], "intermediate=3 is more than the 2 steps of the sampler"),
+        (["intermediate=1", "sampler=ode"], "intermediate images need a sampler that moves all in the same steps"),
+        (["shared=x"], "shared=x: Invalid value 'x', expected one of"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -207,14 +198,14 @@ def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
 def test_a_chunk_without_a_request_is_not_trusted(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npy"
     chunks = Chunks(Chunks.folder_of(out))
-    chunks.write(range(16), np.zeros((16, 16, 16, 3), np.uint8), np.ones(16))
+    chunks.write(range(16), {"pixels": np.zeros((16, 16, 16, 3), np.uint8), "nfe": np.ones(16)})
     assert drawing.draw(asked(run, out, n=3)).drawn == 3
     assert np.load(out).any()
 
 
 def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
     chunks = Chunks(tmp_path)
-    chunks.write(range(2), np.zeros((2, 4, 4, 3), np.uint8), np.ones(2))
+    chunks.write(range(2), {"pixels": np.zeros((2, 4, 4, 3), np.uint8), "nfe": np.ones(2)})
     data = bytearray(chunks.path(range(2)).read_bytes())
     data[200] ^= 1
     chunks.path(range(2)).write_bytes(data)
@@ -239,3 +230,42 @@ def test_a_process_that_ends_early_ends_the_command() -> None:
         end.send(said)
         with pytest.raises(kind, match=said[0]):
             processes.watch([processes.Child(0, process, line)], told.append)
+
+
+def test_a_shard_of_drawn_images_keeps_their_classes(kinds: dict[str, Path], tmp_path: Path) -> None:
+    drawing.draw(asked(kinds["classes"], tmp_path / "x.tar"))
+    items = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
+    drawn = dvae.load(kinds["classes"]).draw(20, seed=3).label
+    assert drawn is not None
+    names = [json.loads(item["json"])["labels"]["kind"] for item in items]
+    assert names == [("cat", "dog")[number] for number in drawn.tolist()]
+    assert set(names) == {"cat", "dog"}
+
+
+@pytest.mark.parametrize("kind", ["run", "psld"])
+def test_denoised_estimates_stand_beside_the_image(
+    kind: str, run: Path, kinds: dict[str, Path], tmp_path: Path
+) -> None:
+    place = kinds.get(kind, run)
+    words = {"n": 2, "sampler": {"steps": 4}, "vae": False}
+    drawing.draw(asked(place, tmp_path / "x.npy", **words))
+    done = drawing.draw(asked(place, tmp_path / "y.npy", intermediate=4, **words))
+    assert done.nfe == 4  # looking on costs nothing
+    tiles = np.load(tmp_path / "y.npy").reshape(2, 16, 5, 16, 3)
+    final = np.load(tmp_path / "x.npy")
+    assert np.array_equal(tiles[:, :, 4], final)
+    assert np.array_equal(tiles[:, :, 3], final)  # the last step takes the predicted image as it is
+    assert not np.array_equal(tiles[:, :, 0], final)
+
+
+def test_shared_z_and_shared_noise(run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    for shared in Shared:
+        drawing.draw(asked(run, tmp_path / f"{shared.name}.npy", shared=shared, vae=True, first=3))
+    z, noise = (np.load(tmp_path / f"{name}.npy") for name in ("z", "noise"))
+    assert (z[:, :, :16] == expected[0][0]).all()
+    assert np.array_equal(noise[:, :, :16], expected[0][3:23])
+    for drawn in (z, noise):
+        assert len(np.unique(drawn[:, :, 16:].reshape(20, -1), axis=0)) == 20
+        assert not np.array_equal(drawn[:, :, 16:], expected[1][3:23])
+    drawing.draw(asked(run, tmp_path / "z0.npy", shared=Shared.z, n=1))
+    assert np.array_equal(np.load(tmp_path / "z0.npy")[0], expected[1][0])

@@ -22,8 +22,10 @@ PROTOCOL = Protocol(
     sampler={"name": "ddim", "steps": 50},
     nfe=50,
     packages={"torch": "2.14.1"},
+    prc_neighbourhood=3,
+    isc_splits=10,
 )
-FREE = {"sampler", "nfe", "packages"}
+FREE = {"sampler", "nfe", "packages", "made", "batch", "threads"}
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Protocol) if f.name not in FREE])
@@ -35,7 +37,12 @@ def test_results_of_two_protocols_are_refused(name):
 
 
 def test_how_images_were_made_is_what_one_compares():
-    compare(PROTOCOL, replace(PROTOCOL, sampler={"name": "ddpm"}, nfe=1000, packages={}))
+    other = replace(PROTOCOL, sampler={"name": "ddpm"}, nfe=1000, packages={}, made={"noise": 0.1}, batch=1, threads=2)
+    compare(PROTOCOL, other)
+
+
+def test_the_setting_of_a_metric_that_was_not_computed_decides_nothing():
+    compare(PROTOCOL, replace(PROTOCOL, kid_subset_size=None, kid_subsets=None, prc_neighbourhood=None))
 
 
 def test_read_back_from_json():

@@ -6,6 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dvae.settings import TRAININGS
+
 SIZE = 16
 """Height and width of the images."""
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
@@ -60,6 +62,6 @@ def shrink(config: DictConfig) -> DictConfig:
     plain["sampler"]["steps"] = 2
     plain["data"] |= {"heldout": 0.4, "workers": 1}
     plain["evaluate"] |= {"n": 2, "batch": 4, "seeds": [0], "metrics": False}
-    for stage in ("train_encoder", "train_refiner", "train_classifier"):
+    for stage in TRAININGS:
         plain[stage] |= TRAINING
     return OmegaConf.create(plain)

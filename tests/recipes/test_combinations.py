@@ -18,6 +18,7 @@ from dvae import config, models
 from dvae.data.loader import Batch
 from dvae.denoiser import Centre
 from dvae.errors import UserError
+from dvae.noise import Noise
 from dvae.pipeline import Pipeline
 from dvae.registry import ENCODERS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Registry, Shapes
 from dvae.registry.core import ComponentConfig
@@ -144,7 +145,7 @@ def test_what_fits_trains_and_samples(encoder: str, refiner: str) -> None:
         for module in made.trained().values():
             module.eval().requires_grad_(False)
         pipeline = Pipeline(settings, made, batch=2)
-        x = pipeline.refine(pipeline.draw(2, seed=1), seed=1)
+        x = pipeline.refined(pipeline.draw(2, seed=1), Noise(1, range(2)))[0]
         assert x.shape == IMAGES.shape, row
         assert x.isfinite().all(), row
         assert pipeline.nfe >= 2, row

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from tests_support import ROOT
 
 from dvae import config, models, preflight
+from dvae.errors import UserError
 from dvae.registry import REFINERS, SAMPLERS, SCHEDULES
 
 RECIPES = config.recipes()
@@ -48,6 +49,10 @@ def test_dry_run_writes_nothing_and_tells_what_the_table_does(
     assert composed.recipe == recipe
     if composed.source.name in published:
         composed.evaluate.kid_subset_size = 2
+    if composed.teacher:  # a run that is not there yet: what is told then, tests/training/test_distil.py sees
+        with pytest.raises(UserError, match=f"{composed.teacher}: no such run or bundle"):
+            preflight.describe(composed)
+        return
     said = preflight.describe(composed)
     assert f"stages: {' -> '.join(composed.stages)}" in said
     _, images, encoder, refiner, *_ = table()[recipe]

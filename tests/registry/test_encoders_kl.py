@@ -78,7 +78,7 @@ def test_kl_gan_discriminator_is_not_part_of_it() -> None:
     assert adversary.last_layer is vae.autoencoder.decoder.conv_out
     alone = build(KL_GAN, discriminator_weight=0.0)
     assert alone.adversary() is None
-    assert alone(images(), torch.randn(2, *alone.latent_shape)).keys() == {"loss", "reconstruction", "kl"}
+    assert alone(images(), torch.randn(2, *alone.latent_shape)).keys() == {"loss", "reconstruction", "kl", "z", "x_hat"}
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,31 @@ def test_every_prior_samples_any_latent_shape(name):
 
 
 @pytest.mark.parametrize("name", PRIORS.names())
+def test_every_prior_is_standard_normal_before_its_fit_and_says_so(name):
+    for latent in [(6,), (2, 3, 3)]:
+        prior = PRIORS.build({"name": name}, Shapes(image_size=8, latent=latent))
+        _, z = draws(5, *latent)
+        found = prior.log_prob(z)
+        assert found.dtype == torch.float64
+        expected = multivariate_normal(np.zeros(z[0].numel())).logpdf(z.flatten(1))
+        torch.testing.assert_close(found, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_gmm_log_prob_is_that_of_its_mixture(covariance):
+    data = known_mixture(500)
+    prior = gmm(components=2, covariance=covariance)
+    figures = prior.fit(data, torch.zeros_like(data), seed=3)
+    factors = prior.cholesky if covariance == "full" else torch.diag_embed(prior.cholesky)
+    parts = [
+        weight.item() * multivariate_normal(mean, factor @ factor.T).pdf(data)
+        for weight, mean, factor in zip(prior.weights, prior.means, factors.double(), strict=True)
+    ]
+    torch.testing.assert_close(prior.log_prob(data), torch.from_numpy(np.log(sum(parts))), rtol=1e-6, atol=1e-6)
+    assert figures["log_likelihood"] == pytest.approx(float(prior.log_prob(data).mean()), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PRIORS.names())
 def test_every_prior_survives_yaml(name):
     config = PRIORS.config({"name": name})
     assert PRIORS.config(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))) == config

@@ -73,6 +73,7 @@ def test_a_bundle_before_its_classifier_is_trained(finished: Path, tmp_path: Pat
     assert made.io.labels == 5
 
 
+@pytest.mark.slow
 def test_the_stage_resumes_bit_for_bit(finished: Path, guided: list[str], tool: Tool, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)

@@ -28,6 +28,7 @@ def values(folder: str, kind: str) -> dict[str, float]:
     return {name: float(value) for name, value in json.loads((Path(folder) / "record.json").read_text())[kind].items()}
 
 
+@pytest.mark.slow
 def test_a_refiners_step_is_reproduced_and_mended_weights_are_not(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
     folder = bundle_of(tool, [*tiny, "train_refiner.lr=1e30"], tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())

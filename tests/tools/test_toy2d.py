@@ -23,7 +23,7 @@ TINY = [
     "recipe=toy2d", "source.densities=[moons,rings]", "refiner.width=16", "refiner.blocks=1", "sampler.steps=3",
     "train_refiner.steps=6", "train_refiner.batch=16", "train_refiner.warmup=2", "train_refiner.log_every=1",
     "train_refiner.save_every=2", "train_refiner.keep=9", "train_refiner.preview_every=3", "evaluate.n=40",
-    "evaluate.seeds=[0,1]",
+    "evaluate.seeds=[0,1]", "evaluate.every=3",
 ]  # fmt: skip
 
 
@@ -58,6 +58,10 @@ def test_a_run_leaves_figures_and_pictures(finished: Path) -> None:
         run = finished / name
         evaluation = json.loads((run / "summary.json").read_text())["evaluation"]
         assert evaluation["nfe"] == 3
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        classes = evaluation["points"]["classes"].values()
+        distances = [figures["sliced_wasserstein"]["values"][0] for figures in classes]
+        assert last["sliced_wasserstein"] == sum(distances) / len(distances)  # scored while training, at the last step
         classes = evaluation["points"]["classes"]
         assert list(classes) == ["moons", "rings"]
         assert all(figures["sliced_wasserstein"]["mean"] > figures["floor"]["mean"] > 0 for figures in classes.values())

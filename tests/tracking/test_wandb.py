@@ -107,6 +107,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_every_row_is_there_once(tmp_path):
     assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == -signal.SIGKILL
     time.sleep(0.5)  # W&B's own process ends by itself

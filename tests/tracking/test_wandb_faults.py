@@ -103,6 +103,7 @@ def test_the_server_dies_in_mid_run(tmp_path, server, capsys):
     stop(revived)
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_and_comes_back(tmp_path, server, capsys):
     server.fault = "hangs"
     assert session(tmp_path, STEPS) < 60

@@ -41,6 +41,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_has_every_row_once(tmp_path, server):
     with Tracker(tmp_path, ONLINE, "refiner") as tracker:
         tracker.rewind("refiner", 0)

@@ -105,18 +105,21 @@ def same(one: Path, other: Path) -> None:
     assert ours.buffers().keys() == theirs.buffers().keys() == {"scale"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("count", [2, 3])
 def test_every_value_is_taken_up(work: Path, count: int, stage: int) -> None:
     same(work / "one", work / f"{count}-{stage}-loaded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_losses_go_on_as_if_nothing_had_happened(work: Path, count: int, undisturbed: list[float]) -> None:
     for losses in json.loads((work / f"losses-{count}.json").read_text()).values():
         assert losses == pytest.approx(undisturbed[3:5], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("count", [2, 3])
 def test_and_back_to_one_process(work: Path, count: int, stage: int, undisturbed: list[float], tmp_path: Path) -> None:
@@ -127,6 +130,7 @@ def test_and_back_to_one_process(work: Path, count: int, stage: int, undisturbed
     assert train(engine, 6, 7) == pytest.approx(undisturbed[5:7], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_file_that_lacks_values_is_not_taken_up(work: Path, tmp_path: Path) -> None:
     from dvae.errors import MachineError
 

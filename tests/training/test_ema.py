@@ -114,6 +114,7 @@ def on_two(number: int, folder: Path) -> None:
             engine.copied().write(folder / f"rank-{number:05d}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_the_averages_of_one_at_every_zero_stage(tmp_path: Path) -> None:
     on_ranks(2, on_two, tmp_path)
     start_distributed()

@@ -200,5 +200,6 @@ def on_two_ranks(number: int, folder: str) -> None:
         assert not same(before, everything(engines)), zero
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_it_out_together_at_every_zero_stage(tmp_path: Path) -> None:
     on_ranks(2, on_two_ranks, tmp_path)

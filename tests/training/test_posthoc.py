@@ -26,7 +26,7 @@ from dvae.tracking.tracker import NoTracker
 from dvae.training.checkpoint import Checkpoints
 from dvae.training.ema import power
 from dvae.training.engine import start_distributed
-from dvae.training.loop import train
+from dvae.training.loop import Looks, train
 from dvae.training.posthoc import coefficients, combine, fit, products
 from dvae.training.snapshots import Snapshot, halved, list_snapshots
 from dvae.training.stages import Stage, StepOutput
@@ -128,7 +128,7 @@ def configured(**more: Any) -> TrainingConfig:
 def learn(run: Path, training: TrainingConfig, walk: bool = False, fails: int = 0) -> dict[str, torch.Tensor]:
     start_distributed()
     checkpoints = Checkpoints(run / "checkpoints" / "toy", keep=2)
-    averaged, _ = train(Toy(training, walk), Numbers(fails), checkpoints, NoTracker(), None, run)
+    averaged, _ = train(Toy(training, walk), Numbers(fails), checkpoints, NoTracker(), Looks(), run)
     return averaged["toy"]
 
 
@@ -224,6 +224,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_bundle_of_another_width_draws_images(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +242,7 @@ def test_a_bundle_of_another_width_draws_images(
     assert distance(weights, bundle.load_weights(finished / "weights" / "denoiser.safetensors")) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_width_of_the_run_and_a_decay_are_what_was_kept(finished: Path, tmp_path: Path) -> None:
     own = bundle.load_weights(finished / "weights" / "denoiser.safetensors")
     command([f"run={finished}", "width=0.1", f"out={tmp_path / 'same'}.safetensors"])
@@ -266,6 +268,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", MISTAKES)
 def test_a_mistake_is_one_line(
     finished: Path, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,6 +280,7 @@ def test_a_mistake_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_one_snapshot_is_too_few(finished: Path, tmp_path: Path) -> None:
     run, folder = tmp_path / "run", tmp_path / "run" / "snapshots" / "refiner"
     folder.mkdir(parents=True)

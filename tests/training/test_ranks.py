@@ -226,6 +226,7 @@ def test_torchrun_is_honoured(two: Path, tmp_path: Path, tiny: list[str]) -> Non
     assert same_weights(run, two)
 
 
+@pytest.mark.slow
 def test_a_mistake_found_by_a_rank_is_one_line_and_status_2(tmp_path: Path, tiny: list[str]) -> None:
     run = tmp_path / "run"
     submit(configuration.compose("train", command([*tiny, *TWO], run)[2:]))
@@ -238,6 +239,7 @@ def test_a_mistake_found_by_a_rank_is_one_line_and_status_2(tmp_path: Path, tiny
     ]
 
 
+@pytest.mark.slow
 def test_all_ranks_refuse_a_non_finite_step(tmp_path: Path, tiny: list[str]) -> None:
     run = tmp_path / "run"
     words = [*command([*tiny, *TWO, *zero(2)], run), "train_encoder.lr=1e30", "train_encoder.save_every=1"]
@@ -271,6 +273,7 @@ def nan_on_one(number: int) -> None:
             assert all(torch.equal(after[name], before[name]) for name in after) is (step == 2), (stage, step)
 
 
+@pytest.mark.slow
 def test_a_value_that_is_not_finite_on_one_rank_is_refused_by_both() -> None:
     on_ranks(2, nan_on_one)
 

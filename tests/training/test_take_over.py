@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dvae import bundle
 from dvae import config as configuration
 from dvae.errors import UserError
 from dvae.models import build
-from dvae.preflight import check
+from dvae.preflight import check, describe
 from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS
 from dvae.run import Run, submit
 from dvae.settings import RunConfig
@@ -59,3 +60,31 @@ def test_preflight_refuses_an_absent_folder(submitted: tuple[Run, RunConfig]) ->
     shutil.rmtree(config.encoder.folder)
     with pytest.raises(UserError, match=r"config\.json: not a readable"):
         check(config)
+
+
+@pytest.mark.slow
+def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list[str], tmp_path: Path) -> None:
+    theirs = configuration.compose("train", [*tiny, f"run={tmp_path / 'theirs'}", "seed=5"])
+    encoder = build(configuration.typed(theirs)).encoder
+    bundle.export(tmp_path / "theirs" / "bundle", configuration.to_yaml(theirs), {"encoder": encoder.state_dict()})
+    words = [*tiny, f"run={tmp_path / 'ours'}", f"encoder_weights={tmp_path / 'theirs'}"]
+    config = configuration.compose("train", words)
+    check(configuration.typed(config))
+    assert "parameters, taken over as they are" in describe(config)
+    run = submit(config)
+    encoder_stage(run, configuration.typed(config))
+    got = take_up(run, configuration.typed(config), "encoder").encoder.state_dict()
+    assert all(torch.equal(got[name], value) for name, value in encoder.state_dict().items())
+    assert "steps" not in run.records()["encoder"]
+
+    def refused(*changed: str) -> str:
+        with pytest.raises(UserError) as caught:
+            check(configuration.typed(configuration.compose("train", [*words, *changed])))
+        return str(caught.value)
+
+    assert refused("encoder.latent_dim=16").endswith(
+        "theirs has encoder.latent_dim=8, this run 16: it is another network"
+    )
+    assert refused(f"encoder_weights={tmp_path / 'nowhere'}").endswith("nowhere: no such run or bundle")
+    bundle.export(tmp_path / "empty", configuration.to_yaml(theirs), {})
+    assert refused(f"encoder_weights={tmp_path / 'empty'}").endswith("name a run whose encoder stage is finished")

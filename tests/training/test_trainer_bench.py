@@ -14,6 +14,7 @@ from dvae.tools.bench import command
 from dvae.training import bench
 
 
+@pytest.mark.slow
 def test_every_loop_takes_its_turns(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*tiny, "stages=[shards,encoder]", "train_encoder.steps=2", f"run={tmp_path / 'run'}"]
     launch = [sys.executable, str(ROOT / "tools" / "launch.py"), *words]

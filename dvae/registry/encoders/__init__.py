@@ -74,7 +74,8 @@ class Encoder(nn.Module, ABC):
         """The training objective for one batch; noise ~ N(0, I) is (B, *latent).
 
         Returns per-sample terms, each (B,) in fp32: "loss", which is minimised, and whatever else is worth a curve.
-        Where there is an adversary, also the maps "x_hat" (B, C, H, W) and "features", the input of its last layer.
+        Beside them what was drawn, "z" (B, *latent) and "x_hat" (B, C, H, W), and where there is an adversary
+        "features", the input of the decoder's last layer.
         """
 
     def adversary(self) -> Adversary | None:

@@ -62,10 +62,12 @@ class ConvVAE(Encoder):
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """Per-sample terms (B,), fp32: "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units), "kl" (nats)."""
         posterior = self.encode(x)
-        x_hat = self._decode_unit(posterior.sample(noise))
+        z = posterior.sample(noise)
+        x_hat = self._decode_unit(z)
         reconstruction = (0.5 * (x.float() + 1.0) - x_hat).square().flatten(1).sum(1)
         kl = posterior.kl()
-        return {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        terms = {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        return terms | {"z": z, "x_hat": 2.0 * x_hat - 1.0}
 
     def _decode_unit(self, z: torch.Tensor) -> torch.Tensor:
         """x_hat in [0, 1], fp32."""

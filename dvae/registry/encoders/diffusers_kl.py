@@ -92,8 +92,9 @@ class DiffusersKL(Encoder):
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """ "loss" (B,), fp32: the sum of (x - x_hat)^2 over pixels in [0, 1] units. The encoder stage never asks."""
-        x_hat = self._decode(self.encode(x).sample(noise))
-        return {"loss": (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1)}
+        z = self.encode(x).sample(noise)
+        x_hat = self._decode(z)
+        return {"loss": (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1), "z": z, "x_hat": x_hat}
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         z = z / self.config.scaling_factor + self.config.shift_factor

@@ -89,11 +89,13 @@ class KLGAN(Encoder):
         "x_hat" beside them is not clamped, so that every pixel has a gradient.
         """
         posterior = self.encode(x)
-        features = self.autoencoder.features(posterior.sample(noise))
+        z = posterior.sample(noise)
+        features = self.autoencoder.features(z)
         x_hat = self.autoencoder.last_layer(features).float()
         reconstruction, kl = squared_error(x, x_hat), posterior.kl()
         terms = {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
-        return terms if self.config.discriminator_weight == 0 else terms | {"x_hat": x_hat, "features": features}
+        drawn = {"z": z, "x_hat": x_hat}
+        return terms | drawn if self.config.discriminator_weight == 0 else terms | drawn | {"features": features}
 
     def adversary(self) -> Adversary | None:
         config = self.config

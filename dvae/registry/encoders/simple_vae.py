@@ -55,10 +55,12 @@ class SimpleVAE(Encoder):
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """Per-sample terms (B,), fp32: "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units), "kl" (nats)."""
         posterior = self.encode(x)
-        x_hat = self.decode(posterior.sample(noise))
+        z = posterior.sample(noise)
+        x_hat = self.decode(z)
         reconstruction = (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1)
         kl = posterior.kl()
-        return {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        terms = {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        return terms | {"z": z, "x_hat": x_hat}
 
 
 def _check(config: SimpleVAE.Config, io: Shapes) -> None:

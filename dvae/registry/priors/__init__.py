@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -26,6 +27,15 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         """z (n, *latent) as a pure function of uniform (n,) in [0, 1) and normal (n, *latent) ~ N(0, I)."""
+
+    @abstractmethod
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """log p(z) of latents (n, *latent), in nats, (n,), float64."""
+
+
+def log_normal(e: torch.Tensor) -> torch.Tensor:
+    """log N(e; 0, I) of rows (n, D), in nats, (n,), float64."""
+    return -0.5 * (e.double().square().sum(1) + e.shape[1] * math.log(2.0 * math.pi))
 
 
 PRIORS: Registry[Prior] = Registry("prior", __name__)

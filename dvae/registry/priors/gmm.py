@@ -13,7 +13,7 @@ import torch
 from dvae import keyed
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.priors import PRIORS, Prior
+from dvae.registry.priors import PRIORS, Prior, log_normal
 
 
 class Covariance(Enum):
@@ -118,3 +118,15 @@ class GMM(Prior):
         factor = self.cholesky[component]
         spread = torch.einsum("nij,nj->ni", factor, noise) if factor.dim() == 3 else factor * noise
         return (self.means[component] + spread).view_as(normal).to(normal.dtype)
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """In float64, one component after the other."""
+        z = z.flatten(1).to(self.means.device, torch.float64)
+        parts = []
+        for weight, mean, factor in zip(self.weights, self.means.double(), self.cholesky.double(), strict=True):
+            away = z - mean
+            full = factor.dim() == 2
+            e = torch.linalg.solve_triangular(factor, away.T, upper=False).T if full else away / factor
+            spread = (factor.diagonal() if full else factor).log().sum()
+            parts.append(weight.log() + log_normal(e) - spread)
+        return torch.logsumexp(torch.stack(parts), 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.priors import PRIORS, Prior
+from dvae.registry.priors import PRIORS, Prior, log_normal
 
 
 @PRIORS.register("normal")
@@ -24,3 +24,6 @@ class Normal(Prior):
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         """`normal` itself."""
         return normal
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        return log_normal(z.flatten(1))

@@ -114,6 +114,9 @@ class Sampler(ABC):
         temperature: float = 1.0
         """Factor on the starting noise u_1; below 1 trades variety for regularity."""
 
+    of_means: bool = True
+    """Whether it integrates a denoiser, which sees the mean of the images that a state may come from; one that does not
+    wants a refiner that sees one image."""
     by_steps: bool = True
     """Whether all samples stand at the same time after each step, so that on_step can put in known pixels."""
 

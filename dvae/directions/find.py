@@ -1,0 +1,91 @@
+"""Finding the directions of a run, from its training images, and keeping them with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dvae import bundle, latents
+from dvae import pipeline as pipelines
+from dvae.config import endless
+from dvae.data.manifest import TRAIN
+from dvae.directions import finders, store
+from dvae.directions.attributes import Attributes
+from dvae.directions.direction import Direction, Method
+from dvae.directions.settings import DirectionsConfig
+from dvae.errors import UserError, near
+from dvae.own_images import open_split
+from dvae.tracking.console import Progress
+
+
+@dataclass(frozen=True)
+class Found:
+    """New directions, and what none was found for."""
+
+    directions: list[Direction]
+    skipped: dict[str, str]
+    """Attribute or attribute=value -> why."""
+    images: int
+
+
+def find(settings: DirectionsConfig) -> Found:
+    """Find directions by each way of `settings.find` and put them into the run's bundle.
+
+    Raises UserError where the run has no encoder, or its images or their labels are not to be had.
+    """
+    for name in ("components", "images", "jacobians", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
+    pipeline = load(settings)
+    shards = open_split(settings.run, pipeline.config, TRAIN, settings.shards)
+    indices = np.arange(min(settings.images, len(shards)))
+    attributes = Attributes.of(shards) if Method.labels in settings.find else None
+    wanted = chosen(settings.labels, attributes.names, "labels") if attributes else []
+    z = latents.encode(pipeline, shards, len(indices), "encode").mean
+    found: list[Direction] = []
+    skipped: dict[str, str] = {}
+    for method in settings.find:
+        if method is Method.labels:
+            assert attributes is not None
+            codes = attributes.codes(shards)[torch.from_numpy(shards.shown(indices))]
+            new, skipped = finders.from_labels(z, codes, attributes, wanted)
+            skipped = attributes.skipped | skipped
+        elif method is Method.pca:
+            new = finders.pca(z, settings.components)
+        else:
+            new = of_jacobian(pipeline, z[: settings.jacobians], settings.components)
+        found += new
+    store.save(settings.run, found)
+    return Found(found, skipped, len(z))
+
+
+def of_jacobian(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) -> list[Direction]:
+    """Directions of the decoder's Jacobian at latents z (N, *latent)."""
+    with Progress("jacobian", len(z)) as progress:
+        return finders.jacobian(
+            pipeline.models.encoder.decode, z.to(pipeline.device), components,
+            lambda: progress.update(progress.step + 1, 1),
+        )  # fmt: skip
+
+
+def load(settings: DirectionsConfig) -> pipelines.Pipeline:
+    """The run. Raises UserError where it has no latent space to find directions in."""
+    pipeline = pipelines.load(settings.run, settings.batch_size)
+    if endless(pipeline.config) or "encoder" not in pipeline.models.trained():
+        raise UserError(f"run={settings.run} has no encoder, so no latent to find directions of: use a run with one")
+    return pipeline
+
+
+def chosen(words: list[str], known: list[str], name: str) -> list[str]:
+    """The words, or all that are known where there are none. Raises UserError for one that is not known."""
+    for word in words:
+        if word not in known:
+            raise UserError(f"{name}={word}: there is none of this name: {near(word, known)}")
+    return words or known
+
+
+def listed(settings: DirectionsConfig) -> list[Direction]:
+    """The directions that the run has."""
+    return list(store.load_all(bundle.folder_of(settings.run)).values())

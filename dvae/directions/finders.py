@@ -1,0 +1,127 @@
+"""Three ways to find directions of a latent space: labels, principal components, the decoder's Jacobian.
+
+All in float64; vectors are returned in fp32, in the shape of one latent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+
+from dvae.directions import labels
+from dvae.directions.attributes import Attributes
+from dvae.directions.direction import Direction, Method
+from dvae.errors import UserError
+
+FEWEST = 10
+"""Images that must show a value, for a direction to it."""
+MOVED = 0.1
+"""Strength 1 of a direction of the Jacobian moves x_hat by this root mean square over images and pixels, to first order
+(white - black = 2)."""
+LARGEST = 4096
+"""Numbers of a latent up to which its Jacobian is taken."""
+
+
+def from_labels(
+    z: torch.Tensor, codes: torch.Tensor, attributes: Attributes, wanted: Iterable[str]
+) -> tuple[list[Direction], dict[str, str]]:
+    """A direction to each value of the `wanted` attributes, and those values that are skipped, with the reason.
+
+    Strength 1 takes away what the present value adds to a latent, and adds what the new one does (LabelModel). The
+    vector is the mean of that: the displacement from images that lack the value to those that have it, all other
+    attributes being equal. z is (N, *latent); codes (N, A) are of all attributes, so that correlated ones are told
+    apart.
+    """
+    found, skipped = {}, {}
+    model = labels.fit(z, codes, attributes.values)
+    effects = labels.regress(z.flatten(1), codes, attributes.sizes, pairs=False).split(attributes.sizes)
+    for name in wanted:
+        index = attributes.names.index(name)
+        counts = torch.bincount(codes[:, index], minlength=attributes.sizes[index]).double()
+        for number, value in enumerate(attributes.values[name]):
+            if counts[number] < FEWEST or len(z) - counts[number] < FEWEST:
+                skipped[f"{name}={value}"] = f"{int(counts[number])} of {len(z)} images show it"
+                continue
+            others = counts.clone()
+            others[number] = 0
+            vector = effects[index][number] - others @ effects[index] / others.sum()
+            title = f"{name}.{plain(value)}"
+            if title in found:
+                raise UserError(f"{name}: two of its values would give the name {title}: rename one in the labels")
+            unit = f"from the present {name} to {value}"
+            found[title] = Direction(
+                title, vector.float().view(z.shape[1:]), Method.labels, unit, name, value, model=model
+            )
+    return list(found.values()), skipped
+
+
+def plain(value: str) -> str:
+    """A value as a part of a name that needs no quoting on a command line: "#8a5640" gives "8a5640"."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", value.lstrip("#"))
+
+
+def pca(z: torch.Tensor, components: int) -> list[Direction]:
+    """The first principal components of latents z (N, *latent); strength 1 is one standard deviation."""
+    centred = z.flatten(1).double()
+    centred = centred - centred.mean(0)
+    variances, vectors = largest(centred.T @ centred / (len(z) - 1), components, "components", "pca")
+    unit = "one standard deviation"
+    total = centred.square().sum() / (len(z) - 1)
+    return [
+        Direction(f"pca_{i}", (variance.sqrt() * vector).float().view(z.shape[1:]), Method.pca, unit,
+                  share=float(variance / total))
+        for i, (variance, vector) in enumerate(zip(variances, vectors, strict=True), start=1)
+    ]  # fmt: skip
+
+
+def jacobian(
+    decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, components: int, advance: Callable[[], None]
+) -> list[Direction]:
+    """What moves x_hat most: eigenvectors of J'J averaged over latents z (N, *latent), J = d decode / dz.
+
+    Strength 1 moves x_hat by a root mean square of MOVED to first order. `advance` is called after each latent.
+    Raises UserError where a latent is too large.
+    """
+    size = z[0].numel()
+    if size > LARGEST:
+        raise UserError(f"find=[jacobian]: a latent has {size} numbers, more than {LARGEST}: use find=[labels,pca]")
+    metric = torch.zeros(size, size, dtype=torch.float64)
+    pixels = 0
+    for one in z:
+        columns = columns_of(decode, one).double()
+        metric += columns @ columns.T / len(z)
+        pixels = columns.shape[1]
+        advance()
+    squared, vectors = largest(metric, components, "components", "jacobian")
+    unit = f"x_hat moves by a root mean square of {MOVED:g} (white - black = 2), to first order"
+    return [
+        Direction(f"jacobian_{i}", (vector * MOVED * (pixels / gain).sqrt()).float().view(z.shape[1:]),
+                  Method.jacobian, unit, share=float(gain / metric.trace()))
+        for i, (gain, vector) in enumerate(zip(squared, vectors, strict=True), start=1)
+    ]  # fmt: skip
+
+
+def columns_of(decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, together: int = 64) -> torch.Tensor:
+    """The columns of the decoder's Jacobian at one latent z (*latent), as rows: (D, C * H * W), on the CPU."""
+    tangents = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
+    found = []
+    for part in tangents.split(together):
+        moved = torch.func.jvp(decode, (z.expand_as(part).contiguous(),), (part,))[1]
+        found.append(moved.flatten(1).cpu())
+    return torch.cat(found)
+
+
+def largest(matrix: torch.Tensor, count: int, word: str, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest eigenvalues of a symmetric matrix, and their vectors as rows (largest entry positive).
+
+    Raises UserError where there are fewer above 0.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = values.flip(0)[:count], vectors.T.flip(0)[:count]
+    able = int((values > 1e-10 * values[0].clamp(min=1e-300)).sum())
+    if able < count:
+        raise UserError(f"{word}={count}: {method} finds {able} of them here: use {able} or fewer")
+    signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    return values, vectors * signs

@@ -1,0 +1,200 @@
+"""What scoring found: tables as Markdown, all figures as JSON, strips as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvae import files
+from dvae.directions.attributes import AttributeJudge
+from dvae.directions.score import CHANGED, TURNED_ON, Effect, Faces, Score, best_by_attribute
+from dvae.directions.settings import DirectionsConfig
+from dvae.tracking import pictures
+
+STRIP = [-1.0, -0.5, 0.0, 0.5, 1.0]
+"""Strengths of a strip, as shares of the one that was chosen."""
+SHOWN = 3
+"""Faces of each direction in the picture."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The scores of a run's directions, and what they were taken with."""
+
+    settings: DirectionsConfig
+    judge: AttributeJudge
+    scores: list[Score]
+    test: Faces
+    nfe: float
+    encoder_sha256: str
+
+    @property
+    def names(self) -> list[str]:
+        return self.judge.attributes.names
+
+    @property
+    def best(self) -> list[Score]:
+        """The best of each attribute."""
+        return best_by_attribute(self.scores, self.judge.told)
+
+    @property
+    def passed(self) -> list[Score]:
+        """The best of those attributes that have a direction which meets the criterion."""
+        return [one for one in self.best if one.meets(self.judge.told)]
+
+    def write(self, path: Path) -> None:
+        """The tables to `path`, all figures to the JSON file beside it."""
+        files.write_json(path.with_suffix(".json"), self.figures())
+        files.write_text(path, "\n".join(self.lines()) + "\n")
+
+    def kept(self, stage: str) -> list[float]:
+        """Share of the test faces that are judged at strength 0 as their labels say, by attribute."""
+        return (self.test.before[stage] == self.test.truth).double().mean(0).tolist()
+
+    def target(self, one: Score) -> str:
+        """The attribute and value that a direction is scored for."""
+        name = self.names[one.target.attribute]
+        return f"{name}={self.judge.attributes.values[name][one.target.value]}"
+
+    def figures(self) -> dict[str, Any]:
+        """Everything, for a program."""
+        settings = self.settings
+        return {
+            "run": settings.run,
+            "encoder_sha256": self.encoder_sha256,
+            "seed": settings.seed,
+            "validation": settings.validation,
+            "n": settings.n,
+            "strengths": list(settings.strengths),
+            "nfe": self.nfe,
+            "criterion": {"on_at_least": TURNED_ON, "every_other_changes_in_less_than": CHANGED},
+            "judge": {
+                name: {"accuracy_heldout": right, "most_frequent": chance, "told": told}
+                for name, right, chance, told in zip(
+                    self.names, self.judge.accuracy, self.judge.chance, self.judge.told, strict=True
+                )
+            },
+            "attributes_skipped": self.judge.attributes.skipped,
+            "strength_0_as_labelled": {
+                stage: dict(zip(self.names, self.kept(stage), strict=True)) for stage in self.test.before
+            },
+            "directions": [self._figures(one) for one in self.scores],
+            "attributes_that_meet_it": [self.names[one.target.attribute] for one in self.passed],
+        }
+
+    def _figures(self, one: Score) -> dict[str, Any]:
+        return {
+            "name": one.direction.name,
+            "method": one.direction.method.name,
+            "target": self.target(one),
+            "strength": one.strength,
+            "meets": one.meets(self.judge.told),
+            "validation": self._effect(one.chosen_by),
+            **{stage: self._effect(effect) for stage, effect in one.stages.items()},
+        }
+
+    def _effect(self, effect: Effect) -> dict[str, Any]:
+        return asdict(effect) | {"changed": dict(zip(self.names, effect.changed, strict=True))}
+
+    def lines(self) -> Iterator[str]:
+        """The tables, as Markdown."""
+        settings = self.settings
+        yield f"# Directions of {settings.run}"
+        yield ""
+        yield (
+            f"Encoder {self.encoder_sha256[:12]}, seed {settings.seed}. Strength chosen from "
+            f"{', '.join(f'{value:g}' for value in settings.strengths)} on {settings.validation} held-out images, "
+            f"figures from {settings.n} others. Refined with {self.nfe:g} network evaluations."
+        )
+        yield ""
+        yield from self._about_attributes()
+        yield ""
+        yield from self._about_directions()
+        yield ""
+        yield from self._about_changes()
+        yield ""
+        yield self.verdict()
+
+    def verdict(self) -> str:
+        """How many attributes have a direction that meets the criterion, and which."""
+        able = sum(self.judge.told)
+        passed = ", ".join(f"{self.names[one.target.attribute]} ({one.direction.name})" for one in self.passed)
+        return f"{len(self.passed)} of {able} attributes that the judge can tell meet it: {passed or 'none'}."
+
+    def _about_attributes(self) -> Iterator[str]:
+        stages = list(self.test.before)
+        yield "What the judge can tell, and what is left of it at strength 0:"
+        yield ""
+        yield table_row(["attribute", "judge right", "most frequent", *(f"{stage} as labelled" for stage in stages)])
+        yield table_rule(3 + len(stages))
+        kept = [self.kept(stage) for stage in stages]
+        for i, name in enumerate(self.names):
+            note = "" if self.judge.told[i] else " (cannot tell)"
+            figures = [self.judge.accuracy[i], self.judge.chance[i], *(one[i] for one in kept)]
+            yield table_row([name + note, *map(percent, figures)])
+
+    def _about_directions(self) -> Iterator[str]:
+        stages = list(self.test.before)
+        yield (
+            f"Share of the faces that lack the value which show it afterwards, and the largest change of another "
+            f"attribute. It meets the criterion with {percent(TURNED_ON)} or more and less than {percent(CHANGED)}, in "
+            f"{stages[-1]}:"
+        )
+        yield ""
+        columns = [word for stage in stages for word in (f"on, {stage}", f"largest other, {stage}")]
+        yield table_row(["direction", "turns on", "strength", "faces", *columns, "meets"])
+        yield table_rule(5 + len(columns))
+        for one in self.scores:
+            cells = []
+            for effect in one.stages.values():
+                share, other = effect.worst(one.target.attribute, self.judge.told)
+                cells += [percent(effect.on), f"{percent(share)} {self.names[other]}"]
+            meets = "yes" if one.meets(self.judge.told) else "no"
+            head = [one.direction.name, self.target(one), f"{one.strength:g}", str(one.final.faces)]
+            yield table_row([*head, *cells, meets])
+
+    def _about_changes(self) -> Iterator[str]:
+        stages = " / ".join(self.test.before)
+        yield f"Faces in which the judged value of each attribute changes against strength 0, {stages}:"
+        yield ""
+        yield table_row(["direction", *self.names])
+        yield table_rule(1 + len(self.names))
+        for one in self.scores:
+            changed = zip(*(effect.changed for effect in one.stages.values()), strict=True)
+            yield table_row([one.direction.name, *(" / ".join(map(percent, cell)) for cell in changed)])
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def table_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table_rule(columns: int) -> str:
+    return "|" + "---|" * columns
+
+
+Draw = Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]
+"""Latents (n, *latent) and numbers of their noise -> images at each stage (n, C, H, W) uint8."""
+
+
+def strips(report: Report, draw: Draw, path: Path) -> None:
+    """The picture: for the best direction of each attribute some faces at strengths from minus the chosen one to it; a
+    row of x_hat, and below it one of refined images."""
+    rows = []
+    for one in report.best:
+        lacking = (report.test.truth[:, one.target.attribute] != one.target.value).nonzero().flatten()[:SHOWN]
+        z = report.test.z[lacking].repeat_interleave(len(STRIP), 0)
+        strengths = torch.tensor(STRIP).repeat(len(lacking)) * one.strength
+        numbers = [report.test.numbers[face] for face in lacking.repeat_interleave(len(STRIP)).tolist()]
+        for images in draw(one.direction.move(z, strengths), numbers).values():
+            row = images.new_full((SHOWN * len(STRIP), *images.shape[1:]), 255)  # white where there are fewer faces
+            row[: len(images)] = images
+            rows.append(row)
+    pictures.grid(torch.cat(rows), path, columns=SHOWN * len(STRIP), scale=max(1, 64 // rows[0].shape[2]))

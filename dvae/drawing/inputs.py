@@ -1,0 +1,187 @@
+"""Images that a command is given: a run's held-out ones, or a user's, checked to be as the run's."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dvae import files
+from dvae.data.images import Crop, DamagedImage, Resize, decode, fit, is_image_name
+from dvae.data.manifest import FILE as MANIFEST
+from dvae.data.reader import Shards
+from dvae.data.tree import FolderTree, Tree, open_tree
+from dvae.drawing.settings import GivenConfig
+from dvae.errors import UserError, one_line
+from dvae.own_images import open_split
+from dvae.settings import RunConfig
+
+HELDOUT = "heldout"
+DRAWN = "drawn"
+GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
+"""Pillow's modes of images without colour."""
+
+
+class Inputs(ABC):
+    """Images by number."""
+
+    identity: str
+    """Hash that another set of images has not."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def one(self, number: int) -> np.ndarray:
+        """Pixels (H, W, C) uint8 of an image. Raises UserError where it does not fit the run."""
+
+    def check(self, numbers: Iterable[int]) -> None:  # noqa: B027 most have nothing to check
+        """Raise UserError for the first image that does not fit the run, before anything is drawn."""
+
+    def label(self, number: int) -> str | None:
+        """The class of an image, where it is known."""
+        return None
+
+    def read(self, numbers: Iterable[int]) -> torch.Tensor:
+        """Images (n, C, H, W) uint8."""
+        return torch.from_numpy(np.stack([self.one(number) for number in numbers])).permute(0, 3, 1, 2).contiguous()
+
+
+def open_inputs(settings: GivenConfig, config: RunConfig) -> Inputs:
+    """The images that `settings.images` names. Raises UserError where there are none."""
+    place = Path(settings.images).expanduser()
+    if settings.images == HELDOUT:
+        return FromShards(open_split(settings.run, config, HELDOUT, settings.shards), config)
+    if (place / MANIFEST).is_file():
+        return FromShards(open_split(settings.run, config, HELDOUT, settings.images), config)
+    if place.suffix.lower() == ".npy":
+        return FromArray(place, settings, config)
+    return FromFiles(place, settings, config)
+
+
+class FromShards(Inputs):
+    """A split of shards."""
+
+    def __init__(self, shards: Shards, config: RunConfig) -> None:
+        self.shards, self.config = shards, config
+        self.identity = _hash([shard.sha256 for shard in shards.shards])
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def one(self, number: int) -> np.ndarray:
+        return self.shards.read([number])[0].permute(1, 2, 0).numpy()
+
+    def label(self, number: int) -> str | None:
+        value = self.shards.about(number)["labels"].get(self.config.data.label)
+        return None if value is None or not self.config.classes else str(value)
+
+
+class Fitted(Inputs):
+    """A user's images, which are as the run's, or are made so."""
+
+    def __init__(self, settings: GivenConfig, config: RunConfig) -> None:
+        self.settings, self.config = settings, config
+        source = config.source  # a run's own images were cropped and scaled in this way
+        self._crop, self._filter = getattr(source, "crop", Crop.center), getattr(source, "resize", Resize.lanczos)
+
+    def refuse_unlike(self, size: tuple[int, int], grey: bool, name: str) -> None:
+        """Raise UserError for an image of (width, height) that is not as the run's, where it is not to be made so."""
+        if self.settings.resize:
+            return
+        own, where = self.config.image_size, f"images={self.settings.images}: {name}"
+        if size != (own, own):
+            raise UserError(
+                f"{where} is {size[0]}x{size[1]}, the run's images are {own}x{own}: add resize=true to crop and scale"
+            )
+        if grey != (self.config.channels == 1):
+            kinds = ("grey", "colour") if grey else ("in colour", "grey")
+            raise UserError(f"{where} is {kinds[0]}, the run's images are {kinds[1]}: add resize=true to convert it")
+
+    def fitted(self, image: Image.Image, name: str) -> np.ndarray:
+        """Pixels (H, W, C) of an image, cropped and scaled as the run's were where it has another size."""
+        config = self.config
+        return fit(image, config.image_size, config.channels, self._crop, name, self._filter)
+
+
+class FromArray(Fitted):
+    """A .npy file (n, H, W, C) uint8."""
+
+    def __init__(self, place: Path, settings: GivenConfig, config: RunConfig) -> None:
+        super().__init__(settings, config)
+        try:
+            self._array = np.load(place, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"images={settings.images}: not an array of images ({one_line(error)})") from None
+        shape = self._array.shape
+        if self._array.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not len(self._array):
+            raise UserError(f"images={settings.images}: {self._array.dtype} {shape}: use uint8 (n, H, W, 1 or 3)")
+        self.refuse_unlike((shape[2], shape[1]), shape[3] == 1, "each")
+        self.identity = files.sha256(place)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def one(self, number: int) -> np.ndarray:
+        pixels = self._array[number]
+        return self.fitted(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), f"image {number}")
+
+
+class FromFiles(Fitted):
+    """A folder or zip archive of images, in the order of their names, or one image file."""
+
+    def __init__(self, place: Path, settings: GivenConfig, config: RunConfig) -> None:
+        super().__init__(settings, config)
+        if place.is_file() and is_image_name(place.name):
+            self.tree: Tree = FolderTree(str(place.parent), "images")
+            self.names = [place.name]
+        else:
+            self.tree = open_tree(settings.images, "images")
+            self.names = self.tree.names
+        self.identity = self._identity(place)
+
+    def _identity(self, place: Path) -> str:
+        """Of an archive its hash; of files their names, sizes and times: reading all would take as long as drawing."""
+        if not isinstance(self.tree, FolderTree):
+            return files.sha256(place)
+        stats = [((self.tree.root / name).stat(), name) for name in self.names]
+        return _hash([(name, stat.st_size, stat.st_mtime_ns) for stat, name in stats])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def check(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            name = self.names[number]
+            try:
+                with Image.open(io.BytesIO(self._bytes(number))) as image:  # its header only
+                    size, mode = image.size, image.mode
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                raise UserError(f"images={self.settings.images}: {name} is not an image that can be read") from None
+            self.refuse_unlike(size, mode in GREY, name)
+
+    def one(self, number: int) -> np.ndarray:
+        name = self.names[number]
+        try:
+            image = decode(self._bytes(number), name)
+            self.refuse_unlike(image.size, image.mode in GREY, name)
+            return self.fitted(image, name)
+        except DamagedImage as error:
+            raise UserError(f"images={self.settings.images}: {error}") from None
+
+    def _bytes(self, number: int) -> bytes:
+        try:
+            return self.tree.read(self.names[number])
+        except DamagedImage as error:
+            raise UserError(f"images={self.settings.images}: {error}") from None
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogateescape")).hexdigest()

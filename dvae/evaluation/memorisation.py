@@ -1,0 +1,147 @@
+"""Are samples copies of training images? Distances to the nearest one, beside those of held-out real images.
+
+Real images that the model has never seen have a nearest training image too. A model that has learnt the distribution
+comes no nearer than they do; one that has learnt the images by heart does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dvae import files
+from dvae.errors import UserError
+from dvae.evaluation import features
+from dvae.evaluation.benchmark import Bench
+from dvae.evaluation.images import ImageSet
+from dvae.evaluation.plots import COLOURS, DPI, INK, dress
+from dvae.tracking.console import Progress
+
+BLOCK = 1024
+"""Training images that are compared at once."""
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5)
+NEAR = 0.01
+"""Share of held-out images below whose nearest distance a sample counts as near."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Of each of N images the nearest of another set."""
+
+    distance: torch.Tensor
+    """(N,), float64: root of the mean squared difference of pixels in grey levels, or of features."""
+    index: torch.Tensor
+    """(N,), int64."""
+
+
+def nearest(images: torch.Tensor, others: list[torch.Tensor]) -> Nearest:
+    """Of each row of `images` (N, D) the nearest among all rows of `others`, blocks (m, D), by L2 / sqrt(D).
+
+    Exact to float64's rounding of sums: a copy is at 1e-5 or less of its own size.
+    """
+    x = images.double()
+    best = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    index = torch.zeros(len(x), dtype=torch.int64)
+    start = 0
+    for block in others:
+        y = block.double()
+        squared = (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2.0 * x @ y.T).clamp(min=0.0)
+        low, at = squared.min(1)
+        better = low < best
+        best = torch.where(better, low, best)
+        index = torch.where(better, at + start, index)
+        start += len(block)
+    return Nearest((best / x.shape[1]).sqrt(), index)
+
+
+def refuse(bench: Bench) -> None:
+    """Raise UserError where there are no held-out images to compare with."""
+    if bench.heldout is None:
+        raise UserError("memorisation= compares with held-out images: the reference must be shards that have some")
+
+
+def check(bench: Bench, samples: ImageSet, picture: Path) -> dict[str, Any]:
+    """Figures of the samples' and of held-out images' nearest training images, and the picture."""
+    assert bench.heldout is not None  # as refuse has seen
+    real, unseen = bench.real()
+    assert unseen is not None
+    with Progress("samples", len(samples)) as bar:
+        drawn = features.of_set(samples, bench.way, lambda n: bar.update(bar.step + n, n))
+    starts = range(0, len(bench.reference), BLOCK)
+    ours, theirs = _pixels(samples, 0, len(samples)), _pixels(bench.heldout, 0, len(bench.heldout))
+    pixels_of_ours, pixels_of_theirs = (
+        nearest(x, [_pixels(bench.reference, i, min(i + BLOCK, len(bench.reference))) for i in starts])
+        for x in (ours, theirs)
+    )
+    blocks = list(real.pooled.split(BLOCK))
+    spaces = {
+        "pixels": (pixels_of_ours, pixels_of_theirs),
+        "features": (nearest(drawn.pooled, blocks), nearest(unseen.pooled, blocks)),
+    }
+    shown = spaces["pixels"][0].distance.argsort()[: bench.settings.memorisation].tolist()
+    show(bench, samples, spaces, shown, picture)
+    return {
+        "n": len(samples),
+        "n_heldout": len(bench.heldout),
+        "n_reference": len(bench.reference),
+        "unit": {"pixels": "root mean square, grey levels of 255", "features": "root mean square"},
+        **{space: summary(*pair) for space, pair in spaces.items()},
+        "nearest": [
+            {"sample": k, "training_image_by_pixels": int(spaces["pixels"][0].index[k]),
+             "training_image_by_features": int(spaces["features"][0].index[k]),
+             "distance_in_pixels": float(spaces["pixels"][0].distance[k])}
+            for k in shown
+        ],
+    }  # fmt: skip
+
+
+def _pixels(images: ImageSet, start: int, stop: int) -> torch.Tensor:
+    return images.read(start, stop).flatten(1)
+
+
+def summary(samples: Nearest, heldout: Nearest) -> dict[str, Any]:
+    """Quantiles of both, and the share of samples nearer than all but 1% of held-out images: 1% if none is copied."""
+
+    def quantiles(found: Nearest) -> dict[str, float]:
+        return {f"{q:g}": float(found.distance.quantile(q)) for q in QUANTILES}
+
+    limit = heldout.distance.quantile(NEAR)
+    near = float((samples.distance < limit).double().mean())
+    return {"samples": quantiles(samples), "heldout": quantiles(heldout), "share_of_samples_near": near}
+
+
+def show(
+    bench: Bench, samples: ImageSet, spaces: dict[str, tuple[Nearest, Nearest]], shown: list[int], picture: Path
+) -> None:
+    """Rows of three (sample, nearest by pixels, nearest by features), and the two distributions of distances."""
+    figure = Figure(figsize=(11, 1.2 + 1.0 * -(-len(shown) // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    halves = figure.add_gridspec(1, 2, width_ratios=(1.1, 1))
+    left, right = figure.add_subfigure(halves[0, 0]), figure.add_subfigure(halves[0, 1])
+    rows = -(-len(shown) // 2)
+    columns = [("sample", None), ("in pixels", "pixels"), ("in features", "features")]
+    axes = left.subplots(rows, 6, squeeze=False)
+    for plot in axes.flat:
+        plot.axis("off")
+    for place, k in enumerate(shown):
+        for column, (title, space) in enumerate(columns):
+            plot = axes[place % rows, 3 * (place // rows) + column]
+            images, at = (samples, k) if space is None else (bench.reference, int(spaces[space][0].index[k]))
+            plot.imshow(images.read(at, at + 1)[0].permute(1, 2, 0).numpy(), interpolation="nearest")
+            if place % rows == 0:
+                plot.set_title(title, fontsize=8, color=INK)
+    left.suptitle("samples nearest to a training image, and that image", fontsize=9, color=INK)
+    for plot, (space, (ours, theirs)) in zip(right.subplots(2, 1), spaces.items(), strict=True):
+        both = np.concatenate([ours.distance.numpy(), theirs.distance.numpy()])
+        bins = np.linspace(both.min(), both.max(), 40)
+        for name, found, colour in (("samples", ours, COLOURS[1]), ("held-out images", theirs, COLOURS[0])):
+            plot.hist(found.distance.numpy(), bins, density=True, alpha=0.55, color=colour, label=name)
+        dress(plot, f"distance to the nearest training image in {space}", "density")
+        plot.legend(fontsize=8, frameon=False)
+    files.write_file(picture, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))

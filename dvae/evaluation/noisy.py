@@ -1,0 +1,51 @@
+"""Samples refined from noisy reconstructions: how far the refiner mends what it was never trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dvae import keyed
+from dvae.data.images import to_uint8
+from dvae.drawing.artist import side_by_side
+from dvae.drawing.samples import Samples
+from dvae.drawing.settings import SampleConfig
+from dvae.errors import UserError
+from dvae.noise import Noise
+
+
+@dataclass(kw_only=True, slots=True)
+class NoisyConfig(SampleConfig):
+    """Samples with noise on their x_hat."""
+
+    noise: float = 0.0
+    """Standard deviation; x_hat is in [-1, 1]."""
+
+
+class NoisySamples(Samples):
+    """As Samples, with x_hat + noise * eps in the place of x_hat, eps ~ N(0, 1) keyed by seed and image.
+
+    It is not clamped, and takes the place of x_hat wherever that goes: as condition, and with denoiser.centre != none
+    as what the refiner's image is added to.
+    """
+
+    settings: NoisyConfig
+
+    def __init__(self, settings: NoisyConfig, device: str | None = None) -> None:
+        super().__init__(settings, device)
+        if not self.pipeline.models.generates:
+            raise UserError(f"noise=: run={settings.run} has no x_hat that noise could be added to")
+
+    def request(self) -> dict[str, Any]:
+        return super().request() | {"noise": self.settings.noise}
+
+    def draw(self, numbers: range) -> dict[str, np.ndarray]:
+        pipeline, settings = self.pipeline, self.settings
+        given = pipeline.drawn_for(numbers, settings.seed)
+        eps = keyed.normal(settings.seed, "noise on x_hat", numbers, given.x_hat.shape[1:]).to(pipeline.device)
+        noisy = replace(given, x_hat=given.x_hat + settings.noise * eps)
+        refined, nfe = pipeline.refined(noisy, Noise(settings.seed, numbers), guidance=self.guidance)
+        arrays = {"pixels": side_by_side([[to_uint8(refined)]]), "nfe": nfe.numpy()}
+        return arrays if given.label is None else arrays | {"label": given.label.cpu().numpy()}

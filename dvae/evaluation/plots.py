@@ -1,0 +1,59 @@
+"""Pictures of studies: a panel for each metric, a curve for each sampler or set, the floor as a dotted line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dvae import files
+from dvae.evaluation.tables import names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, SOFT = "#1c1b19", "#6a675f"
+COLOURS = ("#2f6db3", "#c8553d", "#3f8f5b", "#8a5fb0", "#b8862b", "#4b9aa3")
+PANEL, HEIGHT, DPI = 4.2, 3.8, 110
+"""Inches of a panel's width and height; dots per inch."""
+
+
+def study(
+    results: Sequence[Mapping[str, Any]], places: Sequence[float], curves: Sequence[str], x_label: str, title: str,
+    path: Path,
+) -> None:  # fmt: skip
+    """Figures of points against `places`; those of one name in `curves` belong together. A PNG, in one rename."""
+    metrics = names(results)
+    figure = Figure(figsize=(PANEL * len(metrics), HEIGHT), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, metric in enumerate(metrics):
+        plot = figure.add_subplot(1, len(metrics), number + 1)
+        several = len({name for result in results for name in result["sets"]}) > 1
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for result, x, curve in zip(results, places, curves, strict=True):
+            for name, figures in result["sets"].items():
+                value = figures[metric]
+                label = f"{curve}: {name}" if several and curve else curve or name
+                lines.setdefault(label, []).append((x, value["mean"], value["se"] or 0.0))
+        for colour, (label, points) in enumerate(lines.items()):
+            x, y, error = np.array(sorted(points)).T
+            plot.errorbar(x, y, error, color=COLOURS[colour % len(COLOURS)], marker="o", ms=4, capsize=3, label=label)
+        for (name, figures), style in zip(results[0]["floor"].items(), (":", "--"), strict=False):
+            if metric in figures:
+                plot.axhline(figures[metric]["mean"], color=SOFT, ls=style, lw=1, label=f"real images: {name}")
+        dress(plot, x_label, metric)
+        plot.legend(fontsize=7, frameon=False)
+    figure.suptitle(title, fontsize=10, color=INK)
+    files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
+
+
+def dress(plot: Axes, x_label: str, y_label: str) -> None:
+    plot.set_xlabel(x_label, fontsize=9)
+    plot.set_ylabel(y_label, fontsize=9)
+    plot.tick_params(labelsize=8)
+    plot.grid(alpha=0.25)
+    plot.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,98 @@
+"""Results as tables in Markdown: of a study, and of several results whose protocols agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvae.errors import UserError
+from dvae.evaluation.protocol import Protocol, compare
+
+COUNTS = ("n", "n_reference")
+
+
+def names(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of all figures that sets were scored by, in their order."""
+    found = [name for result in results for figures in result["sets"].values() for name in figures]
+    return [name for name in dict.fromkeys(found) if name not in COUNTS]
+
+
+def cell(figures: Mapping[str, Any], name: str) -> str:
+    """A mean with its standard error over seeds, where there is one."""
+    if name not in figures:
+        return ""
+    value = figures[name]
+    return f"{value['mean']:.5g}" + ("" if value["se"] is None else f" ± {value['se']:.2g}")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns are aligned for those who read it as it is."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+             for row in [header, *rows]]  # fmt: skip
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def of_result(result: Mapping[str, Any]) -> str:
+    """A row for each set and each floor of one result."""
+    figures, sets = names([result]), dict(result["sets"])
+    sets |= {f"floor: {name}, n={found['n']}": found for name, found in result["floor"].items()}
+    return markdown(["set", *figures], [[name, *(cell(found, f) for f in figures)] for name, found in sets.items()])
+
+
+def of_study(results: Sequence[Mapping[str, Any]], varied: str) -> str:
+    """A row for each set of each point, and one for each floor; `varied` is a key of the protocol's `made`, or nfe."""
+    figures = names(results)
+    rows = []
+    for result in results:
+        protocol = result["protocol"]
+        by = f"{protocol['nfe']:g}" if varied == "nfe" else f"{protocol['made'][varied]:g}"
+        for name, found in result["sets"].items():
+            sampler = f"{protocol['sampler']['name']}, {protocol['sampler'].get('steps', '-')} steps"
+            rows.append([name, sampler, by, *(cell(found, figure) for figure in figures)])
+    for name, found in results[0]["floor"].items():
+        rows.append([f"floor: {name}, n={found['n']}", "", "", *(cell(found, figure) for figure in figures)])
+    return markdown(["set", "sampler", varied, *figures], rows)
+
+
+def comparison(paths: Sequence[str]) -> str:
+    """One table of results of tools/evaluate.py, or of summary.json of runs.
+
+    Raises UserError where one cannot be read, or was taken with another protocol than the first, naming the field.
+    """
+    if len(paths) < 2:
+        raise UserError(f"compare={list(paths)}: name two results or more")
+    results = {path: read(path) for path in paths}
+    first = paths[0]
+    protocols = {path: Protocol.read(result["protocol"]) for path, result in results.items()}
+    for path in paths[1:]:
+        try:
+            compare(protocols[first], protocols[path])
+        except UserError as error:
+            raise UserError(f"{first} and {path}: {error}") from None
+    figures = names(list(results.values()))
+    rows = []
+    for path, result in results.items():
+        protocol = protocols[path]
+        sampler = ", ".join(f"{protocol.sampler[k]}" for k in ("name", "steps") if k in protocol.sampler)
+        for name, found in result["sets"].items():
+            rows.append([path, name, sampler, f"{protocol.nfe:g}", *(cell(found, figure) for figure in figures)])
+    for name, found in results[first]["floor"].items():
+        rows.append([first, f"floor: {name}, n={found['n']}", "", "", *(cell(found, figure) for figure in figures)])
+    return markdown(["result", "set", "sampler", "NFE", *figures], rows)
+
+
+def read(path: str) -> dict[str, Any]:
+    """A result, or that in a run's summary.json. Raises UserError where the file holds none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"compare: {path} cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"compare: {path} is not JSON: name results of tools/evaluate.py") from None
+    result = found.get("evaluation", found) if isinstance(found, dict) else {}
+    if not {"protocol", "sets", "floor"} <= set(result):
+        raise UserError(f"compare: {path} holds no result with a protocol: name results of tools/evaluate.py")
+    return dict(result)

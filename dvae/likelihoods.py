@@ -1,0 +1,239 @@
+"""Likelihood of many images under a trained run, into a JSON file: resumable, chunk by chunk.
+
+With x the image, z its latent and n = C H W, figures are in bits per dimension (of the image):
+
+    bits_per_dim      -log2 p(x | z) / n of the refiner alone (dvae/likelihood.py tells what that bounds)
+    kl_bits_per_dim   KL(q(z | x) || N(0, I)) / (n log 2), the rate term of the VAE's own ELBO
+    total_bits_per_dim  with z=draw only: -log2 p(x | z) / n + (log2 q(z | x) - log2 p(z)) / n, p(z) the run's prior
+
+For z ~ q(z | x) the last is one draw of the ELBO of the whole model, so its mean bounds -log2 p(x) / n from above. At
+the posterior mean the refiner's figure alone bounds nothing of p(x), nor does its sum with the KL. The VAE's own
+reconstruction term is not a likelihood that could be compared (its variance is arbitrary), so it is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from dvae import bundle, files, keyed, likelihood
+from dvae import pipeline as pipelines
+from dvae.data.images import to_float
+from dvae.data.manifest import HELDOUT
+from dvae.denoiser import NO_LABEL, Given
+from dvae.drawing.chunks import Chunks, difference, read
+from dvae.drawing.inputs import Inputs, open_inputs
+from dvae.drawing.settings import GivenConfig
+from dvae.errors import UserError
+from dvae.latents import mean_and_error
+from dvae.pipeline import Pipeline
+from dvae.registry.encoders import Posterior
+from dvae.together import CHUNK, calls, mean, one_thread
+from dvae.tracking.console import Progress, say
+
+
+class Latent(Enum):
+    """Which z of an image its x_hat, and all that the refiner is told, is of."""
+
+    mean = "mean"
+    """The posterior's mean."""
+    draw = "draw"
+    """One draw of q(z | x), keyed by seed and number of the image."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LikelihoodConfig:
+    """What tools/likelihood.py takes."""
+
+    run: str = MISSING
+    """A run folder or a bundle."""
+    out: str = "likelihood.json"
+    """The figures of every image, and their means."""
+    n: int = 64
+    """Images, the first so many."""
+    seed: int = 0
+    """Seed of dequantisation, of the divergence's probes, of the momentum where there is one, and of z=draw."""
+    images: str = HELDOUT
+    """heldout: the run's held-out images; or a folder, zip archive, .npy (n, H, W, C) or image file."""
+    resize: bool = False
+    """Crop and scale given images to the run's size, and make them grey or colour as its are."""
+    z: Latent = Latent.mean
+    """mean | draw: the latent that each image is refined from; draw gives a bound of the whole model, too."""
+    label: str = ""
+    """Class of all images (empty: the one that a held-out image has, else none)."""
+    tolerance: float = 1e-4
+    """Tolerated error of each step of the probability flow, relative and absolute."""
+    batch_size: int | None = None
+    """Images per network call (null: 16)."""
+    shards: str = ""
+    """Folder of the run's shards, where they have been moved (empty: where the run had them)."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+
+
+ConfigStore.instance().store(name="likelihood_schema", node=LikelihoodConfig, provider="dvae")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of a request."""
+
+    figures: dict[str, tuple[float, float]]
+    """Mean over images and its standard error, by name of the figure."""
+    nfe: float
+    """Network evaluations per image, mean; each also takes a gradient."""
+    done: int
+    """Images that this command scored; the others were there."""
+    images_per_second: float
+    """Of those, without the time to load the run."""
+
+
+def score(settings: LikelihoodConfig) -> Scored:
+    """Score the images into `settings.out`; go on where an earlier attempt was ended.
+
+    Raises UserError for what cannot be scored, and where `out` is there or half-done for another request.
+    """
+    _check(settings)
+    pipeline = pipelines.load(settings.run, settings.batch_size)
+    pipeline.need_pixels("likelihood")
+    if pipeline.models.denoiser.diffusion.schedule.endless:
+        name = pipeline.config.schedule.name
+        raise UserError(f"likelihood: schedule={name} has no finite end at t = 1: name a run with another, as linear")
+    if settings.z is Latent.draw and "encoder" not in pipeline.models.trained():
+        raise UserError(f"z=draw: run={settings.run} has no encoder, and so no z: leave it out")
+    given = GivenConfig(run=settings.run, images=settings.images, resize=settings.resize, shards=settings.shards)
+    images, labels = _images(settings, open_inputs(given, pipeline.config))
+    pipeline.classes(labels, settings.n)
+    out, request = Path(settings.out), _request(settings, images)
+    if out.exists():
+        return _there(out, request)
+    wanted = calls(0, settings.n, settings.batch_size or CHUNK)
+    with Chunks.opened(out, request) as chunks:
+        missing = [numbers for numbers in wanted if not chunks.has(numbers)]
+        count, began = sum(map(len, missing)), time.perf_counter()
+        with Progress("images", settings.n, settings.n - count) as progress:
+            for numbers in missing:
+                mine = slice(numbers.start, numbers.stop)
+                chunks.write(numbers, score_chunk(pipeline, settings, images[mine], labels[mine], numbers))
+                progress.update(progress.step + len(numbers), len(numbers))
+        seconds = time.perf_counter() - began
+        names = score_names(pipeline, settings)
+        values = {name: np.concatenate([chunks.read(numbers, name) for numbers in wanted]) for name in names}
+        record = _record(request, values)
+        files.write_json(out, record)
+        chunks.remove()
+    return Scored(_figures(record), record["nfe"], count, count / seconds if count else 0.0)
+
+
+def score_names(pipeline: Pipeline, settings: LikelihoodConfig) -> list[str]:
+    """What is found of each image."""
+    names = ["bits_per_dim", "nfe"]
+    if "encoder" in pipeline.models.trained():
+        names += ["kl_nats", "kl_bits_per_dim"]
+    return names + (["total_bits_per_dim"] if settings.z is Latent.draw else [])
+
+
+@torch.no_grad()
+def score_chunk(
+    pipeline: Pipeline, settings: LikelihoodConfig, images: torch.Tensor, labels: list[int | str], numbers: range
+) -> dict[str, np.ndarray]:
+    """The figures of images (n, C, H, W) uint8 with their classes, each (n,), in fp32."""
+    models, seed, dimensions = pipeline.models, settings.seed, images[0].numel()
+    with one_thread(settings.batch_size is None and pipeline.device.type == "cpu"):
+        posterior = models.encoder.encode(to_float(images).to(pipeline.device))
+        posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
+        z = posterior.mean
+        if settings.z is Latent.draw:
+            z = posterior.sample(keyed.normal(seed, "posterior", numbers, models.io.latent).to(z.device))
+        given = Given(pipeline.decode(z), z, pipeline.classes(labels, len(images)))
+        found = likelihood.of_images(models.denoiser, given, images, list(numbers), seed, settings.tolerance)
+        bits, kl = found.bits_per_dim, posterior.kl().double().cpu()
+        values = {
+            "bits_per_dim": bits,
+            "nfe": found.nfe,
+            "kl_nats": kl,
+            "kl_bits_per_dim": kl / (dimensions * math.log(2.0)),
+        }
+        if settings.z is Latent.draw:
+            rate = log_posterior(posterior, z) - models.prior.log_prob(z).cpu()
+            values["total_bits_per_dim"] = bits + rate / (dimensions * math.log(2.0))
+    return {name: values[name].numpy() for name in score_names(pipeline, settings)}
+
+
+def log_posterior(posterior: Posterior, z: torch.Tensor) -> torch.Tensor:
+    """log q(z | x) in nats, (n,), float64, on the CPU."""
+    mean, logvar, z = (part.double().cpu().flatten(1) for part in (posterior.mean, posterior.logvar, z))
+    return -0.5 * ((z - mean) ** 2 / logvar.exp() + logvar + math.log(2.0 * math.pi)).sum(1)
+
+
+def _images(settings: LikelihoodConfig, inputs: Inputs) -> tuple[torch.Tensor, list[int | str]]:
+    """(n, C, H, W) uint8, and their classes. Raises UserError where there are not so many."""
+    if settings.n > len(inputs):
+        raise UserError(f"n={settings.n}: images={settings.images} holds {len(inputs)}: use n={len(inputs)} or less")
+    numbers = range(settings.n)
+    return inputs.read(numbers), [settings.label or inputs.label(number) or NO_LABEL for number in numbers]
+
+
+def _request(settings: LikelihoodConfig, images: torch.Tensor) -> dict[str, Any]:
+    """What decides every figure, ready for JSON."""
+    asked = {name: getattr(settings, name) for name in ("n", "seed", "images", "label", "tolerance", "batch_size")}
+    pixels = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+    return bundle.hashes(settings.run) | asked | {"z": settings.z.name, "pixels": pixels}
+
+
+def _record(request: dict[str, Any], values: dict[str, np.ndarray]) -> dict[str, Any]:
+    means = {}
+    for name, each in values.items():
+        if name != "nfe":
+            average, error = mean_and_error(torch.from_numpy(each))
+            means[name] = {"mean": average, "standard_error": None if math.isnan(error) else error}
+    return {
+        "request": request,
+        "means": means,
+        "nfe": mean(int(values["nfe"].sum()), len(values["nfe"])),
+        "versions": {name: metadata.version(name) for name in ("dvae", "torch", "numpy")},
+        "per_image": {name: each.tolist() for name, each in values.items()},
+    }
+
+
+def _figures(record: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name, value in record["means"].items():
+        error = value["standard_error"]
+        found[name] = (value["mean"], math.nan if error is None else error)
+    return found
+
+
+def _there(out: Path, request: dict[str, Any]) -> Scored:
+    """What is there, as asked for. Raises UserError for anything else."""
+    record = read(out)
+    if "request" not in record:
+        raise UserError(f"out={out} is there already, and not from this command: name another, or remove it")
+    if unlike := difference(record["request"], request):
+        raise UserError(f"out={out} is there already, made with {unlike}: name another, or remove it")
+    Chunks.remove_at(out)
+    say(f"{out} is there already, as asked for")
+    return Scored(_figures(record), record["nfe"], 0, 0.0)
+
+
+def _check(settings: LikelihoodConfig) -> None:
+    """Raise UserError for words that are wrong whatever the run."""
+    if settings.n < 1:
+        raise UserError(f"n={settings.n}: use 1 or more")
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise UserError(f"batch_size={settings.batch_size}: use 1 or more, or leave it out")
+    if not 0.0 < settings.tolerance < 1.0:
+        raise UserError(f"tolerance={settings.tolerance:g}: must be above 0 and below 1; 1e-4 is usual")
+    if Path(settings.out).suffix != ".json":
+        raise UserError(f"out={settings.out}: use a name that ends with .json")

@@ -1,0 +1,60 @@
+"""What a GPU can do at most, by its vendor's data sheet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dvae.errors import UserError, near
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """One GPU of a machine of its kind. Giga and tera are powers of ten, as on the data sheets."""
+
+    bf16: float
+    """TFLOP/s of bf16 matrix products with fp32 sums, dense."""
+    tf32: float
+    """TFLOP/s in TF32, dense: PyTorch's fp32 convolutions."""
+    fp32: float
+    """TFLOP/s in fp32 proper: PyTorch's fp32 matrix products."""
+    memory: float
+    """GB of memory."""
+    bandwidth: float
+    """GB/s between chip and memory."""
+    link: float
+    """GB/s to the other GPUs of the machine, in each direction: half of what data sheets print, which is both."""
+    network: float
+    """GB/s of a GPU's share of the machine's network, in each direction."""
+    about: str
+    """Which one it is, and where its network figure is from."""
+
+
+GPUS = {
+    "a100": GPU(
+        bf16=312, tf32=156, fp32=19.5, memory=80, bandwidth=2039, link=300, network=25,
+        about="A100 SXM 80GB; network of a DGX A100, 200 Gbit/s a GPU",
+    ),
+    "h100": GPU(
+        bf16=989.4, tf32=494.7, fp32=66.9, memory=80, bandwidth=3350, link=450, network=50,
+        about="H100 SXM 80GB; network of a DGX H100, 400 Gbit/s a GPU",
+    ),
+    "h200": GPU(
+        bf16=989.4, tf32=494.7, fp32=66.9, memory=141, bandwidth=4800, link=450, network=50,
+        about="H200 SXM; network of a DGX H200, 400 Gbit/s a GPU",
+    ),
+    "b200": GPU(
+        bf16=2250, tf32=1125, fp32=75, memory=180, bandwidth=8000, link=900, network=50,
+        about="B200 of an HGX board; network of a DGX B200, 400 Gbit/s a GPU",
+    ),
+    "l40s": GPU(
+        bf16=362, tf32=183, fp32=91.6, memory=48, bandwidth=864, link=32, network=12.5,
+        about="L40S; PCIe 4.0 x16 between GPUs, a network of 100 Gbit/s a GPU assumed",
+    ),
+}  # fmt: skip
+
+
+def gpu_of(name: str) -> GPU:
+    """The GPU of this name. Raises UserError with the nearest name where the table has none."""
+    if name not in GPUS:
+        raise UserError(f"unknown gpu {name!r}: {near(name, GPUS)}")
+    return GPUS[name]

@@ -1,0 +1,118 @@
+"""The forward passes of a recipe's stages, for counting: those of dvae.training.stages without their figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dvae.denoiser import Draws, Given
+from dvae.layers.adversarial import discriminator_loss, generator_loss
+from dvae.models import Models
+from dvae.planning.counting import Pass
+from dvae.registry.encoders import Encoder
+
+
+def place(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    tensor = tensor.to(device)
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def images(made: Models, batch: int) -> torch.Tensor:
+    """A stand-in for the images of a micro-batch, (B, C, H, W)."""
+    return torch.zeros(batch, made.io.channels, made.io.image_size, made.io.image_size)
+
+
+def of_encoder(made: Models) -> dict[str, Pass]:
+    """The modules that the stage encoder trains, each with its pass: the encoder, and perhaps a discriminator."""
+    encoder = made.encoder
+    with torch.device("meta"):
+        adversary = encoder.adversary()
+
+    def draw(batch: int) -> tuple[Any, ...]:
+        return images(made, batch), torch.zeros(batch, *encoder.latent_shape)
+
+    def both(device: str, x: torch.Tensor, noise: torch.Tensor) -> tuple[Any, ...]:
+        return place(x, device), place(noise, device)
+
+    def loss(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return encoder(x, noise)["loss"].mean()
+
+    if adversary is None:
+        return {"encoder": Pass(encoder, (), draw, both, loss)}
+    judge = adversary.discriminator
+
+    def judged(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        terms = encoder(x, noise)
+        fake = terms["x_hat"].detach().requires_grad_()  # cut off, as in GanStage: its own pass through the judge
+        deceit = generator_loss(adversary.loss, judge(fake)).mean()
+        return terms["loss"].mean() + adversary.distance(x, fake).mean() + deceit
+
+    def told_apart(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        real, fake = judge(torch.cat([x, x])).chunk(2)
+        return discriminator_loss(adversary.loss, real, fake).mean()
+
+    return {
+        "encoder": Pass(encoder, (judge,), draw, both, judged),
+        "discriminator": Pass(judge, (), draw, both, told_apart),
+    }
+
+
+def of_refiner(made: Models, encodes: bool, decodes: bool) -> Pass:
+    denoiser = made.denoiser
+
+    def loss(x: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+        return denoiser(x, given, draws).mean()
+
+    return _of_noisy(made, denoiser, (), encodes, decodes, loss)
+
+
+def of_classifier(made: Models, encodes: bool, decodes: bool) -> Pass:
+    """The classifier's; the refiner itself has no part in it."""
+    assert made.classifier is not None
+    classifier, denoiser = made.classifier, made.denoiser
+
+    def loss(x: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+        with torch.no_grad():
+            u = denoiser.noised(x, given, draws)
+            feature = denoiser.diffusion.schedule.feature(draws.t).to(u.device, torch.float32)
+        logits = classifier(u, feature, denoiser.condition(given))
+        assert given.label is not None
+        return F.cross_entropy(logits, given.label)
+
+    return _of_noisy(made, classifier, (denoiser,), encodes, decodes, loss)
+
+
+def _of_noisy(
+    made: Models, trained: torch.nn.Module, beside: tuple[torch.nn.Module, ...], encodes: bool, decodes: bool, loss: Any
+) -> Pass:
+    """A pass over noisy states; whether the frozen encoder encodes and decodes depends on what is cached."""
+    encoder = made.encoder.eval().requires_grad_(False)
+
+    def draw(batch: int) -> tuple[Any, ...]:
+        label = torch.zeros(batch, dtype=torch.int64) if made.io.labels else None
+        noise = torch.zeros(batch, *encoder.latent_shape)
+        return images(made, batch), noise, label, made.denoiser.draw(0, torch.arange(batch))
+
+    def prepare(
+        device: str, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, draws: Draws
+    ) -> tuple[Any, ...]:
+        x, z = place(x, device), place(noise, device)
+        label = None if label is None else label.to(device)
+        if encodes:
+            z = encoder.encode(x).sample(z)
+        start = None if draws.start is None else place(draws.start, device)
+        draws = replace(draws, eps=place(draws.eps, device), start=start)
+        if made.latent_space:
+            z = place(z.float(), device)
+            return z, Given.nothing(z, label), draws
+        x_hat = _decoded(encoder, z, device) if decodes else torch.zeros_like(x)
+        return x, Given(x_hat, z.float(), label), draws
+
+    return Pass(trained, (encoder, *beside), draw, prepare, loss)
+
+
+def _decoded(encoder: Encoder, z: torch.Tensor, device: str) -> torch.Tensor:
+    return place(encoder.decode(z).float(), device)

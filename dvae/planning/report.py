@@ -1,0 +1,139 @@
+"""What the planner prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from dvae.planning.plan import Activations, Plan, StagePlan, bandwidth
+
+GIB = 2**30
+
+
+def text(plan: Plan) -> str:
+    """The whole plan."""
+    settings = plan.settings
+    lines = [
+        f"{plan.recipe} on {settings.nodes} x {settings.gpus_per_node} {settings.gpu} ({plan.ranks} ranks): all of it "
+        "is predicted, nothing was measured on a GPU"
+    ]
+    if plan.given:
+        lines += ["", "encoder: taken over as it is, not trained"]
+    if plan.left_out:
+        lines += ["", f"{', '.join(plan.left_out)}: not planned"]
+    for stage in plan.stages:
+        lines += ["", *_stage(stage, plan)]
+    days = sum(stage.gpu_days for stage in plan.stages)
+    lines += ["", f"to the recipe's end (predicted): {_days(days, plan.ranks)}", "", *assumptions(plan)]
+    return "\n".join(lines)
+
+
+def _days(days: float, ranks: int) -> str:
+    hours = 24 * days / ranks
+    return f"{days:.3g} GPU-days, {hours:.3g} hours by the clock"
+
+
+def _stage(stage: StagePlan, plan: Plan) -> list[str]:
+    training = stage.training
+    sizes = " + ".join(f"{module.parameters / 1e6:.1f}M" for module in stage.modules)
+    names = " + ".join(module.name for module in stage.modules)
+    operations = stage.operations
+    lines = [
+        f"{names}: {sizes} parameters; {training.steps} steps of {training.batch} images, {stage.micro_batch} on a "
+        f"rank at a time (micro_batches={training.micro_batches}), {training.precision.name}",
+        f"  {operations.total / 1e9:.4g} GFLOP an image, forward and backward, of which "
+        f"{sum(m.activations[0].frozen.total for m in stage.modules) / 1e9:.4g} of the frozen encoder",
+    ]
+    for module in stage.modules:
+        lines += [_activations(module.name, one, stage.micro_batch) for one in module.activations]
+    if stage.frozen:
+        lines.append(f"  frozen weights {_gib(stage.frozen)} GiB")
+    lines += ["", *_table(stage), ""]
+    step = stage.chosen.step
+    lines.append(
+        f"  predicted at ZeRO {training.zero_stage}: a step {1000 * step:.3g} ms (computing "
+        f"{1000 * stage.computing:.3g}, communication {1000 * stage.chosen.communication:.3g}, optimiser "
+        f"{1000 * stage.optimiser:.2g}), {training.batch / step:.4g} images/s"
+    )
+    lines.append(_data(stage, plan.settings.nodes))
+    lines.append(f"  {_days(stage.gpu_days, plan.ranks)}")
+    return lines
+
+
+def _activations(name: str, one: Activations, images: int) -> str:
+    how = "with" if one.recomputed else "without"
+    return (
+        f"  activations of {name} {how} checkpointing: {_gib(one.bytes(images))} GiB a micro-batch of {images} (an "
+        f"image: {_gib(one.kept)} kept, {_gib(one.passing)} passing; {_gib(one.fixed)} whatever their number)"
+    )
+
+
+def _table(stage: StagePlan) -> list[str]:
+    """Bytes per rank, and time, by ZeRO stage."""
+    recomputed = stage.modules[0].activations[0].recomputed
+    head = ["ZeRO", "weights", "grads", "moments", "EMA", "buckets", "in all", "fits", "max micro-batch"]
+    head += ["without ckpt" if recomputed else "with ckpt", "sent/step", "comm ms", "step ms"]
+    rows = [head]
+    for one in stage.shardings:
+        states = one.states
+        parts = (states.weights, states.gradients, states.moments, states.averages)
+        mark = "*" if one.zero == stage.training.zero_stage else ""
+        rows.append(
+            [
+                f"{one.zero}{mark}", *map(_gib, parts), _gib(states.kept_bucket + states.passing), _gib(one.memory),
+                "yes" if one.fits else "no", str(one.largest),
+                "-" if one.largest_other is None else str(one.largest_other),
+                _gib(one.sent), f"{1000 * one.communication:.2f}", f"{1000 * one.step:.2f}",
+            ]
+        )  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _data(stage: StagePlan, nodes: int) -> str:
+    if not stage.images_per_second:
+        return "  data: no images are read"
+    rate = stage.images_per_second / nodes
+    return (
+        f"  data: each node reads {rate:.4g} images/s, {rate * stage.bytes_per_image / 1e6:.3g} MB/s at "
+        f"{stage.bytes_per_image / 1e3:.3g} kB an image, where it keeps none in memory"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g}"
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """All that the figures rest on."""
+    settings, gpu = plan.settings, plan.gpu
+    hidden = {None: "hidden at ZeRO 3, as the engine has it", True: "hidden behind computing", False: "not hidden"}
+    packing = "as in the shards that exist" if plan.measured_bytes else (
+        f"PNGs of {settings.packing:g} of their pixels (packing=), 2 kB of tar each"
+    )  # fmt: skip
+    lines = [
+        f"{settings.gpu}: {gpu.about}",
+        f"peak, dense: {gpu.bf16:g} TFLOP/s bf16; in fp32 {gpu.tf32:g} for convolutions (TF32), {gpu.fp32:g} for "
+        "matrix products",
+        f"efficiency={settings.efficiency:g} of the peak, of convolutions and matrix products, which alone are "
+        "counted; measure your own: time and days are inverse to it",
+        f"{gpu.memory:g} GB of memory, of which reserve={settings.reserve:g} stays free; {gpu.bandwidth:g} GB/s",
+        f"rings at {bandwidth(settings, gpu) / 1e9:g} GB/s a GPU and direction, the slowest link, with no latency; "
+        f"{hidden[settings.overlap]}",
+        "gradients and weights travel in fp32; weights, moments and averages are fp32",
+        "the tables are GiB on each GPU; * is the recipe's ZeRO stage",
+        "kept activations as CUDA's autocast and fused attention keep them; what passes, as much more "
+        "than on a CPU as is kept more; no workspaces of cuDNN",
+        f"data: {packing}",
+        "no time for reading, saving, previews, scores, the prior's fit or a cache; every rank as fast as the others",
+    ]
+    if any(stage.training.offload for stage in plan.stages):
+        lines.append("offload is not planned for: the optimiser's state is counted on the GPU, its step too")
+    return ["assumptions:", *(f"  - {line}" for line in lines)]
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON has it; bytes and seconds."""
+    named = asdict(plan, dict_factory=lambda pairs: {k: v.name if isinstance(v, Enum) else v for k, v in pairs})
+    return named | {"predicted": True}

@@ -1,0 +1,169 @@
+"""How far the planner is off where it can be checked: small refiners, trained for a few steps on this machine.
+
+The peak is measured, by a matrix product and a convolution in bf16. The efficiency is what the first refiner reaches;
+with it the steps of the others are predicted, and then they are measured. All take turns. Seconds are CPU time over the
+number of threads, so that waiting for other work does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from hydra.core.config_store import ConfigStore
+
+from dvae import models
+from dvae.data.loader import Batch
+from dvae.errors import UserError
+from dvae.planning import counting, passes
+from dvae.planning.counting import Operations
+from dvae.planning.run import recipe
+from dvae.settings import Precision
+from dvae.training.bench import WARM_UP
+from dvae.training.engine import Engine, start_distributed
+from dvae.training.latents import Encoded
+from dvae.training.memory import keep_freed_memory
+from dvae.training.stages import RefinerStage
+
+SIDE = 1024
+CHANNELS, MAP, IMAGES = 128, 32, 8
+TRIES = 5
+
+
+@dataclass(kw_only=True, slots=True)
+class PlannerBenchConfig:
+    """What `python tools/bench.py planner` takes."""
+
+    recipe: str = "demo"
+    """A recipe whose refiner is small enough for this machine; its networks have the weights they begin with."""
+    widths: list[int] = field(default_factory=lambda: [64, 32, 96])
+    """Values of refiner.width; the efficiency of the first is what the others are predicted with."""
+    batch: int = 16
+    """Images of a step."""
+    turns: int = 8
+    """Steps of each refiner that are counted."""
+
+
+ConfigStore.instance().store(name="bench_planner_schema", node=PlannerBenchConfig, provider="dvae")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One refiner."""
+
+    word: str
+    operations: int
+    """Of a step."""
+    measured: float
+    """Median CPU seconds of a step over the number of threads."""
+    predicted: float
+    """Seconds."""
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to what was measured."""
+        return self.predicted / self.measured - 1.0
+
+
+def run(settings: PlannerBenchConfig) -> str:
+    """Measure, and compare with predictions; the table as text. Raises UserError where there is nothing to compare."""
+    if len(settings.widths) < 2:
+        raise UserError(f"widths={settings.widths}: use two or more, the first is what the others are predicted from")
+    keep_freed_memory()
+    start_distributed()
+    words = [f"refiner.width={width}" for width in settings.widths]
+    operations = {word: step_operations(settings, word) for word in words}
+    steps = {word: a_step(settings, word) for word in words}
+    matrices, convolutions = peaks()
+    seconds = take_turns(steps, settings.turns)
+    return table(rows(words, operations, seconds, (matrices, convolutions)), matrices, convolutions)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """CPU seconds over the number of threads."""
+    began = time.process_time()
+    work()
+    return (time.process_time() - began) / torch.get_num_threads()
+
+
+def take_turns(steps: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Median seconds of each, once per turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + turns):
+        for name, step in steps.items():
+            spent = timed(step)
+            if turn >= WARM_UP:
+                seconds[name].append(spent)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def rows(
+    words: list[str], operations: dict[str, Operations], seconds: dict[str, float], peak: tuple[float, float]
+) -> list[Row]:
+    """Predictions of all, with the efficiency of the first."""
+
+    def ideal(word: str) -> float:
+        return operations[word].products / peak[0] + operations[word].convolutions / peak[1]
+
+    efficiency = ideal(words[0]) / seconds[words[0]]
+    return [Row(word, operations[word].total, seconds[word], ideal(word) / efficiency) for word in words]
+
+
+def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
+    """Operations of a step, counted as the planner does."""
+    config = recipe([f"recipe={settings.recipe}", word])
+    one = passes.of_refiner(models.on_meta(config), encodes=True, decodes=True)
+    found = counting.worked(one, settings.batch, config.train_refiner.precision is Precision.bf16)
+    return found.frozen + found.trained
+
+
+def a_step(settings: PlannerBenchConfig, word: str) -> Callable[[], object]:
+    """A step of a refiner as training has it, on noise."""
+    config = recipe([f"recipe={settings.recipe}", word, f"train_refiner.batch={settings.batch}"])
+    made, training = models.build(config), config.train_refiner
+    latents = Encoded(made.encoder)
+    stage = RefinerStage(made.encoder, made.denoiser, latents, training, config.seed, torch.device("cpu"))
+    engine, keys = Engine(made.denoiser, training), torch.arange(settings.batch)
+    shape = (settings.batch, config.channels, config.image_size, config.image_size)
+    batch = Batch(keys, keys, torch.randint(0, 256, shape, dtype=torch.uint8))
+
+    def step() -> None:
+        engine.backward(stage.loss("refiner", {"refiner": engine}, batch).loss)
+        engine.step(1)
+
+    return step
+
+
+def peaks() -> tuple[float, float]:
+    """Operations per second of this machine in bf16: of a matrix product, and of a 3x3 convolution, channels last."""
+    a = torch.randn(SIDE, SIDE, dtype=torch.bfloat16)
+    x = torch.randn(IMAGES, CHANNELS, MAP, MAP, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(CHANNELS, CHANNELS, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    products = best(lambda: a @ a, 2 * SIDE**3)
+    return products, best(lambda: F.conv2d(x, w, padding=1), 2 * IMAGES * MAP * MAP * CHANNELS**2 * 9)
+
+
+def best(work: Callable[[], object], operations: int) -> float:
+    """Operations per second in the fastest of several tries."""
+    return max(operations / timed(work) for _ in range(WARM_UP + TRIES))
+
+
+def table(found: list[Row], matrices: float, convolutions: float) -> str:
+    lines = [
+        f"measured peak, bf16, {torch.get_num_threads()} threads: {matrices / 1e9:.0f} GFLOP/s matrix product, "
+        f"{convolutions / 1e9:.0f} convolution",
+        "",
+        "| refiner | GFLOP a step | measured ms | GFLOP/s | predicted ms | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, row in enumerate(found):
+        error = f"{100 * row.error:+.0f}%" if number else "sets the efficiency"
+        lines.append(
+            f"| `{row.word}` | {row.operations / 1e9:.1f} | {1000 * row.measured:.0f} | "
+            f"{row.operations / row.measured / 1e9:.0f} | {1000 * row.predicted:.0f} | {error} |"
+        )
+    return "\n".join(lines)

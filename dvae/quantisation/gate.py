@@ -1,0 +1,150 @@
+"""The gate: a quantised bundle beside its original, and whether it may be called faster."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import OmegaConf
+
+from dvae import bundle
+from dvae.data.reader import Shards, spread
+from dvae.data.remote import place_of
+from dvae.errors import UserError
+from dvae.pipeline import Pipeline
+from dvae.quantisation import plan
+from dvae.settings import Precision, RunConfig
+from dvae.together import CHUNK
+from dvae.tracking.console import Progress
+
+if TYPE_CHECKING:
+    from dvae.quantisation.quantize import QuantizeConfig
+
+Real = tuple[torch.Tensor, torch.Tensor]
+"""Training and held-out images (n, C, H, W), uint8."""
+
+
+def real_images(shards: str, config: RunConfig, n: int) -> Real:
+    """Images of the reference and for the floor. Raises UserError where there are none, or others than the run's."""
+    if not shards and not config.data.shards:
+        raise UserError("n= compares with real images: name their shards=FOLDER")
+    place = Path(shards) if shards else place_of(config.data)
+    train, heldout = Shards(place, "train"), Shards(place, "heldout")
+    if train.shape != (config.channels, config.image_size, config.image_size):
+        raise UserError(f"shards={place} are images {train.shape}, those of the run differ: name its own")
+    return train.read(spread(len(train), config.evaluate.reference)), heldout.read(spread(len(heldout), n))
+
+
+def measure(original: Pipeline, quantised: Pipeline, real: Real | None, settings: QuantizeConfig) -> dict[str, Any]:
+    """Speed and KID of both, and the verdict; both compute in bf16 for it."""
+    for pipeline in (original, quantised):
+        pipeline.config.train_refiner.precision = Precision.bf16
+    found: dict[str, Any] = {}
+    if settings.turns:
+        found["speed"] = speed(original, quantised, settings.turns, settings.seed)
+    if real is not None:
+        found["kid"] = kid(original, quantised, real, settings)
+    return found | verdict(found, settings.budget)
+
+
+def sizes(source: Path, out: Path, original: Pipeline, quantised: Pipeline) -> dict[str, Any]:
+    """Bytes of bundles on disk, of their networks (all but the prior's figures), and of weights in memory."""
+
+    def on_disk(folder: Path) -> int:
+        return sum((folder / name).stat().st_size for name in (bundle.WEIGHTS, bundle.CONFIG, bundle.ABOUT, plan.FILE)
+                   if (folder / name).is_file())  # fmt: skip
+
+    prior = sum(tensor.nbytes for tensor in original.models.prior.state_dict().values())
+    pairs = {
+        "disk": (on_disk(source), on_disk(out)),
+        "networks_on_disk": (on_disk(source) - prior, on_disk(out) - prior),
+        "memory": (plan.memory(original.models), plan.memory(quantised.models)),
+    }
+    return {name: {"original": a, "quantised": b, "ratio": round(b / a, 4)} for name, (a, b) in pairs.items()}
+
+
+def speed(original: Pipeline, quantised: Pipeline, turns: int, seed: int) -> dict[str, Any]:
+    """Images per second of both, which take turns on one thread, so that what else the machine does falls on both.
+
+    "ratio" is how many times as fast the quantised one is: median and quartiles over the turns.
+    """
+    both = {"original": original, "quantised": quantised}
+    seconds: dict[str, list[float]] = {name: [] for name in both}
+    with Progress("speed", turns) as progress:
+        for turn in range(turns + 1):
+            for name, pipeline in both.items():
+                began = time.perf_counter()
+                nfe = pipeline.draw_together(range(CHUNK), seed).nfe
+                if turn:  # the first is to warm up
+                    seconds[name].append(time.perf_counter() - began)
+            progress.update(turn, 2 * CHUNK)
+    ratios = [a / b for a, b in zip(seconds["original"], seconds["quantised"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if turns > 1 else ratios * 3
+    rates = {name: round(CHUNK / statistics.median(of), 3) for name, of in seconds.items()}
+    ratio = {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+    return {"images_per_second": rates, "ratio": ratio, "nfe": float(nfe.float().mean()), "turns": turns}
+
+
+def kid(original: Pipeline, quantised: Pipeline, real: Real, settings: QuantizeConfig) -> dict[str, Any]:
+    """KID-lite0 of both on the same seeds, the floor of held-out images, and the ratio of what is above it."""
+    from dvae.evaluation.score import score  # here, since it needs the extra `metrics`
+
+    seeds = list(range(settings.seed, settings.seed + settings.seeds))
+    sets: dict[str, list[torch.Tensor]] = {}
+    with Progress("samples", 2 * settings.n * settings.seeds) as progress:
+        for name, pipeline in (("original", original), ("quantised", quantised)):
+            sets[name] = [
+                pipeline.generate(
+                    settings.n, seed, steps=settings.steps or None,
+                    advance=lambda count: progress.update(progress.step + count, count),
+                )[1]
+                for seed in seeds
+            ]  # fmt: skip
+    sampler: Any = OmegaConf.to_container(OmegaConf.structured(original.sampler.config), enum_to_str=True)
+    if settings.steps:
+        sampler["steps"] = settings.steps
+    with tempfile.TemporaryDirectory() as cache:
+        scored = score(
+            sets, *real, seeds=seeds, sampler=sampler, nfe=quantised.nfe, kid_subset_size=settings.kid_subset_size,
+            kid_subsets=100, cache=Path(cache),
+        )  # fmt: skip
+    floor = next(iter(scored["floor"].values()))["KID-lite0"]["mean"]
+    figures = {name: scored["sets"][name]["KID-lite0"] for name in sets}
+    above = {name: of["mean"] - floor for name, of in figures.items()}
+    error = torch.cat(sets["original"]).float() - torch.cat(sets["quantised"]).float()
+    return {
+        "n": settings.n,
+        "seeds": seeds,
+        "nfe": quantised.nfe,
+        **{name: {"mean": of["mean"], "se": of["se"], "per_seed": of["per_seed"]} for name, of in figures.items()},
+        "floor": floor,
+        "ratio": above["quantised"] / above["original"] if above["original"] > 0 else None,
+        "psnr": float(10.0 * torch.log10(255.0**2 / error.square().mean())),
+    }
+
+
+def verdict(found: dict[str, Any], budget: float) -> dict[str, Any]:
+    """{"faster": whether the bundle may be offered for speed, "why": a plain line}.
+
+    It may where at least three turns of four were faster than the original, and KID less its floor grew by no more
+    than `budget`.
+    """
+    if "speed" not in found:
+        return {"faster": False, "why": "speed was not measured"}
+    ratio = found["speed"]["ratio"]
+    slower = ratio["quartiles"][0] <= 1.0
+    line = f"{ratio['median']:.2f} times the original's speed in bf16 (quartiles {ratio['quartiles'][0]:.2f} to "
+    line += f"{ratio['quartiles'][1]:.2f})"
+    if slower:
+        return {"faster": False, "why": f"{line}: not faster on this machine"}
+    if "kid" not in found or found["kid"]["ratio"] is None:
+        return {"faster": False, "why": f"{line}, but its KID was not measured: add n=200"}
+    grown = found["kid"]["ratio"] - 1.0
+    line += f", KID above the floor {100 * grown:+.1f}%"
+    if grown > budget:
+        return {"faster": False, "why": f"{line}: more than the budget of {100 * budget:g}%"}
+    return {"faster": True, "why": f"{line}: within the budget of {100 * budget:g}%"}

@@ -1,0 +1,170 @@
+"""What is done to which layer of a bundle, and the file beside its weights that says so: quantisation.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dvae import files
+from dvae.errors import UserError, near, one_line
+from dvae.models import Models
+from dvae.quantisation import integer, trace
+from dvae.quantisation.layers import Store, StoredLayer, quantisable
+
+FILE = "quantisation.json"
+PRIOR = "prior"
+"""The part that is left as it is: fitted figures, not a network that is run at every step."""
+
+
+class Method(Enum):
+    """How a bundle is quantised."""
+
+    int8_weights = "int8_weights"
+    """Weights as int8, made whole where they are used; everything is computed as before."""
+    int8 = "int8"
+    """Weights and, in the refiner, activations as int8, multiplied by oneDNN's int8 kernels; on CPUs."""
+    int4_weights = "int4_weights"
+    """Weights as int4, two a byte."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """The content of quantisation.json."""
+
+    method: str
+    """A Method."""
+    group: int
+    """Inputs that share a scale, for int4."""
+    buckets: int
+    """Parts of the time with scales of activations of their own, for int8."""
+    layers: dict[str, dict[str, list[str]]]
+    """Part of the bundle -> Store -> names of layers in that part."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Bytes, speed and KID beside the original, and whether it is offered for speed (dvae/quantisation/gate.py)."""
+
+
+def make(models: Models, method: Method, group: int, buckets: int) -> Plan:
+    """The plan for the networks of `models`, in evaluation mode: every layer that they call is stored in less."""
+    layers = {}
+    for part, module in networks(models).items():
+        if part == "encoder":
+            called = trace.of_encoder(models.encoder, models.io)
+        elif part == "denoiser":
+            called = trace.of_network(module, models.denoiser.refiner, models.denoiser.refiner.io)
+        else:
+            called = trace.of_network(module, module, models.denoiser.io)
+        most = {Method.int8_weights: Store.int8, Method.int4_weights: Store.int4}.get(method)
+        if most is None:  # one pass of encoder or classifier is little beside the refiner's
+            most = Store.integer if part == "denoiser" else Store.int8
+        layers[part] = {
+            Store.bf16.name: [name for name in called.names if name in called.sensitive],
+            most.name: [name for name in called.names if name not in called.sensitive],
+        }
+    return Plan(method=method.name, group=group, buckets=buckets, layers=layers)
+
+
+def networks(models: Models) -> dict[str, nn.Module]:
+    """The parts that are quantised."""
+    return {name: part for name, part in models.trained().items() if name != PRIOR}
+
+
+def replace_layers(models: Models, plan: Plan, what: str) -> None:
+    """Put the plan's layers in the place of those of `models`, with their weights.
+
+    Raises UserError naming the first layer that the networks do not have, after `what`.
+    """
+    clock = integer.Clock(max(plan.buckets, 1))
+    parts = networks(models)
+    if parts.keys() != plan.layers.keys():
+        there, here = ", ".join(sorted(plan.layers)), ", ".join(sorted(parts))
+        raise UserError(f"{what} is quantised in {there}, the config has {here}: quantise the run again")
+    for part, module in parts.items():
+        for store, names in plan.layers[part].items():
+            replace_in(module, names, Store[store], plan.group, clock, f"{what} ({part})")
+    if plan.method == Method.int8.name:
+        models.denoiser.refiner.register_forward_pre_hook(clock.tell)
+
+
+def replace_in(module: nn.Module, names: list[str], store: Store, group: int, clock: integer.Clock, what: str) -> None:
+    """Put stored layers in the place of those called `names`. Raises UserError where one is no layer that can be."""
+    own = dict(module.named_modules())
+    for name in names:
+        if name not in own or not quantisable(own[name]):
+            raise UserError(f"{what}: {FILE} names {name!r}, which is no layer of the config: quantise the run again")
+        module.set_submodule(name, _stored(own[name], store, group, clock))
+
+
+def _stored(layer: Any, store: Store, group: int, clock: integer.Clock) -> StoredLayer:
+    return integer.IntegerLayer(layer, clock) if store is Store.integer else StoredLayer(layer, store, group)
+
+
+def ready(models: Models) -> None:
+    """Let the layers that need it prepare their weights, once these are loaded."""
+    for module in models.denoiser.modules():
+        if isinstance(module, integer.IntegerLayer):
+            module.ready()
+
+
+def parts_to_save(models: Models) -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts for a bundle, of models whose layers are replaced: parameters that are left go in bf16.
+
+    Buffers stay as they are: random frequencies would lose their phase in bf16.
+    """
+    parts = {}
+    for name, part in models.trained().items():
+        parameters = dict(part.named_parameters()) if name != PRIOR else {}
+        parts[name] = {
+            key: value.to(torch.bfloat16) if key in parameters else value for key, value in part.state_dict().items()
+        }
+    return parts
+
+
+def memory(models: Models) -> int:
+    """Bytes that weights and fitted figures take."""
+    held = 0
+    for part in models.trained().values():
+        held += sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+        held += sum(layer.packed_bytes for layer in part.modules() if isinstance(layer, integer.IntegerLayer))
+    return held
+
+
+def cpu_only(models: Models) -> bool:
+    """Whether the networks compute with kernels that are for CPUs."""
+    return any(isinstance(layer, integer.IntegerLayer) for layer in models.denoiser.modules())
+
+
+def write(folder: Path, plan: Plan) -> None:
+    """Write quantisation.json into a bundle, complete or not at all."""
+    files.write_text(folder / FILE, json.dumps(asdict(plan), separators=(",", ":")) + "\n")
+
+
+def read(folder: Path, method: str) -> Plan:
+    """The plan of a bundle whose bundle.json says `method`. Raises UserError where the file cannot be read, or does not
+    fit."""
+    path = folder / FILE
+    try:
+        plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
+        stores = {store for by_store in plan.layers.values() for store in by_store}
+        plain = isinstance(plan.group, int) and isinstance(plan.buckets, int)
+        names = all(isinstance(name, str) for part in plan.layers.values() for some in part.values() for name in some)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable plan ({one_line(error)}): quantise the run again") from None
+    if plan.method not in Method.__members__:
+        raise UserError(f"{path}: unknown method {plan.method!r}: {near(str(plan.method), Method.__members__)}")
+    if plan.method != method:
+        raise UserError(f"{path} says method {plan.method}, bundle.json {method}: quantise the run again")
+    if foreign := sorted(stores - Store.__members__.keys()):
+        raise UserError(f"{path}: unknown store {foreign[0]!r}: {near(foreign[0], Store.__members__)}")
+    if not (plain and names) or (Store.int4.name in stores and (plan.group < 2 or plan.group % 2)):
+        raise UserError(
+            f"{path}: group {plan.group!r}, buckets {plan.buckets!r} or layers are not plain: quantise again"
+        )
+    if Store.integer.name in stores:
+        integer.check_machine()
+    return plan

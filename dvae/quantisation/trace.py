@@ -1,0 +1,98 @@
+"""Which layers a network calls, and which of them are sensitive: found by running it, whatever its layers are called.
+
+Kept in bf16 are the first layer that sees the state, the last layer, and the embedding of the time, which in this
+family of networks is the first two layers that see the time alone. What a network does not call as a layer
+(attention of U-Nets, which takes the weights itself; norms; embeddings) is never looked at here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from dvae.quantisation.layers import quantisable
+from dvae.registry.core import Shapes
+from dvae.registry.encoders import Encoder
+from dvae.registry.refiners import Condition
+
+TIME_LAYERS = 2
+"""Layers of the embedding of the time."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """Layers of a network that can be quantised, by name, in the order of their calls."""
+
+    names: list[str]
+    sensitive: set[str]
+    """Those to keep in bf16."""
+
+
+def inputs_of(module: nn.Module, call: Callable[[], object]) -> dict[str, torch.Tensor]:
+    """The first input of each quantisable layer that `call()` calls, in the order of their calls."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen.setdefault(name, inputs[0].clone())
+
+        return look
+
+    hooks = [
+        layer.register_forward_pre_hook(watch(name)) for name, layer in module.named_modules() if quantisable(layer)
+    ]
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def of_encoder(encoder: Encoder, io: Shapes) -> Called:
+    """Of an encoder and its decoder; sensitive are their ends at the image: the first layer and the last."""
+    x = torch.linspace(-1, 1, io.channels * io.image_size**2).view(1, io.channels, io.image_size, io.image_size)
+    down = list(inputs_of(encoder, lambda: encoder.encode(x)))
+    up = list(inputs_of(encoder, lambda: encoder.decode(torch.ones(1, *encoder.latent_shape))))
+    return Called(list(dict.fromkeys(down + up)), {*down[:1], *up[-1:]})
+
+
+Network = Callable[[torch.Tensor, torch.Tensor, Condition], object]
+
+
+def of_network(module: nn.Module, network: Network, io: Shapes) -> Called:
+    """Of a network network(u, t_feature, condition), called as a refiner is; names are those in `module`."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=draw)
+
+    side = (io.image_size, io.image_size)
+    u, t = normal(io.k * io.channels, *side), torch.tensor([300.0])
+    condition = Condition(
+        image=normal(io.condition_channels, *side) if io.condition_channels else None,
+        latent=normal(*io.latent) if io.condition_latent else None,
+        label=torch.zeros(1, dtype=torch.long) if io.labels else None,
+    )
+    first = inputs_of(module, lambda: network(u, t, condition))
+    other_u = inputs_of(module, lambda: network(u + 1.0, t, condition))
+    other_t = inputs_of(module, lambda: network(u, t + 100.0, condition))
+    told = replace(condition, latent=None if condition.latent is None else condition.latent + 1.0)
+    if condition.label is not None:
+        told = replace(told, label=condition.label + 1)
+    other_condition = inputs_of(module, lambda: network(u, t, told))
+
+    def differs(name: str, other: dict[str, torch.Tensor]) -> bool:
+        return not torch.equal(first[name], other[name])
+
+    names = list(first)
+    sees_state = [name for name in names if differs(name, other_u)]
+    sees_time = [
+        name for name in names
+        if differs(name, other_t) and not differs(name, other_u) and not differs(name, other_condition)
+    ]  # fmt: skip
+    return Called(names, {*sees_state[:1], *names[-1:], *sees_time[:TIME_LAYERS]})

@@ -1,0 +1,32 @@
+"""Multistep consistency sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from dvae.registry.samplers import SAMPLERS, Sampler, Walk
+
+if TYPE_CHECKING:
+    from dvae.diffusion import Diffusion
+
+
+@SAMPLERS.register("consistency")
+class ConsistencySampler(Sampler):
+    """The predicted image, noised anew to each lower time (Song et al. 2023, algorithm 1): for refiners that were tuned
+    to see the image itself (distiller=consistency), in 1 to 4 steps."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Sampler.Config):
+        steps: int = 2
+        """Steps of the grid, the last to t = 0 included."""
+
+    of_means = False
+
+    def supports(self, diffusion: Diffusion) -> bool:
+        return diffusion.k == 1
+
+    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        return walk.diffusion.perturb(walk.predict(u, t).x0, s, walk.noise(walk.i))

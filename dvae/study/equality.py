@@ -1,0 +1,66 @@
+"""Formulation 2 is formulation 1 in other coordinates: shown on trained weights.
+
+Formulation 2 diffuses y = x_t - x_hat and shows the refiner y + x_hat beside x_hat (Pandey et al. 2022, section 3.2;
+`centre: input` in dvae/denoiser.py). With the first convolution W1 u + W2 x_hat of a refiner of formulation 1 that is
+V1 (u + x_hat) + V2 x_hat for V1 = W1 and V2 = W2 - W1: the same function of the same state, up to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvae import bundle, models
+from dvae.denoiser import Centre
+from dvae.errors import UserError
+from dvae.pipeline import Pipeline
+from dvae.settings import Precision, RunConfig
+
+IMAGES = 16
+"""Images that are drawn by both."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between images drawn by formulation 1 and by formulation 2 with the same weights, in fp32."""
+
+    grey_levels: int
+    """The largest of any pixel."""
+    share: float
+    """Of values that differ at all."""
+
+
+def compare(run: Path, sampler: dict[str, Any], seed: int) -> Difference:
+    """Draw the same images by both formulations. Raises UserError where the run is not of formulation 1."""
+    config, made = bundle.load(bundle.folder_of(run))
+    if config.denoiser.centre is not Centre.none or not config.denoiser.condition_image:
+        raise UserError(f"run={run} is not of formulation 1: it needs denoiser.centre=none, condition_image=true")
+    config = replace(config, train_refiner=replace(config.train_refiner, precision=Precision.fp32))
+    drawn = []
+    for pipeline in (Pipeline(config, made), Pipeline(*formulation_2(config, made))):
+        pipeline.use_sampler(sampler)
+        drawn.append(pipeline.generate(IMAGES, seed)[1].int())
+    apart = (drawn[0] - drawn[1]).abs()
+    return Difference(int(apart.max()), float((apart > 0).float().mean()))
+
+
+def formulation_2(config: RunConfig, made: models.Models) -> tuple[RunConfig, models.Models]:
+    """The same refiner in the other coordinates."""
+    other = replace(config, denoiser=replace(config.denoiser, centre=Centre.input))
+    built = models.build(other)
+    for part, module in made.trained().items():
+        built.trained()[part].load_state_dict(module.state_dict())
+        built.trained()[part].eval().requires_grad_(False)
+    first = first_layer(built.denoiser.refiner)
+    seen = first.in_channels // 2
+    with torch.no_grad():
+        first.weight[:, seen:] -= first.weight[:, :seen]
+    return other, built
+
+
+def first_layer(refiner: torch.nn.Module) -> torch.nn.Conv2d:
+    """The convolution that sees the state, and after it as many channels of x_hat."""
+    return next(module for module in refiner.modules() if isinstance(module, torch.nn.Conv2d))

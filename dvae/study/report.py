@@ -1,0 +1,110 @@
+"""What a study found: a table and a picture, and the protocol they were measured under."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dvae import files
+from dvae.evaluation.metrics import packages
+from dvae.evaluation.plots import COLOURS, dress
+from dvae.machine import cores
+from dvae.study.equality import Difference
+from dvae.study.spec import StudyConfig
+from dvae.study.work import VAE, Points
+
+KID = "KID-lite0"
+
+
+def write(
+    settings: StudyConfig, points: Points, seconds: Mapping[str, float], differences: Mapping[int, Difference]
+) -> str:
+    """study.png and study.md in the study's folder. Returns the table."""
+    out = Path(settings.out)
+    floor = next(iter(points[VAE].values()))["floor"]
+    table = rows(settings, points, floor)
+    picture(settings, points, floor, out / "study.png")
+    text = "\n\n".join([table, protocol(settings, points), cost(seconds), equal(differences)])
+    files.write_text(out / "study.md", text + "\n")
+    return table
+
+
+def rows(settings: StudyConfig, points: Points, floor: Mapping[str, Any]) -> str:
+    """KID-lite0 in thousandths, mean over seeds and its standard error: an arm a row, a number of steps a column."""
+    lines = [
+        "| | " + " | ".join(f"{steps} steps" for steps in settings.steps) + " |",
+        "|---|" + "---|" * len(settings.steps),
+    ]
+    for arm, by_steps in points.items():
+        if arm != VAE:
+            cells = [figure(by_steps[steps]["sets"][arm][KID]) for steps in settings.steps]
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    alone = figure(points[VAE][0]["sets"][VAE][KID])
+    lines.append(f"| {VAE} (no refiner) | {alone} |" + " |" * (len(settings.steps) - 1))
+    for name, found in floor.items():
+        lines.append(f"| floor: {name} | {figure(found[KID])} |" + " |" * (len(settings.steps) - 1))
+    return "\n".join(lines)
+
+
+def figure(found: Mapping[str, Any]) -> str:
+    """Mean and standard error in thousandths."""
+    error = "" if found["se"] is None else f" ± {1000 * found['se']:.1f}"
+    return f"{1000 * found['mean']:.1f}{error}"
+
+
+def protocol(settings: StudyConfig, points: Points) -> str:
+    """What must agree before another table stands beside this one."""
+    about = points[VAE][0]["protocol"]
+    versions = ", ".join(f"{name} {version}" for name, version in packages().items())
+    return (
+        f"KID-lite0 in thousandths, mean ± standard error over {len(settings.seeds)} seeds of training and sampling "
+        f"({', '.join(map(str, settings.seeds))}): {about['n']} images a set against {about['n_reference']} training "
+        f"images of {about['image_size']}x{about['image_size']}, {about['kid_subsets']} subsets of "
+        f"{about['kid_subset_size']}; {about['backend']}, {about['extractor']} "
+        f"({about['weights_sha256'][:12]}), {about['resize']}; sampler {settings.sampler}, a network evaluation a "
+        f"step. {platform.machine()}, {cores()} cores, no GPU asked for; {versions}."
+    )
+
+
+def cost(seconds: Mapping[str, float]) -> str:
+    """What it took."""
+    spent = ", ".join(f"{name} {value / 3600:.2f} hours" for name, value in seconds.items())
+    return f"Took, by the clock: {spent}."
+
+
+def equal(differences: Mapping[int, Difference]) -> str:
+    """The check of formulation 2."""
+    if not differences:
+        return "No arm is of formulation 1, so formulation 2 was not compared."
+    worst = max(difference.grey_levels for difference in differences.values())
+    share = max(difference.share for difference in differences.values())
+    return (
+        f"Formulation 2 with the same weights, moved to its coordinates, draws the same images: the largest difference "
+        f"is {worst} grey level{'s' * (worst != 1)} in {100 * share:.3g}% of the values."
+    )
+
+
+def picture(settings: StudyConfig, points: Points, floor: Mapping[str, Any], path: Path) -> None:
+    """KID against steps, a line per arm with the standard error; the VAE alone and the floor as levels."""
+    plot = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(plot)
+    axes = plot.add_subplot()
+    arms = [arm for arm in points if arm != VAE]
+    for arm, colour in zip(arms, COLOURS * len(arms), strict=False):
+        found = [points[arm][steps]["sets"][arm][KID] for steps in settings.steps]
+        means, errors = [f["mean"] for f in found], [f["se"] or 0.0 for f in found]
+        axes.errorbar(settings.steps, means, errors, label=arm, color=colour, marker="o", capsize=3, lw=1.6)
+    axes.axhline(points[VAE][0]["sets"][VAE][KID]["mean"], color="#1c1b19", ls=":", lw=1.2, label=VAE)
+    level = min(found[KID]["mean"] for found in floor.values())
+    axes.axhline(max(level, 1e-4), color="#1c1b19", lw=1.0, label="real against real")
+    axes.set(xscale="log", yscale="log")
+    dress(axes, "network evaluations per image", f"{KID} (less is better)")
+    axes.set_xticks(settings.steps, [str(steps) for steps in settings.steps])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=9)
+    files.write_file(path, lambda aside: plot.savefig(aside, format="png"))

@@ -1,0 +1,123 @@
+"""What a study is."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dvae.config import mistyped
+from dvae.errors import UserError, near, one_line
+
+FILES = Path(str(importlib.resources.files("dvae.recipes") / "study"))
+
+
+@dataclass(kw_only=True, slots=True)
+class StudyConfig:
+    """What tools/study.py takes."""
+
+    out: str = "runs/study"
+    """Folder of the study; made by the same words or none."""
+    recipe: str = "demo"
+    """Recipe of every run; it must have an encoder, and refine pixels."""
+    words: list[str] = field(default_factory=list)
+    """Words of every run, as tools/launch.py takes them."""
+    arms: dict[str, list[str]] = field(default_factory=dict)
+    """Further words of each arm's refiner."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds, of training and of samples both."""
+    sampler: str = "ddim"
+    """Sampler of all arms."""
+    steps: list[int] = field(default_factory=lambda: [5, 10, 25, 50, 100])
+    """Steps of the sampler."""
+    n: int = 500
+    """Images per arm, seed and number of steps."""
+    reference: int = 4000
+    """Training images that sets are compared with (fewer where there are fewer)."""
+    kid_subset_size: int = 100
+    """Images per subset of KID."""
+    kid_subsets: int = 100
+    """Subsets of KID."""
+    batch: int = 64
+    """Images per network call."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+
+
+GENERATOR = "generator"
+"""Folder, beside those of the arms, of the run that trains a seed's encoder."""
+
+
+def read(argv: Sequence[str]) -> StudyConfig:
+    """The study of study=NAME (recipes/study) or study=FILE.yaml, with fields set by the other words.
+
+    Raises UserError for an unknown study or field, or a value of the wrong type.
+    """
+    known = [field.name for field in fields(StudyConfig)]
+    given = {word.partition("=")[0]: word.partition("=")[2] for word in argv}
+    for word in argv:
+        if "=" not in word or word.partition("=")[0] not in ("study", *known):
+            raise UserError(f"{word}: {near(word.partition('=')[0], ['study', *known])}")
+    file = path_of(given.pop("study", "avatars"))
+    try:
+        words = OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()])
+        merged = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.load(file), words)
+        settings: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise mistyped(error) from None
+    except YAMLError as error:
+        raise UserError(f"{file}: not YAML ({one_line(error)})") from None
+    return check(settings)
+
+
+def path_of(name: str) -> Path:
+    """The file of a study. Raises UserError where there is none."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"study={name}: no such file")
+        return Path(name)
+    names = sorted(path.stem for path in FILES.glob("*.yaml"))
+    if name not in names:
+        raise UserError(f"study={name}: {near(name, names)}, or give a YAML file")
+    return FILES / f"{name}.yaml"
+
+
+def check(settings: StudyConfig) -> StudyConfig:
+    """Refuse what cannot be compared. Raises UserError."""
+    if not settings.arms:
+        raise UserError("arms={} names nothing to compare: use study=NAME, or give two or more")
+    if len({folder_name(arm) for arm in [*settings.arms, GENERATOR]}) <= len(settings.arms):
+        raise UserError(f"arms={list(settings.arms)}: two names are too much alike, or one is {GENERATOR!r}")
+    for name in ("seeds", "steps"):
+        values = getattr(settings, name)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{name}={values}: give one or more, each once")
+    for name in ("n", "reference", "kid_subset_size", "kid_subsets", "batch"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
+    if min(settings.steps) < 1:
+        raise UserError(f"steps={settings.steps}: use 1 or more")
+    if settings.n < settings.kid_subset_size:
+        raise UserError(f"n={settings.n} is less than kid_subset_size={settings.kid_subset_size}: use more images")
+    return settings
+
+
+def folder_name(arm: str) -> str:
+    """An arm's name as that of a folder."""
+    return "-".join("".join(c if c.isalnum() else " " for c in arm.lower()).split())
+
+
+def shards(settings: StudyConfig) -> Path:
+    """Folder of the images, which all runs have in common."""
+    return Path(settings.out) / "shards"
+
+
+def run_of(settings: StudyConfig, arm: str, seed: int) -> Path:
+    """Folder of an arm's run."""
+    return Path(settings.out) / f"seed-{seed}" / folder_name(arm)

@@ -1,0 +1,146 @@
+"""The work of a study: its runs are trained, then every point is drawn and scored."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvae import files
+from dvae import pipeline as pipelines
+from dvae.data.reader import Shards, spread
+from dvae.errors import MachineError, UserError
+from dvae.evaluation.score import score
+from dvae.registry import SAMPLERS
+from dvae.run import Run
+from dvae.study.equality import Difference, compare
+from dvae.study.spec import GENERATOR, StudyConfig, run_of, shards
+from dvae.tools import launch
+from dvae.tracking.console import say
+
+RECORD = "study.json"
+VAE = "VAE alone"
+Points = dict[str, dict[int, dict[str, Any]]]
+"""By arm and steps: what dvae.evaluation.score says of its sets, one per seed. Those of the VAE stand at 0 steps."""
+
+
+def study(settings: StudyConfig) -> tuple[Points, dict[str, float], dict[int, Difference]]:
+    """Train and score what is not there yet. Returns points, seconds of training and of scoring, and how far
+    formulation 2 is from formulation 1 by seed.
+
+    Raises UserError for settings that cannot work or are not those of the folder; MachineError where a run fails.
+    """
+    hold(settings)
+    for seed in settings.seeds:
+        words = [f"seed={seed}", f"data.shards={shards(settings)}"]
+        generator = run_of(settings, GENERATOR, seed)
+        train(settings, generator, ("shards", "encoder", "prior"), words)
+        for arm, further in settings.arms.items():
+            stages = ("shards", "encoder", "prior", "refiner")
+            train(settings, run_of(settings, arm, seed), stages, [*words, f"encoder_weights={generator}", *further])
+    points: Points = {VAE: {0: point(settings, VAE, 0)}}
+    for arm in settings.arms:
+        points[arm] = {steps: point(settings, arm, steps) for steps in settings.steps}
+    return points, seconds(settings, points), equality(settings)
+
+
+def hold(settings: StudyConfig) -> None:
+    """Take the folder for this study, or refuse one of other settings. More seeds, arms and steps may come later."""
+    folder = Path(settings.out)
+    fixed = {name: value for name, value in asdict(settings).items() if name not in ("out", "seeds", "steps", "batch")}
+    record = folder / RECORD
+    if record.exists():
+        theirs = json.loads(record.read_text(encoding="utf-8"))
+        for name, value in fixed.items():
+            if theirs.get(name) != value:
+                raise UserError(f"out={folder} is a study with {name}={theirs.get(name)}, not {value}: name another")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"out={folder} exists and is not a study: name another, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(record, fixed)
+
+
+def train(settings: StudyConfig, folder: Path, stages: tuple[str, ...], words: list[str]) -> None:
+    """Take one run through its stages, in a process of its own. Raises MachineError where it ends otherwise."""
+    run = Run(folder)
+    if run.config_file.exists() and run.records().keys() >= set(stages):
+        return
+    say(f"{folder} ...")
+    command = [sys.executable, str(launch.__file__), f"recipe={settings.recipe}", f"run={folder}"]
+    lists = [f"stages=[{','.join(stages)}]"] + ([f"plugins=[{','.join(settings.plugins)}]"] if settings.plugins else [])
+    done = subprocess.run([*command, *settings.words, *lists, *words])
+    if done.returncode:
+        raise MachineError(f"{folder} ended with status {done.returncode}: see above; the same command again goes on")
+
+
+def point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
+    """The sets of an arm at so many steps, one per seed, scored; kept in points/."""
+    kept = Path(settings.out) / "points" / f"{run_of(settings, arm, 0).name}-{steps:04d}.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["protocol"]["seeds"] == settings.seeds:
+            return dict(found)
+    began = time.perf_counter()
+    say(f"{arm}" + (f" at {steps} steps" if steps else ""))
+    drawn, nfe = zip(*(draw(settings, arm, seed, steps) for seed in settings.seeds), strict=True)
+    scored = score(
+        {arm: list(drawn)},
+        real(shards(settings), "train", settings.reference),
+        real(shards(settings), "heldout", settings.n * len(settings.seeds)),
+        seeds=settings.seeds,
+        sampler={"name": settings.sampler, "steps": steps} if steps else {},
+        nfe=nfe[0],
+        kid_subset_size=settings.kid_subset_size,
+        kid_subsets=settings.kid_subsets,
+        cache=Path(settings.out) / "cache",
+        batch=settings.batch,
+    )
+    result = scored | {"seconds": time.perf_counter() - began}
+    files.write_json(kept, result)
+    return result
+
+
+@cache
+def real(place: Path, split: str, most: int) -> torch.Tensor:
+    """Up to `most` images of a split, (n, C, H, W) uint8: the same for all points."""
+    images = Shards(place, split)
+    return images.read(spread(len(images), most))
+
+
+def draw(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.Tensor, float]:
+    """(images (n, C, H, W) uint8, evaluations of each): refined ones, or at 0 steps those of the VAE."""
+    any_arm = next(iter(settings.arms))
+    pipeline = pipelines.load(run_of(settings, arm if steps else any_arm, seed), settings.batch)
+    pipeline.use_sampler({"name": settings.sampler, "steps": steps or 1})
+    vae, refined = pipeline.generate(settings.n, seed)
+    if steps:
+        return refined, pipeline.nfe
+    if vae is None:
+        raise UserError(f"recipe={settings.recipe} draws nothing before refinement: a study compares with the VAE")
+    return vae, 0.0
+
+
+def equality(settings: StudyConfig) -> dict[int, Difference]:
+    """For each seed: the first arm with x_hat at the refiner's input as formulation 2 (dvae/study/equality.py)."""
+    for arm in settings.arms:
+        run = run_of(settings, arm, settings.seeds[0])
+        if Run(run).config().denoiser.condition_image:
+            sampler = SAMPLERS.config({"name": settings.sampler, "steps": min(settings.steps)})
+            return {seed: compare(run_of(settings, arm, seed), asdict(sampler), seed) for seed in settings.seeds}
+    return {}
+
+
+def seconds(settings: StudyConfig, points: Points) -> dict[str, float]:
+    """Wall-clock seconds of training, by the records of the runs, and of drawing and scoring."""
+    names = [GENERATOR, *settings.arms]
+    runs = [Run(run_of(settings, name, seed)) for name in names for seed in settings.seeds]
+    training = sum(float(record["seconds"]) for run in runs for record in run.records().values())
+    return {"training": training, "scoring": sum(p["seconds"] for arm in points.values() for p in arm.values())}

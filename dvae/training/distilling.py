@@ -1,0 +1,147 @@
+"""The stage distil: a student learns to draw in few steps what a trained run draws in many (registry/distillers)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dvae import bundle, keyed, models
+from dvae.data.loader import Batch
+from dvae.denoiser import Denoiser, Given
+from dvae.registry import DISTILLERS
+from dvae.registry.distillers import Distiller
+from dvae.registry.encoders import Encoder
+from dvae.run import Run
+from dvae.settings import RunConfig, TrainingConfig
+from dvae.training import ranks
+from dvae.training.caching import open_latents
+from dvae.training.latents import Latents
+from dvae.training.loop import Looks
+from dvae.training.stages import Engines, NoisyStage, StepOutput, by_time, sums
+from dvae.training.work import Weights, device, export, part_of, pipeline_of, preview_samples, take_up, train_stage
+
+STUDENT = "denoiser."
+"""Before the names of a student's weights in those of what is trained."""
+
+
+class Student(nn.Module):
+    """A denoiser with the loss of its distillation."""
+
+    def __init__(self, denoiser: Denoiser, distiller: Distiller) -> None:
+        super().__init__()
+        self.denoiser, self.distiller = denoiser, distiller
+
+    def forward(
+        self,
+        y0: torch.Tensor,
+        eps: torch.Tensor,
+        t: torch.Tensor,
+        s: torch.Tensor,
+        given: Given,
+        target: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Per-sample loss (B,) at u_t = alpha_t y0 + sigma_t eps, (B, C, H, W); without a target it is the student's
+        own, with the same units dropped."""
+        diffusion = self.denoiser.diffusion
+        if target is None:
+            with torch.no_grad(), torch.random.fork_rng():
+                target = self.distiller.target(self.denoiser, y0, eps, t, s, given)
+        seen = self.denoiser.predict(diffusion.perturb(y0, t, eps), t, given)[1]
+        return self.distiller.loss(diffusion, seen - target, t, s)
+
+
+class DistilStage(NoisyStage):
+    """One round: a student for so many steps, of a teacher that stays as it is."""
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Denoiser,
+        steps: int,
+        encoder: Encoder,
+        latents: Latents,
+        config: TrainingConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(encoder, teacher.eval().requires_grad_(False), latents, config, seed, device)
+        self.name = f"distil-{steps}"
+        self.student, self.steps = student, steps
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {self.name: self.student}
+
+    def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
+        x, given = self.example(batch)
+        teacher, distiller, numbers = self.denoiser, self.student.distiller, batch.keys.tolist()
+        y0 = teacher.to_state(x, given)
+        eps = self.place(keyed.normal(self.seed, "noise", numbers, tuple(y0.shape[1:])))
+        done = (batch.keys // self.config.batch).double() / self.config.steps
+        t, s = distiller.times(teacher.diffusion, self.steps, keyed.uniform(self.seed, "time", numbers), done)
+        target = None
+        if not distiller.by_itself:
+            with torch.no_grad(), self.autocast():
+                target = distiller.target(teacher, y0, eps, t, s, given)
+        losses = engines[name](y0, eps, t, s, given, target)
+        return StepOutput(losses.mean(), sums({"loss": losses}) | by_time("loss", losses, t))
+
+
+def distil_stage(run: Run, config: RunConfig) -> None:
+    """All rounds, each once; at the end the last student is the run's refiner."""
+    ranks.on_first(take_teacher, run, config)
+    began, names = time.perf_counter(), list(round_names(config))
+    for name in names:
+        if name not in ranks.on_first(run.records):
+            stage = open_distil(run, config, name)
+            looks = previews(run, config, name, stage.steps)
+            train_stage(run, config, stage, config.train_distil, {name: STUDENT}, looks)
+
+    def finish() -> None:
+        bundle.save_weights(run.weights("denoiser"), bundle.load_weights(run.weights(names[-1])))
+        export(run, config)
+        run.finish("distil", {"seconds": time.perf_counter() - began})
+
+    ranks.on_first(finish)
+
+
+def take_teacher(run: Run, config: RunConfig) -> None:
+    """Keep what the run shares with its teacher, and the teacher's refiner."""
+    if run.weights("teacher").exists():  # the last that is kept
+        return
+    for part, module in bundle.teacher_of(config).trained().items():
+        bundle.save_weights(run.weights("teacher" if part == "denoiser" else part), module.state_dict())
+
+
+def round_names(config: RunConfig) -> dict[str, int]:
+    """The rounds' names, and the steps that the student of each is for."""
+    rounds = DISTILLERS.build(config.distiller, models.on_meta(config).denoiser.io).rounds
+    return {f"distil-{steps}": steps for steps in rounds}
+
+
+def open_distil(run: Run, config: RunConfig, name: str) -> DistilStage:
+    """The round that is called `name`, as it is before the first step: its teacher and start are those before it."""
+    made, rounds = take_up(run, config, "encoder"), round_names(config)
+    steps, before = rounds[name], ["teacher", *rounds][list(rounds).index(name)]
+    distiller = DISTILLERS.build(config.distiller, made.denoiser.io)
+    weights = bundle.load_weights(run.weights(before))
+    teacher = models.build(config).denoiser
+    for denoiser in (made.denoiser, teacher):
+        distiller.check(denoiser)
+        bundle.fit(denoiser, weights, str(run.weights(before)))
+        denoiser.to(device())
+    student, latents = Student(made.denoiser, distiller), open_latents(run, config, made)
+    return DistilStage(student, teacher, steps, made.encoder, latents, config.train_distil, config.seed, device())
+
+
+def previews(run: Run, config: RunConfig, name: str, steps: int) -> Looks:
+    """Pictures of what the averaged student draws in as many steps as its round is for."""
+
+    def preview(step: int, averaged: Weights) -> Path:
+        pipeline = pipeline_of(run, config, part_of(averaged, STUDENT))
+        pipeline.use_sampler(steps=steps)
+        return preview_samples(run, pipeline, f"{name}-{step:08d}.png")
+
+    return Looks(preview)

@@ -1,0 +1,97 @@
+"""The stage joint: encoder and refiner trained end to end, by the sum of their objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dvae import models
+from dvae.data.loader import Batch
+from dvae.denoiser import Denoiser, Draws, Given
+from dvae.pipeline import Pipeline
+from dvae.registry.encoders import Encoder
+from dvae.run import Run
+from dvae.settings import JointConfig, Reaches, RunConfig, TrainingConfig
+from dvae.tracking import pictures
+from dvae.training.loop import Looks
+from dvae.training.stages import Engines, Stage, StepOutput, by_time, encoder_figures, sums
+from dvae.training.work import Weights, device, part_of, preview_images, take_up, train_stage
+
+PREFIXES = {"encoder": "encoder.", "denoiser": "denoiser."}
+
+
+class Joint(nn.Module):
+    """Encoder and denoiser, with the sum of their losses."""
+
+    def __init__(self, encoder: Encoder, denoiser: Denoiser, config: JointConfig) -> None:
+        super().__init__()
+        self.encoder, self.denoiser, self.config = encoder, denoiser, config
+
+    def forward(
+        self, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, draws: Draws, step: int
+    ) -> dict[str, torch.Tensor]:
+        """Per-sample terms (B,): "loss", the encoder's own, and "refiner"; of images x (B, C, H, W) in step `step`."""
+        terms = self.encoder(x, noise)
+        x_hat, z = terms["x_hat"].float(), terms["z"].float()
+        reaches = self.config.reaches if step >= self.config.start else Reaches.nothing
+        given = Given(
+            x_hat if reaches in (Reaches.x_hat, Reaches.both) else x_hat.detach(),
+            z if reaches in (Reaches.z, Reaches.both) else z.detach(),
+            label,
+        )
+        refiner = self.denoiser(x, given, draws)
+        own = encoder_figures(terms)
+        return own | {"encoder": own["loss"], "refiner": refiner, "loss": own["loss"] + self.config.weight * refiner}
+
+
+class JointStage(Stage):
+    """Both at once."""
+
+    name = "joint"
+
+    def __init__(self, joint: Joint, config: TrainingConfig, seed: int, device: torch.device) -> None:
+        super().__init__(config, seed, device)
+        self.joint = joint
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {self.name: self.joint}
+
+    def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
+        draws = self.draws(batch, self.joint.denoiser)
+        noise = self.posterior_noise(batch, self.joint.encoder)
+        step = int(batch.keys[0]) // self.config.batch
+        terms = engines[name](self.images(batch), noise, self.labels(batch), draws, step)
+        return StepOutput(terms["loss"].mean(), sums(terms) | by_time("loss", terms["refiner"], draws.t))
+
+
+def joint_stage(run: Run, config: RunConfig) -> None:
+    """Trains the run's encoder and refiner; the prior is fitted afterwards."""
+    train_stage(run, config, open_joint(run, config), config.train_joint, PREFIXES, Looks(previews(run, config)))
+
+
+def open_joint(run: Run, config: RunConfig) -> JointStage:
+    """The stage as it is before the first step."""
+    made = take_up(run, config)
+    joint = Joint(made.encoder, made.denoiser, config.joint)
+    return JointStage(joint, config.train_joint, config.seed, device())
+
+
+def previews(run: Run, config: RunConfig) -> Callable[[int, Weights], Path]:
+    """Held-out images, above their x_hat and what is refined of it."""
+    shown = preview_images(config)
+
+    def preview(step: int, averaged: Weights) -> Path:
+        copy = models.build(config)
+        for name, prefix in PREFIXES.items():
+            part = copy.trained()[name]
+            part.load_state_dict(part_of(averaged, prefix))
+            part.eval().requires_grad_(False)
+        x_hat, refined = Pipeline(config, copy, config.evaluate.batch).reconstruct(shown)
+        path = run.images / f"joint-{step:08d}.png"
+        pictures.grid(torch.cat([shown, x_hat, *([] if refined is None else [refined])]), path)
+        return path
+
+    return preview

@@ -1,0 +1,123 @@
+"""Directions kept in a bundle: the round trip, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dvae import bundle, config, directions, models
+from dvae.directions import Direction, Method, store
+from dvae.directions.labels import LabelModel
+from dvae.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What looks like a bundle to the store: weights of an encoder and of something else."""
+    place = tmp_path / "run" / "bundle"
+    place.mkdir(parents=True)
+    weights = {"encoder.mu": torch.randn(3, 2), "encoder.count": torch.tensor(3), "denoiser.w": torch.randn(4)}
+    save_file(weights, place / "model.safetensors")
+    return place
+
+
+def made(name: str, value: float = 1.0) -> Direction:
+    return Direction(name, torch.full((4,), value), Method.pca, "one standard deviation", share=0.25)
+
+
+def change(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = weights[name] + 1
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_what_is_saved_is_loaded(folder: Path) -> None:
+    model = LabelModel({"hair": ["bun", "bob"]}, torch.randn(5, 2).double(), torch.randn(2, 4).double())
+    labelled = Direction("hair.bun", torch.randn(4), Method.labels, "from the present", "hair", "bun", model=model)
+    z = torch.randn(9, 4)
+    assert directions.names(folder) == []
+    assert directions.save(folder, [labelled, made("pca_1")]) == folder / store.FILE
+    assert directions.names(folder) == ["hair.bun", "pca_1"]
+    for place in (folder, folder.parent, str(folder)):  # a run folder too
+        back = directions.load(place, "hair.bun")
+        assert torch.equal(back.vector, labelled.vector)
+        assert torch.equal(back.move(z, 1.5), labelled.move(z, 1.5))
+        assert (back.method, back.unit, back.attribute, back.value, back.share) == (
+            Method.labels, "from the present", "hair", "bun", None,
+        )  # fmt: skip
+    assert directions.load(folder, "pca_1").share == 0.25
+    assert sorted(path.name for path in folder.iterdir()) == [store.FILE, "model.safetensors"]
+
+
+def test_a_later_find_replaces_those_of_its_method(folder: Path) -> None:
+    other = Direction("jacobian_1", torch.ones(4), Method.jacobian, "")
+    directions.save(folder, [made("pca_1"), made("pca_2"), other])
+    directions.save(folder, [made("pca_1", 7.0)])
+    assert directions.names(folder) == ["jacobian_1", "pca_1"]
+    assert directions.load(folder, "pca_1").vector.tolist() == [7.0] * 4
+
+
+def test_a_copy_of_the_bundle_has_them(folder: Path, tmp_path: Path) -> None:
+    directions.save(folder, [made("pca_1")])
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert directions.names(tmp_path / "elsewhere") == ["pca_1"]
+
+
+def test_an_unknown_name_gives_the_nearest(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"none were found yet: use tools/directions\.py find="):
+        directions.load(folder, "pca_1")
+    directions.save(folder, [made("pca_1"), made("hair.bun")])
+    with pytest.raises(UserError, match=r"direction=hair.bum: .* did you mean 'hair.bun'\? known: hair.bun, pca_1"):
+        directions.load(folder, "hair.bum")
+
+
+def test_other_weights_of_the_encoder_are_refused_and_of_all_else_not(folder: Path) -> None:
+    directions.save(folder, [made("pca_1")])
+    change(folder, "denoiser.w")
+    assert directions.names(folder) == ["pca_1"]
+    change(folder, "encoder.mu")
+    with pytest.raises(UserError, match="was found for other weights of the encoder: find its directions again"):
+        directions.load(folder, "pca_1")
+    other = Direction("jacobian_1", torch.ones(4), Method.jacobian, "")
+    directions.save(folder, [other])  # which throws the stale ones away
+    assert directions.names(folder) == ["jacobian_1"]
+
+
+def test_a_damaged_file_is_named(folder: Path) -> None:
+    directions.save(folder, [made("pca_1")])
+    path = folder / store.FILE
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match=f"{store.FILE}: not a readable file of directions"):
+        directions.names(folder)
+
+
+def test_a_file_of_other_tensors_is_named(folder: Path) -> None:
+    save_file({"pca_1": torch.ones(4)}, folder / store.FILE)
+    with pytest.raises(UserError, match="not a readable file of directions"):
+        directions.names(folder)
+
+
+def test_move_adds_the_vector_by_strength() -> None:
+    one = made("pca_1", 2.0)
+    z = torch.zeros(3, 4)
+    assert one.move(z, 0.5).tolist() == [[1.0] * 4] * 3
+    assert one.move(z, torch.tensor([0.0, 1.0, -1.0]))[:, 0].tolist() == [0.0, 2.0, -2.0]
+
+
+def test_a_new_export_keeps_them_while_the_encoder_is_the_same(tiny: list[str], tmp_path: Path) -> None:
+    composed = config.compose("train", tiny)
+    built = models.build(config.typed(composed))
+    parts = {name: part.state_dict() for name, part in built.trained().items()}
+    place = tmp_path / "bundle"
+    bundle.export(place, config.to_yaml(composed), {"encoder": parts["encoder"]})
+    directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
+    bundle.export(place, config.to_yaml(composed), parts)  # the refiner is trained now
+    assert directions.names(place) == ["pca_1"]
+    changed = {name: value + 1 for name, value in parts["encoder"].items()}
+    bundle.export(place, config.to_yaml(composed), parts | {"encoder": changed})
+    with pytest.raises(UserError, match="was found for other weights of the encoder"):
+        directions.names(place)
