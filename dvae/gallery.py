@@ -39,7 +39,7 @@ class GalleryConfig:
     density: str = "spirals"
     """Class that is drawn."""
     samplers: list[str] = field(default_factory=list)
-    """Samplers ([]: all); each is used on the processes that it integrates."""
+    """Samplers ([]: all but those of distilled refiners); each is used on the processes that it integrates."""
     nfe: list[int] = field(default_factory=lambda: [5, 11, 25, 99])
     """Network evaluations per point, a column each; heun hits odd ones only."""
     tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
@@ -148,7 +148,7 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
 def sampler_names(run: Pipeline, settings: GalleryConfig) -> list[str]:
     """Those samplers asked for that integrate the run's process. Raises UserError where none does."""
     diffusion, io = run.models.denoiser.diffusion, run.models.denoiser.io
-    asked = settings.samplers or SAMPLERS.names()
+    asked = settings.samplers or [name for name in SAMPLERS.names() if SAMPLERS.get(name).of_means]
     able = [name for name in asked if SAMPLERS.build({"name": name}, io).supports(diffusion)]
     if not able:
         raise UserError(f"samplers={settings.samplers}: none integrates process={run.config.process.name}")

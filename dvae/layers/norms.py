@@ -7,18 +7,19 @@ import torch.nn.functional as F
 from torch import nn
 
 GROUPS = 32
-"""Groups of channels, as in the published U-Nets of this family."""
+"""Groups of channels, as in the published U-Nets of this family, which have two channels or more in each: in a group of
+one, what is added to a whole channel (a time, a latent) is its mean, and normalised away."""
 
 
 class GroupNorm(nn.GroupNorm):
     """GroupNorm with fp32 statistics, optionally followed by SiLU: (B, C, H, W) to the same shape.
 
     `scale` and `shift` (B, C), where given, modulate the normalised map before SiLU: y * (1 + scale) + shift
-    (adaptive group normalisation, Dhariwal & Nichol 2021).
+    (adaptive group normalisation, Dhariwal & Nichol 2021). `groups` None: 32, or fewer to have two channels in each.
     """
 
-    def __init__(self, channels: int, silu: bool = False, groups: int = GROUPS, eps: float = 1e-5) -> None:
-        super().__init__(groups, channels, eps)
+    def __init__(self, channels: int, silu: bool = False, groups: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__(groups or min(GROUPS, channels // 2), channels, eps)
         self.silu = silu
 
     def forward(

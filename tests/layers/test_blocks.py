@@ -51,13 +51,21 @@ def test_group_norm_statistics_are_fp32_in_bf16(memory_format):
     x = (8 + torch.randn(1, 32, 64, 64)).bfloat16().contiguous(memory_format=memory_format)
     got = module(x).float()
     torch.testing.assert_close(got, module(x.float()), rtol=0, atol=0.02)
-    assert got.mean((2, 3)).abs().max() < 2e-3
+    assert got.unflatten(1, (16, 2)).mean((2, 3, 4)).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("channels", [4, 32, 64, 96])
+def test_what_is_added_to_whole_channels_outlives_the_norm(channels):
+    x, added = torch.randn(1, channels, 4, 4), torch.randn(1, channels, 1, 1)
+    module = GroupNorm(channels)
+    assert channels // module.num_groups >= 2
+    assert (module(x + added) - module(x)).abs().mean() > 0.1
 
 
 def test_scale_and_shift_modulate_before_silu():
     module, x = norm(32, True), torch.randn(2, 32, 4, 4)
     scale, shift = torch.randn(2, 32), torch.randn(2, 32)
-    plain = F.group_norm(x, 32, module.weight, module.bias)
+    plain = F.group_norm(x, 16, module.weight, module.bias)
     wanted = F.silu(plain * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
     torch.testing.assert_close(module(x, scale, shift), wanted)
 
