@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ class Difference:
     """Of values that differ at all."""
 
 
-def compare(run: Path, sampler: dict[str, Any], seed: int) -> Difference:
+def compare(run: Path, steps: int, seed: int) -> Difference:
     """Draw the same images by both formulations. Raises UserError where the run is not of formulation 1."""
     config, made = bundle.load(bundle.folder_of(run))
     if config.denoiser.centre is not Centre.none or not config.denoiser.condition_image:
@@ -41,7 +40,7 @@ def compare(run: Path, sampler: dict[str, Any], seed: int) -> Difference:
     config = replace(config, train_refiner=replace(config.train_refiner, precision=Precision.fp32))
     drawn = []
     for pipeline in (Pipeline(config, made), Pipeline(*formulation_2(config, made))):
-        pipeline.use_sampler(sampler)
+        pipeline.use_sampler(steps=steps)
         drawn.append(pipeline.generate(IMAGES, seed)[1].int())
     apart = (drawn[0] - drawn[1]).abs()
     return Difference(int(apart.max()), float((apart > 0).float().mean()))

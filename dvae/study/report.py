@@ -66,15 +66,28 @@ def protocol(settings: StudyConfig, points: Points) -> str:
         f"({', '.join(map(str, settings.seeds))}): {about['n']} images a set against {about['n_reference']} training "
         f"images of {about['image_size']}x{about['image_size']}, {about['kid_subsets']} subsets of "
         f"{about['kid_subset_size']}; {about['backend']}, {about['extractor']} "
-        f"({about['weights_sha256'][:12]}), {about['resize']}; sampler {settings.sampler}, a network evaluation a "
-        f"step. {platform.machine()}, {cores()} cores, no GPU asked for; {versions}."
+        f"({about['weights_sha256'][:12]}), {about['resize']}; {samplers(points)}. "
+        f"{platform.machine()}, {cores()} cores, no GPU asked for; {versions}."
     )
+
+
+def samplers(points: Points) -> str:
+    """How each arm was drawn."""
+    used: dict[str, list[str]] = {}
+    for arm, by_steps in points.items():
+        for steps, point in by_steps.items():
+            if arm != VAE:
+                nfe = point["protocol"]["nfe"] / steps
+                used.setdefault(f"{point['protocol']['sampler']['name']}, {nfe:g} evaluations a step", []).append(arm)
+    if len(used) == 1:
+        return f"sampler {next(iter(used))}"
+    return "; ".join(f"{', '.join(dict.fromkeys(arms))}: sampler {name}" for name, arms in used.items())
 
 
 def cost(seconds: Mapping[str, float]) -> str:
     """What it took."""
-    spent = ", ".join(f"{name} {value / 3600:.2f} hours" for name, value in seconds.items())
-    return f"Took, by the clock: {spent}."
+    spent = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
+    return f"Minutes by the clock, all seeds together: {spent}; {sum(seconds.values()) / 60:.0f} in all."
 
 
 def equal(differences: Mapping[int, Difference]) -> str:

@@ -25,15 +25,14 @@ class StudyConfig:
     out: str = "runs/study"
     """Folder of the study; made by the same words or none."""
     recipe: str = "demo"
-    """Recipe of every run; it must have an encoder, and refine pixels."""
+    """Recipe of every run; it must have an encoder, and refine pixels. Arms are drawn by its sampler or their own."""
     words: list[str] = field(default_factory=list)
     """Words of every run, as tools/launch.py takes them."""
     arms: dict[str, list[str]] = field(default_factory=dict)
-    """Further words of each arm's refiner."""
+    """Further words of each arm, which takes a seed's encoder and trains a refiner, or has stages=[...] of its own;
+    teacher=ARM is the run of an arm before it."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds, of training and of samples both."""
-    sampler: str = "ddim"
-    """Sampler of all arms."""
     steps: list[int] = field(default_factory=lambda: [5, 10, 25, 50, 100])
     """Steps of the sampler."""
     n: int = 500
@@ -49,6 +48,9 @@ class StudyConfig:
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
 
+
+STAGES = ("shards", "encoder", "prior", "refiner")
+"""Of an arm that names none."""
 
 GENERATOR = "generator"
 """Folder, beside those of the arms, of the run that trains a seed's encoder."""
@@ -94,6 +96,11 @@ def check(settings: StudyConfig) -> StudyConfig:
         raise UserError("arms={} names nothing to compare: use study=NAME, or give two or more")
     if len({folder_name(arm) for arm in [*settings.arms, GENERATOR]}) <= len(settings.arms):
         raise UserError(f"arms={list(settings.arms)}: two names are too much alike, or one is {GENERATOR!r}")
+    for number, (arm, words) in enumerate(settings.arms.items()):
+        earlier = list(settings.arms)[:number]
+        for teacher in values_of(words, "teacher"):
+            if teacher not in earlier:
+                raise UserError(f"arm {arm!r}: teacher={teacher} is no arm before it: {near(teacher, earlier)}")
     for name in ("seeds", "steps"):
         values = getattr(settings, name)
         if not values or len(set(values)) < len(values):
@@ -121,3 +128,26 @@ def shards(settings: StudyConfig) -> Path:
 def run_of(settings: StudyConfig, arm: str, seed: int) -> Path:
     """Folder of an arm's run."""
     return Path(settings.out) / f"seed-{seed}" / folder_name(arm)
+
+
+def values_of(words: Sequence[str], name: str) -> list[str]:
+    """What some words set `name` to."""
+    return [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
+
+
+def stages_of(settings: StudyConfig, arm: str) -> tuple[str, ...]:
+    """The stages of an arm's run."""
+    own = values_of(settings.arms[arm], "stages")
+    return tuple(own[-1].strip("[]").split(",")) if own else STAGES
+
+
+def words_of(settings: StudyConfig, arm: str, seed: int) -> list[str]:
+    """What tools/launch.py takes for an arm's run, besides the words of all runs and the stages."""
+    words = [f"seed={seed}", f"data.shards={shards(settings)}"]
+    if "encoder" in stages_of(settings, arm):
+        words.append(f"encoder_weights={run_of(settings, GENERATOR, seed)}")
+    for word in settings.arms[arm]:
+        name, _, value = word.partition("=")
+        if name != "stages":
+            words.append(f"teacher={run_of(settings, value, seed)}" if name == "teacher" else word)
+    return words

@@ -16,12 +16,13 @@ import torch
 from dvae import files
 from dvae import pipeline as pipelines
 from dvae.data.reader import Shards, spread
+from dvae.drawing.artist import plain
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.score import score
-from dvae.registry import SAMPLERS
 from dvae.run import Run
+from dvae.settings import STAGES
 from dvae.study.equality import Difference, compare
-from dvae.study.spec import GENERATOR, StudyConfig, run_of, shards
+from dvae.study.spec import GENERATOR, StudyConfig, run_of, shards, stages_of, words_of
 from dvae.tools import launch
 from dvae.tracking.console import say
 
@@ -40,11 +41,9 @@ def study(settings: StudyConfig) -> tuple[Points, dict[str, float], dict[int, Di
     hold(settings)
     for seed in settings.seeds:
         words = [f"seed={seed}", f"data.shards={shards(settings)}"]
-        generator = run_of(settings, GENERATOR, seed)
-        train(settings, generator, ("shards", "encoder", "prior"), words)
-        for arm, further in settings.arms.items():
-            stages = ("shards", "encoder", "prior", "refiner")
-            train(settings, run_of(settings, arm, seed), stages, [*words, f"encoder_weights={generator}", *further])
+        train(settings, run_of(settings, GENERATOR, seed), ("shards", "encoder", "prior"), words)
+        for arm in settings.arms:
+            train(settings, run_of(settings, arm, seed), stages_of(settings, arm), words_of(settings, arm, seed))
     points: Points = {VAE: {0: point(settings, VAE, 0)}}
     for arm in settings.arms:
         points[arm] = {steps: point(settings, arm, steps) for steps in settings.steps}
@@ -90,13 +89,13 @@ def point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
             return dict(found)
     began = time.perf_counter()
     say(f"{arm}" + (f" at {steps} steps" if steps else ""))
-    drawn, nfe = zip(*(draw(settings, arm, seed, steps) for seed in settings.seeds), strict=True)
+    drawn, nfe, samplers = zip(*(draw(settings, arm, seed, steps) for seed in settings.seeds), strict=True)
     scored = score(
         {arm: list(drawn)},
         real(shards(settings), "train", settings.reference),
         real(shards(settings), "heldout", settings.n * len(settings.seeds)),
         seeds=settings.seeds,
-        sampler={"name": settings.sampler, "steps": steps} if steps else {},
+        sampler=samplers[0],
         nfe=nfe[0],
         kid_subset_size=settings.kid_subset_size,
         kid_subsets=settings.kid_subsets,
@@ -115,17 +114,17 @@ def real(place: Path, split: str, most: int) -> torch.Tensor:
     return images.read(spread(len(images), most))
 
 
-def draw(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.Tensor, float]:
-    """(images (n, C, H, W) uint8, evaluations of each): refined ones, or at 0 steps those of the VAE."""
+def draw(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.Tensor, float, dict[str, Any]]:
+    """(images (n, C, H, W) uint8, evaluations of each, sampler): refined ones, or at 0 steps those of the VAE."""
     any_arm = next(iter(settings.arms))
     pipeline = pipelines.load(run_of(settings, arm if steps else any_arm, seed), settings.batch)
-    pipeline.use_sampler({"name": settings.sampler, "steps": steps or 1})
+    pipeline.use_sampler(steps=steps or 1)
     vae, refined = pipeline.generate(settings.n, seed)
     if steps:
-        return refined, pipeline.nfe
+        return refined, pipeline.nfe, {key: plain(value) for key, value in asdict(pipeline.sampler.config).items()}
     if vae is None:
         raise UserError(f"recipe={settings.recipe} draws nothing before refinement: a study compares with the VAE")
-    return vae, 0.0
+    return vae, 0.0, {}
 
 
 def equality(settings: StudyConfig) -> dict[int, Difference]:
@@ -133,14 +132,18 @@ def equality(settings: StudyConfig) -> dict[int, Difference]:
     for arm in settings.arms:
         run = run_of(settings, arm, settings.seeds[0])
         if Run(run).config().denoiser.condition_image:
-            sampler = SAMPLERS.config({"name": settings.sampler, "steps": min(settings.steps)})
-            return {seed: compare(run_of(settings, arm, seed), asdict(sampler), seed) for seed in settings.seeds}
+            steps = min(settings.steps)
+            return {seed: compare(run_of(settings, arm, seed), steps, seed) for seed in settings.seeds}
     return {}
 
 
 def seconds(settings: StudyConfig, points: Points) -> dict[str, float]:
     """Wall-clock seconds of training, by the records of the runs, and of drawing and scoring."""
-    names = [GENERATOR, *settings.arms]
-    runs = [Run(run_of(settings, name, seed)) for name in names for seed in settings.seeds]
-    training = sum(float(record["seconds"]) for run in runs for record in run.records().values())
-    return {"training": training, "scoring": sum(p["seconds"] for arm in points.values() for p in arm.values())}
+    spent = {f"training {name}": sum(trained(settings, name)) for name in [GENERATOR, *settings.arms]}
+    return spent | {"scoring": sum(p["seconds"] for arm in points.values() for p in arm.values())}
+
+
+def trained(settings: StudyConfig, name: str) -> list[float]:
+    """Wall-clock seconds of each seed's run of an arm, by the records of its stages."""
+    records = [Run(run_of(settings, name, seed)).records() for seed in settings.seeds]
+    return [sum(float(found["seconds"]) for stage, found in of.items() if stage in STAGES) for of in records]

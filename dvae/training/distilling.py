@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
@@ -92,7 +91,7 @@ class DistilStage(NoisyStage):
 def distil_stage(run: Run, config: RunConfig) -> None:
     """All rounds, each once; at the end the last student is the run's refiner."""
     ranks.on_first(take_teacher, run, config)
-    began, names = time.perf_counter(), list(round_names(config))
+    names = list(round_names(config))
     for name in names:
         if name not in ranks.on_first(run.records):
             stage = open_distil(run, config, name)
@@ -102,7 +101,8 @@ def distil_stage(run: Run, config: RunConfig) -> None:
     def finish() -> None:
         bundle.save_weights(run.weights("denoiser"), bundle.load_weights(run.weights(names[-1])))
         export(run, config)
-        run.finish("distil", {"seconds": time.perf_counter() - began})
+        records = run.records()
+        run.finish("distil", {"seconds": sum(records[name]["seconds"] for name in names)})
 
     ranks.on_first(finish)
 

@@ -16,6 +16,7 @@ from dvae.denoiser import Centre
 from dvae.errors import UserError
 from dvae.pipeline import Pipeline
 from dvae.run import Run
+from dvae.settings import STAGES
 from dvae.study import equality, report, spec, work
 from dvae.study.spec import StudyConfig
 
@@ -31,6 +32,7 @@ def settings(**changed: object) -> StudyConfig:
         ({"arms": {"A b": [], "a-b": []}}, "too much alike"),
         ({"arms": {"Generator": []}}, "too much alike, or one is 'generator'"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: give one or more, each once"),
+        ({"arms": {"a": ["teacher=b"], "b": []}}, "arm 'a': teacher=b is no arm before it"),
         ({"steps": []}, "steps="),
         ({"steps": [0, 5]}, "use 1 or more"),
         ({"n": 50}, "n=50 is less than kid_subset_size=100"),
@@ -57,13 +59,37 @@ def test_words_that_mean_nothing_are_refused(words: list[str], said: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_the_study_that_is_shipped() -> None:
-    settings = spec.read(["seeds=[4]", "steps=[3]"])
-    assert (settings.seeds, settings.steps, len(settings.arms)) == ([4], [3], 3)
-    for further in settings.arms.values():
-        words = [f"recipe={settings.recipe}", *settings.words, *further]
-        made = models.on_meta(config.typed(config.compose("train", words)))
-        assert made.generates
+@pytest.mark.parametrize("name", [path.stem for path in spec.FILES.glob("*.yaml")])
+def test_the_studies_that_are_shipped(name: str) -> None:
+    settings = spec.read([f"study={name}", "seeds=[4]", "steps=[3]"])
+    assert (settings.seeds, settings.steps) == ([4], [3])
+    for arm in settings.arms:
+        stages = ",".join(spec.stages_of(settings, arm))
+        words = [f"recipe={settings.recipe}", *settings.words, f"stages=[{stages}]", *spec.words_of(settings, arm, 4)]
+        found = config.typed(config.compose("train", words))
+        assert models.on_meta(found).generates
+        assert set(stages.split(",")) <= set(STAGES)
+
+
+def test_the_words_of_arms() -> None:
+    arms = {"one": [], "two": ["stages=[shards,joint,prior]", "seed=9"], "three": ["stages=[distil]", "teacher=one"]}
+    found = settings(arms=arms, out="o")
+    assert spec.stages_of(found, "one") == ("shards", "encoder", "prior", "refiner")
+    assert spec.words_of(found, "one", 5) == ["seed=5", "data.shards=o/shards", "encoder_weights=o/seed-5/generator"]
+    assert spec.stages_of(found, "two") == ("shards", "joint", "prior")
+    assert spec.words_of(found, "two", 5) == ["seed=5", "data.shards=o/shards", "seed=9"]
+    assert spec.stages_of(found, "three") == ("distil",)
+    assert spec.words_of(found, "three", 5) == ["seed=5", "data.shards=o/shards", "teacher=o/seed-5/one"]
+
+
+def test_the_report_names_the_samplers_of_the_arms() -> None:
+    def point(name: str, nfe: float) -> dict[str, object]:
+        return {"protocol": {"sampler": {"name": name}, "nfe": nfe}}
+
+    points: work.Points = {work.VAE: {0: {}}, "a": {4: point("ddim", 4)}, "b": {4: point("ddim", 4)}}
+    assert report.samplers(points) == "sampler ddim, 1 evaluations a step"
+    points["b"] = {2: point("heun", 3), 4: point("heun", 6)}
+    assert report.samplers(points) == "a: sampler ddim, 1 evaluations a step; b: sampler heun, 1.5 evaluations a step"
 
 
 def test_a_folder_is_one_study(tmp_path: Path) -> None:
@@ -102,9 +128,9 @@ def test_formulation_2_draws_the_same_images(tiny: list[str], tmp_path: Path, im
     bundle.export(tmp_path / "bundle", config.to_yaml(composed), parts)
     if not image:
         with pytest.raises(UserError, match="is not of formulation 1"):
-            equality.compare(tmp_path / "bundle", {"name": "ddim", "steps": 3}, 0)
+            equality.compare(tmp_path / "bundle", 3, 0)
         return
-    assert equality.compare(tmp_path / "bundle", {"name": "ddim", "steps": 3}, 0).grey_levels <= 1
+    assert equality.compare(tmp_path / "bundle", 3, 0).grey_levels <= 1
     loaded, made = bundle.load(tmp_path / "bundle")
     first = Pipeline(loaded, made).generate(4, 0)[1].int()
     made.denoiser.config = replace(loaded.denoiser, centre=Centre.input)  # in its coordinates they are another function
