@@ -13,7 +13,6 @@ from dvae import pipeline as pipelines
 from dvae.config import refuse_points
 from dvae.data.manifest import FILE as MANIFEST
 from dvae.data.manifest import Manifest
-from dvae.data.remote import is_remote
 from dvae.drawing.artist import plain
 from dvae.drawing.samples import Samples
 from dvae.drawing.settings import SampleConfig
@@ -26,6 +25,7 @@ from dvae.evaluation.metrics import Features
 from dvae.evaluation.noisy import NoisyConfig, NoisySamples
 from dvae.evaluation.protocol import Protocol
 from dvae.evaluation.request import EvaluateToolConfig, check, computed
+from dvae.own_images import place_of_run
 from dvae.tracking.console import Progress
 
 Result = dict[str, Any]
@@ -62,10 +62,10 @@ class Bench:
     def _trained_on(self) -> str:
         """The run's shards. Raises UserError where they are not on this machine."""
         assert self.pipeline is not None
-        place = self.pipeline.config.data.shards
-        if is_remote(place) or not (Path(place) / MANIFEST).exists():
-            raise UserError(f"the run's images are not at {place}: name its shards, or a folder of images, reference=")
-        return place
+        place = place_of_run(self.settings.run, self.pipeline.config, "reference")
+        if not isinstance(place, Path):
+            raise UserError(f"the run's images are at {place}: name shards, or a folder of images, reference=FOLDER")
+        return str(place)
 
     def real(self) -> tuple[Features, Features | None]:
         """Features of the reference and of held-out images, kept."""

@@ -26,8 +26,8 @@ from dvae.config import refuse_points
 from dvae.data.images import to_float
 from dvae.data.order import Order
 from dvae.data.reader import Shards
-from dvae.data.remote import place_of
 from dvae.errors import UserError, near
+from dvae.own_images import open_split
 from dvae.tracking import pictures
 from dvae.tracking.console import Progress
 
@@ -188,11 +188,9 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
     refuse_points(pipeline.config, settings.run)
     if settings.sampler is not None:
         pipeline.use_sampler(settings.sampler)
-    real = Path(settings.shards) if settings.shards else place_of(pipeline.config.data)
-    train_set, heldout_set = Shards(real, "train"), Shards(real, "heldout")
-    channels, size = train_set.shape[:2]
-    if (channels, size) != (pipeline.config.channels, pipeline.config.image_size):
-        raise UserError(f"shards={real} are images of {channels}x{size}x{size}, those of the run differ: name its own")
+    train_set, heldout_set = (
+        open_split(settings.run, pipeline.config, split, settings.shards) for split in ("train", "heldout")
+    )
     attribute, classes = attribute_of(settings, pipeline.config.data.label, train_set)
     judge = train(
         labelled(train_set, attribute, classes), len(train_set), len(classes),

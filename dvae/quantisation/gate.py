@@ -12,9 +12,9 @@ import torch
 from omegaconf import OmegaConf
 
 from dvae import bundle
-from dvae.data.reader import Shards, spread
-from dvae.data.remote import place_of
+from dvae.data.reader import spread
 from dvae.errors import UserError
+from dvae.own_images import open_split
 from dvae.pipeline import Pipeline
 from dvae.quantisation import plan
 from dvae.settings import Precision, RunConfig
@@ -28,14 +28,11 @@ Real = tuple[torch.Tensor, torch.Tensor]
 """Training and held-out images (n, C, H, W), uint8."""
 
 
-def real_images(shards: str, config: RunConfig, n: int) -> Real:
+def real_images(run: str, shards: str, config: RunConfig, n: int) -> Real:
     """Images of the reference and for the floor. Raises UserError where there are none, or others than the run's."""
     if not shards and not config.data.shards:
         raise UserError("n= compares with real images: name their shards=FOLDER")
-    place = Path(shards) if shards else place_of(config.data)
-    train, heldout = Shards(place, "train"), Shards(place, "heldout")
-    if train.shape != (config.channels, config.image_size, config.image_size):
-        raise UserError(f"shards={place} are images {train.shape}, those of the run differ: name its own")
+    train, heldout = (open_split(run, config, split, shards) for split in ("train", "heldout"))
     return train.read(spread(len(train), config.evaluate.reference)), heldout.read(spread(len(heldout), n))
 
 

@@ -64,7 +64,7 @@ def quantize(settings: QuantizeConfig) -> Plan:
     source, out = bundle.folder_of(settings.run), Path(settings.out)
     about, config = bundle.verified(source)
     bundle.refuse_quantised(f"run={settings.run}", about)
-    real = gate.real_images(settings.shards, config, settings.n * settings.seeds) if settings.n else None
+    real = gate.real_images(settings.run, settings.shards, config, settings.n * settings.seeds) if settings.n else None
     made = write(settings, source, out)
     original, quantised = pipelines.load(source, device="cpu"), pipelines.load(out, device="cpu")
     made.measured = gate.measure(original, quantised, real, settings)

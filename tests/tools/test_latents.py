@@ -140,7 +140,7 @@ def test_figures_are_the_mean_log_density_by_dimension(run: Path) -> None:
         (["out=x.npz", "n=1000"], r"n=1000: there are \d+ images: use 1 to"),
         (["out=x.npz", "batch_size=0"], "batch_size=0: use 1 or more"),
         (["out=x.npz", "images=nowhere"], "images=nowhere"),
-        (["out=x.npz", "shards=nowhere"], "was trained on shards at nowhere, which are not there"),
+        (["out=x.npz", "shards=nowhere"], "no shards at nowhere"),
         (["bundle=b"], "go together: add prior=NAME"),
         (["prior=gmm"], "nothing would be written"),
         (["prior=gmm", "out=x.npz"], "go together: add bundle=FOLDER"),
