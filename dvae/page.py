@@ -14,7 +14,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae import bundle, directions
+from dvae import bundle, directions, editing
 from dvae import config as configuration
 from dvae import pipeline as pipelines
 from dvae.data.images import to_uint8
@@ -64,13 +64,13 @@ class Player:
     """What the page shows, as pictures (H, W, 3) uint8; image k of a seed is that of tools/sample.py."""
 
     def __init__(self, pipeline: Pipeline, known: dict[str, directions.Direction]) -> None:
-        self.pipeline, self.known = pipeline, known
-        denoiser = pipeline.models.denoiser
-        self.samplers = [
-            name
-            for name in SAMPLERS.names()
-            if SAMPLERS.build({"name": name}, denoiser.io).supports(denoiser.diffusion)
-        ]
+        denoiser, own = pipeline.models.denoiser, SAMPLERS.name_of(pipeline.models.sampler)
+        self.pipeline = pipeline
+        self.known: dict[str, directions.Direction | int] = {**known}
+        self.known |= {f"component {k}": k for k in range(1, denoiser.config.pca_components + 1)}
+        built = {name: SAMPLERS.build({"name": name}, denoiser.io) for name in SAMPLERS.names()}
+        fit = {name for name, one in built.items() if one.of_means and one.supports(denoiser.diffusion)}
+        self.samplers = sorted(fit | {own})
 
     def draw(self, seed: float, sampler: str, steps: float) -> tuple[np.ndarray | None, np.ndarray, str]:
         """SHOWN images of a seed: before refinement, where there is such a thing, and refined; and what they took."""
@@ -81,12 +81,19 @@ class Player:
     def edit(
         self, seed: float, number: float, direction: str, strength: float, sampler: str, steps: float
     ) -> tuple[np.ndarray, str]:
-        """An image of a seed beside itself moved along a direction; above them what they were refined from."""
+        """An image of a seed beside itself moved along a direction, or with a principal component put at the strength;
+        above them what they were refined from."""
         along, given = self.known[direction], self.pipeline.drawn_for([int(number)], int(seed))
-        z = torch.cat([given.z, along.move(given.z, float(strength))])
+        if isinstance(along, int):
+            own = float(self.pipeline.models.denoiser.whitening(given.z)[0, along - 1])
+            unit = f"as it is, component {along} stands at {own:.2f} standard deviations"
+        else:
+            own, unit = 0.0, f"strength 1: {along.unit}"
+        strengths = [own, float(strength)]
+        z = editing.along(self.pipeline, along)(given.z.expand(2, -1), torch.tensor(strengths).to(given.z))
         with self._using(sampler, steps):
-            refined = self.pipeline.edit([int(number)], along, [0.0, float(strength)], int(seed))[0]
-        return mosaic(torch.cat([to_uint8(self.pipeline.decode(z)).cpu(), refined]), 2), f"strength 1: {along.unit}"
+            refined = self.pipeline.edit([int(number)], along, strengths, int(seed))[0]
+        return mosaic(torch.cat([to_uint8(self.pipeline.decode(z)).cpu(), refined]), 2), unit
 
     def interpolate(
         self, seed: float, first: float, last: float, space: str, sampler: str, steps: float

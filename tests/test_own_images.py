@@ -21,7 +21,7 @@ def test_shards_are_where_they_were_or_moved_with_the_run(tmp_path: Path) -> Non
     moved = run.rename(tmp_path / "moved")
     assert place_of_run(str(moved), made) == moved / "shards"
     assert len(open_split(str(moved), made, "train")) == len(open_split("x", made, "train", str(moved / "shards"))) > 9
-    with pytest.raises(UserError, match=r"trained on shards at .*run/shards, which are not there: name them with real="):
+    with pytest.raises(UserError, match=r"on shards at .*run/shards, which are not there: name them with real="):
         place_of_run(str(run), made, "real")
     with pytest.raises(UserError, match="no shards at nowhere"):
         open_split(str(moved), made, "train", "nowhere")

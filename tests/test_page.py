@@ -24,6 +24,7 @@ from tests_support import ROOT, Tool, environment
 import dvae
 from dvae import bundle, config, directions, models
 from dvae.directions import Direction, Method
+from dvae.pipeline import Pipeline
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -158,3 +159,21 @@ def test_every_tab_by_clicking(browser: Any, run: Path) -> None:
 def test_a_port_in_use_is_one_line(address: str, run: Path, tool: Tool) -> None:
     done = tool("page", f"run={run}", f"port={address.rpartition(':')[2]}")
     assert (done.returncode, done.stderr.splitlines()[-1].endswith("is taken: use another port=")) == (2, True)
+
+
+def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: list[str]) -> None:
+    from dvae.page import Player
+
+    words = [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32", "denoiser.pca_components=2"]
+    made = config.typed(config.compose("train", words))
+    player = Player(Pipeline(made, models.build(made)), {})
+    assert list(player.known) == ["component 1", "component 2"]
+    assert "ddim" in player.samplers
+    assert "consistency" not in player.samplers  # for refiners that were distilled for it
+    shown, said = player.edit(0, 3, "component 2", 1.0, "ddim", 2)
+    own = float(said.split()[-3])
+    same, _ = player.edit(0, 3, "component 2", own, "ddim", 2)
+    wide = shown.shape[1] // 2
+    assert np.abs(same[:, :wide].astype(int) - same[:, wide:]).max() <= 1  # own is told with two decimals
+    assert np.array_equal(shown[:, :wide], same[:, :wide])
+    assert not np.array_equal(shown[:, :wide], shown[:, wide:])
