@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dvae.directions import labels
 from dvae.directions.attributes import Attributes
@@ -108,7 +109,8 @@ def columns_of(decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, 
     tangents = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
     found = []
     for part in tangents.split(together):
-        moved = torch.func.jvp(decode, (z.expand_as(part).contiguous(),), (part,))[1]
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention of a CPU has no derivative forwards
+            moved = torch.func.jvp(decode, (z.expand_as(part).contiguous(),), (part,))[1]
         found.append(moved.flatten(1).cpu())
     return torch.cat(found)
 

@@ -169,3 +169,13 @@ def test_columns_do_not_depend_on_how_many_are_taken_together() -> None:
     expected = torch.autograd.functional.jacobian(lambda one: net(one[None])[0], z).T
     for together in (1, 4, 64):
         assert torch.allclose(finders.columns_of(net, z, together), expected, atol=1e-6)
+
+
+def test_columns_of_a_decoder_with_attention() -> None:
+    def net(z: torch.Tensor) -> torch.Tensor:
+        tokens = z.view(-1, 1, 3, 2)
+        return torch.nn.functional.scaled_dot_product_attention(tokens, tokens.flip(2), tokens**2)
+
+    z = torch.randn(6)
+    expected = torch.autograd.functional.jacobian(lambda one: net(one[None]).flatten(), z).T
+    assert torch.allclose(finders.columns_of(net, z), expected, atol=1e-6)
