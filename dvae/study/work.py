@@ -54,14 +54,15 @@ def hold(settings: StudyConfig) -> None:
     """Take the folder for this study, or refuse one of other settings. More seeds, arms and steps may come later."""
     folder = Path(settings.out)
     fixed = {name: value for name, value in asdict(settings).items() if name not in ("out", "seeds", "steps", "batch")}
-    record = folder / RECORD
+    record, arms = folder / RECORD, settings.arms
     if record.exists():
         theirs = json.loads(record.read_text(encoding="utf-8"))
-        for name, value in fixed.items():
-            if theirs.get(name) != value:
-                raise UserError(f"out={folder} is a study with {name}={theirs.get(name)}, not {value}: name another")
-        return
-    if folder.exists() and any(folder.iterdir()):
+        same = theirs | {"arms": {name: words for name, words in theirs["arms"].items() if name in arms}}
+        for name, value in (fixed | {"arms": {arm: arms[arm] for arm in same["arms"]}}).items():
+            if same.get(name) != value:
+                raise UserError(f"out={folder} is a study with {name}={same.get(name)}, not {value}: name another")
+        fixed["arms"] = theirs["arms"] | arms
+    elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"out={folder} exists and is not a study: name another, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(record, fixed)
