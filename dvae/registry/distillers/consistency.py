@@ -33,8 +33,8 @@ class Consistency(Distiller):
         """Standard deviation of ln(sigma/alpha)."""
         q: float = 2.0
         """How much nearer the levels are after each doubling."""
-        doublings: int = 8
-        """How often they come nearer, evenly over training."""
+        doublings: int = 4
+        """How often they come nearer, evenly over training; 8 for trainings of many more steps than a few thousand."""
         k: float = 8.0
         """n(0) = 1 + k / 2: how much wider the distance is where there is little noise."""
         b: float = 0.5
