@@ -67,7 +67,7 @@ def protocol(settings: StudyConfig, points: Points) -> str:
         f"images of {about['image_size']}x{about['image_size']}, {about['kid_subsets']} subsets of "
         f"{about['kid_subset_size']}; {about['backend']}, {about['extractor']} "
         f"({about['weights_sha256'][:12]}), {about['resize']}; {samplers(points)}. "
-        f"{platform.machine()}, {cores()} cores, no GPU asked for; {versions}."
+        f"{platform.machine()}, {cores()} core{'s' * (cores() != 1)}, no GPU asked for; {versions}."
     )
 
 
@@ -98,7 +98,7 @@ def equal(differences: Mapping[int, Difference]) -> str:
     share = max(difference.share for difference in differences.values())
     return (
         f"Formulation 2 with the same weights, moved to its coordinates, draws the same images: the largest difference "
-        f"is {worst} grey level{'s' * (worst != 1)} in {100 * share:.3g}% of the values."
+        f"is {worst} grey level{'s' * (worst != 1)}" + (f", in {100 * share:.3g}% of the values." if worst else ".")
     )
 
 
@@ -114,8 +114,9 @@ def picture(settings: StudyConfig, points: Points, floor: Mapping[str, Any], pat
         axes.errorbar(settings.steps, means, errors, label=arm, color=colour, marker="o", capsize=3, lw=1.6)
     axes.axhline(points[VAE][0]["sets"][VAE][KID]["mean"], color="#1c1b19", ls=":", lw=1.2, label=VAE)
     level = min(found[KID]["mean"] for found in floor.values())
-    axes.axhline(max(level, 1e-4), color="#1c1b19", lw=1.0, label="real against real")
-    axes.set(xscale="log", yscale="log")
+    axes.axhline(level, color="#1c1b19", lw=1.0, label="real against real")
+    axes.set(xscale="log")
+    axes.set_ylim(bottom=min(0.0, level))
     dress(axes, "network evaluations per image", f"{KID} (less is better)")
     axes.set_xticks(settings.steps, [str(steps) for steps in settings.steps])
     axes.minorticks_off()

@@ -98,7 +98,7 @@ def test_a_folder_is_one_study(tmp_path: Path) -> None:
     work.hold(settings(out=out, seeds=[0, 1, 2, 3], steps=[7]))  # may be added
     work.hold(settings(out=out, arms={"b": [], "c": ["seed=1"]}))
     work.hold(settings(out=out))
-    with pytest.raises(UserError, match="is a study with arms=.*'c'.*, not .*: name another"):
+    with pytest.raises(UserError, match=r"is a study with arms=.*'c'.*, not .*: name another"):
         work.hold(settings(out=out, arms={"c": []}))
     with pytest.raises(UserError, match="is a study with n=500, not 600: name another"):
         work.hold(settings(out=out, n=600))
