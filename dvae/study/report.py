@@ -78,7 +78,8 @@ def samplers(points: Points) -> str:
         for steps, point in by_steps.items():
             if arm != VAE:
                 nfe = point["protocol"]["nfe"] / steps
-                used.setdefault(f"{point['protocol']['sampler']['name']}, {nfe:g} evaluations a step", []).append(arm)
+                name = f"{point['protocol']['sampler']['name']}, {nfe:g} evaluation{'s' * (nfe != 1)} a step"
+                used.setdefault(name, []).append(arm)
     if len(used) == 1:
         return f"sampler {next(iter(used))}"
     return "; ".join(f"{', '.join(dict.fromkeys(arms))}: sampler {name}" for name, arms in used.items())

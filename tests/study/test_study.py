@@ -87,9 +87,9 @@ def test_the_report_names_the_samplers_of_the_arms() -> None:
         return {"protocol": {"sampler": {"name": name}, "nfe": nfe}}
 
     points: work.Points = {work.VAE: {0: {}}, "a": {4: point("ddim", 4)}, "b": {4: point("ddim", 4)}}
-    assert report.samplers(points) == "sampler ddim, 1 evaluations a step"
+    assert report.samplers(points) == "sampler ddim, 1 evaluation a step"
     points["b"] = {2: point("heun", 3), 4: point("heun", 6)}
-    assert report.samplers(points) == "a: sampler ddim, 1 evaluations a step; b: sampler heun, 1.5 evaluations a step"
+    assert report.samplers(points) == "a: sampler ddim, 1 evaluation a step; b: sampler heun, 1.5 evaluations a step"
 
 
 def test_a_folder_is_one_study(tmp_path: Path) -> None:
