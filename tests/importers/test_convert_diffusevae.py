@@ -31,7 +31,7 @@ def vae() -> PublicVAE:
 
 
 def unet(seed: int, **more) -> PublicUNet:
-    settings = {"width": 32, "multipliers": [1, 2], "blocks": 2, "factors": [2], "heads": 4, "z_dim": 24} | more
+    settings = {"width": 64, "multipliers": [1, 2], "blocks": 2, "factors": [2], "heads": 4, "z_dim": 24} | more
     return lightning_files.randomise(PublicUNet(**settings), seed)
 
 
@@ -112,7 +112,7 @@ def test_what_tensors_tell_takes_the_place_of_the_recipe(tmp_path, vae):
     lines = run(tmp_path, LEVELS)
     config = pipeline.load(tmp_path / "bundle").config
     refiner, encoder, denoiser = config.refiner, config.encoder, config.denoiser
-    assert (refiner.width, refiner.multipliers, refiner.blocks) == (32, [1, 1, 2], 1)
+    assert (refiner.width, refiner.multipliers, refiner.blocks) == (64, [1, 1, 2], 1)
     assert (refiner.attention_resolutions, refiner.scale_shift_norm, refiner.patch) == ([16, 4], True, 1)
     assert (encoder.channels, encoder.latent_dim) == ([8, 16, 16, 24], 24)
     assert (encoder.encoder_blocks, encoder.decoder_blocks) == ([2, 1, 3, 1], [1, 2, 1, 2])
@@ -186,10 +186,10 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, vae):
     save(tmp_path, whole | {"surprise.weight": torch.ones(3)})
     assert "holds 'surprise.weight'" in refused(tmp_path, LEVELS)
     save(tmp_path, whole | {f"{decoder}out.0.weight": torch.ones(7)})
-    assert "'refiner.out.0.weight' is (7,) in the weights and (32,)" in refused(tmp_path, LEVELS)
-    save(tmp_path, whole | {f"{decoder}out.0.weight": torch.full((32,), float("nan"))})
+    assert "'refiner.out.0.weight' is (7,) in the weights and (64,)" in refused(tmp_path, LEVELS)
+    save(tmp_path, whole | {f"{decoder}out.0.weight": torch.full((64,), float("nan"))})
     assert "holds NaN or infinity" in refused(tmp_path, LEVELS)
-    save(tmp_path, whole | {f"{decoder}out.2.weight": torch.zeros(3, 32, 3, 3)})
+    save(tmp_path, whole | {f"{decoder}out.2.weight": torch.zeros(3, 64, 3, 3)})
     assert "use weights=online" in refused(tmp_path, LEVELS)
     save(tmp_path, whole | {"online_network.betas": torch.linspace(0.01, 0.14, 1000).double() ** 2})
     assert "betas are not evenly spaced" in refused(tmp_path, LEVELS)

@@ -53,7 +53,7 @@ def test_flat_resnet_tells_its_blocks_constant_channels():
 
     block, h = refiner.blocks[0], torch.randn(2, 32, 4, 4)
     channels = told[:, :, None, None].expand(-1, -1, 4, 4)  # each as a channel, constant over the image
-    both = torch.cat([F.silu(F.group_norm(h, 32, block.enter[0].weight, block.enter[0].bias)), channels], dim=1)
+    both = torch.cat([F.silu(F.group_norm(h, 16, block.enter[0].weight, block.enter[0].bias)), channels], dim=1)
     kernel = torch.cat([block.enter[1].weight, F.pad(block.tell.weight, (1, 1, 1, 1))], dim=1)
     inner = F.conv2d(both, kernel, block.enter[1].bias + block.tell.bias, padding=1)
     torch.testing.assert_close(block(h, told[:, :, None, None]), h + block.leave(inner), rtol=1e-4, atol=1e-4)
