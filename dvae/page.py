@@ -90,7 +90,7 @@ class Player:
         else:
             own, unit = 0.0, f"strength 1: {along.unit}"
         strengths = [own, float(strength)]
-        z = editing.along(self.pipeline, along)(given.z.expand(2, -1), torch.tensor(strengths).to(given.z))
+        z = editing.along(self.pipeline, along)(given.z.repeat_interleave(2, 0), torch.tensor(strengths).to(given.z))
         with self._using(sampler, steps):
             refined = self.pipeline.edit([int(number)], along, strengths, int(seed))[0]
         return mosaic(torch.cat([to_uint8(self.pipeline.decode(z)).cpu(), refined]), 2), unit

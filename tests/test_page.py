@@ -177,3 +177,22 @@ def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: lis
     assert np.abs(same[:, :wide].astype(int) - same[:, wide:]).max() <= 1  # own is told with two decimals
     assert np.array_equal(shown[:, :wide], same[:, :wide])
     assert not np.array_equal(shown[:, :wide], shown[:, wide:])
+
+
+def test_a_latent_that_is_a_map_is_edited() -> None:
+    from dvae.page import Player
+
+    words = [
+        "recipe=demo", "image_size=16", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4",
+        "encoder.discriminator_weight=0", "encoder.middle_attention=false", "prior=normal", "refiner.width=32",
+        "refiner.multipliers=[1]", "refiner.blocks=1", "refiner.attention_resolutions=[]",
+        "denoiser.condition_latent=false", "denoiser.data_scale=1",
+    ]  # fmt: skip
+    made = config.typed(config.compose("train", words))
+    pipeline = Pipeline(made, models.build(made))
+    shape = pipeline.models.io.latent
+    assert len(shape) == 3
+    wide = Direction("wide", torch.ones(shape), Method.pca, "one standard deviation")
+    shown, said = Player(pipeline, {"wide": wide}).edit(0, 1, "wide", 2.0, "ddim", 2)
+    assert said == "strength 1: one standard deviation"
+    assert not np.array_equal(*np.split(shown, 2, axis=1))
