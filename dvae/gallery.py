@@ -17,6 +17,7 @@ from dvae.evaluation.points import figure
 from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein, two_sample_floor
 from dvae.pipeline import Pipeline
 from dvae.registry import PROCESSES, SAMPLERS, SCHEDULES
+from dvae.registry.samplers import that_integrate
 from dvae.timegrid import Spacing
 from dvae.tracking import sheet
 from dvae.tracking.console import Progress
@@ -147,9 +148,7 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
 
 def sampler_names(run: Pipeline, settings: GalleryConfig) -> list[str]:
     """Those samplers asked for that integrate the run's process. Raises UserError where none does."""
-    diffusion, io = run.models.denoiser.diffusion, run.models.denoiser.io
-    asked = settings.samplers or [name for name in SAMPLERS.names() if SAMPLERS.get(name).of_means]
-    able = [name for name in asked if SAMPLERS.build({"name": name}, io).supports(diffusion)]
+    able = that_integrate(run.models.denoiser.diffusion, run.models.denoiser.io, settings.samplers)
     if not able:
         raise UserError(f"samplers={settings.samplers}: none integrates process={run.config.process.name}")
     return able

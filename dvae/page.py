@@ -22,6 +22,7 @@ from dvae.errors import UserError
 from dvae.noise import Between
 from dvae.pipeline import Pipeline
 from dvae.registry import SAMPLERS
+from dvae.registry.samplers import that_integrate
 from dvae.tracking.console import say
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported
@@ -68,9 +69,7 @@ class Player:
         self.pipeline = pipeline
         self.known: dict[str, directions.Direction | int] = {**known}
         self.known |= {f"component {k}": k for k in range(1, denoiser.config.pca_components + 1)}
-        built = {name: SAMPLERS.build({"name": name}, denoiser.io) for name in SAMPLERS.names()}
-        fit = {name for name, one in built.items() if one.of_means and one.supports(denoiser.diffusion)}
-        self.samplers = sorted(fit | {own})
+        self.samplers = sorted({own, *that_integrate(denoiser.diffusion, denoiser.io)})
 
     def draw(self, seed: float, sampler: str, steps: float) -> tuple[np.ndarray | None, np.ndarray, str]:
         """SHOWN images of a seed: before refinement, where there is such a thing, and refined; and what they took."""

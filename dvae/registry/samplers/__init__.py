@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
@@ -150,3 +150,9 @@ class Sampler(ABC):
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler", __name__)
+
+
+def that_integrate(diffusion: Diffusion, io: Shapes, asked: Sequence[str] = ()) -> list[str]:
+    """Names of those samplers asked for (none: all but those that want a distilled refiner) which integrate it."""
+    names = asked or [name for name in SAMPLERS.names() if SAMPLERS.get(name).of_means]
+    return [name for name in names if SAMPLERS.build({"name": name}, io).supports(diffusion)]
