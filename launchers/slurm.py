@@ -72,6 +72,8 @@ class Slurm(Launcher):
         """More options of sbatch, as ["--mail-type=FAIL", "--exclusive"]."""
         signal_seconds: int = 120
         """How long before the time limit the ranks are told to save; SLURM may be up to a minute earlier."""
+        start_seconds: int = 600
+        """How long the first rank may take to begin; then the job goes back into the queue, to get other nodes."""
         max_attempts: int = 3
         """Attempts in a row that may end in a failure, or by a requeue, without having saved anything."""
         retry_seconds: float = 30.0
@@ -88,7 +90,7 @@ class Slurm(Launcher):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        for name in ("nodes", "cpus_per_task", "max_attempts", "array_jobs", "signal_seconds"):
+        for name in ("nodes", "cpus_per_task", "max_attempts", "array_jobs", "signal_seconds", "start_seconds"):
             if getattr(config, name) < 1:
                 raise UserError(f"launcher.{name}={getattr(config, name)}: use 1 or more")
         for name in ("gpus_per_node", "tasks_per_node", "retry_seconds"):

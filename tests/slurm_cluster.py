@@ -101,9 +101,20 @@ class Cluster:
                 raise TimeoutError(f"not idle after {timeout:.0f} s\n{self.run('sinfo', '-N')}{self.run('squeue')}")
             time.sleep(0.05)
 
-    def set_down(self, node: str) -> None:
-        """Take a node away, as if it had died: its jobs are requeued, or end as NODE_FAIL."""
+    def set_down(self, node: str, timeout: float = 60) -> None:
+        """Take a node away, as if it had died: once its jobs have left it, requeued or as NODE_FAIL.
+
+        What slurmctld hears from the node of a job's last attempt it takes as said of the next one, which then loses
+        the node, and waits in srun for ever.
+        """
+        jobs = self.run("squeue", "-h", "-t", "RUNNING", "-w", node, "-o", "%A").split()
+        log = self.folder / "log" / "slurmctld.log"
+        read, until = log.stat().st_size, time.monotonic() + timeout
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        while missed := [job for job in jobs if f"epilog_complete: JobId={job} Node={node} " not in said(log, read)]:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{node} has not ended {missed} after {timeout:.0f} s\n{said(log, read)}")
+            time.sleep(0.05)
 
     def resume(self, node: str) -> None:
         """Give a node back."""
@@ -114,6 +125,11 @@ class Cluster:
         said, _ = self.daemons.communicate(timeout=120)  # which closes its standard input
         if self.daemons.returncode:
             raise RuntimeError(f"the cluster ended with {self.daemons.returncode}: {said}")
+
+
+def said(log: Path, start: int) -> str:
+    """What a daemon has written since its log had this size."""
+    return log.read_bytes()[start:].decode(errors="replace")
 
 
 @contextmanager

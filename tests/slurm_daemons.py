@@ -48,6 +48,8 @@ AuthInfo=socket={folder}/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
+# tells when a node has ended a job
+SlurmctldDebug=debug2
 SlurmdPidFile={folder}/slurmd.%n.pid
 MailProg=/bin/true
 MpiDefault=none

@@ -151,15 +151,15 @@ class Ranks:
         srun = subprocess.Popen(self.command(), env=self.environment(), stderr=subprocess.PIPE, text=True)
         listener = threading.Thread(target=self.listen, args=(srun,), daemon=True)
         listener.start()
-        late = self.wait(srun)
+        over = self.wait(srun)
         listener.join()
         ends = self.ends() if self.before is None else self.before
         failed = [end for end in ends if end.failed]
         stopped = next((end for end in ends if end.status == TERMINATED), None)
         if failed:
             explain(self.folder, failed, ASKS)
-        if late:
-            raise Stopped(f"not at a place to stop before the job's time was over ({self.folder})", TIME_IS_OVER[1])
+        if over:
+            raise Stopped(f"{over} ({self.folder})", TIME_IS_OVER[1])
         if stopped:
             raise Stopped(stopped.said, stopped.why)
         if srun.returncode:
@@ -197,30 +197,38 @@ class Ranks:
                 for number in numbers(found["tasks"]):
                     self.killed.setdefault(number, End(number=number, status=status))
 
-    def wait(self, srun: subprocess.Popen[str]) -> bool:
-        """Wait for all ranks; whoever is left GRACE seconds after one has failed, or when the job's time is nearly
-        over, is killed. Returns whether the time was over."""
-        over, deadline = queue.ends(self.job), None
+    def wait(self, srun: subprocess.Popen[str]) -> str:
+        """Wait for all ranks; whoever is left GRACE seconds after one has failed is killed, and all are when the job's
+        time is nearly over or none has begun in time. Returns why the job should come back; empty: there is no need."""
+        limit, patience, deadline = queue.ends(self.job), self.settings["start_seconds"], None
+        began = time.monotonic()
         while srun.poll() is None:
             time.sleep(LOOK_EVERY)
+            why = ""
             if deadline is None and any(end.failed for end in self.ends()):
                 deadline = time.monotonic() + GRACE
-            late = over is not None and time.time() > over - LATE * self.settings["signal_seconds"]
-            if late or (deadline is not None and time.monotonic() > deadline):
+            if limit is not None and time.time() > limit - LATE * self.settings["signal_seconds"]:
+                why = "not at a place to stop before the job's time was over"
+            elif time.monotonic() > began + patience and not any(self.said(HELLO)):
+                why = f"no rank has begun within launcher.start_seconds={patience}"
+            if why or (deadline is not None and time.monotonic() > deadline):
                 self.before = self.ends()
                 self.kill(srun)
-                srun.wait()
-                return late
-        return False
+                return why
+        return ""
 
     def kill(self, srun: subprocess.Popen[str]) -> None:
-        """Kill what is left of the step."""
+        """Kill what is left of the step, and wait for srun to end."""
         step = next((hello["step"] for hello in self.said(HELLO)), None)
         if step is None:  # none has got so far as to say which step it is in
-            srun.send_signal(signal.SIGQUIT)  # srun ends its tasks, and itself
-            return
-        with suppress(MachineError):  # it has just ended by itself
-            queue.cancel(f"{self.job}.{step}", "KILL")
+            srun.send_signal(signal.SIGQUIT)  # srun ends its tasks, and itself, unless it waits for SLURM
+            with suppress(subprocess.TimeoutExpired):
+                srun.wait(2 * GRACE)
+            srun.kill()
+        else:
+            with suppress(MachineError):  # it has just ended by itself
+                queue.cancel(f"{self.job}.{step}", "KILL")
+        srun.wait()
 
     def ends(self) -> list[End]:
         """How ranks have ended so far: those that were killed by something first, since they are why others failed."""

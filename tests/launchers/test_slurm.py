@@ -216,6 +216,24 @@ def test_a_lost_node(runs: Runs, two: Path) -> None:
     assert len(ends(run)) == 2
 
 
+STUCK_ONCE = """#!/bin/sh
+[ -e stuck ] || {{ touch stuck; sleep 600; }}
+exec {python} "$@"
+"""
+
+
+def test_ranks_that_do_not_begin_come_back_in_another_allocation(runs: Runs, two: Path) -> None:
+    run, python = runs.folder / "stuck-run", runs.folder / "stuck-once"
+    python.write_text(STUCK_ONCE.format(python=sys.executable))
+    python.chmod(0o755)
+    job = runs.launch(run, "launcher.wait=false", f"launcher.python={python}", "launcher.start_seconds=20")
+    wait_for(lambda: len(ends(run)) == 1 and ends(run)[0] is not None, run)
+    assert "no rank has begun within launcher.start_seconds=20" in attempts.read(run)[0].message
+    runs.cluster.start_now(job)
+    assert same(runs.finish(run), two)
+    assert len(ends(run)) == 2
+
+
 def test_another_job_needs_the_place(runs: Runs, two: Path) -> None:
     run = runs.folder / "preempted"
     job = runs.launch(run, "launcher.wait=false")

@@ -40,6 +40,7 @@ def test_what_is_no_time_limit(time: str) -> None:
     ("words", "said"),
     [
         (["launcher.nodes=0"], "launcher.nodes=0: use 1 or more"),
+        (["launcher.start_seconds=0"], "launcher.start_seconds=0: use 1 or more"),
         (["launcher.gpus_per_node=-1"], "launcher.gpus_per_node=-1: use 0 or more"),
         (["launcher.time=2", "launcher.signal_seconds=120"], "launcher.time=2 leaves no time before"),
         (["launcher.node=2"], "unknown field 'launcher.node': did you mean 'nodes'"),
