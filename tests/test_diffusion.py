@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from tests_support import ROOT
 
-from dvae.diffusion import Diffusion, Factor, Matching
+from dvae.diffusion import Diffusion, Factor, Matching, apply
 from dvae.errors import UserError
 from dvae.registry import PROCESSES, SCHEDULES, ComponentConfig, Shapes
 from dvae.registry.processes import Process
@@ -451,9 +451,45 @@ def test_k2_score_is_the_gradient_of_the_log_density(factor: Factor) -> None:
 
 def test_k2_x0_is_the_first_component() -> None:
     diffusion, t = momentum(), torch.tensor([0.2, 0.7], dtype=torch.float64)
-    u0, eps = draw(2, 2, 2, 6, 2, 2)
+    u0, eps = diffusion.clean(draw(2, 2, 3, 2, 2)), draw(3, 2, 6, 2, 2)
     x0 = diffusion.x0_from_eps(diffusion.perturb(u0, t, eps), t, eps)
     torch.testing.assert_close(x0, u0[:, :3], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("factor", list(Factor))
+@pytest.mark.parametrize("matching", list(Matching))
+def test_k2_x0_of_the_expected_noise_is_the_expected_image(matching: Matching, factor: Factor) -> None:
+    """For x0 ~ N(0, 1), of which E[x0 | u] = p^T cov(u)^-1 u; and so after eps has followed a change of x0."""
+    diffusion, t = momentum(matching=matching, factor=factor), torch.tensor([0.02, 0.3, 1.0], dtype=torch.float64)
+    u, change = draw(4, 3, 2, 2, 2), draw(5, 3, 1, 2, 2)
+    column, S = hybrid(diffusion, t)
+    expected = apply((torch.linalg.inv(S + column @ column.mT) @ column).mT, u)
+    eps = diffusion.eps_of_normal(u, t)
+    torch.testing.assert_close(diffusion.x0_from_eps(u, t, eps), expected, rtol=0, atol=1e-10)
+    moved = diffusion.x0_from_eps(u, t, diffusion.eps_after(change, t, eps))
+    torch.testing.assert_close(moved, expected + change, rtol=0, atol=1e-8)
+
+
+def hybrid(diffusion: Diffusion, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(p, S) of q(u_t | x0) = N(p x0, S)."""
+    Phi, L = Diffusion(diffusion.process, diffusion.schedule, matching=Matching.hsm).marginal(t)
+    return Phi[:, :, :1], L @ L.mT
+
+
+@pytest.mark.parametrize("name", ["psld", "cld"])
+def test_k2_x0_bears_errors_of_eps_as_well_as_any_estimate_can(name: str) -> None:
+    """Gauss and Markov: no linear estimate that is right for exact eps has less variance than 1 / (p^T S^-1 p)."""
+    diffusion = Diffusion(PROCESSES.build({"name": name}, IO), SCHEDULES.build({"name": "constant"}, IO))
+    for t in (0.01, 0.2, 1.0):
+        one, zero = torch.eye(2, dtype=torch.float64).reshape(2, 2, 1, 1), torch.zeros(2, 2, 1, 1, dtype=torch.float64)
+        counts = diffusion.x0_from_eps(zero, t, one).norm().item()
+        column, S = hybrid(diffusion, torch.tensor([t], dtype=torch.float64))
+        assert counts == pytest.approx((column.mT @ torch.linalg.solve(S, column)).rsqrt().item(), rel=1e-9)
+        Phi, L = diffusion.marginal(t)
+        naive = (torch.linalg.inv(Phi)[:, :1] @ L).norm().item()
+        assert counts <= naive * (1 + 1e-9)
+        if t == 1.0:
+            assert naive > 100 * counts
 
 
 def test_k2_prior_has_the_stationary_covariance() -> None:
