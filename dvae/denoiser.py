@@ -279,7 +279,7 @@ class Denoiser(nn.Module):
             return sigma * u + alpha * output, alpha * u - sigma * output
         if self.config.mixed:
             output = output + self._predicted(self.diffusion.eps_of_normal(u, t))
-        eps = self.diffusion.complete(u, t, output)
+        eps = self.diffusion.consistent(u, t, self.diffusion.complete(u, t, output))
         return eps, self.diffusion.x0_from_eps(u, t, eps)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -87,6 +88,13 @@ class Diffusion:
         self._S_0 = self._aside if matching is Matching.hsm else torch.zeros_like(self._aside)
         self.predicted = self._predicted()
         """Components of eps that a network must predict; where it is one of k, the others follow from it."""
+
+    @cached_property
+    def hybrid(self) -> Diffusion:
+        """The same by hybrid score matching, where L L^T is the covariance of u_t given x0; itself if it is so."""
+        if self.matching is Matching.hsm or self.k == 1:
+            return self
+        return Diffusion(self.process, self.schedule, factor=self.factor)
 
     # -- kernels: float64 on the CPU, one matrix per time ------------------------------------------------------------
 
@@ -189,10 +197,24 @@ class Diffusion:
         260 at t = 1 of psld with schedule=constant. In the first row of Phi^-1 (u - L eps), which is as right where
         eps is exact, they count 3.3e4 times there.
         """
-        column, seen = self._seen(t)
+        column, seen, _ = self._seen(t)
         snr = seen @ column
         part = torch.linalg.inv(self.marginal(t)[1]) @ column
         return apply(seen / snr, u) - apply(part.mT / snr, eps)
+
+    def consistent(self, u: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
+        """L^T S^-1 (u - p x0) with the x0 of x0_from_eps, (B, k*C, H, W): what some image explains; t above 0.
+
+        u alone tells all but one of the k components that the expected eps has: what is wrong in them is mended. For
+        k = 1 that is eps itself.
+        """
+        if self.k == 1:
+            return eps
+        column, seen, S = self._seen(t)
+        L, snr = self.marginal(t)[1], seen @ column
+        known = torch.linalg.solve(S, torch.eye(self.k, dtype=torch.float64) - column @ (seen / snr))
+        kept = seen.mT @ (torch.linalg.inv(L) @ column).mT / snr
+        return apply(L.mT @ known, u) + apply(L.mT @ kept, eps)
 
     def eps_from_x0(self, u: torch.Tensor, t: Time, x0: torch.Tensor) -> torch.Tensor:
         """eps = (u - alpha x0) / sigma, (B, C, H, W); t above 0. k = 1 only, else ValueError."""
@@ -248,10 +270,10 @@ class Diffusion:
         X = E @ (start - self.S_inf)
         return Phi, start + X + X.mT + X @ E.mT
 
-    def _seen(self, t: Time) -> tuple[torch.Tensor, torch.Tensor]:
-        """(p (B, k, 1), p^T S^-1 (B, 1, k)) of q(u_t | x0) = N(p x0, S): the momentum is marginalised."""
+    def _seen(self, t: Time) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(p (B, k, 1), p^T S^-1 (B, 1, k), S (B, k, k)) of q(u_t | x0) = N(p x0, S): the momentum is marginalised."""
         Phi, S = self._kernel(self.A, self.schedule.integral(_scalars(t)), self._aside)
-        return Phi[:, :, :1], torch.linalg.solve(S, Phi[:, :, :1]).mT
+        return Phi[:, :, :1], torch.linalg.solve(S, Phi[:, :, :1]).mT, S
 
     def _one_component(self, what: str) -> None:
         if self.k != 1:

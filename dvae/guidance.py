@@ -73,6 +73,7 @@ class Bound:
             x0 = sum((weight * view[1] for weight, view in views), torch.zeros_like(x0))
         if self.guidance.classifier:
             eps = eps - apply(self.diffusion.marginal(times)[1].mT, self.guidance.classifier * self._gradient(u, times))
+            eps = self.diffusion.consistent(u, times, eps)
             x0 = self.diffusion.x0_from_eps(u, times, eps)
         if threshold is not Threshold.none and self.denoiser.config.space is Space.pixel:  # latents have no range
             image = limited(self.denoiser.to_image(x0, self.given), threshold)

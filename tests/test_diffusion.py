@@ -470,6 +470,23 @@ def test_k2_x0_of_the_expected_noise_is_the_expected_image(matching: Matching, f
     torch.testing.assert_close(moved, expected + change, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("factor", list(Factor))
+@pytest.mark.parametrize("matching", list(Matching))
+def test_k2_eps_is_mended_where_no_image_explains_it(matching: Matching, factor: Factor) -> None:
+    """The expected eps is left alone; an error in it ends up in x0 alone, as large as it was there."""
+    diffusion, t = momentum(matching=matching, factor=factor), torch.tensor([0.02, 0.3, 1.0], dtype=torch.float64)
+    u, error = draw(6, 3, 2, 2, 2), draw(7, 3, 2, 2, 2)
+    eps = diffusion.eps_of_normal(u, t)
+    torch.testing.assert_close(diffusion.consistent(u, t, eps), eps, rtol=0, atol=1e-9)
+    mended, x0 = diffusion.consistent(u, t, eps + error), diffusion.x0_from_eps(u, t, eps + error)
+    torch.testing.assert_close(diffusion.x0_from_eps(u, t, mended), x0, rtol=1e-7, atol=1e-7)
+    column, S = hybrid(diffusion, t)
+    score = apply(torch.linalg.inv(S), apply(column, x0) - u)
+    torch.testing.assert_close(diffusion.score_from_eps(mended, t), score, rtol=1e-7, atol=1e-7)
+    if matching is Matching.hsm:  # eps is white given x0: the nearest one is taken
+        assert torch.all((mended - eps).flatten(1).norm(dim=1) < error.flatten(1).norm(dim=1))
+
+
 def hybrid(diffusion: Diffusion, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(p, S) of q(u_t | x0) = N(p x0, S)."""
     Phi, L = Diffusion(diffusion.process, diffusion.schedule, matching=Matching.hsm).marginal(t)

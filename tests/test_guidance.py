@@ -135,10 +135,12 @@ def plain(n: int, label: torch.Tensor | None = None) -> Given:
 @pytest.mark.parametrize("t", [0.1, 0.6])
 @torch.no_grad()
 def test_classifier_guidance_adds_its_gradient_to_the_score_at_the_physical_time(process: str, t: float) -> None:
-    """score + w grad log p(y | u_t), whatever the process and factor of the noise."""
+    """score + w grad log p(y | u_t), whatever the process, of a classifier that knows what an image can explain."""
     mixture = Mixture(diffusion(process, "linear"))
     k = mixture.diffusion.k
-    a = normal(0, 1, k, 1, 1)
+    Phi, L = mixture.diffusion.marginal(t)
+    a = torch.linalg.solve(L @ L.mT, Phi[:, :, :1]).view(1, k, 1, 1)
+    a = a / a.norm()
     classifier = LinearClassifier(a)
     u, labels = normal(1, 5, k, 1, 1), torch.ones(5, dtype=torch.int64)
     model = Bound(Exact(mixture, labels=2), plain(5, labels), Guidance(classifier=3.0), classifier)

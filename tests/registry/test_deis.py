@@ -10,6 +10,7 @@ from linear_gaussian import CASES, MEAN, VARIANCE, Numbers, build, exact_images,
 from scipy.integrate import quad_vec, solve_ivp
 from scipy.linalg import expm
 
+from dvae.diffusion import Matching
 from dvae.registry.samplers.deis import coefficients
 
 
@@ -65,6 +66,16 @@ def test_order_1_is_exact_for_one_image(case: str) -> None:
     found = (expm(-d.A.numpy() * d.elapsed(0.05, 1.0).item()) @ u[..., 0, 0].numpy()[..., None])[..., 0]
     found = found + (C[0].numpy() @ eps[..., 0, 0].numpy()[..., None])[..., 0]
     np.testing.assert_allclose(found, flow(Numbers(d, 1e-20), 1.0, 0.05, u[..., 0, 0].numpy()), atol=1e-6)
+
+
+@pytest.mark.parametrize("matching", list(Matching))
+@pytest.mark.parametrize("process", ["psld", "cld"])
+def test_a_long_first_step_is_taken_in_single_precision(process: str, matching: Matching) -> None:
+    """On cosine B falls from 20 to 6 in the first of 25 steps, over which Phi(s, t) is 1e6 and more."""
+    d = diffusion(process, "cosine", matching=matching)
+    model, u = Mixture(d, (MEAN,), (1e-6,)), d.prior(normal(0, 64, d.k, 1, 1)).float()
+    end = build("deis", d.k, steps=25, t_min=1e-3, spacing="uniform").sample(model, u, normal).u
+    torch.testing.assert_close(end[:, :1], torch.full_like(end[:, :1], MEAN), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ class DEIS(Sampler):
     """tAB-DEIS for any process: the probability flow, exact in its linear part (Zhang & Chen 2023, equation 14).
 
     u_s = Phi(s, t) u_t + sum_j C_j eps(t_j), where eps is extrapolated by a polynomial in t through the last `order`
-    times. Order 1 is ddim where k = 1. The first steps have fewer times behind them, hence a lower order.
+    times, or p_s x0 + R_s eps(t) + sum_j C_j (eps(t_j) - eps(t)) with R as below, which rounds well also over a long
+    step. Order 1 is ddim where k = 1. The first steps have fewer times behind them, hence a lower order.
 
     For k > 1 eps = -L^T score turns along the flow, fast near t = 1, even where the data are one image. So it is -R^T
     score which is extrapolated, R = L O, with the rotations O(t) that keep it constant there (Zhang, Tao & Chen 2023,
@@ -54,13 +55,16 @@ class DEIS(Sampler):
         return not diffusion.schedule.endless
 
     def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion = walk.diffusion
-        past = [*walk.past, (t, walk.predict(u, t).eps)][-self.config.order :]
+        diffusion, said = walk.diffusion.hybrid, walk.predict(u, t)
+        eps = said.eps if diffusion is walk.diffusion else diffusion.eps_from_score(said.score, t)
+        past = [*walk.past, (t, eps)][-self.config.order :]
         C, turn = coefficients(diffusion, t, s, tuple(time for time, _ in past))
-        u = apply(diffusion.propagator(-diffusion.elapsed(s, t)), u)
-        for C_j, (_, eps) in zip(C, past, strict=True):
-            u = u + apply(C_j, eps)
-        walk.past = [(time, apply(turn, eps)) for time, eps in past]  # in the basis in which O(s) = I
+        # the C_j add up to R_s - Phi(s, t) R_t, and u_t is p x0 + R_t eps: so Phi(s, t), up to 1e6 and more, drops out
+        Phi, L = diffusion.marginal(s)
+        u = apply(Phi[:, :, :1], said.x0) + apply(L @ turn, eps)
+        for C_j, (_, before) in zip(C[:-1], past[:-1], strict=True):
+            u = u + apply(C_j, before - eps)
+        walk.past = [(time, apply(turn, before)) for time, before in past]  # in the basis in which O(s) = I
         return u
 
 
