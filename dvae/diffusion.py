@@ -212,7 +212,7 @@ class Diffusion:
             return eps
         column, seen, S = self._seen(t)
         L, snr = self.marginal(t)[1], seen @ column
-        known = torch.linalg.solve(S, torch.eye(self.k, dtype=torch.float64) - column @ (seen / snr))
+        known = torch.linalg.solve(S, torch.eye(self.k, dtype=S.dtype, device=S.device) - column @ (seen / snr))
         kept = seen.mT @ (torch.linalg.inv(L) @ column).mT / snr
         return apply(L.mT @ known, u) + apply(L.mT @ kept, eps)
 
