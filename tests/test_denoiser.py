@@ -88,6 +88,8 @@ def test_a_perfect_refiner_has_no_loss_and_gives_back_the_image(process: str, co
     denoiser.refiner = Perfect(denoiser._target(x, u, given, draws))
     assert denoiser(x, given, draws).max() == 0.0
     eps, y0 = denoiser.predict(u, draws.t, given)
+    explained = denoiser.diffusion.consistent(u, draws.t, draws.eps)
+    torch.testing.assert_close(eps, explained, atol=3e-3, rtol=1e-3)
     if denoiser.config.matching is not Matching.dsm:  # else only the expected eps, given u, tells of y_0
         torch.testing.assert_close(eps, draws.eps, atol=3e-3, rtol=1e-3)
         inner = slice(0, 3)  # at t = 1 eps says next to nothing of y_0

@@ -489,7 +489,7 @@ def test_k2_eps_is_mended_where_no_image_explains_it(matching: Matching, factor:
 
 def hybrid(diffusion: Diffusion, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(p, S) of q(u_t | x0) = N(p x0, S)."""
-    Phi, L = Diffusion(diffusion.process, diffusion.schedule, matching=Matching.hsm).marginal(t)
+    Phi, L = diffusion.hybrid.marginal(t)
     return Phi[:, :, :1], L @ L.mT
 
 

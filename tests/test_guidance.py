@@ -131,22 +131,31 @@ def plain(n: int, label: torch.Tensor | None = None) -> Given:
     return Given(torch.zeros(n, 1, 1, 1, dtype=torch.float64), torch.zeros(n, 0), label)
 
 
+@pytest.mark.parametrize("explained", [True, False])
 @pytest.mark.parametrize("process", ["vp", "psld", "cld"])
 @pytest.mark.parametrize("t", [0.1, 0.6])
 @torch.no_grad()
-def test_classifier_guidance_adds_its_gradient_to_the_score_at_the_physical_time(process: str, t: float) -> None:
-    """score + w grad log p(y | u_t), whatever the process, of a classifier that knows what an image can explain."""
+def test_classifier_guidance_adds_its_gradient_to_the_score_at_the_physical_time(
+    process: str, t: float, explained: bool
+) -> None:
+    """score + w grad log p(y | u_t), whatever the process; of a gradient that no image explains, what one does."""
     mixture = Mixture(diffusion(process, "linear"))
     k = mixture.diffusion.k
-    Phi, L = mixture.diffusion.marginal(t)
-    a = torch.linalg.solve(L @ L.mT, Phi[:, :, :1]).view(1, k, 1, 1)
-    a = a / a.norm()
+    a = normal(0, 1, k, 1, 1)
+    if explained:
+        Phi, L = mixture.diffusion.marginal(t)
+        direction = torch.linalg.solve(L @ L.mT, Phi[:, :, :1]).view(1, k, 1, 1)
+        a = a[:, :1] * direction / direction.norm()
     classifier = LinearClassifier(a)
     u, labels = normal(1, 5, k, 1, 1), torch.ones(5, dtype=torch.int64)
     model = Bound(Exact(mixture, labels=2), plain(5, labels), Guidance(classifier=3.0), classifier)
     logit = (u * a).flatten(1).sum(1)
     gradient = a * torch.sigmoid(-logit).view(-1, 1, 1, 1)  # of log sigmoid(a . u)
-    torch.testing.assert_close(model(u, t).score, mixture.score(u, t) + 3.0 * gradient, rtol=1e-6, atol=1e-6)
+    expected = mixture.score(u, t) + 3.0 * gradient
+    if not explained:
+        d = mixture.diffusion
+        expected = d.score_from_eps(d.consistent(u, t, d.eps_from_score(expected, t)), t)
+    torch.testing.assert_close(model(u, t).score, expected, rtol=1e-6, atol=1e-6)
     feature = mixture.diffusion.schedule.feature(torch.tensor(t, dtype=torch.float64)).float()
     assert torch.equal(classifier.features[0], feature.expand(5))
     assert model.passes == 1
