@@ -1,0 +1,1 @@
+"""Small pieces that every part of dvae may use; they know nothing of images or models."""
