@@ -14,7 +14,7 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,7 +70,7 @@ def require_regular(path: str | Path) -> os.stat_result:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The bytes of a regular file. Raises DamagedFile if it is none, or larger than `limit` bytes; OSError if missing."""
+    """The bytes of a regular file of at most `limit` bytes. Raises DamagedFile for any other; OSError if it is missing."""
     size = require_regular(path).st_size
     if size > limit:
         raise DamagedFile(path, f"has {size} bytes, more than the {limit} that such a file may have")
@@ -117,13 +117,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def check(kind: type[T], value: Any, what: object) -> T:
+def check(kind: Callable[..., T], value: Any, what: object) -> T:
     """`value` (of JSON or YAML) as `kind`: a dataclass, or a type such as `dict[str, int]`.
 
     Types are strict: no text is taken for a number. Raises DamagedFile naming the first wrong field.
     """
     try:
-        return _adapter(kind).validate_json(json.dumps(value), strict=True)  # type: ignore[no-any-return]
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part)[:80] for part in first["loc"])
@@ -132,12 +132,12 @@ def check(kind: type[T], value: Any, what: object) -> T:
         raise DamagedFile(what, f"holds a value that cannot be read ({one_line(error)[:200]})") from None
 
 
-def read_json(path: str | Path, kind: type[T], limit: int = JSON_LIMIT) -> T:
+def read_json(path: str | Path, kind: Callable[..., T], limit: int = JSON_LIMIT) -> T:
     """The JSON file at `path` as `kind` (see `check`). Raises DamagedFile, or OSError if it is missing."""
     return check(kind, parse_json(read_bytes(path, limit), path), path)
 
 
-def read_json_lines(path: str | Path, kind: type[T], limit: int = JSON_LIMIT) -> list[T]:
+def read_json_lines(path: str | Path, kind: Callable[..., T], limit: int = JSON_LIMIT) -> list[T]:
     """The values of a file with one JSON value per line, each as `kind`. Raises DamagedFile naming the line."""
     lines = read_text(path, limit).splitlines()
     return [
@@ -149,13 +149,13 @@ def read_json_lines(path: str | Path, kind: type[T], limit: int = JSON_LIMIT) ->
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file as plain values; interpolations such as ${a.b} stay text.
 
-    Raises DamagedFile for a syntax error, a key that is there twice, an alias (aliases can grow to any size), a tag, too
-    deep nesting, or anything but a mapping with text as keys.
+    Raises DamagedFile for a syntax error, a key that is there twice, an alias (aliases can grow to any size), a tag,
+    too deep nesting, or anything but a mapping with text as keys.
     """
     text = read_text(path, YAML_LIMIT)
     try:
         _check_yaml_events(text, path)
-        value = yaml.load(text, Loader=get_yaml_loader())  # noqa: S506 a subclass of SafeLoader, and tags were refused
+        value = yaml.load(text, Loader=get_yaml_loader())  # a subclass of SafeLoader; tags were refused above
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
         raise DamagedFile(path, f"is not valid YAML ({one_line(error)[:200]})") from None
     if not isinstance(value, dict) or not _has_text_keys(value):
