@@ -70,7 +70,7 @@ def require_regular(path: str | Path) -> os.stat_result:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes. Raises DamagedFile for any other; OSError if it is missing."""
+    """The bytes of a regular file of at most `limit` bytes. Raises DamagedFile for any other; OSError if missing."""
     size = require_regular(path).st_size
     if size > limit:
         raise DamagedFile(path, f"has {size} bytes, more than the {limit} that such a file may have")
