@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import io
 import json
+import lzma
 import math
 import os
 import stat
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +42,11 @@ NPY_LIMIT = 256 * MIB
 """Bytes of an array that is read into memory."""
 HEADER_LIMIT = 16 * MIB
 """Bytes of the header of a weights file."""
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError, RuntimeError,
+    ValueError, OverflowError,
+)  # fmt: skip
+"""What zipfile raises for damaged or encrypted archives, besides OSError."""
 FILE_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
               stat.S_IFDIR: "a folder"}  # fmt: skip
 
@@ -225,19 +232,44 @@ def _npy_header(file: Any, what: object, size: int) -> tuple[tuple[int, ...], bo
     return shape, fortran, dtype
 
 
-def read_npz(path: str | Path, limit: int = NPY_LIMIT) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file, by name; raises as `read_npy`."""
+def read_npz(path: str | Path, limit: int = NPY_LIMIT, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file, by name, or only those of `names` that it has; raises as `read_npy`."""
     require_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             if sum(member.file_size for member in archive.infolist()) > limit:
                 raise DamagedFile(path, f"holds more than {limit} bytes")
             return {
-                name.removesuffix(".npy"): parse_npy(archive.read(name), f"{path}:{name}")
-                for name in archive.namelist()
+                name: parse_npy(read_member(archive, member, limit), f"{path}:{name}")
+                for name, member in members.items()
+                if names is None or name in names
             }
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
+    except ARCHIVE_ERRORS as error:
         raise DamagedFile(path, f"is not a .npz archive ({one_line(error)[:200]})") from None
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
+    """The bytes of a member of a zip archive, of which at most `limit` are ever in memory.
+
+    The size that the archive states need not be true: `ZipFile.read` would decompress far more before it notices.
+    Raises DamagedFile naming the archive and the member; OSError if the archive cannot be read.
+    """
+    what, parts, size = f"{archive.filename}:{member.filename}", [], 0
+    if not 0 <= member.file_size <= limit:
+        raise DamagedFile(what, f"has {member.file_size} bytes, more than the {limit} that such a file may have")
+    # bz2 and LZMA decompress all of what they are fed, so they are fed little
+    step = MIB if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
+    try:
+        with archive.open(member) as file:
+            while size <= member.file_size and (part := file.read(step)):
+                parts.append(part)
+                size += len(part)
+    except ARCHIVE_ERRORS as error:
+        raise DamagedFile(what, f"cannot be unpacked ({one_line(error)[:200]})") from None
+    if size != member.file_size:
+        raise DamagedFile(what, f"has {size} bytes, not the {member.file_size} that its archive states")
+    return b"".join(parts)
 
 
 @dataclass(frozen=True)
