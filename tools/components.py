@@ -6,7 +6,7 @@ import inspect
 from dataclasses import MISSING, fields
 from typing import Any
 
-from dvae.errors import UserError, near, run_command
+from dvae.errors import UserError, near, printable_line, run_command
 from dvae.registry.core import KINDS, Registry, broken_plugins, discover, load_plugins, origin
 
 USAGE = "usage: python tools/components.py [{kinds}] [plugins=[module]]"
@@ -21,7 +21,8 @@ def command(argv: list[str]) -> None:
         return
     for word in argv:
         if word.startswith("plugins="):
-            load_plugins(word.removeprefix("plugins=").strip("[]").split(","))
+            names = word.removeprefix("plugins=").strip("[]").split(",")
+            load_plugins([name.strip() for name in names if name.strip()])
         elif "=" in word or word.startswith("-"):
             raise UserError(f"unknown word {word!r}: {USAGE.format(kinds='|'.join(KINDS))}")
     for kind in kinds or KINDS:
@@ -36,7 +37,7 @@ def print_kind(registry: Registry[Any]) -> None:
     print(f"{registry.kind}:")
     for name in registry.names():
         cls = registry.get(name)
-        summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+        summary = printable_line((inspect.getdoc(cls) or "").partition("\n")[0])
         print(f"  {name:<14} {summary}  [{' '.join(origin(cls))}]")
         for field in fields(cls.Config):
             if field.name != "name":
@@ -45,7 +46,7 @@ def print_kind(registry: Registry[Any]) -> None:
 
 def _default(field: Any) -> str:
     value = field.default if field.default is not MISSING else field.default_factory()
-    return str(getattr(value, "name", value))
+    return printable_line(getattr(value, "name", value))
 
 
 if __name__ == "__main__":

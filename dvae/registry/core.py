@@ -6,19 +6,24 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import dvae
-from dvae.errors import UserError, near, one_line
+from dvae.errors import UserError, near, one_line, printable_line
+from dvae.registry import plugins
 
 T = TypeVar("T")
 ENTRY_POINT_GROUP = "dvae.plugins"
+NAME = re.compile("[a-z0-9_]+")
+"""What a component may be called."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,12 +64,14 @@ class Shapes:
 class Registry(Generic[T]):
     """Components of one kind, by name. `kind` is also the Hydra config group (`schedule=linear`).
 
-    A run may do without a component of an `optional` kind (`classifier: null`).
+    Every component derives from the abstract class `base`; if `base` has a Config, theirs derive from it. A run may do
+    without a component of an `optional` kind (`classifier: null`).
     """
 
-    def __init__(self, kind: str, package: str, optional: bool = False) -> None:
+    def __init__(self, kind: str, package: str, base: Callable[..., T], optional: bool = False) -> None:
         self.kind = kind
         self.package = package
+        self.base: type = cast(type, base)  # typed as a callable, because mypy refuses an abstract class for type[T]
         self.optional = optional
         self._classes: dict[str, type[T]] = {}
         KINDS[kind] = self
@@ -72,27 +79,56 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator: enter the class under `name` and its Config in Hydra's ConfigStore.
 
-        Raises TypeError where the class has no nested `Config(ComponentConfig)`, ValueError on a duplicate name.
+        Raises TypeError or ValueError, before anything is entered, as `check_component` does; ValueError also for a
+        name that is registered already.
         """
 
         def enter(cls: type[T]) -> type[T]:
-            config = cls.__dict__.get("Config")
-            if not (inspect.isclass(config) and issubclass(config, ComponentConfig) and "__slots__" in vars(config)):
-                raise TypeError(
-                    f"{self.kind} {name!r} ({cls.__module__}.{cls.__qualname__}) needs a nested "
-                    "@dataclass(kw_only=True, slots=True) class Config(ComponentConfig)"
-                )
+            node = self.check_component(name, cls)
             owner = self._classes.get(name)
             if owner is not None:
                 raise ValueError(
-                    f"{self.kind} {name!r} of {cls.__module__} is registered already, by {owner.__module__}"
+                    f"{self.kind} {name!r} of {cls.__module__} is registered already, by {owner.__module__}: "
+                    "choose another name"
                 )
             self._classes[name] = cls
-            node = OmegaConf.structured(config(name=name))
             ConfigStore.instance().store(group=self.kind, name=name, node=node, provider=cls.__module__)
             return cls
 
         return enter
+
+    def check_component(self, name: object, cls: Any) -> DictConfig:
+        """Check that `cls` can be registered as `name`; returns its default Config as a node.
+
+        Raises TypeError if `cls` does not derive from `base`, leaves abstract methods open, or has no nested Config
+        whose fields all have defaults of their types; ValueError for a bad name.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"{self.kind} {name!r}: a name is text, such as 'my_{self.kind}'")
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{self.kind} {name!r}: a name has lower-case letters, digits and underscores only")
+        if not (isinstance(cls, type) and self.base in cls.__mro__):
+            raise TypeError(f"{self.kind} {name!r} ({cls!r}) must be a class that derives from {_place(self.base)}")
+        what = f"{self.kind} {name!r} ({_place(cls)})"
+        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+            raise TypeError(f"{what} must implement {', '.join(missing)}, as {_place(self.base)} says")
+        return self._check_config(name, cls, what)
+
+    def _check_config(self, name: str, cls: type, what: str) -> DictConfig:
+        """The default Config of a component, as a node. Raises TypeError if there is none."""
+        config, base = cls.__dict__.get("Config"), getattr(self.base, "Config", ComponentConfig)
+        if not (inspect.isclass(config) and issubclass(config, base) and _is_plain_dataclass(config)):
+            raise TypeError(
+                f"{what} needs a nested @dataclass(kw_only=True, slots=True) class Config({base.__qualname__})"
+            )
+        for field in fields(config):
+            if field.default is DATACLASS_MISSING and field.default_factory is DATACLASS_MISSING:
+                raise TypeError(f"{what}: Config.{field.name} has no default: give it one")
+        try:
+            node = OmegaConf.structured(config(name=name))
+        except Exception as error:
+            raise TypeError(f"{what}: Config cannot be built from its defaults ({plugins.reason_of(error)})") from error
+        return node
 
     def names(self) -> list[str]:
         discover()
@@ -117,8 +153,12 @@ class Registry(Generic[T]):
         """
         if isinstance(node, ComponentConfig):
             return node
-        plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
-        cls = self.get(str(plain.get("name")))
+        plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        if not isinstance(plain, Mapping) or not isinstance(plain.get("name"), str):
+            what = f"is {plain!r:.80}" if not isinstance(plain, Mapping) else "names no component"
+            raise UserError(f"{self.kind} {what}: give a mapping with a name, {{name: {self.names()[0]}}}")
+        plain = dict(plain)
+        cls = self.get(plain["name"])
         schema = OmegaConf.structured(cls.Config)  # type: ignore[attr-defined]
         try:
             return OmegaConf.to_object(OmegaConf.merge(schema, plain))  # type: ignore[return-value]
@@ -142,10 +182,20 @@ _broken: dict[str, str] = {}
 _discovered = False
 
 
+def _place(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_plain_dataclass(config: type) -> bool:
+    """Whether the class itself is declared with @dataclass(kw_only=True, slots=True)."""
+    declared = "__dataclass_fields__" in vars(config) and "__slots__" in vars(config)
+    return declared and all(field.kw_only for field in fields(config))
+
+
 def discover() -> None:
     """Import every built-in component, then every installed plugin (entry points `dvae.plugins`), once.
 
-    A plugin that fails to import is remembered and named where a component is not found; it never breaks others.
+    A plugin that cannot be imported leaves nothing behind. It is remembered, and named if a component is not found.
     """
     global _discovered
     if _discovered:
@@ -159,22 +209,39 @@ def discover() -> None:
             importlib.import_module(f"{registry.package}.{module.name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
-            entry.load()
-        except Exception as error:  # noqa: BLE001 a stranger's package may raise anything; it is reported, not hidden
-            _broken[f"{entry.name} ({entry.value})"] = f"{type(error).__name__}: {one_line(error)}"
+            with plugins.all_or_nothing(entry.value.partition(":")[0].strip(), KINDS):
+                entry.load()
+        except plugins.PluginError as error:
+            _broken[printable_line(f"{entry.name} ({entry.value})")] = str(error)
 
 
 def load_plugins(modules: Iterable[str]) -> None:
-    """Import the modules of `plugins=[...]`, which register components. Raises UserError where one cannot be."""
+    """Import the modules of `plugins=[...]`, which register components. Raises UserError if one cannot be imported."""
     discover()
-    for name in modules:
+    if isinstance(modules, Mapping) or not isinstance(modules, Iterable):
+        raise UserError(f"plugins={modules!r}: give a list of modules, such as plugins=[my_plugin]")
+    for name in [modules] if isinstance(modules, str) else modules:
+        _refuse_no_module(name)
         try:
-            importlib.import_module(name)
-        except Exception as error:  # noqa: BLE001 as above
-            raise UserError(
-                f"plugins: module {name!r} cannot be imported ({type(error).__name__}: {one_line(error)}); "
-                "install it or put its folder on PYTHONPATH"
-            ) from None
+            with plugins.all_or_nothing(name, KINDS):
+                importlib.import_module(name)
+        except plugins.PluginError as error:
+            advice = f'`python -c "import {name}"` shows where it fails'
+            if error.absent:
+                advice = "install it or put its folder on PYTHONPATH"
+            raise UserError(f"plugins: module {name!r} cannot be imported ({error}); {advice}") from None
+
+
+def _refuse_no_module(name: object) -> None:
+    """Raise UserError for what cannot be the name of a module."""
+    text = str(name)
+    if "/" in text or text.endswith(".py"):
+        module = text.rpartition("/")[2].removesuffix(".py")
+        raise UserError(
+            f"plugins: {text!r} is a file: name its module, plugins=[{module}], with its folder on PYTHONPATH"
+        )
+    if not isinstance(name, str) or not all(part.isidentifier() for part in text.split(".")):
+        raise UserError(f"plugins: {name!r} is no module: give a list of modules, such as plugins=[my_plugin]")
 
 
 def broken_plugins() -> str:
@@ -189,5 +256,7 @@ def origin(cls: type) -> tuple[str, str]:
     package = cls.__module__.partition(".")[0]
     if package == "dvae":
         return package, dvae.__version__
-    distributions = importlib.metadata.packages_distributions().get(package)
-    return package, importlib.metadata.version(distributions[0]) if distributions else "(not installed as a package)"
+    distributions = [name for name in importlib.metadata.packages_distributions().get(package, []) if name]
+    if not distributions:
+        return package, "(not installed as a package)"
+    return package, str(importlib.metadata.version(distributions[0]) or "(no version)")

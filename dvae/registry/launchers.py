@@ -30,7 +30,7 @@ class Launcher(ABC):
     Heavy imports belong into `launch`: this module is imported to compose any config.
     """
 
-    Config: type[ComponentConfig]
+    Config: type[LauncherConfig] = LauncherConfig
     elsewhere = False
     """Whether the ranks run on other machines than this one; then launcher.wait=true has `launch` wait for them."""
 
@@ -60,7 +60,7 @@ class Launcher(ABC):
         return ""
 
 
-LAUNCHERS: Registry[Launcher] = Registry("launcher", "dvae.launchers", optional=True)
+LAUNCHERS: Registry[Launcher] = Registry("launcher", "dvae.launchers", Launcher, optional=True)
 
 
 def launcher_of(config: ComponentConfig | None) -> Launcher:

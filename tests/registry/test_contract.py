@@ -1,14 +1,22 @@
-"""What every encoder, refiner and classifier must do, over all registered names, so that a new one is covered."""
+"""What every encoder, refiner and classifier must do, over all registered names, so that a new one is covered.
+
+And what every component of any kind must be before it is registered.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import nn
 
-from dvae.registry import CLASSIFIERS, ENCODERS, REFINERS, Registry, Shapes
+from dvae.registry import CLASSIFIERS, ENCODERS, KINDS, REFINERS, SCHEDULES, ComponentConfig, Registry, Shapes
 from dvae.registry.refiners import Condition
+from dvae.registry.schedules import Schedule
 
 SHAPES = {
     "encoder": Shapes(image_size=32),
@@ -104,3 +112,64 @@ def test_state_dict_restores_the_function(registry, name):
         restored = run(second, io)
     for key in wanted:
         assert torch.equal(wanted[key], restored[key]), key
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [pytest.param(one, name, id=f"{kind}-{name}") for kind, one in KINDS.items() for name in one.names()],
+)
+def test_every_component_may_be_registered(registry, name):
+    cls = registry.get(name)
+    assert registry.base in cls.__mro__
+    assert registry.base is not cls
+    assert registry.check_component(name, cls).name == name
+
+
+def component(base: type, config: Any, **methods: Any) -> type:
+    return type("Mine", (base,), {"Config": config, "__module__": "mine", "__qualname__": "Mine"} | methods)
+
+
+METHODS = {name: lambda self, t: t for name in ("__init__", "integral", "rate", "inverse")}
+
+
+@dataclass(kw_only=True, slots=True)
+class Good(ComponentConfig):
+    rate: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class WithoutDefault(ComponentConfig):
+    rate: float
+
+
+@dataclass(kw_only=True, slots=True)
+class OfAnotherType(ComponentConfig):
+    rate: int = "fast"  # type: ignore[assignment]
+
+
+@dataclass(slots=True)
+class Positional(ComponentConfig):
+    rate: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "error", "message"),
+    [
+        ("mine", component(Schedule, WithoutDefault, **METHODS), TypeError, "Config.rate has no default: give it one"),
+        ("mine", component(Schedule, OfAnotherType, **METHODS), TypeError, "cannot be built from its defaults"),
+        ("mine", component(Schedule, Positional, **METHODS), TypeError, "needs a nested @dataclass"),
+        ("mine", component(Schedule, None, **METHODS), TypeError, "needs a nested @dataclass"),
+        ("mine", component(nn.Module, Good), TypeError, "derives from dvae.registry.schedules.Schedule"),
+        ("mine", component(Schedule, Good, rate=1, __init__=1), TypeError, "must implement integral, inverse"),
+        ("mine", 3, TypeError, "must be a class"),
+        (3, component(Schedule, Good, **METHODS), TypeError, "a name is text"),
+        ("Mine", component(Schedule, Good, **METHODS), ValueError, "lower-case letters, digits and underscores"),
+        ("linear", component(Schedule, Good, **METHODS), ValueError, "'linear' of mine is registered already, by dvae"),
+    ],
+)
+def test_what_is_refused_leaves_nothing_behind(name, cls, error, message):
+    names, configs = SCHEDULES.names(), dict(ConfigStore.instance().repo["schedule"])
+    with pytest.raises(error, match=message):
+        SCHEDULES.register(name)(cls)
+    assert SCHEDULES.names() == names
+    assert ConfigStore.instance().repo["schedule"] == configs

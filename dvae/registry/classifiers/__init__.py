@@ -28,4 +28,4 @@ class Classifier(nn.Module, ABC):
         """
 
 
-CLASSIFIERS: Registry[Classifier] = Registry("classifier", __name__, optional=True)
+CLASSIFIERS: Registry[Classifier] = Registry("classifier", __name__, Classifier, optional=True)

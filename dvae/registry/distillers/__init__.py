@@ -62,4 +62,4 @@ class Distiller(ABC):
             )
 
 
-DISTILLERS: Registry[Distiller] = Registry("distiller", __name__, optional=True)
+DISTILLERS: Registry[Distiller] = Registry("distiller", __name__, Distiller, optional=True)

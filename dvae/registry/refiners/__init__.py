@@ -77,4 +77,4 @@ class Refiner(nn.Module, ABC):
         return embedding
 
 
-REFINERS: Registry[Refiner] = Registry("refiner", __name__)
+REFINERS: Registry[Refiner] = Registry("refiner", __name__, Refiner)

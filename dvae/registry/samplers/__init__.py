@@ -149,7 +149,7 @@ class Sampler(ABC):
         return Sampled(u, torch.full((len(u),), walk.calls * model.passes))
 
 
-SAMPLERS: Registry[Sampler] = Registry("sampler", __name__)
+SAMPLERS: Registry[Sampler] = Registry("sampler", __name__, Sampler)
 
 
 def that_integrate(diffusion: Diffusion, io: Shapes, asked: Sequence[str] = ()) -> list[str]:

@@ -1,0 +1,184 @@
+"""Import plug-ins so that one that fails leaves nothing behind.
+
+A plug-in is a Python package that somebody else wrote: importing it executes its code. What can go wrong then is found
+here and told in one line, and the registries and Hydra's ConfigStore are as they were before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+
+from dvae.errors import Stopped, printable_line
+
+if TYPE_CHECKING:
+    from dvae.registry.core import Registry
+
+REASON_LENGTH = 400
+"""Characters of an error message of a plug-in that are shown."""
+
+
+class PluginError(Exception):
+    """A plug-in that cannot be used. The message says why, in one line."""
+
+    def __init__(self, module: str, error: BaseException) -> None:
+        super().__init__(reason_of(error))
+        lacks = error.name if isinstance(error, ModuleNotFoundError) else None
+        self.absent = lacks is not None and f"{module}.".startswith(f"{lacks}.")
+        """Whether there is no such module, or no package around it."""
+
+
+@contextmanager
+def all_or_nothing(module: str, kinds: dict[str, Registry[Any]]) -> Iterator[None]:
+    """Undo everything that the block registered if it fails. The block imports the plug-in `module`.
+
+    Text that the plug-in prints while it is imported goes to stderr, because the stdout of a tool may be data.
+
+    Raises PluginError if the block fails, ends the program, or changes components that were there before.
+    """
+    before = Snapshot(kinds)
+    printed = HeldOutput()
+    importlib.invalidate_caches()  # the file may have been written a moment ago
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            yield
+        before.refuse_changes()
+    except (KeyboardInterrupt, Stopped):  # meant for dvae, not caused by the plug-in
+        before.restore(module)
+        raise
+    except BaseException as error:  # noqa: BLE001 SystemExit too: a stranger's code may raise anything
+        before.restore(module)
+        printed.drop()
+        raise PluginError(module, error) from None
+    finally:
+        printed.release()
+
+
+def reason_of(error: BaseException) -> str:
+    """Type and message of an error in one line, even if the message cannot be read."""
+    try:
+        name, text = type(error).__name__, str(error)
+        return printable_line(f"{name}: {text}" if text else name)[:REASON_LENGTH]
+    except BaseException:  # noqa: BLE001 the message is made by a stranger's code, which may fail in any way
+        return "it failed with an error whose message cannot be read"
+
+
+class Snapshot:
+    """The registries, Hydra's ConfigStore and the imported modules at one moment."""
+
+    def __init__(self, kinds: dict[str, Registry[Any]]) -> None:
+        self.kinds = kinds
+        self._registries = dict(kinds)
+        self._tables = {kind: registry._classes for kind, registry in kinds.items()}
+        self._classes = {kind: dict(table) for kind, table in self._tables.items()}
+        self._configs = _copy(ConfigStore.instance().repo)
+        self._modules = set(sys.modules)
+
+    def refuse_changes(self) -> None:
+        """Raise TypeError if components were replaced or removed, or if new ones were entered past `register`."""
+        if self.kinds != self._registries:
+            changed = [kind for kind in {**self.kinds, **self._registries} if not self._has_kind(kind)]
+            raise TypeError(f"it changes the registry of the kind {changed[0]!r}; a plug-in may only add components")
+        for kind, registry in self._registries.items():
+            for name, cls in self._classes[kind].items():
+                if registry._classes.get(name) is not cls:
+                    raise TypeError(f"it replaces or removes the {kind} {name!r}; a plug-in may only add components")
+            for name in registry._classes.keys() - self._classes[kind].keys():
+                registry.check_component(name, registry._classes[name])
+        configs = dict(_leaves(ConfigStore.instance().repo))
+        for path, node in _leaves(self._configs):
+            if configs.get(path) is not node:
+                raise TypeError(f"it replaces or removes the config {path!r}; a plug-in may only add configs")
+
+    def _has_kind(self, kind: str) -> bool:
+        return self.kinds.get(kind) is self._registries.get(kind)
+
+    def restore(self, module: str) -> None:
+        """Bring everything back, and forget the modules of the plug-in, so that it can be imported again."""
+        tops = {_top(module)}
+        for kind, table in self._tables.items():
+            registry, earlier = self._registries[kind], self._classes[kind]
+            found = registry._classes if isinstance(registry._classes, dict) else {}
+            tops |= {_top(cls.__module__) for name, cls in found.items() if name not in earlier and _is_component(cls)}
+            table.clear()
+            table.update(earlier)
+            registry._classes = table
+        self.kinds.clear()
+        self.kinds.update(self._registries)
+        self._restore_configs()
+        tops -= {"dvae", "__main__"} | sys.stdlib_module_names
+        for name in set(sys.modules) - self._modules:
+            if _top(name) in tops:
+                del sys.modules[name]
+
+    def _restore_configs(self) -> None:
+        """Bring the configs back; those of dvae's own modules stay, because these are not imported a second time."""
+        store, earlier = ConfigStore.instance(), dict(_leaves(self._configs))
+        added = [node for path, node in _leaves(store.repo) if path not in earlier]
+        store.repo = self._configs
+        for node in added:
+            if getattr(node, "provider", None) == "dvae":
+                store.store(node.name, node.node, node.group, node.package, node.provider)
+
+
+def _is_component(cls: Any) -> bool:
+    return isinstance(cls, type) and isinstance(cls.__module__, str)
+
+
+def _top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _copy(repo: dict[str, Any]) -> dict[str, Any]:
+    """The nested dicts of a ConfigStore; the nodes in them are the same objects."""
+    return {name: _copy(item) if isinstance(item, dict) else item for name, item in repo.items()}
+
+
+def _leaves(repo: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, item in repo.items():
+        if isinstance(item, dict):
+            yield from _leaves(item, f"{prefix}{name}/")
+        else:
+            yield prefix + name.removesuffix(".yaml"), item
+
+
+class HeldOutput:
+    """A text stream that keeps what is written, until `release` passes it and all later text on to stderr.
+
+    It stays usable afterwards, because a logging handler may keep the stream that it found at import.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self._text: list[str] | None = []
+
+    def write(self, text: str) -> int:
+        if self._text is None:
+            return self._stream.write(text)
+        self._text.append(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def drop(self) -> None:
+        """Forget what was written: the error line says what matters."""
+        self._text = []
+
+    def release(self) -> None:
+        """Pass on what was written."""
+        text, self._text = "".join(self._text or []), None
+        if text:
+            self._stream.write(text)
+
+    def close(self) -> None:
+        """Do nothing: the stream belongs to dvae."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
