@@ -14,11 +14,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dvae import bundle, models
 from dvae import config as configuration
-from dvae.errors import UserError
+from dvae.errors import UserError, one_line
 from dvae.importers import diffusevae, psld
 from dvae.importers.checkpoint import Checkpoint, Stored
-from dvae.importers.found import Found
+from dvae.importers.found import Found, check_numbers
 from dvae.settings import RunConfig
+from dvae.weights import check_weights
 
 
 class Layout(Enum):
@@ -54,6 +55,8 @@ class ConvertConfig(RunConfig):
 
 
 ConfigStore.instance().store(name="convert_schema", node=ConvertConfig, provider="dvae")
+LONGEST_SETTING = 200
+"""Characters of a setting in what a user is told."""
 OWN = {"layout", "ckpt", "vae", "weights", "out"}
 READERS = {Layout.diffusevae: diffusevae.read, Layout.psld: psld.read}
 
@@ -91,9 +94,11 @@ def convert(config: DictConfig) -> list[str]:
         lines = _say(config, settled, found, changes)
         if config.dry_run:
             return [*lines, "dry run: nothing was written"]
+        for held in found.parts.values():
+            check_numbers(held)
         parts = {part: _load(held) for part, held in found.parts.items()}
     parts["denoiser"] = _as_denoiser(parts["denoiser"], torch.tensor(1.0))
-    bundle.export(out, OmegaConf.to_yaml(OmegaConf.create(settled)), parts)
+    bundle.export(out, typed, parts)
     return [*lines, f"{out}: written, a bundle for tools/sample.py run={out}"]
 
 
@@ -139,12 +144,16 @@ def _settle(recipe: dict[str, Any], found: Found) -> tuple[dict[str, Any], list[
 
 def _check(config: RunConfig, found: Found, path: Path) -> None:
     """Refuse tensors that are missing, surplus or of another shape, before any is read."""
-    made = models.on_meta(config).trained()
+    try:
+        made = models.on_meta(config).trained()
+    except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
+        # the shapes are a stranger's: layers made for them may fail in any way
+        raise UserError(f"{path}: its tensors describe no network of dvae ({one_line(error)[:200]})") from None
     for part, held in found.parts.items():
         shapes = {name: torch.empty(value.shape, device="meta") for name, value in held.items()}
         if part == "denoiser":
             shapes = _as_denoiser(shapes, torch.empty((), device="meta"))
-        bundle.fit(made[part], shapes, f"{path} ({part})")
+        check_weights(made[part], shapes, f"{path} ({part})")
 
 
 def _load(held: dict[str, Stored]) -> dict[str, torch.Tensor]:
@@ -179,4 +188,5 @@ def _short(value: Any) -> str:
     """A setting in few characters; a component with its settings."""
     if OmegaConf.is_dict(value):
         return str(value["name"]) + "".join(f" {key}={_short(one)}" for key, one in value.items() if key != "name")
-    return str(value).replace(" ", "")
+    text = str(value).replace(" ", "")
+    return text if len(text) <= LONGEST_SETTING else text[: LONGEST_SETTING - 3] + "..."

@@ -6,18 +6,27 @@ Names below the prefixes are those of dvae's own `conv_vae` and `unet`, so only 
 from __future__ import annotations
 
 import re
-from itertools import count, pairwise
+from collections.abc import Iterator
+from itertools import count, pairwise, repeat, zip_longest
 from typing import Any
 
 import torch
 
 from dvae.errors import UserError
 from dvae.importers.checkpoint import Checkpoint, Stored
-from dvae.importers.found import Found, check_averaged, network, shape, under
+from dvae.importers.found import Found, check_averaged, check_levels, index, network, shape, under
+from dvae.importers.quoting import quoted
+from dvae.layers.norms import default_groups
 
 PREFIXES = {True: "target_network.decoder.", False: "online_network.decoder."}
 OTHERS = ("online_network.", "target_network.", "vae.", "spaced_diffusion.")
 """What else such a checkpoint holds: tables of the process, which are computed anew, and the VAE."""
+GROUPS = 32
+"""Groups of every GroupNorm of the public U-Net, whatever its width; they show in no tensor."""
+LONGEST_BLOCKS = 10_000
+"""Letters of a block string, of which published ones have up to 200."""
+MOST_STEPS = 100_000
+"""Steps of a table of betas; published ones have 1000."""
 
 
 def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> Found:
@@ -39,6 +48,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
         check_averaged(net["out.2.weight"])
     found.components["schedule"] = _schedule(checkpoint, names)
     found.fields |= {"denoiser.prediction": "eps", "denoiser.mixed": False, "denoiser.data_scale": 1.0}
+    found.fields |= {"denoiser.space": "pixel", "denoiser.pca_components": 0}
     # only formulation 2 has a third coefficient in the posterior mean
     form2 = "online_network.post_coeff_3" in names
     found.fields["denoiser.centre"] = "input" if form2 else "none"
@@ -77,7 +87,6 @@ def _read_vae(found: Found, checkpoint: Checkpoint, vae: Checkpoint | None, conf
 
 def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> dict[str, Any]:
     """Settings of the U-Net and of its conditions, from names and shapes."""
-
     width, inputs, *_ = shape(checkpoint, net, "input_blocks.0.0.weight", 4)
     channels = shape(checkpoint, net, "out.2.weight", 4)[0]
     levels: list[list[tuple[int, bool]]] = [[]]
@@ -91,6 +100,7 @@ def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> di
             levels[-1].append((outputs, f"{block}1.qkv.weight" in net))
         else:
             break
+    check_levels(checkpoint, len(levels), image_size)
     kinds = [set(level) for level in levels]
     if any(len(kind) != 1 for kind in kinds) or len({len(level) for level in levels}) != 1:
         raise UserError(
@@ -109,6 +119,8 @@ def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> di
         "refiner.attention_resolutions": [image_size // 2**i for i, level in enumerate(levels) if level[0][1]],
         "refiner.scale_shift_norm": first == 2 * levels[0][0][0],
         "refiner.patch": 1,
+        # 0, the default, computes the same from 64 channels on, and a recipe's network is then equal to an imported one
+        "refiner.groups": 0 if default_groups(width) == GROUPS else GROUPS,
         "denoiser.condition_image": inputs == 2 * channels,
         "denoiser.condition_latent": "proj.0.weight" in net,
     }
@@ -116,7 +128,11 @@ def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> di
 
 def _schedule(checkpoint: Checkpoint, names: dict[str, Stored]) -> dict[str, Any]:
     """DDPM's table, from the buffer `betas`."""
-    shape(checkpoint, names, "online_network.betas", 1)
+    (steps,) = shape(checkpoint, names, "online_network.betas", 1)
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"{checkpoint.path}: its process has {steps} steps: no table of DDPM has more than {MOST_STEPS}"
+        )
     betas = names["online_network.betas"].load().double()
     start, end = (float(f"{value:.6g}") for value in (betas[0], betas[-1]))  # the table was made in float32
     if (betas - torch.linspace(start, end, len(betas), dtype=torch.float64)).abs().max() > 1e-5 * end:
@@ -141,12 +157,13 @@ def _levels(checkpoint: Checkpoint, state: dict[str, Stored], half: str) -> list
     modules: dict[int, Stored] = {}
     for name, value in state.items():
         match = re.fullmatch(re.escape(half) + r"block_mod\.(\d+)\.(c1\.)?weight", name)
-        if match:
-            modules[int(match[1])] = value
+        layer = index(match[1]) if match else None
+        if layer is not None:
+            modules[layer] = value
     levels: list[list[int]] = []
     for _, weight in sorted(modules.items()):
         if len(weight.shape) != 4:
-            raise UserError(f"{checkpoint.path}: {weight.name!r} is no convolution: another layout")
+            raise UserError(f"{checkpoint.path}: {quoted(weight.name)} is no convolution: another layout")
         if ".c1." in weight.name:
             if not levels:
                 levels.append([weight.shape[1], 0])
@@ -168,7 +185,12 @@ def _resolutions(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[int]:
     encoder, decoder = settings.get("enc_block_str"), settings.get("dec_block_str")
     if not isinstance(encoder, str) or not isinstance(decoder, str):
         return []
-    sides = [int(side) for side in dict.fromkeys(re.findall(r"(?:^|,)(\d+)", encoder))]
+    if max(len(encoder), len(decoder)) > LONGEST_BLOCKS:
+        raise UserError(
+            f"{checkpoint.path}: enc_block_str or dec_block_str in it has more than {LONGEST_BLOCKS} letters"
+        )
+    found = (index(side) for side in re.findall(r"(?:^|,)(\d+)", encoder))
+    sides = list(dict.fromkeys(side or 0 for side in found))
     down, up = fields["encoder.encoder_blocks"], fields["encoder.decoder_blocks"]
     if len(sides) == len(down) == len(up) and all(sides):
         steps = list(pairwise(sides))
@@ -176,18 +198,19 @@ def _resolutions(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[int]:
         wanted_up = [f"{b}x{n},{b}u{a // b},{b}t{a}" for (a, b), n in zip(steps, up[1:], strict=True)]
         wanted_down.append(f"{sides[-1]}x{down[-1]}")
         wanted_up.insert(0, f"{sides[0]}x{up[0]}")
-        if _layers(encoder) == _layers(",".join(wanted_down)) and _layers(decoder) == _layers(
-            ",".join(wanted_up[::-1])
-        ):
+        if _same_layers(encoder, ",".join(wanted_down)) and _same_layers(decoder, ",".join(wanted_up[::-1])):
             return sides
     raise UserError(f"{checkpoint.path}: enc_block_str or dec_block_str in it orders layers as conv_vae cannot")
 
 
-def _layers(blocks: str) -> list[str]:
+def _same_layers(blocks: str, wanted: str) -> bool:
+    """Whether two block strings describe the same layers. It looks no further than the first difference."""
+    return all(layer == other for layer, other in zip_longest(_layers(blocks), _layers(wanted)))
+
+
+def _layers(blocks: str) -> Iterator[str]:
     """A block string, one entry per layer: "8x2,8d2" is 8, 8, 8d2."""
-    layers: list[str] = []
     for entry in blocks.split(","):
         side, repeated, number = entry.partition("x")
-        # more than the file has tensors is nonsense, and could be very much more
-        layers += [side] * min(int(number), 10_000) if repeated and number.isdecimal() else [entry]
-    return layers
+        times = index(number) if repeated else None
+        yield from [entry] if times is None else repeat(side, times)

@@ -7,7 +7,12 @@ from typing import Any
 
 from dvae.errors import UserError
 from dvae.importers.checkpoint import Checkpoint, Stored
+from dvae.importers.quoting import quoted
 
+MOST_SHARED = 2
+"""How often, on average, a stored number may be part of a tensor."""
+LARGEST_INDEX = 10**6
+"""Number of a layer that no network has."""
 NOTHING = 1e-6
 """Largest weight of a last convolution that was never trained: zero, or NCSN++'s 1e-10 of the usual variance."""
 
@@ -43,11 +48,11 @@ def network(checkpoint: Checkpoint, prefixes: dict[bool, str], ema: bool, others
     surplus = [name for name in state if not name.startswith(known)]
     found = under(state, prefixes[ema])
     if not found:
-        held = sorted({name.partition(".")[0] for name in state})
+        held = sorted({name.partition(".")[0] for name in state})[:5]
         other = "; weights=online takes the others" if ema and under(state, prefixes[False]) else ""
         raise UserError(f"{checkpoint.path}: has no {prefixes[ema]}*, but {', '.join(held)}{other}")
     if surplus:
-        raise UserError(f"{checkpoint.path}: holds {surplus[0]!r}, which this layout has no place for")
+        raise UserError(f"{checkpoint.path}: holds {quoted(surplus[0])}, which this layout has no place for")
     return found
 
 
@@ -55,9 +60,37 @@ def check_averaged(last: Stored) -> None:
     """Refuse averaged weights that are still those of the first moment; `last` is the last layer's weight."""
     if last.load().abs().max() < NOTHING:
         raise UserError(
-            f"{last.checkpoint.path}: {last.name!r} is that of an untrained network (no moving average was kept, it "
-            "seems): use weights=online"
+            f"{last.checkpoint.path}: {quoted(last.name)} is that of an untrained network (no moving average was "
+            "kept, it seems): use weights=online"
         )
+
+
+def check_numbers(held: dict[str, Stored]) -> None:
+    """Refuse tensors whose numbers are damaged, or are the same numbers again and again, before memory is taken.
+
+    A small file could else describe a network of any size.
+    """
+    storages = {(one.checkpoint.path, one.ref.storage) for one in held.values()}
+    for one in held.values():
+        one.checkpoint.check_storage(one.ref.storage)
+    numbers = sum(storage.numel for _, storage in storages)
+    if sum(one.ref.extent for one in held.values()) > MOST_SHARED * numbers:
+        first = next(iter(held.values()))
+        raise UserError(f"{first.checkpoint.path}: many of its tensors have the same numbers: not a trained network")
+
+
+def check_levels(checkpoint: Checkpoint, levels: int, image_size: int) -> None:
+    """Raise UserError for more levels, each of half the resolution, than images of `image_size` pixels have."""
+    if levels > image_size.bit_length():
+        raise UserError(
+            f"{checkpoint.path}: its network has {levels} levels, more than images of {image_size} px can "
+            "have: set the right image_size="
+        )
+
+
+def index(text: str) -> int | None:
+    """The number of a layer in a tensor's name; None if it is no such number."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < len(str(LARGEST_INDEX)) else None
 
 
 def shape(checkpoint: Checkpoint, state: dict[str, Stored], name: str, dimensions: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from dvae.errors import UserError
 from dvae.importers.checkpoint import Checkpoint, Stored
-from dvae.importers.found import Found, check_averaged, network, under
+from dvae.importers.found import Found, check_averaged, check_levels, index, network, under
+from dvae.importers.quoting import quoted
 from dvae.registry import PROCESSES, Shapes
 
 PREFIXES = {True: "ema_score_fn.", False: "score_fn."}
@@ -44,6 +45,8 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
         "refiner.patch": 1,
         "denoiser.prediction": "eps",
         "denoiser.mixed": False,
+        "denoiser.space": "pixel",
+        "denoiser.pca_components": 0,
         "denoiser.data_scale": 1.0,
         "denoiser.centre": "none",
         "denoiser.condition_image": False,
@@ -68,16 +71,17 @@ def _modules(checkpoint: Checkpoint, net: dict[str, Stored]) -> list[Module]:
     shapes: dict[int, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, value in net.items():
         number, _, inner = name.removeprefix("all_modules.").partition(".")
-        if not name.startswith("all_modules.") or not number.isdecimal():
-            raise UserError(f"{checkpoint.path}: {value.name!r} is no part of NCSN++: another layout")
-        shapes[int(number)][inner] = value.shape
+        layer = index(number)
+        if not name.startswith("all_modules.") or layer is None:
+            raise UserError(f"{checkpoint.path}: {quoted(value.name)} is no part of NCSN++: another layout")
+        shapes[layer][inner] = value.shape
     modules = []
-    for index in range(len(shapes)):
-        module = _module(shapes[index]) if index in shapes else None
+    for layer in range(len(shapes)):
+        module = _module(shapes[layer]) if layer in shapes else None
         if module is None:
-            tensors = ", ".join(sorted(shapes[index])) or "nothing"
+            tensors = ", ".join(sorted(shapes[layer])[:5]) or "nothing"
             raise UserError(
-                f"{checkpoint.path}: all_modules.{index} ({tensors}) is no module of NCSN++ with BigGAN blocks, as "
+                f"{checkpoint.path}: all_modules.{layer} ({tensors}) is no module of NCSN++ with BigGAN blocks, as "
                 "PSLD has it: cut short, or of another layout"
             )
         modules.append(module)
@@ -139,6 +143,7 @@ def _settings(checkpoint: Checkpoint, modules: list[Module], config: dict[str, A
             pyramids.add(module.kind)
     blocks = len(levels[0])
     even = all(len(level) == blocks and len(set(level)) == 1 for level in levels)
+    check_levels(checkpoint, len(levels), config["image_size"])
     if not even or not set(attended) <= {0, blocks} or not pyramids <= {"pyramid", "fir pyramid"}:
         raise strange
     _check_channels(checkpoint, stem.inputs, config)

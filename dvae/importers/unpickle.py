@@ -1,29 +1,43 @@
 """A pickle, read as data. Its instructions are followed one by one here, and none of them can import or call anything.
 
 Names of classes and functions become `Name`, objects of foreign classes become `Foreign`, tensors become `TensorRef`.
-Only calls that real checkpoints need are understood; a call of anything else is refused by name.
+Calls that make plain values become `Foreign` too; a call of anything else is refused by name (dvae/importers/calls.py).
 """
 
 from __future__ import annotations
 
 import math
 import pickletools
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dvae.errors import UserError, one_line
+from dvae.importers import calls
+
+MOST_INSTRUCTIONS = 2_000_000
+"""Instructions of a pickle; those of published checkpoints have some ten thousand."""
+LARGEST = 2**40
+"""Elements that no storage has."""
+LARGEST_SIDE = 2**20
+"""Size along one dimension that no tensor of a network has."""
+MOST_DIMENSIONS = 8
+LARGEST_KEY = 2**60
+"""Bound on whole numbers as keys: larger ones can be chosen so that all collide in a dict."""
+LONGEST_KEY = 4096
+"""Characters of a key, and of a name: comparing or joining longer ones again and again takes forever."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Name:
     """A class or function that the pickle names: "os.system". It was not looked up."""
 
     path: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Foreign:
     """An object of some class, which was not made: what the pickle gave for it."""
 
@@ -34,7 +48,7 @@ class Foreign:
     """Attributes, usually a mapping."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Storage:
     """A run of numbers in a record of its own."""
 
@@ -43,7 +57,7 @@ class Storage:
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """Where a tensor lies in a storage; offset and stride in elements."""
 
@@ -52,13 +66,23 @@ class TensorRef:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def extent(self) -> int:
+        """Elements of the storage from the tensor's first element to its last."""
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
     def within(self) -> bool:
-        """Whether all of its elements lie in the storage, each once."""
-        numbers = (self.offset, self.storage.numel, *self.shape, *self.stride)
-        if any(type(n) is not int or n < 0 for n in numbers) or len(self.shape) != len(self.stride):
+        """Whether it has elements, and all lie in the storage, each once."""
+        dimensions = len(self.shape)
+        if dimensions != len(self.stride) or dimensions > MOST_DIMENSIONS:
             return False
-        last = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return 0 < math.prod(self.shape) <= self.storage.numel < LARGEST and last < self.storage.numel
+        numbers = (self.offset, self.storage.numel, *self.shape, *self.stride)
+        if (
+            any(type(n) is not int or not 0 <= n < LARGEST for n in numbers)
+            or max(self.shape, default=0) > LARGEST_SIDE
+        ):
+            return False
+        return 0 < math.prod(self.shape) <= self.storage.numel and self.offset + self.extent <= self.storage.numel
 
 
 STORAGES = {
@@ -68,17 +92,6 @@ STORAGES = {
 }  # fmt: skip
 MAPPINGS = {"collections.OrderedDict", "collections.defaultdict"}
 SEQUENCES = {"torch.Size", "builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"}
-PLAIN_CALLS = {
-    "torch.device", "_codecs.encode", "copyreg._reconstructor", "copy_reg._reconstructor", "numpy.dtype",
-    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "pathlib.PosixPath", "pathlib.WindowsPath",
-    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "collections.deque",
-}  # fmt: skip
-"""Calls that checkpoints hold beside their tensors; they become `Foreign`."""
-PLAIN_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "omegaconf"}
-"""Packages whose classes (capitalised names) are called in checkpoints; likewise."""
-
-LARGEST = 2**40
-"""Elements that no storage has."""
 MARK = object()
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": MARK}
 EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
@@ -92,7 +105,7 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def read(data: bytes, what: str) -> Any:
     """What the pickle `data` describes; `what` names it in messages.
 
-    Raises UserError where it is no whole pickle, or calls something that is no part of a checkpoint.
+    Raises UserError if it is no whole pickle, is far too long, or calls something that is no part of a checkpoint.
     """
     machine = _Machine(what)
     try:
@@ -100,8 +113,8 @@ def read(data: bytes, what: str) -> Any:
             if opcode.name == "STOP":
                 return machine.pop()
             machine.step(opcode.name, argument)
-    except ValueError as error:  # genops' and our own word for a pickle that makes no sense
-        raise UserError(f"{what}: not a readable checkpoint ({one_line(error)}): copy it again") from None
+    except (ValueError, OverflowError, struct.error) as error:  # genops' and our own, for a pickle without sense
+        raise UserError(f"{what}: not a readable checkpoint ({one_line(error)[:200]}): copy it again") from None
     raise UserError(f"{what}: not a readable checkpoint (its pickle has no end): copy it again")
 
 
@@ -112,6 +125,13 @@ class _Machine:
         self.what = what
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.work = 0
+
+    def spend(self, work: int) -> None:
+        """Count instructions, and values that an instruction copies. Raises ValueError if they are far too many."""
+        self.work += work
+        if self.work > MOST_INSTRUCTIONS:
+            raise ValueError(f"its pickle takes more than {MOST_INSTRUCTIONS} instructions")
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is MARK:
@@ -133,6 +153,7 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         """Follow one instruction."""
+        self.spend(1)
         push = self.stack.append
         if name in LITERALS:
             push(argument)
@@ -164,10 +185,10 @@ class _Machine:
             case "TUPLE" | "FROZENSET":
                 push(tuple(self.pop_to_mark()))
             case "GLOBAL":
-                push(Name(".".join(argument.split(" "))))
+                push(_name(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 attribute, module = self.pop(), self.pop()
-                push(Name(f"{module}.{attribute}"))
+                push(_name(module, attribute))
             case "BINPERSID":
                 push(_storage(self.pop()))
             case "REDUCE" | "NEWOBJ":
@@ -201,17 +222,30 @@ class _Machine:
         if path == "torch._utils._rebuild_parameter" and arguments and isinstance(arguments[0], TensorRef):
             return arguments[0]
         if path in MAPPINGS:
-            return _mapping(arguments)
+            return self._mapping(arguments)
         if path in SEQUENCES:
             return arguments[0] if arguments else ()
-        package, _, rest = path.partition(".")
-        is_class = rest.rpartition(".")[2][:1].isupper()
-        if call and path not in PLAIN_CALLS and not (package in PLAIN_PACKAGES and is_class):
-            raise UserError(
-                f"{self.what}: its pickle calls {path!r}, which no weights need: refused, and nothing in it was run; "
-                "do not load this file with torch either unless you trust it"
-            )
+        if call and not calls.is_data(path, arguments) and not _is_enum_member(path, arguments):
+            raise UserError(f"{self.what}: {calls.refusal(path)}")
         return Foreign(path)
+
+    def _mapping(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+        """An OrderedDict, from nothing or a list of pairs; a defaultdict's factory is dropped."""
+        made: dict[Any, Any] = {}
+        if arguments and isinstance(arguments[0], list):
+            self.spend(len(arguments[0]))  # one list can be given to any number of mappings
+            for pair in arguments[0]:
+                if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                    raise ValueError("a mapping in it is not made of pairs")
+                _set_items(made, list(pair))
+        return made
+
+
+def _name(module: object, attribute: object = "") -> Name:
+    """The name of a class or function."""
+    if not isinstance(module, str) or not isinstance(attribute, str) or len(module) + len(attribute) > LONGEST_KEY:
+        raise ValueError("it names a class by what is no name")
+    return Name(f"{module}.{attribute}")
 
 
 def _storage(identity: Any) -> Storage:
@@ -232,15 +266,12 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
     raise ValueError("a tensor in it is not laid out as torch does")
 
 
-def _mapping(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    """An OrderedDict, from nothing or a list of pairs; a defaultdict's factory is dropped."""
-    made: dict[Any, Any] = {}
-    if arguments and isinstance(arguments[0], list):
-        for pair in arguments[0]:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise ValueError("a mapping in it is not made of pairs")
-            _set_items(made, list(pair))
-    return made
+def _is_enum_member(path: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether the call is getattr(class, name of a member)."""
+    match arguments:
+        case (Name(owner), member):
+            return calls.is_enum_member(path, owner, member)
+    return False
 
 
 def _set_state(target: Any, state: Any) -> None:
@@ -263,7 +294,16 @@ def _set_items(target: Any, flat: list[Any]) -> None:
     if not isinstance(entries, dict) or len(flat) % 2:
         raise ValueError("it sets items of what is no mapping")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
-        # no tuples: a nest of shared tuples takes exponential time to hash
-        if not isinstance(key, (str, bytes, int, float, Name, Foreign, type(None))):
-            raise ValueError(f"a mapping in it has a {type(key).__name__} for a key")
+        _check_key(key)
         entries[key] = value
+
+
+def _check_key(key: Any) -> None:
+    """Raise ValueError for a key that can take very long to hash or to compare."""
+    # no tuples: a nest of shared tuples takes exponential time to hash
+    if not isinstance(key, (str, bytes, int, float, Name, Foreign, type(None))):
+        raise ValueError(f"a mapping in it has a {type(key).__name__} for a key")
+    if isinstance(key, int) and abs(key) > LARGEST_KEY:
+        raise ValueError("a mapping in it has a huge number for a key")
+    if isinstance(key, (str, bytes)) and len(key) > LONGEST_KEY:
+        raise ValueError(f"a mapping in it has a key of more than {LONGEST_KEY} characters")

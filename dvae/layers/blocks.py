@@ -14,18 +14,21 @@ class ResBlock(nn.Module):
     """(B, inputs, H, W) and embedding (B, embedding) to (B, outputs, H, W).
 
     The embedding is added after the first convolution, or, with `scale_shift`, modulates the second normalisation.
+    `groups` are those of the normalization (0: `norms.default_groups`).
     """
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, scale_shift: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, dropout: float, scale_shift: bool, groups: int = 0
+    ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         # SiLU is part of the norm; Identity keeps the numbering of the convolution
         self.in_layers = nn.Sequential(
-            GroupNorm(inputs, silu=True), nn.Identity(), nn.Conv2d(inputs, outputs, 3, padding=1)
+            GroupNorm(inputs, silu=True, groups=groups), nn.Identity(), nn.Conv2d(inputs, outputs, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (2 if scale_shift else 1) * outputs))
         self.out_layers = nn.Sequential(
-            GroupNorm(outputs, silu=True),
+            GroupNorm(outputs, silu=True, groups=groups),
             nn.Identity(),
             nn.Dropout(dropout),
             zeroed(nn.Conv2d(outputs, outputs, 3, padding=1)),
@@ -44,12 +47,15 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a map, with a residual connection: (B, C, H, W) to the same."""
+    """Self-attention over the pixels of a map, with a residual connection: (B, C, H, W) to the same.
 
-    def __init__(self, channels: int, heads: int, backend: AttentionBackend) -> None:
+    `groups` are those of the normalization (0: `norms.default_groups`).
+    """
+
+    def __init__(self, channels: int, heads: int, backend: AttentionBackend, groups: int = 0) -> None:
         super().__init__()
         self.heads, self.backend = heads, backend
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, groups=groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
         zeroed(self.proj_out)

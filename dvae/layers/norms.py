@@ -11,15 +11,20 @@ GROUPS = 32
 one, what is added to a whole channel (a time, a latent) is its mean, and normalised away."""
 
 
+def default_groups(channels: int) -> int:
+    """Groups that `channels` are normalized in if nothing else is asked for: 32, or fewer to have two in each."""
+    return min(GROUPS, channels // 2)
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm with fp32 statistics, optionally followed by SiLU: (B, C, H, W) to the same shape.
 
     `scale` and `shift` (B, C), where given, modulate the normalised map before SiLU: y * (1 + scale) + shift
-    (adaptive group normalisation, Dhariwal & Nichol 2021). `groups` None: 32, or fewer to have two channels in each.
+    (adaptive group normalisation, Dhariwal & Nichol 2021). `groups` None or 0: `default_groups`.
     """
 
     def __init__(self, channels: int, silu: bool = False, groups: int | None = None, eps: float = 1e-5) -> None:
-        super().__init__(groups or min(GROUPS, channels // 2), channels, eps)
+        super().__init__(groups or default_groups(channels), channels, eps)
         self.silu = silu
 
     def forward(

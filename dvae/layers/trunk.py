@@ -29,14 +29,15 @@ class TrunkConfig(LevelsConfig, Protocol):
     heads: int
     attention: AttentionBackend
     scale_shift_norm: bool
+    groups: int
 
 
 def residual(config: TrunkConfig, inputs: int, outputs: int) -> ResBlock:
-    return ResBlock(inputs, outputs, 4 * config.width, config.dropout, config.scale_shift_norm)
+    return ResBlock(inputs, outputs, 4 * config.width, config.dropout, config.scale_shift_norm, config.groups)
 
 
 def attend(config: TrunkConfig, channels: int) -> AttentionBlock:
-    return AttentionBlock(channels, config.heads, config.attention)
+    return AttentionBlock(channels, config.heads, config.attention, config.groups)
 
 
 def downward(config: TrunkConfig, inputs: int, image_size: int) -> tuple[nn.ModuleList, list[int]]:
@@ -78,6 +79,8 @@ def check_trunk(kind: str, config: TrunkConfig, image_size: int) -> None:
             raise UserError(
                 f"{kind}.heads {config.heads} does not divide {multiplier * config.width} channels: use a power of 2"
             )
+    if config.groups < 0 or (config.groups and config.width % config.groups):
+        raise UserError(f"{kind}.groups {config.groups} does not divide {kind}.width {config.width}: use 0 or {GROUPS}")
 
 
 def check_levels(kind: str, config: LevelsConfig, image_size: int, attention_resolutions: list[int]) -> None:

@@ -12,6 +12,7 @@ from public_diffusevae import PublicUNet, PublicVAE, ddpm_state
 from dvae import pipeline
 from dvae.errors import UserError
 from dvae.importers import convert
+from dvae.layers.norms import GroupNorm, default_groups
 from dvae.registry.refiners import Condition
 
 CHANNELS = {16: 8, 8: 16, 4: 16, 1: 24}
@@ -78,6 +79,36 @@ def test_networks_compute_what_the_public_code_does(tmp_path, vae, weights):
         torch.testing.assert_close(posterior.logvar, logvar.flatten(1), atol=1e-5, rtol=1e-5)
         decoded = 2 * vae.decode(z[:, :, None, None]) - 1
         torch.testing.assert_close(encoder.decode(z), decoded, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(32, 32), (64, 0), (96, 0)])
+def test_groups_are_those_of_the_public_code_at_any_width(tmp_path, vae, width, groups):
+    network = unet(2, width=width, blocks=1, factors=[1, 2])
+    save(tmp_path, ddpm_state(network, network, vae))
+    lines = run(tmp_path, LEVELS, "refiner.heads=4")
+    loaded = pipeline.load(tmp_path / "bundle")
+    u, x_hat, z, steps = inputs()
+    with torch.no_grad():
+        ours = loaded.models.denoiser.refiner(u, steps.float(), Condition(x_hat, z))
+        torch.testing.assert_close(ours, network(u, steps, x_hat, z), atol=1e-6, rtol=1e-6)
+    assert loaded.config.refiner.groups == groups
+    assert f"refiner.groups={groups} " in next(line for line in lines if line.startswith("known from"))
+
+
+def test_a_network_of_width_32_needs_these_groups(tmp_path, vae):
+    """With the number of groups that dvae takes for its own networks of this width the images would be others."""
+    network = unet(2, width=32, blocks=1, factors=[1, 2])
+    save(tmp_path, ddpm_state(network, network, vae))
+    refiner = imported(tmp_path, LEVELS, "refiner.heads=4").models.denoiser.refiner
+    of_width = {module.num_groups for module in refiner.modules() if isinstance(module, GroupNorm)}
+    assert of_width == {32}
+    for module in refiner.modules():
+        if isinstance(module, GroupNorm):
+            module.num_groups = default_groups(module.num_channels)
+    u, x_hat, z, steps = inputs()
+    with torch.no_grad():
+        other = refiner(u, steps.float(), Condition(x_hat, z))
+        assert (other - network(u, steps, x_hat, z)).abs().max() > 0.1
 
 
 def test_the_whole_of_formulation_2_is_wired_as_in_the_public_code(tmp_path, vae):

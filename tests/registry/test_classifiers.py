@@ -130,6 +130,7 @@ def test_pooling_by_hand():
         ({"multipliers": [1, 1, 1, 1]}, "images of 8 px do not halve 3 times after classifier.patch 2"),
         ({"attention_resolutions": [16]}, "classifier.attention_resolutions [16] do not occur"),
         ({"heads": 3}, "classifier.heads 3 does not divide 32 channels"),
+        ({"groups": 3}, "classifier.groups 3 does not divide classifier.width 32"),
     ],
 )
 def test_fields_that_do_not_fit(fields: dict[str, object], says: str):

@@ -141,6 +141,8 @@ def test_dropout_is_plain():
         ({"patch": 0}, Shapes(image_size=8), "do not halve"),
         ({"attention_resolutions": [16]}, Shapes(image_size=8), r"\[16\] do not occur: the feature maps are \[8, 4\]"),
         ({"heads": 5}, Shapes(image_size=8), "heads 5 does not divide 32"),
+        ({"groups": 5}, Shapes(image_size=8), "refiner.groups 5 does not divide refiner.width 32"),
+        ({"groups": -1}, Shapes(image_size=8), "refiner.groups -1 does not divide"),
         ({"blocks": 0}, Shapes(image_size=8), "at least one level"),
         ({"dropout": 1.0}, Shapes(image_size=8), "dropout 1.0"),
         ({}, Shapes(image_size=8, condition_latent=True), "needs a latent shape"),

@@ -46,6 +46,8 @@ class HalfUNet(Classifier):
         """Whether the embedding scales and shifts the normalised features, instead of being added to the features."""
         patch: int = 1
         """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        groups: int = 0
+        """Groups of GroupNorm (0: 32, or fewer to have two channels in each); they divide `width`."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
@@ -59,7 +61,7 @@ class HalfUNet(Classifier):
         side = io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
         pool = AttentionPool(channels, side, config.heads, io.labels, config.attention)
         # SiLU is part of the norm; Identity keeps the numbering of the pooling
-        self.out = nn.Sequential(GroupNorm(channels, silu=True), nn.Identity(), pool)
+        self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), pool)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
         x = u

@@ -46,6 +46,8 @@ class UNet(Refiner):
         """Whether the embedding scales and shifts the normalised features, instead of being added to the features."""
         patch: int = 1
         """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        groups: int = 0
+        """Groups of GroupNorm (0: 32, or fewer to have two channels in each); they divide `width`."""
         checkpoint_blocks: bool = False
         """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
 
@@ -75,7 +77,7 @@ class UNet(Refiner):
 
         last = zeroed(nn.Conv2d(channels, io.output_channels * config.patch**2, 3, padding=1))
         # SiLU is part of the norm; Identity keeps the numbering of the convolution
-        self.out = nn.Sequential(GroupNorm(channels, silu=True), nn.Identity(), last)
+        self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), last)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
         x = F.pixel_unshuffle(self.joined(u, condition), self.config.patch)
