@@ -15,9 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from dvae import files
-from dvae.errors import MachineError, UserError, in_words, one_line
+from dvae.errors import MachineError, UserError, in_words, one_line, printable_line
+from dvae.utils.fields import Positive, Seconds
+from dvae.utils.read import DamagedFile, read_json_lines
 
 FILE = "attempts.jsonl"
 WORKER = ".lock"
@@ -32,37 +37,51 @@ INTERRUPTED, TERMINATED = 130, 143
 class Attempt:
     """One row of attempts.jsonl."""
 
-    started: float
+    started: Seconds
     """Seconds since 1970."""
     host: str
     """Name of the machine."""
-    pid: int
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
     """Process to which a signal goes; it passes it on to its ranks."""
     launcher: str
     """local, processes, torchrun, slurm, ..."""
-    count: int
+    count: Positive
     """Ranks."""
     cwd: str
     """Folder that relative paths of the config start from."""
     job: str = ""
     """Number of the job that it is part of, on a cluster."""
-    ended: float | None = None
+    ended: Seconds | None = None
     """Seconds since 1970; None where it goes on, or was killed."""
-    status: int | None = None
+    status: Annotated[int, Field(ge=-255, le=255)] | None = None
     """Exit status; 0 where the run is finished, above 128 where the attempt was asked to stop."""
     message: str = ""
     """Its last words."""
 
 
 def read(folder: Path) -> list[Attempt]:
-    """All attempts, in their order. Raises MachineError where the file is damaged."""
+    """All attempts, in their order. Raises MachineError if the file is damaged.
+
+    Control characters in texts are replaced, because the texts are shown in a terminal.
+    """
     path = folder / FILE
     if not path.exists():
         return []
     try:
-        return [Attempt(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise MachineError(f"{path}: is damaged ({one_line(error)}); delete it to go on, the run is safe") from None
+        attempts = read_json_lines(path, Attempt)
+    except DamagedFile as error:
+        reason = str(error).removeprefix(str(path)).lstrip(": ")
+        raise MachineError(f"{path}: is damaged ({reason}); delete it to go on, the run is safe") from None
+    return [
+        replace(
+            attempt,
+            host=printable_line(attempt.host),
+            launcher=printable_line(attempt.launcher),
+            job=printable_line(attempt.job),
+            message=printable_line(attempt.message),
+        )
+        for attempt in attempts
+    ]
 
 
 def write(folder: Path, attempts: list[Attempt]) -> None:
@@ -114,9 +133,14 @@ def ended(attempt: Attempt, status: int, message: str) -> Attempt:
 
 
 def close(folder: Path, status: int, message: str) -> Attempt:
-    """The last attempt, which is over; where it could not write down its end itself, that is done here."""
+    """The last attempt, which is over; if it could not write down its end itself, that is done here.
+
+    Raises MachineError if none is on record.
+    """
     with hold(folder, LAUNCHER):
-        *earlier, last = read(folder)
+        if not (found := read(folder)):
+            raise MachineError(f"{folder}: no attempt is on record in {FILE}")
+        *earlier, last = found
         if last.ended is None:
             last = ended(last, status, message)
             write(folder, [*earlier, last])

@@ -10,6 +10,8 @@ from html import escape
 WIDTH, HEIGHT = 420, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 24, 12, 52
 MOST_POINTS = 240
+LARGEST = 1e150
+"""Points with a larger value are left out: the arithmetic of axes would overflow."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,12 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, dots: bool = False) -> str:
-    """An <svg> of up to four lines, or "" where no point is finite.
+    """An <svg> of up to four lines, or "" if no point is finite. Names and labels are escaped.
 
     y is logarithmic where every y is positive and they span a factor of 5 or more. Long curves are averaged down to
     240 points. A legend is drawn where there is more than one line.
     """
-    lines = [Line(line.name, _thin([p for p in line.points if all(map(math.isfinite, p))])) for line in lines]
+    lines = [Line(line.name, _thin([p for p in line.points if all(map(_drawable, p))])) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
@@ -47,9 +49,13 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, dots: bool = F
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
+def _drawable(value: float) -> bool:
+    return math.isfinite(value) and abs(value) <= LARGEST
+
+
 def linear_ticks(low: float, high: float) -> list[float]:
     """Three to seven round values, 1, 2 or 5 times a power of ten apart, within [low, high]."""
-    span = (high - low) or abs(high) or 1.0
+    span = next((span for span in (high - low, abs(high)) if span > 1 / LARGEST), 1.0)
     power = 10.0 ** math.floor(math.log10(span / 3))
     step = next(f * power for f in (5, 2, 1) if span / (f * power) >= 3 or f == 1)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

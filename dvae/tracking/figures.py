@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dvae.errors import MachineError
 from dvae.tracking.metrics import MetricsLog
+from dvae.tracking.summary import read_summary
+from dvae.utils.read import DamagedFile
 
 EVALUATE = "evaluate"
 """Prefix of what the evaluate stage found out; that of a row of metrics.jsonl is its stage."""
@@ -21,29 +23,42 @@ def of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def of_training(run_folder: Path) -> dict[str, float | None]:
-    """The last value of everything that metrics.jsonl holds; None where it was not finite."""
+    """The last value of every number that metrics.jsonl holds; None if it was not finite."""
     last: dict[str, float | None] = {}
     for row in MetricsLog(run_folder / "metrics.jsonl").rows():
-        last |= {f"{row['stage']}/{name}": value for name, value in row.items() if name not in ("stage", "time")}
+        last |= {
+            f"{row['stage']}/{name}": value
+            for name, value in row.items()
+            if name != "time" and not isinstance(value, str)
+        }
     return last
 
 
 def of_run(run_folder: Path) -> dict[str, float | None]:
-    """All figures of a run, finished or not."""
+    """All figures of a run, finished or not; None for what is not finite. Raises MachineError for damaged files."""
     path = run_folder / "summary.json"
     if not path.exists():
         return of_training(run_folder)
+    reason = ""
     try:
-        return of_training(run_folder) | dict(json.loads(path.read_text(encoding="utf-8"))["figures"])
-    except (ValueError, KeyError, TypeError):
-        raise MachineError(f"{path}: holds no figures; delete it, then launch the run again") from None
+        found = read_summary(path).figures
+    except DamagedFile as error:
+        found, reason = None, f" ({error.reason})"
+    if found is None:
+        raise MachineError(f"{path}: holds no figures{reason}; delete it, then launch the run again")
+    return of_training(run_folder) | {name: finite(value) for name, value in found.items()}
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None if it is not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def history(run_folder: Path, name: str) -> list[float]:
     """The finite values of "STAGE/NAME" in metrics.jsonl, in order of step; empty for what only evaluation tells."""
     stage, _, key = name.partition("/")
     rows = MetricsLog(run_folder / "metrics.jsonl").rows(stage)
-    return [float(row[key]) for row in rows if row.get(key) is not None]
+    return [float(row[key]) for row in rows if isinstance(row.get(key), int | float)]
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, float | None]]:

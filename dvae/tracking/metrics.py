@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from dvae import files
-from dvae.errors import MachineError, one_line
+from dvae.errors import MachineError
+from dvae.utils.read import DamagedFile, parse_json, read_bytes, require_regular
 
 TAIL = 65536
 """Bytes at the end of the file in which the newest rows are looked for."""
+LIMIT = 2**28
+"""Bytes of the file, where all of it is read: some 500,000 rows."""
+NUMBERS = ("time", "images_per_second", "loss", "lr", "seconds")
+"""Figures that are shown while a run goes on; where a row has one, it is no text."""
 
 
 class MetricsLog:
-    """The rows of a run's metrics.jsonl. A row is flat and holds at least "stage" (str) and "step" (int).
+    """The rows of a run's metrics.jsonl. A row is flat and holds at least "stage" (str) and "step" (int, from 0).
 
-    Every row is on its way to the disk before `append` returns, so a killed process loses none but the one that it
-    was writing; that torn last line is left out, for its step is taken again.
+    Everything else in a row is a finite number, null or text. Every row is on its way to the disk before `append`
+    returns, so a killed process loses none but the one that it was writing; that torn last line is left out, for its
+    step is taken again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +40,7 @@ class MetricsLog:
                 self._drop_torn_line()
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite, ensure_ascii=False) + "\n")
-        except OSError as error:
+        except (OSError, DamagedFile) as error:
             raise MachineError(f"{self.path}: cannot be written ({error}); the rows before are safe") from None
 
     def rewind(self, stage: str, step: int) -> None:
@@ -56,14 +62,12 @@ class MetricsLog:
         """The newest whole rows, without reading the file from its beginning. Raises MachineError for a damaged one."""
         if not self.path.exists():
             return []
+        require_regular(self.path)
         with self.path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL))
-            whole = file.read().rpartition(b"\n")[0].splitlines()
-        try:
-            return [json.loads(line) for line in (whole[1:] if size > TAIL else whole)]
-        except ValueError as error:
-            raise MachineError(f"{self.path}: is damaged ({one_line(error)})") from None
+            whole = file.read(TAIL).rpartition(b"\n")[0].splitlines()
+        return [_row(line, self.path) for line in (whole[1:] if size > TAIL else whole)]
 
     def newest(self) -> dict[str, Any] | None:
         """The last whole row; None where there is none."""
@@ -74,23 +78,52 @@ class MetricsLog:
         """The whole lines, as text and as rows."""
         if not self.path.exists():
             return []
-        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        whole, _, _ = read_bytes(self.path, LIMIT).rpartition(b"\n")
         pairs = []
-        for number, line in enumerate(whole.decode("utf-8", errors="replace").splitlines(), start=1):
+        for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not {"stage", "step"} <= set(row):
-                raise MachineError(f"{self.path}: line {number} is damaged; delete that line to go on")
-            pairs.append((line, row))
+                row = _row(line, f"line {number}")
+            except DamagedFile as error:
+                raise MachineError(
+                    f"{self.path}: line {number} is damaged ({error.reason}); delete that line to go on"
+                ) from None
+            pairs.append((line.decode("utf-8"), row))
         return pairs
 
     def _drop_torn_line(self) -> None:
         """Cut off what a killed process left of its last line, so that the next row starts a line of its own."""
         if self.path.exists():
-            data = self.path.read_bytes()
-            if data and not data.endswith(b"\n"):
-                with self.path.open("r+b") as file:
-                    file.truncate(data.rfind(b"\n") + 1)
+            require_regular(self.path)
+            with self.path.open("r+b") as file:
+                end = size = file.seek(0, os.SEEK_END)
+                newline = -1
+                while end and newline < 0:
+                    start = max(0, end - TAIL)
+                    file.seek(start)
+                    newline, end = file.read(end - start).rfind(b"\n"), start
+                if end + newline + 1 < size:
+                    file.truncate(end + newline + 1)
         self._whole = True
+
+
+def _row(line: bytes, what: object) -> dict[str, Any]:
+    """The row in one line; `what` names it. Raises DamagedFile if it is none."""
+    row = parse_json(line, what)
+    if not isinstance(row, dict):
+        raise DamagedFile(what, "is no row: not an object")
+    stage, step = row.get("stage"), row.get("step")
+    if not (isinstance(stage, str) and stage and type(step) is int and step >= 0):
+        raise DamagedFile(what, 'is no row: it has no "stage" (text) and "step" (a whole number from 0)')
+    for key, value in row.items():
+        if not key.isprintable() or not _is_figure(value) or (key in NUMBERS and isinstance(value, str)):
+            raise DamagedFile(what, f"is no row: {key[:80]!r} is {repr(value)[:80]}")
+    return row
+
+
+def _is_figure(value: object) -> bool:
+    """Whether a row may hold `value`: a finite number of 64 bits, null, or text without control characters."""
+    if type(value) is int:
+        return abs(value) < 2**63
+    if type(value) is float:
+        return math.isfinite(value)
+    return value is None or (isinstance(value, str) and value.isprintable())

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +25,31 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from omegaconf import OmegaConf
 from PIL import Image
 
 import dvae
 from dvae import files
-from dvae.errors import MachineError, UserError
+from dvae.errors import MachineError, UserError, one_line
 from dvae.tracking.charts import Line, line_chart
 from dvae.tracking.console import clock
 from dvae.tracking.metrics import MetricsLog
+from dvae.tracking.summary import (
+    ClassOfPoints,
+    Evaluation,
+    Figure,
+    SetFigures,
+    StageRecord,
+    Summary,
+    read_summary,
+)
+from dvae.utils.read import YAML_LIMIT, DamagedFile, read_bytes, read_text, read_yaml
 
 WIDEST = 1600
 """Pixels; wider pictures are scaled down, so that the page stays light."""
+PIXELS = 2**26
+"""Pixels of a picture, at most: a decoded one takes four bytes for each."""
+PICTURE_LIMIT = 2**28
+"""Bytes of the file of a picture."""
 SETS = {"vae": "VAE samples", "refined": "Refined samples", "reconstructions": "Reconstructions"}
 FLOORS = {"heldout": "Real: held-out images", "reference halves": "Real: part of the reference against its rest"}
 
@@ -78,17 +91,19 @@ class Chart:
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write report.html, in one rename, and return its path. Raises UserError where there is no such folder."""
+    """Write report.html, in one rename, and return its path.
+
+    Raises UserError if there is no such folder, MachineError for a damaged file in it.
+    """
     if not run_folder.is_dir():
         raise UserError(f"run={run_folder}: no such folder; give the folder of a run")
-    summary = _json(run_folder / "summary.json")
+    summary = _summary(run_folder / "summary.json")
     config_path = run_folder / "config.yaml"
-    config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
-    config = OmegaConf.to_container(OmegaConf.create(config_text)) if config_text else {}
+    config = read_yaml(config_path) if config_path.exists() else {}
     rows = MetricsLog(run_folder / "metrics.jsonl").rows()
-    evaluation = summary.get("evaluation") or {}
+    evaluation = summary.evaluation or Evaluation()
     page = _template().render(
-        title=summary.get("recipe") or _get(config, "recipe") or run_folder.resolve().name,
+        title=summary.recipe or config.get("recipe") or run_folder.resolve().name,
         facts=_facts(summary, config),
         results=_results(evaluation),
         points=_points(evaluation),
@@ -100,7 +115,7 @@ def write_report(run_folder: Path) -> Path:
         protocol=_protocol(evaluation),
         charts=_charts(rows),
         stages=_stages(summary),
-        config=config_text,
+        config=read_text(config_path, YAML_LIMIT) if config_path.exists() else "",
         version=dvae.__version__,
     )
     path = run_folder / "report.html"
@@ -115,25 +130,18 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.jinja")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _summary(path: Path) -> Summary:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MachineError(f"{path}: damaged ({error}); run the evaluate stage again") from None
-    return value if isinstance(value, dict) else {}
+        return read_summary(path)
+    except DamagedFile as error:
+        raise MachineError(f"{path}: damaged ({error.reason}); run the evaluate stage again") from None
 
 
-def _get(config: Any, key: str) -> Any:
-    return config.get(key) if isinstance(config, dict) else None
-
-
-def _facts(summary: Mapping[str, Any], config: Any) -> list[str]:
+def _facts(summary: Summary, config: Mapping[str, Any]) -> list[str]:
     """The line under the title."""
-    stages = summary.get("stages") or {}
-    size = _get(config, "image_size")
-    seconds = sum(stage.get("seconds") or 0 for stage in stages.values())
+    stages = summary.stages or {}
+    size = config.get("image_size")
+    seconds = sum(stage.seconds or 0 for stage in stages.values())
     facts = [
         f"{size} × {size} pixels" if size else "",
         " → ".join(stages),
@@ -163,35 +171,48 @@ def _scatter(folder: Path) -> Picture | None:
     return _picture(folder / "points.png", "True and drawn points", "A column for each density.")
 
 
-def _points(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+def _points(evaluation: Evaluation) -> list[dict[str, str]]:
     """Rows of the table of distances, a class each."""
 
-    def text(distance: Mapping[str, Any]) -> str:
-        return f"{distance['mean']:.4f}" + (f" ± {distance['se']:.4f}" if distance["se"] is not None else "")
+    def text(distance: Figure) -> str:
+        return f"{distance.mean:.4f}" + (f" ± {distance.se:.4f}" if distance.se is not None else "")
 
+    def ratio(found: ClassOfPoints) -> str:
+        return f"{found.sliced_wasserstein.mean / found.floor.mean:.2f}" if found.floor.mean else "–"
+
+    classes = (evaluation.points.classes if evaluation.points else None) or {}
     return [
         {
             "name": name,
-            "distance": text(figures["sliced_wasserstein"]),
-            "floor": text(figures["floor"]),
-            "ratio": f"{figures['sliced_wasserstein']['mean'] / figures['floor']['mean']:.2f}",
+            "distance": text(found.sliced_wasserstein),
+            "floor": text(found.floor),
+            "ratio": ratio(found),
         }
-        for name, figures in ((evaluation.get("points") or {}).get("classes") or {}).items()
+        for name, found in classes.items()
     ]
 
 
 def _picture(path: Path, title: str, caption: str) -> Picture | None:
-    """The PNG as a data: URI."""
+    """The PNG as a data: URI. Raises MachineError for a file that is no PNG, and for one of too many pixels."""
     if not path.exists():
         return None
-    data = path.read_bytes()
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        data = read_bytes(path, PICTURE_LIMIT)
+        with warnings.catch_warnings():  # Pillow warns of large images in lines of its own
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=["PNG"])
+        if image.width * image.height > PIXELS:
+            raise DamagedFile(path, f"has {image.width}x{image.height} pixels, more than {PIXELS}")
         image.load()
-    except (OSError, SyntaxError) as error:
-        raise MachineError(f"{path}: not a readable PNG ({error}); run the evaluate stage again") from None
+    except DamagedFile as error:
+        raise MachineError(f"{error}; run the evaluate stage again") from None
+    except Exception as error:  # noqa: BLE001 damaged bytes make the decoder raise nearly anything
+        raise MachineError(
+            f"{path}: not a readable PNG ({one_line(error)[:200]}); run the evaluate stage again"
+        ) from None
     if image.width > WIDEST:
-        image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
+        height = max(1, round(image.height * WIDEST / image.width))
+        image = image.resize((WIDEST, height), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         data = buffer.getvalue()
@@ -200,51 +221,55 @@ def _picture(path: Path, title: str, caption: str) -> Picture | None:
     return Picture(title, caption, alt, uri, image.width, image.height, sharp=image.width < 800)
 
 
-def _fidelity(evaluation: Mapping[str, Any]) -> str:
+def _fidelity(evaluation: Evaluation) -> str:
     """How faithful reconstructions are, in a sentence; empty where there are none."""
-    figures = evaluation.get("reconstructions")
-    if not figures:
+    found = evaluation.reconstructions
+    if not found:
         return ""
-    size = " × ".join(str(side) for side in figures["latent"])
-    return f"PSNR {figures['psnr']:.1f} dB on average over {figures['n']} images, from a latent of {size} numbers."
+    size = " × ".join(str(side) for side in found.latent)
+    return f"PSNR {found.psnr:.1f} dB on average over {found.n} images, from a latent of {size} numbers."
 
 
-def _results(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+def _sets(evaluation: Evaluation) -> dict[str, SetFigures]:
+    return {SETS.get(name, name): found for name, found in (evaluation.sets or {}).items()}
+
+
+def _floors(evaluation: Evaluation) -> dict[str, SetFigures]:
+    return {FLOORS.get(name, name): found for name, found in (evaluation.floor or {}).items()}
+
+
+def _results(evaluation: Evaluation) -> list[dict[str, str]]:
     """KID-lite0 of each set and of the first floor, for the large figures at the top."""
-    named = {SETS.get(name, name): figures for name, figures in (evaluation.get("sets") or {}).items()}
-    for name, figures in list((evaluation.get("floor") or {}).items())[:1]:
-        named[FLOORS.get(name, name)] = figures
-    return [{"name": name, "value": _figure(f["KID-lite0"])} for name, f in named.items() if f.get("KID-lite0")]
+    named = _sets(evaluation) | dict(list(_floors(evaluation).items())[:1])
+    return [{"name": name, "value": _figure(found.kid)} for name, found in named.items() if found.kid]
 
 
-def _table(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _table(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Rows of the metrics table; the floors last."""
-    sets = {SETS.get(name, name): figures for name, figures in (evaluation.get("sets") or {}).items()}
-    floors = {FLOORS.get(name, name): figures for name, figures in (evaluation.get("floor") or {}).items()}
+    sets, floors = _sets(evaluation), _floors(evaluation)
     return [
         {
             "name": name,
             "real": name in floors,
-            "kid": _figure(figures.get("KID-lite0")),
-            "fid": _figure(figures.get("FID-lite0")),
-            "n": figures.get("n"),
-            "n_reference": figures.get("n_reference"),
-            "times": len((figures.get("KID-lite0") or {}).get("per_seed", [])),
+            "kid": _figure(found.kid),
+            "fid": _figure(found.fid),
+            "n": found.n,
+            "n_reference": found.n_reference,
+            "times": len(found.kid.per_seed if found.kid else []),
         }
-        for name, figures in {**sets, **floors}.items()
+        for name, found in {**sets, **floors}.items()
     ]
 
 
-def _figure(figure: Mapping[str, Any] | None) -> str:
+def _figure(figure: Figure | None) -> str:
     """Mean ± standard error, with as many digits as the error (or else the size) warrants."""
     if not figure:
         return "–"
-    mean, se = figure["mean"], figure.get("se")
-    digits = 1 if abs(mean) >= 10 else 4
-    return f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
+    digits = 1 if abs(figure.mean) >= 10 else 4
+    return f"{figure.mean:.{digits}f}" + (f" ± {figure.se:.{digits}f}" if figure.se is not None else "")
 
 
-def _protocol(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _protocol(evaluation: Evaluation) -> list[tuple[str, str]]:
     """The protocol as names and texts, hashes shortened."""
 
     def text(name: str, value: Any) -> str:
@@ -252,10 +277,9 @@ def _protocol(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
             return ", ".join(f"{key} {item}" for key, item in value.items())
         if isinstance(value, list):
             return ", ".join(map(str, value))
-        return f"{value[:12]}…" if name.endswith("sha256") else str(value)
+        return f"{value[:12]}…" if name.endswith("sha256") and isinstance(value, str) else str(value)
 
-    protocol = evaluation.get("protocol") or {}
-    return [(name.replace("_", " "), text(name, value)) for name, value in protocol.items()]
+    return [(name.replace("_", " "), text(name, value)) for name, value in (evaluation.protocol or {}).items()]
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -276,7 +300,7 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def _line(rows: Sequence[Mapping[str, Any]], name: str, title: str) -> Line:
-    return Line(title, [(row["step"], row[name]) for row in rows if row.get(name) is not None])
+    return Line(title, [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)])
 
 
 def _by_time(rows: Sequence[Mapping[str, Any]], name: str) -> list[Line]:
@@ -286,25 +310,23 @@ def _by_time(rows: Sequence[Mapping[str, Any]], name: str) -> list[Line]:
     for title, some in (("first tenth of training", rows[:part]), ("last tenth of training", rows[-part:])):
         points = []
         for i in range(10):
-            values = [row[f"{name}_t{i}"] for row in some if row.get(f"{name}_t{i}") is not None]
+            values = [row[f"{name}_t{i}"] for row in some if isinstance(row.get(f"{name}_t{i}"), int | float)]
             if values:
                 points.append(((i + 0.5) / 10, sum(values) / len(values)))
         lines.append(Line(title, points))
     return lines if len(rows) > 1 else lines[-1:]
 
 
-def _stages(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def _stages(summary: Summary) -> list[dict[str, str]]:
     """Rows of the timings table."""
 
-    def row(name: str, stage: Mapping[str, Any]) -> dict[str, str]:
-        seconds, steps = stage.get("seconds"), stage.get("steps")
-        speed, parameters = stage.get("images_per_second"), stage.get("parameters")
+    def row(name: str, stage: StageRecord) -> dict[str, str]:
         return {
             "name": name,
-            "time": clock(seconds) if seconds is not None else "–",
-            "steps": f"{steps:,}" if steps is not None else "–",
-            "speed": f"{speed:,.0f}" if speed is not None else "–",
-            "parameters": f"{parameters / 1e6:.1f} M" if parameters is not None else "–",
+            "time": clock(stage.seconds) if stage.seconds is not None else "–",
+            "steps": f"{stage.steps:,}" if stage.steps is not None else "–",
+            "speed": f"{stage.images_per_second:,.0f}" if stage.images_per_second is not None else "–",
+            "parameters": f"{stage.parameters / 1e6:.1f} M" if stage.parameters is not None else "–",
         }
 
-    return [row(name, stage) for name, stage in (summary.get("stages") or {}).items()]
+    return [row(name, stage) for name, stage in (summary.stages or {}).items()]

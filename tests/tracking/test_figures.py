@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,8 +53,36 @@ def test_the_last_value_of_training_counts_and_the_summary_adds_to_it(tmp_path: 
     assert figures.of_run(tmp_path) == training | {"evaluate/nfe": 25}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_text_is_no_figure_and_what_is_not_finite_is_none(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"stage": "refiner", "step": 1, "device": "cpu", "loss": 1})
+    assert figures.of_training(tmp_path) == {"refiner/step": 1, "refiner/loss": 1}
+    assert figures.history(tmp_path, "refiner/device") == []
+    (tmp_path / "summary.json").write_text(
+        '{"figures": {"a": NaN, "b": 1e999, "c": 2, "d": null, "e": ' + "9" * 400 + "}}"
+    )
+    assert figures.of_run(tmp_path) == {
+        "refiner/step": 1, "refiner/loss": 1, "a": None, "b": None, "c": 2, "d": None, "e": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "{}", "null", "3", '{"figures": null}', '{"figures": []}', '{"figures": {"a": "1"}}',
+        '{"figures": {"a": true}}', '{"figures": {"a": {}}}', '{"figures": {"a": 1, "a": 2}}',
+        '{"figures": {}, "stages": 3}', "[" * 100_000,
+        '{"figures": {}, "evaluation": {"sets": {"refined": {"KID-lite0": 3}}}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_summary_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "summary.json").write_text(text, encoding="utf-8")
-    with pytest.raises(MachineError, match=r"summary\.json: holds no figures"):
+    with pytest.raises(MachineError, match=r"summary\.json: holds no figures.*; delete it, then launch the run again$"):
+        figures.of_run(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "make"), [("a folder", Path.mkdir), ("a pipe", os.mkfifo)])
+def test_a_summary_that_is_no_file_is_named(tmp_path: Path, kind: str, make: Any) -> None:
+    make(tmp_path / "summary.json")
+    with pytest.raises(MachineError, match=rf"summary\.json: holds no figures \(is {kind}, not a file\)"):
         figures.of_run(tmp_path)

@@ -3,6 +3,8 @@ import math
 import os
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,140 @@ def test_damaged_files_are_named(run):
     (run / "summary.json").write_text("{")
     with pytest.raises(MachineError, match=r"summary\.json: damaged"):
         write_report(run)
+
+
+def other_format(path: Path, kind: str) -> None:
+    Image.new("RGB", (4, 4)).save(path, kind)
+
+
+def huge(path: Path, side: int) -> None:
+    """A small PNG whose header speaks of so many pixels."""
+    other_format(path, "PNG")
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "is a folder, not a file"),
+        (os.mkfifo, "is a pipe, not a file"),
+        (Path.touch, "not a readable PNG"),
+        (lambda path: other_format(path, "JPEG"), "not a readable PNG"),
+        (lambda path: other_format(path, "GIF"), "not a readable PNG"),
+        (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a readable PNG"),
+        (lambda path: path.write_text("<svg/>"), "not a readable PNG"),
+        (lambda path: huge(path, 9000), "9000x9000 pixels, more than"),
+        (lambda path: huge(path, 10_000), "exceeds limit"),
+        (lambda path: huge(path, 2**16), "exceeds limit"),
+        (lambda path: path.touch() or os.truncate(path, 2**40), "bytes, more than"),
+    ],
+)
+def test_a_picture_that_is_none_is_one_line(run, make, reason):
+    path = run / "images" / "refined_samples.png"
+    path.unlink()
+    make(path)
+    with pytest.raises(MachineError) as error:
+        write_report(run)
+    assert str(error.value).startswith(f"{path}: ")
+    assert reason in str(error.value)
+    assert str(error.value).endswith("run the evaluate stage again")
+    assert len(str(error.value).splitlines()) == 1
+
+
+SCRIPT = "<script>alert(1)</script>"
+QUOTE = '"><script>alert(1)</script>'
+
+
+def test_what_a_hostile_folder_says_never_becomes_a_tag(run):
+    log = MetricsLog(run / "metrics.jsonl")
+    for step in (1, 2):
+        figures_of_time = {f"loss_t{i}": 0.5 for i in range(10)} | {"confidence_real": 0.5, "confidence_fake": 0.5}
+        log.append({"stage": SCRIPT, "step": step, "loss": 1.0, "kl": 2.0, SCRIPT: SCRIPT} | figures_of_time)
+        log.append({"stage": QUOTE, "step": step, "loss": 1.0})
+    sets = {SCRIPT: figures(0.1, 20.0), QUOTE: figures(0.1, 20.0)}
+    evaluation = {
+        "protocol": {SCRIPT: SCRIPT, "x": {SCRIPT: SCRIPT}, "y": [QUOTE], "a_sha256": SCRIPT, "b_sha256": 3},
+        "sets": sets,
+        "floor": {"f" + SCRIPT: figures(0.1, 20.0)},
+        "points": {"classes": {SCRIPT: {"sliced_wasserstein": {"mean": 1, "se": 0.1}, "floor": {"mean": 0}}}},
+    }
+    summary = {"recipe": SCRIPT, "stages": {SCRIPT: {"seconds": 1.0}, QUOTE: {}}, "evaluation": evaluation}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "config.yaml").write_text(f"recipe: {SCRIPT}\nimage_size: {SCRIPT!r}\n</pre>: {SCRIPT}\n")
+    page = write_report(run).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 15
+    assert page.count("</pre>") == 1
+    tags = set(re.findall(r"<(\w+)", page))
+    assert tags <= set(re.findall(r"<(\w+)", write_report_of_nothing(run))) | {"td", "tr", "b", "dt", "dd", "circle"}
+    assert not re.search(r"<[^>]*\son\w+=", page)  # no event handlers
+
+
+def write_report_of_nothing(run: Path) -> str:
+    """A page of harmless files with every section."""
+    (run / "summary.json").write_text(json.dumps({"stages": {"a": {}}, "evaluation": {
+        "sets": {"a": figures(0.1, 20.0)}, "protocol": {"a": "b"}, "points": {"classes": {"a": {
+            "sliced_wasserstein": {"mean": 1, "se": 0.1}, "floor": {"mean": 1}}}}}}))  # fmt: skip
+    (run / "config.yaml").write_text("recipe: demo\n")
+    return write_report(run).read_text()
+
+
+def test_labels_of_a_chart_are_escaped():
+    svg = line_chart([Line(QUOTE, [(0, 1), (1, 2)]), Line("b", [(0, 1)])], SCRIPT, QUOTE)
+    assert "<script" not in svg
+    assert svg.count("&lt;script&gt;") == 6  # legend, both axes, and three times in the label for screen readers
+    assert re.search(r'aria-label="[^"<>]*"', svg)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(0, 1e308), (1, -1e308)], [(0, 5e-324), (1, 1e-323)], [(0, 1e149), (1, -1e149)], [(2**63, 1.0), (0, 2.0)],
+        [(0, 1e15), (1, 1e15 + 0.125)], [(0, 1e-320), (1, 1e140)], [(0, -0.0), (1, 0.0)], [(7, 3.0), (7, 3.0)],
+        [(0, math.inf), (1, 1.0)],
+    ],
+)  # fmt: skip
+def test_numbers_of_any_size_make_a_chart_or_none(points):
+    svg = line_chart([Line("a", points)], "step", "loss")
+    assert svg == "" or (svg.startswith("<svg") and "nan" not in svg and "inf" not in svg)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("summary.json", "[]"), ("summary.json", '{"stages": []}'), ("summary.json", '{"stages": {"encoder": 3}}'),
+        ("summary.json", '{"stages": {"encoder": {"seconds": "1"}}}'), ("summary.json", '{"recipe": {"a": 1}}'),
+        ("summary.json", '{"stages": {"encoder": {"seconds": NaN}}}'),
+        ("summary.json", '{"stages": {"encoder": {"seconds": 1e300}}}'),
+        ("summary.json", '{"evaluation": {"sets": {"vae": {"KID-lite0": {"se": 1}}}}}'),
+        ("summary.json", '{"evaluation": {"sets": {"vae": {"KID-lite0": {"mean": "1"}}}}}'),
+        ("summary.json", '{"evaluation": {"protocol": []}}'),
+        ("summary.json", '{"evaluation": {"reconstructions": {"psnr": 1}}}'),
+        ("summary.json", '{"evaluation": {"points": {"classes": {"a": {}}}}}'),
+        ("summary.json", '{"recipe": "a", "recipe": "b"}'), ("summary.json", "[" * 100_000),
+        ("config.yaml", "a: ["), ("config.yaml", "- a\n- b\n"), ("config.yaml", "a: 1\na: 2\n"),
+        ("config.yaml", "a: &x [1]\nb: *x\n"), ("config.yaml", "!!python/object:os.system {}"),
+        ("config.yaml", "text"), ("config.yaml", "\x00"), ("metrics.jsonl", "{}\n"),
+    ],
+)  # fmt: skip
+def test_every_damaged_record_is_one_line(run, name, text):
+    (run / name).write_text(text)
+    with pytest.raises(MachineError) as error:
+        write_report(run)
+    assert str(error.value).startswith(f"{run / name}: ")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_null_is_as_good_as_nothing(run):
+    record = {"seconds": None, "steps": None, "images_per_second": None, "parameters": None}
+    floor = {"heldout": {"KID-lite0": None, "n": None}}
+    evaluation = {"protocol": None, "sets": None, "floor": floor, "reconstructions": None, "points": None}
+    summary = {"recipe": None, "stages": {"encoder": record}, "evaluation": evaluation, "figures": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert sections(write_report(run).read_text()) == ALL - {"results"}
 
 
 def test_wide_pictures_are_scaled_down(tmp_path):
