@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from dvae.pipeline import Pipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(path: str | Path, batch: int | None = None, device: str | torch.device | None = None) -> Pipeline:

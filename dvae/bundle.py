@@ -1,207 +1,302 @@
-"""The bundle: what users run on. model.safetensors (averaged weights), config.yaml, bundle.json; no pickled code."""
+"""The bundle: a folder that users run and share. It is data: loading one never executes or opens anything else.
+
+model.safetensors        averaged weights of all parts
+config.yaml              what inference needs of the run's settings (dvae/model_config.py)
+bundle.json              format, parts, component classes and versions, hashes of every file here, and its own hash
+quantization.json        which layers are stored in fewer bytes, if any
+directions.safetensors   directions of the latent space, if some were found
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.nn.modules import module as torch_module
 
-from dvae import __version__, files
-from dvae import config as configuration
-from dvae.errors import MachineError, UserError, one_line
-from dvae.models import Models, build
+from dvae import __version__, files, models
+from dvae.errors import UserError, one_line
+from dvae.format_version import refuse_format
+from dvae.model_config import COMPONENT_KINDS, ComponentInfo, model_config, read_model_config, to_yaml
+from dvae.models import Models
 from dvae.quantisation import plan as quantisation
 from dvae.registry.core import KINDS, origin
 from dvae.registry.encoders import Encoder
-from dvae.settings import RunConfig
+from dvae.settings import ModelConfig, RunConfig
+from dvae.utils.read import MIB, DamagedFile, forbid_extra, read_json, read_weights_header
+from dvae.weights import (
+    State,
+    check_weights,
+    fit_weights,
+    load_weights,
+    part_of,
+    refuse_nonfinite,
+    save_weights,
+    without_numbers,
+)
 
-FORMAT = 1
+FORMAT = 2
+READERS = {1: "dvae 0.1"}
+"""Older formats, and the version of dvae that reads each."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 ABOUT = "bundle.json"
 DIRECTIONS = "directions.safetensors"
-"""Directions that were found for the encoder (dvae/directions/store.py), where there are any."""
+"""Directions that were found for the encoder (dvae/directions/store.py), if there are any."""
+OPTIONAL_FILES = (quantisation.FILE, DIRECTIONS)
 CLASSIFIER = "classifier"
 """The part that a bundle may lack."""
+MOST_LAYERS = 100_000
+"""Layers and tensors that a network may be built of, however many its weights have."""
+AGAIN = "export the bundle again"
 
 
-def save_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """A state dict as safetensors, complete or absent."""
-    tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
-    try:
-        files.write_file(path, lambda aside: save_file(tensors, aside))
-    except SafetensorError as error:
-        raise MachineError(f"{path} could not be written ({one_line(error)}): make room, then run it again") from None
+@forbid_extra
+@dataclass(kw_only=True)
+class About:
+    """The content of bundle.json."""
+
+    format: int
+    dvae: str
+    parts: list[str]
+    components: dict[str, ComponentInfo]
+    sha256: dict[str, str]
+    """Of each other file of the bundle."""
+    quantized: str = ""
+    """A method of quantization; empty: none."""
+    self_sha256: str = field(default="")
+    """Of all the fields above."""
+
+    def digest(self) -> str:
+        """The hash of all fields but itself."""
+        told = {name: value for name, value in asdict(self).items() if name != "self_sha256"}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write bundle.json into `folder`, with its own hash."""
+        self.self_sha256 = self.digest()
+        files.write_json(folder / ABOUT, asdict(self))
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file; nothing in it is executed."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from None
-
-
-def fit(module: torch.nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
-    """Load `state` into `module`. Raises UserError naming the first tensor that does not fit."""
-    own = module.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        if name not in state:
-            raise UserError(
-                f"{what}: the weights lack {name!r}, which the config asks for: they belong to another config"
-            )
-        if name not in own:
-            raise UserError(f"{what}: the weights hold {name!r}, which the config has no place for")
-        if own[name].shape != state[name].shape:
-            raise UserError(
-                f"{what}: {name!r} is {tuple(state[name].shape)} in the weights and {tuple(own[name].shape)} by the "
-                "config: they belong to different runs"
-            )
-        kinds = {own[name].dtype, state[name].dtype}
-        if len(kinds) > 1 and not all(kind.is_floating_point for kind in kinds):
-            raise UserError(f"{what}: {name!r} is {state[name].dtype} in the weights, {own[name].dtype} by the config")
-    module.load_state_dict(state)
-
-
-def component_versions(config: RunConfig) -> dict[str, dict[str, str]]:
-    """For each kind that the run has: component name, class, and the package it comes from with its version."""
-    about = {}
-    for kind, registry in KINDS.items():
+def component_infos(config: ModelConfig) -> dict[str, ComponentInfo]:
+    """For each kind that the model has: component name, class, and the package it comes from with its version."""
+    found = {}
+    for kind in COMPONENT_KINDS:
         component = getattr(config, kind)
-        if component is None:
-            continue
-        name, cls = component.name, registry.get(component.name)
-        package, release = origin(cls)
-        about[kind] = {
-            "name": name,
-            "class": f"{cls.__module__}.{cls.__qualname__}",
-            "package": package,
-            "version": release,
-        }
-    return about
+        if component is not None:
+            cls = KINDS[kind].get(component.name)
+            package, release = origin(cls)
+            found[kind] = ComponentInfo(component.name, f"{cls.__module__}.{cls.__qualname__}", package, release)
+    return found
 
 
 def export(
     folder: Path,
-    config_yaml: str,
-    parts: dict[str, dict[str, torch.Tensor]],
-    quantised: quantisation.Plan | None = None,
+    config: RunConfig | ModelConfig,
+    parts: dict[str, State],
+    quantized: quantisation.Plan | None = None,
 ) -> None:
-    """Write a bundle of the given parts (name -> state dict), complete or absent; `quantised` says how, if they are.
+    """Write a bundle of the given parts (name -> state dict), complete or absent; `quantized` says how, if they are.
 
-    In the place of an older one it keeps that one's directions, which tell themselves whether they fit the encoder.
+    If it replaces an older bundle, it keeps that one's directions, which tell themselves whether they fit the encoder.
     """
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+    kept = model_config(config) if isinstance(config, RunConfig) else config
+    if CLASSIFIER not in parts:
+        kept = replace(kept, classifier=None)
     with files.new_folder(folder) as aside:
         save_weights(aside / WEIGHTS, tensors)
-        config = OmegaConf.create(config_yaml)
-        config.launcher = None  # how it was trained is nothing to who uses it, who may not have that launcher
-        files.write_text(aside / CONFIG, OmegaConf.to_yaml(config))
-        about: dict[str, Any] = {
-            "format": FORMAT,
-            "dvae": __version__,
-            "parts": sorted(parts),
-            "components": component_versions(configuration.load(aside / CONFIG)),
-            "sha256": {name: files.sha256(aside / name) for name in (WEIGHTS, CONFIG)},
-        }
-        if quantised is not None:
-            about["quantised"] = quantised.method
-            quantisation.write(aside, quantised)
-        files.write_json(aside / ABOUT, about)
+        files.write_text(aside / CONFIG, to_yaml(kept))
+        if quantized is not None:
+            quantisation.write(aside, quantized)
         if (folder / DIRECTIONS).is_file():
             shutil.copyfile(folder / DIRECTIONS, aside / DIRECTIONS)
+        written = [name for name in (WEIGHTS, CONFIG, *OPTIONAL_FILES) if (aside / name).exists()]
+        About(
+            format=FORMAT,
+            dvae=__version__,
+            parts=sorted(parts),
+            components=component_infos(kept),
+            sha256={name: files.sha256(aside / name) for name in written},
+            quantized="" if quantized is None else quantized.method,
+        ).write(aside)
 
 
-def verified(folder: Path) -> tuple[dict[str, Any], RunConfig]:
-    """What bundle.json says, and the config. Raises UserError where a file is missing or changed."""
-    for name in (ABOUT, CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: not a whole bundle ({name} is missing): export it again")
+def update_hash(folder: Path, name: str) -> None:
+    """Enter the hash of the file `name`, which was written into a bundle after its export."""
+    about = read_about(folder)
+    about.sha256[name] = files.sha256(folder / name)
+    about.write(folder)
+
+
+def read_about(folder: Path) -> About:
+    """What bundle.json says. Raises UserError if it is missing, damaged, changed, or of another format version."""
+    path = folder / ABOUT
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / ABOUT}: not readable ({one_line(error)}): export the bundle again") from None
-    if about.get("format") != FORMAT:
-        raise UserError(f"{folder}: bundle format {about.get('format')}, this dvae reads {FORMAT}: export it again")
-    if files.sha256(folder / WEIGHTS) != about["sha256"][WEIGHTS]:
-        raise UserError(f"{folder / WEIGHTS} does not match the hash in {ABOUT}: the file is damaged, copy it again")
-    return about, configuration.load(folder / CONFIG)
+        head = read_json(path, dict[str, Any], limit=MIB)
+        refuse_format("bundle", folder, head.get("format"), FORMAT, READERS)
+        about = read_json(path, About, limit=MIB)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a whole bundle ({ABOUT} is missing): {AGAIN}") from None
+    except DamagedFile as error:
+        raise UserError(f"{error}: {AGAIN}") from None
+    if about.digest() != about.self_sha256:
+        raise UserError(f"{path} does not match its own hash: the file is damaged or was edited, copy it again")
+    return about
+
+
+def verified(folder: Path) -> tuple[About, ModelConfig]:
+    """What bundle.json says, and the settings.
+
+    Raises UserError if a file is missing or differs from its hash, and for settings that are no plain model.
+    """
+    about = read_about(folder)
+    needed = [WEIGHTS, CONFIG] + ([quantisation.FILE] if about.quantized else [])
+    for name in needed:
+        verify_file(folder, about, name)
+    return about, read_model_config(folder / CONFIG, about.components)
+
+
+def verify_file(folder: Path, about: About, name: str) -> None:
+    """Raise UserError if the file `name` of a bundle is missing, is no file, or differs from its hash."""
+    if name not in about.sha256:
+        raise UserError(f"{folder / ABOUT} holds no hash of {name}: {AGAIN}")
+    try:
+        found = files.sha256(folder / name)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a whole bundle ({name} is missing): {AGAIN}") from None
+    except DamagedFile as error:
+        raise UserError(f"{error}: {AGAIN}") from None
+    if found != about.sha256[name]:
+        raise UserError(f"{folder / name} does not match the hash in {ABOUT}: the file is damaged, copy it again")
 
 
 def hashes(path: str | Path) -> dict[str, str]:
     """sha256 of `weights` and `config` of a run folder's bundle, or of a bundle, as its bundle.json says."""
-    said = json.loads((folder_of(path) / ABOUT).read_text(encoding="utf-8"))["sha256"]
-    return {"weights": said[WEIGHTS], "config": said[CONFIG]}
+    said = read_about(folder_of(path)).sha256
+    return {"weights": said.get(WEIGHTS, ""), "config": said.get(CONFIG, "")}
 
 
-def load(folder: Path) -> tuple[RunConfig, Models]:
-    """Config and models of a bundle, in evaluation mode.
+def load(folder: Path) -> tuple[ModelConfig, Models]:
+    """Settings and models of a bundle, in evaluation mode.
 
-    Raises UserError where a file is missing or changed, or the config does not fit the weights.
+    The networks are first built without memory and compared with the header of the weights. Raises UserError if a file
+    is missing or changed, if the settings do not fit the weights, and for weights with NaN or infinity.
     """
     about, config = verified(folder)
     return config, _models(folder, about, config)
 
 
-def _models(folder: Path, about: dict[str, Any], config: RunConfig) -> Models:
+def _models(folder: Path, about: About, config: ModelConfig) -> Models:
     """The models of a verified bundle; `config` loses a classifier that is not there."""
-    if CLASSIFIER not in about["parts"]:
+    if CLASSIFIER not in about.parts:
         config.classifier = None  # not trained yet, or never: all else works without it
-    models = build(config)
-    lacking = sorted(models.trained().keys() - set(about["parts"]))
+    plan = quantisation.read(folder, about.quantized) if about.quantized else None
+    _check_shapes(folder, about, config, plan)
+    made = models.build(config)
+    if plan is not None:
+        quantisation.replace_layers(made, plan, str(folder))
+    weights = load_weights(folder / WEIGHTS)
+    refuse_nonfinite(weights, str(folder / WEIGHTS))
+    for part, module in made.trained().items():
+        fit_weights(module, part_of(weights, part), f"{folder} ({part})")
+        module.eval().requires_grad_(False)
+    quantisation.ready(made)
+    return made
+
+
+def _check_shapes(folder: Path, about: About, config: ModelConfig, plan: quantisation.Plan | None) -> None:
+    """Raise UserError if the networks of `config` are not those of the weights, before memory is taken for either."""
+    try:
+        header = without_numbers(read_weights_header(folder / WEIGHTS))
+    except DamagedFile as error:
+        raise UserError(f"{error}: {AGAIN}") from None
+    with limited_layers(len(header), folder), torch.device("meta"):
+        try:
+            made = models.build(config, seed_weights=False)
+            if plan is not None:
+                quantisation.replace_layers(made, plan, str(folder))
+        except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
+            # settings of a stranger: the layers that they ask for may fail in any way
+            raise UserError(f"{folder / CONFIG} describes no network ({one_line(error)[:200]}): {AGAIN}") from None
+    lacking = sorted(made.trained().keys() - set(about.parts))
     if lacking:
         raise UserError(
             f"{folder} lacks {', '.join(lacking)}: run the stages that train it, with the command of the run"
         )
-    if "quantised" in about:
-        quantisation.replace_layers(models, quantisation.read(folder, about["quantised"]), str(folder))
-    weights = load_weights(folder / WEIGHTS)
-    for part, module in models.trained().items():
-        fit(module, _part(weights, part), f"{folder} ({part})")
-        module.eval().requires_grad_(False)
-    quantisation.ready(models)
-    return models
+    for part, module in made.trained().items():
+        check_weights(module, part_of(header, part), f"{folder} ({part})")
 
 
-def refuse_quantised(what: str, about: dict[str, Any]) -> None:
-    """Raise UserError where the bundle that bundle.json tells `about` is quantised: nothing is trained from that."""
-    if "quantised" in about:
-        raise UserError(f"{what} is quantised ({about['quantised']}): name the bundle that it was made of")
+@contextmanager
+def limited_layers(tensors: int, place: Path) -> Iterator[None]:
+    """While the block runs, raise UserError if networks are built of far more layers than `tensors` weights need."""
+    left = min(2000 + 10 * tensors, MOST_LAYERS)
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f"{place / CONFIG} describes far more layers than {WEIGHTS} holds: {AGAIN}")
+
+    hooks = [
+        register(count)
+        for register in (
+            torch_module.register_module_module_registration_hook,
+            torch_module.register_module_parameter_registration_hook,
+            torch_module.register_module_buffer_registration_hook,
+        )
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def given_encoder(config: RunConfig, encoder: Encoder) -> dict[str, torch.Tensor] | None:
-    """The weights that the encoder stage takes over instead of training `encoder`; None where it trains.
+def refuse_quantised(what: str, about: About) -> None:
+    """Raise UserError for a quantized bundle: nothing is trained from one."""
+    if about.quantized:
+        raise UserError(f"{what} is quantized ({about.quantized}): name the bundle that it was made of")
 
-    Raises UserError where they cannot be read or do not fit.
+
+def given_encoder(config: RunConfig, encoder: Encoder) -> State | None:
+    """The weights that the encoder stage takes over instead of training `encoder`; None if it trains.
+
+    Raises UserError if they cannot be read or do not fit.
     """
     return encoder_for(config) if config.encoder_weights else encoder.pretrained()
 
 
-def encoder_for(config: RunConfig) -> dict[str, torch.Tensor]:
+def encoder_for(config: RunConfig) -> State:
     """The trained encoder of the run folder or bundle `config.encoder_weights`, for an encoder that is the same.
 
-    Raises UserError where there is none, or it is another.
+    Raises UserError if there is none, or it is another.
     """
     what = f"encoder_weights={config.encoder_weights}"
     folder = folder_of(config.encoder_weights)
     about, theirs = verified(folder)
     refuse_quantised(what, about)
-    if "encoder" not in about["parts"]:
+    if "encoder" not in about.parts:
         raise UserError(f"{what} has no trained encoder: name a run whose encoder stage is finished")
     refuse_other(what, theirs, config, ("encoder",))
-    return _part(load_weights(folder / WEIGHTS), "encoder")
+    weights = part_of(load_weights(folder / WEIGHTS), "encoder")
+    refuse_nonfinite(weights, str(folder / WEIGHTS))
+    return weights
 
 
 def teacher_of(config: RunConfig) -> Models:
     """The trained models of the run folder or bundle `config.teacher`, for a run with the same networks.
 
-    Raises UserError where they are not all there, or others.
+    Raises UserError if they are not all there, or others.
     """
     what, folder = f"teacher={config.teacher}", folder_of(config.teacher)
     about, theirs = verified(folder)
@@ -210,15 +305,15 @@ def teacher_of(config: RunConfig) -> Models:
     return _models(folder, about, theirs)
 
 
-def refuse_other(what: str, theirs: RunConfig, config: RunConfig, kinds: tuple[str, ...]) -> None:
-    """Raise UserError, naming the first field that differs, where the parts of two configs are not built alike."""
-    there, here = _plain(theirs, kinds), _plain(config, kinds)
+def refuse_other(what: str, theirs: ModelConfig, config: RunConfig, kinds: tuple[str, ...]) -> None:
+    """Raise UserError, naming the first field that differs, if the parts of two configs are not built alike."""
+    there, here = _plain(theirs, kinds), _plain(model_config(config), kinds)
     for name in [*here, *(name for name in there if name not in here)]:
         if there.get(name) != here.get(name):
             raise UserError(f"{what} has {name}={there.get(name)}, this run {here.get(name)}: it is another network")
 
 
-def _plain(config: RunConfig, kinds: tuple[str, ...]) -> dict[str, Any]:
+def _plain(config: ModelConfig, kinds: tuple[str, ...]) -> dict[str, Any]:
     """What parts of a run are built from."""
     found: dict[str, Any] = {"image_size": config.image_size, "channels": config.channels}
     for kind in kinds:
@@ -227,12 +322,8 @@ def _plain(config: RunConfig, kinds: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _part(weights: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
-
-
 def folder_of(path: str | Path) -> Path:
-    """The bundle of a run folder, or the bundle itself. Raises UserError where there is none."""
+    """The bundle of a run folder, or the bundle itself. Raises UserError if there is none."""
     folder = Path(path)
     inner = folder / "bundle"
     if inner.is_dir():

@@ -6,7 +6,6 @@ import importlib.resources
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -22,7 +21,8 @@ from dvae.registry import SOURCES
 from dvae.registry.core import KINDS, broken_plugins, discover, load_plugins
 from dvae.registry.launchers import launcher_of
 from dvae.registry.sources import EndlessSource
-from dvae.settings import STAGES, TRAININGS, WIDTHS, EmaConfig, EmaProfile, RunConfig, TrainingConfig
+from dvae.settings import STAGES, TRAININGS, WIDTHS, EmaConfig, EmaProfile, ModelConfig, RunConfig, TrainingConfig
+from dvae.utils import env_references as env_references  # registers ${oc.env:...}
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -138,7 +138,7 @@ def typed(config: Any) -> RunConfig:
         raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
     for kind, component in components.items():
         setattr(result, kind, component)
-    return check(result)
+    return check_config(result)
 
 
 def _fields(node: Any) -> list[str]:
@@ -146,7 +146,7 @@ def _fields(node: Any) -> list[str]:
     return [f.name for f in fields(kind)] if isinstance(kind, type) and is_dataclass(kind) else []
 
 
-def check(config: RunConfig) -> RunConfig:
+def check_config(config: RunConfig) -> RunConfig:
     """Refuse what can be known to be wrong before anything is written."""
     wrong = [name for name in config.stages if name not in STAGES]
     if wrong:
@@ -257,30 +257,15 @@ def endless(config: RunConfig) -> bool:
     return issubclass(SOURCES.get(config.source.name), EndlessSource)
 
 
-def refuse_points(config: RunConfig, run: str) -> None:
-    """Raise UserError where a trained run draws points."""
-    if endless(config):
+def refuse_points(config: ModelConfig, run: str) -> None:
+    """Raise UserError for a trained run that draws points."""
+    if config.draws_points:
         raise UserError(f"run={run} draws points, not images: use python tools/gallery.py runs={run}")
 
 
 def mistyped(error: OmegaConfBaseException) -> UserError:
     """A field of a tool that does not fit, in one line."""
     return UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}")
-
-
-def to_yaml(config: DictConfig) -> str:
-    """The resolved config as YAML."""
-    return OmegaConf.to_yaml(config, resolve=True)
-
-
-def load(path: Path) -> RunConfig:
-    """The config that a run folder or a bundle holds in config.yaml. Raises UserError where it cannot be read."""
-    try:
-        config: Any = OmegaConf.load(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable config ({one_line(error)})") from None
-    load_plugins(config.get("plugins") or [])
-    return typed(config)
 
 
 def recipes() -> list[str]:

@@ -6,7 +6,11 @@ import difflib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from dvae.utils.secrets import scrub
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -49,8 +53,17 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def printable_line(text: object) -> str:
+    """`text` as one line for a terminal: no secrets, no control characters, nothing that cannot be encoded."""
+    line = "".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in one_line(text))
+    return scrub(line)
+
+
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run a tool's `command(argv)`; turn its errors into one line on stderr and an exit status."""
+    """Run a tool's `command(argv)`; turn its errors into one line on stderr and an exit status.
+
+    An error that dvae does not expect is printed with its traceback, for a report; secrets are removed from it too.
+    """
     try:
         command(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our stdout (head, less) left: nothing to tell it
@@ -59,20 +72,30 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except (UserError, MachineError, OSError, KeyboardInterrupt) as error:
         words = in_words(error)
         if words is None:
-            raise
+            fail_with_traceback()
         line, status = words
         print(f"dvae: {'' if isinstance(error, KeyboardInterrupt) else 'error: '}{line}", file=sys.stderr)
         sys.exit(status)
+    except Exception:  # noqa: BLE001 reported whole, without the secrets that a message may hold
+        fail_with_traceback()
+
+
+def fail_with_traceback() -> NoReturn:
+    """Print the traceback of the current exception, without secrets, and end with status 1."""
+    print(scrub(traceback.format_exc()), end="", file=sys.stderr)
+    sys.exit(1)
 
 
 def in_words(error: BaseException) -> tuple[str, int] | None:
     """An error in one line, and its exit status; None where it is none that a person can mend."""
     if isinstance(error, UserError | MachineError):
-        return one_line(error), error.exit_status
+        return printable_line(error), error.exit_status
     if isinstance(error, KeyboardInterrupt):  # training saves first (training/stopping.py); the other stages start over
         return "interrupted: the same command again resumes", 130
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = f" ({error.filename})" if error.filename else ""
         mend = "finished stages and checkpoints are whole; mend the disk, then run the same command again"
-        return f"{error.strerror}{where}: {mend}", MachineError.exit_status
+        return printable_line(f"{error.strerror}{where}: {mend}"), MachineError.exit_status
+    if isinstance(error, OSError) and error.filename:
+        return printable_line(f"{error.filename}: {error.strerror or error}"), MachineError.exit_status
     return None

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dvae.utils.read import require_regular
+from dvae.utils.secrets import scrub
+
 LOOKED_AT = 0.2
 """Seconds that somebody who looks whether a lock is held may be in the way of who takes it, at the most."""
 
@@ -44,7 +47,8 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda aside: _put(aside, text))
+    """Write a text file, complete or absent, without secrets (see dvae/utils/secrets.py)."""
+    write_file(path, lambda aside: _put(aside, scrub(text)))
 
 
 def _put(path: Path, text: str) -> None:
@@ -56,7 +60,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest of a file's bytes. Raises DamagedFile for a pipe, a device or a folder; OSError if it is missing."""
+    require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

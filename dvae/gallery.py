@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from hydra.core.config_store import ConfigStore
 
-from dvae import config as configuration
 from dvae import files, points
 from dvae import pipeline as pipelines
 from dvae.errors import UserError, near
@@ -18,6 +17,7 @@ from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein, t
 from dvae.pipeline import Pipeline
 from dvae.registry import PROCESSES, SAMPLERS, SCHEDULES
 from dvae.registry.samplers import that_integrate
+from dvae.run import Run
 from dvae.timegrid import Spacing
 from dvae.tracking import sheet
 from dvae.tracking.console import Progress
@@ -95,9 +95,9 @@ def draw(settings: GalleryConfig) -> dict[str, Any]:
     """Write picture and figures; returns the figures. Raises UserError where there are no runs of that density."""
     check(settings)
     runs = load_runs(settings)
-    first = next(iter(runs.values()))
-    source = points.open_source(first.config)
-    label = points.groups(first.config, source)[settings.density]
+    first = Run(settings_folder(settings, next(iter(runs)))).config()
+    source = points.open_source(first)
+    label = points.groups(first, source)[settings.density]
     true = points.true(source, label, settings.n, settings.seed)
     floor = figure(two_sample_floor(lambda n, seed: points.true(source, label, n, seed), settings.n))
     rows = {name: sampler_names(run, settings) for name, run in runs.items()}
@@ -137,13 +137,20 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
     for path in found:
         run = pipelines.load(path)
         run.batch = settings.batch
-        if not configuration.endless(run.config):
+        if not run.config.draws_points:
             raise UserError(f"runs={folder}: {path} holds images, the gallery shows points (recipe=toy2d)")
-        names = points.groups(run.config, points.open_source(run.config))
+        config = Run(path).config()
+        names = points.groups(config, points.open_source(config))
         if settings.density not in names:
             raise UserError(f"density={settings.density}: {path} draws others; {near(settings.density, names)}")
         runs[path.name] = run
     return dict(sorted(runs.items(), key=lambda item: item[1].models.denoiser.io.k))
+
+
+def settings_folder(settings: GalleryConfig, name: str) -> Path:
+    """The folder of the run called `name`."""
+    folder = Path(settings.runs)
+    return folder if (folder / "bundle").is_dir() else folder / name
 
 
 def sampler_names(run: Pipeline, settings: GalleryConfig) -> list[str]:

@@ -20,6 +20,7 @@ from dvae.data.remote import is_remote
 from dvae.evaluation.during import scorer
 from dvae.evaluation.points import evaluate_points
 from dvae.evaluation.stage import evaluate
+from dvae.model_config import model_config
 from dvae.pipeline import Pipeline
 from dvae.registry.launchers import launcher_of
 from dvae.run import Run
@@ -61,7 +62,7 @@ class Job:
         keep_freed_memory()
         with ranks.losses_named(), nullcontext() if ranks.rank() else run.held():
             ranks.on_first(run.tidy)
-            config = run.config()
+            config = run.own_config()
             stages = ranks.on_first(unfinished, run, config, self.stages)
             asking = stopping.begin(config.max_hours)
             with watch.watching(launcher_of(config.launcher).config.hang_seconds):
@@ -139,7 +140,7 @@ def shards_of(config: RunConfig) -> dict[str, Any]:
 
 def build_part_of_shards(folder: Path, part: int, parts: int) -> None:
     """Build part number `part` of `parts` of a run's shards; the stage `shards` publishes them once all are built."""
-    config = Run(folder).config()
+    config = Run(folder).own_config()
     with Counted(f"shards, part {part + 1} of {parts}") as progress:
         out = config.data.shards
         build_part(config.source, out=out, part=part, parts=parts, progress=progress, **shards_of(config))
@@ -148,7 +149,7 @@ def build_part_of_shards(folder: Path, part: int, parts: int) -> None:
 def write_part_of_cache(folder: Path, part: int, parts: int) -> None:
     """Make part number `part` of `parts` of a run's cache; the stage `cache` publishes it once all are made."""
     run = Run(folder)
-    config = run.config()
+    config = run.own_config()
     write_cache_part(run, config, take_up(run, config, "encoder"), part, parts)
 
 
@@ -157,14 +158,14 @@ def scored_refiner_stage(run: Run, config: RunConfig) -> None:
 
 
 def evaluate_stage(run: Run, config: RunConfig) -> None:
-    if not run.weights("classifier").exists():
+    if not run.has_weights("classifier"):
         config = replace(config, classifier=None)  # not trained yet: all else works without it
     made = take_up(run, config, *PARTS)
     for module in made.trained().values():
         module.eval().requires_grad_(False)
     summary: dict[str, Any] = {"recipe": config.recipe, "stages": run.records()}
     began = time.perf_counter()
-    pipeline = Pipeline(config, made, config.evaluate.batch)
+    pipeline = Pipeline(model_config(config), made, config.evaluate.batch)
     if endless(config):
         summary["evaluation"] = evaluate_points(run, config, pipeline)
     else:

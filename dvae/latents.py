@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from safetensors.torch import save_file
 
 from dvae import bundle, files, keyed
@@ -24,11 +24,12 @@ from dvae.drawing.inputs import open_inputs
 from dvae.drawing.settings import GivenConfig
 from dvae.errors import UserError, near
 from dvae.models import Models
-from dvae.own_images import open_split
 from dvae.pipeline import Pipeline
 from dvae.registry import PRIORS
 from dvae.registry.encoders import Posterior
 from dvae.registry.priors import Prior
+from dvae.run_images import open_split
+from dvae.settings import ModelConfig
 from dvae.together import CHUNK
 from dvae.tracking.console import Progress
 
@@ -198,7 +199,7 @@ def fit(settings: LatentsConfig, pipeline: Pipeline) -> Fitted:
         ("N(0, I)", PRIORS.build({"name": "normal"}, models.io)),
     ]
     table = list(compare(named, heldout, seed))
-    write_bundle(settings, models, prior_config, prior)
+    write_bundle(settings, config, models, prior_config, prior)
     return Fitted(figures, len(training.mean), len(heldout.mean), table)
 
 
@@ -218,16 +219,12 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     return float(values.double().mean()), float(error)
 
 
-def write_bundle(settings: LatentsConfig, models: Models, prior_config: Any, prior: Prior) -> None:
+def write_bundle(settings: LatentsConfig, config: ModelConfig, models: Models, prior_config: Any, prior: Prior) -> None:
     """The run's bundle with another prior, in `settings.bundle`."""
-    source = bundle.folder_of(settings.run)
-    config: Any = OmegaConf.load(source / bundle.CONFIG)
-    config.prior = OmegaConf.to_container(OmegaConf.structured(prior_config), enum_to_str=True)
-    config.plugins = list(dict.fromkeys([*(config.get("plugins") or []), *settings.plugins]))
     parts = {name: part.state_dict() for name, part in models.trained().items() if name != "prior"}
     if prior.state_dict():
         parts["prior"] = prior.state_dict()
-    bundle.export(Path(settings.bundle), OmegaConf.to_yaml(config), parts)
+    bundle.export(Path(settings.bundle), replace(config, prior=prior_config), parts)
 
 
 def _name(prior: Any) -> str:

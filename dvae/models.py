@@ -15,7 +15,7 @@ from dvae.registry.classifiers import Classifier
 from dvae.registry.encoders import Encoder
 from dvae.registry.priors import Prior
 from dvae.registry.samplers import Sampler
-from dvae.settings import RunConfig
+from dvae.settings import ModelConfig, RunConfig
 from dvae.timegrid import Spacing
 
 
@@ -56,7 +56,7 @@ class Models:
         return {stage: sum(p.numel() for p in module.parameters()) for stage, module in stages.items()}
 
 
-def build(config: RunConfig, seed_weights: bool = True) -> Models:
+def build(config: RunConfig | ModelConfig, seed_weights: bool = True) -> Models:
     """All components of `config`. Raises UserError where they do not fit each other.
 
     Initial weights are keyed by the run's seed, so that they do not depend on what was built before.
@@ -97,7 +97,7 @@ def _state_shapes(denoiser: DenoiserConfig, diffusion: Diffusion, io: Shapes) ->
     )
 
 
-def _check_latent_space(config: RunConfig, io: Shapes, prior: Prior) -> None:
+def _check_latent_space(config: RunConfig | ModelConfig, io: Shapes, prior: Prior) -> None:
     """Raise UserError where there is no latent space to diffuse in, or something besides that has no part in it."""
     if len(io.latent) != 3 or io.latent[1] != io.latent[2]:
         raise UserError(
@@ -133,7 +133,7 @@ def build_sampler(node: object, diffusion: Diffusion, io: Shapes) -> Sampler:
     return sampler
 
 
-def on_meta(config: RunConfig) -> Models:
+def on_meta(config: RunConfig | ModelConfig) -> Models:
     """The components without memory for their weights: to check that they fit, and to count parameters."""
     with torch.device("meta"):
         return build(config, seed_weights=False)

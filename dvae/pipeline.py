@@ -22,7 +22,7 @@ from dvae.quantisation import plan
 from dvae.refinement import check_drawing, refine_together
 from dvae.registry import PRIORS, SAMPLERS
 from dvae.registry.priors import Prior
-from dvae.settings import RunConfig
+from dvae.settings import ModelConfig
 from dvae.together import CHUNK, Drawn, calls, mean, one_thread, rows_of
 
 Advance = Callable[[int], None]
@@ -40,7 +40,7 @@ class Pipeline:
     per network call rounding may move a pixel by one grey level in fp32, and by a few in bf16.
     """
 
-    def __init__(self, config: RunConfig, models: Models, batch: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, models: Models, batch: int | None = None) -> None:
         self.config = config
         self.models = models
         self.batch = batch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dvae import bundle, models, points
+from dvae import bundle, models, points, stored_config
 from dvae import config as configuration
 from dvae.data.images import DamagedImage
 from dvae.data.labels import check_label
@@ -115,7 +115,8 @@ def describe(config: DictConfig) -> str:
     made, counts = check(settings, launcher.ranks)
     splits = sum(count > 0 for count in counts.values())
     shards = splits * math.ceil(sum(counts.values()) / SHARD_SIZE)
-    lines = [configuration.to_yaml(config).rstrip(), "---", f"stages: {' -> '.join(settings.stages)}"]
+    kept = stored_config.to_yaml(stored_config.stored(config)).rstrip()
+    lines = [kept, "---", f"stages: {' -> '.join(settings.stages)}"]
     for stage, parameters in made.parameters().items():
         training = getattr(settings, f"train_{stage}")
         if stage in settings.stages:

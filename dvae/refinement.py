@@ -50,7 +50,7 @@ def refine_together(
     elif estimates:
         model = watched = Watched(model, spread(estimates, steps_of(pipeline)))
         on_step = watched.on_step
-    bf16 = pipeline.config.train_refiner.precision.name == "bf16"
+    bf16 = pipeline.config.precision.name == "bf16"
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=bf16):
         start = denoiser.diffusion.prior(normal("x_T"))
         sampled = pipeline.sampler.sample(model, start, lambda i: normal(f"sampler {i}"), on_step)

@@ -1,12 +1,13 @@
 """The run folder: everything about a run, and nothing outside it.
 
-config.yaml        resolved when the run was submitted
+config.yaml        settings as they were when the run was submitted (dvae/stored_config.py)
+run.json           format version of the folder, and the version of dvae that made it
 attempts.jsonl     when it was started, where, and how that ended
 stages.json        what is finished, with times and counts
 metrics.jsonl      figures by stage and step
 checkpoints/       resume state of the stage in progress
 snapshots/         averages at steps of a stage, for tools/ema.py
-weights/           averaged weights of finished stages (safetensors)
+weights/           averaged weights of finished stages (safetensors), and hashes.json with the hash of each
 bundle/            what users run on
 images/            pictures; samples.png and reconstructions.png beside it
 summary.json report.html
@@ -14,19 +15,20 @@ summary.json report.html
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dvae import attempts, files
-from dvae import config as configuration
-from dvae.errors import UserError
+from dvae import attempts, files, stored_config
+from dvae.errors import MachineError, UserError
+from dvae.run_folder import RECORDS, check_format, read_records, write_format
 from dvae.settings import TRAININGS, RunConfig
+from dvae.utils.read import read_json
+from dvae.weights import State, load_weights, save_weights
 
 FREE = {
     "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
@@ -53,13 +55,50 @@ class Run:
         self.images = path / "images"
         self.bundle = path / "bundle"
         self.summary = path / "summary.json"
-        self._records = path / "stages.json"
+        self._records = path / RECORDS
 
     def config(self) -> RunConfig:
-        return configuration.load(self.config_file)
+        """The settings as data: no plug-in is imported, no variable of the environment is read."""
+        check_format(self.path)
+        config = stored_config.load(self.config_file)
+        config.run = str(self.path)  # where it lies now, whatever the file says
+        return config
+
+    def own_config(self) -> RunConfig:
+        """The settings, for the processes of a launch: plug-ins are imported, the environment is read."""
+        check_format(self.path)
+        return stored_config.load_own(self.config_file)
 
     def weights(self, part: str) -> Path:
         return self.path / "weights" / f"{part}.safetensors"
+
+    def has_weights(self, part: str) -> bool:
+        """Whether the weights of a part are there, with their hash."""
+        return self.weights(part).exists() and part in self._hashes()
+
+    def save_weights(self, part: str, state: State) -> None:
+        """Keep weights of a part, complete or absent, and their hash."""
+        save_weights(self.weights(part), state)
+        files.write_json(self._hash_file, self._hashes() | {part: files.sha256(self.weights(part))})
+
+    def load_weights(self, part: str) -> State:
+        """Weights of a part. Raises MachineError if they differ from their hash, UserError if they are missing."""
+        path = self.weights(part)
+        if not path.exists():
+            raise UserError(f"run={self.path} has no trained {part} yet: add the stage that trains it to stages=[...]")
+        if files.sha256(path) != self._hashes().get(part):
+            raise MachineError(
+                f"{path} does not match its hash in {self._hash_file}: the file is damaged: put back a copy, or use "
+                "another run="
+            )
+        return load_weights(path)
+
+    @property
+    def _hash_file(self) -> Path:
+        return self.path / "weights" / "hashes.json"
+
+    def _hashes(self) -> dict[str, str]:
+        return read_json(self._hash_file, dict[str, str]) if self._hash_file.exists() else {}
 
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
@@ -70,8 +109,8 @@ class Run:
             files.remove_leftovers(folder)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Finished stages, with what is worth knowing of each."""
-        return json.loads(self._records.read_text(encoding="utf-8")) if self._records.exists() else {}
+        """Finished stages, with what is worth knowing of each. Raises MachineError if the file is damaged."""
+        return read_records(self.path)
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Enter a stage as finished."""
@@ -85,8 +124,12 @@ class Run:
 
 
 def submit(config: DictConfig) -> Run:
-    """The run folder for `config`, made or taken up. Raises UserError where it is not this run's or not writable."""
+    """The run folder for a composed config, made or taken up.
+
+    Raises UserError if it is not this run's, or not writable.
+    """
     run = Run(Path(str(config.run)))
+    kept = stored_config.stored(config)
     if run.config_file.exists():
         refuse_other(run, config)
     elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
@@ -95,15 +138,17 @@ def submit(config: DictConfig) -> Run:
         run.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run.path):
             pass
-        files.write_text(run.config_file, configuration.to_yaml(config))
+        write_format(run.path)
+        files.write_text(run.config_file, stored_config.to_yaml(kept))
     except OSError as error:
         raise UserError(f"run={run.path} cannot be written ({error.strerror}): use another run=") from None
     return run
 
 
 def refuse_other(run: Run, config: DictConfig) -> None:
-    """Raise UserError where the folder holds a run with other settings."""
-    before, now = _settings(OmegaConf.load(run.config_file)), _settings(config)
+    """Raise UserError if the folder holds a run with other settings, or of another format."""
+    check_format(run.path)
+    before, now = _settings(stored_config.read_plain(run.config_file)), _settings(stored_config.stored(config))
     if before.get("recipe") != now.get("recipe"):
         raise UserError(
             f"run={run.path} belongs to recipe {before.get('recipe')!r}, not {now.get('recipe')!r}: use another run="
@@ -116,7 +161,7 @@ def refuse_other(run: Run, config: DictConfig) -> None:
             )
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def _settings(plain: dict[str, Any]) -> dict[str, Any]:
     """Flat settings that must stay as they are through a run's life."""
     flat: dict[str, Any] = {}
 
@@ -129,8 +174,6 @@ def _settings(config: Any) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
     walk("", plain)
     if flat.get("data.shards") == f"{plain.get('run')}/shards":
         del flat["data.shards"]  # inside the run folder, which may have been moved

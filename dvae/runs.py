@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -16,17 +15,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from yaml import YAMLError
-
 from dvae import attempts, files
 from dvae.attempts import Attempt
 from dvae.errors import MachineError, UserError, one_line
+from dvae.run_folder import check_format, read_records
 from dvae.slurm import queue
 from dvae.slurm.queue import Job
 from dvae.stage_names import settings_of, stage_of
 from dvae.tracking.console import aligned, clock
 from dvae.tracking.metrics import MetricsLog
+from dvae.utils.read import DamagedFile, check, read_yaml
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at a run that is followed."""
@@ -89,7 +87,7 @@ def look(folder: Path, jobs: list[Job] | None = None) -> Status:
 
     Raises UserError where the folder is none, MachineError where a file of it is damaged.
     """
-    config, records = _config(folder), _records(folder)
+    config, records = _config(folder), read_records(folder)
     tried = attempts.read(folder)
     live = attempts.in_use(folder)
     row = metrics(folder).newest()
@@ -106,7 +104,7 @@ def look(folder: Path, jobs: list[Job] | None = None) -> Status:
     if row is None or stage_of(row["stage"]) not in left or "images_per_second" not in row:
         total = config.get(f"train_{left[0]}", {}).get("steps", 0)
         return Status(path=folder, state=state, message=message, stage=left[0], total=total, age=age)
-    training = config[settings_of(row["stage"])]
+    training = _training(config, row["stage"], folder)
     speed = row["images_per_second"]
     running = state is State.running
     return Status(
@@ -122,25 +120,40 @@ def look(folder: Path, jobs: list[Job] | None = None) -> Status:
     )
 
 
+@dataclass
+class _Training:
+    """What is read of the settings of a training."""
+
+    steps: int
+    batch: int
+
+
+@dataclass
+class _Listed:
+    """What is read of a run's config.yaml here; to check all of it would take seconds of imports."""
+
+    run: str
+    stages: list[str]
+
+
 def _config(folder: Path) -> dict[str, Any]:
-    """config.yaml as it is written: to check it would take seconds of imports."""
+    """config.yaml as it is written, with the types that are used here."""
+    check_format(folder)
     path = folder / "config.yaml"
-    if not path.exists():
-        raise UserError(f"run={folder} is no run: it has no config.yaml")
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(config, dict)
-        return config | {"stages": list(config["stages"])}
-    except (OSError, YAMLError, KeyError, TypeError, AssertionError) as error:
-        raise MachineError(f"{path}: not a readable config ({one_line(error)})") from None
+    plain = read_yaml(path)
+    check(_Listed, plain, path)
+    for name, value in plain.items():
+        if name.startswith("train_"):
+            check(_Training, value, f"{path}: {name}")
+    return plain
 
 
-def _records(folder: Path) -> dict[str, Any]:
-    path = folder / "stages.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise MachineError(f"{path}: is damaged ({one_line(error)})") from None
+def _training(config: dict[str, Any], stage: str, folder: Path) -> dict[str, Any]:
+    """The settings by which a stage is trained. Raises DamagedFile for a stage that config.yaml does not know."""
+    training: dict[str, Any] | None = config.get(settings_of(stage))
+    if training is None:
+        raise DamagedFile(folder / "config.yaml", f"has no settings for the stage {stage[:40]!r} of metrics.jsonl")
+    return training
 
 
 def _state(folder: Path, tried: list[Attempt], live: bool, complete: bool, rows: bool) -> tuple[State, str]:
@@ -225,7 +238,7 @@ def cells(folder: Path, jobs: list[Job]) -> tuple[str, ...]:
     """A run's row of the table; one that cannot be read says why."""
     try:
         status = look(folder, jobs)
-    except (MachineError, OSError) as error:
+    except (UserError, MachineError, OSError) as error:
         return (str(folder), "damaged", "", "", "", "", "", one_line(error))
     return (
         str(folder),
@@ -252,7 +265,7 @@ def follow(folder: Path) -> Iterator[str]:
         for row in metrics(folder).tail():
             if row["time"] > seen:  # rows of steps that are taken again are newer too
                 seen = row["time"]
-                yield in_line(row, config)
+                yield in_line(row, config, folder)
         if not here and not jobs:
             break
         if jobs and (status := look(folder, jobs)).message != waits:
@@ -265,11 +278,11 @@ def follow(folder: Path) -> Iterator[str]:
     yield f"{folder} is {status.state.value}" + (f": {status.message}" if status.message else "")
 
 
-def in_line(row: dict[str, Any], config: dict[str, Any]) -> str:
+def in_line(row: dict[str, Any], config: dict[str, Any], folder: Path) -> str:
     """A row of metrics as progress shows it: "refiner: 1200/5000  182 images/s  loss 0.0123  2:13 left"."""
     if "images_per_second" not in row:
         return f"{row['stage']}: " + "  ".join(f"{key} {value}" for key, value in row.items() if key != "stage")
-    training, speed = config[settings_of(row["stage"])], row["images_per_second"]
+    training, speed = _training(config, row["stage"], folder), row["images_per_second"]
     parts = [f"{row['stage']}: {row['step']}/{training['steps']}", f"{speed:.4g} images/s"]
     parts += [f"loss {row['loss']:.4g}"] if row.get("loss") is not None else []
     parts += [f"{clock((training['steps'] - row['step']) * training['batch'] / speed)} left"]

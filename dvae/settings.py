@@ -9,6 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from dvae.data.images import Crop, Resize
 from dvae.denoiser import DenoiserConfig
 from dvae.tracking.wandb_run import WandbConfig
 
@@ -210,6 +211,46 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """What inference needs of a run, as a bundle's config.yaml holds it: no place, no command, no launcher.
+
+    Built by dvae/model_config.py.
+    """
+
+    recipe: str
+    """Name of the recipe that the run was made by; a title."""
+    image_size: int
+    """Height and width in pixels."""
+    channels: int
+    """Channels of an image; 2 for the points of a stream source."""
+    classes: list[str]
+    """Names of the classes, in the order of their numbers."""
+    label: str
+    """Attribute of the images that is their class (empty: none)."""
+    seed: int
+    """Seed of the run."""
+    precision: Precision
+    """Arithmetic of the refiner."""
+    crop: Crop
+    """How an image of another size became square."""
+    resize: Resize
+    """Filter by which it was scaled."""
+    encoder: Any
+    prior: Any
+    process: Any
+    schedule: Any
+    refiner: Any
+    sampler: Any
+    denoiser: DenoiserConfig
+    classifier: Any = None
+
+    @property
+    def draws_points(self) -> bool:
+        """Whether the model draws points of a density, not images."""
+        return self.channels not in (1, 3)
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """A whole run, as config.yaml holds it."""
 
@@ -278,6 +319,10 @@ class CacheToolConfig(CacheConfig):
     """Make only this part (0 is the first) of `parts`, and publish nothing; null: all."""
     parts: int = 1
     """How many parts are made, each by a command of its own."""
+    shards: str = ""
+    """Place of the run's shards if it is a command or an address, or if they were moved (empty: where the run says)."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
 
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")

@@ -120,7 +120,7 @@ class Slurm(Launcher):
 
         if not queue.available():
             raise UserError("launcher=slurm: there is no squeue here: run this where jobs are submitted")
-        submitted = self.submit(folder, Run(folder).config().stages)
+        submitted = self.submit(folder, Run(folder).own_config().stages)
         queue.enter(folder, submitted)
         for job in submitted:
             print(f"dvae: job {job.id}: {', '.join(job.stages)}", flush=True)

@@ -14,6 +14,7 @@ from dvae import config, models
 from dvae.data.images import to_float
 from dvae.errors import UserError
 from dvae.guidance import Guidance
+from dvae.model_config import model_config
 from dvae.noise import Noise
 from dvae.pipeline import Pipeline
 from dvae.registry import SAMPLERS
@@ -31,7 +32,7 @@ def pipeline(tiny: list[str], *words: str, batch: int | None = 3) -> Pipeline:
         module.eval().requires_grad_(False)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    return Pipeline(settings, made, batch)
+    return Pipeline(model_config(settings), made, batch)
 
 
 CASES = integrable(("vp",), ("cosine",)) + integrable(("psld", "cld"), ("constant",))

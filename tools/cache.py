@@ -5,7 +5,7 @@ from __future__ import annotations
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/cache.py run=RUN [what=posteriors|reconstructions] [draws=8] [folder=RUN/latents]
-                                    [part=0 parts=4]
+                                    [part=0 parts=4] [shards=PLACE] [plugins=[MODULE]]
 
 Writes what the trained encoder of a run makes of every training image into WebDataset shards: mean and logvar, or that
 many draws of z with their reconstructions. The stage `cache` does the same, and takes up what lies there: train with
@@ -34,6 +34,8 @@ def command(argv: list[str]) -> None:
     run = Run(Path(words.run))
     settings = run.config()
     settings.cache = words
+    if words.shards:
+        settings.data.shards = words.shards
     if words.part is not None:
         made = work.take_up(run, settings, "encoder")
         images = caching.write_cache_part(run, settings, made, words.part, words.parts)

@@ -40,7 +40,7 @@ Trains the recipe, stage by stage, into the run folder (default runs/NAME). The 
 def command(argv: list[str]) -> None:
     """Compose the config from the words of argv, check it, and run it."""
     silence()
-    from dvae import config, preflight, run
+    from dvae import config, preflight, run, stored_config
     from dvae.registry.core import KINDS
     from dvae.sweeps import multirun
 
@@ -57,6 +57,7 @@ def command(argv: list[str]) -> None:
     if settings.dry_run:
         print(preflight.describe(composed))
         return
+    stored_config.stored(composed)  # refuses secrets that would be written down
     check(settings)
     first = os.environ.get("RANK", "0") == "0"
     if first and under_way(composed, settings):

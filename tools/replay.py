@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from dvae.errors import UserError, run_command
 
-USAGE = """usage: python tools/replay.py bundle=RUN/nonfinite-STAGE-STEP
+USAGE = """usage: python tools/replay.py bundle=RUN/nonfinite-STAGE-STEP [shards=PLACE] [plugins=[MODULE]]
 
 Takes a training step that was left out because a gradient was not finite once more, up to its gradients, in one
 process: with the weights that the bundle holds, and the same samples and draws. Prints loss and other figures (by tenth
@@ -27,7 +27,7 @@ def command(argv: list[str]) -> None:
     words = config.compose("replay", argv)
     if OmegaConf.is_missing(words, "bundle"):
         raise UserError("bundle= is not set: name a folder nonfinite-STAGE-STEP of a run")
-    seen = replay.replay(words.bundle)
+    seen = replay.replay(words.bundle, words.shards)
     record = seen.recorded
     print(f"{record['stage']} step {record['step']}, samples {record['samples'][0]} to {record['samples'][-1]}")
     for kind, title in (("figures", "figure, mean over the batch"), ("gradient_norms", "gradient norm")):

@@ -9,12 +9,14 @@ from dvae.errors import UserError, near, run_command
 USAGE = """usage: python tools/runs.py [list] [in=runs]
        python tools/runs.py follow run=RUN
        python tools/runs.py cancel run=RUN
-       python tools/runs.py resume run=RUN
+       python tools/runs.py resume run=RUN [trust=true]
 
 list      all runs below a folder: running, finished, stopped, failed or waiting; stage, step, images/s, time left
 follow    the figures of a run as they come, until it ends
 cancel    have a run save and end, as SIGTERM does; twice: at once
-resume    go on with a run by its own config, here, where its last attempt was made"""
+resume    go on with a run by its own config, here, where its last attempt was made. If that config imports modules,
+          runs commands, or uses addresses or variables of the environment, they are listed, and trust=true allows
+          them: read them first if the folder is not your own"""
 KEYS = {"list": "in", "follow": "run", "cancel": "run", "resume": "run"}
 
 
@@ -25,11 +27,12 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    what, folder = parse(argv)
+    trust = [word for word in argv if argv[0] == "resume" and word.startswith("trust=")]
+    what, folder = parse([word for word in argv if word not in trust])
     if what == "list":
         lines = runs.table(folder)
     elif what == "resume":
-        resume(folder)
+        resume(folder, trusted(trust))
         return
     else:
         lines = runs.follow(folder) if what == "follow" else runs.cancel(folder)
@@ -54,16 +57,30 @@ def parse(argv: list[str]) -> tuple[str, Path]:
     return what, Path(given.get(KEYS[what], "runs"))
 
 
-def resume(folder: Path) -> None:
-    """As tools/launch.py does, without composing anything anew."""
-    from dvae import runs
+def trusted(words: list[str]) -> bool:
+    """Whether the words allow what a run's settings reach for outside its folder."""
+    if words not in ([], ["trust=true"], ["trust=false"]):
+        raise UserError(f"{' '.join(words)}: use trust=true or trust=false, once")
+    return words == ["trust=true"]
+
+
+def resume(folder: Path, trust: bool) -> None:
+    """As tools/launch.py does, without composing the settings again."""
+    from dvae import runs, stored_config
     from dvae.run import Run
     from dvae.tools import launch
 
     runs.refuse_busy(folder)
     runs.enter(folder := folder.absolute())
+    run = Run(folder)
+    reached = stored_config.outside(stored_config.read_plain(run.config_file))
+    if reached and not trust:
+        raise UserError(
+            f"run={folder}: its config.yaml uses {'; '.join(reached)}: if that is what you want, add trust=true, or "
+            "give the launch command again"
+        )
     launch.silence()
-    config = Run(folder).config()
+    config = run.own_config()
     launch.check(config)
     launch.start(config, Path(config.run))
 

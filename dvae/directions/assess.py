@@ -20,8 +20,8 @@ from dvae.directions.score import Faces, Target, score
 from dvae.directions.settings import DirectionsConfig
 from dvae.errors import UserError
 from dvae.noise import Noise
-from dvae.own_images import open_split
 from dvae.pipeline import Pipeline
+from dvae.run_images import open_split
 from dvae.tracking.console import Progress
 
 

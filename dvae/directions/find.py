@@ -9,14 +9,13 @@ import torch
 
 from dvae import bundle, latents
 from dvae import pipeline as pipelines
-from dvae.config import endless
 from dvae.data.manifest import TRAIN
 from dvae.directions import finders, store
 from dvae.directions.attributes import Attributes
 from dvae.directions.direction import Direction, Method
 from dvae.directions.settings import DirectionsConfig
 from dvae.errors import UserError, near
-from dvae.own_images import open_split
+from dvae.run_images import open_split
 from dvae.tracking.console import Progress
 
 
@@ -73,7 +72,7 @@ def of_jacobian(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) 
 def load(settings: DirectionsConfig) -> pipelines.Pipeline:
     """The run. Raises UserError where it has no latent space to find directions in."""
     pipeline = pipelines.load(settings.run, settings.batch_size)
-    if endless(pipeline.config) or "encoder" not in pipeline.models.trained():
+    if pipeline.config.draws_points or "encoder" not in pipeline.models.trained():
         raise UserError(f"run={settings.run} has no encoder, so no latent to find directions of: use a run with one")
     return pipeline
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,10 +20,14 @@ from dvae import bundle, files
 from dvae.directions.direction import Direction, Method
 from dvae.directions.labels import LabelModel
 from dvae.errors import MachineError, UserError, near, one_line
+from dvae.tracking.console import say
+from dvae.utils.read import DamagedFile, check, parse_json, read_weights_metadata
+from dvae.weights import State, load_weights
 
 FILE = bundle.DIRECTIONS
 WORDS = ("name", "unit", "attribute", "value", "share")
 """What is said of each in the header, besides its method."""
+AGAIN = "find its directions again, with tools/directions.py find=[...]"
 ENCODER = "encoder."
 """How the names of the encoder's weights begin in a bundle."""
 
@@ -53,7 +57,7 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
     """
     place, new = bundle.folder_of(folder), list(directions)
     own, methods = encoder_hash(place), {one.method for one in new}
-    old = [] if _stale(place, own) else list(_read(place).values())
+    old = _usable(place, own)
     every = [one for one in old if one.method not in methods] + new
     about = {one.name: {name: getattr(one, name) for name in WORDS} | {"method": one.method.name} for one in every}
     tensors = {f"direction.{one.name}": one.vector for one in every}
@@ -67,6 +71,7 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
         files.write_file(place / FILE, lambda aside: save_file(tensors, aside, header))
     except SafetensorError as error:
         raise MachineError(f"{place / FILE} could not be written ({one_line(error)}): make room") from None
+    bundle.update_hash(place, FILE)
     return place / FILE
 
 
@@ -99,38 +104,90 @@ def load(folder: str | Path, name: str) -> Direction:
     return known[name]
 
 
-def _header(path: Path) -> dict[str, Any]:
+@dataclass
+class _Told:
+    """What the header says of one direction, besides its vector."""
+
+    name: str
+    unit: str
+    attribute: str
+    value: str
+    share: float | None
+    method: str
+
+
+@dataclass
+class _Header:
+    """The metadata of the file."""
+
+    encoder_sha256: str
+    directions: dict[str, _Told]
+    attributes: dict[str, list[str]]
+
+
+def _header(path: Path) -> _Header:
     try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-        parsed = {name: json.loads(found.get(name, "{}")) for name in ("directions", "attributes")}
-        return {"encoder_sha256": found["encoder_sha256"], **parsed}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable file of directions ({one_line(error)}): remove it and find them again"
-        ) from None
+        found = read_weights_metadata(path)
+        parsed = {name: parse_json(found.get(name, "{}"), path) for name in ("directions", "attributes")}
+        return check(_Header, {"encoder_sha256": found.get("encoder_sha256"), **parsed}, path)
+    except (OSError, DamagedFile) as error:
+        raise UserError(f"{one_line(error)}: not a readable file of directions: {AGAIN}") from None
+
+
+def _usable(place: Path, own: str) -> list[Direction]:
+    """Directions that are kept beside new ones: none that belong to other weights, and none of a damaged file."""
+    try:
+        return [] if _stale(place, own) else list(_read(place).values())
+    except UserError as error:
+        say(f"{one_line(error)}; the old ones are replaced")
+        return []
 
 
 def _stale(place: Path, own: str) -> bool:
     """Whether there are directions, of other weights."""
     path = place / FILE
-    return path.is_file() and _header(path)["encoder_sha256"] != own
+    return path.is_file() and _header(path).encoder_sha256 != own
 
 
 def _read(place: Path) -> dict[str, Direction]:
     path = place / FILE
     if not path.is_file():
         return {}
-    tensors, header = bundle.load_weights(path), _header(path)
-    model = None
-    if header["attributes"]:
-        model = LabelModel(header["attributes"], tensors["labels.readout"], tensors["labels.effects"])
-    found = {}
-    for name, words in header["directions"].items():
-        method = Method[words["method"]]
-        found[name] = Direction(
-            vector=tensors[f"direction.{name}"],
-            model=model if method is Method.labels else None,
-            **(words | {"method": method}),
-        )
-    return found
+    bundle.verify_file(place, bundle.read_about(place), FILE)
+    tensors, header = load_weights(path), _header(path)
+    model = _label_model(tensors, header, path)
+    return {name: _direction(name, told, tensors, model, path) for name, told in header.directions.items()}
+
+
+def _label_model(tensors: State, header: _Header, path: Path) -> LabelModel | None:
+    """The regressions that directions of labels share. Raises UserError if their tensors are missing or do not fit."""
+    if not header.attributes:
+        return None
+    sizes = [len(values) for values in header.attributes.values()]
+    pairs = (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
+    empty = torch.empty(0)
+    readout, effects = (tensors.get(f"labels.{name}", empty) for name in ("readout", "effects"))
+    fits = readout.ndim == effects.ndim == 2 and min(sizes) > 0
+    fits = (
+        fits
+        and readout.shape == (effects.shape[1] + 1, sum(sizes))
+        and len(effects) in (sum(sizes), sum(sizes) + pairs)
+    )
+    if not fits or not torch.isfinite(readout).all() or not torch.isfinite(effects).all():
+        raise UserError(f"{path}: its tensors do not fit its attributes: {AGAIN}")
+    return LabelModel(header.attributes, readout.double(), effects.double())
+
+
+def _direction(name: str, told: _Told, tensors: State, model: LabelModel | None, path: Path) -> Direction:
+    vector = tensors.get(f"direction.{name}")
+    if vector is None or not vector.is_floating_point() or not torch.isfinite(vector).all():
+        raise UserError(f"{path}: direction {name[:80]!r} has no vector of numbers: {AGAIN}")
+    if told.method not in Method.__members__:
+        raise UserError(f"{path}: direction {name[:80]!r}: method {told.method[:80]!r}: {near('', Method.__members__)}")
+    method = Method[told.method]
+    shared = model if method is Method.labels else None
+    if shared is not None and told.value not in shared.attributes.get(told.attribute, []):
+        raise UserError(f"{path}: direction {name[:80]!r} is of an attribute that the file does not hold: {AGAIN}")
+    if shared is not None and len(shared.readout) != vector.numel() + 1:
+        raise UserError(f"{path}: direction {name[:80]!r} is of another latent than the file's attributes: {AGAIN}")
+    return Direction(vector=vector, model=shared, **(asdict(told) | {"method": method}))

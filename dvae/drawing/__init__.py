@@ -16,7 +16,7 @@ import numpy as np
 from dvae import files, together
 from dvae.drawing import formats, processes
 from dvae.drawing.artist import Artist
-from dvae.drawing.chunks import Chunks, difference, read
+from dvae.drawing.chunks import Chunks, difference, read_finished
 from dvae.drawing.samples import Samples
 from dvae.drawing.settings import DrawingConfig
 from dvae.errors import UserError
@@ -110,9 +110,23 @@ def _kept(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(number, its row of each of the named arrays) of all that is asked for."""
     for numbers in wanted:
-        arrays = {name: chunks.read(numbers, name) for name in names}
-        for number in _both(numbers, artist.asked):
+        both = _both(numbers, artist.asked)
+        arrays = {name: chunks.read(numbers, name, both.stop - numbers.start) for name in names}
+        if wrong := next((name for name in names if not _is_sound(artist, name, arrays[name])), ""):
+            raise chunks.damage(numbers, f"{wrong} is {arrays[wrong].dtype} {arrays[wrong].shape}")
+        for number in both:
             yield number, {name: array[number - numbers.start] for name, array in arrays.items()}
+
+
+def _is_sound(artist: Artist, name: str, array: np.ndarray) -> bool:
+    """Whether an array can be what `artist.draw` gave by that name."""
+    config = artist.pipeline.config
+    if name == "pixels":
+        tile = (artist.tiles[0] * config.image_size, artist.tiles[1] * config.image_size, config.channels)
+        return array.dtype == np.uint8 and array.shape[1:] == tile
+    if name == "label":
+        return array.dtype.kind == "i" and array.ndim == 1 and bool((array < len(config.classes)).all())
+    return array.dtype.kind in "iu"
 
 
 def _results(artist: Artist, chunks: Chunks, wanted: list[range]) -> formats.Results:
@@ -150,9 +164,9 @@ def _finished(out: Path, record: Path, request: dict[str, object], n: int) -> fl
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    theirs = read(record) if record.is_file() else None
+    theirs = read_finished(record) if record.is_file() else None
     if theirs is None:
         raise UserError(f"out={out} is there already, and not from this command: name another, or remove it")
-    if unlike := difference(theirs["request"] | {"n": theirs["n"]}, request | {"n": n}):
+    if unlike := difference(theirs.request | {"n": theirs.n}, request | {"n": n}):
         raise UserError(f"out={out} is there already, drawn with {unlike}: name another, or remove it")
-    return float(theirs["nfe"])
+    return theirs.nfe

@@ -103,7 +103,7 @@ class Artist(ABC):
     def about(self, number: int, label: np.ndarray) -> bytes:
         """JSON of a result's class, as beside the images of dvae's own shards."""
         settings = self.pipeline.config
-        labels = {settings.data.label: settings.classes[int(label)]} if label >= 0 else {}
+        labels = {settings.label: settings.classes[int(label)]} if label >= 0 else {}
         return json.dumps({"key": f"{number:06d}", "labels": labels}, sort_keys=True).encode()
 
 

@@ -25,7 +25,7 @@ from dvae.evaluation.metrics import Features
 from dvae.evaluation.noisy import NoisyConfig, NoisySamples
 from dvae.evaluation.protocol import Protocol
 from dvae.evaluation.request import EvaluateToolConfig, check, computed
-from dvae.own_images import place_of_run
+from dvae.run_images import run_shards
 from dvae.tracking.console import Progress
 
 Result = dict[str, Any]
@@ -62,10 +62,7 @@ class Bench:
     def _trained_on(self) -> str:
         """The run's shards. Raises UserError where they are not on this machine."""
         assert self.pipeline is not None
-        place = place_of_run(self.settings.run, self.pipeline.config, "reference")
-        if not isinstance(place, Path):
-            raise UserError(f"the run's images are at {place}: name shards, or a folder of images, reference=FOLDER")
-        return str(place)
+        return str(run_shards(self.settings.run, self.pipeline.config, "reference"))
 
     def real(self) -> tuple[Features, Features | None]:
         """Features of the reference and of held-out images, kept."""

@@ -27,7 +27,7 @@ from dvae.data.images import to_float
 from dvae.data.order import Order
 from dvae.data.reader import Shards
 from dvae.errors import UserError, near
-from dvae.own_images import open_split
+from dvae.run_images import open_split
 from dvae.tracking import pictures
 from dvae.tracking.console import Progress
 
@@ -191,7 +191,7 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
     train_set, heldout_set = (
         open_split(settings.run, pipeline.config, split, settings.shards) for split in ("train", "heldout")
     )
-    attribute, classes = attribute_of(settings, pipeline.config.data.label, train_set)
+    attribute, classes = attribute_of(settings, pipeline.config.label, train_set)
     judge = train(
         labelled(train_set, attribute, classes), len(train_set), len(classes),
         steps=settings.steps, batch=settings.batch, seed=settings.seed,

@@ -13,11 +13,10 @@ from omegaconf import OmegaConf
 
 from dvae import bundle
 from dvae.data.reader import spread
-from dvae.errors import UserError
-from dvae.own_images import open_split
 from dvae.pipeline import Pipeline
 from dvae.quantisation import plan
-from dvae.settings import Precision, RunConfig
+from dvae.run_images import open_split
+from dvae.settings import EvaluateConfig, ModelConfig, Precision
 from dvae.together import CHUNK
 from dvae.tracking.console import Progress
 
@@ -28,18 +27,16 @@ Real = tuple[torch.Tensor, torch.Tensor]
 """Training and held-out images (n, C, H, W), uint8."""
 
 
-def real_images(run: str, shards: str, config: RunConfig, n: int) -> Real:
+def real_images(run: str, shards: str, config: ModelConfig, n: int) -> Real:
     """Images of the reference and for the floor. Raises UserError where there are none, or others than the run's."""
-    if not shards and not config.data.shards:
-        raise UserError("n= compares with real images: name their shards=FOLDER")
     train, heldout = (open_split(run, config, split, shards) for split in ("train", "heldout"))
-    return train.read(spread(len(train), config.evaluate.reference)), heldout.read(spread(len(heldout), n))
+    return train.read(spread(len(train), EvaluateConfig().reference)), heldout.read(spread(len(heldout), n))
 
 
 def measure(original: Pipeline, quantised: Pipeline, real: Real | None, settings: QuantizeConfig) -> dict[str, Any]:
     """Speed and KID of both, and the verdict; both compute in bf16 for it."""
     for pipeline in (original, quantised):
-        pipeline.config.train_refiner.precision = Precision.bf16
+        pipeline.config.precision = Precision.bf16
     found: dict[str, Any] = {}
     if settings.turns:
         found["speed"] = speed(original, quantised, settings.turns, settings.seed)

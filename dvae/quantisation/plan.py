@@ -1,4 +1,4 @@
-"""What is done to which layer of a bundle, and the file beside its weights that says so: quantisation.json."""
+"""What is done to which layer of a bundle, and the file beside its weights that says so: quantization.json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from dvae.errors import UserError, near, one_line
 from dvae.models import Models
 from dvae.quantisation import integer, trace
 from dvae.quantisation.layers import Store, StoredLayer, quantisable
+from dvae.utils.read import DamagedFile, forbid_extra, read_json
 
-FILE = "quantisation.json"
+FILE = "quantization.json"
+AGAIN = "quantize the run again"
+MOST_GROUP, MOST_BUCKETS = 2**20, 1000
 PRIOR = "prior"
 """The part that is left as it is: fitted figures, not a network that is run at every step."""
 
@@ -33,9 +36,10 @@ class Method(Enum):
     """Weights as int4, two a byte."""
 
 
+@forbid_extra
 @dataclass(kw_only=True, slots=True)
 class Plan:
-    """The content of quantisation.json."""
+    """The content of quantization.json."""
 
     method: str
     """A Method."""
@@ -83,7 +87,7 @@ def replace_layers(models: Models, plan: Plan, what: str) -> None:
     parts = networks(models)
     if parts.keys() != plan.layers.keys():
         there, here = ", ".join(sorted(plan.layers)), ", ".join(sorted(parts))
-        raise UserError(f"{what} is quantised in {there}, the config has {here}: quantise the run again")
+        raise UserError(f"{what} is quantized in {there}, the config has {here}: quantize the run again")
     for part, module in parts.items():
         for store, names in plan.layers[part].items():
             replace_in(module, names, Store[store], plan.group, clock, f"{what} ({part})")
@@ -96,7 +100,7 @@ def replace_in(module: nn.Module, names: list[str], store: Store, group: int, cl
     own = dict(module.named_modules())
     for name in names:
         if name not in own or not quantisable(own[name]):
-            raise UserError(f"{what}: {FILE} names {name!r}, which is no layer of the config: quantise the run again")
+            raise UserError(f"{what}: {FILE} names {name!r}, which is no layer of the config: quantize the run again")
         module.set_submodule(name, _stored(own[name], store, group, clock))
 
 
@@ -140,31 +144,30 @@ def cpu_only(models: Models) -> bool:
 
 
 def write(folder: Path, plan: Plan) -> None:
-    """Write quantisation.json into a bundle, complete or not at all."""
+    """Write quantization.json into a bundle, complete or not at all."""
     files.write_text(folder / FILE, json.dumps(asdict(plan), separators=(",", ":")) + "\n")
 
 
 def read(folder: Path, method: str) -> Plan:
-    """The plan of a bundle whose bundle.json says `method`. Raises UserError where the file cannot be read, or does not
-    fit."""
+    """The plan of a bundle whose bundle.json says `method`.
+
+    Raises UserError if the file cannot be read, or does not fit.
+    """
     path = folder / FILE
     try:
-        plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
-        stores = {store for by_store in plan.layers.values() for store in by_store}
-        plain = isinstance(plan.group, int) and isinstance(plan.buckets, int)
-        names = all(isinstance(name, str) for part in plan.layers.values() for some in part.values() for name in some)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable plan ({one_line(error)}): quantise the run again") from None
+        plan = read_json(path, Plan)
+    except (OSError, DamagedFile) as error:
+        raise UserError(f"{one_line(error)}: not a readable plan: {AGAIN}") from None
+    stores = {store for by_store in plan.layers.values() for store in by_store}
     if plan.method not in Method.__members__:
-        raise UserError(f"{path}: unknown method {plan.method!r}: {near(str(plan.method), Method.__members__)}")
+        raise UserError(f"{path}: unknown method {plan.method[:80]!r}: {near(plan.method[:80], Method.__members__)}")
     if plan.method != method:
-        raise UserError(f"{path} says method {plan.method}, bundle.json {method}: quantise the run again")
+        raise UserError(f"{path} says method {plan.method}, bundle.json {method[:80]}: {AGAIN}")
     if foreign := sorted(stores - Store.__members__.keys()):
-        raise UserError(f"{path}: unknown store {foreign[0]!r}: {near(foreign[0], Store.__members__)}")
-    if not (plain and names) or (Store.int4.name in stores and (plan.group < 2 or plan.group % 2)):
-        raise UserError(
-            f"{path}: group {plan.group!r}, buckets {plan.buckets!r} or layers are not plain: quantise again"
-        )
+        raise UserError(f"{path}: unknown store {foreign[0][:80]!r}: {near(foreign[0][:80], Store.__members__)}")
+    odd_group = Store.int4.name in stores and (plan.group < 2 or plan.group % 2)
+    if odd_group or not 0 <= plan.group <= MOST_GROUP or not 0 <= plan.buckets <= MOST_BUCKETS:
+        raise UserError(f"{path}: group {plan.group} or buckets {plan.buckets} are out of bounds: {AGAIN}")
     if Store.integer.name in stores:
         integer.check_machine()
     return plan

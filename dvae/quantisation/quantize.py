@@ -71,6 +71,7 @@ def quantize(settings: QuantizeConfig) -> Plan:
     for _ in range(2):  # the second time with the bytes that these figures take themselves
         made.measured["bytes"] = gate.sizes(source, out, original, quantised)
         plan.write(out, made)
+        bundle.update_hash(out, plan.FILE)
     return made
 
 
@@ -85,7 +86,7 @@ def write(settings: QuantizeConfig, source: Path, out: Path) -> Plan:
     for name, range_ in seen.items():
         layer: Any = models.denoiser.get_submodule(name)
         layer.calibrate(range_.low, range_.high)
-    bundle.export(out, (source / bundle.CONFIG).read_text(encoding="utf-8"), plan.parts_to_save(models), made)
+    bundle.export(out, pipeline.config, plan.parts_to_save(models), made)
     return made
 
 

@@ -16,7 +16,7 @@ from dvae import bundle, models
 from dvae.denoiser import Centre
 from dvae.errors import UserError
 from dvae.pipeline import Pipeline
-from dvae.settings import Precision, RunConfig
+from dvae.settings import ModelConfig, Precision
 
 IMAGES = 16
 """Images that are drawn by both."""
@@ -37,7 +37,7 @@ def compare(run: Path, steps: int, seed: int) -> Difference:
     config, made = bundle.load(bundle.folder_of(run))
     if config.denoiser.centre is not Centre.none or not config.denoiser.condition_image:
         raise UserError(f"run={run} is not of formulation 1: it needs denoiser.centre=none, condition_image=true")
-    config = replace(config, train_refiner=replace(config.train_refiner, precision=Precision.fp32))
+    config = replace(config, precision=Precision.fp32)
     drawn = []
     for pipeline in (Pipeline(config, made), Pipeline(*formulation_2(config, made))):
         pipeline.use_sampler(steps=steps)
@@ -46,7 +46,7 @@ def compare(run: Path, steps: int, seed: int) -> Difference:
     return Difference(int(apart.max()), float((apart > 0).float().mean()))
 
 
-def formulation_2(config: RunConfig, made: models.Models) -> tuple[RunConfig, models.Models]:
+def formulation_2(config: ModelConfig, made: models.Models) -> tuple[ModelConfig, models.Models]:
     """The same refiner in the other coordinates."""
     other = replace(config, denoiser=replace(config.denoiser, centre=Centre.input))
     built = models.build(other)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import socket
 import subprocess
 from importlib.metadata import version
@@ -13,19 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dvae
-
-SECRET_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-"""Environment variables whose values must not be told."""
-SHORTEST = 8
-"""Characters of such a value, below which it cannot be told from a common word."""
-
-
-def without_secrets(text: str) -> str:
-    """`text` without values of secret environment variables, and without user:password@ in addresses."""
-    secrets = (v for name, v in os.environ.items() if SECRET_NAMES.search(name) and len(v) >= SHORTEST)
-    for value in sorted(secrets, key=len, reverse=True):
-        text = text.replace(value, "[removed]")
-    return re.sub(r"://[^\s/@'\"]+@", "://", text)
+from dvae.utils.secrets import scrub
 
 
 def code() -> dict[str, Any]:
@@ -37,7 +24,7 @@ def code() -> dict[str, Any]:
 
 def diff() -> str:
     """What differs from the commit in files that git knows, without secrets; empty where there is no checkout."""
-    return without_secrets(_git("diff", "HEAD"))
+    return scrub(_git("diff", "HEAD"))
 
 
 def _git(*words: str) -> str:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from dvae.utils.secrets import scrub
+
 LINE_EVERY = 10.0
 """Seconds between plain lines."""
 WINDOW = 15.0
@@ -97,8 +99,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def say(words: str) -> None:
-    """A line for the user beside the progress, on stderr."""
-    print(f"dvae: {words}", file=sys.stderr, flush=True)
+    """Print a line for the user beside the progress, on stderr, without secrets."""
+    print(f"dvae: {scrub(words)}", file=sys.stderr, flush=True)
 
 
 class Counted:

@@ -31,6 +31,7 @@ from dvae import files
 from dvae.errors import MachineError, UserError, one_line
 from dvae.tracking import code
 from dvae.tracking.console import say
+from dvae.utils.secrets import scrub
 
 OPEN, CLOSE = 30.0, 60.0
 """Seconds that W&B's server has to open a run, and to take the last of what it was sent."""
@@ -244,7 +245,7 @@ def _run_config(run_folder: Path) -> dict[str, Any]:
     """The run's resolved config, for W&B's table of runs."""
     path = run_folder / "config.yaml"
     config = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
-    scrubbed: dict[str, Any] = json.loads(code.without_secrets(json.dumps(config)))
+    scrubbed: dict[str, Any] = json.loads(scrub(json.dumps(config)))
     return scrubbed
 
 

@@ -135,7 +135,7 @@ def stall(engine: Engine, state: State, folder: Path) -> tuple[float, float]:
 def run(settings: TrainerBenchConfig) -> dict[str, float]:
     """Measure the refiner of a run whose encoder is trained; figures are printed and returned. Raises UserError."""
     of = Run(Path(settings.run))
-    config = of.config()
+    config = of.own_config()
     training = config.train_refiner
     if training.zero_stage or training.micro_batches > 1 or "encoder" not in config.stages:
         raise UserError(f"run={of.path}: this takes a run with an encoder, zero_stage=0 and whole batches: the demo's")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dvae import bundle, keyed
+from dvae import keyed
 from dvae.data import cache, cache_build, request
 from dvae.data.images import to_float, to_uint8
 from dvae.data.manifest import FILE as MANIFEST
@@ -43,19 +43,18 @@ def encode(config: RunConfig, encoder: Encoder, shards: Shards, start: int, stop
 def posteriors(run: Run, config: RunConfig, made: Models) -> Posterior:
     """Posteriors of all training images, in the order of the data set; computed once and kept in the run folder."""
     keep_posteriors(run, config, made)
-    state = bundle.load_weights(run.weights("posteriors"))
+    state = run.load_weights("posteriors")
     return Posterior(state["mean"], state["logvar"])
 
 
 def keep_posteriors(run: Run, config: RunConfig, made: Models) -> None:
     """Compute the posteriors into the run folder, where they are not there yet."""
-    path = run.weights("posteriors")
-    if not path.exists():
+    if not run.has_weights("posteriors"):
         shards = open_shards(config, "train")
         parts = list(encode(config, made.encoder, shards, 0, len(shards)))
         state = {"mean": torch.cat([p.mean for p in parts]), "logvar": torch.cat([p.logvar for p in parts])}
         record_damage(run.path, shards)
-        bundle.save_weights(path, state)
+        run.save_weights("posteriors", state)
 
 
 def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:

@@ -21,6 +21,7 @@ from dvae.training.latents import Latents
 from dvae.training.loop import Looks
 from dvae.training.stages import Engines, NoisyStage, StepOutput, by_time, sums
 from dvae.training.work import Weights, device, export, part_of, pipeline_of, preview_samples, take_up, train_stage
+from dvae.weights import fit_weights
 
 STUDENT = "denoiser."
 """Before the names of a student's weights in those of what is trained."""
@@ -99,7 +100,7 @@ def distil_stage(run: Run, config: RunConfig) -> None:
             train_stage(run, config, stage, config.train_distil, {name: STUDENT}, looks)
 
     def finish() -> None:
-        bundle.save_weights(run.weights("denoiser"), bundle.load_weights(run.weights(names[-1])))
+        run.save_weights("denoiser", run.load_weights(names[-1]))
         export(run, config)
         records = run.records()
         run.finish("distil", {"seconds": sum(records[name]["seconds"] for name in names)})
@@ -109,10 +110,10 @@ def distil_stage(run: Run, config: RunConfig) -> None:
 
 def take_teacher(run: Run, config: RunConfig) -> None:
     """Keep what the run shares with its teacher, and the teacher's refiner."""
-    if run.weights("teacher").exists():  # the last that is kept
+    if run.has_weights("teacher"):  # the last that is kept
         return
     for part, module in bundle.teacher_of(config).trained().items():
-        bundle.save_weights(run.weights("teacher" if part == "denoiser" else part), module.state_dict())
+        run.save_weights("teacher" if part == "denoiser" else part, module.state_dict())
 
 
 def round_names(config: RunConfig) -> dict[str, int]:
@@ -126,11 +127,11 @@ def open_distil(run: Run, config: RunConfig, name: str) -> DistilStage:
     made, rounds = take_up(run, config, "encoder"), round_names(config)
     steps, before = rounds[name], ["teacher", *rounds][list(rounds).index(name)]
     distiller = DISTILLERS.build(config.distiller, made.denoiser.io)
-    weights = bundle.load_weights(run.weights(before))
+    weights = run.load_weights(before)
     teacher = models.build(config).denoiser
     for denoiser in (made.denoiser, teacher):
         distiller.check(denoiser)
-        bundle.fit(denoiser, weights, str(run.weights(before)))
+        fit_weights(denoiser, weights, str(run.weights(before)))
         denoiser.to(device())
     student, latents = Student(made.denoiser, distiller), open_latents(run, config, made)
     return DistilStage(student, teacher, steps, made.encoder, latents, config.train_distil, config.seed, device())

@@ -74,9 +74,8 @@ def checked(word: str, folder: str, stage: str, run: str) -> Run:
 def with_part(run: Run, config: RunConfig, part: str, weights: Weights, folder: Path) -> None:
     """Write a bundle of the run's finished parts with these weights as one of them. Raises UserError if one lacks."""
     trained = models.on_meta(config).trained()
-    kept = {name: run.weights(name) for name in trained if name != part and run.weights(name).exists()}
-    lacking = sorted(trained.keys() - kept.keys() - {part, bundle.CLASSIFIER})
+    kept = [name for name in trained if name != part and run.has_weights(name)]
+    lacking = sorted(trained.keys() - {*kept, part, bundle.CLASSIFIER})
     if lacking:
         raise UserError(f"run={run.path} has no trained {lacking[0]} yet, which a bundle needs: train that first")
-    parts = {name: bundle.load_weights(path) for name, path in kept.items()} | {part: weights}
-    bundle.export(folder, run.config_file.read_text(encoding="utf-8"), parts)
+    bundle.export(folder, config, {name: run.load_weights(name) for name in kept} | {part: weights})

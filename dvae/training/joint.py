@@ -11,6 +11,7 @@ from torch import nn
 from dvae import models
 from dvae.data.loader import Batch
 from dvae.denoiser import Denoiser, Draws, Given
+from dvae.model_config import model_config
 from dvae.pipeline import Pipeline
 from dvae.registry.encoders import Encoder
 from dvae.run import Run
@@ -89,7 +90,7 @@ def previews(run: Run, config: RunConfig) -> Callable[[int, Weights], Path]:
             part = copy.trained()[name]
             part.load_state_dict(part_of(averaged, prefix))
             part.eval().requires_grad_(False)
-        x_hat, refined = Pipeline(config, copy, config.evaluate.batch).reconstruct(shown)
+        x_hat, refined = Pipeline(model_config(config), copy, config.evaluate.batch).reconstruct(shown)
         path = run.images / f"joint-{step:08d}.png"
         pictures.grid(torch.cat([shown, x_hat, *([] if refined is None else [refined])]), path)
         return path

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from dvae import bundle, files
+from dvae import files
 from dvae.data.loader import Batch
 from dvae.errors import MachineError
 from dvae.stage_names import settings_of
 from dvae.training import ranks
 from dvae.training.engine import Engine
 from dvae.training.stages import Stage
+from dvae.weights import save_weights
 
 log = logging.getLogger("dvae")
 SAVED = 3
@@ -86,7 +87,7 @@ def save(
     def write() -> None:
         with files.new_folder(path) as folder:
             files.write_json(folder / RECORD, record)
-            bundle.save_weights(folder / WEIGHTS, weights)
+            save_weights(folder / WEIGHTS, weights)
 
     ranks.on_first(write)
 

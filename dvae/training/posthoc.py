@@ -18,13 +18,14 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae import bundle, models
+from dvae import models
 from dvae.errors import UserError
 from dvae.run import Run
 from dvae.settings import WIDTHS, EmaProfile, RunConfig
 from dvae.training.ema import power
 from dvae.training.export import PARTS, checked, with_part
 from dvae.training.snapshots import Snapshot, list_snapshots
+from dvae.weights import load_weights, save_weights
 
 RIDGE = 1e-10
 """Relative to each profile's squared norm: keeps coefficients small where snapshots lie close together."""
@@ -108,10 +109,10 @@ def fit(snapshots: Sequence[Snapshot], step: int, width: float) -> Fit:
 def combine(found: Fit, parameters: set[str]) -> dict[str, torch.Tensor]:
     """The state dict of a fit. What is no parameter (a buffer) is that of the snapshot nearest in time."""
     nearest = min(found.snapshots, key=lambda one: abs(one.step - found.step))
-    state = bundle.load_weights(nearest.path)
+    state = load_weights(nearest.path)
     sums = {name: torch.zeros_like(state[name], dtype=torch.float64) for name in state.keys() & parameters}
     for snapshot, coefficient in zip(found.snapshots, found.coefficients, strict=True):
-        values = bundle.load_weights(snapshot.path)
+        values = load_weights(snapshot.path)
         for name, total in sums.items():
             total.add_(values[name].double(), alpha=float(coefficient))
     return state | {name: total.float() for name, total in sums.items()}
@@ -130,7 +131,7 @@ def make(settings: EmaToolConfig) -> Fit:
     part, trained = PARTS[settings.stage], models.on_meta(config).trained()
     weights = combine(found, {name for name, _ in trained[part].named_parameters()})
     if settings.out:
-        bundle.save_weights(Path(settings.out), weights)
+        save_weights(Path(settings.out), weights)
     if settings.bundle:
         with_part(run, config, part, weights, Path(settings.bundle))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from torch import nn
 
-from dvae import bundle
 from dvae.data.loader import Batch
 from dvae.errors import UserError, one_line
 from dvae.run import Run
@@ -27,6 +26,7 @@ from dvae.training.joint import open_joint
 from dvae.training.loop import backward
 from dvae.training.stages import Stage
 from dvae.training.work import open_stage
+from dvae.weights import fit_weights, load_weights
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,6 +35,10 @@ class ReplayConfig:
 
     bundle: str = MISSING
     """A folder nonfinite-<stage>-<step> of a run folder."""
+    shards: str = ""
+    """Place of the run's shards if it is a command or an address, or if they were moved (empty: where the run says)."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
 
 
 ConfigStore.instance().store(name="replay_schema", node=ReplayConfig, provider="dvae")
@@ -66,8 +70,8 @@ class Replayed:
         )
 
 
-def replay(folder: str) -> Replayed:
-    """Take the step of the replay bundle `folder` once more, up to its gradients.
+def replay(folder: str, shards: str = "") -> Replayed:
+    """Take the step of the replay bundle `folder` once more, up to its gradients; `shards` is as in ReplayConfig.
 
     The micro-batches of all ranks are taken one after the other, as they lie in the batch. Raises UserError where the
     bundle and its run do not go together.
@@ -82,6 +86,8 @@ def replay(folder: str) -> Replayed:
     start_distributed()
     run = Run(path.absolute().parent)
     config = run.config()
+    if shards:
+        config.data.shards = shards
     training = as_one_process(config, record)
     stage = open_training(run, config, record["stage"])
     batches = recorded_batches(config, training, stage, record, path)
@@ -131,13 +137,13 @@ def recorded_batches(
 
 def recorded_engines(stage: Stage, step: int, path: Path) -> dict[str, Engine]:
     """An engine around each module that `step` trained, with the recorded weights."""
-    weights = bundle.load_weights(path / nonfinite.WEIGHTS)
+    weights = load_weights(path / nonfinite.WEIGHTS)
     engines = {}
     for name, module in stage.modules().items():
         if stage.trains(name, step):
             start = f"{name}."
             own = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
-            bundle.fit(module, own, str(path / nonfinite.WEIGHTS))
+            fit_weights(module, own, str(path / nonfinite.WEIGHTS))
             engines[name] = Engine(module, stage.settings(name))
     return engines
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae import bundle, files
+from dvae import files
 from dvae.settings import EmaProfile, TrainingConfig
 from dvae.training import ranks
 from dvae.training.ema import MAIN, Average, averages
+from dvae.weights import save_weights
 
 if TYPE_CHECKING:
     from dvae.training.engine import Engine
@@ -75,7 +76,7 @@ class Snapshots:
         parameters = {name for name, _ in engine.module.named_parameters()}
         for name, average in self.averages.items():
             state = engine.averaged(name)
-            ranks.on_first(bundle.save_weights, Snapshot.at(self.folder, step, average).path, halved(state, parameters))
+            ranks.on_first(save_weights, Snapshot.at(self.folder, step, average).path, halved(state, parameters))
 
     def drop_after(self, step: int) -> None:
         """Remove snapshots beyond `step`: their steps are about to be taken again."""

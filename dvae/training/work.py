@@ -13,8 +13,8 @@ from dvae import bundle, keyed, models, points
 from dvae import config as configuration
 from dvae.data.images import to_float, to_uint8
 from dvae.data.loader import Batches
-from dvae.errors import UserError
 from dvae.layers.whitening import Moments
+from dvae.model_config import model_config
 from dvae.models import Models
 from dvae.pipeline import Pipeline
 from dvae.registry.encoders import Encoder
@@ -29,6 +29,7 @@ from dvae.training.checkpoint import Checkpoints
 from dvae.training.latents import Encoded
 from dvae.training.loop import Looks, State, train
 from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
+from dvae.weights import fit_weights
 
 Weights = dict[str, torch.Tensor]
 PARTS = ("encoder", "prior", "denoiser", "classifier")
@@ -51,9 +52,7 @@ def take_up(run: Run, config: RunConfig, *parts: str) -> Models:
     for part in parts:
         if part not in made.trained():  # it has nothing to learn
             continue
-        if not run.weights(part).exists():
-            raise UserError(f"run={run.path} has no trained {part} yet: add the stage that trains it to stages=[...]")
-        bundle.fit(made.trained()[part], bundle.load_weights(run.weights(part)), str(run.weights(part)))
+        fit_weights(made.trained()[part], run.load_weights(part), str(run.weights(part)))
     for module in made.trained().values():
         module.to(device())
     return made
@@ -82,7 +81,7 @@ def train_stage(
 
     def finish() -> None:
         for part, prefix in parts.items():
-            bundle.save_weights(run.weights(part), part_of(weights, prefix))
+            run.save_weights(part, part_of(weights, prefix))
         export(run, config)
         record = {
             "seconds": state.seconds,
@@ -102,8 +101,8 @@ def part_of(weights: Weights, prefix: str) -> Weights:
 
 def export(run: Run, config: RunConfig) -> None:
     """The bundle of all parts that are trained so far."""
-    parts = {part: bundle.load_weights(run.weights(part)) for part in PARTS if run.weights(part).exists()}
-    bundle.export(run.bundle, run.config_file.read_text(encoding="utf-8"), parts)
+    parts = {part: run.load_weights(part) for part in PARTS if run.has_weights(part)}
+    bundle.export(run.bundle, config, parts)
 
 
 def preview_images(config: RunConfig) -> torch.Tensor:
@@ -145,8 +144,8 @@ def new_encoder_stage(encoder: Encoder, config: RunConfig) -> EncoderStage:
 def take_over(run: Run, config: RunConfig, encoder: Encoder, weights: Weights) -> None:
     """Keep weights that were trained elsewhere as those of the run's encoder."""
     began = time.perf_counter()
-    bundle.fit(encoder, weights, "the given encoder")
-    bundle.save_weights(run.weights("encoder"), weights)
+    fit_weights(encoder, weights, "the given encoder")
+    run.save_weights("encoder", weights)
     export(run, config)
     parameters = sum(p.numel() for p in encoder.parameters())
     run.finish("encoder", {"seconds": time.perf_counter() - began, "parameters": parameters})
@@ -162,7 +161,7 @@ def prior_stage(run: Run, config: RunConfig) -> None:
     posterior = posteriors(run, config, made)
     seed = keyed.child(config.seed, "prior") % 2**31
     figures = made.prior.fit(posterior.mean, posterior.logvar, seed)
-    bundle.save_weights(run.weights("prior"), made.prior.state_dict())
+    run.save_weights("prior", made.prior.state_dict())
     export(run, config)
     run.finish("prior", {"seconds": time.perf_counter() - began, **figures})
 
@@ -197,7 +196,9 @@ def refiner_stage(run: Run, config: RunConfig, score: Callable[[Pipeline], dict[
 
     def preview(step: int, averaged: Weights) -> Path:
         pipeline, name = pipeline_of(run, config, averaged), f"refiner-{step:08d}.png"
-        return (preview_points if configuration.endless(config) else preview_samples)(run, pipeline, name)
+        if configuration.endless(config):
+            return preview_points(run, config, pipeline, name)
+        return preview_samples(run, pipeline, name)
 
     def scored(averaged: Weights) -> dict[str, float]:
         return score(pipeline_of(run, config, averaged))
@@ -209,8 +210,8 @@ def refiner_stage(run: Run, config: RunConfig, score: Callable[[Pipeline], dict[
 def measure_latents(run: Run, config: RunConfig, stage: RefinerStage) -> Moments:
     """Of the posterior means of all training images."""
     moments = Moments(math.prod(stage.encoder.latent_shape))
-    if run.weights("posteriors").exists():
-        for means in bundle.load_weights(run.weights("posteriors"))["mean"].split(SCALE_IMAGES):
+    if run.has_weights("posteriors"):
+        for means in run.load_weights("posteriors")["mean"].split(SCALE_IMAGES):
             moments.add(means)
         return moments
     shards = open_shards(config, "train")
@@ -224,7 +225,7 @@ def pipeline_of(run: Run, config: RunConfig, denoiser: Weights) -> Pipeline:
     copy = take_up(run, config, "encoder", "prior")
     copy.denoiser.load_state_dict(denoiser)
     copy.denoiser.eval()
-    return Pipeline(config, copy, config.evaluate.batch)
+    return Pipeline(model_config(config), copy, config.evaluate.batch)
 
 
 def preview_samples(run: Run, pipeline: Pipeline, name: str) -> Path:
@@ -235,9 +236,9 @@ def preview_samples(run: Run, pipeline: Pipeline, name: str) -> Path:
     return path
 
 
-def preview_points(run: Run, pipeline: Pipeline, name: str) -> Path:
+def preview_points(run: Run, config: RunConfig, pipeline: Pipeline, name: str) -> Path:
     """True points beside those that the pipeline draws, as images/NAME."""
-    config, path = pipeline.config, run.images / name
+    path = run.images / name
     source = points.open_source(config)
     groups = points.groups(config, source).items()
     true = {name: points.true(source, label, PREVIEW_POINTS, config.seed) for name, label in groups}

@@ -22,6 +22,7 @@ def folder(tmp_path: Path) -> Path:
     place.mkdir(parents=True)
     weights = {"encoder.mu": torch.randn(3, 2), "encoder.count": torch.tensor(3), "denoiser.w": torch.randn(4)}
     save_file(weights, place / "model.safetensors")
+    bundle.About(format=bundle.FORMAT, dvae="0", parts=["encoder"], components={}, sha256={}).write(place)
     return place
 
 
@@ -50,7 +51,7 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
             Method.labels, "from the present", "hair", "bun", None,
         )  # fmt: skip
     assert directions.load(folder, "pca_1").share == 0.25
-    assert sorted(path.name for path in folder.iterdir()) == [store.FILE, "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [bundle.ABOUT, store.FILE, "model.safetensors"]
 
 
 def test_a_later_find_replaces_those_of_its_method(folder: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
     directions.save(folder, [made("pca_1")])
     path = folder / store.FILE
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=f"{store.FILE}: not a readable file of directions"):
+    with pytest.raises(UserError, match=f"{store.FILE}: .*: not a readable file of directions"):
         directions.names(folder)
 
 
@@ -113,11 +114,11 @@ def test_a_new_export_keeps_them_while_the_encoder_is_the_same(tiny: list[str], 
     built = models.build(config.typed(composed))
     parts = {name: part.state_dict() for name, part in built.trained().items()}
     place = tmp_path / "bundle"
-    bundle.export(place, config.to_yaml(composed), {"encoder": parts["encoder"]})
+    bundle.export(place, config.typed(composed), {"encoder": parts["encoder"]})
     directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
-    bundle.export(place, config.to_yaml(composed), parts)  # the refiner is trained now
+    bundle.export(place, config.typed(composed), parts)  # the refiner is trained now
     assert directions.names(place) == ["pca_1"]
     changed = {name: value + 1 for name, value in parts["encoder"].items()}
-    bundle.export(place, config.to_yaml(composed), parts | {"encoder": changed})
+    bundle.export(place, config.typed(composed), parts | {"encoder": changed})
     with pytest.raises(UserError, match="was found for other weights of the encoder"):
         directions.names(place)

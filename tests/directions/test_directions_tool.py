@@ -14,22 +14,23 @@ import dvae
 from dvae import bundle, config, directions, models
 from dvae.data.build import build
 from dvae.errors import UserError
+from dvae.run import submit
 from dvae.tools import directions as tool
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
-    """A bundle of a run that was never trained, and the shards of its 160 faces."""
+    """A run that was never trained, with its bundle, and the shards of its 160 faces."""
     place = tmp_path_factory.mktemp("directions")
-    composed = config.compose(
-        "train", [*tiny, f"data.shards={place / 'shards'}", "denoiser.data_scale=1", "train_refiner.precision=fp32"]
-    )
+    words = [f"run={place / 'run'}", f"data.shards={place / 'shards'}", "train_refiner.precision=fp32"]
+    composed = config.compose("train", [*tiny, *words, "denoiser.data_scale=1"])
+    submit(composed)
     typed = config.typed(composed)
     build(typed.source, 16, place / "shards", heldout_fraction=0.2, workers=1)
     made = models.build(typed)
     parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(place / "bundle", config.to_yaml(composed), parts)
-    return place / "bundle"
+    bundle.export(place / "run" / "bundle", typed, parts)
+    return place / "run"
 
 
 def run(folder: Path, *words: str) -> None:
@@ -97,6 +98,6 @@ def test_a_run_without_an_encoder_is_refused(tmp_path: Path, tiny: list[str]) ->
     composed = config.compose("train", [*kept, *words, "stages=[shards,refiner]", "denoiser.centre=none"])
     made = models.build(config.typed(composed))
     parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(tmp_path / "bundle", config.to_yaml(composed), parts)
+    bundle.export(tmp_path / "bundle", config.typed(composed), parts)
     with pytest.raises(UserError, match="has no encoder, so no latent to find directions of"):
         run(tmp_path / "bundle", "find=[pca]")

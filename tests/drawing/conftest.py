@@ -26,7 +26,7 @@ def exported(folder: Path, *words: str) -> Path:
     made = models.build(config.typed(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    bundle.export(folder, config.to_yaml(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle.export(folder, config.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
     return folder
 
 

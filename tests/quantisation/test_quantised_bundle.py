@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import reseal
 
 import dvae
 from dvae import bundle, config, models
@@ -32,7 +33,7 @@ def exported(folder: Path, words: list[str]) -> Path:
         for parameter in made.denoiser.refiner.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.05)
-    bundle.export(folder, config.to_yaml(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle.export(folder, config.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
     return folder
 
 
@@ -67,6 +68,7 @@ def copy(quantised: dict[Method, Path], tmp_path: Path) -> Callable[..., Path]:
         record = json.loads((folder / plan.FILE).read_text())
         change(record)
         (folder / plan.FILE).write_text(json.dumps(record))
+        reseal(folder)
         return folder
 
     return make
@@ -141,14 +143,14 @@ def restore(record: dict, store: str) -> None:
     ("change", "message"),
     [
         (lambda r: r.update(method="int7"), "unknown method 'int7': .*known: int4_weights, int8, int8_weights"),
-        (lambda r: r.update(method="int8"), "says method int8, bundle.json int8_weights: quantise the run again"),
+        (lambda r: r.update(method="int8"), "says method int8, bundle.json int8_weights: quantize the run again"),
         (lambda r: r["layers"]["denoiser"]["int8"].append("refiner.nowhere"), "names 'refiner.nowhere', which is no"),
         (lambda r: r["layers"]["denoiser"]["int8"].pop(), "the weights hold .*codes"),
         (lambda r: r["layers"]["encoder"].update(int7=[]), "unknown store 'int7'"),
-        (lambda r: r["layers"].pop("encoder"), "is quantised in denoiser, the config has denoiser, encoder"),
+        (lambda r: r["layers"].pop("encoder"), "is quantized in denoiser, the config has denoiser, encoder"),
         (lambda r: restore(r, "int4"), "in the weights and"),
         (lambda r: restore(r, "bf16"), "is torch.int8 in the weights, torch.bfloat16 by the config"),
-        (lambda r: r.update(group="32"), "are not plain"),
+        (lambda r: r.update(group="32"), "group: Input should be a valid integer: not a readable plan"),
         (lambda r: r.update(surplus=1), "not a readable plan"),
         (lambda r: r.pop("layers"), "not a readable plan"),
     ],
@@ -167,23 +169,24 @@ def test_a_damaged_bundle_is_refused(copy: Callable[..., Path]) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"does not match the hash.*copy it again"):
         dvae.load(folder)
-    about = json.loads((folder / bundle.ABOUT).read_text())
-    about["sha256"][bundle.WEIGHTS] = bundle.files.sha256(weights)  # even where it was written so
-    (folder / bundle.ABOUT).write_text(json.dumps(about))
-    with pytest.raises(UserError, match="not a readable weights file"):
+    reseal(folder)  # even if it was written so
+    with pytest.raises(UserError, match="reaches beyond the file: it is cut off"):
         dvae.load(folder)
     (folder / plan.FILE).write_text("{")
+    with pytest.raises(UserError, match=r"quantization.json does not match the hash in bundle.json"):
+        dvae.load(folder)
+    reseal(folder)
     with pytest.raises(UserError, match="not a readable plan"):
         dvae.load(folder)
     (folder / plan.FILE).unlink()
-    with pytest.raises(UserError, match=r"not a readable plan.*No such file"):
+    with pytest.raises(UserError, match=r"not a whole bundle \(quantization.json is missing\)"):
         dvae.load(folder)
 
 
 def test_nothing_is_trained_from_a_quantised_bundle(quantised: dict[Method, Path], words: list[str]) -> None:
     folder = quantised[Method.int8_weights]
     run = config.typed(config.compose("train", [*words, f"encoder_weights={folder}"]))
-    with pytest.raises(UserError, match=r"is quantised \(int8_weights\): name the bundle that it was made of"):
+    with pytest.raises(UserError, match=r"is quantized \(int8_weights\): name the bundle that it was made of"):
         bundle.encoder_for(run)
 
 
@@ -220,7 +223,7 @@ def test_the_tool_quantises_measures_and_refuses_to_do_it_twice(
     assert "not offered for speed: " in shown  # KID was not measured, whatever the speed was
     with pytest.raises(UserError, match="is there already"):
         tool.command(asked)
-    with pytest.raises(UserError, match=r"is quantised .* name the bundle that it was made of"):
+    with pytest.raises(UserError, match=r"is quantized .* name the bundle that it was made of"):
         tool.command([f"run={out}", "method=int8", f"out={tmp_path / 'again'}"])
 
 

@@ -18,6 +18,7 @@ from dvae import config, models
 from dvae.data.loader import Batch
 from dvae.denoiser import Centre
 from dvae.errors import UserError
+from dvae.model_config import model_config
 from dvae.noise import Noise
 from dvae.pipeline import Pipeline
 from dvae.registry import ENCODERS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Registry, Shapes
@@ -144,7 +145,7 @@ def test_what_fits_trains_and_samples(encoder: str, refiner: str) -> None:
         take_a_step(RefinerStage(made.encoder, made.denoiser, Encoded(made.encoder), training, 0, CPU))
         for module in made.trained().values():
             module.eval().requires_grad_(False)
-        pipeline = Pipeline(settings, made, batch=2)
+        pipeline = Pipeline(model_config(settings), made, batch=2)
         x = pipeline.refined(pipeline.draw(2, seed=1), Noise(1, range(2)))[0]
         assert x.shape == IMAGES.shape, row
         assert x.isfinite().all(), row

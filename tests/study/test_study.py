@@ -129,7 +129,7 @@ def test_formulation_2_draws_the_same_images(tiny: list[str], tmp_path: Path, im
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(tmp_path / "bundle", config.to_yaml(composed), parts)
+    bundle.export(tmp_path / "bundle", config.typed(composed), parts)
     if not image:
         with pytest.raises(UserError, match="is not of formulation 1"):
             equality.compare(tmp_path / "bundle", 3, 0)

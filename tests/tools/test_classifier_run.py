@@ -15,6 +15,7 @@ from tests_support import ROOT, Tool, environment
 
 from dvae import bundle, config, models
 from dvae.errors import UserError, one_line
+from dvae.run import Run
 from dvae.tools.launch import command
 
 
@@ -66,7 +67,7 @@ def test_the_bundle_holds_the_averaged_classifier(finished: Path) -> None:
 
 def test_a_bundle_before_its_classifier_is_trained(finished: Path, tmp_path: Path) -> None:
     parts = {part: load_file(finished / "weights" / f"{part}.safetensors") for part in ("encoder", "prior", "denoiser")}
-    bundle.export(tmp_path / "bundle", (finished / "config.yaml").read_text(), parts)
+    bundle.export(tmp_path / "bundle", Run(finished).config(), parts)
     settings, made = bundle.load(tmp_path / "bundle")
     assert made.classifier is None
     assert settings.classifier is None

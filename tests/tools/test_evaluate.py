@@ -18,6 +18,7 @@ from dvae.evaluation.features import Way
 from dvae.evaluation.images import Array, open_set
 from dvae.evaluation.memorisation import Nearest, nearest, summary
 from dvae.evaluation.metrics import Extractor, Features
+from dvae.run import submit
 from dvae.tools import evaluate
 
 N = 20
@@ -37,19 +38,24 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
-    """A bundle whose shards lie where it says."""
+    """A run folder whose shards lie where it says."""
     folder = tmp_path_factory.mktemp("evaluated")
-    words = [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32", f"data.shards={folder}/shards"]
+    words = [
+        *tiny,
+        "denoiser.data_scale=1",
+        "train_refiner.precision=fp32",
+        f"data.shards={folder}/shards",
+        f"run={folder}/run",
+    ]
     composed = config.compose("train", words)
     settings = config.typed(composed)
     made = models.build(settings)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    bundle.export(
-        folder / "bundle", config.to_yaml(composed), {name: part.state_dict() for name, part in made.trained().items()}
-    )
+    parts = {name: part.state_dict() for name, part in made.trained().items()}
+    bundle.export(submit(composed).bundle, settings, parts)
     build(settings.source, out=folder / "shards", size=16, heldout_fraction=0.2, channels=3, workers=1)
-    return folder / "bundle"
+    return folder / "run"
 
 
 def figures(*words: str, out: str = "evaluation.json") -> dict[str, object]:

@@ -16,6 +16,7 @@ from dvae import bundle, config, latents, models
 from dvae.data.reader import Shards
 from dvae.errors import UserError
 from dvae.registry.encoders import Posterior
+from dvae.run import submit
 from dvae.tools import latents as tool
 from dvae.tools import shards as shards_tool
 
@@ -27,10 +28,11 @@ FLOW = ["prior=flow", "prior.couplings=2", "prior.width=8", "prior.steps=20", "p
 
 
 def untrained(folder: Path, *words: str) -> Path:
-    """The bundle of a run that was never trained."""
-    composed = config.compose("train", [*words, "denoiser.data_scale=1"])
+    """A run folder with the bundle of a run that was never trained."""
+    composed = config.compose("train", [*words, f"run={folder}", "denoiser.data_scale=1"])
     made = models.build(config.typed(composed))
-    bundle.export(folder, config.to_yaml(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    parts = {name: part.state_dict() for name, part in made.trained().items()}
+    bundle.export(submit(composed).bundle, config.typed(composed), parts)
     return folder
 
 
@@ -69,7 +71,7 @@ def test_what_is_written_is_the_posterior_and_the_labels(run: Path, shards: Path
         for index in range(len(heldout)):
             for name, value in heldout.about(index)["labels"].items():
                 assert about["labels"][name][found[f"label.{name}"][index]] == str(value)
-    assert about["weights"] == json.loads((run / "bundle.json").read_text())["sha256"]["model.safetensors"]
+    assert about["weights"] == json.loads((run / "bundle" / "bundle.json").read_text())["sha256"]["model.safetensors"]
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -109,10 +111,10 @@ def test_a_fitted_prior_is_drawn_from(run: Path, tmp_path: Path, capsys: pytest.
     assert not torch.equal(after.generate(2, seed=3)[1], before.generate(2, seed=3)[1])
 
 
-def test_a_preset_and_no_prior_at_all(run: Path, tmp_path: Path) -> None:
+def test_a_preset_and_no_prior_at_all(run: Path, shards: Path, tmp_path: Path) -> None:
     tool.command([f"run={run}", "prior=gmm_demo", "prior.components=3", f"bundle={tmp_path / 'gmm'}"])
     assert dvae.load(tmp_path / "gmm").models.prior.means.shape == (3, 8)
-    tool.command([f"run={tmp_path / 'gmm'}", "prior=normal", f"bundle={tmp_path / 'normal'}"])
+    tool.command([f"run={tmp_path / 'gmm'}", "prior=normal", f"bundle={tmp_path / 'normal'}", f"shards={shards}"])
     plain = dvae.load(tmp_path / "normal")
     assert plain.config.prior.name == "normal"
     assert not plain.models.prior.state_dict()

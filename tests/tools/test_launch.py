@@ -204,7 +204,7 @@ def test_a_bundle_that_is_not_whole(fault: str, finished: Path, refusal: Refusal
     if fault == "config":
         text = (bundle / "config.yaml").read_text()
         (bundle / "config.yaml").write_text(text.replace("width: 32", "width: 64"))
-        said = "by the config"
+        said = "config.yaml does not match the hash in bundle.json"
     elif fault == "bytes":
         tensors = load_file(weights)
         first = sorted(tensors)[0]

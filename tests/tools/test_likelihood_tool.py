@@ -26,7 +26,7 @@ def untrained(folder: Path, *words: str) -> Path:
     """A bundle whose refiner puts out 0: as v that says that the state is N(0, I)."""
     composed = config.compose("train", list(words))
     made = models.build(config.typed(composed))
-    bundle.export(folder, config.to_yaml(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle.export(folder, config.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
     return folder
 
 

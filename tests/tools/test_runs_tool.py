@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests_support import ROOT, Tool, environment
 
-from dvae import attempts, runs
+from dvae import attempts, run_folder, runs
 from dvae.attempts import Attempt
 from dvae.errors import MachineError, UserError
 from dvae.runs import State
@@ -43,6 +43,7 @@ def make(folder: Path, done: tuple[str, ...] = (), **last: Any) -> Path:
     """A run folder: its finished stages, a row of the encoder, and its last attempt (none where nothing is given)."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(CONFIG.format(run=folder))
+    run_folder.write_format(folder)
     if done:
         (folder / "stages.json").write_text(json.dumps({stage: {} for stage in done}))
         row = {"stage": "encoder", "step": 40, "time": time.time() - 65, "loss": 0.5, "images_per_second": 16.0}
@@ -111,7 +112,7 @@ def test_the_list_has_every_run_and_only_runs(tmp_path: Path, capsys: pytest.Cap
     assert [re.split(r"\s+", line)[:2] for line in lines] == [
         [str(whole), "finished"], [str(tmp_path / "c"), "damaged"], [str(tmp_path / "deeper" / "b"), "failed"],
     ]  # fmt: skip
-    assert "not a readable config" in lines[1]
+    assert "is not valid YAML" in lines[1]
     assert re.search(r"encoder +40/100 +1:\d\d ago +no space left$", lines[2])
     command(["list", f"in={whole / 'bundle'}"])
     assert "bundle" in capsys.readouterr().out
@@ -124,7 +125,7 @@ def test_the_list_has_every_run_and_only_runs(tmp_path: Path, capsys: pytest.Cap
         (["follow"], "follow needs a run: add run=FOLDER"),
         (["list", "run=x"], "list: unknown word 'run=x': use in=FOLDER"),
         (["cancel", "runs/x"], "cancel: unknown word 'runs/x': use run=FOLDER"),
-        (["follow", "run=/nowhere"], "run=/nowhere is no run: it has no config.yaml"),
+        (["follow", "run=/nowhere"], "run=/nowhere: no run is there (it has no config.yaml)"),
         (["in=/nowhere"], "in=/nowhere: no such folder"),
     ],
 )

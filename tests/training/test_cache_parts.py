@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dvae import bundle, config, models
+from dvae import config, models
 from dvae.data import cache_build
 from dvae.errors import UserError
 from dvae.job import shards_stage, write_part_of_cache
@@ -36,7 +36,7 @@ def with_encoder(folder: Path, *words: str) -> Run:
     """A run whose encoder stage is finished; its weights are the first ones."""
     run = submit(config.compose("train", [*WORDS, f"run={folder}", *words]))
     shards_stage(run, run.config())
-    bundle.save_weights(run.weights("encoder"), models.build(run.config()).encoder.state_dict())
+    run.save_weights("encoder", models.build(run.config()).encoder.state_dict())
     run.finish("encoder", {})
     return run
 
@@ -143,8 +143,8 @@ def test_other_weights_are_another_request_and_unfinished_ones_none(run: Run, tm
     settings = settings_for(other, tmp_path / "out")
     made = work.take_up(other, settings, "encoder")
     caching.write_cache_part(other, settings, made, 0, 5)
-    weights = {name: value + 0.01 for name, value in bundle.load_weights(other.weights("encoder")).items()}
-    bundle.save_weights(other.weights("encoder"), weights)
+    weights = {name: value + 0.01 for name, value in other.load_weights("encoder").items()}
+    other.save_weights("encoder", weights)
     with pytest.raises(UserError, match=r"parts of another request are being made .*encoder_sha256"):
         caching.write_cache_part(other, settings, made, 1, 5)
     (other.path / "stages.json").unlink()  # as while they are being saved

@@ -17,7 +17,7 @@ from scipy.integrate import quad
 from tests_support import ROOT, environment
 from torch import nn
 
-from dvae import bundle, config, keyed, pipeline
+from dvae import config, keyed, pipeline
 from dvae.data.loader import Batch
 from dvae.errors import UserError, one_line
 from dvae.settings import EmaConfig, EmaProfile, Precision, TrainingConfig
@@ -30,6 +30,7 @@ from dvae.training.loop import Looks, train
 from dvae.training.posthoc import coefficients, combine, fit, products
 from dvae.training.snapshots import Snapshot, halved, list_snapshots
 from dvae.training.stages import Stage, StepOutput
+from dvae.weights import load_weights
 
 WIDTHS = st.floats(0.01, 0.28)
 STEPS, EVERY = 384, 12
@@ -160,7 +161,7 @@ def of_width(snapshots: list[Snapshot], *widths: float) -> list[Snapshot]:
 
 def one_at(snapshots: list[Snapshot], step: int, width: float) -> dict[str, torch.Tensor]:
     (only,) = [one for one in of_width(snapshots, width) if one.step == step]
-    return bundle.load_weights(only.path)
+    return load_weights(only.path)
 
 
 @pytest.mark.parametrize("step", [STEPS, STEPS // 2])
@@ -236,20 +237,20 @@ def test_a_bundle_of_another_width_draws_images(
     drawn = pipeline.load(made)
     _, refined = drawn.generate(2, seed=0)
     assert refined.shape == (2, 3, 16, 16)
-    weights, denoiser = bundle.load_weights(out), drawn.models.denoiser.state_dict()
+    weights, denoiser = load_weights(out), drawn.models.denoiser.state_dict()
     assert weights.keys() == denoiser.keys()
     assert all(torch.equal(value, denoiser[name]) for name, value in weights.items())
-    assert distance(weights, bundle.load_weights(finished / "weights" / "denoiser.safetensors")) > 1e-4
+    assert distance(weights, load_weights(finished / "weights" / "denoiser.safetensors")) > 1e-4
 
 
 @pytest.mark.slow
 def test_the_width_of_the_run_and_a_decay_are_what_was_kept(finished: Path, tmp_path: Path) -> None:
-    own = bundle.load_weights(finished / "weights" / "denoiser.safetensors")
+    own = load_weights(finished / "weights" / "denoiser.safetensors")
     command([f"run={finished}", "width=0.1", f"out={tmp_path / 'same'}.safetensors"])
-    assert distance(bundle.load_weights(tmp_path / "same.safetensors"), own) < 3e-4
+    assert distance(load_weights(tmp_path / "same.safetensors"), own) < 3e-4
     command([f"run={finished}", "decay=0.9", "step=4", f"out={tmp_path / 'kept'}.safetensors"])
-    kept = bundle.load_weights(tmp_path / "kept.safetensors")
-    snapshot = bundle.load_weights(finished / "snapshots" / "refiner" / "step-00000004-decay-0.9.safetensors")
+    kept = load_weights(tmp_path / "kept.safetensors")
+    snapshot = load_weights(finished / "snapshots" / "refiner" / "step-00000004-decay-0.9.safetensors")
     assert distance(kept, snapshot) == 0
 
 

@@ -66,7 +66,7 @@ def test_preflight_refuses_an_absent_folder(submitted: tuple[Run, RunConfig]) ->
 def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list[str], tmp_path: Path) -> None:
     theirs = configuration.compose("train", [*tiny, f"run={tmp_path / 'theirs'}", "seed=5"])
     encoder = build(configuration.typed(theirs)).encoder
-    bundle.export(tmp_path / "theirs" / "bundle", configuration.to_yaml(theirs), {"encoder": encoder.state_dict()})
+    bundle.export(tmp_path / "theirs" / "bundle", configuration.typed(theirs), {"encoder": encoder.state_dict()})
     words = [*tiny, f"run={tmp_path / 'ours'}", f"encoder_weights={tmp_path / 'theirs'}"]
     config = configuration.compose("train", words)
     check(configuration.typed(config))
@@ -86,5 +86,5 @@ def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list
         "theirs has encoder.latent_dim=8, this run 16: it is another network"
     )
     assert refused(f"encoder_weights={tmp_path / 'nowhere'}").endswith("nowhere: no such run or bundle")
-    bundle.export(tmp_path / "empty", configuration.to_yaml(theirs), {})
+    bundle.export(tmp_path / "empty", configuration.typed(theirs), {})
     assert refused(f"encoder_weights={tmp_path / 'empty'}").endswith("name a run whose encoder stage is finished")

@@ -38,7 +38,7 @@ class DiffusersKL(Encoder):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
-        folder: str = ""
+        folder: str = field(default="", metadata={"place": True})
         """Folder of config.json and diffusion_pytorch_model.safetensors; read by the encoder stage alone."""
         block_out_channels: list[int] = field(default_factory=lambda: [64])
         """Channels at each resolution, from that of the images down by halves."""

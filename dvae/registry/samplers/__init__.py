@@ -57,6 +57,10 @@ OnStep = Callable[[int, float, torch.Tensor], torch.Tensor]
 """on_step(i, t, u) -> u: called with each state reached, i = 0 for the start; may replace it (inpainting, previews)."""
 
 
+MOST_STEPS = 10_000
+"""Steps of a sampler; published ones take 1,000 to 4,000 at most."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     """The end of a trajectory."""
@@ -121,8 +125,8 @@ class Sampler(ABC):
     """Whether all samples stand at the same time after each step, so that on_step can put in known pixels."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
-        if config.steps < 1:
-            raise UserError(f"sampler.steps={config.steps}: must be at least 1")
+        if not 1 <= config.steps <= MOST_STEPS:
+            raise UserError(f"sampler.steps={config.steps}: use 1 to {MOST_STEPS}")
         self.config = config
 
     def supports(self, diffusion: Diffusion) -> bool:

@@ -1,0 +1,60 @@
+"""The records of a run folder that tools read without heavy imports: its format version and its finished stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvae import __version__, files
+from dvae.errors import UserError
+from dvae.format_version import refuse_format
+from dvae.utils.read import DamagedFile, read_json
+
+FORMAT = 2
+READERS = {1: "dvae 0.1"}
+"""Older formats of a run folder, and the version of dvae that reads each."""
+FORMAT_FILE = "run.json"
+CONFIG = "config.yaml"
+RECORDS = "stages.json"
+NUMBERS = ("seconds", "steps", "images_per_second", "parameters")
+"""Entries of a stage's record that are numbers, if they are there."""
+
+
+@dataclass
+class FolderFormat:
+    """The content of run.json."""
+
+    format: int
+    dvae: str
+
+
+def write_format(folder: Path) -> None:
+    """Say in `folder` which format it has."""
+    files.write_json(folder / FORMAT_FILE, {"format": FORMAT, "dvae": __version__})
+
+
+def check_format(folder: Path) -> None:
+    """Raise UserError if there is no run in `folder`, or one of another format version; it says what reads that."""
+    if not (folder / CONFIG).exists():
+        raise UserError(f"run={folder}: no run is there (it has no {CONFIG}): name a run folder")
+    path = folder / FORMAT_FILE
+    found = read_json(path, FolderFormat).format if path.exists() else 1
+    refuse_format("run folder", folder, found, FORMAT, READERS)
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The finished stages of a run, with what is worth knowing of each; none if there is no record yet.
+
+    Raises DamagedFile (a MachineError) if the file is damaged.
+    """
+    path = folder / RECORDS
+    if not path.exists():
+        return {}
+    records = read_json(path, dict[str, dict[str, Any]])
+    for stage, record in records.items():
+        for name in NUMBERS:
+            value = record.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise DamagedFile(path, f"{stage}.{name} is {str(value)[:40]!r}, not a number")
+    return records

@@ -1,0 +1,66 @@
+"""The images that a trained run was made from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from dvae import bundle
+from dvae.config import refuse_points
+from dvae.data.manifest import FILE as MANIFEST
+from dvae.data.reader import Shards
+from dvae.data.remote import Remote, is_remote, place_of
+from dvae.errors import UserError
+from dvae.run import Run
+from dvae.settings import DataConfig, ModelConfig
+from dvae.tracking.console import say
+
+
+def data_of(run: str) -> DataConfig | None:
+    """How the run folder `run` reads its images; None for a bundle, which does not say."""
+    folder = Path(run)
+    if not (folder / "config.yaml").exists() or (folder / bundle.ABOUT).exists():
+        return None
+    return Run(folder).config().data
+
+
+def run_shards(run: str, config: ModelConfig, word: str = "shards") -> Path:
+    """The folder of the shards that a run was trained on, also if the run was moved with its shards in it.
+
+    Raises UserError, which asks for the word `word`, if they are not on this machine, and for a run on points.
+    """
+    refuse_points(config, run)
+    data, inside = data_of(run), Path(run) / "shards"
+    if data is None:
+        raise UserError(f"run={run} is a bundle, which does not say where images lie: name them with {word}=FOLDER")
+    if not is_remote(data.shards) and (Path(data.shards) / MANIFEST).exists():
+        return Path(data.shards)
+    if (inside / MANIFEST).exists():
+        return inside
+    place_of(data)  # says what to do about a place elsewhere
+    raise UserError(
+        f"run={run} was trained on shards at {data.shards}, which are not there: name them with {word}=FOLDER"
+    )
+
+
+def named_place(shards: str, run: str) -> Path | Remote:
+    """The place that the user's own command names, a folder or an address; what is fetched is kept beside the run."""
+    if not is_remote(shards):
+        return Path(shards)
+    kept = Path(run) / "remote" if data_of(run) else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dvae/remote"
+    return place_of(DataConfig(shards=shards, download_to=str(kept.expanduser())))
+
+
+def open_split(run: str, config: ModelConfig, split: str, shards: str = "") -> Shards:
+    """A split of those shards; `shards` names their place if they lie elsewhere.
+
+    Raises UserError as `run_shards`, if there is no such split, and for images of another size than the run's.
+    """
+    data = data_of(run) or replace(DataConfig(), shards=shards)
+    place = named_place(shards, run) if shards else run_shards(run, config)
+    opened = Shards(place, split, int(data.cache_gib * 2**30), data.max_bad_fraction, say)
+    if opened.shape != (config.channels, config.image_size, config.image_size):
+        size = "x".join(map(str, opened.shape))
+        raise UserError(f"shards={place} are images of {size}, those of the run differ: name its own")
+    return opened

@@ -1,0 +1,113 @@
+"""A run's config.yaml: written without secrets, read back as data or, by the run's own processes, as settings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dvae.config import typed
+from dvae.data.remote import UnnamedPlace, is_remote
+from dvae.errors import UserError, one_line
+from dvae.registry.core import load_plugins
+from dvae.settings import RunConfig
+from dvae.utils import secrets
+from dvae.utils.env_references import MARK, marked_variables
+from dvae.utils.read import DamagedFile, check, read_yaml
+
+COMMANDS = ("setup", "python", "srun", "sbatch")
+"""Settings of launchers that hold words of a command line."""
+
+
+def stored(config: DictConfig) -> dict[str, Any]:
+    """`config` as a run folder keeps it: plain values, but a reference to a variable of the environment stays one.
+
+    A resumed run reads the variable again, so that no token is ever written down. Raises UserError for a setting that
+    holds a secret itself.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    raw: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    with marked_variables():
+        marked: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    if MARK in str(marked.get("run")):
+        raise UserError(
+            f"run={raw['run']}: a folder's name is written down everywhere, so it cannot come from a variable of the "
+            "environment: let the shell fill it in, with run=...$NAME"
+        )
+    return {key: _with_references(value, raw[key], marked[key], key) for key, value in plain.items()}
+
+
+def _with_references(value: Any, raw: Any, marked: Any, key: str) -> Any:
+    """`value`, with the text of `raw` in the place of each leaf that holds the value of a secret variable."""
+    if isinstance(value, dict) and isinstance(raw, dict):
+        return {name: _with_references(item, raw[name], marked[name], f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list) and isinstance(raw, list):
+        return [_with_references(item, raw[i], marked[i], f"{key}.{i}") for i, item in enumerate(value)]
+    if MARK in str(marked):
+        return raw
+    if isinstance(value, str) and (name := secrets.literal_secret(value)):
+        raise UserError(
+            f"{key} holds a secret, which would be written into the run folder: put it into a variable of the "
+            f"environment and write {key}='...${{oc.env:{name}}}...'"
+        )
+    return value
+
+
+def to_yaml(kept: dict[str, Any]) -> str:
+    """Settings from `stored` as YAML; references stay."""
+    return OmegaConf.to_yaml(OmegaConf.create(kept))
+
+
+def load(path: Path) -> RunConfig:
+    """The settings that a run folder holds in config.yaml, as data.
+
+    References to the environment stay text, and no plug-in is imported. Raises UserError if the file is missing or
+    damaged, and for a component that is not registered.
+    """
+    config = typed(unresolved(read_plain(path)))
+    if is_remote(config.data.shards):
+        config.data.shards = UnnamedPlace(config.data.shards)
+    return config
+
+
+def load_own(path: Path) -> RunConfig:
+    """As `load`, of a run that this user's own command submitted: plug-ins are imported, the environment is read."""
+    plain = read_plain(path)
+    load_plugins(check(list[str], plain.get("plugins") or [], f"{path}: plugins"))
+    return typed(plain)
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """The values in a run's config.yaml, unchecked. Raises UserError if it is missing or damaged."""
+    try:
+        return read_yaml(path)
+    except DamagedFile as error:
+        raise UserError(f"{error}: not a readable config") from None
+    except OSError as error:
+        raise UserError(f"{path}: not a readable config ({one_line(error)})") from None
+
+
+def unresolved(value: Any) -> Any:
+    """The same values with each ${...} written as $(...), so that nothing resolves it."""
+    if isinstance(value, dict):
+        return {key: unresolved(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unresolved(item) for item in value]
+    return re.sub(r"\$\{([^{}]*)\}", r"$(\1)", value).replace("${", "$(") if isinstance(value, str) else value
+
+
+def outside(plain: dict[str, Any]) -> list[str]:
+    """What a run's settings reach for outside its folder when it is trained: modules, commands, servers, variables."""
+    found = [f"plugins={plain['plugins']}"] if plain.get("plugins") else []
+    data, tracking, launcher = (plain.get(name) or {} for name in ("data", "tracking", "launcher"))
+    shards = str(data.get("shards", "")) if isinstance(data, dict) else ""
+    found += [f"data.shards={shards}"] if is_remote(shards) else []
+    wandb = (tracking.get("wandb") or {}) if isinstance(tracking, dict) else {}
+    online = isinstance(wandb, dict) and wandb.get("mode", "disabled") == "online"
+    found += [f"tracking.wandb.project={wandb.get('project')}"] if online else []
+    if isinstance(launcher, dict):
+        found += [f"launcher.{name}={launcher[name]}" for name in COMMANDS if launcher.get(name)]
+    variables = sorted(set(re.findall(r"oc\.env:\s*(\w+)", OmegaConf.to_yaml(OmegaConf.create(plain)))))
+    return found + [f"the environment variable {name}" for name in variables]

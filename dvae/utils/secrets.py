@@ -1,0 +1,84 @@
+"""Keep secrets out of everything that dvae writes or prints.
+
+A secret reaches dvae in two ways: as the value of an environment variable, or inside an address. `scrub` removes both
+from a text. Files (dvae/files.py), error lines (dvae/errors.py) and progress (dvae/tracking/console.py) all pass it.
+Settings are written down with references such as ${oc.env:TOKEN} in place of the values, so a resumed run reads the
+value from the environment again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+REMOVED = "***"
+"""What stands in the place of a secret."""
+SHORTEST = 6
+"""Characters of a value; a shorter one cannot be told from a common word."""
+SECRET_NAME = re.compile(
+    r"(?:^|_)(?:(?:API)?KEY|TOKEN|SECRETS?|PASS(?:WORD|WD|PHRASE)?|CREDENTIALS?|AUTH)(?:_|$)", re.I
+)
+"""Environment variables whose values are secret, whether or not a setting refers to them."""
+NOT_SECRET = re.compile(
+    r"HOME|USER|LOGNAME|HOSTNAME|PWD|TMPDIR|SCRATCH|WORK|PROJECT|DATA(?:_?DIR)?|RANK|LOCAL_RANK|WORLD_SIZE|SLURM_\w+"
+)
+"""Environment variables that hold places and numbers; their values are written down as they are."""
+USER_INFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
+"""user:password before the host of an address."""
+PARAMETER = re.compile(
+    r"(?P<name>[?&;](?:x-\w+-)?\w*(?:token|key|sig|signature|password|passwd|secret|auth|credential|security-token)\w*=)"
+    r"[^&\s'\"#;]+",
+    re.I,
+)
+"""A parameter of an address whose name tells that it is secret."""
+HEADER = re.compile(
+    r"(?P<name>\b(?:(?:authorization|(?:x-)?api[_-]?key|[\w-]+-token|password)\s*[:=]\s*(?:(?:basic|bearer|token)\s+)?|"
+    r"bearer\s+(?=\S{6})|(?:-u|--user)\s+[^\s:]+:))[^\s'\"]+",
+    re.I,
+)
+"""A header or an option of a command that holds a secret."""
+_known: set[str] = set()
+
+
+def is_secret_variable(name: str) -> bool:
+    """Whether the value of the environment variable `name` is treated as a secret if a setting refers to it."""
+    return NOT_SECRET.fullmatch(name) is None
+
+
+def remember(value: str) -> None:
+    """Remove `value` from every later output of this process."""
+    if len(value) >= SHORTEST:
+        _known.add(value)
+
+
+def scrub(text: str) -> str:
+    """`text` without the values of secret environment variables and without the secret parts of addresses."""
+    for value in sorted(_known | set(_secret_variables().values()), key=len, reverse=True):
+        text = text.replace(value, REMOVED)
+    return _scrub_addresses(text)
+
+
+def literal_secret(text: str) -> str:
+    """The name of the variable whose value stands in `text`, or "password" for one in an address; "" if there is none.
+
+    Used to refuse a setting before it is written down.
+    """
+    for name, value in _secret_variables().items():
+        if value in text:
+            return name
+    return "PASSWORD" if _scrub_addresses(text) != text else ""
+
+
+def _secret_variables() -> dict[str, str]:
+    """Environment variables with a secret's name; a path to a file with a secret is none itself."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
+    }
+
+
+def _scrub_addresses(text: str) -> str:
+    if "://" in text:
+        text = PARAMETER.sub(lambda found: found["name"] + REMOVED, USER_INFO.sub(REMOVED, text))
+    return HEADER.sub(lambda found: found["name"] + REMOVED, text)
