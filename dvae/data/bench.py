@@ -24,12 +24,13 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import ToTensor
 
 from dvae import files
-from dvae.data.images import Crop, decode, encode_png, fit, is_image_name
+from dvae.data.images import Crop, DamagedImage, decode, encode_png, fit, open_image
 from dvae.data.loader import Loader
 from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
 from dvae.data.order import Order
 from dvae.data.reader import Shards
 from dvae.data.tars import ShardWriter, seal
+from dvae.data.tree import FolderTree
 from dvae.errors import UserError
 
 BASE = "ImageFolder, JPEG"
@@ -89,11 +90,12 @@ def run(config: DataBenchConfig) -> dict[str, dict[str, float]]:
 def pictures(config: DataBenchConfig) -> Iterator[np.ndarray]:
     """(size, size, 3) uint8: of the folder, or smooth noise, which a JPEG packs about as well as a photograph."""
     if config.folder:
-        paths = sorted(path for path in Path(config.folder).rglob("*") if is_image_name(path.name))
-        if not paths:
-            raise UserError(f"folder={config.folder}: there is no picture in it")
-        for path in paths[: config.images]:
-            yield fit(decode(path.read_bytes(), str(path)), config.size, 3, Crop.center, str(path))
+        tree = FolderTree(config.folder, "folder")
+        for name in tree.names[: config.images]:
+            try:
+                yield fit(decode(tree.read(name), name), config.size, 3, Crop.center, name)
+            except DamagedImage as error:
+                raise UserError(f"folder={config.folder}: {error}") from None
         return
     for number in range(config.images):
         coarse = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -192,7 +194,7 @@ def decoders(folder: Path) -> dict[str, Way]:
         return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
     def by_pillow(data: bytes) -> torch.Tensor:
-        return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(open_image(data, "image").convert("RGB"))).permute(2, 0, 1)
 
     def over(decoder: Callable[[bytes], torch.Tensor], encoded: list[bytes]) -> Way:
         return lambda: sum(1 for data in encoded if decoder(data).shape[0] == 3)

@@ -9,24 +9,25 @@ A sample's key is the image's index in the training split ("000000012"), and its
 from __future__ import annotations
 
 import io
-import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from dvae import files
-from dvae.data.images import DamagedImage, decode_png, encode_png, to_float
-from dvae.data.manifest import Shard
+from dvae.data.images import DamagedImage, decode_png, encode_png, png_limit, png_shape, to_float
+from dvae.data.manifest import LIMIT, SIZES, Shard, refuse_bad_shards
 from dvae.data.members import Members
 from dvae.errors import MachineError, UserError, one_line
+from dvae.utils.read import DamagedFile, forbid_extra, parse_npy, read_json
 
 FILE = "cache.json"
 AGAIN = "remove the folder and run the cache stage again"
 
 
+@forbid_extra
 @dataclass(frozen=True)
 class About:
     """What a cache holds, and of what."""
@@ -49,6 +50,18 @@ class About:
     def members(self) -> tuple[str, ...]:
         return ("npy", *(f"{number}.png" for number in range(self.draws)))
 
+    def numbers(self) -> tuple[int, ...]:
+        """Shape of the numbers of each image."""
+        return (self.draws or 2, *self.latent)
+
+
+@forbid_extra
+@dataclass(frozen=True)
+class _Record(About):
+    """cache.json."""
+
+    shards: list[Shard]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -69,16 +82,18 @@ class Sample:
 class Cache:
     """A written cache, by index of the image. Thread-safe.
 
-    Raises UserError where it is not that of `about`, MachineError where a file is missing or damaged.
+    Raises UserError if it is not that of `about`, MachineError if a file is missing or damaged. Pictures have the
+    `shape` (C, H, W); None: that of the first one.
     """
 
-    def __init__(self, folder: Path, about: About) -> None:
+    def __init__(self, folder: Path, about: About, shape: tuple[int, int, int] | None = None) -> None:
         shards = shards_of(folder, about)
         self.folder, self.about = folder, about
-        self.members = Members(folder, shards, AGAIN)
+        self.members = Members(folder, shards, AGAIN, members=len(about.members()))
         for shard in shards:
             if files.sha256(folder / shard.file) != shard.sha256:
                 raise MachineError(f"cache shard {folder / shard.file} is damaged: {AGAIN}")
+        self._shape = shape or (self._shape_of_first() if about.draws else (0, 0, 0))
 
     def posteriors(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and logvar of the images `indices` (B,), both (B, *latent), float32."""
@@ -91,38 +106,64 @@ class Cache:
         z = torch.stack([self._numbers(index)[draw] for index, draw in chosen])
         return z, to_float(torch.stack([self._picture(index, draw) for index, draw in chosen]))
 
+    def _shape_of_first(self) -> tuple[int, int, int]:
+        try:
+            shape = png_shape(self.members.read(0, 1, png_limit((3, SIZES[1], SIZES[1]))))
+            if max(shape) > SIZES[1]:
+                raise DamagedImage(f"a picture of shape {shape}")
+        except DamagedImage as error:
+            raise self._damage(0, error) from None
+        return shape
+
     def _numbers(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.load(io.BytesIO(self._read(index, 0)), allow_pickle=False))
+        shape = self.about.numbers()
+        try:
+            found = parse_npy(self.members.read(index, 0, 4 * math.prod(shape) + 4096), f"numbers of image {index}")
+            if found.dtype != np.float32 or found.shape != shape:
+                raise DamagedImage(f"numbers of image {index} are {found.dtype} {found.shape}, not float32 {shape}")
+        except (DamagedFile, DamagedImage) as error:
+            raise self._damage(index, error) from None
+        return torch.from_numpy(found)
 
     def _picture(self, index: int, draw: int) -> torch.Tensor:
-        return decode_png(self._read(index, 1 + draw))
-
-    def _read(self, index: int, member: int) -> bytes:
         try:
-            return self.members.read(index, member)
+            return decode_png(self.members.read(index, 1 + draw, png_limit(self._shape)), self._shape)
         except DamagedImage as error:
-            raise MachineError(
-                f"cache shard {self.folder / self.members.place(index)[0]} is damaged ({error}): {AGAIN}"
-            ) from None
+            raise self._damage(index, error) from None
+
+    def _damage(self, index: int, error: Exception) -> MachineError:
+        shard = self.folder / self.members.place(index)[0]
+        return MachineError(f"cache shard {shard} is damaged ({error}): {AGAIN}")
 
 
 def shards_of(folder: Path, about: About) -> list[Shard]:
-    """The shards of the cache in `folder`, not looked at. Raises UserError where it is not that of `about`."""
+    """The shards of the cache in `folder`, not looked at.
+
+    Raises UserError if it is not that of `about`, MachineError if its record is damaged.
+    """
     found = _load(folder)
     for name, wanted in asdict(about).items():
-        if found.get(name) != wanted:
+        if getattr(found, name) != wanted:
             raise UserError(
-                f"cache.folder={folder} was made with {name} {found.get(name)}, this run has {wanted}: "
+                f"cache.folder={folder} was made with {name} {str(getattr(found, name))[:80]}, this run has {wanted}: "
                 "use another cache.folder"
             )
-    return [Shard(**row) for row in found["shards"]]
-
-
-def _load(folder: Path) -> dict[str, Any]:
-    path = folder / FILE
-    if not path.exists():
-        raise UserError(f"cache.folder={folder} holds no finished cache: run the cache stage")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        refuse_bad_shards(folder / FILE, found.shards, len(about.members()))
+        if sum(shard.count for shard in found.shards) != about.images:
+            raise DamagedFile(folder / FILE, f"lists shards of other than {about.images} images")
+    except DamagedFile as error:
+        raise MachineError(f"{error}: {AGAIN}") from None
+    return found.shards
+
+
+def _load(folder: Path) -> _Record:
+    path = folder / FILE
+    try:
+        return read_json(path, _Record, LIMIT)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"cache.folder={folder} holds no finished cache: run the cache stage") from None
+    except DamagedFile as error:
+        raise MachineError(f"{error}: {AGAIN}") from None
+    except OSError as error:
         raise MachineError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from None

@@ -13,13 +13,14 @@ from typing import Any
 
 from dvae.data import request
 from dvae.data.cache import FILE, About, Cache, Sample, shards_of
-from dvae.data.manifest import Shard
+from dvae.data.manifest import Shard, refuse_bad_shards
 from dvae.data.reader import Shards
 from dvae.data.tars import ShardWriter, seal
 from dvae.data.unfinished import Unfinished, at_work, faults
 from dvae.data.units import Progress
 from dvae.data.verify import faults as damage
 from dvae.errors import UserError
+from dvae.utils.read import DamagedFile, forbid_extra
 
 SHARD_SIZE = 1000
 """Images of a unit: what a killed process loses at the most, and the least that a part can be."""
@@ -113,6 +114,7 @@ def _published(folder: Path, work: Work) -> bool:
     return _exists(folder) and bool(shards_of(folder, work.about))
 
 
+@forbid_extra
 @dataclass(frozen=True)
 class Unit:
     """What came of the images of a unit."""
@@ -130,16 +132,21 @@ class Units:
         self._done = self._wanted = 0  # images
 
     def finished(self, numbers: Iterable[int]) -> dict[int, Unit]:
-        """Those of `numbers` that were made, by whomever, and are what they were."""
+        """Those of `numbers` that any process has made, and whose shards are what they were."""
         noted = {number: self._noted(number) for number in numbers}
-        return {number: unit for number, unit in noted.items() if unit and not damage(self.folder.shards, unit.shard)}
+        return {number: unit for number, unit in noted.items() if unit and self._is_sound(unit)}
 
     def _noted(self, number: int) -> Unit | None:
-        row = self.folder.noted(number, self.work.request())
+        return self.folder.noted(number, self.work.request(), Unit)
+
+    def _is_sound(self, unit: Unit) -> bool:
+        members = len(self.work.about.members())
         try:
-            return Unit(Shard(**row["shard"]), {int(index): why for index, why in row["damaged"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError):
-            return None  # no journal, or one of another version
+            refuse_bad_shards("the journal", [unit.shard], members)
+        except DamagedFile:
+            return False
+        known = all(0 <= index < len(self.work.images) for index in unit.damaged)
+        return known and not damage(self.folder.shards, unit.shard, members)
 
     def complete(self, finished: dict[int, Unit], numbers: range, aside: str) -> list[Unit]:
         """All units `numbers` but the `finished` ones made, in folders whose names begin with `aside`; gives them all.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
+import warnings
 import zlib
 from enum import Enum
 from pathlib import PurePath
@@ -12,7 +14,22 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from dvae.errors import MachineError, one_line
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pillow's formats that are opened, whatever a file is called. Others may start programs (EPS starts Ghostscript)."""
+PIXELS = 2**26
+"""Pixels of an image that is decoded, at most: 8192 x 8192."""
+FILE_LIMIT = 256 * 2**20
+"""Bytes of an image file, at most."""
+TILE_TAGS = (322, 323)
+"""TIFF: width and height of the tiles in which an image is compressed."""
+
+# Pillow warns of damaged metadata and of large images, in lines of its own. What matters is raised as an error here.
+# These filters are set once and not around each call, because `catch_warnings` is not safe with threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DamagedImage(Exception):
@@ -67,17 +84,51 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-    """The first frame of an image file's bytes, turned upright by its EXIF tag. Raises DamagedImage naming `name`."""
+@functools.cache
+def _formats() -> list[str]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    """Open an image file of which only the header is read; Pillow decodes the pixels when they are used.
+
+    Raises DamagedImage naming `name` for a file in none of FORMATS, and for more than PIXELS pixels. What Pillow raises
+    for damaged pixels is not translated: see `decode`.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
+        tile = [int(image.tag_v2.get(tag, 1)) for tag in TILE_TAGS] if image.format == "TIFF" else [1, 1]  # type: ignore[attr-defined]
+    except MemoryError:
+        raise MachineError(f"{name}: there is not enough memory to open this image") from None
+    except Image.DecompressionBombError:
+        raise DamagedImage(f"{name}: more than {PIXELS} pixels: scale the image down first") from None
+    except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
+        reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DamagedImage(f"{name}: {one_line(reason)[:200] or type(error).__name__}") from None
+    width, height = image.size
+    if max(width * height, tile[0] * tile[1]) > PIXELS:
+        raise DamagedImage(
+            f"{name}: {max(width, tile[0])}x{max(height, tile[1])} pixels, at most {PIXELS} are decoded: scale the "
+            "image down first"
+        )
+    return image
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The first frame of an image file's bytes, turned upright by its EXIF tag.
+
+    Raises DamagedImage naming `name` as `open_image` does, and for damaged pixels; MachineError if memory is short.
+    """
+    image = open_image(data, name)
+    try:
         image.load()
         return ImageOps.exif_transpose(image)
     except MemoryError:
-        raise
+        raise MachineError(f"{name}: there is not enough memory for its {image.width}x{image.height} pixels") from None
     except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
-        reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DamagedImage(f"{name}: {reason or type(error).__name__}") from None
+        raise DamagedImage(f"{name}: {one_line(error)[:200] or type(error).__name__}") from None
 
 
 def fit(
@@ -136,12 +187,41 @@ def check_png(data: bytes) -> None:
         at = end + 4
 
 
-def decode_png(data: bytes, channels: int = 0) -> torch.Tensor:
-    """A PNG as uint8 (C, H, W), with 1 or 3 channels, or (0) those that it has. Raises RuntimeError where it cannot."""
+def png_shape(data: bytes) -> tuple[int, int, int]:
+    """(C, H, W) of a PNG as `encode_png` makes them, from its header. Raises DamagedImage for any other kind of PNG."""
+    if len(data) < 33 or data[8:16] != b"\0\0\0\rIHDR":
+        raise DamagedImage("the PNG does not begin with its header")
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    if depth != 8 or colour not in (0, 2):
+        raise DamagedImage(f"color type {colour} with {depth} bits, not 8-bit grey or RGB")
+    return (1 if colour == 0 else 3), height, width
+
+
+def png_limit(shape: tuple[int, int, int]) -> int:
+    """Bytes that a PNG of `shape` (C, H, W) may have: compression never makes it twice as large as its pixels."""
+    channels, height, width = shape
+    return 2 * height * (width * channels + 1) + 2**16
+
+
+def decode_png(data: bytes, shape: tuple[int, int, int]) -> torch.Tensor:
+    """A PNG as uint8 of `shape` (C, H, W).
+
+    Raises DamagedImage if its checksums, its header or its pixels are damaged, and for another shape, which is found in
+    the header before memory is taken.
+    """
     from torchvision.io import ImageReadMode, decode_image  # here, since that takes seconds, and a config needs none
 
-    mode = {0: ImageReadMode.UNCHANGED, 1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}[channels]
-    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+    check_png(data)
+    if (found := png_shape(data)) != shape:
+        raise DamagedImage(f"shape {found}, not {shape}")
+    mode = ImageReadMode.GRAY if shape[0] == 1 else ImageReadMode.RGB
+    try:
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+    except (RuntimeError, ValueError) as error:
+        raise DamagedImage(one_line(error)[:120]) from None
+    if tuple(image.shape) != shape:
+        raise DamagedImage(f"shape {tuple(image.shape)}, not {shape}")
+    return image
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ import numpy as np
 from dvae.data.images import DamagedImage
 from dvae.data.manifest import Shard
 from dvae.data.remote import Remote
+from dvae.data.shard_index import read_index
 from dvae.errors import MachineError
-from dvae.files import sha256
+from dvae.utils.read import DamagedFile, require_regular
 
 OPEN_FILES = 128
 FETCHERS = 8
@@ -25,17 +26,19 @@ FETCHERS = 8
 class Members:
     """Members of the samples of consecutive shards, by index over all of them. Thread-safe.
 
-    The shards lie in `folder`, or come there from `remote` as they are read. Raises MachineError where a shard or its
-    index is missing or not what it was; `again` says how they are made.
+    The shards lie in `folder`, or come there from `remote` as they are read. Each sample has `members` files. Raises
+    MachineError if a shard or its index is missing or not what it was; `again` says how they are made.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], again: str, remote: Remote | None = None) -> None:
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard], again: str, remote: Remote | None = None, members: int = 2
+    ) -> None:
         self.folder, self._shards, self._again, self._remote = folder, shards, again, remote
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
         if remote:
             with ThreadPoolExecutor(FETCHERS) as pool:
                 list(pool.map(remote.index, shards))
-        self._rows = np.concatenate([self._load_index(shard) for shard in shards])
+        self._rows = np.concatenate([self._load_index(shard, members) for shard in shards])
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -55,9 +58,14 @@ class Members:
         offset, size = self._rows[index, 2 * member : 2 * member + 2]
         return self.place(index)[0], int(offset), int(size)
 
-    def read(self, index: int, member: int) -> bytes:
-        """Member number `member` of sample `index`. Raises DamagedImage where the shard ends before it does."""
+    def read(self, index: int, member: int, limit: int) -> bytes:
+        """Member number `member` of sample `index`.
+
+        Raises DamagedImage if the shard ends before it does, or it has more than `limit` bytes.
+        """
         name, offset, size = self.where(index, member)
+        if size > limit:
+            raise DamagedImage(f"it has {size} bytes, more than {limit}")
         # held until it was read: another thread may evict it meanwhile
         file = self._open(self._shards[self._shard_of(index)])
         try:
@@ -75,7 +83,10 @@ class Members:
             name = shard.file
             if name not in self._files:
                 try:
+                    require_regular(self.folder / name)
                     self._files[name] = _File(os.open(self.folder / name, os.O_RDONLY))
+                except DamagedFile as error:
+                    raise MachineError(f"shard {error}: restore it or {self._again}") from None
                 except OSError as error:
                     raise MachineError(
                         f"shard {self.folder / name} cannot be opened ({error.strerror}): restore it or {self._again}"
@@ -85,15 +96,25 @@ class Members:
             self._files.move_to_end(name)
             return self._files[name]
 
-    def _load_index(self, shard: Shard) -> np.ndarray:
-        """A shard's index, (count, 2 * members)."""
-        path = self.folder / shard.index
-        for needed in [path] if self._remote else [self.folder / shard.file, path]:
-            if not needed.exists():
-                raise MachineError(f"shard file {needed} is missing: restore it or {self._again}")
-        if sha256(path) != shard.index_sha256:
-            raise MachineError(f"shard index {path} is damaged: restore it or {self._again}")
-        return np.load(path)
+    def _load_index(self, shard: Shard, members: int) -> np.ndarray:
+        """A shard's index, (count, 2 * members).
+
+        A shard may be shorter than it was, because it was cut: what is left of it can be read. It is never longer.
+        """
+        try:
+            if not self._remote and (size := require_regular(self.folder / shard.file).st_size) > shard.bytes:
+                raise DamagedFile(self.folder / shard.file, f"has {size} bytes, not {shard.bytes}")
+            return read_index(self.folder / shard.index, shard, members)
+        except FileNotFoundError as error:
+            raise MachineError(f"shard file {error.filename} is missing: restore it or {self._again}") from None
+        except OSError as error:
+            raise MachineError(
+                f"shard file {error.filename} cannot be read ({error.strerror}): restore it or {self._again}"
+            ) from None
+        except DamagedFile as error:
+            raise MachineError(
+                f"shard file {error.path} is damaged (it {error.reason}): restore it or {self._again}"
+            ) from None
 
 
 class _File:

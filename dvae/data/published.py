@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +11,10 @@ from PIL import Image
 
 from dvae.data.images import DamagedImage, printable
 from dvae.errors import UserError, one_line
+from dvae.utils.read import DamagedFile, read_text
+
+LIMIT = 256 * 2**20
+"""Bytes of a list of attributes, at most; CelebA's has 27 million."""
 
 
 class Split(Enum):
@@ -46,8 +51,8 @@ class Attributes:
         Raises UserError where the list is missing, malformed, or lacks one of the files.
         """
         try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(Path(path).expanduser(), LIMIT).splitlines()
+        except (OSError, DamagedFile) as error:
             raise UserError(
                 f"source.attributes={path} cannot be read ({one_line(error)}): name list_attr_celeba.txt"
             ) from None
@@ -67,7 +72,7 @@ class Attributes:
 
 def _parse(path: str, lines: list[str]) -> tuple[list[str], dict[str, np.ndarray]]:
     """Attribute names, and by file name (A,) uint8 of 0 and 1. Raises UserError."""
-    if len(lines) < 3 or not lines[0].strip().isdigit():
+    if len(lines) < 3 or not re.fullmatch("[0-9]{1,12}", lines[0].strip()):
         raise UserError(
             f"source.attributes={path} is no list of attributes: it must begin with the number of images and the names"
         )

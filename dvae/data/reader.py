@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dvae.data.images import DamagedImage, check_png, decode_png
+from dvae.data.images import DamagedImage, decode_png, png_limit
 from dvae.data.labels import check_label
 from dvae.data.manifest import Manifest
 from dvae.data.members import Members
 from dvae.data.remote import Remote
 from dvae.errors import MachineError, UserError, near, one_line
+from dvae.utils.read import DamagedFile, check, forbid_extra, parse_json
 
 PNG, JSON = 0, 1  # members of a sample
+JSON_LIMIT = 2**20
+"""Bytes of the text beside an image, at most."""
+
+
+@forbid_extra
+@dataclass(frozen=True)
+class _About:
+    """The text beside an image."""
+
+    key: str
+    labels: dict[str, str | int]
 
 
 def spread(count: int, wanted: int) -> np.ndarray:
@@ -87,10 +99,29 @@ class Shards:
         return self._cache[torch.from_numpy(wanted)]
 
     def about(self, index: int) -> dict[str, Any]:
-        """{"key": name in the source, "labels": {attribute: value}} of one image."""
+        """{"key": name in the source, "labels": {attribute: value}} of one image.
+
+        Raises MachineError naming the file if this text cannot be read.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        return json.loads(self.members.read(index, JSON))
+        try:
+            return self._about(index)
+        except DamagedImage as error:
+            file, number = self.members.place(index)
+            raise MachineError(
+                f"shard {self.folder / file}: key and labels of image {number} cannot be read ({error}): find all "
+                f"damage with python tools/shards.py verify {self.folder}"
+            ) from None
+
+    def _about(self, index: int) -> dict[str, Any]:
+        """As `about`. Raises DamagedImage, which says only what is wrong."""
+        data = self.members.read(index, JSON, JSON_LIMIT)
+        try:
+            found: _About = check(_About, parse_json(data, "the text"), "the text")
+        except DamagedFile as error:
+            raise DamagedImage(str(error)) from None
+        return {"key": found.key, "labels": found.labels}
 
     def classes(self, attribute: str, names: Sequence[str]) -> torch.Tensor:
         """The class of every image, (len,), int64: the number among `names` of its value of `attribute`.
@@ -103,8 +134,8 @@ class Shards:
         classes = torch.zeros(len(self), dtype=torch.int64)
         for index in range(len(self)):
             try:
-                about = self.about(index)
-            except (DamagedImage, ValueError) as error:
+                about = self._about(index)
+            except DamagedImage as error:
                 file = self.members.place(index)[0]
                 self._pass_over(index, f"{file}: labels of {self._name(index)} ({one_line(error)})")
                 continue
@@ -124,7 +155,15 @@ class Shards:
         return np.array([next(at for at in self._from(int(index)) if at not in self.damaged) for index in indices])
 
     def know(self, damaged: dict[int, str]) -> None:
-        """Take images for damaged that others found to be. Raises MachineError where there are too many."""
+        """Take images for damaged that others found to be.
+
+        Raises MachineError if there are too many, or a number is not that of an image.
+        """
+        if foreign := [index for index in damaged if not 0 <= index < len(self)]:
+            raise MachineError(
+                f"image {foreign[0]} is recorded as damaged, but {self.folder} ({self.split}) has {len(self)} images: "
+                "the record is of other shards, remove it"
+            )
         with self._lock:
             self.damaged = damaged | self.damaged
         for index in damaged:
@@ -165,18 +204,13 @@ class Shards:
     def _decode(self, index: int) -> torch.Tensor:
         file, _ = self.members.place(index)
         try:
-            data = self.members.read(index, PNG)
-            check_png(data)
-            image = decode_png(data, self.shape[0])
-        except (DamagedImage, RuntimeError, ValueError) as error:
-            raise DamagedImage(f"{file}:{self._name(index)} ({one_line(error)[:120]})") from None
-        if tuple(image.shape) != self.shape:
-            raise DamagedImage(f"{file}:{self._name(index)} (shape {tuple(image.shape)}, not {self.shape})")
-        return image
+            return decode_png(self.members.read(index, PNG, png_limit(self.shape)), self.shape)
+        except DamagedImage as error:
+            raise DamagedImage(f"{file}:{self._name(index)} ({error})") from None
 
     def _name(self, index: int) -> str:
-        """Key of a damaged image, or its place where even that cannot be read."""
+        """Key of a damaged image, or its place if even that cannot be read."""
         try:
-            return str(self.about(index)["key"])
-        except (DamagedImage, ValueError, KeyError, TypeError):
+            return str(self._about(index)["key"])[:200]
+        except DamagedImage:
             return f"image {self.members.place(index)[1]}"

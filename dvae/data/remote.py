@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import select
@@ -24,9 +23,11 @@ from typing import TYPE_CHECKING
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
 
-from dvae.data.manifest import FILE, Manifest, Shard
+from dvae.data.manifest import FILE, LIMIT, PLAIN_NAME, Manifest, Shard
+from dvae.data.shard_index import index_limit
 from dvae.errors import DISK_FAULTS, MachineError, UserError, one_line
 from dvae.files import sha256
+from dvae.utils.read import DamagedFile, parse_json, require_regular
 
 if TYPE_CHECKING:
     from dvae.settings import DataConfig
@@ -40,8 +41,6 @@ STALL = 60.0
 TOUCH_EVERY = 10.0
 """Seconds between two notes that a shard is in use."""
 CHUNK = 2**20
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-"""File names that a manifest may ask for: they become part of a path here, and of a command where the rest is one."""
 
 
 def is_remote(location: str) -> bool:
@@ -49,34 +48,59 @@ def is_remote(location: str) -> bool:
     return location.startswith("pipe:") or "://" in location
 
 
+class UnnamedPlace(str):
+    """A place elsewhere that stands in the settings of a run folder, but was not named by this user's own command."""
+
+
 def place_of(data: DataConfig) -> Path | Remote:
-    """Where a run's shards lie: a folder, or elsewhere."""
+    """Where a run's shards lie: a folder, or elsewhere.
+
+    Raises UserError for a command or an address that the user's own command did not name: it could do anything.
+    """
+    if isinstance(data.shards, UnnamedPlace):
+        raise UserError(
+            f"the run's images lie at {data.shards}, and a command or an address is used only if your own command "
+            "names it: add shards=... (that place, if you trust it, or a folder with the same shards)"
+        )
     return Remote(data.shards, data.download_to, data.download_gib) if is_remote(data.shards) else Path(data.shards)
 
 
 def url_of(location: str, name: str) -> str:
-    """What webdataset opens for the file `name` of `location`: %s stands for the name, else it comes after a slash."""
-    if not NAME.fullmatch(name):
-        raise MachineError(f"the manifest at {location} names a file {name!r}: build the shards again")
+    """What webdataset opens for the file `name` of `location`: %s stands for the name, else it comes after a slash.
+
+    `location` is what the user named, and a command if it begins with pipe:. Raises MachineError for a `name` that is
+    not plain: it could be a command, or lead elsewhere.
+    """
+    if not PLAIN_NAME.fullmatch(name):
+        raise MachineError(f"the manifest at {location} names a file {name[:200]!r}: build the shards again")
     url = location.replace("%s", name) if "%s" in location else f"{location.rstrip('/')}/{name}"
     if url.startswith("s3://") and "s3" not in gopen_schemes:  # webdataset has it only for its own cache server
         return f"pipe:aws s3 cp {shlex.quote(url)} -"
     return url
 
 
-def stream(url: str, stop: threading.Event | None = None) -> Iterator[bytes]:
+def stream(url: str, limit: int, stop: threading.Event | None = None) -> Iterator[bytes]:
     """The bytes at `url`, in chunks.
 
-    Raises OSError where they cannot be had, come to a standstill, or `stop` is set; UserError for an unknown scheme.
+    Raises OSError if they cannot be had, come to a standstill, are more than `limit`, or `stop` is set; UserError for
+    an unknown scheme.
     """
     try:
+        if url.startswith("file:"):  # webdataset would wait for the other end of a pipe
+            require_regular(re.sub("^file://?", "", url))
         opened = gopen(url)
+    except DamagedFile as error:
+        raise OSError(f"it {error.reason}") from None
     except ValueError as error:
         raise UserError(f"data.shards: {one_line(error)}: use pipe:, http://, https://, s3:// or gs://") from None
     piped = opened if isinstance(opened, Pipe) else None
     handle = (piped.stream if piped else opened).fileno()
     try:
+        size = 0
         while _readable(handle, stop) and (data := os.read(handle, CHUNK)):
+            size += len(data)
+            if size > limit:
+                raise OSError(f"more came than the {limit} bytes that it may have")
             yield data
         set_options(opened, timeout=STALL)
         opened.close()  # raises where the command failed
@@ -106,7 +130,7 @@ def read_manifest(location: str) -> bytes:
     """The bytes of the manifest at `location`, kept nowhere. Raises UserError where it cannot be had."""
     url = url_of(location, FILE)
     try:
-        return b"".join(stream(url))
+        return b"".join(stream(url, LIMIT))
     except OSError as error:
         raise UserError(
             f"no shards at data.shards={location} ({one_line(error)}): is the address right? Build shards with "
@@ -130,11 +154,13 @@ class Remote:
     def manifest(self) -> Manifest:
         """The manifest, fetched once: a run goes on with the one that it began with."""
         while not (self.folder / FILE).exists():
-            self._close(self._obtain(FILE, None, 0, None))
-        manifest = Manifest.load(self.folder)
+            self._close(self._obtain(FILE, None, LIMIT))
+        try:
+            manifest = Manifest.load(self.folder)
+        except UserError:
+            (self.folder / FILE).unlink()  # so that one which was mended there is fetched the next time
+            raise
         shards = [shard for split in manifest.splits.values() for shard in split]
-        for name in (name for shard in shards for name in (shard.file, shard.index)):
-            url_of(self.location, name)  # refuses names that lead out of the folder, before anything is done by them
         largest = max((shard.bytes for shard in shards), default=0)
         if largest > self.limit:
             raise UserError(
@@ -149,7 +175,7 @@ class Remote:
         if path.exists() and sha256(path) != shard.index_sha256:
             path.unlink(missing_ok=True)
         while not path.exists():
-            self._close(self._obtain(shard.index, shard.index_sha256, 0, None))
+            self._close(self._obtain(shard.index, shard.index_sha256, index_limit(shard)))
         return path
 
     def open(self, shard: Shard) -> int:
@@ -160,20 +186,22 @@ class Remote:
         while True:
             handle = self._here(shard)
             if handle is None:
-                handle = self._obtain(shard.file, shard.sha256, shard.bytes, None)
+                handle = self._obtain(shard.file, shard.sha256, shard.bytes, reserve=shard.bytes)
             if handle is not None:
                 return handle  # else another has fetched it, or failed to
 
     def prefetch(self, shard: Shard, stop: threading.Event) -> None:
         """See to it that the shard is here, or on its way by another; raises as `open` does."""
         handle = self._here(shard)
-        self._close(self._obtain(shard.file, shard.sha256, shard.bytes, stop) if handle is None else handle)
+        if handle is None:
+            handle = self._obtain(shard.file, shard.sha256, shard.bytes, shard.bytes, stop)
+        self._close(handle)
 
     def _here(self, shard: Shard) -> int | None:
         """A handle of the shard if it is here and whole, and a note that it is in use."""
         path = self.folder / shard.file
         try:
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
         except FileNotFoundError:
             return None
         if os.fstat(handle).st_size != shard.bytes:  # cut by a fault of the disk
@@ -190,8 +218,13 @@ class Remote:
         if handle is not None:
             os.close(handle)
 
-    def _obtain(self, name: str, digest: str | None, size: int, stop: threading.Event | None) -> int | None:
-        """Fetch a file; returns a handle of it, or None where another did or (given `stop`) is about to."""
+    def _obtain(
+        self, name: str, digest: str | None, limit: int, reserve: int = 0, stop: threading.Event | None = None
+    ) -> int | None:
+        """Fetch a file of at most `limit` bytes, after making room for `reserve` bytes.
+
+        Returns a handle of it, or None if another process has fetched it or (given `stop`) is about to.
+        """
         path, part = self.folder / name, self.folder / f".{name}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -214,8 +247,8 @@ class Remote:
                 os.close(handle)
                 return None
             os.ftruncate(handle, 0)  # of a killed process
-            self._reserve(handle, size, stop)
-            self._download(name, digest, handle, stop)
+            self._reserve(handle, reserve, stop)
+            self._download(name, digest, limit, handle, stop)
             os.fsync(handle)
             with self._room():  # who counts just now would find it under neither name
                 part.rename(path)
@@ -225,14 +258,14 @@ class Remote:
             raise
         return handle
 
-    def _download(self, name: str, digest: str | None, handle: int, stop: threading.Event | None) -> None:
+    def _download(self, name: str, digest: str | None, limit: int, handle: int, stop: threading.Event | None) -> None:
         """Fill the file behind `handle`, trying several times. Raises MachineError."""
         url, reason = url_of(self.location, name), ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 (stop or threading.Event()).wait(PAUSE * 2 ** (attempt - 1))
             try:
-                return _receive(url, digest, handle, stop)
+                return _receive(url, digest, limit, handle, stop)
             except OSError as error:
                 if error.errno in DISK_FAULTS:
                     raise OSError(error.errno, os.strerror(error.errno or 0), str(self.folder / name)) from None
@@ -283,17 +316,17 @@ class Remote:
             yield
 
 
-def _receive(url: str, digest: str | None, handle: int, stop: threading.Event | None) -> None:
-    """Write what is at `url` over the file behind `handle`. Raises OSError where it is not what it should be."""
+def _receive(url: str, digest: str | None, limit: int, handle: int, stop: threading.Event | None) -> None:
+    """Write what is at `url` over the file behind `handle`. Raises OSError if it is not what it should be."""
     found, size = hashlib.sha256(), 0
-    for data in stream(url, stop):
+    for data in stream(url, limit, stop):
         found.update(data)
         size += _write(handle, data, size)
     os.ftruncate(handle, size)
     if digest is None:
         try:
-            json.loads(os.pread(handle, size, 0))
-        except ValueError:
+            parse_json(os.pread(handle, size, 0), FILE)
+        except DamagedFile:
             raise OSError(f"what came is no manifest, {size} bytes") from None
     elif found.hexdigest() != digest:
         raise OSError(f"what came, {size} bytes, is not what the manifest names")

@@ -7,13 +7,14 @@ import json
 import math
 from typing import Any
 
+from dvae.data.manifest import SIZES
 from dvae.errors import UserError
 
 
 def check(size: int, channels: int, heldout: float, shard_size: int, workers: int, max_bad: float) -> None:
     """Raises UserError for numbers that no build can take."""
-    if size < 1:
-        raise UserError(f"size={size}: use 1 or more pixels")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise UserError(f"size={size}: use {SIZES[0]} to {SIZES[1]} pixels")
     if channels not in (1, 3):
         raise UserError(f"channels={channels}: images have 1 or 3 channels")
     for name, fraction in (("heldout", heldout), ("max_bad_fraction", max_bad)):
@@ -50,7 +51,7 @@ def difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
         if isinstance(found, dict) and isinstance(value, dict):
             name = next(name for name in {**found, **value} if found.get(name) != value.get(name))
             key, found, value = f"{key}.{name}", found.get(name), value.get(name)
-        return f"{key} {found}, not {value}"
+        return f"{key} {str(found)[:200]}, not {value}"
     return ""
 
 

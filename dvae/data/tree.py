@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from dvae.data.images import DamagedImage, is_image_name, printable
+from dvae.data.archives import open_zip, refuse_duplicates
+from dvae.data.images import FILE_LIMIT, DamagedImage, is_image_name, printable
 from dvae.errors import UserError, one_line
+from dvae.utils.read import DamagedFile, read_bytes, read_member
 
 
 class Tree(ABC):
@@ -45,7 +46,9 @@ class FolderTree(Tree):
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.root / name).read_bytes()
+            return read_bytes(self.root / name, FILE_LIMIT)
+        except DamagedFile as error:
+            raise DamagedImage(str(error)) from None
         except OSError as error:
             raise DamagedImage(f"{self.root / name}: {error.strerror}") from None
 
@@ -58,7 +61,9 @@ class ZipTree(Tree):
             members = [info for info in self._archive().infolist() if not info.is_dir()]
         except FileNotFoundError:
             raise UserError(f"{word}={path} does not exist: name a folder or zip archive of images") from None
-        except (OSError, zipfile.BadZipFile) as error:
+        except DamagedFile as error:
+            raise UserError(f"{word}={path} {error.reason}: name a folder or zip archive of images") from None
+        except OSError as error:
             raise UserError(f"{word}={path} is not a readable zip archive: {one_line(error)}") from None
         images = [info for info in members if is_image_name(info.filename) and "__MACOSX" not in info.filename]
         if not images:
@@ -68,18 +73,23 @@ class ZipTree(Tree):
             )
         if any(info.flag_bits & 1 for info in images):
             raise UserError(f"{word}={path} is encrypted: unpack it and name the folder")
-        self.names = sorted({info.filename for info in images})
+        self.names = sorted(info.filename for info in images)
+        try:
+            refuse_duplicates(path, self.names)
+        except DamagedFile as error:
+            raise UserError(f"{word}={error.path} {error.reason}") from None
 
     def read(self, name: str) -> bytes:
         try:
-            return self._archive().read(name)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise DamagedImage(f"{self.path}:{name}: {one_line(error)}") from None
+            archive = self._archive()
+            return read_member(archive, archive.getinfo(name), FILE_LIMIT)
+        except (OSError, DamagedFile, KeyError) as error:  # KeyError: another archive has taken its place
+            raise DamagedImage(f"{self.path}:{name}: {one_line(getattr(error, 'reason', error))}") from None
 
     def _archive(self) -> zipfile.ZipFile:
         """This thread's open archive."""
         if not hasattr(self._local, "archive"):
-            self._local.archive = zipfile.ZipFile(Path(self.path).expanduser())
+            self._local.archive = open_zip(Path(self.path).expanduser())
         return self._local.archive
 
     def __getstate__(self) -> dict[str, Any]:

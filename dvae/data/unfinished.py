@@ -18,23 +18,34 @@ made it.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from dvae import files
 from dvae.data.manifest import Shard
 from dvae.data.request import difference, digest
 from dvae.errors import MachineError, UserError, one_line
+from dvae.utils.read import DamagedFile, check, forbid_extra, read_json
 
 LOCK = "lock"
 REQUEST = "request.json"
+T = TypeVar("T")
+
+
+@forbid_extra
+@dataclass(frozen=True)
+class _Journal:
+    """The journal of a unit."""
+
+    request: str
+    """Digest of the request that the unit is of."""
+    unit: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,9 @@ class Unfinished:
             if not path.exists():
                 files.write_json(path, request)
         try:
-            there = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise UserError(f"{path} cannot be read: remove {self.path}") from None
+            there = read_json(path, dict[str, Any])
+        except DamagedFile as error:
+            raise UserError(f"{error}: remove {self.path}") from None
         if different := difference(there, request):
             raise UserError(
                 f"parts of another request are being made for {self.out} ({different}): choose another folder or "
@@ -105,13 +116,14 @@ class Unfinished:
         files.sync(self.shards)
         files.write_json(self.journal(number), {"request": digest(request), "unit": unit})
 
-    def noted(self, number: int, request: dict[str, Any]) -> Any:
-        """What the journal of a unit of `request` holds; None where there is none, or none that makes sense."""
+    def noted(self, number: int, request: dict[str, Any], kind: Callable[..., T]) -> T | None:
+        """What the journal of a unit of `request` holds, as `kind`; None if there is none, or none that makes sense."""
+        path = self.journal(number)
         try:
-            journal = json.loads(self.journal(number).read_text(encoding="utf-8"))
-            return journal["unit"] if journal["request"] == digest(request) else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
+            journal: _Journal = read_json(path, _Journal)
+            return check(kind, journal.unit, path) if journal.request == digest(request) else None
+        except (FileNotFoundError, DamagedFile):
+            return None  # the unit is made again
 
     def clean(self, units: Iterable[int], shards: Iterable[Shard]) -> None:
         """For a build: remove all but the journals of these units, and these shards."""
@@ -119,7 +131,7 @@ class Unfinished:
         kept |= {self.shards / name for shard in shards for name in (shard.file, shard.index)}
         for path in [*self.path.iterdir(), *self.shards.iterdir()]:
             if path not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def publish(self, file: str, content: dict[str, Any]) -> None:
         """Let the shards appear, with the JSON file that says what they are."""

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from dvae.data import request
-from dvae.data.manifest import HELDOUT, TRAIN, Shard
+from dvae.data.manifest import HELDOUT, TRAIN, Shard, refuse_bad_shards
 from dvae.data.render import Rendered, render, rendered
 from dvae.data.tars import ShardWriter, seal
 from dvae.data.unfinished import Unfinished
 from dvae.data.verify import faults
 from dvae.errors import UserError
 from dvae.registry.sources import Source
+from dvae.utils.read import DamagedFile, forbid_extra
 
 Progress = Callable[[int, int], None]
 """progress(done, total), in images; first called with what an earlier attempt has done."""
 
 
+@forbid_extra
 @dataclass(frozen=True)
 class Unit:
     """What came of the images of a unit."""
@@ -57,11 +59,13 @@ class Units:
         return {number: unit for number, unit in noted.items() if unit and self._sound(number, unit)}
 
     def _noted(self, number: int) -> Unit | None:
-        row = self.folder.noted(number, self.request)
+        """The unit that its journal names; None if there is no journal, or one that no build has written."""
+        unit: Unit | None = self.folder.noted(number, self.request, Unit)
         try:
-            return Unit(**{**row, "shards": {split: Shard(**shard) for split, shard in row["shards"].items()}})
-        except (KeyError, TypeError, AttributeError):
-            return None  # no journal, or one of another version
+            refuse_bad_shards(self.folder.journal(number), unit.shards.values() if unit else [])
+        except DamagedFile:
+            return None
+        return unit if unit and set(unit.shards) <= {TRAIN, HELDOUT} else None
 
     def _sound(self, number: int, unit: Unit) -> bool:
         images = self._images(number)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from dvae.data.manifest import FILE, Manifest, Shard
+from dvae.data.shard_index import read_index
 from dvae.errors import UserError, one_line
 from dvae.files import sha256
+from dvae.utils.read import DamagedFile, require_regular
 
 
 def verify(folder: str | Path) -> Manifest:
@@ -24,21 +24,26 @@ def verify(folder: str | Path) -> Manifest:
     return manifest
 
 
-def faults(folder: Path, shard: Shard) -> list[str]:
-    """What is wrong with a shard and its index; nothing where they are what they were."""
+def faults(folder: Path, shard: Shard, members: int = 2) -> list[str]:
+    """What is wrong with a shard and its index; nothing if they are what they were.
+
+    `members` are the files of each sample.
+    """
     problems = []
-    for name, digest in ((shard.file, shard.sha256), (shard.index, shard.index_sha256)):
+    for name in (shard.file, shard.index):
         path = folder / name
         try:
-            size = path.stat().st_size
-            if name == shard.file and size != shard.bytes:
+            size = require_regular(path).st_size
+            if name == shard.index:
+                read_index(path, shard, members)
+            elif size != shard.bytes:
                 problems.append(f"{name} is {size} bytes long, not {shard.bytes}")
-            elif sha256(path) != digest:
+            elif sha256(path) != shard.sha256:
                 problems.append(f"{name} has other content than when it was written")
-            elif name == shard.index and len(np.load(path)) != shard.count:
-                problems.append(f"{name} lists {len(np.load(path))} images, not {shard.count}")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
+        except DamagedFile as error:
+            problems.append(f"{name} {error.reason}")
         except OSError as error:
             problems.append(f"{name} cannot be read ({one_line(error)})")
     return problems

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,23 @@ import numpy as np
 
 from dvae import files
 from dvae.errors import MachineError, UserError, one_line
+from dvae.utils.read import MIB, DamagedFile, forbid_extra, read_json, read_npz, require_regular
 
 REQUEST = "request.json"
 LOCK = "lock"
+RECORD_LIMIT = 256 * MIB
+"""Bytes of a record, at most: it may hold some numbers of each image."""
+
+
+@forbid_extra
+@dataclass(frozen=True)
+class FinishedRecord:
+    """The JSON file beside finished images."""
+
+    request: dict[str, Any]
+    n: int
+    nfe: float
+    versions: dict[str, str]
 
 
 class Chunks:
@@ -57,16 +71,22 @@ class Chunks:
         """Keep the arrays of a chunk, by name; row i of each belongs to numbers[i]."""
         files.write_file(self.path(numbers), lambda aside: np.savez(aside, **dict(arrays)))  # type: ignore[arg-type]
 
-    def read(self, numbers: range, what: str) -> np.ndarray:
-        """One of the arrays of a chunk. Raises MachineError, naming the file, where it is damaged."""
+    def read(self, numbers: range, what: str, rows: int = 0) -> np.ndarray:
+        """One of the arrays of a chunk, which has at least `rows` rows. Raises MachineError if the file is damaged."""
         path = self.path(numbers)
         try:
-            with np.load(path, allow_pickle=False) as kept:
-                return np.asarray(kept[what])
-        except Exception as error:  # noqa: BLE001 damaged bytes make zipfile and NumPy raise nearly anything
-            raise MachineError(
-                f"{path} is damaged ({one_line(error)}): remove it, then the same command again draws it anew"
-            ) from None
+            # what `write` keeps is not compressed, so arrays are never larger than their file
+            kept = read_npz(path, require_regular(path).st_size, [what])
+            if what not in kept or kept[what].ndim == 0 or not rows <= len(kept[what]) <= len(numbers):
+                raise DamagedFile(path, f"does not hold the {what} of {rows} to {len(numbers)} images")
+        except (DamagedFile, OSError) as error:
+            raise self.damage(numbers, error.reason if isinstance(error, DamagedFile) else one_line(error)) from None
+        return kept[what]
+
+    def damage(self, numbers: range, reason: str) -> MachineError:
+        """What to raise for a chunk that is not what was written."""
+        path = self.path(numbers)
+        return MachineError(f"{path} is damaged ({reason}): remove it, then the same command again draws it anew")
 
     def remove(self) -> None:
         """Remove the folder: chunks first, so that no chunk is ever without its request."""
@@ -83,12 +103,19 @@ class Chunks:
 
 
 def read(record: Path) -> dict[str, Any]:
-    """A record as it was written. Raises UserError where it is none."""
+    """A record as it was written. Raises UserError if it is none."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{record}: not a record of what was drawn ({one_line(error)}): remove it") from None
-    return dict(found)
+        return read_json(record, dict[str, Any], RECORD_LIMIT)
+    except DamagedFile as error:
+        raise UserError(f"{record}: not a record of what was drawn ({error.reason}): remove it") from None
+
+
+def read_finished(record: Path) -> FinishedRecord:
+    """The record beside finished images; raises as `read`."""
+    try:
+        return read_json(record, FinishedRecord)
+    except DamagedFile as error:
+        raise UserError(f"{record}: not a record of what was drawn ({error.reason}): remove it") from None
 
 
 def difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
@@ -103,4 +130,4 @@ def difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     """A value as one writes it; a hash by its beginning."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text[:12] if len(text) == 64 else text or "''"
+    return text[:12] if len(text) == 64 else text[:200] or "''"

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from dvae import directions, editing, inpainting
-from dvae.data.images import DamagedImage, decode
+from dvae.data.images import FILE_LIMIT, DamagedImage, decode
 from dvae.drawing.artist import MANY, Artist, side_by_side
 from dvae.drawing.inputs import DRAWN, HELDOUT, Inputs, open_inputs
 from dvae.drawing.settings import EditConfig, GivenConfig, InpaintConfig, InterpolateConfig, ReconstructConfig
 from dvae.errors import UserError
 from dvae.together import Drawn
+from dvae.utils.read import DamagedFile, read_bytes
 
 GREY = 128
 """What stands for a pixel that is not known, and from which on a mask's pixel means known."""
@@ -181,12 +182,14 @@ def read_mask(word: str, size: int) -> torch.Tensor:
     Raises UserError for a picture of another size, and where all or nothing is known.
     """
     path = Path(word).expanduser()
-    if not path.is_file():
+    if not path.is_file() and (word in inpainting.KNOWN or not path.exists()):
         return inpainting.mask_of(word, size)
     try:
-        picture = decode(path.read_bytes(), word).convert("L")
+        picture = decode(read_bytes(path, FILE_LIMIT), word).convert("L")
     except DamagedImage as error:
         raise UserError(f"mask={error}") from None
+    except DamagedFile as error:
+        raise UserError(f"mask={error}: name a PNG") from None
     if picture.size != (size, size):
         raise UserError(f"mask={word} is {picture.size[0]}x{picture.size[1]}, the run's images are {size}x{size}")
     mask = torch.from_numpy(np.asarray(picture) >= GREY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,14 +13,15 @@ import torch
 from PIL import Image
 
 from dvae import files
-from dvae.data.images import Crop, DamagedImage, Resize, decode, fit, is_image_name
+from dvae.data.images import PIXELS, DamagedImage, decode, fit, is_image_name, open_image
 from dvae.data.manifest import FILE as MANIFEST
 from dvae.data.reader import Shards
 from dvae.data.tree import FolderTree, Tree, open_tree
 from dvae.drawing.settings import GivenConfig
 from dvae.errors import UserError, one_line
-from dvae.own_images import open_split
-from dvae.settings import RunConfig
+from dvae.run_images import open_split
+from dvae.settings import ModelConfig
+from dvae.utils.read import DamagedFile, map_npy
 
 HELDOUT = "heldout"
 DRAWN = "drawn"
@@ -54,12 +54,12 @@ class Inputs(ABC):
         return torch.from_numpy(np.stack([self.one(number) for number in numbers])).permute(0, 3, 1, 2).contiguous()
 
 
-def open_inputs(settings: GivenConfig, config: RunConfig) -> Inputs:
+def open_inputs(settings: GivenConfig, config: ModelConfig) -> Inputs:
     """The images that `settings.images` names. Raises UserError where there are none."""
     place = Path(settings.images).expanduser()
     if settings.images == HELDOUT:
         return FromShards(open_split(settings.run, config, HELDOUT, settings.shards), config)
-    if (place / MANIFEST).is_file():
+    if (place / MANIFEST).exists():
         return FromShards(open_split(settings.run, config, HELDOUT, settings.images), config)
     if place.suffix.lower() == ".npy":
         return FromArray(place, settings, config)
@@ -69,7 +69,7 @@ def open_inputs(settings: GivenConfig, config: RunConfig) -> Inputs:
 class FromShards(Inputs):
     """A split of shards."""
 
-    def __init__(self, shards: Shards, config: RunConfig) -> None:
+    def __init__(self, shards: Shards, config: ModelConfig) -> None:
         self.shards, self.config = shards, config
         self.identity = _hash([shard.sha256 for shard in shards.shards])
 
@@ -80,17 +80,16 @@ class FromShards(Inputs):
         return self.shards.read([number])[0].permute(1, 2, 0).numpy()
 
     def label(self, number: int) -> str | None:
-        value = self.shards.about(number)["labels"].get(self.config.data.label)
+        value = self.shards.about(number)["labels"].get(self.config.label)
         return None if value is None or not self.config.classes else str(value)
 
 
 class Fitted(Inputs):
     """A user's images, which are as the run's, or are made so."""
 
-    def __init__(self, settings: GivenConfig, config: RunConfig) -> None:
+    def __init__(self, settings: GivenConfig, config: ModelConfig) -> None:
         self.settings, self.config = settings, config
-        source = config.source  # a run's own images were cropped and scaled in this way
-        self._crop, self._filter = getattr(source, "crop", Crop.center), getattr(source, "resize", Resize.lanczos)
+        self._crop, self._filter = config.crop, config.resize  # as the run's own images
 
     def refuse_unlike(self, size: tuple[int, int], grey: bool, name: str) -> None:
         """Raise UserError for an image of (width, height) that is not as the run's, where it is not to be made so."""
@@ -114,15 +113,18 @@ class Fitted(Inputs):
 class FromArray(Fitted):
     """A .npy file (n, H, W, C) uint8."""
 
-    def __init__(self, place: Path, settings: GivenConfig, config: RunConfig) -> None:
+    def __init__(self, place: Path, settings: GivenConfig, config: ModelConfig) -> None:
         super().__init__(settings, config)
         try:
-            self._array = np.load(place, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"images={settings.images}: not an array of images ({one_line(error)})") from None
+            self._array = map_npy(place)
+        except (DamagedFile, OSError) as error:
+            reason = error.reason if isinstance(error, DamagedFile) else one_line(error)
+            raise UserError(f"images={settings.images}: not an array of images ({reason})") from None
         shape = self._array.shape
         if self._array.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not len(self._array):
             raise UserError(f"images={settings.images}: {self._array.dtype} {shape}: use uint8 (n, H, W, 1 or 3)")
+        if not 0 < shape[1] * shape[2] <= PIXELS:
+            raise UserError(f"images={settings.images}: images of {shape[1]}x{shape[2]}: use 1 to {PIXELS} pixels")
         self.refuse_unlike((shape[2], shape[1]), shape[3] == 1, "each")
         self.identity = files.sha256(place)
 
@@ -137,7 +139,7 @@ class FromArray(Fitted):
 class FromFiles(Fitted):
     """A folder or zip archive of images, in the order of their names, or one image file."""
 
-    def __init__(self, place: Path, settings: GivenConfig, config: RunConfig) -> None:
+    def __init__(self, place: Path, settings: GivenConfig, config: ModelConfig) -> None:
         super().__init__(settings, config)
         if place.is_file() and is_image_name(place.name):
             self.tree: Tree = FolderTree(str(place.parent), "images")
@@ -151,7 +153,10 @@ class FromFiles(Fitted):
         """Of an archive its hash; of files their names, sizes and times: reading all would take as long as drawing."""
         if not isinstance(self.tree, FolderTree):
             return files.sha256(place)
-        stats = [((self.tree.root / name).stat(), name) for name in self.names]
+        try:
+            stats = [((self.tree.root / name).stat(), name) for name in self.names]
+        except OSError as error:
+            raise UserError(f"images={self.settings.images}: {error.filename}: {error.strerror}") from None
         return _hash([(name, stat.st_size, stat.st_mtime_ns) for stat, name in stats])
 
     def __len__(self) -> int:
@@ -161,11 +166,10 @@ class FromFiles(Fitted):
         for number in numbers:
             name = self.names[number]
             try:
-                with Image.open(io.BytesIO(self._bytes(number))) as image:  # its header only
-                    size, mode = image.size, image.mode
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                raise UserError(f"images={self.settings.images}: {name} is not an image that can be read") from None
-            self.refuse_unlike(size, mode in GREY, name)
+                image = open_image(self._bytes(number), f"{name} is not an image that can be read")  # its header only
+            except DamagedImage as error:
+                raise UserError(f"images={self.settings.images}: {error}") from None
+            self.refuse_unlike(image.size, image.mode in GREY, name)
 
     def one(self, number: int) -> np.ndarray:
         name = self.names[number]

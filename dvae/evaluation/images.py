@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import tarfile
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dvae.data import reader
-from dvae.data.images import SUFFIXES
+from dvae.data.archives import files_of, open_tar, open_zip, refuse_duplicates
+from dvae.data.images import FILE_LIMIT, PIXELS, SUFFIXES, DamagedImage, open_image
 from dvae.data.manifest import FILE as MANIFEST
 from dvae.data.reader import Shards
 from dvae.errors import UserError, one_line
+from dvae.utils.read import DamagedFile, map_npy, read_bytes, read_member
 
 READ = (".png", ".jpg", ".jpeg")
 """Suffixes that torch-fidelity's command line reads."""
@@ -72,17 +70,11 @@ class Files(ImageSet):
         return len(self.names)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        wanted, images = range(start, stop), []
-        if self.place.lower().endswith(".zip") and not Path(self.place).is_dir():
-            with zipfile.ZipFile(self.place) as archive:
-                images = [self._decode(i, archive.read(self.names[i])) for i in wanted]
-        elif self.offsets:
-            with Path(self.place).open("rb") as file:
-                for i in wanted:
-                    file.seek(self.offsets[i][0])
-                    images.append(self._decode(i, file.read(self.offsets[i][1])))
-        else:
-            images = [self._decode(i, Path(self.names[i]).read_bytes()) for i in wanted]
+        wanted = range(start, stop)
+        try:
+            images = self._images(wanted)
+        except (DamagedFile, OSError, KeyError) as error:
+            raise UserError(f"{self.place}: an image cannot be read ({one_line(error)})") from None
         for i, image in zip(wanted, images, strict=True):
             if image.shape != images[0].shape:
                 first, other = os.path.basename(self.names[start]), os.path.basename(self.names[i])
@@ -90,17 +82,37 @@ class Files(ImageSet):
                 raise UserError(f"{self.place}: images of unlike size, {sizes}: bring them to one size")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
+    def _images(self, wanted: range) -> list[np.ndarray]:
+        if self.place.lower().endswith(".zip") and not Path(self.place).is_dir():
+            with open_zip(self.place) as archive:
+                members = [archive.getinfo(self.names[i]) for i in wanted]
+                return [
+                    self._decode(i, read_member(archive, member, FILE_LIMIT))
+                    for i, member in zip(wanted, members, strict=True)
+                ]
+        if not self.offsets:
+            return [self._decode(i, read_bytes(self.names[i], FILE_LIMIT)) for i in wanted]
+        images = []
+        with Path(self.place).open("rb") as file:
+            for i in wanted:
+                file.seek(self.offsets[i][0])
+                images.append(self._decode(i, file.read(self.offsets[i][1])))
+        return images
+
     def _decode(self, number: int, data: bytes) -> np.ndarray:
         """Pixels (H, W, 3) as torch-fidelity reads them: neither turned by an EXIF tag nor laid over white."""
-        name = self.names[number]
+        name = os.path.basename(self.names[number])
         try:
-            image = Image.open(io.BytesIO(data))
-            mode = image.mode
+            image = open_image(data, f"{name} cannot be read")
+        except DamagedImage as error:
+            raise UserError(f"{self.place}: {error}") from None
+        mode = image.mode
+        try:
             pixels = np.asarray(image.convert("RGB"))
         except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
-            raise UserError(f"{self.place}: {os.path.basename(name)} cannot be read ({one_line(error)})") from None
+            raise UserError(f"{self.place}: {name} cannot be read ({one_line(error)[:200]})") from None
         if mode.startswith("I") or mode == "F":
-            raise UserError(f"{self.place}: {os.path.basename(name)} has more than 8 bits a channel: save it with 8")
+            raise UserError(f"{self.place}: {name} has more than 8 bits a channel: save it with 8")
         return pixels
 
 
@@ -117,11 +129,14 @@ class Array(ImageSet):
 
     def _array(self) -> np.ndarray:
         try:
-            array = np.load(self.place, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{self.place}: not an array of images ({one_line(error)})") from None
+            array = map_npy(self.place)
+        except (DamagedFile, OSError) as error:
+            reason = error.reason if isinstance(error, DamagedFile) else one_line(error)
+            raise UserError(f"{self.place}: not an array of images ({reason})") from None
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
             raise UserError(f"{self.place}: {array.dtype} {array.shape}: want uint8 (n, H, W, 1 or 3)")
+        if not 0 < array.shape[1] * array.shape[2] <= PIXELS:
+            raise UserError(f"{self.place}: images of {_by(array.shape[1:3])}: use 1 to {PIXELS} pixels")
         return np.asarray(array)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
@@ -181,7 +196,7 @@ def open_set(word: str, place: str, split: str = "train", most: int = 0) -> Imag
     if path.is_dir() and (path / MANIFEST).exists():
         return Split(place, split, spread(len(_shards(place, split)), most))
     if path.is_dir():
-        found: ImageSet = Files(place, _listed(word, place, [str(item.resolve()) for item in path.iterdir()]))
+        found: ImageSet = Files(place, _listed(word, place, [_resolved(item) for item in path.iterdir()]))
     elif path.suffix.lower() == ".npy":
         found = Array(place)
     elif path.suffix.lower() in (".zip", ".tar"):
@@ -193,17 +208,34 @@ def open_set(word: str, place: str, split: str = "train", most: int = 0) -> Imag
     return Part(found, spread(len(found), most)) if 0 < most < len(found) else found
 
 
+def _resolved(item: Path) -> str:
+    """The file that a link leads to; a link that leads round in circles itself."""
+    try:
+        return str(item.resolve())
+    except RuntimeError:  # a loop
+        return str(item.absolute())
+
+
 def _archive(word: str, place: str) -> Files:
     try:
         if place.lower().endswith(".zip"):
-            with zipfile.ZipFile(place) as archive:
-                return Files(place, _listed(word, place, archive.namelist()))
-        with tarfile.open(place, "r:") as tar:
-            members = {item.name: (item.offset_data, item.size) for item in tar if item.isfile()}
-    except (zipfile.BadZipFile, tarfile.TarError) as error:
+            with open_zip(place) as archive:
+                found = archive.namelist()
+            refuse_duplicates(place, found)
+            return Files(place, _listed(word, place, found))
+        with open_tar(place) as tar:
+            items = files_of(tar)
+    except DamagedFile as error:
+        raise UserError(f"{word}={place}: cannot be read ({error.reason})") from None
+    except OSError as error:
         raise UserError(f"{word}={place}: cannot be read ({one_line(error)})") from None
-    names = _listed(word, place, list(members))
-    return Files(place, names, tuple(members[name] for name in names))
+    names = _listed(word, place, list(items))
+    for name in names:
+        if items[name].size > FILE_LIMIT or items[name].issparse():
+            raise UserError(
+                f"{word}={place}: {name[:200]} has more than {FILE_LIMIT} bytes or is sparse: pack it again"
+            )
+    return Files(place, names, tuple((items[name].offset_data, items[name].size) for name in names))
 
 
 def _listed(word: str, place: str, names: list[str]) -> tuple[str, ...]:

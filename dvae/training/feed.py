@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 
@@ -14,9 +13,12 @@ from dvae.errors import MachineError, one_line
 from dvae.settings import TrainingConfig
 from dvae.tracking.metrics import MetricsLog
 from dvae.training import ranks
+from dvae.utils.read import DamagedFile, read_json
 
 DAMAGED = "damaged.json"
 """In the run folder: images that were found damaged, by split: index -> file, key and reason."""
+LONGEST = 1000
+"""Characters of a reason that are kept."""
 
 
 def samples_file(run: Path, stage: str) -> Path:
@@ -92,16 +94,20 @@ class Feed:
 
 def known_damage(run: Path, split: str) -> dict[int, str]:
     """Images of a split that the run has found damaged so far: index -> file, key and reason."""
+    return _record_of(run).get(split, {})
+
+
+def _record_of(run: Path) -> dict[str, dict[int, str]]:
+    """The run's record, by split. Raises MachineError if it cannot be read."""
     path = run / DAMAGED
-    if not path.exists():
-        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get(split, {})
-        return {int(index): why for index, why in found.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise MachineError(
-            f"{path} cannot be read ({one_line(error)}): remove it, what is damaged is found again"
-        ) from None
+        found: dict[str, dict[int, str]] = read_json(path, dict[str, dict[int, str]])
+    except FileNotFoundError:
+        return {}
+    except (DamagedFile, OSError) as error:
+        reason = error.reason if isinstance(error, DamagedFile) else one_line(error)
+        raise MachineError(f"{path} cannot be read ({reason}): remove it, what is damaged is found again") from None
+    return {split: {index: why[:LONGEST] for index, why in known.items()} for split, known in found.items()}
 
 
 def record_damage(run: Path, shards: Shards) -> None:
@@ -109,7 +115,6 @@ def record_damage(run: Path, shards: Shards) -> None:
     known = known_damage(run, shards.split)
     if shards.damaged.keys() <= known.keys():
         return
-    path = run / DAMAGED
-    others = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found = known | dict(shards.damaged)
-    files.write_json(path, others | {shards.split: {str(index): found[index] for index in sorted(found)}})
+    whole = _record_of(run) | {shards.split: dict(sorted(found.items()))}
+    files.write_json(run / DAMAGED, {split: {str(i): why for i, why in one.items()} for split, one in whole.items()})

@@ -68,5 +68,5 @@ def test_mistakes(words: list[str], says: str):
 
 
 def test_an_empty_folder(tmp_path: Path):
-    with pytest.raises(UserError, match="there is no picture in it"):
+    with pytest.raises(UserError, match="holds no images"):
         list(bench.pictures(DataBenchConfig(folder=str(tmp_path))))

@@ -170,7 +170,7 @@ def test_parts_of_another_request_are_refused(shards: Path, tmp_path: Path):
     left[hidden(out).name].pop("lock-1-of-2")
     assert left == before
     (hidden(out) / "request.json").write_text("{")
-    with pytest.raises(UserError, match=r"request\.json cannot be read: remove"):
+    with pytest.raises(UserError, match=r"request\.json: is not valid JSON .*: remove "):
         make(out, 1, 2)
     assert publish(out) == 28
     assert content(out) == content(shards)

@@ -37,7 +37,7 @@ def work(shards: Path, batch: int = BATCH, act: Callable[[int], None] = lambda i
             act(index)
             pixels = images.read([index])[0].numpy()
             numbers = np.array([[pixels.mean(), index], [pixels[0, 0, 0], 0]], np.float32)
-            yield Sample(numbers, [pixels.transpose(1, 2, 0)] * made.draws)
+            yield Sample(numbers[: made.draws or 2], [pixels.transpose(1, 2, 0)] * made.draws)
 
     made = About(**{"images": len(images), "draws": 1, "latent": [2], "encoder_sha256": "e", "images_sha256": "i",
                     "precision": "fp32", "seed": 0, **about})  # fmt: skip

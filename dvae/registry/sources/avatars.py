@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import io as bytes_io
 import json
 import re
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dvae.data.images import decode
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources import SOURCES, Item, Source
@@ -106,7 +106,7 @@ class Avatars(Source):
         png = resvg_py.svg_to_bytes(
             svg_string=drawn["svg"], width=OVERSAMPLING * size, height=OVERSAMPLING * size, skip_system_fonts=True
         )
-        image = Image.open(bytes_io.BytesIO(bytes(png))).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        image = decode(bytes(png), key).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
         pixels = np.asarray(image.convert("L") if self.io.channels == 1 else image)
         labels = _labels(_definition(self.config.style.value), drawn["options"])
         return Item(key, pixels.reshape(size, size, self.io.channels), labels)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io as bytes_io
 import math
 import pickle
-import tarfile
-import zlib
+import pickletools
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,11 +14,13 @@ import numpy as np
 from omegaconf import MISSING
 from PIL import Image
 
+from dvae.data.archives import files_of, open_tar
 from dvae.data.images import Crop, Resize, filtered, fit
 from dvae.data.published import Split
 from dvae.errors import UserError, one_line
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources import SOURCES, Item, Source
+from dvae.utils.read import DamagedFile, read_bytes
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {
@@ -30,6 +31,8 @@ BATCHES = {
 SIZE = 32
 RECORD = 3 * SIZE * SIZE
 """Bytes of one image: all red, then all green, then all blue."""
+LIMIT = 64 * 2**20
+"""Bytes of a batch, at most; the published ones have 31 million."""
 ARRAY = "numpy.core.multiarray._reconstruct"
 NAMES = {ARRAY, "numpy.ndarray", "numpy.dtype"}
 """All that the published batches name."""
@@ -104,15 +107,21 @@ def _members(path: str, wanted: set[str]) -> dict[str, bytes]:
     root = Path(path).expanduser()
     try:
         if root.is_dir():
-            return {file.name: file.read_bytes() for file in sorted(root.rglob("*")) if file.name in wanted}
-        with tarfile.open(root) as archive:
-            files = {PurePosixPath(m.name).name: m for m in archive if m.isfile()}
-            return {name: archive.extractfile(files[name]).read() for name in wanted & set(files)}  # type: ignore[union-attr]
+            return {file.name: read_bytes(file, LIMIT) for file in sorted(root.rglob("*")) if file.name in wanted}
+        with open_tar(root, LIMIT, compressed=True) as archive:
+            files = {PurePosixPath(name).name: member for name, member in files_of(archive).items()}
+            chosen = {name: files[name] for name in wanted & set(files)}
+            for name, member in chosen.items():
+                if member.size > LIMIT:
+                    raise DamagedFile(f"{path}:{name}", f"has {member.size} bytes, more than a batch has")
+            return {name: archive.extractfile(member).read() for name, member in chosen.items()}  # type: ignore[union-attr]
     except FileNotFoundError:
         raise UserError(
             f"source.path={path} does not exist: name cifar-10-python.tar.gz or the folder it was unpacked to"
         ) from None
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+    except DamagedFile as error:
+        raise UserError(f"source.path={path} cannot be read as a tar archive or a folder of batches: {error}") from None
+    except OSError as error:
         raise UserError(f"source.path={path} cannot be read as a tar archive: {one_line(error)}") from None
 
 
@@ -135,8 +144,12 @@ def _binary(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
 def _pickled(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """A pickled dict: b"labels", a list, and b"data", an array (N, 3072)."""
     try:
+        _refuse_large_memo(data)
         batch = _Unpickler(bytes_io.BytesIO(data), encoding="bytes").load()
-        labels, array = np.array(batch[b"labels"], np.uint8), batch[b"data"]
+        listed, array = batch[b"labels"], batch[b"data"]
+        if type(listed) is not list or not {type(label) for label in listed} <= {int}:
+            raise ValueError("labels are not a list of numbers")  # lists of one list many times would grow to any size
+        labels = np.array(listed, np.uint8)
         shape, raw = _described(array)
     except _Forbidden as error:
         raise UserError(f"{path} asks for {error}, which no batch of CIFAR-10 does: it was not executed") from None
@@ -147,6 +160,14 @@ def _pickled(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     if labels.ndim != 1 or shape != (len(labels), RECORD) or len(raw) != math.prod(shape):
         raise UserError(f"{path}: {len(raw)} bytes of images of shape {shape} for {len(labels)} labels: damaged")
     return labels, np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+def _refuse_large_memo(data: bytes) -> None:
+    """Raise ValueError for instructions by which a short pickle takes a lot of memory: numbers of places to remember,
+    and arrays of bytes that it does not hold."""
+    for code, argument, _ in pickletools.genops(data):
+        if code.name == "BYTEARRAY8" or ("PUT" in code.name and int(argument or 0) > len(data)):
+            raise ValueError(f"{code.name} {argument}")
 
 
 class _Forbidden(Exception):

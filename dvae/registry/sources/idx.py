@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io as bytes_io
+import math
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import MISSING
@@ -16,8 +19,11 @@ from dvae.data.images import Crop, fit, protocol
 from dvae.errors import UserError, one_line
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources import SOURCES, Item, Source
+from dvae.utils.read import DamagedFile, read_bytes
 
 UNSIGNED_BYTE = 0x08
+LIMIT = 2**30
+"""Bytes of a file, packed or unpacked, at most; EMNIST's largest has 547 million."""
 
 
 @SOURCES.register("idx")
@@ -65,24 +71,36 @@ class Idx(Source):
 def read_idx(path: str, field: str) -> np.ndarray:
     """The array of an IDX file: two zero bytes, a type byte, the number of dimensions, big-endian sizes, data.
 
-    Raises UserError, naming the config's `field`, where the file is missing, not IDX, or of another length.
+    Raises UserError, naming the config's `field`, if the file is missing, not IDX, or of another length.
     """
     try:
-        data = Path(path).expanduser().read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        data = read_bytes(Path(path).expanduser(), LIMIT)
+        raw: Any = bytes_io.BytesIO(data)
+        with gzip.GzipFile(fileobj=raw) if data[:2] == b"\x1f\x8b" else raw as stream:
+            shape = _shape(stream, f"{field}={path}")
+            values = stream.read(math.prod(shape) + 1)  # no more than that is ever unpacked
     except FileNotFoundError:
         raise UserError(f"{field}={path} does not exist: name an IDX file") from None
+    except DamagedFile as error:
+        raise UserError(f"{field}={path} {error.reason}: name an IDX file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{field}={path} cannot be read: {one_line(error)}") from None
-    magic = data[:4]
-    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != UNSIGNED_BYTE:
+    if len(values) != math.prod(shape):
+        held = f"{len(values)}" if len(values) < math.prod(shape) else "more"
         raise UserError(
-            f"{field}={path} is not an IDX file of unsigned bytes: it begins with 0x{magic.hex()}, not 0x000008"
+            f"{field}={path} holds {held} bytes of images or labels, its header says {math.prod(shape)}: "
+            "the file is damaged"
         )
-    header = 4 + 4 * magic[3]
-    shape = struct.unpack(f">{magic[3]}I", data[4:header]) if len(data) >= header else ()
-    expected = header + int(np.prod(shape, dtype=np.int64))
-    if not shape or len(data) != expected:
-        raise UserError(f"{field}={path} is {len(data)} bytes long, its header says {expected}: the file is damaged")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def _shape(stream: Any, word: str) -> tuple[int, ...]:
+    """The sizes in the header of an IDX file. Raises UserError if it is not IDX, or its array is larger than LIMIT."""
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != UNSIGNED_BYTE:
+        raise UserError(f"{word} is not an IDX file of unsigned bytes: it begins with 0x{magic.hex()}, not 0x000008")
+    sizes = stream.read(4 * magic[3])
+    shape = struct.unpack(f">{magic[3]}I", sizes) if len(sizes) == 4 * magic[3] else ()
+    if not shape or math.prod(shape) > LIMIT:
+        raise UserError(f"{word} has the sizes {shape or 'of no array'}, at most {LIMIT} bytes: the file is damaged")
+    return shape

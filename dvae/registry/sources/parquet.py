@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib
-import json
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,12 @@ from dvae.data.images import Crop, DamagedImage, Resize, decode, fit, protocol
 from dvae.errors import UserError, near, one_line
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources import SOURCES, Item, Source
+from dvae.utils.read import DamagedFile, check, parse_json, require_regular
+
+GROUP_LIMIT = 2 * 2**30
+"""Bytes of memory that a row group may take: it is read at once."""
+BATCH = 16
+"""Rows that are read between two looks at the memory: few values that stand in many rows make a small file large."""
 
 
 @SOURCES.register("parquet")
@@ -56,12 +61,15 @@ class Parquet(Source):
         self._local = threading.local()
 
     def _row_groups(self, file: str) -> list[int]:
-        """Rows of each row group of a file. Raises UserError where it is not Parquet or lacks a column."""
+        """Rows of each row group of a file. Raises UserError if it is not Parquet, lacks a column, or is damaged."""
         parquet = _pyarrow()
         try:
+            size = require_regular(file).st_size
             opened = parquet.ParquetFile(file)
+        except DamagedFile as error:
+            raise UserError(f"source.path={error}") from None
         except (OSError, ValueError) as error:  # pyarrow's own errors are either
-            raise UserError(f"{file} is not a readable Parquet file: {one_line(error)}") from None
+            raise UserError(f"{file} is not a readable Parquet file: {one_line(error)[:200]}") from None
         with opened:
             schema = opened.schema_arrow
             for column in (self.config.image, *self.config.labels):
@@ -70,7 +78,10 @@ class Parquet(Source):
                     raise UserError(f"source.{name}: {file} has no column {column!r}: {near(column, schema.names)}")
             _check_types(file, schema, self.config)
             self._class_names |= _class_names(schema.metadata or {})
-            return [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            if min(counts, default=0) < 0 or sum(counts) > size:  # each image has a byte or more
+                raise UserError(f"{file} states {sum(counts)} rows in {size} bytes: the file is damaged")
+            return counts
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -97,9 +108,9 @@ class Parquet(Source):
             columns = [self.config.image, *self.config.labels]
             try:
                 with _pyarrow().ParquetFile(file) as opened:
-                    self._local.cells = opened.read_row_group(group, columns=columns)
+                    self._local.cells = _read_group(opened, group, columns)
             except (OSError, ValueError) as error:
-                raise DamagedImage(f"{name}: row group {group} of {file} ({one_line(error)})") from None
+                raise DamagedImage(f"{name}: row group {group} of {file} ({one_line(error)[:200]})") from None
             self._local.number = number
         return self._local.cells
 
@@ -117,6 +128,31 @@ class Parquet(Source):
         self.__dict__.update(state, _local=threading.local())
 
 
+def _read_group(opened: Any, group: int, columns: list[str]) -> Any:
+    """The table of a row group. Raises ValueError if it takes more than GROUP_LIMIT, or has other than its rows."""
+    import pyarrow
+
+    about = opened.metadata.row_group(group)
+    stated = sum(
+        about.column(i).total_uncompressed_size
+        for i in range(about.num_columns)
+        if about.column(i).path_in_schema.partition(".")[0] in columns
+    )
+    batches, size = [], 0
+    if stated <= GROUP_LIMIT:
+        for batch in opened.iter_batches(BATCH, row_groups=[group], columns=columns):
+            batches.append(batch)
+            size += batch.nbytes
+            if size > GROUP_LIMIT:
+                break
+    if max(stated, size) > GROUP_LIMIT:
+        raise ValueError(f"it takes more than {GROUP_LIMIT} bytes: write smaller row groups")
+    table = pyarrow.Table.from_batches(batches)
+    if len(table) != about.num_rows:
+        raise ValueError(f"it has {len(table)} rows, not {about.num_rows}")
+    return table
+
+
 def _pyarrow() -> Any:
     """pyarrow.parquet. Raises UserError where it is not installed."""
     try:
@@ -128,7 +164,7 @@ def _pyarrow() -> Any:
 def _files(path: str) -> list[str]:
     """The files that `path` names, sorted. Raises UserError where there are none."""
     root = Path(path).expanduser()
-    exact = [str(root)] if root.is_file() else []  # even where its name looks like a pattern
+    exact = [str(root)] if root.exists() and not root.is_dir() else []  # even if its name looks like a pattern
     files = sorted(map(str, root.rglob("*.parquet")) if root.is_dir() else exact or glob.glob(str(root)))
     if not files:
         raise UserError(f"source.path={path} names no Parquet file: name a file, a folder or DIR/train-*.parquet")
@@ -156,9 +192,10 @@ def _check_types(file: str, schema: Any, config: Parquet.Config) -> None:
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """Names of the classes of each label column, as Hugging Face's datasets write them into a file."""
     try:
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        return {
+        features = parse_json(metadata.get(b"huggingface", b"{}"), "metadata").get("info", {}).get("features", {})
+        named = {
             name: f["names"] for name, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"
         }
-    except (ValueError, AttributeError, KeyError):
+        return check(dict[str, list[str]], named, "metadata")
+    except (DamagedFile, AttributeError, KeyError):
         return {}  # a stranger's metadata: the numbers serve as well
