@@ -20,23 +20,28 @@ import re
 import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from omegaconf import OmegaConf
+from pydantic import Field
 
 from dvae import files
 from dvae.errors import MachineError, UserError, one_line
 from dvae.tracking import code
 from dvae.tracking.console import say
+from dvae.utils.read import DamagedFile, parse_json, read_json, read_yaml, require_regular
 from dvae.utils.secrets import scrub
 
 OPEN, CLOSE = 30.0, 60.0
 """Seconds that W&B's server has to open a run, and to take the last of what it was sent."""
 BUNDLE = 1800.0
 """Seconds that it has to take a bundle too."""
+BLOCK = 32768
+"""Bytes of a block of W&B's own log files."""
+RECORD_LIMIT = 2**26
+"""Bytes of a record in them; a row of metrics has some thousand."""
 GAVE_UP = b"filestream: fatal error"
 """What W&B's log says where the server refused figures; its client says it nowhere else."""
 
@@ -227,24 +232,32 @@ class WandbRun:
         self._do(send)
 
 
+@dataclass
+class WandbRecord:
+    """wandb.json."""
+
+    id: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
+    """Id of the run, made at the first session; that of a trial comes from W&B's sweep agent."""
+    kept: list[Annotated[str, Field(pattern=r"^[\w.:-]+$")]] = field(default_factory=list)
+    """Folders of the sessions whose data are on the disk alone."""
+
+
 def _record(run_folder: Path) -> dict[str, Any]:
-    """What wandb.json holds: the run's id, made at the first session (that of a trial comes from W&B's sweep agent),
-    and the sessions whose data are on the disk alone."""
+    """What wandb.json holds, made if there is none. Raises MachineError for a damaged one."""
     path = run_folder / "wandb.json"
     if not path.exists():
         given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
         files.write_json(path, {"id": given or secrets.token_hex(6), "kept": []})
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"id": str(record["id"]), "kept": list(record.get("kept", []))}
-    except (ValueError, KeyError, TypeError):
-        raise MachineError(f"{path}: holds no run id; delete it to begin a new W&B run") from None
+        return asdict(read_json(path, WandbRecord))
+    except DamagedFile as error:
+        raise MachineError(f"{path}: holds no run id ({error.reason}); delete it to begin a new W&B run") from None
 
 
 def _run_config(run_folder: Path) -> dict[str, Any]:
-    """The run's resolved config, for W&B's table of runs."""
+    """The run's config as it is written, for W&B's table of runs."""
     path = run_folder / "config.yaml"
-    config = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    config = read_yaml(path) if path.exists() else {}
     scrubbed: dict[str, Any] = json.loads(scrub(json.dumps(config)))
     return scrubbed
 
@@ -262,42 +275,71 @@ def _held_here(run_folder: Path, run_id: str) -> dict[str, int]:
             for key, value in row.items():
                 if key.endswith("/step"):
                     stage = key.removesuffix("/step")
-                    held[stage] = max(int(value), held.get(stage, -1))
+                    held[stage] = max(_step(value, path), held.get(stage, -1))
     return held
 
 
+def _step(value: Any, path: Path) -> int:
+    if type(value) not in (int, float) or not 0 <= value < 2**63:
+        raise _damaged(path, f"a step is {value!r:.40}")
+    return int(value)
+
+
 def offline_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The history rows of one of W&B's own log files; what a killed session left unfinished at its end is no row."""
+    """The history rows of one of W&B's own log files; what a killed session left unfinished at its end is no row.
+
+    Raises MachineError for a damaged file.
+    """
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     for data in _log_records(path):
         record = Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+        try:
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                yield {item.key or "/".join(item.nested_key): parse_json(item.value_json, path) for item in items}
+        except (DecodeError, DamagedFile) as error:
+            raise _damaged(path, one_line(error)[:200]) from None
+
+
+def _damaged(path: Path, reason: str) -> MachineError:
+    return MachineError(f"{path}: is damaged ({reason}); move it away to go on, W&B may then hold rows twice")
 
 
 def _log_records(path: Path) -> Iterator[bytes]:
-    """Records of a file in LevelDB's log format: 32 KiB blocks of chunks with header crc32, length, type."""
-    data = path.read_bytes()
-    if data[:7] != b":W&B\xe1\xbe\x00":
-        raise MachineError(
-            f"{path}: not a W&B log of the known version; move it away to go on, W&B may then hold rows twice"
-        )
-    whole, first, last = 1, 2, 4
-    position, record = 7, b""
-    while position + 7 <= len(data):
-        rest = 32768 - position % 32768
-        if rest < 7:
-            position += rest
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        position += 7
-        if position + length > len(data):
-            return
-        chunk = data[position : position + length]
-        record = chunk if kind in (whole, first) else record + chunk
-        position += length
-        if kind in (whole, last):
-            yield record
+    """Records of a file in LevelDB's log format: 32 KiB blocks of chunks with header crc32, length, type.
+
+    Only one record is in memory at a time, and none may have more than RECORD_LIMIT bytes.
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        if file.read(7) != b":W&B\xe1\xbe\x00":
+            raise MachineError(
+                f"{path}: not a W&B log of the known version; move it away to go on, W&B may then hold rows twice"
+            )
+        whole, first, middle, last = 1, 2, 3, 4
+        position, record = 7, b""
+        while True:
+            rest = BLOCK - position % BLOCK
+            if rest < 7:  # too little for a header: zeros up to the next block
+                position += len(file.read(rest))
+                if position % BLOCK:
+                    return
+                continue
+            header = file.read(7)
+            if len(header) < 7 or header == bytes(7):  # unfinished, or zeros that a lost machine left
+                return
+            _, length, kind = struct.unpack("<IHB", header)
+            if kind not in (whole, first, middle, last) or length > rest - 7:
+                raise _damaged(path, f"no chunk begins at byte {position}")
+            chunk = file.read(length)
+            if len(chunk) < length:
+                return
+            record = chunk if kind in (whole, first) else record + chunk
+            if len(record) > RECORD_LIMIT:
+                raise _damaged(path, f"a record has more than {RECORD_LIMIT} bytes")
+            position += 7 + length
+            if kind in (whole, last):
+                yield record

@@ -1,7 +1,9 @@
 """W&B with its real client, offline: nothing leaves the machine."""
 
 import json
+import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from dvae.errors import MachineError, UserError
+from dvae.tracking import wandb_run
 from dvae.tracking.pictures import grid
 from dvae.tracking.tracker import Tracker
 from dvae.tracking.wandb_run import WandbConfig, WandbMode, _log_records, offline_rows
@@ -143,3 +146,100 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "odd.wandb").write_bytes(b"something else")
     with pytest.raises(MachineError, match=r"odd\.wandb: not a W&B log"):
         list(offline_rows(tmp_path / "odd.wandb"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "null", '{"id": 3}', '{"id": ""}', '{"id": "../../else"}', '{"id": "*"}', '{"id": "a b"}',
+        '{"id": "a", "id": "b"}', '{"id": "a", "kept": "b"}', '{"id": "a", "kept": [3]}',
+        '{"id": "a", "kept": ["; rm -rf ~"]}', '{"id": "a", "kept": ["../../else"]}', '{"id": "a\\n"}',
+    ],
+)  # fmt: skip
+def test_a_record_that_names_no_run_is_one_line(tmp_path, text):
+    (tmp_path / "wandb.json").write_text(text)
+    with pytest.raises(
+        MachineError, match=r"wandb\.json: holds no run id \(.*\); delete it to begin a new W&B run$"
+    ) as error:
+        Tracker(tmp_path, OFFLINE, "encoder")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("kind", "make"), [("a folder", Path.mkdir), ("a pipe", os.mkfifo)])
+def test_what_is_no_file_is_one_line(tmp_path, kind, make):
+    make(tmp_path / "wandb.json")
+    with pytest.raises(MachineError, match=rf"wandb\.json: holds no run id \(is {kind}, not a file\)"):
+        Tracker(tmp_path, OFFLINE, "encoder")
+    make(tmp_path / "odd.wandb")
+    with pytest.raises(MachineError, match=rf"odd\.wandb: is {kind}, not a file"):
+        list(offline_rows(tmp_path / "odd.wandb"))
+
+
+def test_a_config_that_is_none_is_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: &x [1]\nb: *x\n")
+    with pytest.raises(MachineError, match=r"config\.yaml: uses aliases"):
+        Tracker(tmp_path, OFFLINE, "encoder")
+
+
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def chunk(data: bytes, kind: int, length: int | None = None) -> bytes:
+    return struct.pack("<IHB", 0, len(data) if length is None else length, kind) + data
+
+
+def history(**values: str) -> bytes:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    record = Record()
+    for key, value in values.items():
+        item = record.history.item.add()
+        item.key, item.value_json = key, value
+    return record.SerializeToString()
+
+
+HEAD = b":W&B\xe1\xbe\x00"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (chunk(b"\xff" * 20, WHOLE), "Error parsing message"),
+        (chunk(history(a="{"), WHOLE), "is not valid JSON"),
+        (chunk(history(a="9" * 9999), WHOLE), "is not valid JSON"),
+        (chunk(b"x", 9), "no chunk begins at byte 7"),
+        (chunk(b"x", WHOLE, 65535), "no chunk begins at byte 7"),
+    ],
+)
+def test_a_damaged_log_is_one_line(tmp_path, data, reason):
+    path = tmp_path / "odd.wandb"
+    path.write_bytes(HEAD + data)
+    with pytest.raises(MachineError, match=f"odd.wandb: is damaged .*{reason}.*; move it away to go on") as error:
+        list(offline_rows(path))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_record_without_end_is_not_collected_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_run, "RECORD_LIMIT", 100_000)
+    path = tmp_path / "odd.wandb"
+    path.write_bytes(HEAD + chunk(bytes(32754), FIRST) + chunk(bytes(32761), MIDDLE) * 9)
+    with pytest.raises(MachineError, match="a record has more than 100000 bytes"):
+        list(offline_rows(path))
+
+
+def test_the_unfinished_end_of_a_log_is_no_row(tmp_path):
+    path = tmp_path / "odd.wandb"
+    row = chunk(history(**{"a/step": "3"}), WHOLE)
+    for end in (b"", row[:-1], row[:3], bytes(40_000)):
+        path.write_bytes(HEAD + row + end)
+        assert list(offline_rows(path)) == [{"a/step": 3}]
+
+
+@pytest.mark.parametrize("step", ['"3"', "-1", "NaN", "1e999", "[3]", "true", "9" * 30])
+def test_a_step_that_is_none_is_one_line(tmp_path, step):
+    folder = tmp_path / "wandb" / "offline-run-1"
+    folder.mkdir(parents=True)
+    (folder / "run-abc.wandb").write_bytes(HEAD + chunk(history(**{"a/step": step}), WHOLE))
+    (tmp_path / "wandb.json").write_text('{"id": "abc"}')
+    with pytest.raises(MachineError, match=r"run-abc\.wandb: is damaged \(a step is"):
+        Tracker(tmp_path, OFFLINE, "encoder")
