@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from dvae.utils.secrets import scrub
+from dvae.utils.secrets import guard_streams, scrub
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -64,6 +64,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
 
     An error that dvae does not expect is printed with its traceback, for a report; secrets are removed from it too.
     """
+    guard_streams()
     try:
         command(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our stdout (head, less) left: nothing to tell it
@@ -82,7 +83,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
 
 def fail_with_traceback() -> NoReturn:
     """Print the traceback of the current exception, without secrets, and end with status 1."""
-    print(scrub(traceback.format_exc()), end="", file=sys.stderr)
+    print(traceback.format_exc(), end="", file=sys.stderr)
     sys.exit(1)
 
 

@@ -28,6 +28,7 @@ from dvae.ends import CRASHED, GRACE, HANGS, End, explain
 from dvae.errors import Stopped, UserError, in_words, one_line
 from dvae.machine import cores, end_with_parent
 from dvae.registry.launchers import LAUNCHERS, Launcher, LauncherConfig
+from dvae.utils.secrets import guard_streams
 
 LOOK_EVERY = 0.2
 """Seconds after which ranks are looked at, whether or not one is heard to have ended."""
@@ -124,6 +125,7 @@ def run_rank(folder: str, line: connection.Connection) -> None:
     """What a rank's process does. An error that has words for the user goes to the launcher, which alone prints it."""
     os.setpgrp()  # Ctrl-C reaches the launcher alone, which passes it on: twice would mean to end at once
     threading.Thread(target=end_with_parent, daemon=True).start()
+    guard_streams()
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, chain=True)  # says where it is, and ends
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -19,6 +19,7 @@ from dvae.drawing.chunks import Chunks
 from dvae.drawing.settings import DrawingConfig
 from dvae.errors import MachineError, UserError, in_words, one_line
 from dvae.machine import cores, end_with_parent
+from dvae.utils.secrets import guard_streams
 
 After = Callable[[range | None], None]
 """after(chunk) once it is drawn; after(None) when a process has loaded the run."""
@@ -81,6 +82,7 @@ def run(
     line: connection.Connection,
 ) -> None:
     """What a process does: says None once it is ready, each chunk once it is kept, True at the end, or why it fails."""
+    guard_streams()
     os.setpgrp()  # Ctrl-C reaches the command alone, which ends all
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from dvae.errors import Stopped, in_words, one_line
+from dvae.utils.secrets import guard_streams
 
 ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 HELLO, BYE = "hello", "bye"
@@ -26,6 +27,7 @@ HELLO, BYE = "hello", "bye"
 
 def main(words: list[str]) -> int:
     """Take part in the job; returns the exit status."""
+    guard_streams()
     listen(leave)  # at once: imports take seconds, and what is not heard kills
     os.environ.update(variables(os.environ))
     import torch.distributed as dist

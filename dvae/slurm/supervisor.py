@@ -31,6 +31,7 @@ from dvae.errors import MachineError, Stopped, UserError, in_words, one_line
 from dvae.slurm import queue
 from dvae.slurm.rank import ASKS, BYE, HELLO
 from dvae.tracking.console import say
+from dvae.utils.secrets import guard_streams
 
 LOOK_EVERY = 0.2
 """Seconds between two looks at the ranks."""
@@ -51,6 +52,7 @@ class Supervisor:
 
     def __call__(self) -> None:
         """In the batch script. Ends this process with the attempt's exit status."""
+        guard_streams()
         try:
             self.supervise()
         except (UserError, MachineError, OSError) as error:

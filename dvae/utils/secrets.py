@@ -1,7 +1,7 @@
 """Keep secrets out of everything that dvae writes or prints.
 
 A secret reaches dvae in two ways: as the value of an environment variable, or inside an address. `scrub` removes both
-from a text. Files (dvae/files.py), error lines (dvae/errors.py) and progress (dvae/tracking/console.py) all pass it.
+from a text. All text files (dvae/files.py) and all that a process prints (`guard_streams`) pass it.
 Settings are written down with references such as ${oc.env:TOKEN} in place of the values, so a resumed run reads the
 value from the environment again.
 """
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
 
 REMOVED = "***"
 """What stands in the place of a secret."""
@@ -32,7 +35,7 @@ PARAMETER = re.compile(
 )
 """A parameter of an address whose name tells that it is secret."""
 HEADER = re.compile(
-    r"(?P<name>\b(?:(?:authorization|(?:x-)?api[_-]?key|[\w-]+-token|password)\s*[:=]\s*(?:(?:basic|bearer|token)\s+)?|"
+    r"(?P<name>(?<![\w-])(?:(?:authorization|(?:x-)?api[_-]?key|[\w-]+-token|password)\s*[:=]\s*(?:(?:basic|bearer|token)\s+)?|"
     r"bearer\s+(?=\S{6})|(?:-u|--user)\s+[^\s:]+:))[^\s'\"]+",
     re.I,
 )
@@ -56,6 +59,32 @@ def scrub(text: str) -> str:
     for value in sorted(_known | set(_secret_variables().values()), key=len, reverse=True):
         text = text.replace(value, REMOVED)
     return _scrub_addresses(text)
+
+
+class _Guarded:
+    """A text stream whose every write is scrubbed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(scrub(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def guard_streams() -> None:
+    """Scrub all that this process prints to stdout and stderr from now on."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Guarded):
+            setattr(sys, name, _Guarded(stream))
 
 
 def literal_secret(text: str) -> str:
