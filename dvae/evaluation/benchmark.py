@@ -25,8 +25,10 @@ from dvae.evaluation.metrics import Features
 from dvae.evaluation.noisy import NoisyConfig, NoisySamples
 from dvae.evaluation.protocol import Protocol
 from dvae.evaluation.request import EvaluateToolConfig, check, computed
+from dvae.evaluation.results import read_result
 from dvae.run_images import run_shards
 from dvae.tracking.console import Progress
+from dvae.utils.read import DamagedFile
 
 Result = dict[str, Any]
 """{"protocol": ..., "sets": {name: figures}, "floor": {name: figures}}, as dvae.evaluation.score has it."""
@@ -207,6 +209,7 @@ def key_of(request: dict[str, Any]) -> str:
 
 def _read(path: Path) -> Result:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise MachineError(f"{path}: damaged ({error}); delete it, it will be made again") from None
+        return read_result(path)
+    except (DamagedFile, UserError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise MachineError(f"{path}: damaged ({reason}); delete it, it will be made again") from None

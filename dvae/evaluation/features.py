@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dvae import files
-from dvae.errors import MachineError
+from dvae.errors import MachineError, one_line
 from dvae.evaluation import metrics
 from dvae.evaluation.images import ImageSet
 from dvae.evaluation.metrics import Extractor, Features
 from dvae.machine import end_with_parent
 from dvae.tracking.console import say
+from dvae.utils.read import DamagedFile, read_weights_header
 
 Advance = Callable[[int], None]
 
@@ -124,14 +125,26 @@ def cached(what: str, cache: Path, make: Callable[[], Features], advance: Advanc
     """
     path = cache / f"features-{hashlib.sha256(what.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
-        try:
-            found = load_file(path)
-            features = Features(found["pooled"], found.get("logits"))
-        except (SafetensorError, KeyError) as error:
-            raise MachineError(f"{path}: damaged ({error}); delete it, it will be made again") from None
+        features = _read(path)
         advance(len(features))
         return features
     features = make()
     tensors = {"pooled": features.pooled} | ({} if features.logits is None else {"logits": features.logits})
     files.write_file(path, lambda aside: save_file(tensors, aside))
     return features
+
+
+def _read(path: Path) -> Features:
+    """Kept features. Raises MachineError for a damaged file, before memory is taken for what its header claims."""
+    try:
+        header = read_weights_header(path)
+        for name, tensor in header.items():
+            if name not in ("pooled", "logits") or tensor.dtype != "F32" or len(tensor.shape) != 2:
+                raise DamagedFile(path, f"{name[:80]!r} is no table of numbers")
+        if "pooled" not in header or len({tensor.shape[0] for tensor in header.values()}) != 1:
+            raise DamagedFile(path, "does not hold the features of one set of images")
+        found = load_file(path)
+    except (DamagedFile, SafetensorError, OSError) as error:
+        reason = one_line(error).removeprefix(f"{path}: ")
+        raise MachineError(f"{path}: damaged ({reason}); delete it, it will be made again") from None
+    return Features(found["pooled"], found.get("logits"))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 
 from dvae import files
 from dvae.errors import MachineError, UserError
+from dvae.utils.read import DamagedFile, read_bytes
 
 EXTRACTOR = "efficientnet-lite0"
 RESIZE = "bilinear, antialiased, float, to 224x224"
@@ -39,6 +42,8 @@ INCEPTION_RESIZE = "bilinear as TensorFlow 1 does it, float, to 299x299"
 INCEPTION_LAYER, LOGITS = "2048", "logits_unbiased"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """The file of weights that torch-fidelity would download; the figures of papers are taken with it."""
+INCEPTION_LIMIT = 2**28
+"""Bytes of that file; it has 96 million."""
 RNG_SEED = 2020
 """torch-fidelity's own: draws KID's subsets, and the order in which IS splits its images."""
 PRC_WHOLE = 20_000
@@ -170,9 +175,11 @@ def lite0() -> Extractor:
 def inception(path: Path) -> Extractor:
     """The standard Inception with the weights of a file. Raises UserError for a wrong one."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, INCEPTION_LIMIT)
     except OSError as error:
         raise UserError(f"inception={path}: cannot be read ({error.strerror}): give {INCEPTION_FILE}") from None
+    except DamagedFile as error:
+        raise UserError(f"inception={path}: {error.reason}: give {INCEPTION_FILE}") from None
     inception_weights(data, path)
     return Extractor(
         name=INCEPTION, suffix="", resize=INCEPTION_RESIZE, weights=path,
@@ -184,7 +191,10 @@ def inception_weights(data: bytes, path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file of weights, read without executing anything in it. Raises UserError for others."""
     ask = f"give {INCEPTION_FILE} of torch-fidelity"
     try:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _refuse_bomb(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch warns of (sparse tensors) is refused below
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001 damaged bytes make it raise nearly anything
         raise UserError(f"inception={path}: not a PyTorch file of plain tensors: {ask}") from None
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
@@ -198,9 +208,21 @@ def inception_weights(data: bytes, path: Path) -> dict[str, torch.Tensor]:
         if tuple(value.shape) != wanted[name]:
             shapes = f"{tuple(value.shape)}, not {wanted[name]}"
             raise UserError(f"inception={path}: not the weights of {INCEPTION}, {name!r} is {shapes}: {ask}")
+        plain = value.layout is torch.strided and value.device.type == "cpu"
+        if not plain or (name not in counters and value.dtype is not torch.float32):
+            raise UserError(f"inception={path}: not the weights of {INCEPTION}, {name!r} is no plain float32: {ask}")
         if not value.isfinite().all():
             raise UserError(f"inception={path}: damaged, {name!r} is not finite everywhere: {ask}")
     return dict(found)
+
+
+def _refuse_bomb(data: bytes) -> None:
+    """Raise ValueError for a zip archive, as PyTorch writes, that becomes far larger when it is unpacked."""
+    file = io.BytesIO(data)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > INCEPTION_LIMIT:
+                raise ValueError("the archive unpacks to more bytes than the network has")
 
 
 @cache
@@ -229,7 +251,7 @@ def _network(extractor: Extractor, device: str) -> FeatureExtractorBase:
     """Raises MachineError where the file of weights is no longer the one that was checked."""
     if extractor.name == EXTRACTOR:
         return _extractor(device)
-    data = extractor.weights.read_bytes()
+    data = read_bytes(extractor.weights, INCEPTION_LIMIT)
     if hashlib.sha256(data).hexdigest() != extractor.weights_sha256:
         raise MachineError(f"{extractor.weights} changed while it was in use: the same command again reads it anew")
     weights = _as_file(inception_weights(data, extractor.weights))

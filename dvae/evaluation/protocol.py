@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dvae.errors import UserError
+from dvae.utils.read import DamagedFile, check
 
 _ABOUT_THE_SETS = {"compared": False}
 
@@ -60,13 +61,16 @@ class Protocol:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Protocol:
-        """The protocol kept in a summary.json. Raises UserError where a field lacks or is foreign."""
+        """The protocol kept in a summary.json. Raises UserError if a field is lacking, unknown or of another type."""
         names = {f.name for f in fields(cls)}
         if wrong := sorted(names ^ set(record)):
             raise UserError(
                 f"protocol: field {wrong[0]!r} is {'lacking' if wrong[0] in names else 'unknown'}: evaluate again"
             )
-        return cls(**record)
+        try:
+            return check(cls, dict(record), "protocol")
+        except DamagedFile as error:
+            raise UserError(f"{error}: evaluate again") from None
 
 
 def compare(a: Protocol, b: Protocol) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from dvae.errors import UserError
+from dvae.errors import UserError, printable_line
 from dvae.evaluation.protocol import Protocol, compare
-
-COUNTS = ("n", "n_reference")
+from dvae.evaluation.results import COUNTS, LIMIT, check_result
+from dvae.utils.read import DamagedFile, parse_json, read_bytes
 
 
 def names(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -28,7 +26,8 @@ def cell(figures: Mapping[str, Any], name: str) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are aligned for those who read it as it is."""
+    """A table whose columns are aligned for those who read it as it is. Control characters are replaced."""
+    header, *rows = [[printable_line(text) for text in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
              for row in [header, *rows]]  # fmt: skip
@@ -48,9 +47,10 @@ def of_study(results: Sequence[Mapping[str, Any]], varied: str) -> str:
     rows = []
     for result in results:
         protocol = result["protocol"]
-        by = f"{protocol['nfe']:g}" if varied == "nfe" else f"{protocol['made'][varied]:g}"
+        value = protocol["nfe"] if varied == "nfe" else protocol["made"].get(varied)
+        by = f"{value:g}" if isinstance(value, int | float) else "-"
         for name, found in result["sets"].items():
-            sampler = f"{protocol['sampler']['name']}, {protocol['sampler'].get('steps', '-')} steps"
+            sampler = f"{protocol['sampler'].get('name', '-')}, {protocol['sampler'].get('steps', '-')} steps"
             rows.append([name, sampler, by, *(cell(found, figure) for figure in figures)])
     for name, found in results[0]["floor"].items():
         rows.append([f"floor: {name}, n={found['n']}", "", "", *(cell(found, figure) for figure in figures)])
@@ -85,14 +85,15 @@ def comparison(paths: Sequence[str]) -> str:
 
 
 def read(path: str) -> dict[str, Any]:
-    """A result, or that in a run's summary.json. Raises UserError where the file holds none."""
+    """A result, or that in a run's summary.json. Raises UserError if the file holds none."""
+    ask = "name results of tools/evaluate.py"
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = parse_json(read_bytes(path, LIMIT), path)
+        result = found.get("evaluation", found) if isinstance(found, dict) else {}
+        if not isinstance(result, dict) or not {"protocol", "sets", "floor"} <= set(result):
+            raise UserError(f"compare: {path} holds no result with a protocol: {ask}")
+        return check_result(result, path)
     except OSError as error:
         raise UserError(f"compare: {path} cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"compare: {path} is not JSON: name results of tools/evaluate.py") from None
-    result = found.get("evaluation", found) if isinstance(found, dict) else {}
-    if not {"protocol", "sets", "floor"} <= set(result):
-        raise UserError(f"compare: {path} holds no result with a protocol: name results of tools/evaluate.py")
-    return dict(result)
+    except DamagedFile as error:
+        raise UserError(f"compare: {error}: {ask}") from None

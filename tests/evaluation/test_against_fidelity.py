@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,12 @@ def test_every_figure_is_that_of_their_command(tmp_path: Path, inception: Path) 
     assert found["protocol"]["batch"] == 4
 
 
+def truncated(path: Path, size: int) -> None:
+    """A file of so many bytes, which takes no room on the disk."""
+    path.touch()
+    os.truncate(path, size)
+
+
 class Runs:
     """What a pickle may do when it is read."""
 
@@ -104,6 +111,10 @@ def test_wrong_files_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "renamed.pth": (renamed, r"lacks 'Mixed_5b\."),
         "more.pth": (whole | {"AuxLogits.fc.weight": torch.zeros(1)}, r"has a foreign 'AuxLogits\.fc\.weight'"),
         "shape.pth": (whole | {"fc.weight": torch.zeros(2, 3)}, r"'fc\.weight' is \(2, 3\), not \(1008, 2048\)"),
+        "sparse.pth": (whole | {"fc.bias": torch.zeros(1008).to_sparse()}, r"'fc\.bias' is no plain float32"),
+        "whole.pth": (whole | {"fc.bias": torch.zeros(1008).int()}, r"'fc\.bias' is no plain float32"),
+        "meta.pth": (whole | {"fc.bias": torch.zeros(1008, device="meta")}, r"'fc\.bias' is no plain float32"),
+        "vast.pth": ({name: torch.zeros(1).expand(10**12) for name in whole}, r"is \(1000000000000,\), not"),
         "nan.pth": (whole | {"fc.bias": torch.full((1008,), torch.nan)}, r"'fc\.bias' is not finite everywhere"),
     }
     for name, (content, message) in wrong.items():
@@ -119,5 +130,14 @@ def test_wrong_files_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not Path("executed").exists()
     with pytest.raises(UserError, match="cannot be read"):
         metrics.inception(Path("nowhere.pth"))
+    for name, make in {"folder": Path.mkdir, "pipe": os.mkfifo, "huge": lambda path: truncated(path, 2**40)}.items():
+        make(Path(name))
+        with pytest.raises(UserError, match=r"is a folder|is a pipe|bytes, more than"):
+            metrics.inception(Path(name))
+    with zipfile.ZipFile("bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            archive.writestr(f"archive/data/{number}", bytes(10**8))
+    with pytest.raises(UserError, match="not a PyTorch file of plain tensors"):
+        metrics.inception(Path("bomb.pth"))
     torch.save({name: value for name, value in whole.items() if "num_batches" not in name}, "old.pth")
     assert metrics.inception(Path("old.pth")).name == "inception-v3-compat"  # as files of old PyTorch are
