@@ -23,7 +23,7 @@ LARGEST_PICKLE = 32 * 2**20
 """Bytes; those of published checkpoints have some hundred thousand."""
 LARGEST_DIRECTORY = 8 * 2**20
 """Bytes of the archive's list of records; a record takes about 100."""
-MOST_TENSORS = 20_000
+MOST_TENSORS = 10_000
 """Tensors of a state dict; those of published checkpoints have at most some thousand."""
 LONGEST_NAME = 300
 """Characters of a tensor's name."""

@@ -74,6 +74,7 @@ def _read_vae(found: Found, checkpoint: Checkpoint, vae: Checkpoint | None, conf
         raise UserError(f"{source.path}: holds no VAE (no tensor enc.mu.weight): give its own checkpoint as vae=FILE")
     found.parts["encoder"] = state
     found.fields |= _vae(source, state)
+    check_levels(source, len(found.fields["encoder.channels"]), config["image_size"])
     sides = _resolutions(source, found.fields)
     if sides:
         found.fields["encoder.resolutions"] = sides

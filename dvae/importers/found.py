@@ -74,7 +74,7 @@ def check_numbers(held: dict[str, Stored]) -> None:
     for one in held.values():
         one.checkpoint.check_storage(one.ref.storage)
     numbers = sum(storage.numel for _, storage in storages)
-    if sum(one.ref.extent for one in held.values()) > MOST_SHARED * numbers:
+    if sum(max(one.ref.numel, one.ref.extent) for one in held.values()) > MOST_SHARED * numbers:
         first = next(iter(held.values()))
         raise UserError(f"{first.checkpoint.path}: many of its tensors have the same numbers: not a trained network")
 

@@ -17,7 +17,7 @@ import torch
 from dvae.errors import UserError, one_line
 from dvae.importers import calls
 
-MOST_INSTRUCTIONS = 2_000_000
+MOST_INSTRUCTIONS = 1_000_000
 """Instructions of a pickle; those of published checkpoints have some ten thousand."""
 LARGEST = 2**40
 """Elements that no storage has."""
@@ -67,12 +67,17 @@ class TensorRef:
     stride: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
     def extent(self) -> int:
         """Elements of the storage from the tensor's first element to its last."""
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     def within(self) -> bool:
-        """Whether it has elements, and all lie in the storage, each once."""
+        """Whether it has elements, no more than the storage, and all lie in there."""
         dimensions = len(self.shape)
         if dimensions != len(self.stride) or dimensions > MOST_DIMENSIONS:
             return False
@@ -82,7 +87,7 @@ class TensorRef:
             or max(self.shape, default=0) > LARGEST_SIDE
         ):
             return False
-        return 0 < math.prod(self.shape) <= self.storage.numel and self.offset + self.extent <= self.storage.numel
+        return 0 < self.numel <= self.storage.numel and self.offset + self.extent <= self.storage.numel
 
 
 STORAGES = {

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import lightning_files
 import pytest
@@ -67,6 +68,13 @@ def test_what_is_there_already_is_not_touched(tmp_path, checkpoint):
     with pytest.raises(UserError, match="is there already"):
         convert.convert(convert.compose([*WORDS, *SAMPLER, f"ckpt={checkpoint}", f"out={tmp_path}"]))
     assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_a_checkpoint_is_not_written_over(tmp_path, checkpoint):
+    before = Path(checkpoint).read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        convert.convert(convert.compose([*WORDS, *SAMPLER, f"ckpt={checkpoint}", f"out={checkpoint}"]))
+    assert Path(checkpoint).read_bytes() == before
 
 
 @pytest.mark.parametrize(
