@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dvae.errors import one_line
-from dvae.utils.read import ARCHIVE_ERRORS, MIB, DamagedFile, require_regular
+from dvae.utils.read import MIB, DamagedFile, archive_errors, require_regular
 
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 """What opens a compressed tar file, by its first bytes."""
@@ -31,10 +31,8 @@ UNPACKED = 4 * 2**30
 def open_zip(path: str | Path) -> zipfile.ZipFile:
     """Open a zip archive. Raises DamagedFile if it is none, or a pipe or a device; OSError if it cannot be read."""
     require_regular(path)
-    try:
+    with archive_errors(path, "is not a readable zip archive"):
         return zipfile.ZipFile(path)
-    except ARCHIVE_ERRORS as error:
-        raise DamagedFile(path, f"is not a readable zip archive ({one_line(error)[:200]})") from None
 
 
 def refuse_duplicates(path: object, names: list[str]) -> None:

@@ -7,6 +7,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import PurePath
 
@@ -23,6 +24,9 @@ PIXELS = 2**26
 """Pixels of an image that is decoded, at most: 8192 x 8192."""
 FILE_LIMIT = 256 * 2**20
 """Bytes of an image file, at most."""
+PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
+LAST_FILTER = 4
+"""Of the filters of a PNG's rows, which are numbered from 0."""
 TILE_TAGS = (322, 323)
 """TIFF: width and height of the tiles in which an image is compressed."""
 
@@ -169,11 +173,14 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def check_png(data: bytes) -> None:
-    """Raise DamagedImage unless the checksum of every chunk of a PNG file holds.
+    """Raise DamagedImage unless the checksum of every chunk of a PNG file holds."""
+    for _ in _chunks(data):
+        pass
 
-    torchvision's decoder must see no other: a single flipped bit can make it take the process down (SIGSEGV).
-    """
-    if data[:8] != b"\x89PNG\r\n\x1a\n":
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The chunks of a PNG file: kind, and the whole chunk with its length and checksum. Raises as `check_png`."""
+    if data[:8] != PNG_BEGIN:
         raise DamagedImage("not a PNG file")
     at, kind = 8, b""
     while kind != b"IEND":
@@ -184,6 +191,7 @@ def check_png(data: bytes) -> None:
         end = at + 8 + size
         if end + 4 > len(data) or struct.unpack_from(">I", data, end)[0] != zlib.crc32(data[at + 4 : end]):
             raise DamagedImage(f"the checksum of its part at byte {at} fails")
+        yield kind, data[at : end + 4]
         at = end + 4
 
 
@@ -191,10 +199,33 @@ def png_shape(data: bytes) -> tuple[int, int, int]:
     """(C, H, W) of a PNG as `encode_png` makes them, from its header. Raises DamagedImage for any other kind of PNG."""
     if len(data) < 33 or data[8:16] != b"\0\0\0\rIHDR":
         raise DamagedImage("the PNG does not begin with its header")
-    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
-    if depth != 8 or colour not in (0, 2):
-        raise DamagedImage(f"color type {colour} with {depth} bits, not 8-bit grey or RGB")
+    width, height, depth, colour, *methods = struct.unpack_from(">IIBBBBB", data, 16)
+    if depth != 8 or colour not in (0, 2) or any(methods):
+        raise DamagedImage(f"color type {colour} with {depth} bits, methods {methods}: not plain 8-bit grey or RGB")
     return (1 if colour == 0 else 3), height, width
+
+
+def _plain_png(data: bytes, shape: tuple[int, int, int]) -> bytearray:
+    """The PNG without chunks that its pixels do not need.
+
+    Raises DamagedImage if anything is damaged, or the shape is another, which is found before memory is taken.
+    torchvision must see no other file: a wrong checksum or wrong compressed data can make it take the process down
+    (SIGSEGV).
+    """
+    if data[:8] == PNG_BEGIN and (found := png_shape(data)) != shape:
+        raise DamagedImage(f"shape {found}, not {shape}")
+    chunks = [(kind, chunk) for kind, chunk in _chunks(data) if kind in (b"IHDR", b"IDAT", b"IEND")]
+    if [kind for kind, _ in chunks].count(b"IHDR") != 1:
+        raise DamagedImage("the PNG has several headers")
+    channels, height, width = shape
+    wanted, inflate = height * (1 + width * channels), zlib.decompressobj()
+    try:
+        rows = inflate.decompress(b"".join(chunk[8:-4] for kind, chunk in chunks if kind == b"IDAT"), wanted + 1)
+    except zlib.error as error:
+        raise DamagedImage(f"its pixels cannot be decompressed ({error})") from None
+    if len(rows) != wanted or not inflate.eof or max(rows[:: 1 + width * channels]) > LAST_FILTER:
+        raise DamagedImage("its pixels are not those of its header")
+    return bytearray(PNG_BEGIN) + b"".join(chunk for _, chunk in chunks)
 
 
 def png_limit(shape: tuple[int, int, int]) -> int:
@@ -206,17 +237,14 @@ def png_limit(shape: tuple[int, int, int]) -> int:
 def decode_png(data: bytes, shape: tuple[int, int, int]) -> torch.Tensor:
     """A PNG as uint8 of `shape` (C, H, W).
 
-    Raises DamagedImage if its checksums, its header or its pixels are damaged, and for another shape, which is found in
-    the header before memory is taken.
+    Raises DamagedImage if its checksums, its header or its pixels are damaged, and for another shape.
     """
     from torchvision.io import ImageReadMode, decode_image  # here, since that takes seconds, and a config needs none
 
-    check_png(data)
-    if (found := png_shape(data)) != shape:
-        raise DamagedImage(f"shape {found}, not {shape}")
+    plain = _plain_png(data, shape)
     mode = ImageReadMode.GRAY if shape[0] == 1 else ImageReadMode.RGB
     try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+        image = decode_image(torch.frombuffer(plain, dtype=torch.uint8), mode=mode)
     except (RuntimeError, ValueError) as error:
         raise DamagedImage(one_line(error)[:120]) from None
     if tuple(image.shape) != shape:

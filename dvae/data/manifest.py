@@ -16,6 +16,8 @@ VERSION = 1
 TRAIN, HELDOUT = "train", "heldout"
 LIMIT = 32 * 2**20
 """Bytes of a manifest, at most: about 100,000 shards."""
+VALUES = 2**21
+"""Values in a manifest, at most: small ones would take a hundred times as much memory as their text."""
 IMAGES = 2**25
 """Images of a folder of shards, at most: their indices then take 1 GiB of memory."""
 LARGEST = 2**44
@@ -136,6 +138,8 @@ class Manifest:
         """The manifest of the shards at `place`, which may lie elsewhere; raises as `load` does."""
         path = f"{place}/{FILE}"
         try:
+            if sum(text.count(mark) for mark in (b"{", b"[", b",")) > VALUES:
+                raise DamagedFile(path, f"holds more than {VALUES} values")
             data = parse_json(text, path)
             found = data.get("version") if isinstance(data, dict) else None
             if found != VERSION:

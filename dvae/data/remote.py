@@ -158,7 +158,7 @@ class Remote:
         try:
             manifest = Manifest.load(self.folder)
         except UserError:
-            (self.folder / FILE).unlink()  # so that one which was mended there is fetched the next time
+            (self.folder / FILE).unlink(missing_ok=True)  # so that one which was mended there is fetched the next time
             raise
         shards = [shard for split in manifest.splits.values() for shard in split]
         largest = max((shard.bytes for shard in shards), default=0)

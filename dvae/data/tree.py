@@ -58,7 +58,7 @@ class ZipTree(Tree):
         self.path = path
         self._local = threading.local()
         try:
-            members = [info for info in self._archive().infolist() if not info.is_dir()]
+            members = [info for info in self._archive().infolist() if info.filename and not info.is_dir()]
         except FileNotFoundError:
             raise UserError(f"{word}={path} does not exist: name a folder or zip archive of images") from None
         except DamagedFile as error:

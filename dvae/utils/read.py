@@ -6,6 +6,7 @@ Everything that is wrong with a file ends in `DamagedFile`, whose message is one
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -14,9 +15,11 @@ import math
 import os
 import stat
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,9 +50,13 @@ ARCHIVE_ERRORS = (
     ValueError, OverflowError,
 )  # fmt: skip
 """What zipfile raises for damaged or encrypted archives, besides OSError."""
+HEADER_ERRORS = (ValueError, KeyError, EOFError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
+"""What NumPy raises for a damaged header of an array."""
 FILE_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
               stat.S_IFDIR: "a folder"}  # fmt: skip
 
+REASONS = {"unexpected_keyword_argument": "there is no such field", "missing": "is missing"}
+"""Plain words for some of pydantic's messages."""
 forbid_extra = with_config(ConfigDict(extra="forbid"))
 """Class decorator: `check` and `read_json` then refuse fields that the dataclass does not have."""
 
@@ -134,7 +141,8 @@ def check(kind: Callable[..., T], value: Any, what: object) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part)[:80] for part in first["loc"])
-        raise DamagedFile(what, f"{place + ': ' if place else ''}{first['msg'][:200]}") from None
+        reason = REASONS.get(first["type"], first["msg"][:200])
+        raise DamagedFile(what, f"{place + ': ' if place else ''}{reason}") from None
     except (ValueError, RecursionError) as error:
         raise DamagedFile(what, f"holds a value that cannot be read ({one_line(error)[:200]})") from None
 
@@ -222,7 +230,7 @@ def _npy_header(file: Any, what: object, size: int) -> tuple[tuple[int, ...], bo
         version = np.lib.format.read_magic(file)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = reader(file)
-    except (ValueError, KeyError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+    except (*HEADER_ERRORS, MemoryError) as error:
         raise DamagedFile(what, f"is not a .npy array ({one_line(error)[:200]})") from None
     if dtype.hasobject or dtype.kind not in "biuf":
         raise DamagedFile(what, f"holds {str(dtype)[:80]}, not plain numbers")
@@ -235,18 +243,26 @@ def _npy_header(file: Any, what: object, size: int) -> tuple[tuple[int, ...], bo
 def read_npz(path: str | Path, limit: int = NPY_LIMIT, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of a .npz file, by name, or only those of `names` that it has; raises as `read_npy`."""
     require_regular(path)
+    with archive_errors(path, "is not a .npz archive"), zipfile.ZipFile(path) as archive:
+        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        if sum(member.file_size for member in archive.infolist()) > limit:
+            raise DamagedFile(path, f"holds more than {limit} bytes")
+        return {
+            name: parse_npy(read_member(archive, member, limit), f"{path}:{name}")
+            for name, member in members.items()
+            if names is None or name in names
+        }
+
+
+@contextmanager
+def archive_errors(what: object, reason: str) -> Iterator[None]:
+    """Translate what zipfile raises for a damaged archive into DamagedFile, whose `reason` is followed by its words."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-            if sum(member.file_size for member in archive.infolist()) > limit:
-                raise DamagedFile(path, f"holds more than {limit} bytes")
-            return {
-                name: parse_npy(read_member(archive, member, limit), f"{path}:{name}")
-                for name, member in members.items()
-                if names is None or name in names
-            }
-    except ARCHIVE_ERRORS as error:
-        raise DamagedFile(path, f"is not a .npz archive ({one_line(error)[:200]})") from None
+        yield
+    except (*ARCHIVE_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a place before the file's beginning
+            raise
+        raise DamagedFile(what, f"{reason} ({one_line(error)[:200]})") from None
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
@@ -260,13 +276,10 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -
         raise DamagedFile(what, f"has {member.file_size} bytes, more than the {limit} that such a file may have")
     # bz2 and LZMA decompress all of what they are fed, so they are fed little
     step = MIB if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
-    try:
-        with archive.open(member) as file:
-            while size <= member.file_size and (part := file.read(step)):
-                parts.append(part)
-                size += len(part)
-    except ARCHIVE_ERRORS as error:
-        raise DamagedFile(what, f"cannot be unpacked ({one_line(error)[:200]})") from None
+    with archive_errors(what, "cannot be unpacked"), archive.open(member) as file:
+        while size <= member.file_size and (part := file.read(step)):
+            parts.append(part)
+            size += len(part)
     if size != member.file_size:
         raise DamagedFile(what, f"has {size} bytes, not the {member.file_size} that its archive states")
     return b"".join(parts)
