@@ -219,11 +219,13 @@ def _check_shapes(folder: Path, about: About, config: ModelConfig, plan: quantis
         header = without_numbers(read_weights_header(folder / WEIGHTS))
     except DamagedFile as error:
         raise UserError(f"{error}: {AGAIN}") from None
-    with limited_layers(len(header), folder), torch.device("meta"):
+    with limited_layers(len(header)), torch.device("meta"):
         try:
             made = models.build(config, seed_weights=False)
             if plan is not None:
                 quantisation.replace_layers(made, plan, str(folder))
+        except UserError as error:
+            raise UserError(f"{folder / CONFIG}: {error}") from None
         except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
             # settings of a stranger: the layers that they ask for may fail in any way
             raise UserError(f"{folder / CONFIG} describes no network ({one_line(error)[:200]}): {AGAIN}") from None
@@ -237,7 +239,7 @@ def _check_shapes(folder: Path, about: About, config: ModelConfig, plan: quantis
 
 
 @contextmanager
-def limited_layers(tensors: int, place: Path) -> Iterator[None]:
+def limited_layers(tensors: int) -> Iterator[None]:
     """While the block runs, raise UserError if networks are built of far more layers than `tensors` weights need."""
     left = min(2000 + 10 * tensors, MOST_LAYERS)
 
@@ -245,7 +247,7 @@ def limited_layers(tensors: int, place: Path) -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
-            raise UserError(f"{place / CONFIG} describes far more layers than {WEIGHTS} holds: {AGAIN}")
+            raise UserError(f"it describes far more layers than {WEIGHTS} holds: {AGAIN}")
 
     hooks = [
         register(count)

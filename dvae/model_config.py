@@ -129,6 +129,8 @@ def read_model_config(path: Path, components: Mapping[str, ComponentInfo]) -> Mo
     if not SIZES[0] <= stored.image_size <= SIZES[1] or stored.channels not in (1, 2, 3):
         size = f"image_size={stored.image_size} channels={stored.channels}"
         raise UserError(f"{path}: {size}: a bundle has images of {SIZES[0]} to {SIZES[1]} pixels, 1 to 3 channels")
+    if len(set(stored.classes)) < len(stored.classes):
+        raise UserError(f"{path}: a class is there more than once: {AGAIN}")
     return ModelConfig(
         recipe=stored.recipe,
         image_size=stored.image_size,

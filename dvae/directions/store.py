@@ -21,7 +21,7 @@ from dvae.directions.direction import Direction, Method
 from dvae.directions.labels import LabelModel
 from dvae.errors import MachineError, UserError, near, one_line
 from dvae.tracking.console import say
-from dvae.utils.read import DamagedFile, check, parse_json, read_weights_metadata
+from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
 from dvae.weights import State, load_weights
 
 FILE = bundle.DIRECTIONS
@@ -39,12 +39,13 @@ def encoder_hash(folder: Path) -> str:
     """
     path, digest = folder / bundle.WEIGHTS, hashlib.sha256()
     try:
+        read_weights_header(path)
         with safe_open(path, framework="pt") as weights:
             for name in sorted(key for key in weights.keys() if key.startswith(ENCODER)):  # noqa: SIM118 no dict
                 tensor = weights.get_tensor(name)
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, DamagedFile) as error:
         raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from None
     return digest.hexdigest()
 

@@ -169,7 +169,7 @@ class Registry(Generic[T]):
                 f"{self.kind}.{wrong} is not a field of {plain['name']!r}: {near(str(wrong), known)}"
             ) from None
         except OmegaConfBaseException as error:
-            raise UserError(f"{self.kind}.{error.full_key}: {one_line(error.msg)}") from None
+            raise UserError(f"{self.kind}.{error.full_key}: {one_line(str(error.msg).splitlines()[0])}") from None
 
     def build(self, node: Any, io: Shapes) -> T:
         """The component that `node` describes, built for the shapes `io`."""

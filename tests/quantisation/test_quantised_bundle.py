@@ -60,7 +60,7 @@ def quantised(original: Path) -> dict[Method, Path]:
 
 @pytest.fixture
 def copy(quantised: dict[Method, Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the bundle by a method, with quantisation.json changed."""
+    """A copy of the bundle by a method, with quantization.json changed."""
 
     def make(method: Method = Method.int8_weights, change: Callable[[dict], None] = lambda record: None) -> Path:
         folder = tmp_path / "copy"

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests_support import ROOT, Tool, environment
 
-from dvae.errors import UserError, one_line
+from dvae.errors import MachineError, UserError, one_line
 from dvae.tools import launch
 
 
@@ -218,3 +218,53 @@ def test_a_bundle_that_is_not_whole(fault: str, finished: Path, refusal: Refusal
         said = "no such run or bundle"
     assert said in refusal("sample", f"run={bundle}", "n=2", "out=x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def copied(finished: Path, folder: Path) -> Path:
+    """A copy of the finished run, as its own folder."""
+    shutil.copytree(finished, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(finished), str(folder)))
+    return folder
+
+
+def test_a_flipped_bit_in_the_weights_of_a_finished_stage_is_found(
+    finished: Path, tiny: list[str], tool: Tool, tmp_path: Path
+) -> None:
+    run = copied(finished, tmp_path / "run")
+    bundle = (run / "bundle" / "model.safetensors").read_bytes()
+    weights = run / "weights" / "encoder.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(bytes(data))
+    step = max(int(path.name[5:]) for path in (run / "checkpoints" / "refiner").glob("step-*"))
+    for done in (
+        tool("launch", *tiny, f"run={run}", "evaluate.n=9"),
+        tool("export", f"run={run}", f"step={step}", "out=exported"),
+    ):
+        assert done.returncode == 1
+        assert "encoder.safetensors does not match its hash in" in done.stderr.strip().splitlines()[-1]
+    assert (run / "bundle" / "model.safetensors").read_bytes() == bundle
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "run folder format 1, this program reads 2: dvae 0.1 reads it"),
+        ('{"format": 9, "dvae": "9.0"}', "run folder format 9, this program reads 2: a newer dvae wrote it"),
+        ('{"format": "2", "dvae": "0.2.0"}', "run.json: format: Input should be a valid integer"),
+    ],
+)
+def test_a_run_folder_of_another_format_is_refused(
+    finished: Path, tiny: list[str], tmp_path: Path, content: str | None, said: str
+) -> None:
+    run = copied(finished, tmp_path / "run")
+    (run / "run.json").unlink()
+    if content is not None:
+        (run / "run.json").write_text(content)
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises((UserError, MachineError)) as refused:
+        launch.command([*tiny, f"run={run}", "evaluate.n=9"])
+    assert said in str(refused.value)
+    assert sorted(path.name for path in run.iterdir()) == before
