@@ -16,9 +16,7 @@ from dvae.evaluation.plots import COLOURS, dress
 from dvae.machine import cores
 from dvae.study.equality import Difference
 from dvae.study.spec import StudyConfig
-from dvae.study.work import VAE, Points
-
-KID = "KID-lite0"
+from dvae.study.work import KID, VAE, Points
 
 
 def write(
@@ -78,7 +76,7 @@ def samplers(points: Points) -> str:
         for steps, point in by_steps.items():
             if arm != VAE:
                 nfe = point["protocol"]["nfe"] / steps
-                name = f"{point['protocol']['sampler']['name']}, {nfe:g} evaluation{'s' * (nfe != 1)} a step"
+                name = f"{point['protocol']['sampler'].get('name', '-')}, {nfe:g} evaluation{'s' * (nfe != 1)} a step"
                 used.setdefault(name, []).append(arm)
     if len(used) == 1:
         return f"sampler {next(iter(used))}"

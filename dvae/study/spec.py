@@ -10,10 +10,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dvae.config import mistyped
-from dvae.errors import UserError, near, one_line
+from dvae.errors import UserError, near
+from dvae.utils.read import DamagedFile
+from dvae.utils.user_yaml import read_user_yaml
 
 FILES = Path(str(importlib.resources.files("dvae.recipes") / "study"))
 
@@ -69,12 +70,12 @@ def read(argv: Sequence[str]) -> StudyConfig:
     file = path_of(given.pop("study", "avatars"))
     try:
         words = OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()])
-        merged = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.load(file), words)
+        merged = OmegaConf.merge(OmegaConf.structured(StudyConfig), read_user_yaml(file), words)
         settings: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise mistyped(error) from None
-    except YAMLError as error:
-        raise UserError(f"{file}: not YAML ({one_line(error)})") from None
+    except DamagedFile as error:
+        raise UserError(f"study={error}") from None
     return check(settings)
 
 
@@ -94,6 +95,8 @@ def check(settings: StudyConfig) -> StudyConfig:
     """Refuse what cannot be compared. Raises UserError."""
     if not settings.arms:
         raise UserError("arms={} names nothing to compare: use study=NAME, or give two or more")
+    if nameless := [arm for arm in settings.arms if not folder_name(arm)]:
+        raise UserError(f"arms: {nameless[0]!r} is no name for a folder: use letters and digits")
     if len({folder_name(arm) for arm in [*settings.arms, GENERATOR]}) <= len(settings.arms):
         raise UserError(f"arms={list(settings.arms)}: two names are too much alike, or one is {GENERATOR!r}")
     for number, (arm, words) in enumerate(settings.arms.items()):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dvae import pipeline as pipelines
 from dvae.data.reader import Shards, spread
 from dvae.drawing.artist import plain
 from dvae.errors import MachineError, UserError
+from dvae.evaluation.results import read_result
 from dvae.evaluation.score import score
 from dvae.run import Run
 from dvae.settings import STAGES
@@ -25,7 +25,11 @@ from dvae.study.equality import Difference, compare
 from dvae.study.spec import GENERATOR, StudyConfig, run_of, shards, stages_of, words_of
 from dvae.tools import launch
 from dvae.tracking.console import say
+from dvae.utils.fields import Seconds
+from dvae.utils.read import JSON_LIMIT, DamagedFile, check, parse_json, read_bytes
 
+KID = "KID-lite0"
+"""The metric of a study."""
 RECORD = "study.json"
 VAE = "VAE alone"
 Points = dict[str, dict[int, dict[str, Any]]]
@@ -56,7 +60,7 @@ def hold(settings: StudyConfig) -> None:
     fixed = {name: value for name, value in asdict(settings).items() if name not in ("out", "seeds", "steps", "batch")}
     record, arms = folder / RECORD, settings.arms
     if record.exists():
-        theirs = json.loads(record.read_text(encoding="utf-8"))
+        theirs = read_record(record)
         same = theirs | {"arms": {name: words for name, words in theirs["arms"].items() if name in arms}}
         for name, value in (fixed | {"arms": {arm: arms[arm] for arm in same["arms"]}}).items():
             if same.get(name) != value:
@@ -66,6 +70,25 @@ def hold(settings: StudyConfig) -> None:
         raise UserError(f"out={folder} exists and is not a study: name another, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(record, fixed)
+
+
+@dataclass
+class StudyRecord:
+    """study.json: the settings that a study keeps; those that are not named here are compared as they are."""
+
+    arms: dict[str, list[str]]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The settings in study.json. Raises MachineError if it is damaged."""
+    try:
+        theirs = parse_json(read_bytes(path, JSON_LIMIT), path)
+        check(StudyRecord, theirs, path)
+    except DamagedFile as error:
+        raise MachineError(
+            f"{error}: the record of this study is damaged; its runs beside it are whole, name another out="
+        ) from None
+    return dict(theirs)
 
 
 def train(settings: StudyConfig, folder: Path, stages: tuple[str, ...], words: list[str]) -> None:
@@ -85,9 +108,9 @@ def point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
     """The sets of an arm at so many steps, one per seed, scored; kept in points/."""
     kept = Path(settings.out) / "points" / f"{run_of(settings, arm, 0).name}-{steps:04d}.json"
     if kept.exists():
-        found = json.loads(kept.read_text(encoding="utf-8"))
+        found = read_point(kept, arm)
         if found["protocol"]["seeds"] == settings.seeds:
-            return dict(found)
+            return found
     began = time.perf_counter()
     say(f"{arm}" + (f" at {steps} steps" if steps else ""))
     drawn, nfe, samplers = zip(*(draw(settings, arm, seed, steps) for seed in settings.seeds), strict=True)
@@ -106,6 +129,20 @@ def point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
     result = scored | {"seconds": time.perf_counter() - began}
     files.write_json(kept, result)
     return result
+
+
+def read_point(path: Path, arm: str) -> dict[str, Any]:
+    """The kept result of an arm at so many steps. Raises MachineError if it is damaged."""
+    try:
+        found = read_result(path)
+        check(Seconds, found.get("seconds"), f"{path}: seconds")
+        for name, figures in {**found["floor"], arm: found["sets"].get(arm, {})}.items():
+            if KID not in figures:
+                raise DamagedFile(path, f"{name[:80]!r} has no {KID}")
+    except (DamagedFile, UserError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise MachineError(f"{path}: damaged ({reason}); delete it, it will be made again") from None
+    return found
 
 
 @cache

@@ -54,7 +54,7 @@ def propose(sweep: dict[str, Any], trials: Sequence[Trial]) -> dict[str, Any] | 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # bayes says in its own way that a fit is poor
             run = library().next_run(sweep, [_run(sweep, trial, []) for trial in trials])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"method: {sweep['method']}: {one_line(error)}") from None
     return None if run is None else {name: _plain(entry["value"]) for name, entry in run.config.items()}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvae.errors import one_line
+from dvae.errors import printable_line
 from dvae.machine import cores
 
 PR_SET_PDEATHSIG = 1
@@ -36,7 +36,7 @@ class Running:
     def last_words(self) -> str:
         """The last line of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
-        return one_line(next((line for line in reversed(lines) if line.strip()), "it said nothing"))
+        return printable_line(next((line for line in reversed(lines) if line.strip()), "it said nothing"))
 
 
 class Processes:

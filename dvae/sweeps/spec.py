@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import dvae
 from dvae import config as configuration
 from dvae.errors import UserError, near, one_line
 from dvae.settings import RunConfig
 from dvae.sweeps import engine
 from dvae.tracking.figures import EVALUATE
+from dvae.utils.read import DamagedFile
+from dvae.utils.user_yaml import read_user_yaml
 
 SERVER_ONLY = ("run", "tracking.wandb.mode")
 """Words of a command that suit W&B's agent: here trials have a folder of the sweep's, and need no server."""
@@ -69,17 +69,18 @@ def key(word: str) -> str:
 def load(name: str) -> Spec:
     """The sweep `name` of recipes/sweep, or in a file. Raises UserError where there is none or it cannot work here."""
     if name.endswith((".yaml", ".yml")):
-        path: Any = Path(name)
+        path = Path(name)
         if not path.is_file():
             raise UserError(f"sweep={name}: no such file; the sweeps here are {', '.join(known())}")
     elif name in known():
-        path = importlib.resources.files("dvae.recipes") / "sweep" / f"{name}.yaml"
+        path = Path(str(importlib.resources.files("dvae.recipes") / "sweep" / f"{name}.yaml"))
     else:
         raise UserError(f"unknown sweep {name!r}: {near(name, known())}")
     try:
-        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"sweep={name}: not a readable YAML file ({one_line(error)})") from None
+        sweep = read_user_yaml(path, "yaml")
+    except (OSError, DamagedFile) as error:
+        reason = one_line(error).removeprefix(f"{path}: ")
+        raise UserError(f"sweep={name}: not a readable YAML file ({reason})") from None
     return Spec(Path(name).stem, check(name, sweep))
 
 
@@ -93,6 +94,9 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
     """Refuse what W&B refuses, and what only its server can do. Raises UserError, one line."""
     if not isinstance(sweep, dict):
         raise UserError(f"sweep={name}: not a sweep: a mapping with method, metric, parameters and command is one")
+    parameters = sweep.get("parameters")
+    if not isinstance(parameters, dict):
+        raise UserError(f"sweep={name}: parameters is {parameters!r:.80}: name fields, and what they may be")
     wrong = engine.violations(sweep)
     if wrong:
         raise UserError(f"sweep={name}: W&B's schema refuses it: {'; '.join(wrong)}")

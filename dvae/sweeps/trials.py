@@ -9,10 +9,9 @@ trials.csv parallel.png
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,10 @@ from typing import Any
 import yaml
 
 from dvae import files
-from dvae.errors import MachineError, UserError
+from dvae.errors import MachineError, UserError, printable_line
+from dvae.utils.fields import Finite, Seconds
+from dvae.utils.read import DamagedFile, read_json
+from dvae.utils.user_yaml import read_user_yaml
 
 
 class State(Enum):
@@ -47,9 +49,9 @@ class Trial:
     parameters: dict[str, Any]
     """What the engine chose."""
     state: State = State.running
-    metric: float | None = None
+    metric: Finite | None = None
     """What the sweep optimises, at the trial's end."""
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
     """Time that its processes took, over all attempts."""
     said: str = ""
     """For a failed one: exit status and last line."""
@@ -72,7 +74,7 @@ class Folder:
         """Make the folder, or take it up. Raises UserError where it holds something else, or another sweep."""
         kept = {"sweep": sweep, "words": words}
         if self._sweep.exists():
-            if yaml.safe_load(self._sweep.read_text(encoding="utf-8")) != kept:
+            if self._kept() != kept:
                 raise UserError(f"out={self.path} holds a sweep of another file or other words: use another out=")
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -91,15 +93,26 @@ class Folder:
             files.remove_leftovers(self.path)
             yield
 
+    def _kept(self) -> dict[str, Any]:
+        """What sweep.yaml holds. Raises MachineError if it is damaged."""
+        try:
+            return read_user_yaml(self._sweep, "yaml")
+        except DamagedFile as error:
+            raise MachineError(f"{error}: this sweep's record is damaged; use another out=") from None
+
     def trials(self) -> list[Trial]:
-        """All trials, in the order in which they were drawn."""
+        """All trials, in the order in which they were drawn. Raises MachineError if their file is damaged."""
         if not self._trials.exists():
             return []
         try:
-            rows = json.loads(self._trials.read_text(encoding="utf-8"))
-            return [Trial(**row | {"state": State(row["state"])}) for row in rows]
-        except (ValueError, KeyError, TypeError):
-            raise MachineError(f"{self._trials}: is damaged; the trials' run folders beside it are whole") from None
+            trials = [replace(one, said=printable_line(one.said)) for one in read_json(self._trials, list[Trial])]
+            if [trial.number for trial in trials] != list(range(1, len(trials) + 1)):
+                raise DamagedFile(self._trials, "does not hold the trials 1, 2, ...")
+        except DamagedFile as error:
+            raise MachineError(
+                f"{self._trials}: is damaged ({error.reason}); the trials' run folders beside it are whole"
+            ) from None
+        return trials
 
     def keep(self, trials: list[Trial]) -> None:
         """Write all trials."""

@@ -1,0 +1,115 @@
+"""Read YAML files that the user writes by hand: aliases and merge keys are allowed, a bounded amount of values is not
+exceeded, and every mistake has a line number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf._utils import get_yaml_loader
+
+from dvae.errors import one_line
+from dvae.utils.read import DamagedFile, read_text
+
+LIMIT = 2**22
+"""Bytes of the file."""
+MOST_VALUES = 200_000
+"""Values, each alias counted with everything that it stands for."""
+DEPTH = 64
+"""Nested lists and mappings."""
+_FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Written in C, where PyYAML was built with it."""
+
+
+def read_user_yaml(path: str | Path, dialect: str = "omegaconf") -> dict[str, Any]:
+    """The mapping in a YAML file, of text, numbers, true and false, null, lists and mappings with text as keys.
+
+    `dialect` says which plain words are numbers: "omegaconf" takes 1e-3 as one, "yaml" reads it as text, as PyYAML and
+    W&B do. Raises DamagedFile for a syntax error, a key that is there twice, other values and tags, aliases that stand
+    for too many values or for themselves, and anything but a mapping; OSError if there is no file.
+    """
+    text = read_text(path, LIMIT)
+    loader = get_yaml_loader() if dialect == "omegaconf" else yaml.SafeLoader
+    try:
+        _refuse_deep(text, path)
+        node = yaml.compose(text, Loader=_FAST)
+        if node is not None:
+            _Sizes(path).of(node)
+        value = yaml.load(text, Loader=loader)  # both loaders are safe: they build plain values only
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFile(path, f"is not valid YAML ({one_line(error)[:300]})") from None
+    if not isinstance(value, dict):
+        raise DamagedFile(path, "is not a mapping")
+    _refuse_odd_values(value, path, "")
+    return value
+
+
+def _refuse_deep(text: str, path: str | Path) -> None:
+    """Raise DamagedFile for too deep nesting, before the composer, which is written in C, calls itself as often."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_FAST):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH:
+            raise DamagedFile(path, f"is nested too deeply, line {event.start_mark.line + 1}")
+
+
+class _Sizes:
+    """Counts the values of nodes and their nesting, an aliased one wherever it is used, without building them."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._known: dict[int, tuple[int, int] | None] = {}
+        """By node: values and nesting; None while they are counted."""
+
+    def of(self, node: yaml.Node) -> tuple[int, int]:
+        """The values in `node`, and how deeply they are nested.
+
+        Raises DamagedFile for too many or too deep ones, and for a key that is there twice.
+        """
+        if id(node) in self._known:
+            known = self._known[id(node)]
+            if known is None:
+                raise DamagedFile(self._path, f"an alias stands for itself{_line(node)}")
+            return known
+        self._known[id(node)] = None
+        count, depth = 1, 0
+        for part in self._parts(node):
+            values, below = self.of(part)
+            count, depth = count + values, max(depth, below + 1)
+            if count > MOST_VALUES:
+                raise DamagedFile(self._path, f"holds more than {MOST_VALUES} values, aliases counted each time")
+            if depth > DEPTH:
+                raise DamagedFile(self._path, f"is nested too deeply{_line(part)}")
+        self._known[id(node)] = count, depth
+        return count, depth
+
+    def _parts(self, node: yaml.Node) -> list[yaml.Node]:
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                    if key.value in seen:
+                        raise DamagedFile(self._path, f"the key {key.value[:80]!r} is there twice{_line(key)}")
+                    seen.add(key.value)
+            return [part for pair in node.value for part in pair]
+        return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _line(node: yaml.Node) -> str:
+    return f", line {node.start_mark.line + 1}" if node.start_mark else ""
+
+
+def _refuse_odd_values(value: Any, path: str | Path, place: str) -> None:
+    """Raise DamagedFile for a key that is no text, and for dates, bytes and sets."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise DamagedFile(path, f"{place or 'it'} has the key {repr(key)[:80]}: write keys as text, in quotes")
+            _refuse_odd_values(item, path, f"{place}.{key}" if place else key)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _refuse_odd_values(item, path, f"{place}[{number}]")
+    elif not (value is None or isinstance(value, str | int | float)):
+        raise DamagedFile(path, f"{place} is {repr(value)[:80]}, not text or a number: write it in quotes")
