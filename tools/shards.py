@@ -11,7 +11,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
-from dvae.errors import UserError, near, run_command
+from dvae.errors import UserError, near, printable_line, run_command
+
+NAMED = 20
+"""Damaged images that are named."""
 
 USAGE = """usage: python tools/shards.py build source=NAME source.FIELD=VALUE size=64 out=FOLDER [key=value ...]
        python tools/shards.py verify FOLDER
@@ -112,7 +115,7 @@ def _of_all(settings: ShardsConfig, manifest: Manifest) -> list[str]:
     return [
         f"{settings.out}: {train + heldout} images of {settings.size}x{settings.size} ({train} train, {heldout} held "
         f"out), {manifest.damaged} damaged",
-        *(f"  damaged: {damage}" for damage in manifest.damaged_first),
+        *(f"  damaged: {printable_line(damage)[:500]}" for damage in manifest.damaged_first[:NAMED]),
     ]
 
 

@@ -37,7 +37,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DamagedImage(Exception):
-    """An image that cannot be read; the message names it and says why."""
+    """An image that cannot be read; the message, of one line, names it and says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class Crop(Enum):

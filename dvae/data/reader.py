@@ -16,7 +16,7 @@ from dvae.data.labels import check_label
 from dvae.data.manifest import Manifest
 from dvae.data.members import Members
 from dvae.data.remote import Remote
-from dvae.errors import MachineError, UserError, near, one_line
+from dvae.errors import MachineError, UserError, near, one_line, printable_line
 from dvae.utils.read import DamagedFile, check, forbid_extra, parse_json
 
 PNG, JSON = 0, 1  # members of a sample
@@ -179,7 +179,7 @@ class Shards:
             new = index not in self.damaged
             self.damaged[index] = why
         if new and self._report:
-            self._report(f"damaged image {why}; {len(self.damaged)} of {len(self)}, passed over")
+            self._report(printable_line(f"damaged image {why}; {len(self.damaged)} of {len(self)}, passed over"))
         self._refuse_many(index)
 
     def _refuse_many(self, index: int) -> None:

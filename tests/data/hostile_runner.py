@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from hostile_files import MARK, PIXELS
 from hostile_shards import HOSTILE, READERS, Hostile
+from memory_support import forget_peak, status
 
 SECONDS = 10
 """For a case, at most."""
@@ -70,7 +71,7 @@ def _run(kind: str, names: list[str], end: Connection) -> None:
         cases = {case.name: case for case in HOSTILE if case.kind == kind}
         _warm_up(kind)
         sys.addaudithook(lambda event, _: seen.append(event) if event in WATCHED else None)
-        limit = _status("VmSize") + 2 * MEMORY
+        limit = status("VmSize") + 2 * MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         signal.signal(signal.SIGALRM, _late)
         for name in names:
@@ -94,8 +95,7 @@ def _outcome(case: Hostile, seen: list[str]) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         place = case.write(Path(folder))
         seen.clear()  # of what was written
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = forget_peak()
         error, right = "", False
         signal.alarm(SECONDS)
         try:
@@ -107,14 +107,6 @@ def _outcome(case: Hostile, seen: list[str]) -> Outcome:
             error = f"{kind}: {raised}" if known else f"{kind}: {traceback.format_exc()}"
         finally:
             signal.alarm(0)
-        memory = _status("VmHWM") - before
+        memory = status("VmHWM") - before
     traces = [path.name for path in Path.cwd().iterdir() if path.name == MARK]
     return Outcome(right, error, memory, (*seen, *traces))
-
-
-def _status(field: str) -> int:
-    """Bytes of memory of this process, by the name in /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {field}")
