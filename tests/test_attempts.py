@@ -48,7 +48,7 @@ def line(**changes: Any) -> bytes:
         (b"\xff\xfe" + line(), "is not UTF-8 text"),
         (b"[" * 100_000, "line 1: is nested too deeply"),
         (b'{"started": ' + b"9" * 10_000 + b"}", "line 1: is not valid JSON"),
-        (json.dumps({key: ROW[key] for key in ROW if key != "pid"}).encode(), "line 1: pid: Field required"),
+        (json.dumps({key: ROW[key] for key in ROW if key != "pid"}).encode(), "line 1: pid: is missing"),
         (line(pid="7"), "line 1: pid: Input should be a valid integer"),
         (line(pid=-1), "line 1: pid: Input should be greater than or equal to 1"),  # a signal to it goes to everybody
         (line(pid=2**40), "line 1: pid: Input should be less than 2147483648"),

@@ -3,7 +3,6 @@ heavy."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
@@ -11,9 +10,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from dvae import files
 from dvae.errors import MachineError, one_line
+from dvae.utils.fields import Seconds
+from dvae.utils.read import DamagedFile, read_json
 
 FOLDER = "slurm"
 """In the run folder: jobs.json, and a folder by job with its sbatch file and logs."""
@@ -31,11 +35,11 @@ PATIENCE = 60
 class Submitted:
     """A job of a run, as jobs.json holds it."""
 
-    id: str
-    """Its number; that of the whole array where it is one."""
+    id: Annotated[str, Field(pattern="^[0-9]{1,20}$")]
+    """Its number; that of the whole array if it is one."""
     stages: list[str]
     """What it does."""
-    submitted: float
+    submitted: Seconds
     """Seconds since 1970."""
 
 
@@ -71,9 +75,9 @@ def jobs_of(folder: Path) -> list[Submitted]:
     if not path.exists():
         return []
     try:
-        return [Submitted(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise MachineError(f"{path}: is damaged ({one_line(error)}); delete it to go on, the run is safe") from None
+        return read_json(path, list[Submitted])
+    except DamagedFile as error:
+        raise MachineError(f"{path}: is damaged ({error.reason}); delete it to go on, the run is safe") from None
 
 
 def enter(folder: Path, jobs: Iterable[Submitted]) -> None:

@@ -31,6 +31,8 @@ from dvae.errors import MachineError, Stopped, UserError, in_words, one_line
 from dvae.slurm import queue
 from dvae.slurm.rank import ASKS, BYE, HELLO
 from dvae.tracking.console import say
+from dvae.utils.fields import Positive, Seconds
+from dvae.utils.read import check, read_yaml
 from dvae.utils.secrets import guard_streams
 
 LOOK_EVERY = 0.2
@@ -41,6 +43,18 @@ TIME_IS_OVER = ("SIGUSR1", "SIGUSR2")
 """Signals that mean: save and come back."""
 FAILED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[\d,\[\]-]+): (?P<how>.+)")
 """How srun tells of a task that failed."""
+
+
+@dataclass
+class LauncherRecord:
+    """What the supervisor uses of the settings in launchers/slurm.py."""
+
+    max_attempts: Positive
+    retry_seconds: Seconds
+    start_seconds: Seconds
+    signal_seconds: Seconds
+    python: str
+    srun: list[str]
 
 
 @dataclass(frozen=True)
@@ -99,11 +113,21 @@ class Supervisor:
             time.sleep(LOOK_EVERY)
 
     def settings(self) -> dict[str, Any]:
-        """The launcher's settings, as they were when the job was submitted."""
+        """The launcher's settings, as they were when the job was submitted. Raises MachineError if they are damaged."""
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
 
-        config: Any = OmegaConf.load(Path(self.folder) / "config.yaml")
-        return dict(config.launcher)
+        from dvae.utils import env_references as env_references  # settings may refer to the environment
+
+        path = Path(self.folder) / "config.yaml"
+        try:
+            config = OmegaConf.create({"launcher": None} | read_yaml(path))
+            node = config.launcher
+            settings: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        except OmegaConfBaseException as error:
+            raise MachineError(f"{path}: {one_line(error)[:200]}") from None
+        check(LauncherRecord, settings, f"{path}: launcher")
+        return dict(settings)
 
     def give_up(self, job: str, most: int, error: MachineError) -> int:
         """How many attempts in a row have kept nothing, or at most one since something was kept. Raises MachineError

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dvae import config as configuration
 from dvae.attempts import Attempt
 from dvae.errors import MachineError, UserError
 from dvae.launchers.slurm import Slurm, complaint, minutes, outside_any_job
+from dvae.run_folder import write_format
 from dvae.runs import State
 from dvae.slurm import queue, rank, supervisor
 from dvae.slurm.queue import Job, Submitted
@@ -191,6 +193,7 @@ def test_a_ranks_variables() -> None:
 
 def test_jobs_tell_a_runs_state_where_locks_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text("run: x\nstages: [encoder]\ntrain_encoder: {steps: 5, batch: 8}\n")
+    write_format(tmp_path)
     jobs = [Job(id="12", state="PENDING", reason="Priority"), Job(id="13", state="PENDING", reason="Dependency")]
     status = runs.look(tmp_path, jobs)
     assert (status.state, status.message) == (State.waiting, "job 12 waits (Priority), 1 more after it")
@@ -208,6 +211,7 @@ def test_jobs_tell_a_runs_state_where_locks_do_not(tmp_path: Path, monkeypatch: 
 
 def test_jobs_that_end_before_an_attempt_begins_are_a_failure(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: x\nstages: [shards, encoder]\ntrain_encoder: {steps: 5, batch: 8}\n")
+    write_format(tmp_path)
     (tmp_path / queue.FOLDER).mkdir()
     queue.enter(tmp_path, [Submitted(id="12", stages=["shards"], submitted=time.time() - 9)])
     tasks = [Job(id="12_0", state="COMPLETED", reason="None"), Job(id="12_1", state="FAILED", reason="NonZeroExitCode")]
@@ -242,6 +246,64 @@ def test_jobs_are_kept_in_the_run_folder(tmp_path: Path) -> None:
     queue.enter(tmp_path, [first])
     queue.enter(tmp_path, [second])
     assert queue.jobs_of(tmp_path) == [first, second]
-    (tmp_path / queue.FOLDER / queue.FILE).write_text(json.dumps([{"id": 1}]))
-    with pytest.raises(MachineError, match=r"jobs\.json: is damaged"):
+    assert queue.jobs_of(tmp_path / "other") == []
+
+
+JOB: dict[str, object] = {"id": "12", "stages": ["encoder"], "submitted": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "null", "{}", '[{"id": "1", "id": "2"}]', json.dumps([{"id": "1"}]), json.dumps([JOB | {"id": 1}]),
+        json.dumps([JOB | {"id": "--user=root"}]), json.dumps([JOB | {"id": "1,2"}]), json.dumps([JOB | {"id": "1\n"}]),
+        json.dumps([JOB | {"id": ""}]), json.dumps([JOB | {"stages": "encoder"}]), json.dumps([JOB | {"stages": [1]}]),
+        json.dumps([JOB | {"submitted": "now"}]), json.dumps([JOB | {"submitted": 1e300}]), "[" * 100_000, "\xff",
+    ],
+)  # fmt: skip
+def test_damaged_jobs_are_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / queue.FOLDER / queue.FILE
+    path.parent.mkdir()
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(MachineError) as error:
         queue.jobs_of(tmp_path)
+    assert str(error.value).startswith(f"{path}: is damaged (")
+    assert str(error.value).endswith("; delete it to go on, the run is safe")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_jobs_that_are_no_file_are_one_line(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / queue.FOLDER).mkdir()
+    make(tmp_path / queue.FOLDER / queue.FILE)
+    with pytest.raises(MachineError, match=r"jobs\.json: is damaged \(is a \w+, not a file\)"):
+        queue.jobs_of(tmp_path)
+
+
+LAUNCHER = "{max_attempts: 3, retry_seconds: 30, start_seconds: 600, signal_seconds: 120, python: '', srun: [], x: y}"
+
+
+def test_the_supervisor_reads_the_settings_of_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_PYTHON", "apptainer exec python")
+    text = LAUNCHER.replace("python: ''", "python: '${oc.env:MY_PYTHON}'")
+    (tmp_path / "config.yaml").write_text(f"launcher: {text}\nother: ${{oc.env:NOT_THERE}}\n")
+    found = Supervisor(str(tmp_path)).settings()
+    assert (found["max_attempts"], found["python"], found["x"]) == (3, "apptainer exec python", "y")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "a: 1", "launcher: local", "launcher: [1]", "launcher: {}", "launcher: [", "launcher: {a: 1, a: 2}",
+        f"launcher: {LAUNCHER.replace('3', 'many')}", f"launcher: {LAUNCHER.replace('3,', '0,', 1)}",
+        f"launcher: {LAUNCHER.replace('[]', 'word')}", f"launcher: {LAUNCHER.replace('600', '.nan')}",
+        f"launcher: {LAUNCHER.replace('y}', '${nothing}}')}", "launcher: !!python/object:os.system {}",
+        "a: &a {}\nlauncher: *a",
+    ],
+)  # fmt: skip
+def test_damaged_settings_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(MachineError) as error:
+        Supervisor(str(tmp_path)).settings()
+    assert str(error.value).startswith(f"{tmp_path / 'config.yaml'}: ")
+    assert len(str(error.value).splitlines()) == 1
