@@ -6,22 +6,26 @@ at that step, and record.json, what was seen. Figures that are not finite are th
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from dvae import files
 from dvae.data.loader import Batch
 from dvae.errors import MachineError
+from dvae.settings import TRAININGS
 from dvae.stage_names import settings_of
 from dvae.training import ranks
 from dvae.training.engine import Engine
 from dvae.training.stages import Stage
+from dvae.utils.fields import Number, Positive
+from dvae.utils.read import DamagedFile, read_json
 from dvae.weights import save_weights
 
 log = logging.getLogger("dvae")
@@ -30,6 +34,9 @@ SAVED = 3
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
 Figures = dict[str, tuple[float, float]]
 """Sums of a micro-batch's figures: name -> (sum, count)."""
+
+WrittenNumber: TypeAlias = Number | Literal["nan", "inf", "-inf"]
+"""A number in a record; see `written`."""
 
 
 class NotFinite(MachineError):
@@ -117,9 +124,31 @@ def written(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
+class Record(TypedDict):
+    """record.json: a step, its samples, and what was seen."""
+
+    stage: Annotated[str, Field(pattern="^[a-z]+(-[0-9]{1,9})?$")]
+    step: Positive
+    seed: int
+    world_size: Positive
+    micro_batches: Positive
+    """Of each rank."""
+    samples: Annotated[list[int], Field(min_length=1)]
+    indices: list[int]
+    figures: dict[str, WrittenNumber]
+    gradient_norms: dict[str, WrittenNumber]
+    not_finite: dict[str, list[str]]
+
+
 def read(path: Path) -> dict[str, Any]:
-    """The record of a replay bundle. Raises FileNotFoundError or ValueError where there is none."""
-    return dict(json.loads((path / RECORD).read_text(encoding="utf-8")))
+    """The record of a replay bundle. Raises OSError if there is none, DamagedFile if it is damaged."""
+    record: dict[str, Any] = dict(read_json(path / RECORD, Record))
+    parts, samples = record["world_size"] * record["micro_batches"], len(record["samples"])
+    if settings_of(record["stage"]) not in TRAININGS:
+        raise DamagedFile(path / RECORD, f"stage: {record['stage']!r} is no training")
+    if samples % parts or samples != len(record["indices"]):
+        raise DamagedFile(path / RECORD, f"holds {samples} samples, which are not those of {parts} micro-batches")
+    return record
 
 
 class Buffers:

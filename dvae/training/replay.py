@@ -16,16 +16,17 @@ from torch import nn
 from dvae.data.loader import Batch
 from dvae.errors import UserError, one_line
 from dvae.run import Run
-from dvae.settings import RunConfig, TrainingConfig
+from dvae.settings import TRAININGS, RunConfig, TrainingConfig
 from dvae.stage_names import settings_of, stage_of
 from dvae.training import nonfinite
 from dvae.training.batches import open_loader
-from dvae.training.distilling import open_distil
+from dvae.training.distilling import open_distil, round_names
 from dvae.training.engine import Engine, start_distributed
 from dvae.training.joint import open_joint
 from dvae.training.loop import backward
 from dvae.training.stages import Stage
 from dvae.training.work import open_stage
+from dvae.utils.read import DamagedFile
 from dvae.weights import fit_weights, load_weights
 
 
@@ -73,13 +74,13 @@ class Replayed:
 def replay(folder: str, shards: str = "") -> Replayed:
     """Take the step of the replay bundle `folder` once more, up to its gradients; `shards` is as in ReplayConfig.
 
-    The micro-batches of all ranks are taken one after the other, as they lie in the batch. Raises UserError where the
-    bundle and its run do not go together.
+    The micro-batches of all ranks are taken one after the other, as they lie in the batch. Raises UserError for a
+    damaged bundle, and if the bundle and its run do not go together.
     """
     path = Path(folder)
     try:
         record = nonfinite.read(path)
-    except (OSError, ValueError) as error:
+    except (OSError, DamagedFile) as error:
         raise UserError(
             f"bundle={path} is no replay bundle ({one_line(error)}): name a folder nonfinite-STAGE-STEP of a run"
         ) from None
@@ -88,6 +89,7 @@ def replay(folder: str, shards: str = "") -> Replayed:
     config = run.config()
     if shards:
         config.data.shards = shards
+    refuse_other_run(config, record, path)
     training = as_one_process(config, record)
     stage = open_training(run, config, record["stage"])
     batches = recorded_batches(config, training, stage, record, path)
@@ -98,6 +100,20 @@ def replay(folder: str, shards: str = "") -> Replayed:
     for engine in engines.values():
         engine.close()
     return Replayed(record, now, next(iter(first), ""))
+
+
+def refuse_other_run(config: RunConfig, record: dict[str, Any], path: Path) -> None:
+    """Raise UserError if the run has no such training, or one of another batch."""
+    name = record["stage"]
+    known = [each.removeprefix("train_") for each in TRAININGS if each != "train_distil"]
+    if config.distiller is not None:
+        known += round_names(config)
+    training: TrainingConfig = getattr(config, settings_of(name))
+    if name not in known or len(record["samples"]) != training.batch or record["step"] > training.steps:
+        raise UserError(
+            f"bundle={path}: step {record['step']} of {name} with {len(record['samples'])} samples is none of the run "
+            "around it: leave the bundle where it was written"
+        )
 
 
 def open_training(run: Run, config: RunConfig, name: str) -> Stage:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from tests_support import Tool
 
+from dvae import config
 from dvae.errors import UserError
 from dvae.tools.replay import command
+from dvae.training import nonfinite, replay
 from dvae.training.replay import Replayed
 
 
@@ -69,6 +73,61 @@ def test_what_is_no_bundle_is_refused() -> None:
     for words, said in (([], "bundle= is not set"), (["bundle=nowhere"], "bundle=nowhere is no replay bundle")):
         with pytest.raises(UserError, match=said):
             command(words)
+
+
+RECORD: dict[str, Any] = {
+    "stage": "encoder", "step": 3, "seed": 0, "world_size": 2, "micro_batches": 1, "samples": [0, 1], "indices": [5, 6],
+    "figures": {"loss": "nan", "kl": 1.5}, "gradient_norms": {"a": "inf", "b": "-inf", "c": 2},
+    "not_finite": {"figures": []},
+}  # fmt: skip
+
+
+def test_a_record_comes_back_as_written(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps(RECORD))
+    assert nonfinite.read(tmp_path) == RECORD
+
+
+DAMAGED = [
+    "", "{", "null", "[]", "{}", '{"step": 1, "step": 2}', "[" * 100_000, "\xff",
+    *(json.dumps({key: RECORD[key] for key in RECORD if key != name}) for name in RECORD),
+    *(
+        json.dumps(RECORD | change)
+        for change in (
+            {"stage": 3}, {"stage": "../encoder"}, {"stage": "evaluate"}, {"stage": "encoder-" + "9" * 50}, {"step": 0},
+            {"step": "3"}, {"step": 10**30}, {"world_size": 0}, {"world_size": 2**62}, {"micro_batches": 3},
+            {"samples": []}, {"samples": [0.5, 1]}, {"samples": 3}, {"samples": [0]}, {"indices": [5]},
+            {"figures": []}, {"figures": {"loss": "big"}}, {"figures": {"loss": None}}, {"gradient_norms": {"a": [1]}},
+            {"not_finite": ["a"]}, {"not_finite": {"figures": "a"}},
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_record_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "record.json").write_text(text, encoding="latin-1")
+    with pytest.raises(
+        UserError, match=r"is no replay bundle \(.*record\.json: .*\): name a folder nonfinite-"
+    ) as error:
+        command([f"bundle={tmp_path}"])
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_record_that_is_no_file_is_one_line(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "record.json")
+    with pytest.raises(UserError, match=r"record\.json: is a \w+, not a file"):
+        command([f"bundle={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"stage": "distil-4"}, {"samples": [0, 1, 2, 3], "indices": [0, 1, 2, 3]}, {"step": 10**9}]
+)
+def test_a_record_of_another_run_is_refused(tiny: list[str], change: dict[str, Any]) -> None:
+    settings = config.typed(config.compose("train", [*tiny, "train_encoder.batch=2", "run=runs/mine"]))
+    replay.refuse_other_run(settings, RECORD, Path("there"))
+    with pytest.raises(UserError, match=r"bundle=there: step .* is none of the run around it"):
+        replay.refuse_other_run(settings, RECORD | change, Path("there"))
 
 
 def test_the_verdict_compares_what_is_not_finite() -> None:
