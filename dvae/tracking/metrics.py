@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ class MetricsLog:
     step is taken again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lists: Collection[str] = (), limit: int = LIMIT) -> None:
+        """A row may hold lists of whole numbers by the names `lists`. The file has at most `limit` bytes."""
         self.path = path
+        self._lists, self._limit = lists, limit
         self._whole = False
 
     def append(self, row: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ class MetricsLog:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL))
             whole = file.read(TAIL).rpartition(b"\n")[0].splitlines()
-        return [_row(line, self.path) for line in (whole[1:] if size > TAIL else whole)]
+        return [_row(line, self.path, self._lists) for line in (whole[1:] if size > TAIL else whole)]
 
     def newest(self) -> dict[str, Any] | None:
         """The last whole row; None where there is none."""
@@ -78,11 +81,11 @@ class MetricsLog:
         """The whole lines, as text and as rows."""
         if not self.path.exists():
             return []
-        whole, _, _ = read_bytes(self.path, LIMIT).rpartition(b"\n")
+        whole, _, _ = read_bytes(self.path, self._limit).rpartition(b"\n")
         pairs = []
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                row = _row(line, f"line {number}")
+                row = _row(line, f"line {number}", self._lists)
             except DamagedFile as error:
                 raise MachineError(
                     f"{self.path}: line {number} is damaged ({error.reason}); delete that line to go on"
@@ -106,8 +109,8 @@ class MetricsLog:
         self._whole = True
 
 
-def _row(line: bytes, what: object) -> dict[str, Any]:
-    """The row in one line; `what` names it. Raises DamagedFile if it is none."""
+def _row(line: bytes, what: object, lists: Collection[str]) -> dict[str, Any]:
+    """The row in one line; `what` names it, and `lists` its lists of numbers. Raises DamagedFile if it is none."""
     row = parse_json(line, what)
     if not isinstance(row, dict):
         raise DamagedFile(what, "is no row: not an object")
@@ -115,6 +118,8 @@ def _row(line: bytes, what: object) -> dict[str, Any]:
     if not (isinstance(stage, str) and stage and type(step) is int and step >= 0):
         raise DamagedFile(what, 'is no row: it has no "stage" (text) and "step" (a whole number from 0)')
     for key, value in row.items():
+        if key in lists and isinstance(value, list) and all(type(one) is int for one in value):
+            continue
         if not key.isprintable() or not _is_figure(value) or (key in NUMBERS and isinstance(value, str)):
             raise DamagedFile(what, f"is no row: {key[:80]!r} is {repr(value)[:80]}")
     return row

@@ -17,6 +17,10 @@ from dvae.utils.read import DamagedFile, read_json
 
 DAMAGED = "damaged.json"
 """In the run folder: images that were found damaged, by split: index -> file, key and reason."""
+LISTS = ("samples", "indices")
+"""Lists in a row of the record of samples."""
+SAMPLES_LIMIT = 2**33
+"""Bytes of that record, at most: some million steps of 512 images."""
 LONGEST = 1000
 """Characters of a reason that are kept."""
 
@@ -44,7 +48,7 @@ class Feed:
         log_samples: bool,
     ) -> None:
         self._loader, self._shards, self._training, self._stage, self._run = loader, shards, training, stage, run
-        self._log = MetricsLog(samples_file(run, stage)) if log_samples else None
+        self._log = MetricsLog(samples_file(run, stage), LISTS, SAMPLES_LIMIT) if log_samples else None
         self._next: int | None = None
         self._shared: set[int] = set(shards.damaged) if shards else set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,33 @@ def test_a_record_of_damage_is_added_to(folder: Path, tmp_path: Path):
     (tmp_path / feeding.DAMAGED).write_text("{")
     with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it"):
         known_damage(tmp_path, "train")
+
+
+DAMAGE_RECORDS = [
+    "", "[]", "7", '{"train": []}', '{"train": {"x": "y"}}', '{"train": {"1": 2}}', '{"train": {"1.5": "y"}}',
+    '{"train": {}, "train": {}}', "[" * 10**5, '{"train": {"' + "9" * 5000 + '": "y"}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGE_RECORDS)
+def test_a_record_of_damage_that_is_none(tmp_path: Path, text: str):
+    (tmp_path / feeding.DAMAGED).write_text(text)
+    with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it") as error:
+        known_damage(tmp_path, "train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.timeout(10)
+def test_a_record_of_damage_that_is_no_file(tmp_path: Path):
+    path = tmp_path / feeding.DAMAGED
+    for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        make(path)
+        with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it"):
+            known_damage(tmp_path, "train")
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_record_of_damage_of_other_shards_is_named(folder: Path, tmp_path: Path):
+    (tmp_path / feeding.DAMAGED).write_text('{"train": {"40": "x"}}')
+    with pytest.raises(MachineError, match=r"image 40 is recorded as damaged, but .* has 40 images"):
+        Shards(folder).know(known_damage(tmp_path, "train"))
