@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +26,23 @@ from dvae import bundle, directions, editing
 from dvae import config as configuration
 from dvae import pipeline as pipelines
 from dvae.data.images import to_uint8
-from dvae.errors import UserError
+from dvae.errors import UserError, near
 from dvae.noise import Between
+from dvae.page_guard import EVERYWHERE, Guard
 from dvae.pipeline import Pipeline
 from dvae.registry import SAMPLERS
 from dvae.registry.samplers import that_integrate
 from dvae.tracking.console import say
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported
+FOLDER = Path(tempfile.gettempdir()) / f"dvae-page-{secrets.token_hex(8)}"
+"""Where the pictures of this process lie while it serves."""
+os.environ["GRADIO_TEMP_DIR"] = str(FOLDER)  # gradio reads this and the next when it is imported
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 try:
+    import fastapi
     import gradio
+    import uvicorn
 except ImportError:
     raise UserError("the page needs gradio, which is not installed: pip install 'dvae[page]'") from None
 
@@ -40,6 +54,18 @@ STRIP = 8
 """Images of an interpolation."""
 STRENGTH = 4.0
 """Greatest strength of the slider, either way."""
+SEEDS = 2**53 - 1
+"""Largest seed; a browser has no larger whole number."""
+NUMBERS = 2**31 - 1
+"""Largest number of an image of a seed."""
+STEPS = 250
+"""Most steps, unless the run's own sampler takes more."""
+KEPT, LOOKED = 600, 60
+"""Seconds that a picture is kept for the browser, and between looks for older ones."""
+WAITING = 16
+"""Calls that may wait for the one that is computed."""
+CONNECTIONS = 500
+"""Connections at a time."""
 FAMILY = ["system-ui", "sans-serif"]
 """Fonts of the reader's machine: none is fetched."""
 
@@ -51,9 +77,9 @@ class PageConfig:
     run: str = MISSING
     """A run folder or a bundle."""
     host: str = "127.0.0.1"
-    """Address that it listens on; 0.0.0.0 lets other machines in, whoever they are."""
+    """Address that it listens on; 0.0.0.0 lets other machines in, whoever they are, and under any name."""
     port: int = 7860
-    """Port that it listens on."""
+    """Port that it listens on (0: any that is free)."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
 
@@ -61,8 +87,39 @@ class PageConfig:
 ConfigStore.instance().store(name="page_schema", node=PageConfig, provider="dvae")
 
 
+def whole(name: str, value: object, least: int, most: int) -> int:
+    """A whole number that a browser has sent. Raises UserError if it is none, or not from `least` to `most`."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"{name}={_shown(value)}: give a whole number from {least} to {most}")
+    return value
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """A number that a browser has sent. Raises UserError if it is none, or not from `least` to `most`."""
+    if type(value) not in (int, float) or not least <= value <= most:  # type: ignore[operator]
+        raise UserError(f"{name}={_shown(value)}: give a number from {least:g} to {most:g}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def choice(name: str, value: object, known: Collection[str]) -> str:
+    """One of `known`. Raises UserError, naming the nearest, for anything else."""
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{name}={_shown(value)}: {near(str(value)[:40], known)}")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value of any size and kind in few characters."""
+    return "(a huge number)" if type(value) is int and abs(value) > 10**40 else repr(value)[:40]
+
+
 class Player:
-    """What the page shows, as pictures (H, W, 3) uint8; image k of a seed is that of tools/sample.py."""
+    """What the page shows, as pictures (H, W, 3) uint8; image k of a seed is that of tools/sample.py.
+
+    Values come from a browser, and are checked here. Raises UserError for any that the page would not send.
+    """
 
     def __init__(self, pipeline: Pipeline, known: dict[str, directions.Direction]) -> None:
         denoiser, own = pipeline.models.denoiser, SAMPLERS.name_of(pipeline.models.sampler)
@@ -70,42 +127,51 @@ class Player:
         self.known: dict[str, directions.Direction | int] = {**known}
         self.known |= {f"component {k}": k for k in range(1, denoiser.config.pca_components + 1)}
         self.samplers = sorted({own, *that_integrate(denoiser.diffusion, denoiser.io)})
+        self.most_steps = max(STEPS, pipeline.models.sampler.config.steps)
+        self.spaces = [each.name for each in Between] if pipeline.models.generates else [Between.noise.name]
 
-    def draw(self, seed: float, sampler: str, steps: float) -> tuple[np.ndarray | None, np.ndarray, str]:
-        """SHOWN images of a seed: before refinement, where there is such a thing, and refined; and what they took."""
+    def draw(self, seed: object, sampler: object, steps: object) -> tuple[np.ndarray | None, np.ndarray, str]:
+        """SHOWN images of a seed: before refinement, if there is such a thing, and refined; and what they took."""
+        own = whole("seed", seed, 0, SEEDS)
         with self._using(sampler, steps):
-            vae, refined = self.pipeline.generate(SHOWN, int(seed))
+            vae, refined = self.pipeline.generate(SHOWN, own)
         return None if vae is None else mosaic(vae, 4), mosaic(refined, 4), self._took()
 
     def edit(
-        self, seed: float, number: float, direction: str, strength: float, sampler: str, steps: float
+        self, seed: object, image: object, direction: object, strength: object, sampler: object, steps: object
     ) -> tuple[np.ndarray, str]:
         """An image of a seed beside itself moved along a direction, or with a principal component put at the strength;
         above them what they were refined from."""
-        along, given = self.known[direction], self.pipeline.drawn_for([int(number)], int(seed))
+        chosen, own_seed = whole("image", image, 0, NUMBERS), whole("seed", seed, 0, SEEDS)
+        along = self.known[choice("direction", direction, self.known)]
+        wanted = number("strength", strength, -STRENGTH, STRENGTH)
+        given = self.pipeline.drawn_for([chosen], own_seed)
         if isinstance(along, int):
             own = float(self.pipeline.models.denoiser.whitening(given.z)[0, along - 1])
             unit = f"as it is, component {along} stands at {own:.2f} standard deviations"
         else:
             own, unit = 0.0, f"strength 1: {along.unit}"
-        strengths = [own, float(strength)]
+        strengths = [own, wanted]
         z = editing.along(self.pipeline, along)(given.z.repeat_interleave(2, 0), torch.tensor(strengths).to(given.z))
         with self._using(sampler, steps):
-            refined = self.pipeline.edit([int(number)], along, strengths, int(seed))[0]
+            refined = self.pipeline.edit([chosen], along, strengths, own_seed)[0]
         return mosaic(torch.cat([to_uint8(self.pipeline.decode(z)).cpu(), refined]), 2), unit
 
     def interpolate(
-        self, seed: float, first: float, last: float, space: str, sampler: str, steps: float
+        self, seed: object, first: object, last: object, space: object, sampler: object, steps: object
     ) -> tuple[np.ndarray, str]:
         """A strip from one image of a seed to another."""
+        ends = whole("from image", first, 0, NUMBERS), whole("to image", last, 0, NUMBERS)
+        own, between = whole("seed", seed, 0, SEEDS), choice("space", space, self.spaces)
         with self._using(sampler, steps):
-            strip = self.pipeline.interpolate(int(first), int(last), space, STRIP, int(seed))[0]
+            strip = self.pipeline.interpolate(*ends, between, STRIP, own)[0]
         return mosaic(strip, STRIP), self._took()
 
-    def _using(self, sampler: str, steps: float) -> AbstractContextManager[None]:
+    def _using(self, sampler: object, steps: object) -> AbstractContextManager[None]:
         """The run's own sampler keeps its other fields."""
-        own = SAMPLERS.name_of(self.pipeline.models.sampler)
-        return self.pipeline.using(None if sampler == own else sampler, steps=int(steps))
+        own, chosen = SAMPLERS.name_of(self.pipeline.models.sampler), choice("sampler", sampler, self.samplers)
+        taken = whole("steps", steps, 1, self.most_steps)
+        return self.pipeline.using(None if chosen == own else chosen, steps=taken)
 
     def _took(self) -> str:
         return f"{self.pipeline.nfe:g} network evaluations per image"
@@ -122,6 +188,7 @@ def mosaic(images: torch.Tensor, columns: int) -> np.ndarray:
 def told(act: Callable[..., Any]) -> Callable[..., Any]:
     """The same, but what the user can mend is told on the page."""
 
+    @functools.wraps(act)
     def acted(*values: Any) -> Any:
         try:
             return act(*values)
@@ -139,19 +206,23 @@ def build(player: Player, title: str) -> gradio.Blocks:
     def picture(label: str, visible: bool = True) -> gradio.Image:
         return gradio.Image(label=label, format="png", interactive=False, visible=visible, buttons=["download"])
 
-    def number(label: str, value: int) -> gradio.Number:
+    def entry(label: str, value: int) -> gradio.Number:
         return gradio.Number(value, label=label, precision=0, minimum=0)
 
-    with gradio.Blocks(title=title, analytics_enabled=False) as page:
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(LOOKED, KEPT)) as page:
         gradio.Markdown(f"# {title}")
         with gradio.Row():
-            seed = number("seed", 0)
+            seed = entry("seed", 0)
             sampler = gradio.Dropdown(player.samplers, value=SAMPLERS.name_of(own), label="sampler")
-            steps = gradio.Slider(1, 250, value=own.config.steps, step=1, label="steps")
+            steps = gradio.Slider(1, player.most_steps, value=own.config.steps, step=1, label="steps")
 
         def acts(button: gradio.Button, act: Callable[..., Any], given: list[Any], shown: list[Any]) -> None:
-            # one at a time: the sampler that a call uses is the pipeline's
-            button.click(told(act), given, shown, concurrency_id="pipeline", concurrency_limit=1)
+            # one at a time: the sampler that a call uses is the pipeline's. Values come as they were sent, since
+            # gradio's own checks of them fail with a traceback at a text in the place of a number.
+            button.click(
+                told(act), given, shown, concurrency_id="pipeline", concurrency_limit=1, preprocess=False,
+                api_name=act.__name__,
+            )  # fmt: skip
 
         with gradio.Tab("Draw"):
             button = gradio.Button("Draw images", variant="primary")
@@ -162,42 +233,74 @@ def build(player: Player, title: str) -> gradio.Blocks:
         if player.known and not latent:
             with gradio.Tab("Edit"):
                 with gradio.Row():
-                    image = number("image of the seed", 0)
+                    image = entry("image of the seed", 0)
                     direction = gradio.Dropdown(list(player.known), label="direction")
                     strength = gradio.Slider(-STRENGTH, STRENGTH, value=1.0, step=0.25, label="strength")
                 button = gradio.Button("Edit the image", variant="primary")
                 edited, unit = picture("as it is, and edited; above, what each was refined from"), gradio.Markdown()
                 acts(button, player.edit, [seed, image, direction, strength, sampler, steps], [edited, unit])
         with gradio.Tab("Interpolate"):
-            spaces = [each.name for each in Between] if drawn else [Between.noise.name]
             with gradio.Row():
-                first, last = number("from image", 0), number("to image", 1)
-                space = gradio.Dropdown(spaces, value=spaces[-1], label="what changes")
+                first, last = entry("from image", 0), entry("to image", 1)
+                space = gradio.Dropdown(player.spaces, value=player.spaces[-1], label="what changes")
             button = gradio.Button("Draw the strip", variant="primary")
             strip, said = picture("from one to the other"), gradio.Markdown()
             acts(button, player.interpolate, [seed, first, last, space, sampler, steps], [strip, said])
-    return page
+    return page.queue(max_size=WAITING, api_open=False)
+
+
+def application(page: gradio.Blocks, host: str) -> Guard:
+    """The web application of the page, behind its guard."""
+    around = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    look = gradio.themes.Default(font=FAMILY, font_mono=["monospace"])
+    app = gradio.mount_gradio_app(
+        around, page, "/", footer_links=[], run_history=False, theme=look, show_error=False, max_file_size=1,
+        ssr_mode=False, mcp_server=False, pwa=False,
+    )  # fmt: skip
+    inputs: dict[str | int, int] = {index: len(function.inputs) for index, function in page.fns.items()}
+    inputs |= {str(function.api_name): len(function.inputs) for function in page.fns.values()}
+    return Guard(app, host, FOLDER, inputs)
+
+
+def listen(settings: PageConfig) -> socket.socket:
+    """The socket that the page is served on. Raises UserError if there is no such address, or the port is taken."""
+    host = settings.host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, settings.port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port={settings.port} is taken: use another port=") from None
+        raise UserError(f"host={settings.host} port={settings.port}: {error.strerror or error}") from None
+    except OverflowError:
+        raise UserError(f"port={settings.port}: use 0 to 65535") from None
+
+
+@contextmanager
+def own_folder() -> Iterator[None]:
+    """A folder that nobody else can read, while the block runs."""
+    FOLDER.mkdir(mode=0o700)
+    try:
+        yield
+    finally:
+        shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 def serve(settings: PageConfig) -> None:
-    """Serve the page until the process is ended. Raises UserError where the port is taken, or the run draws points."""
+    """Serve the page until the process is ended. Raises UserError if the port is taken, or the run draws points."""
     pipeline = pipelines.load(settings.run)
     configuration.refuse_points(pipeline.config, settings.run)
     vector = "encoder" in pipeline.models.trained() and not pipeline.models.latent_space
     known = directions.store.load_all(bundle.folder_of(settings.run)) if vector else {}
-    name = Path(settings.run).resolve().name
-    page = build(Player(pipeline, known), f"{pipeline.config.recipe}: {name}")
-    try:
-        page.launch(
-            server_name=settings.host,
-            server_port=settings.port,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            run_history=False,
-            theme=gradio.themes.Default(font=FAMILY, font_mono=["monospace"]),
-        )
-    except OSError:
-        raise UserError(f"port={settings.port} is taken: use another port=") from None
-    say(f"http://{settings.host}:{settings.port} (Ctrl-C ends it)")
-    page.block_thread()
+    title = f"{pipeline.config.recipe}: {Path(settings.run).resolve().name}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed
+    with listen(settings) as listener, own_folder():
+        guarded = application(build(Player(pipeline, known), title), settings.host)
+        shown = "127.0.0.1" if settings.host in EVERYWHERE else settings.host
+        say(f"http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends it)")
+        config = uvicorn.Config(
+            guarded, log_level="warning", http="h11", ws="none", lifespan="on", limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=1, server_header=False,
+        )  # fmt: skip
+        with suppress(KeyboardInterrupt):  # that is how it ends
+            uvicorn.Server(config).run([listener])

@@ -24,6 +24,7 @@ from tests_support import ROOT, Tool, environment
 import dvae
 from dvae import bundle, config, directions, models
 from dvae.directions import Direction, Method
+from dvae.model_config import model_config
 from dvae.pipeline import Pipeline
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -40,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     folder = tmp_path_factory.mktemp("page") / "bundle"
-    bundle.export(folder, config.to_yaml(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle.export(folder, config.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
     directions.save(folder, [Direction("wide", torch.linspace(-1, 1, 8), Method.pca, "one standard deviation")])
     return folder
 
@@ -61,8 +62,8 @@ def address(run: Path) -> Iterator[str]:
             said += line
         yield found[0]
     finally:
-        server.kill()
-        server.wait()
+        server.terminate()  # it removes its folder then
+        server.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: lis
 
     words = [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32", "denoiser.pca_components=2"]
     made = config.typed(config.compose("train", words))
-    player = Player(Pipeline(made, models.build(made)), {})
+    player = Player(Pipeline(model_config(made), models.build(made)), {})
     assert list(player.known) == ["component 1", "component 2"]
     assert "ddim" in player.samplers
     assert "consistency" not in player.samplers  # for refiners that were distilled for it
@@ -189,7 +190,7 @@ def test_a_latent_that_is_a_map_is_edited() -> None:
         "denoiser.condition_latent=false", "denoiser.data_scale=1",
     ]  # fmt: skip
     made = config.typed(config.compose("train", words))
-    pipeline = Pipeline(made, models.build(made))
+    pipeline = Pipeline(model_config(made), models.build(made))
     shape = pipeline.models.io.latent
     assert len(shape) == 3
     wide = Direction("wide", torch.ones(shape), Method.pca, "one standard deviation")

@@ -8,7 +8,8 @@ USAGE = """usage: python tools/page.py run=FOLDER [port=7860] [host=127.0.0.1]
 
 Serves a page on this machine: draw images, move them along directions that tools/directions.py has found, interpolate,
 compare what comes before refinement with what comes after, change sampler and steps. run= takes a run folder or a
-bundle. Nobody else reaches it unless host= says so; there is no password."""
+bundle. Nobody else reaches it unless host= says so; there is no password. It accepts no uploads, and requests for its
+own address alone; host=0.0.0.0 answers under any name."""
 
 
 def command(argv: list[str]) -> None:

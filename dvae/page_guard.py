@@ -1,0 +1,199 @@
+"""What the page's server answers at all: a layer around the web application (ASGI), before it sees a request.
+
+The page shows pictures that this machine computes, and takes a few numbers and names. So no upload is accepted, every
+body is small, and only the addresses that the page uses exist. A site elsewhere that the user visits must not use the
+page through the user's browser: requests of another origin, or for another host, are refused (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from dvae.errors import one_line
+from dvae.tracking.console import say
+from dvae.utils.read import DamagedFile, parse_json
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LARGEST_BODY = 64 * 2**10
+"""Bytes of a request's body; those of the page have some hundred."""
+SECONDS = 10.0
+"""Time in which a body must arrive."""
+LONGEST_TEXT = 1000
+"""Characters of a text in a body."""
+API = "/gradio_api"
+GET = re.compile(
+    r"/|/(config|theme\.css|robots\.txt|favicon\.ico|manifest\.json)/?|/(assets|static|svelte)/.+|"
+    rf"{API}/(info|app_id|theme\.css|queue/data)/?|{API}/(heartbeat|call/[a-z_0-9]+)/[\w-]+|{API}/file=.+"
+)
+"""Addresses that a browser reads. All others of the application are closed: uploads, proxies, streams, editors, ..."""
+POST = re.compile(rf"{API}/(?:(queue/join)|call/([a-z_0-9]+)|cancel|reset)/?")
+"""Addresses to which a browser sends."""
+FILE = f"{API}/file="
+ALWAYS = {"localhost", "127.0.0.1", "::1"}
+EVERYWHERE = {"0.0.0.0", "::", ""}
+"""Hosts to listen on that let in other machines, which know this one by any name."""
+
+
+class Refused(Exception):
+    """A request that is not answered: the HTTP status, and why."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status, self.why = status, why
+
+
+class Guard:
+    """The application `app` behind these rules; it listens on `host`, and its pictures lie in `folder`.
+
+    `inputs` tells how many values each function of the page takes, by its name and by its number.
+    """
+
+    def __init__(self, app: Application, host: str, folder: Path, inputs: Mapping[str | int, int]) -> None:
+        self.app, self.host, self.folder, self.inputs = app, host.strip("[]").lower(), folder.resolve(), inputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            try:
+                self._check_names(scope)
+                self._check_address(scope["method"], scope["path"])
+                body = await asyncio.wait_for(_body(scope, receive), SECONDS)
+                if scope["method"] == "POST":
+                    self._check_call(scope["path"], parse_call(body))
+            except TimeoutError:
+                await _answer(send, 408, "the body did not arrive")
+            except Refused as refused:
+                await _answer(send, refused.status, refused.why)
+            else:
+                await self._pass_on(scope, _again(body, receive), send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer."""
+        # pictures are small: nobody needs a part of one
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"range"]
+        try:
+            await self.app({**scope, "headers": headers}, receive, send)
+        except Exception as error:  # noqa: BLE001 told in a line: a traceback for each bad request would fill the log
+            say(f"the page could not answer {scope['path'][:80]!r}: {type(error).__name__}: {one_line(error)[:200]}")
+
+    def _check_names(self, scope: Scope) -> None:
+        """Raise Refused for a request for another host, or of a page from elsewhere."""
+        hosts, origins = _header(scope, b"host"), _header(scope, b"origin")
+        if len(hosts) != 1 or len(origins) > 1:
+            raise Refused(400, "a request has one host and one origin")
+        name = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d{1,5})?", hosts[0], re.IGNORECASE | re.ASCII)
+        if name is None:
+            raise Refused(400, "no host")
+        asked = (name[1] or name[2]).lower()
+        if self.host not in EVERYWHERE and asked not in {self.host, *ALWAYS}:
+            raise Refused(403, f"this page is not at that host: start it with host={asked[:80]} if it should be")
+        if origins and origins[0].lower() not in {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}:
+            raise Refused(403, "a page of another origin may not use this one")
+
+    def _check_address(self, method: str, path: str) -> None:
+        """Raise Refused for an address that the page does not use, and for files that it did not make."""
+        known = {"GET": GET, "HEAD": GET, "POST": POST}.get(method)
+        if known is None:
+            raise Refused(405, "GET, HEAD and POST alone")
+        if not known.fullmatch(path) or ".." in path.split("/"):
+            raise Refused(403, "this page has no such address, and takes no files")
+        if path.startswith(FILE):
+            try:
+                real = Path(os.path.realpath(path.removeprefix(FILE)))
+            except (OSError, ValueError):
+                raise Refused(403, "no such picture") from None
+            if not real.is_relative_to(self.folder) or not real.is_file():
+                raise Refused(403, "no such picture")
+
+    def _check_call(self, path: str, call: dict[str, Any]) -> None:
+        """Raise Refused for a call of no function of the page, or with another number of values than it takes."""
+        address = POST.fullmatch(path)
+        assert address is not None  # by _check_address
+        if not (address[1] or address[2]):
+            return
+        function = call.get("fn_index") if address[1] else address[2]
+        wanted = self.inputs.get(function) if isinstance(function, (int, str)) else None
+        if wanted is None:
+            raise Refused(404, "the page has no such function")
+        if len(call.get("data", [])) != wanted:
+            raise Refused(400, f"this function takes {wanted} values")
+
+
+def parse_call(body: bytes) -> dict[str, Any]:
+    """The fields of a call, with the values for a function under "data".
+
+    Raises Refused for a body that is no JSON object of plain values: the application would take a mapping in the place
+    of a number for a file, and fetch it.
+    """
+    try:
+        value = parse_json(body or b"{}", "the body")
+    except DamagedFile as error:
+        raise Refused(400, error.reason[:200]) from None
+    if not isinstance(value, dict):
+        raise Refused(400, "the body is no JSON object")
+    data = value.get("data", [])
+    others = (item for name, item in value.items() if name != "data")
+    if not isinstance(data, list) or not all(map(_is_plain, [*data, *others])):
+        raise Refused(400, "the body holds more than numbers and names")
+    return value
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, str):
+        return len(value) <= LONGEST_TEXT
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _header(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]
+
+
+async def _body(scope: Scope, receive: Receive) -> bytes:
+    """The body. Raises Refused if it is too long: at once if it says so, else when it has become so."""
+    too_long = Refused(413, f"a request has at most {LARGEST_BODY} bytes")
+    for length in _header(scope, b"content-length"):
+        if not (length.isascii() and length.isdecimal() and len(length) < 10 and int(length) <= LARGEST_BODY):
+            raise too_long
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise Refused(400, "the client left")
+        body += message.get("body", b"")
+        if len(body) > LARGEST_BODY:
+            raise too_long
+        if not message.get("more_body", False):
+            return body
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """What hands over `body` and then whatever comes: that the client has left."""
+    first = True
+
+    async def receive_again() -> MutableMapping[str, Any]:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return receive_again
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    # the rest of a long body is not read: the connection ends
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode("utf-8", "replace")})
