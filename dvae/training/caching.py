@@ -60,7 +60,8 @@ def keep_posteriors(run: Run, config: RunConfig, made: Models) -> None:
 def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
     """Where the refiner's training has z from: the cache where that stage was run, else memory where that suffices."""
     if "cache" in run.records():
-        opened = cache.Cache(Path(config.cache.folder), about(run, config, made))
+        shape = (config.channels, config.image_size, config.image_size)
+        opened = cache.Cache(Path(config.cache.folder), about(run, config, made), shape)
         return Reconstructions(opened, config.seed) if opened.about.draws else Posteriors(opened.posteriors)
     if config.data.flip or "encoder" not in made.trained():
         return Encoded(made.encoder)

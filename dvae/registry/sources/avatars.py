@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import json
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,6 +16,7 @@ from dvae.data.images import decode
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources import SOURCES, Item, Source
+from dvae.utils.read import parse_json
 
 # Natural and dyed tones that stay apart at 32 pixels; DiceBear's own palettes are mostly shades of brown.
 SKIN = ["#f6cfb2", "#e0a982", "#bd8058", "#8a5640"]
@@ -130,7 +130,8 @@ def _definition(style: str) -> dict[str, Any]:
         text = (importlib.resources.files("dicebear_styles") / f"{style}.json").read_text("utf-8")
     except ModuleNotFoundError as error:
         raise UserError(f"source=avatars needs {error.name}: pip install 'dvae[demo]'") from None
-    return json.loads(text)
+    definition: dict[str, Any] = parse_json(text, f"{style}.json")
+    return definition
 
 
 @functools.cache
