@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from threading import Thread
 from types import TracebackType
 from typing import Any
 
 from dvae import files
-from dvae.errors import MachineError
+from dvae.errors import MachineError, printable_line
 from dvae.training import ranks
+from dvae.utils.fields import Count, Seconds
+from dvae.utils.read import JSON_LIMIT, DamagedFile, check, forbid_extra, parse_json, read_bytes, read_json
 
 log = logging.getLogger("dvae")
 HASHES = "hashes.json"
 STATE = "state.json"
+NAME = re.compile(r"step-[0-9]{8,18}")
+"""Of the folder of a checkpoint."""
+Sums = dict[str, tuple[float, float]]
+"""Sums and counts of figures since the last row of metrics."""
 Write = Callable[[Path], list[Path]]
 """Writes one rank's files into a folder, and says which they are."""
 
@@ -109,16 +117,16 @@ class Checkpoints:
         spare = self._paths()[self.keep :]
         for old in spare:
             if not self.keep_every or _step(old) % self.keep_every:
-                shutil.rmtree(old)
+                _remove(old)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Folder and state of the newest good checkpoint; a damaged one is named in the log and passed over."""
         files.remove_leftovers(self.folder)
         for path in self._paths():
-            fault = damage(path)
-            if fault is None:
-                return path, json.loads((path / STATE).read_text(encoding="utf-8"))
-            log.warning("checkpoint %s is damaged (%s): passing over it", path, fault)
+            try:
+                return path, read_checked(path)
+            except (DamagedFile, OSError) as error:
+                log.warning("checkpoint %s is damaged (%s): passing over it", path, _reason(path, error))
         return None
 
     def steps(self) -> list[int]:
@@ -126,37 +134,85 @@ class Checkpoints:
         return sorted(_step(path) for path in self._paths())
 
     def checked(self, step: int) -> Path:
-        """The folder of a checkpoint that is there. Raises MachineError where it is damaged."""
+        """The folder of a checkpoint that is there. Raises MachineError if it is damaged."""
         path = self._path(step)
-        fault = damage(path)
-        if fault:
-            raise MachineError(f"checkpoint {path} is damaged ({fault}): take another step, of {self.steps()}")
+        try:
+            read_checked(path)
+        except (DamagedFile, OSError) as error:
+            reason = _reason(path, error)
+            raise MachineError(
+                f"checkpoint {path} is damaged ({reason}): take another step, of {self.steps()}"
+            ) from None
         return path
 
     def drop_after(self, step: int) -> None:
         """Remove checkpoints beyond `step`: they are damaged, and their steps are about to be taken again."""
         for path in self._paths():
             if _step(path) > step:
-                shutil.rmtree(path)
+                _remove(path)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
     def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
 
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
-    try:
-        hashes = json.loads((path / HASHES).read_text(encoding="utf-8"))
-        for name, expected in hashes.items():
-            if files.sha256(path / name) != expected:
-                return f"{name} does not match its hash"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
+def _reason(path: Path, error: Exception) -> str:
+    """Why the checkpoint at `path` is damaged."""
+    return printable_line(error).removeprefix(f"{path}: ")
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or what lies in its place; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@forbid_extra
+@dataclass
+class SavedState:
+    """state.json: dvae.training.loop.State, and the sums of the other ranks."""
+
+    step: Count
+    seconds: Seconds = 0.0
+    window_seconds: Seconds = 0.0
+    skipped: Count = 0
+    sums: Sums = field(default_factory=dict)
+    others: list[Sums] = field(default_factory=list)
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """The state of the checkpoint in the folder `path`, if the folder holds exactly the files that were saved.
+
+    Raises DamagedFile or OSError if a file is missing, differs from its hash, is not listed or lies elsewhere, and for
+    values of the wrong type.
+    """
+    if path.is_symlink() or not path.is_dir():
+        raise DamagedFile(path, "is not a folder")
+    hashes = read_json(path / HASHES, dict[str, str])
+    root, listed = path.resolve(), {HASHES}
+    for name, expected in hashes.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or not (path / name).resolve().is_relative_to(root):
+            raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which lies outside the checkpoint")
+        if files.sha256(path / name) != expected:
+            raise DamagedFile(path, f"{name[:80]} does not match its hash")
+        listed.add(str(place))
+    for item in sorted(path.rglob("*")):
+        name = item.relative_to(path).as_posix()
+        if name not in listed and (item.is_symlink() or not item.is_dir()):
+            raise DamagedFile(path, f"{name[:80]!r} is there and not listed in {HASHES}")
+    if STATE not in listed:
+        raise DamagedFile(path, f"{STATE} is not listed in {HASHES}")
+    state: dict[str, Any] = parse_json(read_bytes(path / STATE, JSON_LIMIT), path / STATE)
+    if check(SavedState, state, path / STATE).step != _step(path):
+        raise DamagedFile(path / STATE, f"is the state of step {state['step']}")
+    return state

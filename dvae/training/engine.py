@@ -173,19 +173,29 @@ class Engine:
         return pack(fragments, buffers(self.module) if ranks.rank() == 0 else {})
 
     def load(self, folder: Path) -> None:
-        """Take up the state in `folder`, whatever number of ranks and ZeRO stage wrote it; every rank takes part."""
+        """Take up the state in `folder`, whatever number of ranks and ZeRO stage wrote it; every rank takes part.
+
+        Raises MachineError if the files are damaged, or belong to another model.
+        """
         saved = Saved(folder)
         own = {name for name, _ in self.module.named_parameters()}
         for name in sorted(own ^ saved.shapes.keys()):
             raise MachineError(f"{folder}: {name!r} is not in both the checkpoint and the model: another version's?")
+        own_buffers, kept = buffers(self.module), saved.buffers()
+        for name in sorted(own_buffers.keys() - kept.keys()):
+            raise MachineError(f"{folder}: {name!r} is not in the checkpoint: another version's?")
+        shapes = saved.shapes | {name: tuple(value.shape) for name, value in kept.items()}
+        for name, value in [*self.module.named_parameters(), *own_buffers.items()]:
+            shape = tuple(getattr(value, "ds_shape", value.shape))
+            if shapes[name] != shape:
+                raise MachineError(f"{folder}: {name!r} is {shapes[name]} in the checkpoint, {shape} in the model")
         self._make_room(saved)
         for fragment in self._fragments():
             for kind, values in fragment.values.items():
                 values.copy_(saved.read(kind, fragment.name, fragment.start, values.numel()))
         if self.config.zero_stage:
             self._refresh(saved)
-        kept = saved.buffers()
-        for name, buffer in buffers(self.module).items():
+        for name, buffer in own_buffers.items():
             buffer.copy_(kept[name])
 
     def _held(self) -> Iterator[Holder]:

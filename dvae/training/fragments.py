@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dvae.errors import MachineError, one_line
+from dvae.utils.fields import Count
+from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
 
 WEIGHT, BUFFER, STEP = "weight", "buffer", "step"
 """Kinds of values beside those of the optimiser (exp_avg, exp_avg_sq, ema, ...), and the count of its steps."""
@@ -72,8 +76,21 @@ def copied(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
 
 
+@dataclass
+class LayoutEntry:
+    """What a file says of its run of one parameter."""
+
+    start: Count
+    shape: list[Count]
+    """Of the whole parameter."""
+    step: Count
+
+
 class Saved:
-    """What the ranks' files in one folder hold together. Raises MachineError where a file is not readable."""
+    """What the ranks' files in one folder hold together. Raises MachineError if a file is not readable.
+
+    Every file's header is checked against its size and its layout before any number is read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,37 +103,50 @@ class Saved:
         try:
             for path in sorted(folder.glob("*.safetensors")):
                 self._open(path)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, DamagedFile) as error:
             raise MachineError(f"{folder}: not a readable checkpoint ({one_line(error)})") from error
         if not self._runs:
             raise MachineError(f"{folder}: no engine state in this checkpoint")
 
     def _open(self, path: Path) -> None:
+        header = read_weights_header(path)
+        layout = check(dict[str, LayoutEntry], parse_json(read_weights_metadata(path).get("layout", ""), path), path)
         file = safe_open(path, framework="pt")
-        layout = json.loads(file.metadata()["layout"])
-        for key in file.keys():  # noqa: SIM118 # it is no dict
+        for key, tensor in header.items():
             kind, _, name = key.partition(":")
             if kind == BUFFER:
                 self._buffers[name] = file
                 continue
-            about = layout[name]
-            self.shapes[name], self.steps[name] = tuple(about["shape"]), about[STEP]
+            about, shape = layout.get(name), tensor.shape
+            if about is None or len(shape) != 1 or about.start + shape[0] > math.prod(about.shape):
+                raise DamagedFile(path, f"{key[:80]!r} does not fit the layout of the file")
+            if self.shapes.setdefault(name, tuple(about.shape)) != tuple(about.shape):
+                raise DamagedFile(path, f"{name[:80]!r} has another shape than in the files before")
+            self.steps[name] = about.step
             if kind != WEIGHT:
                 self.kinds[name].add(kind)
-            self._runs[key].append((about["start"], file.get_slice(key).get_shape()[0], file))
+            self._runs[key].append((about.start, shape[0], file))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
-        """Values `start` to `start + numel` of a flattened parameter, whichever files they lie in."""
-        key = f"{kind}:{name}"
-        found = torch.empty(numel)
-        missing = numel
-        for first, count, file in self._runs.get(key, ()):
-            low, high = max(start, first), min(start + numel, first + count)
-            if low < high:
-                found[low - start : high - start] = file.get_slice(key)[low - first : high - first]
-                missing -= high - low
-        if missing:
+        """Values `start` to `start + numel` of a flattened parameter, whichever files they lie in.
+
+        Raises MachineError if some are missing, or lie in more than one file.
+        """
+        key, end = f"{kind}:{name}", start + numel
+        pieces = [
+            (max(start, first), min(end, first + count), first, file)
+            for first, count, file in self._runs.get(key, ())
+            if max(start, first) < min(end, first + count)
+        ]
+        pieces.sort(key=lambda piece: piece[0])
+        missing = numel - sum(high - low for low, high, _, _ in pieces)
+        if missing > 0:
             raise MachineError(f"{self.folder}: {missing} of {numel} values of {key} are not in this checkpoint")
+        if missing < 0 or any(before[1] > after[0] for before, after in pairwise(pieces)):
+            raise MachineError(f"{self.folder}: values of {key} are in this checkpoint more than once")
+        found = torch.empty(numel)
+        for low, high, first, file in pieces:
+            found[low - start : high - start] = file.get_slice(key)[low - first : high - first]
         return found
 
     def whole(self, kind: str, name: str) -> torch.Tensor:

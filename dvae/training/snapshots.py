@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LABEL = {EmaProfile.power: "width", EmaProfile.constant: "decay"}
 """What a file's name calls the number of a profile."""
-NAME = re.compile(r"step-(\d+)-(width|decay)-(.+)\.safetensors")
+NAME = re.compile(r"step-(\d+)-(width|decay)-(\d+(?:\.\d+)?(?:e-\d+)?)\.safetensors")
 
 
 @dataclass(frozen=True)
