@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -189,3 +191,38 @@ def test_unset_absent_truncated_and_surplus_are_refused(tmp_path: Path) -> None:
     save_file(tensors | {"decoder.conv_out.bias": torch.zeros(4)}, weights)
     with pytest.raises(UserError, match=r"decoder\.conv_out\.bias"):
         build(DIFFUSERS, folder=str(tmp_path)).pretrained()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "null", "[]", "3", '{"latent_channels": 4, "latent_channels": 8}', "[" * 100_000, "\xff",
+        '{"block_out_channels": {"a": 1}}', '{"in_channels": [3]}', '{"scaling_factor": NaN}',
+        '{"latent_channels": ' + "9" * 5000 + "}", '{"block_out_channels": [' + "1," * 9999 + "1]}",
+    ],
+)  # fmt: skip
+def test_a_damaged_description_is_one_line(text: str, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / CONFIG).write_text(text, encoding="latin-1")
+    with pytest.raises(UserError) as caught:
+        build(DIFFUSERS, folder=str(tmp_path)).pretrained()
+    assert str(caught.value).startswith(f"{tmp_path / CONFIG}")
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 2000
+
+
+def vast(path: Path) -> None:
+    """A header that claims 2^60 numbers."""
+    about = {"decoder.conv_in.weight": {"dtype": "F32", "shape": [2**30, 2**30], "data_offsets": [0, 2**62]}}
+    header = json.dumps(about).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, Path.touch, vast])
+def test_weights_that_are_none_are_one_line(make: Callable[[Path], None], tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    make(tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=r"not a readable weights file \(.*\)$") as caught:
+        build(DIFFUSERS, folder=str(tmp_path)).pretrained()
+    assert len(str(caught.value).splitlines()) == 1

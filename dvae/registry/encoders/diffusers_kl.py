@@ -17,6 +17,7 @@ from dvae.layers.attention import AttentionBackend
 from dvae.layers.autoencoder import Autoencoder, Plan
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.encoders import ENCODERS, Encoder, Posterior
+from dvae.utils.read import DamagedFile, read_json, read_weights_header
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -107,34 +108,37 @@ class DiffusersKL(Encoder):
         folder = Path(self.config.folder)
         self._compare(folder / CONFIG)
         path = folder / WEIGHTS
-        try:
-            read = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from None
-        state = {f"autoencoder.{_new_name(name)}": value.float() for name, value in read.items()}
         own = self.state_dict()
-        wrong = sorted(own.keys() ^ state.keys())
-        wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
-        if wrong:
-            raise UserError(f"{path} does not hold the network of {CONFIG} beside it (see {wrong[0]!r}): copy it again")
-        return state
+        try:
+            held = {_full_name(name): tensor.shape for name, tensor in read_weights_header(path).items()}
+            wrong = sorted(own.keys() ^ held.keys())
+            wrong += [name for name in sorted(own.keys() & held.keys()) if own[name].shape != held[name]]
+            if wrong:  # found before memory is taken for the numbers
+                raise UserError(
+                    f"{path} does not hold the network of {CONFIG} beside it (see {wrong[0]!r}): copy it again"
+                )
+            return {_full_name(name): value.float() for name, value in load_file(path).items()}
+        except (OSError, SafetensorError, DamagedFile) as error:
+            reason = one_line(error).removeprefix(f"{path}: ")
+            raise UserError(f"{path}: not a readable weights file ({reason})") from None
 
     def _compare(self, path: Path) -> None:
-        """Raise UserError where config.json describes another network than the fields do."""
+        """Raise UserError if config.json is damaged, or describes another network than the fields do."""
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable {CONFIG} of an AutoencoderKL ({one_line(error)})") from None
+            said = read_json(path, dict[str, Any])
+        except (OSError, DamagedFile) as error:
+            reason = one_line(error).removeprefix(f"{path}: ")
+            raise UserError(f"{path}: not a readable {CONFIG} of an AutoencoderKL ({reason})") from None
         colours = {"in_channels": self.io.channels, "out_channels": self.io.channels}
         for name, value in (FIXED | colours).items():
             if said.get(name, value) != value:
-                raise UserError(f"{path}: {name} is {said[name]}, this encoder takes {value} alone")
+                raise UserError(f"{path}: {name} is {str(said[name])[:80]}, this encoder takes {value} alone")
         words = []
         for name, default in self._described().items():
             value = said.get(name, default)  # what the file leaves out is diffusers' default
             value = 0.0 if name == "shift_factor" and value is None else value
             if value != getattr(self.config, name):
-                words.append(f"encoder.{name}={json.dumps(value, separators=(',', ':'))}")
+                words.append(f"encoder.{name}={json.dumps(value, separators=(',', ':'))[:200]}")
         if words:
             raise UserError(f"{path} describes another network than the config: add {' '.join(words)}")
 
@@ -144,7 +148,7 @@ class DiffusersKL(Encoder):
         return {f.name: getattr(default, f.name) for f in fields(default) if f.name not in OURS}
 
 
-def _new_name(name: str) -> str:
-    """A tensor's name as of today, given perhaps an old one."""
+def _full_name(name: str) -> str:
+    """A tensor's name in this encoder, given that in the file, which may be an old one."""
     parts = [OLD_NAMES.get(part, part) if "attentions" in name else part for part in name.split(".")]
-    return ".".join(parts)
+    return ".".join(["autoencoder", *parts])
