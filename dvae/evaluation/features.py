@@ -14,17 +14,17 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dvae import files
-from dvae.errors import MachineError, one_line
+from dvae.errors import MachineError, UserError, one_line
 from dvae.evaluation import metrics
 from dvae.evaluation.images import ImageSet
 from dvae.evaluation.metrics import Extractor, Features
 from dvae.machine import end_with_parent
 from dvae.tracking.console import say
 from dvae.utils.read import DamagedFile, read_weights_header
+from dvae.weights import load_weights
 
 Advance = Callable[[int], None]
 
@@ -143,8 +143,8 @@ def _read(path: Path) -> Features:
                 raise DamagedFile(path, f"{name[:80]!r} is no table of numbers")
         if "pooled" not in header or len({tensor.shape[0] for tensor in header.values()}) != 1:
             raise DamagedFile(path, "does not hold the features of one set of images")
-        found = load_file(path)
-    except (DamagedFile, SafetensorError, OSError) as error:
+        found = load_weights(path)
+    except (DamagedFile, UserError, OSError) as error:
         reason = one_line(error).removeprefix(f"{path}: ")
         raise MachineError(f"{path}: damaged ({reason}); delete it, it will be made again") from None
     return Features(found["pooled"], found.get("logits"))

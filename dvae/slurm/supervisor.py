@@ -8,7 +8,6 @@ node was lost, begins here again. Each start is a row of attempts.jsonl.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -32,7 +31,7 @@ from dvae.slurm import queue
 from dvae.slurm.rank import ASKS, BYE, HELLO
 from dvae.tracking.console import say
 from dvae.utils.fields import Positive, Seconds
-from dvae.utils.read import check, read_yaml
+from dvae.utils.read import check, parse_json, read_yaml
 from dvae.utils.secrets import guard_streams
 
 LOOK_EVERY = 0.2
@@ -264,7 +263,7 @@ class Ranks:
     def said(self, key: str) -> Iterator[dict[str, Any]]:
         for number in range(self.count):
             if self.store.check([f"{key} {number}"]):
-                yield {"number": number} | json.loads(self.store.get(f"{key} {number}"))
+                yield {"number": number} | parse_json(self.store.get(f"{key} {number}"), f"rank {number}")
 
 
 def numbers(tasks: str) -> list[int]:

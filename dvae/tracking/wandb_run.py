@@ -258,7 +258,7 @@ def _run_config(run_folder: Path) -> dict[str, Any]:
     """The run's config as it is written, for W&B's table of runs."""
     path = run_folder / "config.yaml"
     config = read_yaml(path) if path.exists() else {}
-    scrubbed: dict[str, Any] = json.loads(scrub(json.dumps(config)))
+    scrubbed: dict[str, Any] = parse_json(scrub(json.dumps(config)), path)
     return scrubbed
 
 

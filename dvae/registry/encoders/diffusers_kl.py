@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from dvae.errors import UserError, one_line
 from dvae.layers.attention import AttentionBackend
@@ -18,6 +16,7 @@ from dvae.layers.autoencoder import Autoencoder, Plan
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.encoders import ENCODERS, Encoder, Posterior
 from dvae.utils.read import DamagedFile, read_json, read_weights_header
+from dvae.weights import load_weights
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -117,10 +116,10 @@ class DiffusersKL(Encoder):
                 raise UserError(
                     f"{path} does not hold the network of {CONFIG} beside it (see {wrong[0]!r}): copy it again"
                 )
-            return {_full_name(name): value.float() for name, value in load_file(path).items()}
-        except (OSError, SafetensorError, DamagedFile) as error:
+        except (OSError, DamagedFile) as error:
             reason = one_line(error).removeprefix(f"{path}: ")
             raise UserError(f"{path}: not a readable weights file ({reason})") from None
+        return {_full_name(name): value.float() for name, value in load_weights(path).items()}
 
     def _compare(self, path: Path) -> None:
         """Raise UserError if config.json is damaged, or describes another network than the fields do."""
