@@ -276,6 +276,14 @@ def listen(settings: PageConfig) -> socket.socket:
         raise UserError(f"port={settings.port}: use 0 to 65535") from None
 
 
+def browser_host(host: str) -> str:
+    """A host that it listens on, as this machine's browser asks for it."""
+    bare = host.strip("[]")
+    if bare in EVERYWHERE:
+        return "127.0.0.1"
+    return f"[{bare}]" if ":" in bare else bare
+
+
 @contextmanager
 def own_folder() -> Iterator[None]:
     """A folder that nobody else can read, while the block runs."""
@@ -296,8 +304,7 @@ def serve(settings: PageConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed
     with listen(settings) as listener, own_folder():
         guarded = application(build(Player(pipeline, known), title), settings.host)
-        shown = "127.0.0.1" if settings.host in EVERYWHERE else settings.host
-        say(f"http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends it)")
+        say(f"http://{browser_host(settings.host)}:{listener.getsockname()[1]} (Ctrl-C ends it)")
         config = uvicorn.Config(
             guarded, log_level="warning", http="h11", ws="none", lifespan="on", limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=1, server_header=False,

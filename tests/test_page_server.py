@@ -25,6 +25,7 @@ from PIL import Image
 from test_page import run  # noqa: F401 a fixture
 from tests_support import environment
 
+from dvae.errors import UserError
 from dvae.page_guard import LARGEST_BODY
 
 KEPT = 8
@@ -357,6 +358,24 @@ def test_the_folder_is_gone_at_the_end(run: Path, tmp_path: Path, number: signal
         assert started.process.wait(60) == status
     assert list(tmp_path.glob("*page*")) == list(tmp_path.glob("gradio*")) == []
     assert "Traceback" not in started.log.read_text()
+
+
+def test_places_to_listen() -> None:
+    from dvae.page import PageConfig, browser_host, listen
+
+    with listen(PageConfig(run="a", host="127.0.0.1", port=0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"port={port} is taken: use another port="):
+            listen(PageConfig(run="a", port=port))
+    for port in (-1, 65536, 10**30):
+        with pytest.raises(UserError, match=f"port={port}: use 0 to 65535"):
+            listen(PageConfig(run="a", port=port))
+    for host in ("nothing.invalid", "256.256.256.256", "a b", "203.0.113.7"):  # the last is no machine's own
+        with pytest.raises(UserError, match=f"host={host} port=0: "):
+            listen(PageConfig(run="a", host=host, port=0))
+    assert [browser_host(host) for host in ("0.0.0.0", "::", "::1", "[::1]", "mine")] == [
+        "127.0.0.1", "127.0.0.1", "[::1]", "[::1]", "mine",
+    ]  # fmt: skip
 
 
 def test_environment_of_gradio_opens_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
