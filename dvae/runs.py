@@ -30,6 +30,8 @@ LOOK_EVERY = 1.0
 """Seconds between two looks at a run that is followed."""
 ASK_EVERY = 5.0
 """Seconds between two questions to SLURM about one that waits."""
+LONGEST = 1e9
+"""Seconds, some 30 years: a training that would take longer is not estimated."""
 PATIENCE = 120.0
 """Seconds that `cancel` waits for a run to save and end."""
 
@@ -98,10 +100,10 @@ def look(folder: Path, jobs: list[Job] | None = None) -> Status:
     elif state is not State.finished and not live and (gone := _without_a_word(folder, jobs, tried)):
         state, message = State.failed, gone
     left = [stage for stage in config["stages"] if stage not in records]
-    age = time.time() - row["time"] if row else None
+    age = time.time() - row["time"] if row and row.get("time") is not None else None
     if not left:
         return Status(path=folder, state=state, message=message, age=age)
-    if row is None or stage_of(row["stage"]) not in left or "images_per_second" not in row:
+    if row is None or stage_of(row["stage"]) not in left or row.get("images_per_second") is None:
         total = config.get(f"train_{left[0]}", {}).get("steps", 0)
         return Status(path=folder, state=state, message=message, stage=left[0], total=total, age=age)
     training = _training(config, row["stage"], folder)
@@ -115,9 +117,16 @@ def look(folder: Path, jobs: list[Job] | None = None) -> Status:
         step=row["step"],
         total=training["steps"],
         images_per_second=speed if running else None,
-        eta=(training["steps"] - row["step"]) * training["batch"] / speed if running and speed else None,
+        eta=_seconds_left(training, row) if running else None,
         age=age,
     )
+
+
+def _seconds_left(training: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """What the rest of a training takes at the speed of a row; None if the row's speed says nothing."""
+    speed = row["images_per_second"]
+    left = max(0, training["steps"] - row["step"]) * training["batch"]
+    return left / speed if speed and 0 <= left / speed < LONGEST else None
 
 
 @dataclass
@@ -257,14 +266,14 @@ def follow(folder: Path) -> Iterator[str]:
 
     Raises MachineError where it failed.
     """
-    seen, waits = (metrics(folder).newest() or {"time": 0.0})["time"] - 1e-6, ""
+    seen, waits = _time(metrics(folder).newest() or {}) - 1e-6, ""
     while True:
         here = attempts.in_use(folder)  # before the rows are read, so that none is missed
         jobs = [] if here else queue.active(folder)
         config = _config(folder)
         for row in metrics(folder).tail():
-            if row["time"] > seen:  # rows of steps that are taken again are newer too
-                seen = row["time"]
+            if _time(row) > seen:  # rows of steps that are taken again are newer too
+                seen = _time(row)
                 yield in_line(row, config, folder)
         if not here and not jobs:
             break
@@ -278,14 +287,20 @@ def follow(folder: Path) -> Iterator[str]:
     yield f"{folder} is {status.state.value}" + (f": {status.message}" if status.message else "")
 
 
+def _time(row: dict[str, Any]) -> float:
+    """When a row was written; 0 if it does not say."""
+    return row.get("time") or 0.0
+
+
 def in_line(row: dict[str, Any], config: dict[str, Any], folder: Path) -> str:
     """A row of metrics as progress shows it: "refiner: 1200/5000  182 images/s  loss 0.0123  2:13 left"."""
-    if "images_per_second" not in row:
+    if row.get("images_per_second") is None:
         return f"{row['stage']}: " + "  ".join(f"{key} {value}" for key, value in row.items() if key != "stage")
     training, speed = _training(config, row["stage"], folder), row["images_per_second"]
     parts = [f"{row['stage']}: {row['step']}/{training['steps']}", f"{speed:.4g} images/s"]
     parts += [f"loss {row['loss']:.4g}"] if row.get("loss") is not None else []
-    parts += [f"{clock((training['steps'] - row['step']) * training['batch'] / speed)} left"]
+    left = _seconds_left(training, row)
+    parts += [] if left is None else [f"{clock(left)} left"]
     return "  ".join(parts)
 
 

@@ -18,7 +18,17 @@ from dvae import files
 from dvae.errors import MachineError, printable_line
 from dvae.training import ranks
 from dvae.utils.fields import Count, Seconds
-from dvae.utils.read import JSON_LIMIT, DamagedFile, check, forbid_extra, parse_json, read_bytes, read_json
+from dvae.utils.read import (
+    JSON_LIMIT,
+    DamagedFile,
+    check,
+    forbid_extra,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_weights_header,
+    require_regular,
+)
 
 log = logging.getLogger("dvae")
 HASHES = "hashes.json"
@@ -176,6 +186,14 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def _refuse_size(path: Path) -> None:
+    """Raise DamagedFile for a file that is far too large to be hashed in reasonable time; it may be sparse."""
+    if path.suffix == ".safetensors":
+        read_weights_header(path)  # which states the size
+    elif require_regular(path).st_size > JSON_LIMIT:
+        raise DamagedFile(path, f"has more than the {JSON_LIMIT} bytes that such a file may have")
+
+
 @forbid_extra
 @dataclass
 class SavedState:
@@ -203,6 +221,7 @@ def read_checked(path: Path) -> dict[str, Any]:
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or not (path / name).resolve().is_relative_to(root):
             raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which lies outside the checkpoint")
+        _refuse_size(path / name)
         if files.sha256(path / name) != expected:
             raise DamagedFile(path, f"{name[:80]} does not match its hash")
         listed.add(str(place))

@@ -335,6 +335,7 @@ def _weights_header(path: str | Path) -> tuple[dict[str, Any], int]:
 
 def _weights_entries(path: str | Path) -> Iterator[tuple[str, _HeaderEntry]]:
     header, held = _weights_header(path)
+    claimed = 0
     for name, value in header.items():
         if name == "__metadata__":
             continue
@@ -346,4 +347,7 @@ def _weights_entries(path: str | Path) -> Iterator[tuple[str, _HeaderEntry]]:
             raise DamagedFile(path, f"{name[:80]!r} has a shape that does not fit its bytes")
         if not 0 <= begin <= end <= held:
             raise DamagedFile(path, f"{name[:80]!r} reaches beyond the file: it is cut off")
+        claimed = max(claimed, end)
         yield name, entry
+    if claimed != held:  # such a file cannot be loaded, and a sparse one would take hours to hash
+        raise DamagedFile(path, f"has {held - claimed} bytes that belong to no tensor")

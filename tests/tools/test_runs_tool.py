@@ -230,3 +230,35 @@ def test_a_training_is_listed_followed_cancelled_and_resumed(tiny: list[str], tm
     assert rows == list(range(1, steps + 1))
     assert [(row.launcher, row.status) for row in attempts.read(folder)] == [("local", 143), ("local", 0)]
     assert list(runs.follow(folder))[-1] == f"{folder} is finished"
+
+
+@pytest.mark.parametrize(
+    ("changed", "eta", "line"),
+    [
+        ({}, True, "encoder: 40/100  16 images/s  loss 0.5  0:30 left"),
+        ({"time": None}, True, "encoder: 40/100  16 images/s  loss 0.5  0:30 left"),
+        ({"images_per_second": None}, False, "encoder: step 40  time 1.0  loss 0.5  images_per_second None"),
+        ({"images_per_second": 0.0}, False, "encoder: 40/100  0 images/s  loss 0.5"),
+        ({"images_per_second": -3.0}, False, "encoder: 40/100  -3 images/s  loss 0.5"),
+        ({"images_per_second": 5e-324}, False, "encoder: 40/100  4.941e-324 images/s  loss 0.5"),
+        ({"step": 10**15}, True, "encoder: 1000000000000000/100  16 images/s  loss 0.5  0:00 left"),
+        ({"loss": None}, True, "encoder: 40/100  16 images/s  0:30 left"),
+    ],
+)
+def test_rows_with_odd_figures_are_shown(changed: dict[str, Any], eta: bool, line: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", ("shards",))
+    row = {"stage": "encoder", "step": 40, "time": 1.0, "loss": 0.5, "images_per_second": 16.0} | changed
+    text = json.dumps(row) + "\n"
+    (folder / "metrics.jsonl").write_text(text)
+    with attempts.hold(folder, attempts.LAUNCHER):
+        status = runs.look(folder, [])
+        assert (status.eta is not None) == eta
+        assert (status.age is None) == ("time" in changed)
+        assert runs.cells(folder, [])[1] == "running"
+    assert runs.in_line(row, runs._config(folder), folder) == line
+
+
+def test_a_row_without_its_time_is_followed(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", ("shards", "encoder", "refiner"))
+    (folder / "metrics.jsonl").write_text('{"stage": "encoder", "step": 1}\n{"stage": "encoder", "step": 2}\n')
+    assert list(runs.follow(folder))[-1] == f"{folder} is finished"

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dvae import files
 from dvae.errors import MachineError
@@ -129,6 +131,12 @@ def moved(folder: Path) -> None:
     folder.symlink_to(folder.with_name("other"))
 
 
+def endless_weights(folder: Path) -> None:
+    save_file({"a": torch.zeros(2)}, folder / "more.safetensors")
+    os.truncate(folder / "more.safetensors", 2**40)
+    listed(folder, "more.safetensors", "ab")
+
+
 def file_in_its_place(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("nothing")
@@ -152,6 +160,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a loop of links": (loop, "'more/again' is there and not listed"),
     "one that is not there": (lambda folder: listed(folder, "more", "ab"), "No such file or directory"),
     "the hash of a folder": (lambda folder: listed(folder, ".", "ab"), "is a folder, not a file"),
+    "an engine that never ends": (lambda folder: os.truncate(folder / "engine.bin", 2**40), "bytes that such a file"),
+    "weights that never end": (endless_weights, "bytes that belong to no tensor"),
     "no state": (lambda folder: (folder / "state.json").unlink() or reseal(folder), "state.json is not listed"),
     "a state that is no json": (lambda folder: reseal(folder, state_json="{"), "state.json: is not valid JSON"),
     "a state of another step": (lambda folder: reseal(folder, state_json='{"step": 9}'), "is the state of step 9"),
