@@ -71,6 +71,44 @@ def test_a_library_has_one_importer(library: str) -> None:
     assert users <= ONLY[library], users - ONLY[library]
 
 
+PARSERS = {
+    "json.load", "json.loads", "yaml.load", "yaml.safe_load", "OmegaConf.load", "np.load", "np.loadtxt", "torch.load",
+    "load_file", "safe_open", "pickle.load", "pickle.loads", "Image.open", "zipfile.ZipFile", "tarfile.open",
+}  # fmt: skip
+"""Calls that read what somebody may have written."""
+MAY_PARSE = {
+    "utils/read.py": PARSERS,
+    "utils/user_yaml.py": {"yaml.load"},  # files that the user wrote, with a safe loader
+    "weights.py": {"load_file"},  # after the header was checked
+    "directions/store.py": {"safe_open"},  # likewise
+    "training/fragments.py": {"safe_open"},  # likewise
+    "training/ranks.py": {"pickle.loads"},  # what ranks of this very run say to each other
+    "evaluation/metrics.py": {"torch.load", "zipfile.ZipFile"},  # a package's weights, as plain tensors
+    "data/archives.py": {"zipfile.ZipFile", "tarfile.open"},  # with bounds
+    "data/tars.py": {"tarfile.open"},  # the index of a shard that dvae has just written
+    "data/images.py": {"Image.open"},  # of the intended formats, with a bound on the pixels
+    "drawing/formats.py": {"zipfile.ZipFile"},  # written, not read
+    "importers/checkpoint.py": {"zipfile.ZipFile"},  # its own bounded reader of checkpoints
+    "registry/sources/mnist_5k.py": {"np.loadtxt"},  # a text whose size was checked
+    "tracking/report.py": {"Image.open"},  # PNG alone, with a bound on the pixels
+}
+"""Files that may, and why."""
+
+
+def called(tree: ast.Module) -> set[str]:
+    """Names that a file calls: "json.loads", "load_file"."""
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def test_files_are_read_through_the_bounded_readers() -> None:
+    seen = set()
+    for name, tree in sources():
+        parsing = called(tree) & PARSERS
+        seen |= parsing
+        assert parsing <= MAY_PARSE.get(name, set()), f"{name} calls {sorted(parsing)}: use dvae/utils/read.py"
+    assert {"json.loads", "yaml.load", "load_file"} <= seen
+
+
 @pytest.mark.parametrize("part", ABOVE)
 def test_imports_run_one_way(part: str) -> None:
     seen = 0

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,10 +163,17 @@ def about_fields() -> Iterator[HostileBundle]:
             f"self_sha256 is {value!r}", about(lambda a, v=value: put(a, "self_sha256", v)), sealed=False
         )
     texts = {
-        "not JSON": "{", "a list": "[]", "text": '"x"', "null": "null", "a number": "7", "nested": "[" * 10**5,
-        "a key twice": '{"format": 2, "format": 2}', "5000 digits": '{"format": ' + "9" * 5000 + "}",
-        "NaN": '{"format": NaN}', "a huge text": '{"format": "' + "x" * 10**6 + '"}',
-    }  # fmt: skip
+        "not JSON": "{",
+        "a list": "[]",
+        "text": '"x"',
+        "null": "null",
+        "a number": "7",
+        "nested": "[" * 10**5,
+        "a key twice": '{"format": 2, "format": 2}',
+        "5000 digits": '{"format": ' + "9" * 5000 + "}",
+        "NaN": '{"format": NaN}',
+        "a huge text": '{"format": "' + "x" * 10**6 + '"}',
+    }
     for name, text in texts.items():
         yield HostileBundle(f"bundle.json is {name}", lambda f, t=text: (f / ABOUT).write_text(t), sealed=False)
     yield HostileBundle(
@@ -181,10 +189,8 @@ def about_fields() -> Iterator[HostileBundle]:
 def about_sealed(field: str, value: Any) -> Change:
     def change(folder: Path) -> None:
         about(lambda a: put(a, field, value))(folder)
-        try:
+        with suppress(TypeError, KeyError, AttributeError):  # nothing to seal in it
             reseal(folder)
-        except (TypeError, KeyError, AttributeError):
-            pass  # nothing to seal in it
 
     return change
 
@@ -197,14 +203,26 @@ def config_texts() -> Iterator[HostileBundle]:
         f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(12)
     )
     texts = {
-        "a syntax error": "a: [", "a tab": "a:\n\t- b", "a key twice": "recipe: a\nrecipe: b\n", "a list": "[1, 2]",
-        "text": "hello", "empty of values": "# nothing\n", "an alias": "a: &x 1\nb: *x\n", "a billion laughs": laughs,
+        "a syntax error": "a: [",
+        "a tab": "a:\n\t- b",
+        "a key twice": "recipe: a\nrecipe: b\n",
+        "a list": "[1, 2]",
+        "text": "hello",
+        "empty of values": "# nothing\n",
+        "an alias": "a: &x 1\nb: *x\n",
+        "a billion laughs": laughs,
         "a tag of Python": "recipe: !!python/object/apply:os.system ['touch PWNED']\n",
         "a tag of a path": "recipe: !!python/object/apply:pathlib.Path ['/etc/passwd']\n",
-        "nested": "a: " + "[" * 5000, "long": "a: [" + "1, " * 60_000 + "]", "zero bytes": "a: \0\n",
-        "number keys": "1: 2\n", "a merge key": "a: {<<: {b: 1}}\n", "5000 digits": f"seed: {'9' * 5000}\n",
-        "hexadecimal nonsense": "seed: 0x_\n", "two documents": "a: 1\n---\nb: 2\n", "a directive": "%YAML 9.9\n---\na: 1\n",
-    }  # fmt: skip
+        "nested": "a: " + "[" * 5000,
+        "long": "a: [" + "1, " * 60_000 + "]",
+        "zero bytes": "a: \0\n",
+        "number keys": "1: 2\n",
+        "a merge key": "a: {<<: {b: 1}}\n",
+        "5000 digits": f"seed: {'9' * 5000}\n",
+        "hexadecimal nonsense": "seed: 0x_\n",
+        "two documents": "a: 1\n---\nb: 2\n",
+        "a directive": "%YAML 9.9\n---\na: 1\n",
+    }
     for name, text in texts.items():
         yield HostileBundle(f"config.yaml is {name}", lambda f, t=text: (f / CONFIG).write_text(t))
 
@@ -232,8 +250,22 @@ def assign(dotted: str, value: Any) -> Change:
 
 
 def config_fields() -> Iterator[HostileBundle]:
-    fields = ("recipe", "image_size", "channels", "classes", "label", "seed", "precision", "encoder", "prior", "process",
-              "schedule", "refiner", "sampler", "denoiser")  # fmt: skip
+    fields = (
+        "recipe",
+        "image_size",
+        "channels",
+        "classes",
+        "label",
+        "seed",
+        "precision",
+        "encoder",
+        "prior",
+        "process",
+        "schedule",
+        "refiner",
+        "sampler",
+        "denoiser",
+    )
     texts = ("recipe", "label")
     for field in fields:
         yield HostileBundle(f"config lacks {field}", config(lambda c, f=field: c.pop(f)))
@@ -248,17 +280,34 @@ def config_fields() -> Iterator[HostileBundle]:
         for value in sizes:
             yield HostileBundle(f"config: {field}={value}", assign(field, value))
     other = {
-        "image_size": [0, -1, 5, 17, 10**6, 2.5], "channels": [0, 2, 4, 7, -1], "refiner.name": ["nope", "mlp", "dit", ""],
-        "refiner.multipliers": [[], [0], [-1], [1] * 5000, [10**6], "x"], "refiner.attention_resolutions": [[10**6], "x"],
-        "encoder.resolutions": [[], [1], [8, 8, 8], [10**6], [-1]], "encoder.channels": [[], [10**6] * 3, [1] * 10_001],
-        "encoder.name": ["diffusers_kl", "kl_gan", "nope"], "schedule.name": ["nope", "../x", "constant"],
-        "process.name": ["psld", "cld", "nope"], "sampler.name": ["nope", "sscs"], "prior.name": ["flow", "nope"],
-        "denoiser.data_scale": [float("nan"), float("inf"), None, "x"], "denoiser.pca_components": [-1, 10**6, 4],
-        "denoiser.space": ["latent", "x"], "denoiser.condition_label": [True, "maybe"], "precision": ["fp8", 32],
-        "sampler.temperature": [float("nan"), float("inf"), "hot"], "sampler.threshold": ["x"], "crop": ["x"], "resize": [1],
-        "denoiser.loss": [None, {"x": 1}, []], "classes": [["a"] * 9999, ["a", 1], [["a"]], ["x" * 2000]],
-        "refiner.surplus": [1], "surplus": [1], "denoiser.surplus": [1], "schedule.min": [float("nan")],
-    }  # fmt: skip
+        "image_size": [0, -1, 5, 17, 10**6, 2.5],
+        "channels": [0, 2, 4, 7, -1],
+        "refiner.name": ["nope", "mlp", "dit", ""],
+        "refiner.multipliers": [[], [0], [-1], [1] * 5000, [10**6], "x"],
+        "refiner.attention_resolutions": [[10**6], "x"],
+        "encoder.resolutions": [[], [1], [8, 8, 8], [10**6], [-1]],
+        "encoder.channels": [[], [10**6] * 3, [1] * 10_001],
+        "encoder.name": ["diffusers_kl", "kl_gan", "nope"],
+        "schedule.name": ["nope", "../x", "constant"],
+        "process.name": ["psld", "cld", "nope"],
+        "sampler.name": ["nope", "sscs"],
+        "prior.name": ["flow", "nope"],
+        "denoiser.data_scale": [float("nan"), float("inf"), None, "x"],
+        "denoiser.pca_components": [-1, 10**6, 4],
+        "denoiser.space": ["latent", "x"],
+        "denoiser.condition_label": [True, "maybe"],
+        "precision": ["fp8", 32],
+        "sampler.temperature": [float("nan"), float("inf"), "hot"],
+        "sampler.threshold": ["x"],
+        "crop": ["x"],
+        "resize": [1],
+        "denoiser.loss": [None, {"x": 1}, []],
+        "classes": [["a"] * 9999, ["a", 1], [["a"]], ["x" * 2000]],
+        "refiner.surplus": [1],
+        "surplus": [1],
+        "denoiser.surplus": [1],
+        "schedule.min": [float("nan")],
+    }
     may_work = {
         "image_size=17",
         "image_size=5",
@@ -276,19 +325,34 @@ def config_extras(address: str) -> Iterator[HostileBundle]:
     """What bundles of the first format held, and what would run, send or import something."""
     command = "pipe:touch PWNED; false"
     old: dict[str, Any] = {
-        "data": {"shards": command}, "plugins": ["evil_module"], "tracking": {"wandb": {"mode": "online", "entity": "evil"}},
-        "launcher": {"name": "slurm", "setup": ["touch PWNED"]}, "source": {"name": "folder", "path": address},
-        "encoder_weights": address, "teacher": f"{address}/x", "run": "/tmp", "hydra": {"run": {"dir": "/tmp"}},
-        "defaults": [{"override /encoder": "x"}], "_target_": "os.system", "cache": {"folder": "/tmp"},
-    }  # fmt: skip
+        "data": {"shards": command},
+        "plugins": ["evil_module"],
+        "tracking": {"wandb": {"mode": "online", "entity": "evil"}},
+        "launcher": {"name": "slurm", "setup": ["touch PWNED"]},
+        "source": {"name": "folder", "path": address},
+        "encoder_weights": address,
+        "teacher": f"{address}/x",
+        "run": "/tmp",
+        "hydra": {"run": {"dir": "/tmp"}},
+        "defaults": [{"override /encoder": "x"}],
+        "_target_": "os.system",
+        "cache": {"folder": "/tmp"},
+    }
     for field, value in old.items():
         for tool in ("sample", "reconstruct"):
             yield HostileBundle(f"config has {field}, for {tool}", assign(field, value), tool=tool)
     yield HostileBundle("reconstruct asks for its own images", lambda f: None, tool="reconstruct")
     values = [
-        f"{address}/${{oc.env:WANDB_API_KEY}}", "${oc.env:WANDB_API_KEY}", "${oc.decode:${oc.env:WANDB_API_KEY}}",
-        "${encoder}", "${.x}", "\\${oc.env:HOME}", "\\\\${oc.env:HOME}", "???", "${oc.create:{a: 1}}",
-    ]  # fmt: skip
+        f"{address}/${{oc.env:WANDB_API_KEY}}",
+        "${oc.env:WANDB_API_KEY}",
+        "${oc.decode:${oc.env:WANDB_API_KEY}}",
+        "${encoder}",
+        "${.x}",
+        "\\${oc.env:HOME}",
+        "\\\\${oc.env:HOME}",
+        "???",
+        "${oc.create:{a: 1}}",
+    ]
     for value in values:
         for field in ("recipe", "label", "encoder.name", "sampler.spacing"):
             yield HostileBundle(f"config: {field}={value}"[:70], assign(field, value))
@@ -360,21 +424,30 @@ def headers() -> dict[str, bytes]:
         return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
     return {
-        "a header of 2**63 bytes": header({}, length=2**63), "a header of 1 GiB": header({}, length=2**30),
-        "a header that is no JSON": header(b"{nope"), "a header that is a list": header([]), "no header": b"\0" * 7,
-        "a header nested deeply": header(b"[" * 10**5), "a key twice": header(b'{"a": 1, "a": 1}'),
-        "a shape below zero": header({"a": one(shape=(-2,))}, bytes(8)), "a shape of 10**18": header({"a": one(shape=(10**18,))}, bytes(8)),
+        "a header of 2**63 bytes": header({}, length=2**63),
+        "a header of 1 GiB": header({}, length=2**30),
+        "a header that is no JSON": header(b"{nope"),
+        "a header that is a list": header([]),
+        "no header": b"\0" * 7,
+        "a header nested deeply": header(b"[" * 10**5),
+        "a key twice": header(b'{"a": 1, "a": 1}'),
+        "a shape below zero": header({"a": one(shape=(-2,))}, bytes(8)),
+        "a shape of 10**18": header({"a": one(shape=(10**18,))}, bytes(8)),
         "a shape of many sides": header({"a": one(shape=[1] * 2000 + [2])}, bytes(8)),
         "offsets beyond the file": header({"a": one(offsets=(0, 2**40))}, bytes(8)),
-        "offsets below zero": header({"a": one(offsets=(-8, 0))}, bytes(8)), "offsets backwards": header({"a": one(offsets=(8, 0))}, bytes(8)),
+        "offsets below zero": header({"a": one(offsets=(-8, 0))}, bytes(8)),
+        "offsets backwards": header({"a": one(offsets=(8, 0))}, bytes(8)),
         "tensors that overlap": header({"a": one(), "b": one(offsets=(4, 12))}, bytes(12)),
         "a hole": header({"a": one(), "b": one(offsets=(16, 24))}, bytes(24)),
-        "an unknown type": header({"a": one("F8_E4M3", offsets=(0, 2))}, bytes(2)), "a type that is a list": header({"a": one([])}, bytes(8)),
-        "an entry that is text": header({"a": "b"}), "metadata of lists": header({"__metadata__": {"a": []}}),
+        "an unknown type": header({"a": one("F8_E4M3", offsets=(0, 2))}, bytes(2)),
+        "a type that is a list": header({"a": one([])}, bytes(8)),
+        "an entry that is text": header({"a": "b"}),
+        "metadata of lists": header({"__metadata__": {"a": []}}),
         "a name of a megabyte": header({"a" * 10**6: one()}, bytes(8)),
         "many names": header({f"n{i}": one(shape=(0,), offsets=(0, 0)) for i in range(60_000)}),
-        "a pickle": b"\x80\x04cos\nsystem\n(S'touch PWNED'\ntR.", "a zip": b"PK\x03\x04" + bytes(100),
-    }  # fmt: skip
+        "a pickle": b"\x80\x04cos\nsystem\n(S'touch PWNED'\ntR.",
+        "a zip": b"PK\x03\x04" + bytes(100),
+    }
 
 
 # --- directions, and the folder itself
@@ -401,14 +474,18 @@ def directions_files() -> Iterator[HostileBundle]:
     whole = torch.linspace(-1, 1, 8)
     yield HostileBundle("directions that are sound", write(whole), sound=None, tool="edit")
     cases: dict[str, Change] = {
-        "of another latent": write(torch.ones(9)), "of NaN": write(whole * float("nan")), "of whole numbers": write(whole.long()),
-        "of no vector": write(whole, lambda h: put(h, "directions", "{}")), "of an unknown method": write(whole, method="evil"),
-        "of a method that is a list": write(whole, method=[]), "without a unit": write(whole, unit=None),
+        "of another latent": write(torch.ones(9)),
+        "of NaN": write(whole * float("nan")),
+        "of whole numbers": write(whole.long()),
+        "of no vector": write(whole, lambda h: put(h, "directions", "{}")),
+        "of an unknown method": write(whole, method="evil"),
+        "of a method that is a list": write(whole, method=[]),
+        "without a unit": write(whole, unit=None),
         "of other weights": write(whole, lambda h: put(h, "encoder_sha256", "0" * 64)),
         "of a header that is no JSON": write(whole, lambda h: put(h, "directions", "{")),
         "of attributes that are none": write(whole, lambda h: put(h, "attributes", "[1]")),
         "of labels without tensors": write(whole, lambda h: put(h, "attributes", '{"a": ["b"]}'), method="labels"),
-    }  # fmt: skip
+    }
     for name, change in cases.items():
         yield HostileBundle(f"directions {name}", change, tool="edit")
     yield HostileBundle("directions are a pipe", lambda f: os.mkfifo(f / DIRECTIONS), tool="edit", sealed=False)

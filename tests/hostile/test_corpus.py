@@ -1,9 +1,11 @@
-"""Whatever a stranger gives us ends in equal results or in one line: nothing is executed, sent, or taken beyond bounds."""
+"""Whatever a stranger gives us ends in equal results or in one line; nothing is executed or sent."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 from harness import Ended, Zygote, listening
 from hostile_bundles import HostileBundle, hostile_bundles, noise
-from tests_support import reseal
+from hostile_runs import HostileRun, hostile_runs
+from tests_support import ROOT, environment, reseal
 
 from dvae import bundle, config, models
 
@@ -89,4 +92,71 @@ def test_hostile_bundles(sound: Path, zygote: Zygote, images: str, tmp_path: Pat
             if found:
                 wrong[case.name] = found
         assert heard == []
+    assert not wrong, "\n".join(f"{name}: {found}" for name, found in wrong.items())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """A small finished run, with its shards in it and a relative path of its own."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), *tiny, "run=run"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+LOOKS = {
+    "runs": ["list", "in=."],
+    "sample": ["run=run", "n=1", "out=x.npy"],
+    "reconstruct": ["run=run", "n=1", "out=y.npy"],
+    "export": ["run=run", "out=exported"],
+}
+"""What is asked of each run folder."""
+
+
+def run_folders(every: int) -> list[HostileRun]:
+    """A run folder as it is, and every so many of the hostile ones."""
+    cases = list(hostile_runs())
+    assert len({case.name for case in cases}) == len(cases) > 1000
+    return [HostileRun("unchanged", lambda folder: None), *cases[::every]]
+
+
+@pytest.mark.parametrize("every", [13, pytest.param(3, marks=pytest.mark.slow)])
+def test_hostile_run_folders(every: int, finished: Path, zygote: Zygote, tmp_path: Path) -> None:
+    wrong: dict[str, list[str]] = {}
+    cases = run_folders(every)
+    for number, (name, mutate) in enumerate(cases):
+        cwd = tmp_path / str(number)
+        shutil.copytree(finished, cwd / "run", symlinks=True)
+        (cwd / "evil_module.py").write_text("open('PWNED', 'w')\n")
+        mutate(cwd / "run")
+        for tool, asked in LOOKS.items():
+            ended = zygote.run(tool, *asked, cwd=cwd, path=[str(cwd)])
+            found = ended.faults(sound=True if name == "unchanged" or tool == "runs" else None)
+            if list(cwd.rglob("PWNED")):
+                found.append("a command was run")
+            if found:
+                wrong[f"{name}, {tool}"] = found
+        shutil.rmtree(cwd)
+    assert not wrong, "\n".join(f"{name}: {found}" for name, found in wrong.items())
+
+
+RESUME = ["evaluate.n=9"]
+"""A setting that lets the last stage be run again."""
+
+
+@pytest.mark.slow
+def test_hostile_run_folders_are_resumed_or_refused(
+    finished: Path, zygote: Zygote, tiny: list[str], tmp_path: Path
+) -> None:
+    """The same folders, taken up by the command of the run: DeepSpeed starts in each, which takes seconds."""
+    wrong: dict[str, list[str]] = {}
+    for number, (name, mutate) in enumerate(run_folders(41)):
+        cwd = tmp_path / str(number)
+        shutil.copytree(finished, cwd / "run", symlinks=True)
+        mutate(cwd / "run")
+        ended = zygote.run("launch", *tiny, "run=run", *RESUME, cwd=cwd)
+        found = ended.faults(sound=True if name == "unchanged" else None)
+        if found:
+            wrong[name] = found
     assert not wrong, "\n".join(f"{name}: {found}" for name, found in wrong.items())
