@@ -23,7 +23,8 @@ SECRET_NAME = re.compile(
 )
 """Environment variables whose values are secret, whether or not a setting refers to them."""
 NOT_SECRET = re.compile(
-    r"HOME|USER|LOGNAME|HOSTNAME|PWD|TMPDIR|SCRATCH|WORK|PROJECT|DATA(?:_?DIR)?|RANK|LOCAL_RANK|WORLD_SIZE|SLURM_\w+"
+    r"HOME|USER|LOGNAME|HOSTNAME|PWD|TMPDIR|SCRATCH|WORK|PROJECT|DATA(?:_?DIR)?|RANK|LOCAL_RANK|WORLD_SIZE|SLURM_\w+|"
+    r"WANDB_(?:RUN_ID|SWEEP_ID|PROJECT|ENTITY|NAME|DIR|MODE)"
 )
 """Environment variables that hold places and numbers; their values are written down as they are."""
 USER_INFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
