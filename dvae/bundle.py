@@ -31,7 +31,16 @@ from dvae.quantisation import plan as quantisation
 from dvae.registry.core import KINDS, origin
 from dvae.registry.encoders import Encoder
 from dvae.settings import ModelConfig, RunConfig
-from dvae.utils.read import MIB, DamagedFile, forbid_extra, read_json, read_weights_header
+from dvae.utils.read import (
+    JSON_LIMIT,
+    MIB,
+    YAML_LIMIT,
+    DamagedFile,
+    forbid_extra,
+    read_json,
+    read_weights_header,
+    require_regular,
+)
 from dvae.weights import (
     State,
     check_weights,
@@ -170,6 +179,7 @@ def verify_file(folder: Path, about: About, name: str) -> None:
     if name not in about.sha256:
         raise UserError(f"{folder / ABOUT} holds no hash of {name}: {AGAIN}")
     try:
+        require_size(folder / name)
         found = files.sha256(folder / name)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a whole bundle ({name} is missing): {AGAIN}") from None
@@ -177,6 +187,14 @@ def verify_file(folder: Path, about: About, name: str) -> None:
         raise UserError(f"{error}: {AGAIN}") from None
     if found != about.sha256[name]:
         raise UserError(f"{folder / name} does not match the hash in {ABOUT}: the file is damaged, copy it again")
+
+
+def require_size(path: Path) -> None:
+    """Raise DamagedFile for a file that is larger than its kind may be: to hash it could take for ever."""
+    if path.suffix == ".safetensors":
+        read_weights_header(path)
+    elif (size := require_regular(path).st_size) > (YAML_LIMIT if path.name == CONFIG else JSON_LIMIT):
+        raise DamagedFile(path, f"has {size} bytes, more than such a file may have")
 
 
 def hashes(path: str | Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ from dvae import attempts, files, stored_config
 from dvae.errors import MachineError, UserError
 from dvae.run_folder import RECORDS, check_format, read_records, write_format
 from dvae.settings import TRAININGS, RunConfig
-from dvae.utils.read import read_json
+from dvae.utils.read import read_json, read_weights_header
 from dvae.weights import State, load_weights, save_weights
 
 FREE = {
@@ -86,6 +86,7 @@ class Run:
         path = self.weights(part)
         if not path.exists():
             raise UserError(f"run={self.path} has no trained {part} yet: add the stage that trains it to stages=[...]")
+        read_weights_header(path)  # before the hash: the header tells how large the file may be
         if files.sha256(path) != self._hashes().get(part):
             raise MachineError(
                 f"{path} does not match its hash in {self._hash_file}: the file is damaged: put back a copy, or use "

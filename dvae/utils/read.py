@@ -33,8 +33,8 @@ from dvae.errors import MachineError, one_line
 
 T = TypeVar("T")
 MIB = 2**20
-JSON_LIMIT = 16 * MIB
-"""Bytes of a JSON file. Parsed values take up to 25 times as much memory."""
+JSON_LIMIT = 4 * MIB
+"""Bytes of a JSON file. Parsed values take up to 25 times as much memory, and a second or two."""
 YAML_LIMIT = MIB // 4
 """Bytes of a YAML file."""
 YAML_EVENTS = 20_000

@@ -76,6 +76,7 @@ def special_files() -> Iterator[HostileBundle]:
         "a link to itself": lambda path: path.symlink_to(path.name),
         "a link to nothing": lambda path: path.symlink_to("/nonexistent/file"),
         "64 MiB of zeros": lambda path: path.write_bytes(bytes(2**26)),
+        "a tebibyte of nothing": lambda path: (path.write_bytes(b""), os.truncate(path, 2**40)),
         "no UTF-8": lambda path: path.write_bytes(b"\xff\xfe\x00 a: 1"),
     }
     for name in (ABOUT, CONFIG, WEIGHTS):
