@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dvae.utils.read import require_regular
 from dvae.utils.secrets import scrub
@@ -102,12 +103,30 @@ def remove_leftovers(folder: Path) -> None:
                 item.unlink()
 
 
+def open_own(path: Path, flags: int) -> BinaryIO:
+    """Open a file that only dvae writes; what it holds is not changed by that.
+
+    A link is not followed, because it could lead to any file of the user's. Raises OSError for a link, and DamagedFile
+    for a pipe or a device, which could block.
+    """
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            require_regular(path)
+        return os.fdopen(handle, "rb" if flags == os.O_RDONLY else "r+b")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
 @contextmanager
 def locked(path: Path, refusal: Exception) -> Iterator[None]:
-    """Hold the lock file `path`; the hold ends with this process, however it ends. Raises `refusal` where another
-    process holds it."""
+    """Hold the lock file `path`; the hold ends with this process, however it ends.
+
+    Raises `refusal` if another process holds it, OSError or DamagedFile if no file of that name can be opened.
+    """
     deadline = time.monotonic() + LOOKED_AT
-    with path.open("w") as handle:
+    with open_own(path, os.O_RDWR | os.O_CREAT) as handle:
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,10 +139,10 @@ def locked(path: Path, refusal: Exception) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock file `path`."""
+    """Whether a process holds the lock file `path`. Raises as `locked`."""
     if not path.exists():
         return False
-    with path.open() as handle:
+    with open_own(path, os.O_RDONLY) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

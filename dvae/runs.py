@@ -17,7 +17,7 @@ from typing import Any
 
 from dvae import attempts, files
 from dvae.attempts import Attempt
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, printable_line
 from dvae.run_folder import check_format, read_records
 from dvae.slurm import queue
 from dvae.slurm.queue import Job
@@ -244,12 +244,12 @@ def table(folder: Path) -> Iterator[str]:
 
 
 def cells(folder: Path, jobs: list[Job]) -> tuple[str, ...]:
-    """A run's row of the table; one that cannot be read says why."""
+    """A run's row of the table, without control characters; one that cannot be read says why."""
     try:
         status = look(folder, jobs)
     except (UserError, MachineError, OSError) as error:
-        return (str(folder), "damaged", "", "", "", "", "", one_line(error))
-    return (
+        return (printable_line(folder), "damaged", "", "", "", "", "", printable_line(error))
+    row = (
         str(folder),
         status.state.value,
         status.stage,
@@ -259,6 +259,7 @@ def cells(folder: Path, jobs: list[Job]) -> tuple[str, ...]:
         f"{clock(status.age)} ago" if status.age is not None else "",
         status.message,
     )
+    return tuple(map(printable_line, row))
 
 
 def follow(folder: Path) -> Iterator[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dvae import files
+from dvae.errors import MachineError
+from dvae.tracking.metrics import MetricsLog
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
@@ -47,3 +51,36 @@ def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path: Path) -> Non
         (tmp_path / name).write_text("")
     files.remove_leftovers(tmp_path)
     assert sorted(item.name for item in tmp_path.iterdir()) == [".lock", "samples.png"]
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    lock, refusal = tmp_path / ".lock", MachineError("held")
+    assert not files.is_locked(lock)
+    with files.locked(lock, refusal):
+        assert files.is_locked(lock)
+        with pytest.raises(MachineError, match="held"), files.locked(lock, refusal):
+            pass
+    assert not files.is_locked(lock)
+
+
+def test_what_a_lock_or_log_links_to_is_left_alone(tmp_path: Path) -> None:
+    """A stranger's run folder could name any file of the user's as its lock."""
+    (tmp_path / "mine").write_text("precious")
+    for name in (".lock", "metrics.jsonl"):
+        (tmp_path / name).symlink_to("mine")
+    with pytest.raises(OSError, match="symbolic link"), files.locked(tmp_path / ".lock", MachineError("held")):
+        pass
+    with pytest.raises(OSError, match="symbolic link"):
+        files.is_locked(tmp_path / ".lock")
+    with pytest.raises(MachineError, match="cannot be written"):
+        MetricsLog(tmp_path / "metrics.jsonl").append({"stage": "encoder", "step": 1})
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("kind", "make"), [("a pipe", os.mkfifo), ("a folder", Path.mkdir)])
+def test_a_lock_that_is_no_file_is_one_line(tmp_path: Path, kind: str, make: Callable[[Path], None]) -> None:
+    make(tmp_path / ".lock")
+    with pytest.raises(MachineError, match=rf"\.lock: is {kind}, not a file"):
+        files.is_locked(tmp_path / ".lock")
+    with pytest.raises((MachineError, OSError)), files.locked(tmp_path / ".lock", MachineError("held")):
+        pass

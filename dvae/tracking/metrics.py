@@ -41,8 +41,8 @@ class MetricsLog:
         try:
             if not self._whole:
                 self._drop_torn_line()
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+            with files.open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
+                file.write((json.dumps(finite, ensure_ascii=False) + "\n").encode())
         except (OSError, DamagedFile) as error:
             raise MachineError(f"{self.path}: cannot be written ({error}); the rows before are safe") from None
 
@@ -96,8 +96,7 @@ class MetricsLog:
     def _drop_torn_line(self) -> None:
         """Cut off what a killed process left of its last line, so that the next row starts a line of its own."""
         if self.path.exists():
-            require_regular(self.path)
-            with self.path.open("r+b") as file:
+            with files.open_own(self.path, os.O_RDWR) as file:
                 end = size = file.seek(0, os.SEEK_END)
                 newline = -1
                 while end and newline < 0:

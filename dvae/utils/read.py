@@ -29,7 +29,7 @@ import yaml
 from omegaconf._utils import get_yaml_loader
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from dvae.errors import MachineError, one_line
+from dvae.errors import MachineError, one_line, printable_line
 
 T = TypeVar("T")
 MIB = 2**20
@@ -65,9 +65,9 @@ class DamagedFile(MachineError):
     """A file that cannot be read: `path` and `reason`. The message is "PATH: REASON"."""
 
     def __init__(self, path: object, reason: str) -> None:
-        super().__init__(f"{path}: {one_line(reason)}")
+        super().__init__(f"{path}: {printable_line(reason)}")
         self.path = path
-        self.reason = one_line(reason)
+        self.reason = printable_line(reason)
 
 
 def require_regular(path: str | Path) -> os.stat_result:

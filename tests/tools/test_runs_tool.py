@@ -262,3 +262,13 @@ def test_a_row_without_its_time_is_followed(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", ("shards", "encoder", "refiner"))
     (folder / "metrics.jsonl").write_text('{"stage": "encoder", "step": 1}\n{"stage": "encoder", "step": 2}\n')
     assert list(runs.follow(folder))[-1] == f"{folder} is finished"
+
+
+def test_nothing_in_the_table_moves_the_cursor(tmp_path: Path) -> None:
+    make(tmp_path / "a\x1b[2Jb", ("shards",), message="\x1b[2J", ended=1.0, status=1)
+    (make(tmp_path / "c") / "stages.json").write_text('{"\\u001b[2J": 3}')
+    lines = list(runs.table(tmp_path))
+    assert len(lines) == 3
+    assert all(line.isprintable() for line in lines)
+    assert r"a\x1b[2Jb" in lines[1]
+    assert "damaged" in lines[2]
