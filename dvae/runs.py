@@ -366,6 +366,11 @@ def _holds(pid: int, lock: Path) -> bool:
     return any(handle.exists() and os.path.samefile(handle, lock) for handle in opened.iterdir())
 
 
+def _same_place(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same place; a link that leads to itself leads nowhere."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def enter(folder: Path) -> None:
     """Go where the run was started, so that the relative paths of its config hold. Raises UserError where it cannot be
     resumed from its folder alone."""
@@ -376,8 +381,8 @@ def enter(folder: Path) -> None:
     last = tried[-1] if tried else None
     if last and last.launcher == "torchrun":
         raise UserError(f"run={folder} was started by torchrun on {last.count} ranks: give that command again")
-    made, here, cwd = str(_config(folder)["run"]), folder.resolve(), last.cwd if last else os.getcwd()
-    if not os.path.isdir(cwd) or Path(cwd, made).resolve() != here:
+    made, cwd = str(_config(folder).get("run")), last.cwd if last else os.getcwd()
+    if not os.path.isdir(cwd) or not made.isprintable() or not _same_place(Path(cwd, made), folder):
         raise UserError(
             f"run={folder} was made as run={made} in {cwd}, which is another folder now: give the launch command again"
         )

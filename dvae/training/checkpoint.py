@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -216,10 +217,13 @@ def read_checked(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_dir():
         raise DamagedFile(path, "is not a folder")
     hashes = read_json(path / HASHES, dict[str, str])
-    root, listed = path.resolve(), {HASHES}
+    root, listed = os.path.realpath(path), {HASHES}
     for name, expected in hashes.items():
         place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts or not (path / name).resolve().is_relative_to(root):
+        if not name.isprintable():
+            raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which is no name of a file")
+        inside = Path(os.path.realpath(path / name)).is_relative_to(root)
+        if place.is_absolute() or ".." in place.parts or not inside:
             raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which lies outside the checkpoint")
         _refuse_size(path / name)
         if files.sha256(path / name) != expected:

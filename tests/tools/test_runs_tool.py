@@ -272,3 +272,15 @@ def test_nothing_in_the_table_moves_the_cursor(tmp_path: Path) -> None:
     assert all(line.isprintable() for line in lines)
     assert r"a\x1b[2Jb" in lines[1]
     assert "damaged" in lines[2]
+
+
+@pytest.mark.parametrize("made", ['"a\\0b"', "loop", "3", "null", '"\\e[2J"', "/", "..", '"' + "x" * 5000 + '"'])
+def test_a_run_that_claims_to_be_elsewhere_is_not_resumed(
+    made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    folder = make(tmp_path / "run", ("shards",))
+    (folder / "config.yaml").write_text(CONFIG.format(run=made))
+    with pytest.raises(UserError, match=r"which is another folder now: give the launch command again"):
+        runs.enter(folder)
