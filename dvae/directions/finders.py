@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dvae.directions import labels
 from dvae.directions.attributes import Attributes
 from dvae.directions.direction import Direction, Method
-from dvae.errors import UserError
+from dvae.errors import UserError, one_line
 
 FEWEST = 10
 """Images that must show a value, for a direction to it."""
@@ -118,9 +118,14 @@ def columns_of(decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, 
 def largest(matrix: torch.Tensor, count: int, word: str, method: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest eigenvalues of a symmetric matrix, and their vectors as rows (largest entry positive).
 
-    Raises UserError where there are fewer above 0.
+    Raises UserError where there are fewer above 0, and for a matrix that is not finite or has no eigenvalues.
     """
-    values, vectors = torch.linalg.eigh(matrix)
+    if not torch.isfinite(matrix).all():
+        raise UserError(f"find=[{method}]: {labels.NOT_FINITE}")
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise UserError(f"find=[{method}]: no directions can be computed here ({one_line(error)[:200]})") from None
     values, vectors = values.flip(0)[:count], vectors.T.flip(0)[:count]
     able = int((values > 1e-10 * values[0].clamp(min=1e-300)).sum())
     if able < count:

@@ -13,12 +13,16 @@ from itertools import combinations
 
 import torch
 
+from dvae.errors import UserError, one_line
+
 RIDGE = 1e-6
 """Ridge, per image, on terms of single values: it only decides what the labels leave open."""
 PAIR_RIDGE = 1e-3
 """Ridge, per image, on terms of pairs: a pair that few images show is taken for the sum of its values."""
 IMAGES_PER_TERM = 2
 """Pairs are left out where there are fewer images than this for each term."""
+NOT_FINITE = "the latents or what is computed of them is not finite: the run's weights are damaged or far too large"
+"""What is wrong, for messages."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,16 @@ class LabelModel:
 
 
 def fit(z: torch.Tensor, codes: torch.Tensor, attributes: dict[str, list[str]]) -> LabelModel:
-    """The regressions of latents z (N, *latent) and codes (N, A), float64 in closed form."""
+    """The regressions of latents z (N, *latent) and codes (N, A), float64 in closed form.
+
+    Raises UserError if a number is not finite, or the equations cannot be solved.
+    """
     z = z.flatten(1).double()
     sizes = [len(values) for values in attributes.values()]
     shown = terms(codes, sizes, pairs=False)
     inputs = _with_one(z)
     gram = inputs.T @ inputs + RIDGE * len(z) * torch.eye(inputs.shape[1], dtype=torch.float64)
-    readout = torch.linalg.solve(gram, inputs.T @ shown)
+    readout = solve(gram, inputs.T @ shown)
     count = len(shown.T) + sum(a * b for a, b in combinations(sizes, 2))
     effects = regress(z, codes, sizes, pairs=len(z) >= IMAGES_PER_TERM * count)
     return LabelModel(attributes, readout, effects)
@@ -73,12 +80,24 @@ def fit(z: torch.Tensor, codes: torch.Tensor, attributes: dict[str, list[str]]) 
 
 def regress(z: torch.Tensor, codes: torch.Tensor, sizes: Sequence[int], pairs: bool) -> torch.Tensor:
     """What each term adds to latents z (N, D), (terms, D) float64: ridge regression on all terms together, so that
-    attributes which occur together are told apart."""
+    attributes which occur together are told apart. Raises UserError as `fit`."""
     design = terms(codes, sizes, pairs)
     design = design - design.mean(0)
     ridge = torch.full((design.shape[1],), PAIR_RIDGE * len(z), dtype=torch.float64)
     ridge[: sum(sizes)] = RIDGE * len(z)
-    return torch.linalg.solve(design.T @ design + ridge.diag(), design.T @ (z.double() - z.double().mean(0)))
+    return solve(design.T @ design + ridge.diag(), design.T @ (z.double() - z.double().mean(0)))
+
+
+def solve(gram: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The solution x of gram @ x = wanted. Raises UserError if it does not exist, or a number is not finite."""
+    if torch.isfinite(gram).all() and torch.isfinite(wanted).all():
+        try:
+            found = torch.linalg.solve(gram, wanted)
+        except torch.linalg.LinAlgError as error:
+            raise UserError(f"find=[labels]: no directions can be computed here ({one_line(error)[:200]})") from None
+        if torch.isfinite(found).all():
+            return found
+    raise UserError(f"find=[labels]: {NOT_FINITE}")
 
 
 def terms(codes: torch.Tensor, sizes: Sequence[int], pairs: bool) -> torch.Tensor:

@@ -179,3 +179,38 @@ def test_columns_of_a_decoder_with_attention() -> None:
     z = torch.randn(6)
     expected = torch.autograd.functional.jacobian(lambda one: net(one[None]).flatten(), z).T
     assert torch.allclose(finders.columns_of(net, z), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_refused_in_one_line(number: float) -> None:
+    z, codes, _ = labelled(300)
+    z[7, 2] = number
+    with pytest.raises(UserError, match=r"find=\[pca\]: the latents .* not finite"):
+        finders.pca(z, 2)
+    with pytest.raises(UserError, match=r"find=\[jacobian\]: the latents .* not finite"):
+        finders.jacobian(lambda one: one * number, torch.ones(2, 1, 2, 2), 2, lambda: None)
+    with pytest.raises(UserError, match=r"find=\[labels\]: the latents .* not finite"):
+        finders.from_labels(z, codes, ATTRIBUTES, ["hair"])
+
+
+def test_latents_whose_squares_overflow_are_refused_in_one_line() -> None:
+    """Each number is finite, in float64 too; products of them are not."""
+    z, codes, _ = labelled(300)
+    with pytest.raises(UserError, match=r"find=\[pca\]: the latents .* not finite"):
+        finders.pca(z * 1e200, 2)
+    with pytest.raises(UserError, match=r"find=\[labels\]: the latents .* not finite"):
+        finders.from_labels(z * 1e200, codes, ATTRIBUTES, ["hair"])
+
+
+def test_a_matrix_that_torch_cannot_take_apart_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("linalg.eigh:\n the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(UserError, match=r"^find=\[pca\]: no directions .* \(linalg.eigh: the algorithm failed"):
+        finders.largest(torch.eye(3), 1, "components", "pca")
+
+
+def test_equations_without_a_solution_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"^find=\[labels\]: no directions can be computed here \(.*singular"):
+        labels.solve(torch.zeros(2, 2), torch.ones(2, 1))
