@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ from dvae import pipeline as pipelines
 from dvae.data.images import to_float
 from dvae.data.manifest import HELDOUT
 from dvae.denoiser import NO_LABEL, Given
-from dvae.drawing.chunks import Chunks, difference, read
+from dvae.drawing.chunks import RECORD_LIMIT, Chunks, difference
 from dvae.drawing.inputs import Inputs, open_inputs
 from dvae.drawing.settings import GivenConfig
 from dvae.errors import UserError
@@ -41,6 +41,7 @@ from dvae.pipeline import Pipeline
 from dvae.registry.encoders import Posterior
 from dvae.together import CHUNK, calls, mean, one_thread
 from dvae.tracking.console import Progress, say
+from dvae.utils.read import DamagedFile, forbid_extra, read_json
 
 
 class Latent(Enum):
@@ -85,6 +86,34 @@ class LikelihoodConfig:
 ConfigStore.instance().store(name="likelihood_schema", node=LikelihoodConfig, provider="dvae")
 
 
+@forbid_extra
+@dataclass(frozen=True)
+class MeanFigure:
+    """A mean over images in the JSON file."""
+
+    mean: float
+    standard_error: float | None
+
+
+@forbid_extra
+@dataclass(frozen=True)
+class ScoredRecord:
+    """The JSON file."""
+
+    request: dict[str, Any]
+    means: dict[str, MeanFigure]
+    nfe: float
+    versions: dict[str, str]
+    per_image: dict[str, list[float]]
+
+    def figures(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard error of each figure; NaN if there is no error, as of a single image."""
+        return {
+            name: (one.mean, math.nan if one.standard_error is None else one.standard_error)
+            for name, one in self.means.items()
+        }
+
+
 @dataclass(frozen=True)
 class Scored:
     """What became of a request."""
@@ -116,8 +145,9 @@ def score(settings: LikelihoodConfig) -> Scored:
     images, labels = _images(settings, open_inputs(given, pipeline.config))
     pipeline.classes(labels, settings.n)
     out, request = Path(settings.out), _request(settings, images)
+    names = score_names(pipeline, settings)
     if out.exists():
-        return _there(out, request)
+        return _there(out, request, names)
     wanted = calls(0, settings.n, settings.batch_size or CHUNK)
     with Chunks.opened(out, request) as chunks:
         missing = [numbers for numbers in wanted if not chunks.has(numbers)]
@@ -128,12 +158,11 @@ def score(settings: LikelihoodConfig) -> Scored:
                 chunks.write(numbers, score_chunk(pipeline, settings, images[mine], labels[mine], numbers))
                 progress.update(progress.step + len(numbers), len(numbers))
         seconds = time.perf_counter() - began
-        names = score_names(pipeline, settings)
         values = {name: np.concatenate([chunks.read(numbers, name) for numbers in wanted]) for name in names}
         record = _record(request, values)
-        files.write_json(out, record)
+        files.write_json(out, asdict(record))
         chunks.remove()
-    return Scored(_figures(record), record["nfe"], count, count / seconds if count else 0.0)
+    return Scored(record.figures(), record.nfe, count, count / seconds if count else 0.0)
 
 
 def score_names(pipeline: Pipeline, settings: LikelihoodConfig) -> list[str]:
@@ -192,39 +221,37 @@ def _request(settings: LikelihoodConfig, images: torch.Tensor) -> dict[str, Any]
     return bundle.hashes(settings.run) | asked | {"z": settings.z.name, "pixels": pixels}
 
 
-def _record(request: dict[str, Any], values: dict[str, np.ndarray]) -> dict[str, Any]:
+def _record(request: dict[str, Any], values: dict[str, np.ndarray]) -> ScoredRecord:
     means = {}
     for name, each in values.items():
         if name != "nfe":
             average, error = mean_and_error(torch.from_numpy(each))
-            means[name] = {"mean": average, "standard_error": None if math.isnan(error) else error}
-    return {
-        "request": request,
-        "means": means,
-        "nfe": mean(int(values["nfe"].sum()), len(values["nfe"])),
-        "versions": {name: metadata.version(name) for name in ("dvae", "torch", "numpy")},
-        "per_image": {name: each.tolist() for name, each in values.items()},
-    }
+            means[name] = MeanFigure(average, None if math.isnan(error) else error)
+    return ScoredRecord(
+        request=request,
+        means=means,
+        nfe=mean(int(values["nfe"].sum()), len(values["nfe"])),
+        versions={name: metadata.version(name) for name in ("dvae", "torch", "numpy")},
+        per_image={name: each.tolist() for name, each in values.items()},
+    )
 
 
-def _figures(record: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    found = {}
-    for name, value in record["means"].items():
-        error = value["standard_error"]
-        found[name] = (value["mean"], math.nan if error is None else error)
-    return found
-
-
-def _there(out: Path, request: dict[str, Any]) -> Scored:
-    """What is there, as asked for. Raises UserError for anything else."""
-    record = read(out)
-    if "request" not in record:
-        raise UserError(f"out={out} is there already, and not from this command: name another, or remove it")
-    if unlike := difference(record["request"], request):
+def _there(out: Path, request: dict[str, Any], names: list[str]) -> Scored:
+    """What is there, as asked for, with the figures `names` of each image. Raises UserError for anything else."""
+    try:
+        record = read_json(out, ScoredRecord, RECORD_LIMIT)
+    except DamagedFile as error:
+        raise UserError(
+            f"out={out} is there already, and not as this command writes it ({error.reason}): name another, or remove "
+            "it"
+        ) from None
+    if unlike := difference(record.request, request):
         raise UserError(f"out={out} is there already, made with {unlike}: name another, or remove it")
+    if record.per_image.keys() != set(names) or record.means.keys() != set(names) - {"nfe"}:
+        raise UserError(f"out={out} is there already, with other figures than {', '.join(names)}: remove it")
     Chunks.remove_at(out)
     say(f"{out} is there already, as asked for")
-    return Scored(_figures(record), record["nfe"], 0, 0.0)
+    return Scored(record.figures(), record.nfe, 0, 0.0)
 
 
 def _check(settings: LikelihoodConfig) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import dvae
 from dvae import bundle, config, likelihoods, models
 from dvae.data.images import to_float
 from dvae.drawing.chunks import Chunks
-from dvae.errors import UserError
+from dvae.errors import UserError, one_line
 from dvae.likelihoods import LikelihoodConfig
 from dvae.registry.encoders import Posterior
 from dvae.tools import likelihood as tool
@@ -120,6 +123,39 @@ def test_ended_and_gone_on_with(run: Path, images: Path, tmp_path: Path, monkeyp
         likelihoods.score(asked(run, images, out, batch_size=2, n=6))
 
 
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a request that is a number": (lambda _: {"request": 3}, "request: Input should be "),
+    "the request alone": (lambda it: {"request": it["request"]}, "means: is missing"),
+    "no nfe": (lambda it: {name: it[name] for name in it if name != "nfe"}, "nfe: is missing"),
+    "nfe as text": (lambda it: it | {"nfe": "3"}, "nfe: Input should be a valid number"),
+    "a mean as a number": (lambda it: it | {"means": {"bits_per_dim": 1.0}}, "means.bits_per_dim: Input should be "),
+    "a mean without its error": (lambda it: it | {"means": {"a": {"mean": 1.0}}}, "standard_error: is missing"),
+    "a figure more": (
+        lambda it: it | {"means": it["means"] | {"a": it["means"]["kl_nats"]}},
+        "other figures than bits",
+    ),
+    "a figure less": (lambda it: it | {"means": {}}, "with other figures than bits_per_dim, nfe, kl_nats"),
+    "a list": (lambda _: [], "not as this command writes it (Input should be"),
+}
+
+
+def test_a_record_that_is_damaged_or_anothers_is_one_line(run: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "l.json"
+    words = asked(run, images, out, n=1, tolerance=0.1)
+    first = likelihoods.score(words)
+    record = json.loads(out.read_text())
+    assert record["means"]["kl_nats"]["standard_error"] is None
+    for name, (damage, says) in DAMAGES.items():
+        out.write_text(json.dumps(damage(record)))
+        with pytest.raises(UserError, match=re.escape(says)) as caught:
+            likelihoods.score(words)
+        assert one_line(caught.value).startswith(f"out={out} is there already, "), name
+    out.write_text(json.dumps(record))
+    again = likelihoods.score(words)
+    assert again.done == 0
+    np.testing.assert_equal(again.figures, first.figures)  # NaN for the error of one image
+
+
 def test_the_command_says_what_it_found(
     run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +186,7 @@ def test_without_an_encoder_there_is_no_kl(images: Path, tiny: list[str], tmp_pa
         (["out=x.txt"], r"out=x\.txt: use a name that ends with \.json"),
         (["z=middle"], "z=middle: Invalid value 'middle', expected one of"),
         (["label=cat"], "label=cat: this run has no classes"),
-        (["images=heldout"], "name them with shards=FOLDER"),
+        (["images=heldout"], "with shards=FOLDER"),
         (["images=nowhere"], "images=nowhere"),
     ],
 )
