@@ -80,7 +80,14 @@ def _explain(error: Exception, config_name: str, words: list[str]) -> str:
         return f"unknown field {name!r}: {near(name.rpartition('.')[2], _siblings(name, config_name, words))}"
     word = re.search(r"Error merging override (\S+)", str(error))
     reason = str(cause).split("\n", maxsplit=1)[0]
+    if variable := re.search(r"Environment variable '(\w+)' not found", reason):
+        return unset(variable.group(1))
     return f"{word.group(1) if word else 'config'}: {one_line(reason)}"
+
+
+def unset(variable: str) -> str:
+    """What to say of a variable of the environment that a setting refers to, and that is not there."""
+    return f"the settings need the environment variable {variable}, which is not set: export it, then run this again"
 
 
 def _siblings(name: str, config_name: str, words: list[str]) -> list[str]:
@@ -135,6 +142,8 @@ def typed(config: Any) -> RunConfig:
             f"unknown field {error.full_key!r}: {near(str(error.key), _fields(error.parent_node))}"
         ) from None
     except OmegaConfBaseException as error:
+        if variable := re.search(r"Environment variable '(\w+)' not found", str(error)):
+            raise UserError(unset(variable.group(1))) from None
         raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
     for kind, component in components.items():
         setattr(result, kind, component)

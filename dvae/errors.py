@@ -55,8 +55,8 @@ def one_line(text: object) -> str:
 
 def printable_line(text: object) -> str:
     """`text` as one line for a terminal: no secrets, no control characters, nothing that cannot be encoded."""
-    line = "".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in one_line(text))
-    return scrub(line)
+    line = one_line(scrub(str(text)))  # before it is folded: a secret may hold spaces
+    return scrub("".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in line))
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

@@ -6,16 +6,17 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dvae.utils.read import require_regular
+from dvae.utils.read import DamagedFile, require_regular
 from dvae.utils.secrets import scrub
 
 LOOKED_AT = 0.2
@@ -93,14 +94,35 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.(?:tmp|old)(?:\.\w+)?")
+"""Names that `write_file` and `new_folder` give to what is not finished yet."""
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`."""
-    for pattern in (".*.tmp", ".*.tmp.*", ".*.old"):
-        for item in folder.glob(pattern):
-            if item.is_dir():
-                shutil.rmtree(item)
-            else:
-                item.unlink()
+    """Remove what a killed process left half-written in `folder`, which is no link."""
+    if folder.is_symlink():
+        return
+    for item in folder.glob(".*"):
+        if LEFTOVER.fullmatch(item.name) is None:
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
+
+
+def refuse_links(folder: Path, allowed: Collection[str] = ()) -> None:
+    """Raise DamagedFile for a link in the place of a folder below `folder`: what is written there would land elsewhere.
+
+    Links at or below one of the names `allowed` are passed over. `folder` itself may be a link.
+    """
+    for here, folders, _ in os.walk(folder):
+        for name in list(folders):
+            path = Path(here, name)
+            if path.relative_to(folder).parts[0] in allowed:
+                folders.remove(name)
+            elif path.is_symlink():
+                raise DamagedFile(path, "is a link to a folder; dvae would write through it: put a folder there")
 
 
 def open_own(path: Path, flags: int) -> BinaryIO:

@@ -32,7 +32,7 @@ LARGEST = 2**20
 LONGEST_TEXT, LONGEST_LIST = 1000, 10_000
 SIZES = (1, 2048)
 """Least and greatest image size."""
-AGAIN = "export the bundle again"
+AGAIN = "get a new copy of the bundle, or export it again"
 
 
 @forbid_extra
@@ -169,7 +169,7 @@ def refuse_unplain(value: Any, path: object, key: str = "") -> None:
         for item in value:
             refuse_unplain(item, path, key)
     elif isinstance(value, str):
-        if "${" in value or "???" in value:
+        if "${" in value or "$(" in value or "???" in value:
             refuse(f"holds a reference ({value[:60]}), a bundle holds plain values")
         if len(value) > LONGEST_TEXT:
             refuse(f"has {len(value)} characters")
@@ -190,8 +190,9 @@ def _require_registered(
         raise UserError(f"{path}: unknown {kind} {str(name)[:80]!r}: {near(str(name)[:80], registry.names())}")
     module = info.cls.rpartition(".")[0]
     raise UserError(
-        f"{path} needs {kind} {name!r} of the package {info.package} {info.version}, which is not installed or not "
-        f"loaded: install it; or, if you trust its code, add plugins=[{module}]"
+        f"{path} needs the {kind} {name!r} of the package {info.package}, version {info.version}, which is not loaded: "
+        f"if you trust its code, install the package, or put its file on PYTHONPATH and add plugins=[{module}] "
+        f"(in Python: import {module} first)"
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from dvae.denoiser import Denoiser, DenoiserConfig, Space
 from dvae.diffusion import Diffusion
-from dvae.errors import UserError
+from dvae.errors import UserError, one_line
 from dvae.registry import CLASSIFIERS, ENCODERS, PRIORS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Shapes
 from dvae.registry.classifiers import Classifier
 from dvae.registry.encoders import Encoder
@@ -17,6 +20,9 @@ from dvae.registry.priors import Prior
 from dvae.registry.samplers import Sampler
 from dvae.settings import ModelConfig, RunConfig
 from dvae.timegrid import Spacing
+
+MOST_LAYERS = 100_000
+"""Layers and tensors that networks may be built of; the largest published ones have some thousand."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,42 @@ def build_sampler(node: object, diffusion: Diffusion, io: Shapes) -> Sampler:
 
 
 def on_meta(config: RunConfig | ModelConfig) -> Models:
-    """The components without memory for their weights: to check that they fit, and to count parameters."""
-    with torch.device("meta"):
+    """The components without memory for their weights: to check that they fit, and to count parameters.
+
+    Raises UserError if they do not fit each other, or describe no network.
+    """
+    with on_meta_device(MOST_LAYERS):
         return build(config, seed_weights=False)
+
+
+@contextmanager
+def on_meta_device(tensors: int) -> Iterator[None]:
+    """While the block runs, networks are built on the meta device, which takes no memory for their weights.
+
+    Raises UserError if far more layers are built than so many weights need, and if building them fails.
+    """
+    left = min(2000 + 10 * tensors, MOST_LAYERS)
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError("the settings describe far more layers than a network has: use fewer blocks")
+
+    hooks = [
+        register(count)
+        for register in (
+            torch_module.register_module_module_registration_hook,
+            torch_module.register_module_parameter_registration_hook,
+            torch_module.register_module_buffer_registration_hook,
+        )
+    ]
+    try:
+        with torch.device("meta"):
+            yield
+    except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
+        # settings may be a stranger's: the layers that they ask for can fail in any way
+        raise UserError(f"the settings describe no network that can be built ({one_line(error)[:200]})") from None
+    finally:
+        for hook in hooks:
+            hook.remove()

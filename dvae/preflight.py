@@ -19,6 +19,7 @@ from dvae.errors import UserError, one_line
 from dvae.registry import DISTILLERS, SOURCES, Shapes
 from dvae.registry.launchers import launcher_of
 from dvae.registry.sources import Item, Source
+from dvae.run import Run
 from dvae.settings import RunConfig
 from dvae.stage_names import settings_of
 
@@ -40,6 +41,12 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[models.Models, dict[str, i
         raise UserError(f"stages: cache keeps what an encoder makes, encoder={config.encoder.name} makes nothing")
     if "joint" in config.stages and (not made.parameters()["encoder"] or made.encoder.adversary() is not None):
         raise UserError(f"stages: joint needs an encoder to train without a discriminator, not {config.encoder.name}")
+    apart = {"encoder", "joint", "distil"}.isdisjoint(config.stages)
+    if config.encoder_weights and apart and not Run(Path(config.run)).weights("encoder").exists():
+        raise UserError(
+            f"encoder_weights={config.encoder_weights} is taken over by the stage encoder, which trains nothing then: add "
+            "encoder to stages=[...]"
+        )
     if "encoder" in config.stages:
         bundle.given_encoder(config, made.encoder)  # refuses weights that do not fit
     for training in (getattr(config, settings_of(stage)) for stage in [*made.parameters(), "joint", "distil"]):

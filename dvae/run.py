@@ -45,6 +45,10 @@ FREE = {
 others by itself)."""
 
 
+LINKS_ALLOWED = ("shards", "wandb")
+"""Folders of a run that may be links, or hold some."""
+
+
 class Run:
     """Paths and records of one run."""
 
@@ -105,7 +109,11 @@ class Run:
         return self.path / "checkpoints" / stage
 
     def tidy(self) -> None:
-        """Remove what a killed attempt left half-written; only while the folder is held."""
+        """Remove what a killed attempt left half-written; only while the folder is held.
+
+        Raises DamagedFile for a folder in it that is a link (shards, which are only read, and W&B's own may be).
+        """
+        files.refuse_links(self.path, LINKS_ALLOWED)
         for folder in (self.path, self.path / "weights", self.images, self.path / "cache"):
             files.remove_leftovers(folder)
 
@@ -133,6 +141,7 @@ def submit(config: DictConfig) -> Run:
     kept = stored_config.stored(config)
     if run.config_file.exists():
         refuse_other(run, config)
+        files.refuse_links(run.path, LINKS_ALLOWED)
     elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise UserError(f"run={run.path} exists and is not a run: use another run=, or remove it")
     try:

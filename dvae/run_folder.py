@@ -39,7 +39,12 @@ def check_format(folder: Path) -> None:
     if not (folder / CONFIG).exists():
         raise UserError(f"run={folder}: no run is there (it has no {CONFIG}): name a run folder")
     path = folder / FORMAT_FILE
-    found = read_json(path, FolderFormat).format if path.exists() else 1
+    if not path.exists():
+        raise UserError(
+            f"{folder}: run folder of format 1 (it has no {FORMAT_FILE}), this program reads {FORMAT}: {READERS[1]} reads "
+            f"it; or {FORMAT_FILE} was lost: copy the folder again"
+        )
+    found = read_json(path, FolderFormat).format
     refuse_format("run folder", folder, found, FORMAT, READERS)
 
 

@@ -33,7 +33,8 @@ def run_shards(run: str, config: ModelConfig, word: str = "shards") -> Path:
     refuse_points(config, run)
     data, inside = data_of(run), Path(run) / "shards"
     if data is None:
-        raise UserError(f"run={run} is a bundle, which does not say where images lie: name them with {word}=FOLDER")
+        more = "" if word != "shards" else ", or give images=FOLDER (your own)"
+        raise UserError(f"run={run} is a bundle and has no images: name the run's with {word}=FOLDER{more}")
     if not is_remote(data.shards) and (Path(data.shards) / MANIFEST).exists():
         return Path(data.shards)
     if (inside / MANIFEST).exists():
@@ -48,6 +49,8 @@ def named_place(shards: str, run: str) -> Path | Remote:
     """The place that the user's own command names, a folder or an address; what is fetched is kept beside the run."""
     if not is_remote(shards):
         return Path(shards)
+    if (Path(run) / "remote").is_symlink():
+        raise UserError(f"{Path(run) / 'remote'} is a link to another folder: remove it")
     kept = Path(run) / "remote" if data_of(run) else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dvae/remote"
     return place_of(DataConfig(shards=shards, download_to=str(kept.expanduser())))
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dvae.config import typed
 from dvae.data.remote import UnnamedPlace, is_remote
 from dvae.errors import UserError, one_line
+from dvae.model_config import COMPONENT_KINDS, refuse_unplain
 from dvae.registry.core import load_plugins
 from dvae.settings import RunConfig
 from dvae.utils import secrets
@@ -35,6 +36,12 @@ def stored(config: DictConfig) -> dict[str, Any]:
         raise UserError(
             f"run={raw['run']}: a folder's name is written down everywhere, so it cannot come from a variable of the "
             "environment: let the shell fill it in, with run=...$NAME"
+        )
+    told = OmegaConf.select(OmegaConf.create(marked), "tracking.wandb")
+    if told is not None and MARK in str(OmegaConf.to_container(told)):
+        raise UserError(
+            "tracking.wandb: W&B is given these settings as they are, so none can come from a variable of the "
+            "environment: write the value, or leave it out"
         )
     return {key: _with_references(value, raw[key], marked[key], key) for key, value in plain.items()}
 
@@ -66,7 +73,10 @@ def load(path: Path) -> RunConfig:
     References to the environment stay text, and no plug-in is imported. Raises UserError if the file is missing or
     damaged, and for a component that is not registered.
     """
-    config = typed(unresolved(read_plain(path)))
+    plain = unresolved(read_plain(path))
+    for kind in (*COMPONENT_KINDS, "denoiser"):
+        refuse_unplain(plain.get(kind), path, kind)
+    config = typed(plain)
     if is_remote(config.data.shards):
         config.data.shards = UnnamedPlace(config.data.shards)
     return config

@@ -45,9 +45,9 @@ def test_a_folder_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".bundle.abc.tmp", ".bundle.abc.old"):
+    for name in (".bundle.abcd1234.tmp", ".bundle.abcd1234.old"):
         (tmp_path / name / "inner").mkdir(parents=True)
-    for name in (".samples.png.abc.tmp.png", ".lock", "samples.png"):
+    for name in (".samples.png.abcd1234.tmp.png", ".lock", "samples.png"):
         (tmp_path / name).write_text("")
     files.remove_leftovers(tmp_path)
     assert sorted(item.name for item in tmp_path.iterdir()) == [".lock", "samples.png"]

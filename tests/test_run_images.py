@@ -60,7 +60,7 @@ def test_a_bundle_says_nothing_of_images(run: Path, tmp_path: Path) -> None:
     own = made(run)
     bundle.export(tmp_path / "bundle", Run(run).config(), {})
     for folder in (str(tmp_path / "bundle"), str(tmp_path / "nowhere")):
-        with pytest.raises(UserError, match="is a bundle, which does not say where images lie: name them with shards="):
+        with pytest.raises(UserError, match="is a bundle and has no images: name the run's with shards="):
             run_shards(folder, own)
     assert len(open_split(str(tmp_path / "bundle"), own, "train", str(tmp_path / "shards"))) > 9
 

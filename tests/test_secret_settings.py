@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from tests_support import ROOT, Tool, environment
 
 from dvae import config, stored_config
 from dvae.data.build import build
-from dvae.errors import UserError
+from dvae.data.remote import Remote
+from dvae.errors import UserError, printable_line
 from dvae.utils import secrets
 from dvae.utils.secrets import scrub
 
@@ -49,7 +52,7 @@ def test_a_token_from_the_environment_is_used_and_written_nowhere(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert again.returncode == 0, again.stderr
     assert (lacking.returncode, wrong.returncode) == (2, 2)
-    assert "Environment variable 'SHARDS_PART' not found" in lacking.stderr
+    assert "need the environment variable SHARDS_PART, which is not set" in lacking.stderr
     assert "no shards at data.shards=http://127.0.0.1" in wrong.stderr
     assert not (tmp_path / "other").exists()
     assert REFERENCE in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["shards"]
@@ -108,11 +111,11 @@ def test_references_are_kept_and_places_of_the_system_are_resolved(monkeypatch: 
     monkeypatch.setenv("SEED_OF_THE_DAY", "7")
     monkeypatch.setenv("SHARDS_PART", TOKEN)
     words = ["data.shards=http://h/${oc.env:SHARDS_PART}", "seed=${oc.env:SEED_OF_THE_DAY}",
-             "data.download_to=${oc.env:SCRATCH}/x", "tracking.wandb.project=${data.shards}"]  # fmt: skip
+             "data.download_to=${oc.env:SCRATCH}/x", "encoder_weights=${data.shards}"]  # fmt: skip
     composed = config.compose("train", ["recipe=demo", *words])
     kept = stored_config.stored(composed)
     assert kept["data"]["shards"] == "http://h/${oc.env:SHARDS_PART}"
-    assert kept["tracking"]["wandb"]["project"] == "${data.shards}"  # by way of another setting
+    assert kept["encoder_weights"] == "${data.shards}"  # by way of another setting
     assert kept["seed"] == "${oc.env:SEED_OF_THE_DAY}"
     assert kept["data"]["download_to"] == "/scratch/me/x"
     assert TOKEN not in json.dumps(kept)
@@ -163,3 +166,39 @@ def test_an_unexpected_error_shows_no_secret(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
     assert "http://h/*** was not expected" in done.stderr
     assert len(TOKEN) >= secrets.SHORTEST
+
+
+@pytest.mark.parametrize("value", ['pa"ss\\wo&rd<x', "correct  horse  battery", "with/slash and space", "ab12"])
+def test_a_value_is_found_in_whatever_form_it_is_written(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_known", set())
+    secrets.remember(value)
+    quoted = [repr(value), json.dumps(value), html.escape(value), urllib.parse.quote(value), " ".join(value.split())]
+    for form in (value, *quoted, f"http://h/{value}/x"):
+        left = scrub(f"a {form} z")
+        assert "***" in left
+        assert value not in left
+    assert "***" in printable_line(f"{value}\n")
+
+
+def test_wandb_is_given_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYX", TOKEN)
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    for word in ("tracking.wandb.name=${oc.env:MYX}", 'tracking.wandb.tags=["a${oc.env:MYX}"]'):
+        with pytest.raises(UserError, match="none can come from a variable of the environment"):
+            stored_config.stored(config.compose("train", ["recipe=demo", word]))
+    kept = stored_config.stored(
+        config.compose("train", ["recipe=demo", "tracking.wandb.entity=${oc.env:WANDB_ENTITY}"])
+    )
+    assert kept["tracking"]["wandb"]["entity"] == "team"
+
+
+def test_the_folder_of_fetched_shards_is_not_named_by_the_secret(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(secrets, "_known", set())
+    names = set()
+    for token in (TOKEN, "another-token-1234"):
+        secrets.remember(token)
+        names.add(Remote(f"http://host/{token}/faces", tmp_path, 1.0).folder.name)
+    assert len(names) == 1
+    assert Remote("http://host/other/faces", tmp_path, 1.0).folder.name not in names

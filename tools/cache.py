@@ -19,7 +19,7 @@ def command(argv: list[str]) -> None:
     """Write the cache of a run."""
     from pathlib import Path
 
-    from dvae import config
+    from dvae import config, models
     from dvae.data import request
     from dvae.data.cache import FILE
     from dvae.run import Run
@@ -33,6 +33,7 @@ def command(argv: list[str]) -> None:
     request.check_part(words.part, words.parts)
     run = Run(Path(words.run))
     settings = run.config()
+    models.on_meta(settings)  # the settings may be a stranger's: their size is checked before memory is taken
     settings.cache = words
     if words.shards:
         settings.data.shards = words.shards

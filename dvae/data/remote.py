@@ -26,8 +26,9 @@ from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
 from dvae.data.manifest import FILE, LIMIT, PLAIN_NAME, Manifest, Shard
 from dvae.data.shard_index import index_limit
 from dvae.errors import DISK_FAULTS, MachineError, UserError, one_line
-from dvae.files import sha256
+from dvae.files import open_own, sha256
 from dvae.utils.read import DamagedFile, parse_json, require_regular
+from dvae.utils.secrets import scrub
 
 if TYPE_CHECKING:
     from dvae.settings import DataConfig
@@ -144,7 +145,8 @@ class Remote:
     def __init__(self, location: str, to: str | Path, gib: float) -> None:
         """Files come to a folder of their own below `to`; its shards take no more than `gib` GiB."""
         self.location = location
-        self.folder = Path(to) / hashlib.sha256(location.encode()).hexdigest()[:12]
+        # the hash of a secret could be guessed at by whoever is given the folder
+        self.folder = Path(to) / hashlib.sha256(scrub(location).encode()).hexdigest()[:12]
         self.limit = int(gib * 2**30)
         self._touched: dict[str, float] = {}
 
@@ -228,7 +230,9 @@ class Remote:
         path, part = self.folder / name, self.folder / f".{name}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+            if self.folder.is_symlink():
+                raise UserError(f"data.download_to: {self.folder} is a link to another folder: remove it")
+            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(
                 f"data.download_to: {self.folder} cannot be written ({error.strerror}): choose another folder"
@@ -311,7 +315,7 @@ class Remote:
     @contextmanager
     def _room(self) -> Iterator[None]:
         """One process or thread at a time counts and removes."""
-        with (self.folder / ".room").open("w") as file:
+        with open_own(self.folder / ".room", os.O_RDWR | os.O_CREAT) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

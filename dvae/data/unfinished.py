@@ -73,7 +73,7 @@ class Unfinished:
         """For a part: work on `request`. Raises UserError where the folder is that of another."""
         self.shards.mkdir(exist_ok=True)
         path = self.path / REQUEST
-        with (self.path / f"{LOCK}-request").open("a+") as handle:
+        with files.open_own(self.path / f"{LOCK}-request", os.O_RDWR | os.O_CREAT) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # the part that comes first says what it is
             if not path.exists():
                 files.write_json(path, request)
@@ -178,13 +178,15 @@ def faults(out: Path, what: str) -> Iterator[None]:
         ) from None
 
 
-def _locked(folder: Unfinished, shared: bool) -> IO[str]:
+def _locked(folder: Unfinished, shared: bool) -> IO[bytes]:
     """The lock file, locked; made with its folder where there is none."""
     path = folder.path / LOCK
     while True:
         folder.path.mkdir(parents=True, exist_ok=True)
         try:
-            handle = path.open("a+")  # NFS wants it writable for an exclusive lock and readable for a shared one
+            handle = files.open_own(
+                path, os.O_RDWR | os.O_CREAT
+            )  # NFS wants it writable for an exclusive lock and readable for a shared one
         except FileNotFoundError:  # the folder went meanwhile: its shards were published
             continue
         if not _try(handle, shared):
@@ -194,7 +196,7 @@ def _locked(folder: Unfinished, shared: bool) -> IO[str]:
         handle.close()  # the lock of a folder that went meanwhile
 
 
-def _try(handle: IO[str], shared: bool) -> bool:
+def _try(handle: IO[bytes], shared: bool) -> bool:
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -202,14 +204,14 @@ def _try(handle: IO[str], shared: bool) -> bool:
     return True
 
 
-def _is_at(handle: IO[str], path: Path) -> bool:
+def _is_at(handle: IO[bytes], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _refusal(out: Path, handle: IO[str], shared: bool) -> UserError:
+def _refusal(out: Path, handle: IO[bytes], shared: bool) -> UserError:
     """Says who is at work: a lock that may be shared is held by parts."""
     with handle:
         if not shared and _try(handle, shared=True):

@@ -49,6 +49,7 @@ class Chunks:
         Raises UserError where another command draws there now, or another request was begun there.
         """
         folder = cls.folder_of(out)
+        refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with files.locked(folder / LOCK, UserError(f"out={out}: another command draws it now: wait, or name another")):
             record = folder / REQUEST
@@ -90,6 +91,7 @@ class Chunks:
 
     def remove(self) -> None:
         """Remove the folder: chunks first, so that no chunk is ever without its request."""
+        refuse_link(self.folder)
         for path in sorted(self.folder.iterdir(), key=lambda path: path.suffix != ".npz"):
             path.unlink()
         self.folder.rmdir()
@@ -100,6 +102,12 @@ class Chunks:
         folder = cls.folder_of(out)
         if folder.exists():
             cls(folder).remove()
+
+
+def refuse_link(folder: Path) -> None:
+    """Raise UserError for a link in the place of the hidden folder: files elsewhere would be removed through it."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link to another folder: remove it, or name another out=")
 
 
 def read(record: Path) -> dict[str, Any]:

@@ -25,10 +25,12 @@ from dvae.settings import WIDTHS, EmaProfile, RunConfig
 from dvae.training.ema import power
 from dvae.training.export import PARTS, checked, with_part
 from dvae.training.snapshots import Snapshot, list_snapshots
-from dvae.weights import load_weights, save_weights
+from dvae.weights import State, refuse_nonfinite, save_weights
 
 RIDGE = 1e-10
 """Relative to each profile's squared norm: keeps coefficients small where snapshots lie close together."""
+MOST = 5000
+"""Snapshots that a fit takes: its matrices have the square of that many numbers."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -106,20 +108,32 @@ def fit(snapshots: Sequence[Snapshot], step: int, width: float) -> Fit:
     return Fit(step, used, found, error)
 
 
-def combine(found: Fit, parameters: set[str]) -> dict[str, torch.Tensor]:
-    """The state dict of a fit. What is no parameter (a buffer) is that of the snapshot nearest in time."""
+def combine(found: Fit, module: torch.nn.Module) -> State:
+    """The state dict of a fit, for `module`, whose weights may be on the meta device.
+
+    A buffer is not averaged: it is that of the snapshot nearest in time. Raises MachineError if a snapshot is damaged
+    or differs from its hash, UserError if it does not fit the module, and if a number is not finite.
+    """
     nearest = min(found.snapshots, key=lambda one: abs(one.step - found.step))
-    state = load_weights(nearest.path)
-    sums = {name: torch.zeros_like(state[name], dtype=torch.float64) for name in state.keys() & parameters}
+    own, state = module.state_dict(), {}
+    averaged = [name for name, _ in module.named_parameters() if name in own]
+    sums = {name: torch.zeros(own[name].shape, dtype=torch.float64, device="cpu") for name in averaged}
     for snapshot, coefficient in zip(found.snapshots, found.coefficients, strict=True):
-        values = load_weights(snapshot.path)
+        values = snapshot.load(module)
         for name, total in sums.items():
             total.add_(values[name].double(), alpha=float(coefficient))
-    return state | {name: total.float() for name, total in sums.items()}
+        if snapshot is nearest:
+            state = values
+    made = state | {name: total.float() for name, total in sums.items()}
+    refuse_nonfinite(made, f"the average of {nearest.path.parent} at step {found.step}")
+    return made
 
 
 def make(settings: EmaToolConfig) -> Fit:
-    """Make the average that `settings` ask for, and write it. Raises UserError where it cannot be made."""
+    """Make the average that `settings` ask for, and write it.
+
+    Raises UserError if it cannot be made, MachineError if a snapshot is damaged; then nothing is written.
+    """
     run, config = _check(settings)
     snapshots = list_snapshots(run.path / "snapshots" / settings.stage)
     if not snapshots:
@@ -129,7 +143,9 @@ def make(settings: EmaToolConfig) -> Fit:
         )
     found = _kept(snapshots, settings) if settings.width is None else _fitted(snapshots, settings, settings.width)
     part, trained = PARTS[settings.stage], models.on_meta(config).trained()
-    weights = combine(found, {name for name, _ in trained[part].named_parameters()})
+    if part not in trained:
+        raise UserError(f"stage={settings.stage}: by its config, run={settings.run} has none with weights")
+    weights = combine(found, trained[part])
     if settings.out:
         save_weights(Path(settings.out), weights)
     if settings.bundle:
@@ -164,6 +180,11 @@ def _fitted(snapshots: list[Snapshot], settings: EmaToolConfig, width: float) ->
         raise UserError(
             f"run={settings.run} has {len(usable)} snapshots of power profile of its {settings.stage}, a fit needs 2: "
             f"train with train_{settings.stage}.ema.extra_widths=[0.05,0.1]"
+        )
+    if len(usable) > MOST:
+        raise UserError(
+            f"run={settings.run} has {len(usable)} snapshots of its {settings.stage}, a fit takes {MOST} at most: move "
+            "some to another folder"
         )
     return fit(usable, _step(usable, settings), width)
 

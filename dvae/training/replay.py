@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from torch import nn
 
+from dvae import models
 from dvae.data.loader import Batch
 from dvae.errors import UserError, one_line
 from dvae.run import Run
@@ -87,6 +88,7 @@ def replay(folder: str, shards: str = "") -> Replayed:
     start_distributed()
     run = Run(path.absolute().parent)
     config = run.config()
+    models.on_meta(config)  # the settings may be a stranger's: their size is checked before memory is taken
     if shards:
         config.data.shards = shards
     refuse_other_run(config, record, path)

@@ -8,18 +8,23 @@ value from the environment again.
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 import sys
+import urllib.parse
 from collections.abc import Iterable
 from typing import Any, TextIO
 
 REMOVED = "***"
 """What stands in the place of a secret."""
 SHORTEST = 6
-"""Characters of a value; a shorter one cannot be told from a common word."""
+"""Characters of a variable's value; a shorter one cannot be told from a common word."""
+SHORTEST_REFERRED = 4
+"""The same, of a variable to which a setting refers."""
 SECRET_NAME = re.compile(
-    r"(?:^|_)(?:(?:API)?KEY|TOKEN|SECRETS?|PASS(?:WORD|WD|PHRASE)?|CREDENTIALS?|AUTH)(?:_|$)", re.I
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|APIKEY|SSHPASS|(?:^|_)(?:KEY|PASS|AUTH)(?:_|$)", re.I
 )
 """Environment variables whose values are secret, whether or not a setting refers to them."""
 NOT_SECRET = re.compile(
@@ -51,15 +56,22 @@ def is_secret_variable(name: str) -> bool:
 
 def remember(value: str) -> None:
     """Remove `value` from every later output of this process."""
-    if len(value) >= SHORTEST:
+    if len(value) >= SHORTEST_REFERRED:
         _known.add(value)
 
 
 def scrub(text: str) -> str:
     """`text` without the values of secret environment variables and without the secret parts of addresses."""
-    for value in sorted(_known | set(_secret_variables().values()), key=len, reverse=True):
+    secret = {form for value in _known | set(_secret_variables().values()) for form in _forms(value)}
+    for value in sorted(secret, key=len, reverse=True):
         text = text.replace(value, REMOVED)
     return _scrub_addresses(text)
+
+
+def _forms(value: str) -> set[str]:
+    """The ways in which a text may hold a value: as it is, quoted for Python, JSON, HTML or an address, folded."""
+    quoted = {value, repr(value)[1:-1], json.dumps(value)[1:-1], html.escape(value), " ".join(value.split())}
+    return {*quoted, urllib.parse.quote(value), urllib.parse.quote(value, safe="")}
 
 
 class _Guarded:
@@ -104,8 +116,13 @@ def _secret_variables() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if SECRET_NAME.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST and not _is_path(value)
     }
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value names a file that exists, such as that of a key."""
+    return value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value))
 
 
 def _scrub_addresses(text: str) -> str:

@@ -203,7 +203,7 @@ def test_where_images_may_lie(form: str, run: Path, faces: Path, tmp_path: Path)
         (interpolate, ["images=FACES", "n=11"], r"n=11 first=0: images=.* makes 10"),
         (interpolate, ["images=FACES", "steps=1"], "steps=1: use 2 or more"),
         (interpolate, ["images=FACES", "space=x"], "space=x: Invalid value 'x'"),
-        (reconstruct, [], r"run=.* is a bundle, which does not say where images lie: name them with shards=FOLDER"),
+        (reconstruct, [], r"run=.* is a bundle and has no images: name the run's with shards=FOLDER, or give images="),
         (reconstruct, ["images=drawn"], "images=drawn: what is drawn needs no reconstruction"),
         (edit, ["images=FACES", "direction=wild"], "direction=wild: .* has no such direction: did you mean 'wide'"),
         (edit, ["images=FACES"], "not set: direction; add direction=..."),

@@ -251,7 +251,7 @@ def test_a_flipped_bit_in_the_weights_of_a_finished_stage_is_found(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "run folder format 1, this program reads 2: dvae 0.1 reads it"),
+        (None, "run folder of format 1 (it has no run.json), this program reads 2: dvae 0.1 reads it"),
         ('{"format": 9, "dvae": "9.0"}', "run folder format 9, this program reads 2: a newer dvae wrote it"),
         ('{"format": "2", "dvae": "0.2.0"}', "run.json: format: Input should be a valid integer"),
     ],
