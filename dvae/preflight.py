@@ -44,8 +44,8 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[models.Models, dict[str, i
     apart = {"encoder", "joint", "distil"}.isdisjoint(config.stages)
     if config.encoder_weights and apart and not Run(Path(config.run)).weights("encoder").exists():
         raise UserError(
-            f"encoder_weights={config.encoder_weights} is taken over by the stage encoder, which trains nothing then: add "
-            "encoder to stages=[...]"
+            f"encoder_weights={config.encoder_weights} is taken over by the stage encoder, which trains nothing then: "
+            "add encoder to stages=[...]"
         )
     if "encoder" in config.stages:
         bundle.given_encoder(config, made.encoder)  # refuses weights that do not fit

@@ -41,8 +41,8 @@ def check_format(folder: Path) -> None:
     path = folder / FORMAT_FILE
     if not path.exists():
         raise UserError(
-            f"{folder}: run folder of format 1 (it has no {FORMAT_FILE}), this program reads {FORMAT}: {READERS[1]} reads "
-            f"it; or {FORMAT_FILE} was lost: copy the folder again"
+            f"{folder}: run folder of format 1 (it has no {FORMAT_FILE}), this program reads {FORMAT}: {READERS[1]} "
+            f"reads it; or {FORMAT_FILE} was lost: copy the folder again"
         )
     found = read_json(path, FolderFormat).format
     refuse_format("run folder", folder, found, FORMAT, READERS)

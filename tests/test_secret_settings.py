@@ -192,9 +192,7 @@ def test_wandb_is_given_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept["tracking"]["wandb"]["entity"] == "team"
 
 
-def test_the_folder_of_fetched_shards_is_not_named_by_the_secret(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_fetched_shards_lie_in_no_folder_named_by_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "_known", set())
     names = set()
     for token in (TOKEN, "another-token-1234"):
