@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dvae import __version__, files, models
-from dvae.errors import UserError
+from dvae.errors import UserError, printable_line
 from dvae.format_version import refuse_format
 from dvae.model_config import COMPONENT_KINDS, ComponentInfo, model_config, read_model_config, to_yaml
 from dvae.models import Models
@@ -27,6 +28,7 @@ from dvae.quantisation import plan as quantisation
 from dvae.registry.core import KINDS, origin
 from dvae.registry.encoders import Encoder
 from dvae.settings import ModelConfig, RunConfig
+from dvae.tracking.console import say
 from dvae.utils.read import (
     JSON_LIMIT,
     MIB,
@@ -110,6 +112,7 @@ def export(
     """Write a bundle of the given parts (name -> state dict), complete or absent; `quantized` says how, if they are.
 
     If it replaces an older bundle, it keeps that one's directions, which tell themselves whether they fit the encoder.
+    Directions that do not match their hash in the older bundle are left out, and a line says so.
     """
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
     kept = model_config(config) if isinstance(config, RunConfig) else config
@@ -120,8 +123,7 @@ def export(
         files.write_text(aside / CONFIG, to_yaml(kept))
         if quantized is not None:
             quantisation.write(aside, quantized)
-        if (folder / DIRECTIONS).is_file():
-            shutil.copyfile(folder / DIRECTIONS, aside / DIRECTIONS)
+        _copy_directions(folder, aside)
         written = [name for name in (WEIGHTS, CONFIG, *OPTIONAL_FILES) if (aside / name).exists()]
         About(
             format=FORMAT,
@@ -131,6 +133,26 @@ def export(
             sha256={name: files.sha256(aside / name) for name in written},
             quantized="" if quantized is None else quantized.method,
         ).write(aside)
+
+
+def _copy_directions(old: Path, new: Path) -> None:
+    """Copy the directions of the bundle `old`, if it has any, into `new`, which will vouch for them with a hash.
+
+    So the copy must match the hash that `old` has of them; a link is not followed. Else they are left out.
+    """
+    path = old / DIRECTIONS
+    if not os.path.lexists(path):
+        return
+    try:
+        if path.is_symlink():
+            raise DamagedFile(path, "is a link, not a file")
+        about = read_about(old)
+        verify_file(old, about, DIRECTIONS)
+        shutil.copyfile(path, new / DIRECTIONS)
+        verify_file(new, about, DIRECTIONS)  # again: it may have changed meanwhile
+    except (UserError, DamagedFile, OSError) as error:
+        (new / DIRECTIONS).unlink(missing_ok=True)
+        say(f"the new bundle has no directions, find them again: {printable_line(error)}")
 
 
 def update_hash(folder: Path, name: str) -> None:

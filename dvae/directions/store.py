@@ -54,7 +54,8 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
     """Put directions into a bundle (or a run's bundle), in the place of those found by the same methods; returns the
     file.
 
-    Those that were found for other weights of the encoder are thrown away.
+    Those that were found for other weights of the encoder are thrown away. Raises UserError for numbers that are not
+    finite, MachineError if the disk is full; then nothing is written.
     """
     place, new = bundle.folder_of(folder), list(directions)
     own, methods = encoder_hash(place), {one.method for one in new}
@@ -68,6 +69,7 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
         tensors |= {"labels.readout": model.readout, "labels.effects": model.effects}
         header["attributes"] = json.dumps(model.attributes)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    refuse_nonfinite(tensors, f"{place}: directions")
     try:
         files.write_file(place / FILE, lambda aside: save_file(tensors, aside, header))
     except SafetensorError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,62 @@ def test_a_new_export_keeps_them_while_the_encoder_is_the_same(tiny: list[str], 
     bundle.export(place, config.typed(composed), parts | {"encoder": changed})
     with pytest.raises(UserError, match="was found for other weights of the encoder"):
         directions.names(place)
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def linked(path: Path) -> None:
+    path.symlink_to(path.rename(path.parent.parent / "elsewhere"))
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def unlisted(path: Path) -> None:
+    about = bundle.read_about(path.parent)
+    del about.sha256[path.name]
+    about.write(path.parent)
+
+
+LEFT_OUT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a flipped byte": (flipped, "does not match the hash in bundle.json"),
+    "a link to the same bytes": (linked, "is a link, not a file"),
+    "a link to nothing": (lambda path: (path.unlink(), path.symlink_to("nowhere"))[1], "is a link, not a file"),
+    "a pipe": (piped, "is a pipe, not a file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir())[1], "is a folder, not a file"),
+    "no hash": (unlisted, "holds no hash of directions.safetensors"),
+    "no bundle.json": (lambda path: (path.parent / bundle.ABOUT).unlink(), "bundle.json is missing"),
+}
+
+
+def test_a_new_export_leaves_out_directions_that_do_not_match_their_hash(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    composed = config.compose("train", tiny)
+    encoder = {"encoder": models.build(config.typed(composed)).trained()["encoder"].state_dict()}
+    for name, (damage, says) in LEFT_OUT.items():
+        place = tmp_path / name / "bundle"
+        bundle.export(place, config.typed(composed), encoder)
+        directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
+        assert "directions" not in capsys.readouterr().err
+        damage(place / store.FILE)
+        bundle.export(place, config.typed(composed), encoder)
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1, name
+        assert said[0].startswith("dvae: the new bundle has no directions, find them again: "), name
+        assert says in said[0], name
+        assert not os.path.lexists(place / store.FILE), name
+        assert store.FILE not in bundle.read_about(place).sha256, name
+        assert directions.names(place) == []
+
+
+def test_directions_that_overflow_are_not_written(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"'direction.pca_1' holds NaN or infinity"):
+        directions.save(folder, [made("pca_1", float("inf"))])
+    assert directions.names(folder) == []

@@ -17,7 +17,7 @@ from scipy.integrate import quad
 from tests_support import ROOT, environment
 from torch import nn
 
-from dvae import config, keyed, pipeline
+from dvae import config, files, keyed, pipeline
 from dvae.data.loader import Batch
 from dvae.errors import UserError, one_line
 from dvae.settings import EmaConfig, EmaProfile, Precision, TrainingConfig
@@ -28,7 +28,7 @@ from dvae.training.ema import power
 from dvae.training.engine import start_distributed
 from dvae.training.loop import Looks, train
 from dvae.training.posthoc import coefficients, combine, fit, products
-from dvae.training.snapshots import Snapshot, halved, list_snapshots
+from dvae.training.snapshots import Snapshot, Snapshots, halved, list_snapshots, read_hashes
 from dvae.training.stages import Stage, StepOutput
 from dvae.weights import load_weights
 
@@ -197,6 +197,31 @@ def test_a_resumed_run_leaves_the_snapshots_of_one_that_was_never_stopped(tmp_pa
     assert len(ours) == 4 * 4
     for mine, its in zip(ours, theirs, strict=True):
         assert mine.path.read_bytes() == its.path.read_bytes(), mine.path.name
+    assert read_hashes(ours[0].path.parent) == {one.path.name: files.sha256(one.path) for one in theirs}
+
+
+def test_a_snapshot_whose_hash_a_kill_prevented_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends between a snapshot of step 16, where a checkpoint is due too, and its hash."""
+    short = configured(steps=24, save_every=8)
+    short = replace(short, ema=replace(short.ema, snapshot_every=8))
+    learn(tmp_path / "whole", short)
+    stopped, real = tmp_path / "stopped" / "snapshots" / "toy", Snapshots._write_hashes
+
+    def killed(self: Snapshots, hashes: dict[str, str]) -> None:
+        if any(name.startswith("step-00000016-width-0.15") for name in hashes):
+            raise KeyboardInterrupt
+        real(self, hashes)
+
+    monkeypatch.setattr(Snapshots, "_write_hashes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "stopped", short)
+    monkeypatch.undo()
+    there = {one.path.name for one in list_snapshots(stopped)}
+    assert there - read_hashes(stopped).keys() == {"step-00000016-width-0.15.safetensors"}
+    learn(tmp_path / "stopped", short)
+    assert read_hashes(stopped) == read_hashes(tmp_path / "whole" / "snapshots" / "toy")
+    assert read_hashes(stopped) == {one.path.name: files.sha256(one.path) for one in list_snapshots(stopped)}
+    assert len(read_hashes(stopped)) == 3 * 4
 
 
 def test_parameters_alone_are_halved_and_only_within_range() -> None:
