@@ -22,7 +22,7 @@ from dvae.directions.labels import LabelModel
 from dvae.errors import MachineError, UserError, near, one_line
 from dvae.tracking.console import say
 from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
-from dvae.weights import State, load_weights
+from dvae.weights import State, load_weights, refuse_nonfinite
 
 FILE = bundle.DIRECTIONS
 WORDS = ("name", "unit", "attribute", "value", "share")
