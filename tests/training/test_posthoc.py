@@ -306,8 +306,8 @@ def test_a_mistake_is_one_line(
 def test_one_snapshot_is_too_few(finished: Path, tmp_path: Path) -> None:
     run, folder = tmp_path / "run", tmp_path / "run" / "snapshots" / "refiner"
     folder.mkdir(parents=True)
-    for path in (finished / "config.yaml", finished / "snapshots" / "refiner" / "step-00000002-width-0.1.safetensors"):
-        (run / path.relative_to(finished)).write_bytes(path.read_bytes())
+    for name in ("config.yaml", "run.json", "snapshots/refiner/step-00000002-width-0.1.safetensors"):
+        (run / name).write_bytes((finished / name).read_bytes())
     with pytest.raises(UserError, match=r"has 1 snapshots of power profile of its refiner, a fit needs 2"):
         command([f"run={run}", "width=0.15", f"out={tmp_path / 'o'}"])
 
