@@ -167,7 +167,7 @@ def test_a_damaged_bundle_is_refused(copy: Callable[..., Path]) -> None:
     folder = copy()
     weights = folder / bundle.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"does not match the hash.*copy it again"):
+    with pytest.raises(UserError, match="reaches beyond the file: it is cut off"):
         dvae.load(folder)
     reseal(folder)  # even if it was written so
     with pytest.raises(UserError, match="reaches beyond the file: it is cut off"):
