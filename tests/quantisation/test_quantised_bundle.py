@@ -166,12 +166,15 @@ def test_a_plan_that_does_not_fit_is_refused(
 def test_a_damaged_bundle_is_refused(copy: Callable[..., Path]) -> None:
     folder = copy()
     weights = folder / bundle.WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:-100])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
     with pytest.raises(UserError, match="reaches beyond the file: it is cut off"):
         dvae.load(folder)
     reseal(folder)  # even if it was written so
     with pytest.raises(UserError, match="reaches beyond the file: it is cut off"):
         dvae.load(folder)
+    weights.write_bytes(whole)
+    reseal(folder)
     (folder / plan.FILE).write_text("{")
     with pytest.raises(UserError, match=r"quantization.json does not match the hash in bundle.json"):
         dvae.load(folder)
