@@ -184,6 +184,8 @@ def test_configs_of_a_tool_that_the_plug_in_imported_stay(tmp_path: Path) -> Non
 
     def work() -> dict[str, Any]:
         sys.path.insert(0, str(tmp_path))
+        sys.modules.pop("dvae.training.replay", None)  # another test may have imported it
+        ConfigStore.instance().repo.pop("replay_schema.yaml", None)
         before = "replay_schema" in dict(_leaves(ConfigStore.instance().repo))
         status = said("plugins=[curious]")["status"]
         return {"known": [before, "replay_schema" in dict(_leaves(ConfigStore.instance().repo))], "status": status}

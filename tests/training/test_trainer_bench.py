@@ -33,5 +33,5 @@ def test_ratios_are_medians_over_the_turns(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_run_that_is_none_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a readable config"):
+    with pytest.raises(UserError, match="no run is there"):
         command(["trainer", f"run={tmp_path}"])
