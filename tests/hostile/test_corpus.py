@@ -121,7 +121,7 @@ def run_folders(every: int) -> list[HostileRun]:
     return [HostileRun("unchanged", lambda folder: None), *cases[::every]]
 
 
-@pytest.mark.parametrize("every", [13, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [17, pytest.param(7, marks=pytest.mark.slow)])
 def test_hostile_run_folders(every: int, finished: Path, zygote: Zygote, tmp_path: Path) -> None:
     wrong: dict[str, list[str]] = {}
     cases = run_folders(every)
@@ -151,7 +151,7 @@ def test_hostile_run_folders_are_resumed_or_refused(
 ) -> None:
     """The same folders, taken up by the command of the run: DeepSpeed starts in each, which takes seconds."""
     wrong: dict[str, list[str]] = {}
-    for number, (name, mutate) in enumerate(run_folders(41)):
+    for number, (name, mutate) in enumerate(run_folders(67)):
         cwd = tmp_path / str(number)
         shutil.copytree(finished, cwd / "run", symlinks=True)
         mutate(cwd / "run")
