@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,14 +33,19 @@ class Ended:
     memory: int
     seconds: float
 
-    def faults(self, sound: bool | None = None) -> list[str]:
+    def shapes(self) -> set[str]:
+        """The events, without the names of temporary files."""
+        return {re.sub(r"/tmp/tmp\w+", "/tmp/X", event) for event in self.events}
+
+    def faults(self, sound: bool | None = None, usual: Collection[str] = ()) -> list[str]:
         """What is wrong with that: nothing, if it succeeded or said why not in one line.
 
-        `sound`: True demands success, False demands a refusal.
+        `sound`: True demands success, False demands a refusal. `usual`: events (see `shapes`) of the command on sound
+        data, such as DeepSpeed's search for a library.
         """
         lines = self.stderr.strip().splitlines()
         errors = [line for line in lines if line.startswith("dvae: error: ")]
-        found = [f"event: {event}" for event in self.events]
+        found = [f"event: {event}" for event in sorted(self.shapes() - set(usual))]
         if self.status not in (0, 1, 2):
             found.append(f"status {self.status}")
         if self.status and (len(errors) != 1 or errors[0] != lines[-1] or "Traceback" in self.stderr):

@@ -111,6 +111,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print when they are imported
     for name in TOOLS:
         importlib.import_module(f"dvae.tools.{name}")
     warm = json.loads(sys.stdin.readline())  # commands that import whatever is imported late
@@ -122,15 +124,16 @@ def main() -> None:
             importlib.import_module(f"dvae.tools.{job['tool']}").command(job["words"])
             os._exit(0)
         os.waitpid(pid, 0)
-    for name in ("dvae.pipeline", "dvae.drawing", "dvae.job", "dvae.importers.convert", "dvae.evaluation.benchmark",
-                 "dvae.training.export", "dvae.preflight", "torchvision.io", "PIL.Image"):  # fmt: skip
+    # DeepSpeed asks the compiler for libaio when it is imported
+    for name in ("deepspeed", "dvae.pipeline", "dvae.drawing", "dvae.job", "dvae.importers.convert", "dvae.preflight",
+                 "dvae.evaluation.benchmark", "dvae.training.export", "torchvision.io", "PIL.Image"):  # fmt: skip
         importlib.import_module(name)
     from dvae.registry.core import discover
 
     discover()
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
+        print(json.dumps(run(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
