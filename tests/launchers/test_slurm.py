@@ -217,7 +217,7 @@ def test_a_lost_node(runs: Runs, two: Path) -> None:
 
 
 STUCK_ONCE = """#!/bin/sh
-[ -e stuck ] || {{ touch stuck; sleep 600; }}
+[ -e stuck-$SLURM_PROCID ] || {{ touch stuck-$SLURM_PROCID; sleep 600; }}
 exec {python} "$@"
 """
 
@@ -273,7 +273,8 @@ def test_cancel_saves_and_frees_the_nodes(runs: Runs, two: Path) -> None:
     done = runs.tool("runs", "cancel", f"run={run}")
     assert "stopped at encoder step" in done.stdout.splitlines()[-1], done.stdout + done.stderr + logs(run)
     assert not queue_of(runs)
-    assert runs.tool("runs", "resume", f"run={run}").returncode == 0  # launcher.wait is null: no terminal, no waiting
+    # launcher.setup is a command, so trust=true; launcher.wait is null: no terminal, no waiting
+    assert runs.tool("runs", "resume", f"run={run}", "trust=true").returncode == 0
     assert same(runs.finish(run), two)
 
 
