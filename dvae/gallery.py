@@ -95,7 +95,7 @@ def draw(settings: GalleryConfig) -> dict[str, Any]:
     """Write picture and figures; returns the figures. Raises UserError where there are no runs of that density."""
     check(settings)
     runs = load_runs(settings)
-    first = Run(settings_folder(settings, next(iter(runs)))).config()
+    first = Run(run_folders(settings)[next(iter(runs))]).config()
     source = points.open_source(first)
     label = points.groups(first, source)[settings.density]
     true = points.true(source, label, settings.n, settings.seed)
@@ -127,14 +127,21 @@ def draw(settings: GalleryConfig) -> dict[str, Any]:
     return figures
 
 
+def run_folders(settings: GalleryConfig) -> dict[str, Path]:
+    """The folders of trained runs, by the names of the runs: those below `settings.runs`, or that one itself."""
+    folder = Path(settings.runs)
+    found = [folder] if (folder / "bundle").is_dir() else sorted(path.parent for path in folder.glob("*/bundle"))
+    return {path.name: path for path in found}
+
+
 def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
     """The trained runs of a folder by name, processes of one component first. Raises UserError where there is none."""
     folder = Path(settings.runs)
-    found = [folder] if (folder / "bundle").is_dir() else sorted(path.parent for path in folder.glob("*/bundle"))
+    found = run_folders(settings)
     if not found:
         raise UserError(f"runs={folder}: no trained run there: python tools/launch.py recipe=toy2d process=psld")
     runs = {}
-    for path in found:
+    for name, path in found.items():
         run = pipelines.load(path)
         run.batch = settings.batch
         if not run.config.draws_points:
@@ -143,14 +150,8 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
         names = points.groups(config, points.open_source(config))
         if settings.density not in names:
             raise UserError(f"density={settings.density}: {path} draws others; {near(settings.density, names)}")
-        runs[path.name] = run
+        runs[name] = run
     return dict(sorted(runs.items(), key=lambda item: item[1].models.denoiser.io.k))
-
-
-def settings_folder(settings: GalleryConfig, name: str) -> Path:
-    """The folder of the run called `name`."""
-    folder = Path(settings.runs)
-    return folder if (folder / "bundle").is_dir() else folder / name
 
 
 def sampler_names(run: Pipeline, settings: GalleryConfig) -> list[str]:
