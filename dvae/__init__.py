@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dvae.utils.package import VERSION as __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
     from PIL import Image
 
-    from dvae.pipeline import Pipeline
+    from dvae.inference.pipeline import Pipeline
 
-__version__ = "0.2.0"
+__all__ = ["__version__", "load", "pil"]
 
 
 def load(path: str | Path, batch: int | None = None, device: str | torch.device | None = None) -> Pipeline:
-    """The pipeline of a run folder or a bundle: `dvae.load("runs/demo").generate(8, seed=0)`; see dvae/pipeline.py.
+    """Load the pipeline of a run folder or a bundle: `dvae.load("runs/demo").generate(8, seed=0)`.
 
     `batch`: images per network call (None: fixed chunks, so that an image has the same bits whatever else is drawn);
     `device`: None for a GPU where there is one. Raises UserError where there is none or it is not whole.
     """
-    from dvae import pipeline  # here, since it imports torch, which takes seconds
+    from dvae.inference import pipeline  # here, since it imports torch, which takes seconds
 
     return pipeline.load(path, batch, device)
 

@@ -100,3 +100,12 @@ def in_words(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.filename:
         return printable_line(f"{error.filename}: {error.strerror or error}"), MachineError.exit_status
     return None
+
+
+def reason_of(error: BaseException) -> str:
+    """Type and message of an error in one line, even if the message cannot be read."""
+    try:
+        name, text = type(error).__name__, str(error)
+        return printable_line(f"{name}: {text}" if text else name)[:400]
+    except BaseException:  # noqa: BLE001 the message is made by a stranger's code, which may fail in any way
+        return "it failed with an error whose message cannot be read"

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvae import attempts
-from dvae.registry.launchers import LAUNCHERS, Launcher, LauncherConfig
+from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
+from dvae.runs import attempts
 
 
 @LAUNCHERS.register("local")
@@ -24,7 +24,7 @@ class Local(Launcher):
         return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
     def launch(self, folder: Path) -> None:
-        from dvae.job import Job  # here, since importing DeepSpeed takes seconds
+        from dvae.runs.job import Job  # here, since importing DeepSpeed takes seconds
 
         name = "torchrun" if "RANK" in os.environ else "local"
         first = os.environ.get("RANK", "0") == "0"

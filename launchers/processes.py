@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dvae import attempts
-from dvae.attempts import TERMINATED
-from dvae.ends import CRASHED, GRACE, HANGS, End, explain
 from dvae.errors import Stopped, UserError, in_words, one_line
-from dvae.machine import cores, end_with_parent
-from dvae.registry.launchers import LAUNCHERS, Launcher, LauncherConfig
+from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
+from dvae.runs import attempts
+from dvae.runs.attempts import TERMINATED
+from dvae.runs.exit_status import CRASHED, GRACE, HANGS, End, explain
+from dvae.utils.machine import cores, end_with_parent
 from dvae.utils.secrets import guard_streams
 
 LOOK_EVERY = 0.2
@@ -130,8 +130,8 @@ def run_rank(folder: str, line: connection.Connection) -> None:
     faulthandler.register(signal.SIGQUIT, chain=True)  # says where it is, and ends
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        from dvae.job import Job  # here, since the launcher itself has no use for DeepSpeed
-        from dvae.training import watch
+        from dvae.runs.job import Job  # here, since the launcher itself has no use for DeepSpeed
+        from dvae.training.resilience import watchdog as watch
 
         def on_hang(words: str, speaks: bool) -> None:
             line.send(words)

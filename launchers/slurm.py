@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dvae.errors import Stopped, UserError, one_line
-from dvae.registry.launchers import LAUNCHERS, Launcher, LauncherConfig
-from dvae.slurm import queue
-from dvae.slurm.queue import Submitted
+from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
+from dvae.runs.slurm import queue
+from dvae.runs.slurm.queue import Submitted
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 CONF = "SLURM_CONF"
@@ -116,7 +116,7 @@ class Slurm(Launcher):
 
         Raises UserError where SLURM refuses it, MachineError where it failed.
         """
-        from dvae.run import Run
+        from dvae.runs.folder import Run
 
         if not queue.available():
             raise UserError("launcher=slurm: there is no squeue here: run this where jobs are submitted")
@@ -167,7 +167,7 @@ class Slurm(Launcher):
 
         Each waits for the last of `submitted`, which the caller adds to.
         """
-        from dvae.slurm.supervisor import Supervisor
+        from dvae.runs.slurm.supervisor import Supervisor
 
         here = str(folder.absolute())
         for part in self.parts(stages):
@@ -178,7 +178,7 @@ class Slurm(Launcher):
 
     def parts(self, stages: list[str]) -> list[tuple[str, ...]]:
         """The stages of each job, in their order; one job takes all of them unless `chain` is set."""
-        from dvae.settings import STAGES
+        from dvae.config.schema import STAGES
 
         ordered = [stage for stage in STAGES if stage in stages]
         if not self.config.chain:
@@ -254,7 +254,7 @@ class Part:
     parts: int
 
     def __call__(self, part: int) -> None:
-        from dvae.job import build_part_of_shards, write_part_of_cache
+        from dvae.runs.job import build_part_of_shards, write_part_of_cache
 
         work = build_part_of_shards if self.stage == "shards" else write_part_of_cache
         work(Path(self.folder), part, self.parts)
@@ -282,19 +282,19 @@ def outside_any_job() -> Iterator[None]:
 
 def follow(folder: Path) -> None:
     """Show the run's figures until it ends. Ctrl-C leaves it alone; SIGTERM cancels it, as it would end a run here."""
-    from dvae import runs
+    from dvae.runs import manage
 
     def asked(number: int, frame: object) -> None:
         raise Stopped(f"run={folder} was cancelled ({signal.Signals(number).name}): the same command again resumes")
 
     before = signal.signal(signal.SIGTERM, asked)
     try:
-        for line in runs.follow(folder):
+        for line in manage.follow(folder):
             print(line, flush=True)
     except KeyboardInterrupt:
         print(f"{folder}: goes on without being watched", flush=True)
     except Stopped:
-        for line in runs.cancel(folder):
+        for line in manage.cancel(folder):
             print(line, flush=True)
         raise
     finally:

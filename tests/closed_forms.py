@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dvae.diffusion import Diffusion, Matching, Prediction, Time, apply
+from dvae.diffusion.kernels import Diffusion, Matching, Prediction, Time, apply
 from dvae.registry import PROCESSES, SAMPLERS, SCHEDULES, Shapes
-from dvae.registry.samplers import Model, Sampler, Threshold
+from dvae.registry.samplers.base import Model, Sampler, Threshold
 
 IO = Shapes(image_size=1, channels=1)
 
@@ -18,7 +18,7 @@ IO = Shapes(image_size=1, channels=1)
 class Mixture:
     """E[eps | u_t] where each pixel of x0 is drawn from sum_i weights_i N(means_i, variances_i), apart from others.
 
-    A Model (dvae.registry.samplers): counts its calls and keeps the times it was asked for.
+    A Model (dvae.registry.samplers.base): counts its calls and keeps the times it was asked for.
     """
 
     diffusion: Diffusion

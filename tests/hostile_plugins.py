@@ -23,7 +23,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from dvae.errors import MachineError, UserError
 from dvae.registry import KINDS, LAUNCHERS, REFINERS, SCHEDULES, ComponentConfig, Registry, Shapes
-from dvae.registry.schedules import Schedule
+from dvae.registry.schedules.base import Schedule
 
 METHODS = {name: lambda self, t: t for name in ("integral", "rate", "inverse", "__init__")}
 Plain = type("Plain", (Schedule,), METHODS)
@@ -137,7 +137,7 @@ def _configs() -> list[HostilePlugin]:
 
 def _launcher() -> str:
     return (
-        "from dvae.registry.launchers import Launcher\n"
+        "from dvae.registry.launchers.base import Launcher\n"
         + schedule(base="Launcher").replace("SCHEDULES", "LAUNCHERS")
         + "    ranks = 1\n    def launch(self, folder): ...\n"
     )
@@ -146,10 +146,11 @@ def _launcher() -> str:
 def _classes() -> list[HostilePlugin]:
     """A class that is no component."""
     return [
-        plugin("another_base", schedule(base="torch.nn.Module"), "derives from dvae.registry.schedules.Schedule"),
-        plugin("another_kind", GOOD.replace("SCHEDULES", "REFINERS"), "derives from dvae.registry.refiners.Refiner"),
+        plugin("another_base", schedule(base="torch.nn.Module"), "derives from dvae.registry.schedules.base.Schedule"),
+        plugin("another_kind", GOOD.replace("SCHEDULES", "REFINERS"),
+               "derives from dvae.registry.refiners.base.Refiner"),
         plugin("base_by_assertion", "Schedule.register(torch.nn.Module)" + schedule(base="torch.nn.Module"),
-               "derives from dvae.registry.schedules.Schedule"),
+               "derives from dvae.registry.schedules.base.Schedule"),
         plugin("abstract", schedule(base="Schedule"), "must implement __init__, integral, inverse, rate"),
         plugin("a_function", "\n@SCHEDULES.register('hostile')\ndef hostile(): ...", "must be a class"),
         plugin("a_number", "SCHEDULES.register('hostile')(3)", "must be a class"),

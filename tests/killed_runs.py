@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-import dvae.job  # noqa: F401 # imports all that the job needs
+import dvae.runs.job  # noqa: F401 # imports all that the job needs
 from dvae.errors import run_command
 from dvae.tools import launch
 

@@ -8,11 +8,11 @@ from closed_forms import diffusion
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
-from dvae.diffusion import Diffusion, Factor, Matching
+from dvae.diffusion.kernels import Diffusion, Factor, Matching
 from dvae.registry import SAMPLERS, SCHEDULES, Shapes
 from dvae.registry.core import ComponentConfig
-from dvae.registry.processes import Process
-from dvae.registry.samplers import Sampler
+from dvae.registry.processes.base import Process
+from dvae.registry.samplers.base import Sampler
 
 MEAN, VARIANCE = 0.3, 0.25
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from dvae.sweeps.process import end_with_parent
+from dvae.experiments.sweeps.trial_processes import end_with_parent
 
 PR_SET_CHILD_SUBREAPER = 36
 """Linux, prctl(2): orphans among the descendants (slurmd leaves the steps of jobs) become this process's children."""

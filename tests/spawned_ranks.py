@@ -18,7 +18,7 @@ def on_ranks(count: int, work: Callable[..., None], *args: Any) -> None:
 
 
 def _rank(number: int, count: int, port: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
-    from dvae.training.engine import start_distributed
+    from dvae.training.engine.deepspeed_engine import start_distributed
 
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

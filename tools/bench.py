@@ -30,29 +30,29 @@ def command(argv: list[str]) -> None:
 
 def data(words: list[str]) -> None:
     """Ways to load images."""
-    from dvae import config
-    from dvae.data import bench
+    from dvae.config import compose
+    from dvae.experiments.bench import data_bench
 
-    settings: bench.DataBenchConfig = config.words_of_a_tool(config.compose("bench_data", words))
-    print(bench.table(bench.run(settings)))
+    settings: data_bench.DataBenchConfig = compose.words_of_a_tool(compose.compose("bench_data", words))
+    print(data_bench.table(data_bench.run(settings)))
 
 
 def trainer(words: list[str]) -> None:
     """What the trainer adds to a step."""
-    from dvae import config
-    from dvae.training import bench
+    from dvae.config import compose
+    from dvae.experiments.bench import trainer_bench
 
-    settings: bench.TrainerBenchConfig = config.words_of_a_tool(config.compose("bench_trainer", words))
-    bench.run(settings)
+    settings: trainer_bench.TrainerBenchConfig = compose.words_of_a_tool(compose.compose("bench_trainer", words))
+    trainer_bench.run(settings)
 
 
 def planner(words: list[str]) -> None:
     """How far the planner is off."""
-    from dvae import config
-    from dvae.planning import trial
+    from dvae.config import compose
+    from dvae.experiments.bench import planner_bench
 
-    settings: trial.PlannerBenchConfig = config.words_of_a_tool(config.compose("bench_planner", words))
-    print(trial.run(settings))
+    settings: planner_bench.PlannerBenchConfig = compose.words_of_a_tool(compose.compose("bench_planner", words))
+    print(planner_bench.run(settings))
 
 
 BENCHES = {"data": data, "trainer": trainer, "planner": planner}

@@ -19,33 +19,34 @@ def command(argv: list[str]) -> None:
     """Write the cache of a run."""
     from pathlib import Path
 
-    from dvae import config, models
-    from dvae.data import request
-    from dvae.data.cache import FILE
-    from dvae.run import Run
-    from dvae.settings import CacheToolConfig
-    from dvae.training import caching, work
+    from dvae.config import compose
+    from dvae.config.schema import CacheToolConfig
+    from dvae.data.building import shard_request
+    from dvae.data.latent_cache import FILE
+    from dvae.models import components
+    from dvae.runs.folder import Run
+    from dvae.stages import cache, work
 
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    words: CacheToolConfig = config.words_of_a_tool(config.compose("cache", argv))
-    request.check_part(words.part, words.parts)
+    words: CacheToolConfig = compose.words_of_a_tool(compose.compose("cache", argv))
+    shard_request.check_part(words.part, words.parts)
     run = Run(Path(words.run))
     settings = run.config()
-    models.on_meta(settings)  # the settings may be a stranger's: their size is checked before memory is taken
+    components.on_meta(settings)  # the settings may be a stranger's: their size is checked before memory is taken
     settings.cache = words
     if words.shards:
         settings.data.shards = words.shards
     if words.part is not None:
         made = work.take_up(run, settings, "encoder")
-        images = caching.write_cache_part(run, settings, made, words.part, words.parts)
+        images = cache.write_cache_part(run, settings, made, words.part, words.parts)
         print(f"{words.folder}: part={words.part} parts={words.parts} has {images} images, all made")
         if not (Path(words.folder) / FILE).exists():
             print("  when all parts are made: the same command without part= and parts= publishes the cache")
         return
     with run.held():
-        about = caching.write_cache(run, settings, work.take_up(run, settings, "encoder"))
+        about = cache.write_cache(run, settings, work.take_up(run, settings, "encoder"))
     kept = f"{about.draws} reconstructions each" if about.draws else "posteriors"
     print(f"{words.folder}: {kept} of {about.images} images")
 

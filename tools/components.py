@@ -7,7 +7,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from dvae.errors import UserError, near, printable_line, run_command
-from dvae.registry.core import KINDS, Registry, broken_plugins, discover, load_plugins, origin
+from dvae.registry.core import KINDS, Registry, broken_plugins
+from dvae.registry.discovery import discover, load_plugins, origin
 
 USAGE = "usage: python tools/components.py [{kinds}] [plugins=[module]]"
 

@@ -15,12 +15,12 @@ vae= is a checkpoint of the VAE, where the refiner's has none in it or another i
 
 def command(argv: list[str]) -> None:
     """Compose the words, convert, and say what is known and what is not."""
-    from dvae.importers import convert
+    from dvae.models.importers import convert_checkpoint
 
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    print("\n".join(convert.convert(convert.compose(argv))))
+    print("\n".join(convert_checkpoint.convert(convert_checkpoint.compose(argv))))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config
-    from dvae.directions import DirectionsConfig, assess, find
+    from dvae.config import compose
+    from dvae.evaluation.directions import assess
+    from dvae.inference.directions import DirectionsConfig, find_directions
 
-    settings: DirectionsConfig = config.words_of_a_tool(config.compose("directions", own_sampler(argv)))
+    settings: DirectionsConfig = compose.words_of_a_tool(compose.compose("directions", own_sampler(argv)))
     if settings.find:
-        found = find.find(settings)
+        found = find_directions.find(settings)
         for name, why in found.skipped.items():
             print(f"skipped: {name} {why}")
         print(f"found {len(found.directions)} directions in {found.images} images")
@@ -36,7 +37,7 @@ def command(argv: list[str]) -> None:
         print("\n".join(report.lines()))
         print(f"{settings.out}: these tables; beside it all figures (.json) and strips (.png)")
         return
-    for one in find.listed(settings):
+    for one in find_directions.listed(settings):
         share = "" if one.share is None else f"  {100 * one.share:.1f}%"
         print(f"{one.name:<32}{one.method.name:<10}{share}  1 = {one.unit}")
 

@@ -24,11 +24,12 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config, drawing
-    from dvae.drawing.given import Edits
+    from dvae.config import compose
+    from dvae.inference.generation import generate
+    from dvae.inference.generation.edit_tasks import Edits
 
-    settings = config.words_of_a_tool(config.compose("edit", own_sampler(argv)))
-    done = drawing.draw(settings, Edits)
+    settings = compose.words_of_a_tool(compose.compose("edit", own_sampler(argv)))
+    done = generate.draw(settings, Edits)
     print(f"{settings.out}: {done.n} edited images, {done}")
 
 

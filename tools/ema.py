@@ -22,10 +22,10 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config
+    from dvae.config import compose
     from dvae.training import posthoc
 
-    settings: posthoc.EmaToolConfig = config.words_of_a_tool(config.compose("ema", argv))
+    settings: posthoc.EmaToolConfig = compose.words_of_a_tool(compose.compose("ema", argv))
     made = posthoc.make(settings)
     kept = "width" if settings.decay is None else "decay"
     print(

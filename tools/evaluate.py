@@ -31,11 +31,11 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config
+    from dvae.config import compose
     from dvae.evaluation import tables
-    from dvae.evaluation.request import EvaluateToolConfig
+    from dvae.evaluation.evaluation_settings import EvaluateToolConfig
 
-    settings: EvaluateToolConfig = config.words_of_a_tool(config.compose("evaluate", words_of(argv)))
+    settings: EvaluateToolConfig = compose.words_of_a_tool(compose.compose("evaluate", words_of(argv)))
     if settings.compare:
         print(tables.comparison(settings.compare))
         return

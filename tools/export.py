@@ -15,10 +15,10 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config
+    from dvae.config import compose
     from dvae.training import export
 
-    settings: export.ExportConfig = config.words_of_a_tool(config.compose("export", argv))
+    settings: export.ExportConfig = compose.words_of_a_tool(compose.compose("export", argv))
     step = export.export(settings)
     print(f"{settings.out}: the {settings.stage} of step {step}")
 

@@ -14,12 +14,13 @@ Make the runs with `python tools/launch.py recipe=toy2d process=vp`, and again f
 
 def command(argv: list[str]) -> None:
     """Compose the words, draw, and say where the picture is."""
-    from dvae import config, gallery
+    from dvae.config import compose
+    from dvae.toy2d import gallery
 
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    settings: gallery.GalleryConfig = config.words_of_a_tool(config.compose("gallery", argv))
+    settings: gallery.GalleryConfig = compose.words_of_a_tool(compose.compose("gallery", argv))
     figures = gallery.draw(settings)
     print(f"{settings.out}: {len(figures['cells'])} panels, floor {figures['floor']['mean']:.4f}")
 

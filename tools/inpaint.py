@@ -24,12 +24,13 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config, drawing
-    from dvae.drawing.given import Inpaintings
-    from dvae.inpainting import KNOWN
+    from dvae.config import compose
+    from dvae.inference.generation import generate
+    from dvae.inference.generation.edit_tasks import Inpaintings
+    from dvae.inference.inpainting import KNOWN
 
-    settings = config.words_of_a_tool(config.compose("inpaint", own_sampler(argv)))
-    done = drawing.draw(settings, Inpaintings)
+    settings = compose.words_of_a_tool(compose.compose("inpaint", own_sampler(argv)))
+    done = generate.draw(settings, Inpaintings)
     print(f"{settings.out}: {done.n} inpainted images, {done}")
     known = KNOWN.get(settings.mask, "what is white in the picture")
     print(f"known and kept: {known}; the rest was drawn anew")

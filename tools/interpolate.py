@@ -27,11 +27,12 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config, drawing
-    from dvae.drawing.given import Interpolations
+    from dvae.config import compose
+    from dvae.inference.generation import generate
+    from dvae.inference.generation.edit_tasks import Interpolations
 
-    settings = config.words_of_a_tool(config.compose("interpolate", own_sampler(argv)))
-    done = drawing.draw(settings, Interpolations)
+    settings = compose.words_of_a_tool(compose.compose("interpolate", own_sampler(argv)))
+    done = generate.draw(settings, Interpolations)
     print(f"{settings.out}: {done.n} strips, {done}")
 
 

@@ -19,11 +19,11 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config
-    from dvae.evaluation import judge
+    from dvae.config import compose
+    from dvae.evaluation import recognizer
 
-    settings: judge.JudgeConfig = config.words_of_a_tool(config.compose("judge", argv))
-    figures = judge.assess(settings)
+    settings: recognizer.JudgeConfig = compose.words_of_a_tool(compose.compose("judge", argv))
+    figures = recognizer.assess(settings)
     print(f"judge: {100 * figures['accuracy_heldout']:.1f}% right on held-out images")
     for name, title in (
         ("samples", "samples"),

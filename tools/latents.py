@@ -21,10 +21,11 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config, latents
+    from dvae.config import compose
+    from dvae.inference import latents
     from dvae.tracking.console import aligned
 
-    settings: latents.LatentsConfig = config.words_of_a_tool(config.compose("latents", argv))
+    settings: latents.LatentsConfig = compose.words_of_a_tool(compose.compose("latents", argv))
     written, fitted = latents.run(settings)
     if written:
         print(f"{settings.out}: posteriors of {written} images")

@@ -12,7 +12,7 @@ from dvae.errors import UserError, run_command
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from dvae.settings import RunConfig
+    from dvae.config.schema import RunConfig
 
 USAGE = """usage: python tools/launch.py recipe=NAME [run=FOLDER] [key=value ...]
 
@@ -40,24 +40,25 @@ Trains the recipe, stage by stage, into the run folder (default runs/NAME). The 
 def command(argv: list[str]) -> None:
     """Compose the config from the words of argv, check it, and run it."""
     silence()
-    from dvae import config, preflight, run, stored_config
+    from dvae.config import compose, stored, validate
+    from dvae.experiments.sweeps import multirun
     from dvae.registry.core import KINDS
-    from dvae.sweeps import multirun
+    from dvae.runs import folder as run
 
     if any(word in ("-h", "--help") for word in argv):
         print(
-            USAGE.format(recipes=", ".join(config.recipes()), stages=", ".join(config.STAGES), kinds=", ".join(KINDS))
+            USAGE.format(recipes=", ".join(compose.recipes()), stages=", ".join(compose.STAGES), kinds=", ".join(KINDS))
         )
         return
     if any(word in multirun.FLAGS for word in argv):
         multirun.run([word for word in argv if word not in multirun.FLAGS])
         return
-    composed = config.compose("train", argv)
-    settings = config.typed(composed)
+    composed = compose.compose("train", argv)
+    settings = compose.typed(composed)
     if settings.dry_run:
-        print(preflight.describe(composed))
+        print(validate.describe(composed))
         return
-    stored_config.stored(composed)  # refuses secrets that would be written down
+    stored.stored(composed)  # refuses secrets that would be written down
     check(settings)
     first = os.environ.get("RANK", "0") == "0"
     if first and under_way(composed, settings):
@@ -72,14 +73,14 @@ def silence() -> None:
 
 def check(settings: RunConfig) -> None:
     """Refuse what can be known to be wrong on the ranks that there will be."""
-    from dvae import preflight
-    from dvae.registry.launchers import DEFAULT, launcher_of
+    from dvae.config import validate
+    from dvae.registry.launchers.base import DEFAULT, launcher_of
 
     launcher = launcher_of(settings.launcher)
     if "RANK" in os.environ and launcher.config.name != DEFAULT:  # this is one of several ranks already
         name = launcher.config.name
         raise UserError(f"launcher={name}: torchrun has started the ranks already: leave launcher={name} out")
-    preflight.check(settings, launcher.ranks)
+    validate.check(settings, launcher.ranks)
 
 
 def under_way(composed: DictConfig, settings: RunConfig) -> bool:
@@ -87,21 +88,22 @@ def under_way(composed: DictConfig, settings: RunConfig) -> bool:
 
     Raises UserError where somebody does.
     """
-    from dvae import run, runs
-    from dvae.registry.launchers import launcher_of
+    from dvae.registry.launchers.base import launcher_of
+    from dvae.runs import folder as run
+    from dvae.runs import manage
 
     folder = Path(settings.run)
     if (folder / "config.yaml").exists():
         run.refuse_other(run.Run(folder), composed)
         if launcher_of(settings.launcher).attach(folder):
             return True
-    runs.refuse_busy(folder)
+    manage.refuse_busy(folder)
     return False
 
 
 def start(settings: RunConfig, folder: Path) -> None:
     """Take a run folder through its stages, by the launcher that its config names."""
-    from dvae.registry.launchers import launcher_of
+    from dvae.registry.launchers.base import launcher_of
 
     launcher_of(settings.launcher).launch(folder)
 

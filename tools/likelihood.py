@@ -27,11 +27,12 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config, likelihoods
+    from dvae.config import compose
+    from dvae.inference import image_likelihood
     from dvae.tracking.console import aligned
 
-    settings: likelihoods.LikelihoodConfig = config.words_of_a_tool(config.compose("likelihood", argv))
-    done = likelihoods.score(settings)
+    settings: image_likelihood.LikelihoodConfig = compose.words_of_a_tool(compose.compose("likelihood", argv))
+    done = image_likelihood.score(settings)
     rows = [[WORDS[name], f"{mean:.4f} +- {error:.4f}"] for name, (mean, error) in done.figures.items()]
     print("\n".join(aligned(rows)))
     speed = f", {done.done} scored now at {done.images_per_second:.3g} images/s" if done.done else ""

@@ -17,9 +17,10 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config, page
+    from dvae.app import page
+    from dvae.config import compose
 
-    page.serve(config.words_of_a_tool(config.compose("page", argv)))
+    page.serve(compose.words_of_a_tool(compose.compose("page", argv)))
 
 
 if __name__ == "__main__":

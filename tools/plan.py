@@ -27,9 +27,9 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE.format(gpus=", ".join(GPUS)))
         return
-    from dvae.planning import run
+    from dvae.planning import plan_run
 
-    print(run.run(argv))
+    print(plan_run.run(argv))
 
 
 if __name__ == "__main__":

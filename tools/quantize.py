@@ -22,11 +22,11 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config
-    from dvae.quantisation import quantize
+    from dvae.config import compose
+    from dvae.evaluation.quantization import quantize_bundle
 
-    settings: quantize.QuantizeConfig = config.words_of_a_tool(config.compose("quantize", argv))
-    made = quantize.quantize(settings)
+    settings: quantize_bundle.QuantizeConfig = compose.words_of_a_tool(compose.compose("quantize", argv))
+    made = quantize_bundle.quantize(settings)
     counts: dict[str, int] = {}
     for stores in made.layers.values():
         for store, names in stores.items():

@@ -24,11 +24,12 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config, drawing
-    from dvae.drawing.given import Reconstructions
+    from dvae.config import compose
+    from dvae.inference.generation import generate
+    from dvae.inference.generation.edit_tasks import Reconstructions
 
-    settings = config.words_of_a_tool(config.compose("reconstruct", own_sampler(argv)))
-    done = drawing.draw(settings, Reconstructions)
+    settings = compose.words_of_a_tool(compose.compose("reconstruct", own_sampler(argv)))
+    done = generate.draw(settings, Reconstructions)
     print(f"{settings.out}: {done.n} reconstructions, {done}")
 
 

@@ -21,10 +21,10 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config
-    from dvae.training import replay
+    from dvae.config import compose
+    from dvae.runs import replay
 
-    words = config.compose("replay", argv)
+    words = compose.compose("replay", argv)
     if OmegaConf.is_missing(words, "bundle"):
         raise UserError("bundle= is not set: name a folder nonfinite-STAGE-STEP of a run")
     seen = replay.replay(words.bundle, words.shards)

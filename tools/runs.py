@@ -22,7 +22,7 @@ KEYS = {"list": "in", "follow": "run", "cancel": "run", "resume": "run"}
 
 def command(argv: list[str]) -> None:
     """Do what the first word says."""
-    from dvae import runs
+    from dvae.runs import manage
 
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
@@ -30,12 +30,12 @@ def command(argv: list[str]) -> None:
     trust = [word for word in argv if argv[0] == "resume" and word.startswith("trust=")]
     what, folder = parse([word for word in argv if word not in trust])
     if what == "list":
-        lines = runs.table(folder)
+        lines = manage.table(folder)
     elif what == "resume":
         resume(folder, trusted(trust))
         return
     else:
-        lines = runs.follow(folder) if what == "follow" else runs.cancel(folder)
+        lines = manage.follow(folder) if what == "follow" else manage.cancel(folder)
     try:
         for line in lines:
             print(line, flush=True)
@@ -66,14 +66,15 @@ def trusted(words: list[str]) -> bool:
 
 def resume(folder: Path, trust: bool) -> None:
     """As tools/launch.py does, without composing the settings again."""
-    from dvae import runs, stored_config
-    from dvae.run import Run
+    from dvae.config import stored
+    from dvae.runs import manage
+    from dvae.runs.folder import Run
     from dvae.tools import launch
 
-    runs.refuse_busy(folder)
-    runs.enter(folder := folder.absolute())
+    manage.refuse_busy(folder)
+    manage.enter(folder := folder.absolute())
     run = Run(folder)
-    reached = stored_config.outside(stored_config.read_plain(run.config_file))
+    reached = stored.outside(stored.read_plain(run.config_file))
     if reached and not trust:
         raise UserError(
             f"run={folder}: its config.yaml uses {'; '.join(reached)}: if that is what you want, add trust=true, or "

@@ -27,10 +27,11 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae import config, drawing
+    from dvae.config import compose
+    from dvae.inference.generation import generate
 
-    settings = config.words_of_a_tool(config.compose("sample", own_sampler(argv)))
-    done = drawing.draw(settings)
+    settings = compose.words_of_a_tool(compose.compose("sample", own_sampler(argv)))
+    done = generate.draw(settings)
     print(f"{settings.out}: {done.n} samples, {done}")
 
 

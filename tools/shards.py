@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
+from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest
 from dvae.errors import UserError, near, printable_line, run_command
 
 NAMED = 20
@@ -81,14 +81,14 @@ def command(argv: list[str]) -> None:
 
 def build(words: list[str]) -> None:
     """Compose the words, build all or a part, and tell how many images there are and how fast they came."""
-    from dvae import config
-    from dvae.data import build as builder
-    from dvae.data import request
+    from dvae.config import compose
+    from dvae.data.building import shard_build as builder
+    from dvae.data.building import shard_request
     from dvae.tracking.console import Counted
 
-    composed = config.compose("shards", words)
-    settings: ShardsConfig = config.words_of_a_tool(composed)
-    request.check_part(settings.part, settings.parts)
+    composed = compose.compose("shards", words)
+    settings: ShardsConfig = compose.words_of_a_tool(composed)
+    shard_request.check_part(settings.part, settings.parts)
     how: dict[str, Any] = {
         "heldout_fraction": settings.heldout,
         "channels": settings.channels,
@@ -128,7 +128,7 @@ def _of_part(settings: ShardsConfig, images: int) -> list[str]:
 
 def verify(words: list[str]) -> None:
     """Check a folder of shards."""
-    from dvae.data.verify import verify
+    from dvae.data.shards.verify import verify
 
     if len(words) != 1:
         raise UserError(f"verify takes one folder, not {len(words)} words: python tools/shards.py verify FOLDER")

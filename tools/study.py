@@ -19,11 +19,11 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    from dvae.study import report, spec, work
+    from dvae.experiments.study import study_report, study_runs, study_spec
 
-    settings = spec.read(argv)
-    found = work.study(settings)
-    print(report.write(settings, *found))
+    settings = study_spec.read(argv)
+    found = study_runs.study(settings)
+    print(study_report.write(settings, *found))
     print(f"{settings.out}/study.md and study.png")
 
 

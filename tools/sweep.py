@@ -20,17 +20,17 @@ With W&B's server: wandb sweep recipes/sweep/NAME.yaml, then wandb agent ... ; d
 
 def command(argv: list[str]) -> None:
     """Part the sweep's words from those of its trials, run it, and show the table."""
-    from dvae.sweeps import loop, picture, spec, table
+    from dvae.experiments.sweeps import parallel_coordinates, sweep_loop, sweep_spec, trial_table
 
     if any(word in ("-h", "--help") for word in argv):
-        print(USAGE.format(sweeps=", ".join(spec.known())))
+        print(USAGE.format(sweeps=", ".join(sweep_spec.known())))
         return
-    settings, words = loop.parted(argv)
-    found, folder, trials = loop.sweep(words, settings)
-    table.write(trials, found, folder.path / "trials.csv")
-    picture.draw(trials, found, folder.path / "parallel.png")
-    print(table.text(trials, found))
-    print(table.ending(trials, settings.count, folder.path))
+    settings, words = sweep_loop.parted(argv)
+    found, folder, trials = sweep_loop.sweep(words, settings)
+    trial_table.write(trials, found, folder.path / "trials.csv")
+    parallel_coordinates.draw(trials, found, folder.path / "parallel.png")
+    print(trial_table.text(trials, found))
+    print(trial_table.ending(trials, settings.count, folder.path))
 
 
 if __name__ == "__main__":

@@ -22,16 +22,18 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae import bundle, directions, editing
-from dvae import config as configuration
-from dvae import pipeline as pipelines
+from dvae.app.page_guard import EVERYWHERE, Guard
+from dvae.config import compose as configuration
 from dvae.data.images import to_uint8
 from dvae.errors import UserError, near
-from dvae.noise import Between
-from dvae.page_guard import EVERYWHERE, Guard
-from dvae.pipeline import Pipeline
+from dvae.inference import directions, editing
+from dvae.inference import pipeline as pipelines
+from dvae.inference.directions import direction_files
+from dvae.inference.noise import Between
+from dvae.inference.pipeline import Pipeline
+from dvae.models import bundle
 from dvae.registry import SAMPLERS
-from dvae.registry.samplers import that_integrate
+from dvae.registry.samplers.base import that_integrate
 from dvae.tracking.console import say
 
 FOLDER = Path(tempfile.gettempdir()) / f"dvae-page-{secrets.token_hex(8)}"
@@ -299,7 +301,7 @@ def serve(settings: PageConfig) -> None:
     pipeline = pipelines.load(settings.run)
     configuration.refuse_points(pipeline.config, settings.run)
     vector = "encoder" in pipeline.models.trained() and not pipeline.models.latent_space
-    known = directions.store.load_all(bundle.folder_of(settings.run)) if vector else {}
+    known = direction_files.load_all(bundle.folder_of(settings.run)) if vector else {}
     title = f"{pipeline.config.recipe}: {Path(settings.run).resolve().name}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed
     with listen(settings) as listener, own_folder():

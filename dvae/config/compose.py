@@ -15,14 +15,23 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dvae.denoiser import Space
+from dvae.config.schema import (
+    STAGES,
+    TRAININGS,
+    WIDTHS,
+    EmaConfig,
+    EmaProfile,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from dvae.diffusion.denoiser import Space
 from dvae.errors import UserError, near, one_line
 from dvae.registry import SOURCES
-from dvae.registry.core import KINDS, broken_plugins, discover, load_plugins
-from dvae.registry.launchers import launcher_of
-from dvae.registry.sources import EndlessSource
-from dvae.settings import STAGES, TRAININGS, WIDTHS, EmaConfig, EmaProfile, ModelConfig, RunConfig, TrainingConfig
-from dvae.utils import env_references as env_references  # registers ${oc.env:...}
+from dvae.registry.core import KINDS, broken_plugins
+from dvae.registry.discovery import discover, load_plugins
+from dvae.registry.launchers.base import launcher_of
+from dvae.registry.sources.base import EndlessSource
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:

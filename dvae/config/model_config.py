@@ -16,11 +16,11 @@ from typing import Any, NoReturn, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dvae.config.schema import ModelConfig, Precision, RunConfig
 from dvae.data.images import Crop, Resize
-from dvae.denoiser import DenoiserConfig
+from dvae.diffusion.denoiser import DenoiserConfig
 from dvae.errors import UserError, near, one_line
 from dvae.registry.core import KINDS, ComponentConfig, Registry
-from dvae.settings import ModelConfig, Precision, RunConfig
 from dvae.utils.read import DamagedFile, check, forbid_extra, read_yaml
 
 T = TypeVar("T")

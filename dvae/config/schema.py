@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from dvae.data.images import Crop, Resize
-from dvae.denoiser import DenoiserConfig
+from dvae.diffusion.denoiser import DenoiserConfig
 from dvae.tracking.wandb_run import WandbConfig
 
 STAGES = ("shards", "encoder", "joint", "prior", "cache", "refiner", "classifier", "distil", "evaluate")
@@ -214,7 +214,7 @@ class TrackingConfig:
 class ModelConfig:
     """What inference needs of a run, as a bundle's config.yaml holds it: no place, no command, no launcher.
 
-    Built by dvae/model_config.py.
+    Built by dvae/config/model_config.py.
     """
 
     recipe: str

@@ -8,12 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dvae.config import typed
-from dvae.data.remote import UnnamedPlace, is_remote
+from dvae.config.compose import typed
+from dvae.config.model_config import COMPONENT_KINDS, refuse_unplain
+from dvae.config.schema import RunConfig
+from dvae.data.shards.remote import UnnamedPlace, is_remote
 from dvae.errors import UserError, one_line
-from dvae.model_config import COMPONENT_KINDS, refuse_unplain
-from dvae.registry.core import load_plugins
-from dvae.settings import RunConfig
+from dvae.registry.discovery import load_plugins
 from dvae.utils import secrets
 from dvae.utils.env_references import MARK, marked_variables
 from dvae.utils.read import DamagedFile, check, read_yaml

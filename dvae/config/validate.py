@@ -8,33 +8,35 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dvae import bundle, models, points, stored_config
-from dvae import config as configuration
+from dvae.config import compose as configuration
+from dvae.config import stored
+from dvae.config.schema import RunConfig
+from dvae.config.stage_names import settings_of
 from dvae.data.images import DamagedImage
 from dvae.data.labels import check_label
-from dvae.data.loader import check_batch
-from dvae.data.manifest import Manifest
-from dvae.data.remote import is_remote, read_manifest
+from dvae.data.loading.loader import check_batch
+from dvae.data.shards.manifest import Manifest
+from dvae.data.shards.remote import is_remote, read_manifest
 from dvae.errors import UserError, one_line
+from dvae.models import bundle, components
 from dvae.registry import DISTILLERS, SOURCES, Shapes
-from dvae.registry.launchers import launcher_of
-from dvae.registry.sources import Item, Source
-from dvae.run import Run
-from dvae.settings import RunConfig
-from dvae.stage_names import settings_of
+from dvae.registry.launchers.base import launcher_of
+from dvae.registry.sources.base import Item, Source
+from dvae.runs.folder import Run
+from dvae.toy2d import points
 
 PROBED = 8
 """Images of a source that are tried before a run begins."""
 SHARD_SIZE = 10_000
-"""Images of the source that make a shard of each split, as dvae.data.build takes them by default."""
+"""Images of the source that make a shard of each split, as dvae.data.building.shard_build takes them by default."""
 
 
-def check(config: RunConfig, ranks: int = 1) -> tuple[models.Models, dict[str, int]]:
+def check(config: RunConfig, ranks: int = 1) -> tuple[components.Models, dict[str, int]]:
     """Refuse what cannot work: shapes, batches, shards, images, missing packages.
 
     Returns the models, on meta, and the number of images by split (none where the source is endless).
     """
-    made = models.on_meta(config)
+    made = components.on_meta(config)
     if "encoder" in config.stages and not made.parameters()["encoder"]:
         raise UserError(f"stages: encoder={config.encoder.name} has nothing to train: leave encoder and prior out")
     if "cache" in config.stages and not made.parameters()["encoder"]:
@@ -122,7 +124,7 @@ def describe(config: DictConfig) -> str:
     made, counts = check(settings, launcher.ranks)
     splits = sum(count > 0 for count in counts.values())
     shards = splits * math.ceil(sum(counts.values()) / SHARD_SIZE)
-    kept = stored_config.to_yaml(stored_config.stored(config)).rstrip()
+    kept = stored.to_yaml(stored.stored(config)).rstrip()
     lines = [kept, "---", f"stages: {' -> '.join(settings.stages)}"]
     for stage, parameters in made.parameters().items():
         training = getattr(settings, f"train_{stage}")

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dvae import files
 from dvae.data.images import DamagedImage, decode_png, encode_png, png_limit, png_shape, to_float
-from dvae.data.manifest import LIMIT, SIZES, Shard, refuse_bad_shards
-from dvae.data.members import Members
+from dvae.data.shards.manifest import LIMIT, SIZES, Shard, refuse_bad_shards
+from dvae.data.shards.members import Members
 from dvae.errors import MachineError, UserError, one_line
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, forbid_extra, parse_npy, read_json
 
 FILE = "cache.json"
@@ -91,7 +91,7 @@ class Cache:
         self.folder, self.about = folder, about
         self.members = Members(folder, shards, AGAIN, members=len(about.members()))
         for shard in shards:
-            if files.sha256(folder / shard.file) != shard.sha256:
+            if atomic_files.sha256(folder / shard.file) != shard.sha256:
                 raise MachineError(f"cache shard {folder / shard.file} is damaged: {AGAIN}")
         self._shape = shape or (self._shape_of_first() if about.draws else (0, 0, 0))
 

@@ -22,13 +22,13 @@ from enum import Enum
 import torch
 from torch import nn
 
-from dvae import keyed
-from dvae.diffusion import Diffusion, Factor, Matching, apply
+from dvae.diffusion.kernels import Diffusion, Factor, Matching, apply
+from dvae.diffusion.objective import LossConfig, Objective, PredictionType
 from dvae.errors import UserError
 from dvae.layers.whitening import Whitening
 from dvae.registry.core import Shapes
-from dvae.registry.refiners import Condition, Refiner
-from dvae.weighting import LossConfig, Objective, PredictionType
+from dvae.registry.refiners.base import Condition, Refiner
+from dvae.utils import rng
 
 NO_LABEL = -1
 """The label of a sample whose class is not given, or dropped."""
@@ -188,17 +188,17 @@ class Denoiser(nn.Module):
     def draw(self, seed: int, keys: torch.Tensor) -> Draws:
         """Times, noise and the dropping of conditions for the sample numbers keys (B,)."""
         numbers, config = keys.tolist(), self.config
-        t, weight = self.objective.times(keyed.uniform(seed, "time", numbers))
+        t, weight = self.objective.times(rng.uniform(seed, "time", numbers))
         shape = (self.io.k * self.io.channels, self.io.image_size, self.io.image_size)
-        keep = keyed.uniform(seed, "drop", numbers) >= config.condition_dropout
+        keep = rng.uniform(seed, "drop", numbers) >= config.condition_dropout
         keep_label = keep_pca = start = None
         if config.pca_components:
-            keep_pca = keyed.uniform(seed, "drop pca", numbers) >= config.pca_dropout
+            keep_pca = rng.uniform(seed, "drop pca", numbers) >= config.pca_dropout
         if config.condition_label:
-            keep_label = keep & (keyed.uniform(seed, "drop label", numbers) >= config.label_dropout)
+            keep_label = keep & (rng.uniform(seed, "drop label", numbers) >= config.label_dropout)
         if self.io.k > 1 and config.matching is Matching.dsm:
-            start = keyed.normal(seed, "start", numbers, shape)
-        return Draws(t, keyed.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, start)
+            start = rng.normal(seed, "start", numbers, shape)
+        return Draws(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, start)
 
     def condition(self, given: Given) -> Condition:
         """What the refiner is told besides state and time."""

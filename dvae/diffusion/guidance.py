@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.denoiser import Denoiser, Given, Space
-from dvae.diffusion import Diffusion, Prediction, Time, apply
+from dvae.diffusion.denoiser import Denoiser, Given, Space
+from dvae.diffusion.kernels import Diffusion, Prediction, Time, apply
 from dvae.errors import UserError
-from dvae.registry.samplers import Threshold
+from dvae.registry.samplers.base import Threshold
 
 if TYPE_CHECKING:
-    from dvae.registry.classifiers import Classifier
+    from dvae.registry.classifiers.base import Classifier
 
 QUANTILE = 0.995
 """Of the absolute pixel values of an image, for dynamic thresholding (Saharia et al. 2022, appendix E)."""
@@ -35,7 +35,7 @@ class Guidance:
 
 
 class Bound:
-    """A denoiser with its condition and guidance: a Model (dvae.registry.samplers).
+    """A denoiser with its condition and guidance: a Model (dvae.registry.samplers.base).
 
     Raises UserError where the denoiser was not trained for the guidance.
     """

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from dvae.errors import UserError
-from dvae.registry.processes import PROCESSES, Process
-from dvae.registry.schedules import SCHEDULES, Schedule
+from dvae.registry.processes.base import PROCESSES, Process
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 Time = float | torch.Tensor
 """A time in [0, 1], or one per image (B,)."""

@@ -23,14 +23,14 @@ from dataclasses import dataclass
 
 import torch
 
-from dvae import keyed
-from dvae.denoiser import Denoiser, Given
-from dvae.diffusion import apply
+from dvae.diffusion.denoiser import Denoiser, Given
+from dvae.diffusion.guidance import Bound
+from dvae.diffusion.kernels import apply
+from dvae.diffusion.rk45 import Velocity, integrate
 from dvae.errors import UserError
-from dvae.guidance import Bound
-from dvae.registry.samplers import Model
+from dvae.registry.samplers.base import Model
 from dvae.registry.samplers.ode import LEAST_ROOT, root_of
-from dvae.rk45 import Velocity, integrate
+from dvae.utils import rng
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def of_images(
     """
     io, device = denoiser.io, given.z.device
     shape = (io.k * io.channels, io.image_size, io.image_size)
-    x = dequantised(images, keyed.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
-    probes = keyed.uniform(seed, "probe", numbers, shape).sub(0.5).sign().float()
+    x = dequantised(images, rng.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
+    probes = rng.uniform(seed, "probe", numbers, shape).sub(0.5).sign().float()
     return bits_per_dim(
         Bound(denoiser, given),
         denoiser.to_state(x.to(device), given),
-        noise=keyed.normal(seed, "momentum", numbers, shape).to(device),
+        noise=rng.normal(seed, "momentum", numbers, shape).to(device),
         probes=probes.to(device),
         data_scale=float(denoiser.data_scale),
         tolerance=tolerance,

@@ -13,7 +13,7 @@ from enum import Enum
 
 import torch
 
-from dvae.diffusion import Diffusion
+from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dvae.diffusion import Diffusion, Prediction, Time
-from dvae.registry.samplers import Model, Threshold
+from dvae.diffusion.kernels import Diffusion, Prediction, Time
+from dvae.registry.samplers.base import Model, Threshold
 
 
 class Watched:

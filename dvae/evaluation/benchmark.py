@@ -8,30 +8,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dvae import bundle, drawing, files
-from dvae import pipeline as pipelines
-from dvae.config import refuse_points
-from dvae.data.manifest import FILE as MANIFEST
-from dvae.data.manifest import Manifest
-from dvae.drawing.artist import plain
-from dvae.drawing.samples import Samples
-from dvae.drawing.settings import SampleConfig
+from dvae.config.compose import refuse_points
+from dvae.data.shards.manifest import FILE as MANIFEST
+from dvae.data.shards.manifest import Manifest
 from dvae.errors import MachineError, UserError
 from dvae.evaluation import features, metrics
+from dvae.evaluation.evaluation_settings import EvaluateToolConfig, check, computed
 from dvae.evaluation.features import Way
-from dvae.evaluation.images import Array, ImageSet, check_alike, open_set
+from dvae.evaluation.image_sets import Array, ImageSet, check_alike, open_set
 from dvae.evaluation.measures import Measures, Metric
 from dvae.evaluation.metrics import Features
-from dvae.evaluation.noisy import NoisyConfig, NoisySamples
+from dvae.evaluation.noise_robustness import NoisyConfig, NoisySamples
 from dvae.evaluation.protocol import Protocol
-from dvae.evaluation.request import EvaluateToolConfig, check, computed
 from dvae.evaluation.results import read_result
-from dvae.run_images import run_shards
+from dvae.inference import pipeline as pipelines
+from dvae.inference.generation import generate
+from dvae.inference.generation.generation_settings import SampleConfig
+from dvae.inference.generation.sample_task import Samples
+from dvae.inference.generation.task import plain
+from dvae.inference.run_images import run_shards
+from dvae.models import bundle
 from dvae.tracking.console import Progress
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile
 
 Result = dict[str, Any]
-"""{"protocol": ..., "sets": {name: figures}, "floor": {name: figures}}, as dvae.evaluation.score has it."""
+"""{"protocol": ..., "sets": {name: figures}, "floor": {name: figures}}, as dvae.evaluation.scorer has it."""
 
 
 class Bench:
@@ -155,9 +157,9 @@ class Drawing:
             "pca_guidance": settings.pca_guidance, "plugins": settings.plugins, "sampler": self.sampler,
         }  # fmt: skip
         if self.noise is None:
-            done = drawing.draw(SampleConfig(**words), Samples)
+            done = generate.draw(SampleConfig(**words), Samples)
         else:
-            done = drawing.draw(NoisyConfig(**words, noise=self.noise), NoisySamples)
+            done = generate.draw(NoisyConfig(**words, noise=self.noise), NoisySamples)
         names = ["vae", "refined"] if settings.vae else ["refined"]
         return {name: Array(str(out), len(names), which) for which, name in enumerate(names)}, done.nfe
 
@@ -178,7 +180,7 @@ def point(how: Drawing) -> Result:
     drawn = [how.draw(seed) for seed in settings.seeds]
     sets: dict[str, list[ImageSet]] = {name: [of_seed[name] for of_seed, _ in drawn] for name in drawn[0][0]}
     result = score(bench, sets, used, sum(nfe for _, nfe in drawn) / len(drawn), how.made())
-    files.write_json(path, result)
+    atomic_files.write_json(path, result)
     return result
 
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dvae import files
 from dvae.errors import MachineError, UserError, one_line
 from dvae.evaluation import metrics
-from dvae.evaluation.images import ImageSet
+from dvae.evaluation.image_sets import ImageSet
 from dvae.evaluation.metrics import Extractor, Features
-from dvae.machine import end_with_parent
 from dvae.tracking.console import say
+from dvae.utils import atomic_files
+from dvae.utils.machine import end_with_parent
 from dvae.utils.read import DamagedFile, read_weights_header
-from dvae.weights import load_weights
+from dvae.utils.weights import load_weights
 
 Advance = Callable[[int], None]
 
@@ -130,7 +130,7 @@ def cached(what: str, cache: Path, make: Callable[[], Features], advance: Advanc
         return features
     features = make()
     tensors = {"pooled": features.pooled} | ({} if features.logits is None else {"logits": features.logits})
-    files.write_file(path, lambda aside: save_file(tensors, aside))
+    atomic_files.write_file(path, lambda aside: save_file(tensors, aside))
     return features
 
 

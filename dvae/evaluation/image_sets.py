@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dvae.data import reader
 from dvae.data.archives import files_of, open_tar, open_zip, refuse_duplicates
 from dvae.data.images import FILE_LIMIT, PIXELS, SUFFIXES, DamagedImage, open_image
-from dvae.data.manifest import FILE as MANIFEST
-from dvae.data.reader import Shards
+from dvae.data.shards import reader
+from dvae.data.shards.manifest import FILE as MANIFEST
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError, one_line
 from dvae.utils.read import DamagedFile, map_npy, read_bytes, read_member
 

@@ -15,13 +15,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dvae import files
 from dvae.errors import UserError
 from dvae.evaluation import features
 from dvae.evaluation.benchmark import Bench
-from dvae.evaluation.images import ImageSet
+from dvae.evaluation.image_sets import ImageSet
 from dvae.evaluation.plots import COLOURS, DPI, INK, dress
 from dvae.tracking.console import Progress
+from dvae.utils import atomic_files
 
 BLOCK = 1024
 """Training images that are compared at once."""
@@ -144,4 +144,4 @@ def show(
             plot.hist(found.distance.numpy(), bins, density=True, alpha=0.55, color=colour, label=name)
         dress(plot, f"distance to the nearest training image in {space}", "density")
         plot.legend(fontsize=8, frameon=False)
-    files.write_file(picture, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
+    atomic_files.write_file(picture, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dvae import files
 from dvae.errors import MachineError, UserError
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, read_bytes
 
 EXTRACTOR = "efficientnet-lite0"
@@ -114,7 +114,7 @@ def weights_file() -> Path:
 
 @cache
 def weights_sha256() -> str:
-    return files.sha256(weights_file())
+    return atomic_files.sha256(weights_file())
 
 
 def backend() -> str:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from dvae import keyed
 from dvae.data.images import to_uint8
-from dvae.drawing.artist import side_by_side
-from dvae.drawing.samples import Samples
-from dvae.drawing.settings import SampleConfig
 from dvae.errors import UserError
-from dvae.noise import Noise
+from dvae.inference.generation.generation_settings import SampleConfig
+from dvae.inference.generation.sample_task import Samples
+from dvae.inference.generation.task import side_by_side
+from dvae.inference.noise import Noise
+from dvae.utils import rng
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class NoisySamples(Samples):
     def draw(self, numbers: range) -> dict[str, np.ndarray]:
         pipeline, settings = self.pipeline, self.settings
         given = pipeline.drawn_for(numbers, settings.seed)
-        eps = keyed.normal(settings.seed, "noise on x_hat", numbers, given.x_hat.shape[1:]).to(pipeline.device)
+        eps = rng.normal(settings.seed, "noise on x_hat", numbers, given.x_hat.shape[1:]).to(pipeline.device)
         noisy = replace(given, x_hat=given.x_hat + settings.noise * eps)
         refined, nfe = pipeline.refined(noisy, Noise(settings.seed, numbers), guidance=self.guidance)
         arrays = {"pixels": side_by_side([[to_uint8(refined)]]), "nfe": nfe.numpy()}

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dvae import files
 from dvae.evaluation.tables import names
+from dvae.utils import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ def study(
         dress(plot, x_label, metric)
         plot.legend(fontsize=7, frameon=False)
     figure.suptitle(title, fontsize=10, color=INK)
-    files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
+    atomic_files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
 
 
 def dress(plot: Axes, x_label: str, y_label: str) -> None:

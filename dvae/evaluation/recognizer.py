@@ -20,16 +20,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from torch import nn
 
-from dvae import files, keyed
-from dvae import pipeline as pipelines
-from dvae.config import refuse_points
+from dvae.config.compose import refuse_points
 from dvae.data.images import to_float
-from dvae.data.order import Order
-from dvae.data.reader import Shards
+from dvae.data.loading.order import Order
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError, near
-from dvae.run_images import open_split
+from dvae.inference import pipeline as pipelines
+from dvae.inference.run_images import open_split
 from dvae.tracking import pictures
 from dvae.tracking.console import Progress
+from dvae.utils import atomic_files, rng
 
 WIDTH = 16
 """Channels of the judge's first layer."""
@@ -113,9 +113,9 @@ def learn(draw: Draw, count: int, outputs: int, loss: Loss, *, steps: int, batch
     Images are shifted by up to a fourteenth of their size, so that a few pixels more to one side do not matter. The
     same seed and images give the same network.
     """
-    order = Order(count, keyed.child(seed, "judge order"))
+    order = Order(count, rng.child(seed, "judge order"))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed.child(seed, "judge"))
+        torch.manual_seed(rng.child(seed, "judge"))
         images, _ = draw(order.indices(0, 1))
         judge = network(images.shape[1], images.shape[2], outputs).to(memory_format=torch.channels_last)
         optimiser = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
@@ -216,7 +216,7 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
             probabilities(judge, blended(heldout), settings.batch), classes, settings.confidence
         ),
     }
-    files.write_json(Path(settings.out).with_suffix(".json"), figures)
+    atomic_files.write_json(Path(settings.out).with_suffix(".json"), figures)
     return figures
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dvae import keyed
+from dvae.utils import rng
 
 DIRECTIONS = 256
 """Random directions that the distance is a mean over."""
@@ -23,7 +23,7 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = DIREC
     The root of the mean, over unit vectors e, of W2(a e, b e)^2: equation 10 of Bonneel et al. 2015 by Monte Carlo over
     e, with the 1-D distances exact. The same seed gives the same directions.
     """
-    e = keyed.normal(seed, "sliced Wasserstein", range(directions), (a.shape[1],)).double()
+    e = rng.normal(seed, "sliced Wasserstein", range(directions), (a.shape[1],)).double()
     e = (e / e.norm(dim=1, keepdim=True)).T
     return math.sqrt(float(wasserstein_squared(a.cpu().double() @ e, b.cpu().double() @ e).mean()))
 

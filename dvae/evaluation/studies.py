@@ -9,32 +9,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dvae import files
 from dvae.errors import UserError
-from dvae.evaluation import memorisation, plots, tables
+from dvae.evaluation import memorization, plots, tables
 from dvae.evaluation.benchmark import Bench, Drawing, Result, point, score
-from dvae.evaluation.images import open_set
-from dvae.evaluation.request import EvaluateToolConfig
+from dvae.evaluation.evaluation_settings import EvaluateToolConfig
+from dvae.evaluation.image_sets import open_set
 from dvae.registry import SAMPLERS
 from dvae.tracking.console import say
+from dvae.utils import atomic_files
 
 
 def assess(settings: EvaluateToolConfig) -> Result:
     """One result: samples of a run, or files, scored; written to `settings.out` and returned."""
     bench = Bench(settings)
     if settings.memorisation:
-        memorisation.refuse(bench)
+        memorization.refuse(bench)
     if settings.run:
         how = Drawing(bench, settings.sampler)
         result = point(how)
         if settings.memorisation:
             sets, _ = how.draw(settings.seeds[0])
             picture = Path(settings.out).with_suffix(".memorisation.png")
-            result |= {"memorisation": memorisation.check(bench, sets["refined"], picture)}
+            result |= {"memorisation": memorization.check(bench, sets["refined"], picture)}
     else:
         images = open_set("images", settings.images)
         result = score(bench, {"images": [images]}, {}, 0, {"images": settings.images, "sha256": images.sha256()})
-    files.write_json(Path(settings.out), result)
+    atomic_files.write_json(Path(settings.out), result)
     return result
 
 
@@ -83,6 +83,6 @@ def finish(
     """Write figures, picture and table."""
     out = Path(settings.out)
     plots.study(results, places, curves, x_label, title, out.with_suffix(".png"))
-    files.write_text(out.with_suffix(".md"), tables.of_study(results, varied) + "\n")
-    files.write_json(out, {"varied": varied, "points": results})
+    atomic_files.write_text(out.with_suffix(".md"), tables.of_study(results, varied) + "\n")
+    atomic_files.write_json(out, {"varied": varied, "points": results})
     return results

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.data.images import to_uint8
-from dvae.denoiser import Given
+from dvae.diffusion.denoiser import Given
 from dvae.errors import UserError
-from dvae.noise import Between, Noise, linear, spherical
+from dvae.inference.batching import Drawn, mean, together
+from dvae.inference.noise import Between, Noise, linear, spherical
 from dvae.registry.priors.normal import Normal
-from dvae.together import Drawn, mean, together
 
 if TYPE_CHECKING:
-    from dvae.directions import Direction
-    from dvae.guidance import Guidance
-    from dvae.pipeline import Classes, Pipeline
+    from dvae.diffusion.guidance import Guidance
+    from dvae.inference.directions import Direction
+    from dvae.inference.pipeline import Classes, Pipeline
 
 Images = torch.Tensor | int | Sequence[int]
 """Images (n, C, H, W) uint8 or (C, H, W), or numbers of images of a seed, as `Pipeline.generate` draws them."""

@@ -2,7 +2,7 @@
 
 With x the image, z its latent and n = C H W, figures are in bits per dimension (of the image):
 
-    bits_per_dim      -log2 p(x | z) / n of the refiner alone (dvae/likelihood.py tells what that bounds)
+    bits_per_dim      -log2 p(x | z) / n of the refiner alone (dvae/diffusion/likelihood.py tells what that bounds)
     kl_bits_per_dim   KL(q(z | x) || N(0, I)) / (n log 2), the rate term of the VAE's own ELBO
     total_bits_per_dim  with z=draw only: -log2 p(x | z) / n + (log2 q(z | x) - log2 p(z)) / n, p(z) the run's prior
 
@@ -27,20 +27,22 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae import bundle, files, keyed, likelihood
-from dvae import pipeline as pipelines
 from dvae.data.images import to_float
-from dvae.data.manifest import HELDOUT
-from dvae.denoiser import NO_LABEL, Given
-from dvae.drawing.chunks import RECORD_LIMIT, Chunks, difference
-from dvae.drawing.inputs import Inputs, open_inputs
-from dvae.drawing.settings import GivenConfig
+from dvae.data.shards.manifest import HELDOUT
+from dvae.diffusion import likelihood
+from dvae.diffusion.denoiser import NO_LABEL, Given
 from dvae.errors import UserError
-from dvae.latents import mean_and_error
-from dvae.pipeline import Pipeline
-from dvae.registry.encoders import Posterior
-from dvae.together import CHUNK, calls, mean, one_thread
+from dvae.inference import pipeline as pipelines
+from dvae.inference.batching import CHUNK, calls, mean, one_thread
+from dvae.inference.generation.chunks import RECORD_LIMIT, Chunks, difference
+from dvae.inference.generation.generation_settings import GivenConfig
+from dvae.inference.generation.input_images import Inputs, open_inputs
+from dvae.inference.latents import mean_and_error
+from dvae.inference.pipeline import Pipeline
+from dvae.models import bundle
+from dvae.registry.encoders.base import Posterior
 from dvae.tracking.console import Progress, say
+from dvae.utils import atomic_files, rng
 from dvae.utils.read import DamagedFile, forbid_extra, read_json
 
 
@@ -160,7 +162,7 @@ def score(settings: LikelihoodConfig) -> Scored:
         seconds = time.perf_counter() - began
         values = {name: np.concatenate([chunks.read(numbers, name) for numbers in wanted]) for name in names}
         record = _record(request, values)
-        files.write_json(out, asdict(record))
+        atomic_files.write_json(out, asdict(record))
         chunks.remove()
     return Scored(record.figures(), record.nfe, count, count / seconds if count else 0.0)
 
@@ -184,7 +186,7 @@ def score_chunk(
         posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
         z = posterior.mean
         if settings.z is Latent.draw:
-            z = posterior.sample(keyed.normal(seed, "posterior", numbers, models.io.latent).to(z.device))
+            z = posterior.sample(rng.normal(seed, "posterior", numbers, models.io.latent).to(z.device))
         given = Given(pipeline.decode(z), z, pipeline.classes(labels, len(images)))
         found = likelihood.of_images(models.denoiser, given, images, list(numbers), seed, settings.tolerance)
         bits, kl = found.bits_per_dim, posterior.kl().double().cpu()

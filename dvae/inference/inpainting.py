@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.data.images import to_float, to_uint8
-from dvae.denoiser import Given
-from dvae.diffusion import Diffusion, Matching
+from dvae.diffusion.denoiser import Given
+from dvae.diffusion.kernels import Diffusion, Matching
 from dvae.errors import UserError, near
-from dvae.noise import Noise
-from dvae.registry.samplers import OnStep
-from dvae.together import Drawn
+from dvae.inference.batching import Drawn
+from dvae.inference.noise import Noise
+from dvae.registry.samplers.base import OnStep
 
 if TYPE_CHECKING:
-    from dvae.guidance import Guidance
-    from dvae.pipeline import Classes, Pipeline
+    from dvae.diffusion.guidance import Guidance
+    from dvae.inference.pipeline import Classes, Pipeline
 
 IMPUTATIONS = 8
 """Rounds in which unknown pixels are filled in by the encoder before an image is inpainted."""

@@ -15,23 +15,24 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from safetensors.torch import save_file
 
-from dvae import bundle, files, keyed
-from dvae import pipeline as pipelines
+from dvae.config.schema import ModelConfig
 from dvae.data.images import to_float
-from dvae.data.manifest import HELDOUT, TRAIN
-from dvae.data.reader import Shards
-from dvae.drawing.inputs import open_inputs
-from dvae.drawing.settings import GivenConfig
+from dvae.data.shards.manifest import HELDOUT, TRAIN
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError, near
-from dvae.models import Models
-from dvae.pipeline import Pipeline
+from dvae.inference import pipeline as pipelines
+from dvae.inference.batching import CHUNK
+from dvae.inference.generation.generation_settings import GivenConfig
+from dvae.inference.generation.input_images import open_inputs
+from dvae.inference.pipeline import Pipeline
+from dvae.inference.run_images import open_split
+from dvae.models import bundle
+from dvae.models.components import Models
 from dvae.registry import PRIORS
-from dvae.registry.encoders import Posterior
-from dvae.registry.priors import Prior
-from dvae.run_images import open_split
-from dvae.settings import ModelConfig
-from dvae.together import CHUNK
+from dvae.registry.encoders.base import Posterior
+from dvae.registry.priors.base import Prior
 from dvae.tracking.console import Progress
+from dvae.utils import atomic_files, rng
 
 SUFFIXES = (".npz", ".safetensors")
 SPLITS = (TRAIN, HELDOUT)
@@ -176,9 +177,9 @@ def write(out: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) ->
     held = {name: value.contiguous() for name, value in tensors.items()}
     if out.suffix == ".npz":
         arrays: dict[str, Any] = {name: value.numpy() for name, value in held.items()}
-        files.write_file(out, lambda aside: np.savez(aside, about=np.array(text), **arrays))
+        atomic_files.write_file(out, lambda aside: np.savez(aside, about=np.array(text), **arrays))
     else:
-        files.write_file(out, lambda aside: save_file(held, aside, {"about": text}))
+        atomic_files.write_file(out, lambda aside: save_file(held, aside, {"about": text}))
 
 
 def fit(settings: LatentsConfig, pipeline: Pipeline) -> Fitted:
@@ -191,7 +192,7 @@ def fit(settings: LatentsConfig, pipeline: Pipeline) -> Fitted:
         shards = open_split(settings.run, config, split, settings.shards)
         posteriors.append(encode(pipeline, shards, len(shards), split))
     training, heldout = posteriors
-    seed = keyed.child(config.seed, "prior") % 2**31 if settings.seed is None else settings.seed
+    seed = rng.child(config.seed, "prior") % 2**31 if settings.seed is None else settings.seed
     figures = prior.fit(training.mean, training.logvar, seed)
     named: list[tuple[str, Prior]] = [
         (prior_config.name, prior),
@@ -205,7 +206,7 @@ def fit(settings: LatentsConfig, pipeline: Pipeline) -> Fitted:
 
 def compare(named: list[tuple[str, Prior]], heldout: Posterior, seed: int) -> Iterator[Compared]:
     """What each prior gives the same latents."""
-    noise = keyed.normal(seed, "held-out draw", range(len(heldout.mean)), tuple(heldout.mean.shape[1:]))
+    noise = rng.normal(seed, "held-out draw", range(len(heldout.mean)), tuple(heldout.mean.shape[1:]))
     draws, dimensions = heldout.sample(noise), heldout.mean[0].numel()
     for name, prior in named:
         device = next(iter([*prior.parameters(), *prior.buffers()]), draws).device

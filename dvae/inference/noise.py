@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from dvae import keyed
 from dvae.errors import UserError, near
+from dvae.utils import rng
 
 PARALLEL = 1e-6
 """Sine of the angle between two vectors below which the arc between them is taken for a straight line."""
@@ -67,10 +67,10 @@ class Noise:
 
     def draw(self, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal noise (n, *shape), float32."""
-        here = keyed.normal(self.seed, purpose, self.numbers, shape)
+        here = rng.normal(self.seed, purpose, self.numbers, shape)
         if self.towards is None or self.weights is None:
             return here
-        there = keyed.normal(self.seed, purpose, self.towards, shape)
+        there = rng.normal(self.seed, purpose, self.towards, shape)
         return spherical(here, there, torch.tensor(self.weights, dtype=torch.float64))
 
 

@@ -9,21 +9,24 @@ from pathlib import Path
 
 import torch
 
-from dvae import bundle, editing, inpainting, keyed, likelihood
+from dvae.config.schema import ModelConfig
 from dvae.data.images import to_float, to_uint8
-from dvae.denoiser import NO_LABEL, Given
-from dvae.directions import Direction
-from dvae.editing import Images
+from dvae.diffusion import likelihood
+from dvae.diffusion.denoiser import NO_LABEL, Given
+from dvae.diffusion.guidance import Guidance
 from dvae.errors import UserError, near
-from dvae.guidance import Guidance
-from dvae.models import Models, build_sampler
-from dvae.noise import Between, Noise, Shared, named
-from dvae.quantisation import plan
-from dvae.refinement import check_drawing, refine_together
+from dvae.inference import editing, inpainting
+from dvae.inference.batching import CHUNK, Drawn, calls, mean, one_thread, rows_of
+from dvae.inference.directions import Direction
+from dvae.inference.editing import Images
+from dvae.inference.noise import Between, Noise, Shared, named
+from dvae.inference.refine import check_drawing, refine_together
+from dvae.models import bundle
+from dvae.models.components import Models, build_sampler
+from dvae.models.quantization import layer_plan
 from dvae.registry import PRIORS, SAMPLERS
-from dvae.registry.priors import Prior
-from dvae.settings import ModelConfig
-from dvae.together import CHUNK, Drawn, calls, mean, one_thread, rows_of
+from dvae.registry.priors.base import Prior
+from dvae.utils import rng
 
 Advance = Callable[[int], None]
 Classes = int | str | Sequence[int | str] | None
@@ -141,11 +144,11 @@ class Pipeline:
         if label is not None:
             labels = self.classes(label, len(numbers))
         elif io.labels:
-            labels = (keyed.uniform(seed, "label", numbers) * io.labels).long().to(self.device)
+            labels = (rng.uniform(seed, "label", numbers) * io.labels).long().to(self.device)
         if self.models.latent_space:
             return Given.nothing(torch.empty(len(numbers), *io.latent, device=self.device), labels)
-        component = keyed.uniform(seed, "prior component", numbers)
-        normal = keyed.normal(seed, "prior", numbers, io.latent)
+        component = rng.uniform(seed, "prior component", numbers)
+        normal = rng.normal(seed, "prior", numbers, io.latent)
         z = self.prior.sample(component.to(self.device), normal.to(self.device))
         return Given(self.decode(z), z, labels)
 
@@ -315,7 +318,7 @@ class Pipeline:
 
         a and b are images, of which a[i] has the noise 2 i and b[i] that of 2 i + 1, as the images a[0], b[0], a[1],
         ... have it together; or they are numbers of images of the seed, as `generate` draws them. space "z": only z is
-        interpolated, "noise": only the noise, "both". See dvae/editing.py for the paths; raises UserError as it says.
+        interpolated, "noise": only the noise, "both". See editing.py for the paths; raises UserError as it says.
         """
         pair = editing.pair(self, a, b, seed, label)
         drawn = editing.interpolate(self, *pair, named(Between, space, "space"), steps, seed, guidance)
@@ -334,7 +337,7 @@ class Pipeline:
         """Images (n, C, H, W) uint8 whose z is moved along a direction; for a list of S strengths strips
         (n, S, C, H, W).
 
-        `images`: images, or numbers of images of the seed. `direction`: one of dvae.directions, which says what
+        `images`: images, or numbers of images of the seed. `direction`: a Direction, which says what
         strength 1 is, a vector of the latent's shape, which is added once, or the number, from 1, of a principal
         component that the refiner knows (denoiser.pca_components): it is put at `strength` standard deviations.
         """
@@ -354,7 +357,7 @@ class Pipeline:
     ) -> torch.Tensor:
         """Images (n, C, H, W) uint8 whose pixels are kept where mask is true, and drawn anew elsewhere.
 
-        `mask`: bool (H, W) for all, or (n, 1, H, W). See dvae/inpainting.py; raises UserError as it says.
+        `mask`: bool (H, W) for all, or (n, 1, H, W). See dvae/inference/inpainting.py; raises UserError as it says.
         """
         images = editing.checked(self, images)
         masks = mask.expand(len(images), 1, *images.shape[2:])
@@ -369,8 +372,8 @@ class Pipeline:
         """-log2 p(x given x_hat) per dimension of images (n, C, H, W) uint8, (n,): of the refiner alone, without z.
 
         x_hat is the reconstruction of the image itself. One draw of dequantisation, of the momentum where k > 1, and of
-        the probe of the divergence per image; see dvae/likelihood.py for what that bounds. Raises UserError in latent
-        space.
+        the probe of the divergence per image; see diffusion/likelihood.py for what that bounds. Raises UserError in
+        latent space.
         """
         self.need_pixels("bits per dimension")
         parts = []
@@ -388,7 +391,7 @@ def load(path: str | Path, batch: int | None = None, device: str | torch.device 
     Raises UserError where there is none or it is not whole, or its int8 kernels are asked onto a GPU.
     """
     config, models = bundle.load(bundle.folder_of(path))
-    bound = plan.cpu_only(models)
+    bound = layer_plan.cpu_only(models)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() and not bound else "cpu"))
     if bound and device.type != "cpu":
         raise UserError(f"{path} is quantised by method=int8, whose kernels are for CPUs: leave device={device} out")

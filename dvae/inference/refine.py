@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae import inpainting
-from dvae.denoiser import Given
+from dvae.diffusion.denoiser import Given
+from dvae.diffusion.guidance import Bound, Guidance
+from dvae.diffusion.recording import Watched, spread
 from dvae.errors import UserError
-from dvae.estimates import Watched, spread
-from dvae.guidance import Bound, Guidance
-from dvae.noise import Noise, Shared
-from dvae.registry.samplers import Model, OnStep
+from dvae.inference import inpainting
+from dvae.inference.noise import Noise, Shared
+from dvae.registry.samplers.base import Model, OnStep
 
 if TYPE_CHECKING:
-    from dvae.pipeline import Pipeline
+    from dvae.inference.pipeline import Pipeline
 
 
 def refine_together(

@@ -6,14 +6,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from dvae import bundle
-from dvae.config import refuse_points
-from dvae.data.manifest import FILE as MANIFEST
-from dvae.data.reader import Shards
-from dvae.data.remote import Remote, is_remote, place_of
+from dvae.config.compose import refuse_points
+from dvae.config.schema import DataConfig, ModelConfig
+from dvae.data.shards.manifest import FILE as MANIFEST
+from dvae.data.shards.reader import Shards
+from dvae.data.shards.remote import Remote, is_remote, place_of
 from dvae.errors import UserError
-from dvae.run import Run
-from dvae.settings import DataConfig, ModelConfig
+from dvae.models import bundle
+from dvae.runs.folder import Run
 from dvae.tracking.console import say
 
 

@@ -1,7 +1,7 @@
 """The bundle: a folder that users run and share. It is data: loading one never executes or opens anything else.
 
 model.safetensors        averaged weights of all parts
-config.yaml              what inference needs of the run's settings (dvae/model_config.py)
+config.yaml              what inference needs of the run's settings (dvae/config/model_config.py)
 bundle.json              format, parts, component classes and versions, hashes of every file here, and its own hash
 quantization.json        which layers are stored in fewer bytes, if any
 directions.safetensors   directions of the latent space, if some were found
@@ -19,16 +19,18 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dvae import __version__, files, models
+from dvae.config.model_config import COMPONENT_KINDS, ComponentInfo, model_config, read_model_config, to_yaml
+from dvae.config.schema import ModelConfig, RunConfig
 from dvae.errors import UserError, printable_line
-from dvae.format_version import refuse_format
-from dvae.model_config import COMPONENT_KINDS, ComponentInfo, model_config, read_model_config, to_yaml
-from dvae.models import Models
-from dvae.quantisation import plan as quantisation
-from dvae.registry.core import KINDS, origin
-from dvae.registry.encoders import Encoder
-from dvae.settings import ModelConfig, RunConfig
+from dvae.models import components
+from dvae.models.components import Models
+from dvae.models.quantization import layer_plan as quantisation
+from dvae.registry.core import KINDS
+from dvae.registry.discovery import origin
+from dvae.registry.encoders.base import Encoder
 from dvae.tracking.console import say
+from dvae.utils import atomic_files, package
+from dvae.utils.format_version import refuse_format
 from dvae.utils.read import (
     JSON_LIMIT,
     MIB,
@@ -39,7 +41,7 @@ from dvae.utils.read import (
     read_weights_header,
     require_regular,
 )
-from dvae.weights import (
+from dvae.utils.weights import (
     State,
     check_weights,
     fit_weights,
@@ -57,7 +59,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 ABOUT = "bundle.json"
 DIRECTIONS = "directions.safetensors"
-"""Directions that were found for the encoder (dvae/directions/store.py), if there are any."""
+"""Directions that were found for the encoder (dvae/inference/directions/direction_files.py), if there are any."""
 OPTIONAL_FILES = (quantisation.FILE, DIRECTIONS)
 CLASSIFIER = "classifier"
 """The part that a bundle may lack."""
@@ -88,7 +90,7 @@ class About:
     def write(self, folder: Path) -> None:
         """Write bundle.json into `folder`, with its own hash."""
         self.self_sha256 = self.digest()
-        files.write_json(folder / ABOUT, asdict(self))
+        atomic_files.write_json(folder / ABOUT, asdict(self))
 
 
 def component_infos(config: ModelConfig) -> dict[str, ComponentInfo]:
@@ -118,19 +120,19 @@ def export(
     kept = model_config(config) if isinstance(config, RunConfig) else config
     if CLASSIFIER not in parts:
         kept = replace(kept, classifier=None)
-    with files.new_folder(folder) as aside:
+    with atomic_files.new_folder(folder) as aside:
         save_weights(aside / WEIGHTS, tensors)
-        files.write_text(aside / CONFIG, to_yaml(kept))
+        atomic_files.write_text(aside / CONFIG, to_yaml(kept))
         if quantized is not None:
             quantisation.write(aside, quantized)
         _copy_directions(folder, aside)
         written = [name for name in (WEIGHTS, CONFIG, *OPTIONAL_FILES) if (aside / name).exists()]
         About(
             format=FORMAT,
-            dvae=__version__,
+            dvae=package.VERSION,
             parts=sorted(parts),
             components=component_infos(kept),
-            sha256={name: files.sha256(aside / name) for name in written},
+            sha256={name: atomic_files.sha256(aside / name) for name in written},
             quantized="" if quantized is None else quantized.method,
         ).write(aside)
 
@@ -158,7 +160,7 @@ def _copy_directions(old: Path, new: Path) -> None:
 def update_hash(folder: Path, name: str) -> None:
     """Enter the hash of the file `name`, which was written into a bundle after its export."""
     about = read_about(folder)
-    about.sha256[name] = files.sha256(folder / name)
+    about.sha256[name] = atomic_files.sha256(folder / name)
     about.write(folder)
 
 
@@ -199,7 +201,7 @@ def verify_file(folder: Path, about: About, name: str) -> None:
         raise UserError(f"{folder / ABOUT} holds no hash of {name}: {AGAIN}")
     try:
         require_size(folder / name)
-        found = files.sha256(folder / name)
+        found = atomic_files.sha256(folder / name)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a whole bundle ({name} is missing): {AGAIN}") from None
     except DamagedFile as error:
@@ -241,7 +243,7 @@ def _models(folder: Path, about: About, config: ModelConfig) -> Models:
         config.classifier = None  # not trained yet, or never: all else works without it
     plan = quantisation.read(folder, about.quantized) if about.quantized else None
     _check_shapes(folder, about, config, plan)
-    made = models.build(config)
+    made = components.build(config)
     if plan is not None:
         quantisation.replace_layers(made, plan, str(folder))
     weights = load_weights(folder / WEIGHTS)
@@ -260,8 +262,8 @@ def _check_shapes(folder: Path, about: About, config: ModelConfig, plan: quantis
     except DamagedFile as error:
         raise UserError(f"{error}: {AGAIN}") from None
     try:
-        with models.on_meta_device(len(header)):
-            made = models.build(config, seed_weights=False)
+        with components.on_meta_device(len(header)):
+            made = components.build(config, seed_weights=False)
             if plan is not None:
                 quantisation.replace_layers(made, plan, str(folder))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The forward passes of a recipe's stages, for counting: those of dvae.training.stages without their figures."""
+"""The forward passes of a recipe's stages, for counting: those of dvae.stages.losses without their figures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dvae.denoiser import Draws, Given
+from dvae.diffusion.denoiser import Draws, Given
 from dvae.layers.adversarial import discriminator_loss, generator_loss
-from dvae.models import Models
+from dvae.models.components import Models
 from dvae.planning.counting import Pass
-from dvae.registry.encoders import Encoder
+from dvae.registry.encoders.base import Encoder
 
 
 def place(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from dvae import models
-from dvae.config import endless
-from dvae.data.loader import check_batch
-from dvae.data.manifest import FILE, TRAIN, Manifest
-from dvae.models import Models
+from dvae.config.compose import endless
+from dvae.config.schema import Cached, Precision, RunConfig, TrainingConfig
+from dvae.config.stage_names import settings_of
+from dvae.data.loading.loader import check_batch
+from dvae.data.shards.manifest import FILE, TRAIN, Manifest
+from dvae.models import components
+from dvae.models.components import Models
 from dvae.planning import counting, passes
 from dvae.planning.counting import Operations, Pass, Worked
 from dvae.planning.hardware import GPU, gpu_of
-from dvae.planning.settings import PlanConfig
-from dvae.registry.encoders import Encoder
-from dvae.settings import Cached, Precision, RunConfig, TrainingConfig
-from dvae.stage_names import settings_of
-from dvae.training.ema import ema_names
-from dvae.training.footprint import FLOAT, Footprint, bytes_sent, footprint
+from dvae.planning.plan_settings import PlanConfig
+from dvae.registry.encoders.base import Encoder
+from dvae.training.engine.ema import ema_names
+from dvae.training.engine.footprint import FLOAT, Footprint, bytes_sent, footprint
 
 COUNTED = (2, 4)
 """Images of the two micro-batches that are counted: bytes are so much whatever their number, and so much for each."""
@@ -139,7 +139,7 @@ class Plan:
 def make(config: RunConfig, settings: PlanConfig) -> Plan:
     """Plan the recipe's trainings. Raises UserError for a GPU that is not known, or a batch that does not divide."""
     gpu, ranks = gpu_of(settings.gpu), settings.nodes * settings.gpus_per_node
-    made = models.on_meta(config)
+    made = components.on_meta(config)
     given = bool(config.encoder_weights) or type(made.encoder).pretrained is not Encoder.pretrained
     stages = [name for name in FROZEN if name in config.stages]
     left_out = [name for name in config.stages if hasattr(config, settings_of(name)) and name not in FROZEN]
@@ -172,7 +172,7 @@ def _stage(
     config: RunConfig, settings: PlanConfig, gpu: GPU, manifest: Manifest | None, name: str, micro: int
 ) -> StagePlan:
     training, ranks = training_of(config, name), settings.nodes * settings.gpus_per_node
-    made = models.on_meta(config)
+    made = components.on_meta(config)
     frozen = FLOAT * sum(made.parameters()[part] for part in FROZEN[name])
     modules = modules_of(config, name, manifest)
     operations = sum((m.activations[0].frozen + m.activations[0].trained for m in modules), Operations())
@@ -199,7 +199,7 @@ def manifest_bytes(manifest: Manifest) -> float:
 
 
 def encoder_work(config: RunConfig, made: Models, manifest: Manifest | None) -> tuple[bool, bool]:
-    """Whether the frozen encoder encodes, and decodes, in every step (dvae.training.caching.open_latents).
+    """Whether the frozen encoder encodes, and decodes, in every step (dvae.stages.cache.open_latents).
 
     Where there are no shards yet, that the posteriors would fit into data.cache_gib is not known: it encodes.
     """
@@ -213,7 +213,7 @@ def encoder_work(config: RunConfig, made: Models, manifest: Manifest | None) -> 
 
 def passes_of(config: RunConfig, stage: str, manifest: Manifest | None) -> dict[str, Pass]:
     """The passes of a stage, by the module that each trains, on meta."""
-    made = models.on_meta(config)
+    made = components.on_meta(config)
     if stage == "encoder":
         return passes.of_encoder(made)
     of = passes.of_refiner if stage == "refiner" else passes.of_classifier

@@ -6,19 +6,20 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dvae import config, files
-from dvae.planning import plan, report
-from dvae.planning.settings import parted
-from dvae.settings import RunConfig
+from dvae.config import compose
+from dvae.config.schema import RunConfig
+from dvae.planning import plan, plan_report
+from dvae.planning.plan_settings import parted
+from dvae.utils import atomic_files
 
 
 def recipe(words: list[str]) -> RunConfig:
     """The recipe as tools/launch.py composes it; a path to images is not needed, since none are looked at."""
-    composed = config.compose("train", words)
+    composed = compose.compose("train", words)
     source = composed.get("source")
     if isinstance(source, DictConfig) and OmegaConf.is_missing(source, "path"):
         source.path = "not looked at"
-    return config.typed(composed)
+    return compose.typed(composed)
 
 
 def run(argv: list[str]) -> str:
@@ -26,5 +27,5 @@ def run(argv: list[str]) -> str:
     settings, words = parted(argv)
     found = plan.make(recipe(words), settings)
     if settings.out:
-        files.write_json(Path(settings.out), report.figures(found))
-    return report.text(found)
+        atomic_files.write_json(Path(settings.out), plan_report.figures(found))
+    return plan_report.text(found)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dvae.config import mistyped
+from dvae.config.compose import mistyped
 from dvae.errors import UserError
 
 

@@ -3,17 +3,18 @@
 Launchers alone lie elsewhere, in the folder launchers/.
 """
 
-from dvae.registry.classifiers import CLASSIFIERS
-from dvae.registry.core import KINDS, ComponentConfig, Registry, Shapes, discover, load_plugins
-from dvae.registry.distillers import DISTILLERS
-from dvae.registry.encoders import ENCODERS
-from dvae.registry.launchers import LAUNCHERS
-from dvae.registry.priors import PRIORS
-from dvae.registry.processes import PROCESSES
-from dvae.registry.refiners import REFINERS
-from dvae.registry.samplers import SAMPLERS
-from dvae.registry.schedules import SCHEDULES
-from dvae.registry.sources import SOURCES
+from dvae.registry.classifiers.base import CLASSIFIERS
+from dvae.registry.core import KINDS, ComponentConfig, Registry, Shapes
+from dvae.registry.discovery import discover, load_plugins
+from dvae.registry.distillers.base import DISTILLERS
+from dvae.registry.encoders.base import ENCODERS
+from dvae.registry.launchers.base import LAUNCHERS
+from dvae.registry.priors.base import PRIORS
+from dvae.registry.processes.base import PROCESSES
+from dvae.registry.refiners.base import REFINERS
+from dvae.registry.samplers.base import SAMPLERS
+from dvae.registry.schedules.base import SCHEDULES
+from dvae.registry.sources.base import SOURCES
 
 __all__ = [
     "CLASSIFIERS",

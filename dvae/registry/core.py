@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar, cast
@@ -16,12 +15,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-import dvae
-from dvae.errors import UserError, near, one_line, printable_line
-from dvae.registry import plugins
+from dvae.errors import UserError, near, one_line, reason_of
 
 T = TypeVar("T")
-ENTRY_POINT_GROUP = "dvae.plugins"
 NAME = re.compile("[a-z0-9_]+")
 """What a component may be called."""
 
@@ -74,6 +70,7 @@ class Registry(Generic[T]):
         self.base: type = cast(type, base)  # typed as a callable, because mypy refuses an abstract class for type[T]
         self.optional = optional
         self._classes: dict[str, type[T]] = {}
+        self._imported = False
         KINDS[kind] = self
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
@@ -127,16 +124,32 @@ class Registry(Generic[T]):
         try:
             node = OmegaConf.structured(config(name=name))
         except Exception as error:
-            raise TypeError(f"{what}: Config cannot be built from its defaults ({plugins.reason_of(error)})") from error
+            raise TypeError(f"{what}: Config cannot be built from its defaults ({reason_of(error)})") from error
         return node
 
+    def import_builtins(self) -> None:
+        """Import the components of this kind that dvae brings, once."""
+        if self._imported:
+            return
+        self._imported = True  # first, because component modules may ask the registry while they are imported
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+
+    def _discover(self) -> None:
+        """Import all components of this kind, and the installed plug-ins."""
+        self.import_builtins()
+        for hook in BEFORE_LOOKUP:
+            hook()
+
     def names(self) -> list[str]:
-        discover()
+        """The names of all components of this kind, sorted."""
+        self._discover()
         return sorted(self._classes)
 
     def get(self, name: str) -> type[T]:
         """The class registered as `name`. Raises UserError with the nearest name where there is none."""
-        discover()
+        self._discover()
         if name not in self._classes:
             raise UserError(f"unknown {self.kind} {name!r}: {near(name, self._classes)}{broken_plugins()}")
         return self._classes[name]
@@ -178,8 +191,11 @@ class Registry(Generic[T]):
 
 
 KINDS: dict[str, Registry[Any]] = {}
-_broken: dict[str, str] = {}
-_discovered = False
+BEFORE_LOOKUP: list[Callable[[], None]] = []
+"""Called before each lookup. registry/discovery.py enters the import of installed plug-ins here, because it imports
+this file and not the other way round."""
+BROKEN_PLUGINS: dict[str, str] = {}
+"""Installed plug-ins that could not be imported, and the reason."""
 
 
 def _place(cls: type) -> str:
@@ -192,71 +208,8 @@ def _is_plain_dataclass(config: type) -> bool:
     return declared and all(field.kw_only for field in fields(config))
 
 
-def discover() -> None:
-    """Import every built-in component, then every installed plugin (entry points `dvae.plugins`), once.
-
-    A plugin that cannot be imported leaves nothing behind. It is remembered, and named if a component is not found.
-    """
-    global _discovered
-    if _discovered:
-        return
-    _discovered = True  # first, since component modules may ask a registry while they are imported
-    importlib.import_module("dvae.registry")  # fills KINDS
-
-    for registry in list(KINDS.values()):
-        package = importlib.import_module(registry.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{registry.package}.{module.name}")
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        try:
-            with plugins.all_or_nothing(entry.value.partition(":")[0].strip(), KINDS):
-                entry.load()
-        except plugins.PluginError as error:
-            _broken[printable_line(f"{entry.name} ({entry.value})")] = str(error)
-
-
-def load_plugins(modules: Iterable[str]) -> None:
-    """Import the modules of `plugins=[...]`, which register components. Raises UserError if one cannot be imported."""
-    discover()
-    if isinstance(modules, Mapping) or not isinstance(modules, Iterable):
-        raise UserError(f"plugins={modules!r}: give a list of modules, such as plugins=[my_plugin]")
-    for name in [modules] if isinstance(modules, str) else modules:
-        _refuse_no_module(name)
-        try:
-            with plugins.all_or_nothing(name, KINDS):
-                importlib.import_module(name)
-        except plugins.PluginError as error:
-            advice = f'`python -c "import {name}"` shows where it fails'
-            if error.absent:
-                advice = "install it or put its folder on PYTHONPATH"
-            raise UserError(f"plugins: module {name!r} cannot be imported ({error}); {advice}") from None
-
-
-def _refuse_no_module(name: object) -> None:
-    """Raise UserError for what cannot be the name of a module."""
-    text = str(name)
-    if "/" in text or text.endswith(".py"):
-        module = text.rpartition("/")[2].removesuffix(".py")
-        raise UserError(
-            f"plugins: {text!r} is a file: name its module, plugins=[{module}], with its folder on PYTHONPATH"
-        )
-    if not isinstance(name, str) or not all(part.isidentifier() for part in text.split(".")):
-        raise UserError(f"plugins: {name!r} is no module: give a list of modules, such as plugins=[my_plugin]")
-
-
 def broken_plugins() -> str:
     """A note on installed plugins that failed to import, or nothing."""
-    if not _broken:
+    if not BROKEN_PLUGINS:
         return ""
-    return "; plugins that failed to load: " + ", ".join(f"{name}: {why}" for name, why in _broken.items())
-
-
-def origin(cls: type) -> tuple[str, str]:
-    """The package that a component comes from, and its version."""
-    package = cls.__module__.partition(".")[0]
-    if package == "dvae":
-        return package, dvae.__version__
-    distributions = [name for name in importlib.metadata.packages_distributions().get(package, []) if name]
-    if not distributions:
-        return package, "(not installed as a package)"
-    return package, str(importlib.metadata.version(distributions[0]) or "(no version)")
+    return "; plugins that failed to load: " + ", ".join(f"{name}: {why}" for name, why in BROKEN_PLUGINS.items())

@@ -10,17 +10,12 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from dvae.errors import Stopped, printable_line
-
-if TYPE_CHECKING:
-    from dvae.registry.core import Registry
-
-REASON_LENGTH = 400
-"""Characters of an error message of a plug-in that are shown."""
+from dvae.errors import Stopped, reason_of
+from dvae.registry.core import Registry
 
 
 class PluginError(Exception):
@@ -57,15 +52,6 @@ def all_or_nothing(module: str, kinds: dict[str, Registry[Any]]) -> Iterator[Non
         raise PluginError(module, error) from None
     finally:
         printed.release()
-
-
-def reason_of(error: BaseException) -> str:
-    """Type and message of an error in one line, even if the message cannot be read."""
-    try:
-        name, text = type(error).__name__, str(error)
-        return printable_line(f"{name}: {text}" if text else name)[:REASON_LENGTH]
-    except BaseException:  # noqa: BLE001 the message is made by a stranger's code, which may fail in any way
-        return "it failed with an error whose message cannot be read"
 
 
 class Snapshot:

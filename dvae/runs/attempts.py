@@ -19,8 +19,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dvae import files
 from dvae.errors import MachineError, UserError, in_words, one_line, printable_line
+from dvae.utils import atomic_files
 from dvae.utils.fields import Positive, Seconds
 from dvae.utils.read import DamagedFile, read_json_lines
 
@@ -85,13 +85,13 @@ def read(folder: Path) -> list[Attempt]:
 
 
 def write(folder: Path, attempts: list[Attempt]) -> None:
-    files.write_text(folder / FILE, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
+    atomic_files.write_text(folder / FILE, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
 
 
 @contextmanager
 def hold(folder: Path, lock: str) -> Iterator[None]:
     """Hold a lock of a run folder. Raises UserError where another process has it."""
-    with files.locked(folder / lock, refusal(folder)):
+    with atomic_files.locked(folder / lock, refusal(folder)):
         yield
 
 
@@ -102,7 +102,7 @@ def refusal(folder: Path) -> UserError:
 
 def in_use(folder: Path) -> bool:
     """Whether an attempt goes on, or a tool works in the folder."""
-    return files.is_locked(folder / LAUNCHER) or files.is_locked(folder / WORKER)
+    return atomic_files.is_locked(folder / LAUNCHER) or atomic_files.is_locked(folder / WORKER)
 
 
 @contextmanager

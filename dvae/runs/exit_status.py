@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvae.attempts import INTERRUPTED, TERMINATED
 from dvae.errors import MachineError, Stopped, UserError
-from dvae.tracking.metrics import MetricsLog
+from dvae.runs.attempts import INTERRUPTED, TERMINATED
+from dvae.tracking.metrics_log import MetricsLog
 
 LOST, HANGS, CRASHED = 75, 76, 1
 """Exit statuses of a rank, beside those of `run_command`: another rank is gone, or stands still; an error that nobody
@@ -29,7 +29,7 @@ class End:
     said: str = ""
     """Why it failed, in one line."""
     why: str = ""
-    """Of one that was asked to stop and has saved: what asked (dvae/training/stopping.py)."""
+    """Of one that was asked to stop and has saved: what asked (dvae/training/resilience/stopping.py)."""
     again: bool = True
     """Whether the same might work another time."""
 

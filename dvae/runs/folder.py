@@ -1,6 +1,6 @@
 """The run folder: everything about a run, and nothing outside it.
 
-config.yaml        settings as they were when the run was submitted (dvae/stored_config.py)
+config.yaml        settings as they were when the run was submitted (dvae/config/stored.py)
 run.json           format version of the folder, and the version of dvae that made it
 attempts.jsonl     when it was started, where, and how that ended
 stages.json        what is finished, with times and counts
@@ -23,12 +23,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dvae import attempts, files, stored_config
+from dvae.config import stored
+from dvae.config.schema import TRAININGS, RunConfig
 from dvae.errors import MachineError, UserError
-from dvae.run_folder import RECORDS, check_format, read_records, write_format
-from dvae.settings import TRAININGS, RunConfig
+from dvae.runs import attempts
+from dvae.runs.records import RECORDS, check_format, read_records, write_format
+from dvae.utils import atomic_files
 from dvae.utils.read import read_json, read_weights_header
-from dvae.weights import State, load_weights, save_weights
+from dvae.utils.weights import State, load_weights, save_weights
 
 FREE = {
     "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
@@ -64,14 +66,14 @@ class Run:
     def config(self) -> RunConfig:
         """The settings as data: no plug-in is imported, no variable of the environment is read."""
         check_format(self.path)
-        config = stored_config.load(self.config_file)
+        config = stored.load(self.config_file)
         config.run = str(self.path)  # where it lies now, whatever the file says
         return config
 
     def own_config(self) -> RunConfig:
         """The settings, for the processes of a launch: plug-ins are imported, the environment is read."""
         check_format(self.path)
-        return stored_config.load_own(self.config_file)
+        return stored.load_own(self.config_file)
 
     def weights(self, part: str) -> Path:
         return self.path / "weights" / f"{part}.safetensors"
@@ -83,7 +85,7 @@ class Run:
     def save_weights(self, part: str, state: State) -> None:
         """Keep weights of a part, complete or absent, and their hash."""
         save_weights(self.weights(part), state)
-        files.write_json(self._hash_file, self._hashes() | {part: files.sha256(self.weights(part))})
+        atomic_files.write_json(self._hash_file, self._hashes() | {part: atomic_files.sha256(self.weights(part))})
 
     def load_weights(self, part: str) -> State:
         """Weights of a part. Raises MachineError if they differ from their hash, UserError if they are missing."""
@@ -91,7 +93,7 @@ class Run:
         if not path.exists():
             raise UserError(f"run={self.path} has no trained {part} yet: add the stage that trains it to stages=[...]")
         read_weights_header(path)  # before the hash: the header tells how large the file may be
-        if files.sha256(path) != self._hashes().get(part):
+        if atomic_files.sha256(path) != self._hashes().get(part):
             raise MachineError(
                 f"{path} does not match its hash in {self._hash_file}: the file is damaged: put back a copy, or use "
                 "another run="
@@ -113,9 +115,9 @@ class Run:
 
         Raises DamagedFile for a folder in it that is a link (shards, which are only read, and W&B's own may be).
         """
-        files.refuse_links(self.path, LINKS_ALLOWED)
+        atomic_files.refuse_links(self.path, LINKS_ALLOWED)
         for folder in (self.path, self.path / "weights", self.images, self.path / "cache"):
-            files.remove_leftovers(folder)
+            atomic_files.remove_leftovers(folder)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Finished stages, with what is worth knowing of each. Raises MachineError if the file is damaged."""
@@ -123,7 +125,7 @@ class Run:
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Enter a stage as finished."""
-        files.write_json(self._records, self.records() | {stage: record})
+        atomic_files.write_json(self._records, self.records() | {stage: record})
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -138,10 +140,10 @@ def submit(config: DictConfig) -> Run:
     Raises UserError if it is not this run's, or not writable.
     """
     run = Run(Path(str(config.run)))
-    kept = stored_config.stored(config)
+    kept = stored.stored(config)
     if run.config_file.exists():
         refuse_other(run, config)
-        files.refuse_links(run.path, LINKS_ALLOWED)
+        atomic_files.refuse_links(run.path, LINKS_ALLOWED)
     elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise UserError(f"run={run.path} exists and is not a run: use another run=, or remove it")
     try:
@@ -149,7 +151,7 @@ def submit(config: DictConfig) -> Run:
         with tempfile.TemporaryFile(dir=run.path):
             pass
         write_format(run.path)
-        files.write_text(run.config_file, stored_config.to_yaml(kept))
+        atomic_files.write_text(run.config_file, stored.to_yaml(kept))
     except OSError as error:
         raise UserError(f"run={run.path} cannot be written ({error.strerror}): use another run=") from None
     return run
@@ -158,7 +160,7 @@ def submit(config: DictConfig) -> Run:
 def refuse_other(run: Run, config: DictConfig) -> None:
     """Raise UserError if the folder holds a run with other settings, or of another format."""
     check_format(run.path)
-    before, now = _settings(stored_config.read_plain(run.config_file)), _settings(stored_config.stored(config))
+    before, now = _settings(stored.read_plain(run.config_file)), _settings(stored.stored(config))
     if before.get("recipe") != now.get("recipe"):
         raise UserError(
             f"run={run.path} belongs to recipe {before.get('recipe')!r}, not {now.get('recipe')!r}: use another run="

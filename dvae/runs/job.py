@@ -10,32 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dvae import files
-from dvae.config import endless
-from dvae.data.build import build as build_shards
-from dvae.data.build import build_part
-from dvae.data.manifest import FILE as manifest_file
-from dvae.data.manifest import TRAIN, Manifest
-from dvae.data.remote import is_remote
-from dvae.evaluation.during import scorer
-from dvae.evaluation.points import evaluate_points
-from dvae.evaluation.stage import evaluate
-from dvae.model_config import model_config
-from dvae.pipeline import Pipeline
-from dvae.registry.launchers import launcher_of
-from dvae.run import Run
-from dvae.settings import STAGES, RunConfig
-from dvae.tracking import figures
-from dvae.tracking.console import Counted
-from dvae.tracking.report import write_report
-from dvae.tracking.tracker import Tracker
-from dvae.training import ranks, stopping, watch
-from dvae.training.caching import write_cache_part
-from dvae.training.distilling import distil_stage
-from dvae.training.engine import start_distributed
-from dvae.training.joint import joint_stage
-from dvae.training.memory import keep_freed_memory
-from dvae.training.work import (
+from dvae.config.compose import endless
+from dvae.config.model_config import model_config
+from dvae.config.schema import STAGES, RunConfig
+from dvae.data.building.shard_build import build as build_shards
+from dvae.data.building.shard_build import build_part
+from dvae.data.shards.manifest import FILE as manifest_file
+from dvae.data.shards.manifest import TRAIN, Manifest
+from dvae.data.shards.remote import is_remote
+from dvae.inference.pipeline import Pipeline
+from dvae.registry.launchers.base import launcher_of
+from dvae.runs.folder import Run
+from dvae.stages.cache import write_cache_part
+from dvae.stages.distil import distil_stage
+from dvae.stages.evaluate import evaluate
+from dvae.stages.joint import joint_stage
+from dvae.stages.online_scores import scorer
+from dvae.stages.work import (
     PARTS,
     cache_stage,
     classifier_stage,
@@ -45,6 +36,15 @@ from dvae.training.work import (
     refiner_stage,
     take_up,
 )
+from dvae.toy2d.point_scores import evaluate_points
+from dvae.tracking import figures
+from dvae.tracking.console import Counted
+from dvae.tracking.report import write_report
+from dvae.tracking.tracker import Tracker
+from dvae.training.engine.deepspeed_engine import start_distributed
+from dvae.training.engine.memory import keep_freed_memory
+from dvae.training.resilience import ranks, stopping, watchdog
+from dvae.utils import atomic_files
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Job:
             config = run.own_config()
             stages = ranks.on_first(unfinished, run, config, self.stages)
             asking = stopping.begin(config.max_hours)
-            with watch.watching(launcher_of(config.launcher).config.hang_seconds):
+            with watchdog.watching(launcher_of(config.launcher).config.hang_seconds):
                 for number, stage in enumerate(stages):
                     if number:
                         asking.between_stages()
@@ -128,7 +128,7 @@ def build_with_progress(config: RunConfig, folder: Path) -> Manifest:
 
 
 def shards_of(config: RunConfig) -> dict[str, Any]:
-    """What a run's shards are, and how they are built, in the words of dvae.data.build."""
+    """What a run's shards are, and how they are built, in the words of dvae.data.building.shard_build."""
     return {
         "size": config.image_size,
         "heldout_fraction": config.data.heldout,
@@ -180,7 +180,7 @@ def evaluate_stage(run: Run, config: RunConfig) -> None:
         tracked.summarise(found)
         pictures = [path for path in (run.path / "samples.png", run.path / "reconstructions.png") if path.exists()]
         tracked.results(found, pictures, run.bundle)
-    files.write_json(run.summary, summary)
+    atomic_files.write_json(run.summary, summary)
     run.finish("evaluate", record)
 
 

@@ -15,15 +15,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dvae import attempts, files
-from dvae.attempts import Attempt
+from dvae.config.stage_names import settings_of, stage_of
 from dvae.errors import MachineError, UserError, printable_line
-from dvae.run_folder import check_format, read_records
-from dvae.slurm import queue
-from dvae.slurm.queue import Job
-from dvae.stage_names import settings_of, stage_of
+from dvae.runs import attempts
+from dvae.runs.attempts import Attempt
+from dvae.runs.records import check_format, read_records
+from dvae.runs.slurm import queue
+from dvae.runs.slurm.queue import Job
 from dvae.tracking.console import aligned, clock
-from dvae.tracking.metrics import MetricsLog
+from dvae.tracking.metrics_log import MetricsLog
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, check, read_yaml
 
 LOOK_EVERY = 1.0
@@ -314,7 +315,7 @@ def cancel(folder: Path) -> Iterator[str]:
     if status.state is not State.running:
         raise UserError(f"run={folder} is {status.state.value}: there is nothing to cancel")
     tried = attempts.read(folder)
-    if not files.is_locked(folder / attempts.LAUNCHER) or not tried or tried[-1].ended is not None:
+    if not atomic_files.is_locked(folder / attempts.LAUNCHER) or not tried or tried[-1].ended is not None:
         raise UserError(f"run={folder} is held by no attempt ({status.message}): end that where it was started")
     last = tried[-1]
     if last.host != socket.gethostname():
@@ -329,7 +330,7 @@ def cancel(folder: Path) -> Iterator[str]:
         pass  # it has just ended; how, is said below
     yield f"{folder}: SIGTERM to pid {last.pid} ({last.launcher}); waiting for it to save and end"
     deadline = time.monotonic() + PATIENCE
-    while files.is_locked(folder / attempts.LAUNCHER):
+    while atomic_files.is_locked(folder / attempts.LAUNCHER):
         if time.monotonic() >= deadline:
             yield f"{folder}: still at work after {PATIENCE:g} s; cancel it again to end it without saving"
             return

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvae import __version__, files
 from dvae.errors import UserError
-from dvae.format_version import refuse_format
+from dvae.utils import atomic_files, package
+from dvae.utils.format_version import refuse_format
 from dvae.utils.read import DamagedFile, read_json
 
 FORMAT = 2
@@ -31,7 +31,7 @@ class FolderFormat:
 
 def write_format(folder: Path) -> None:
     """Say in `folder` which format it has."""
-    files.write_json(folder / FORMAT_FILE, {"format": FORMAT, "dvae": __version__})
+    atomic_files.write_json(folder / FORMAT_FILE, {"format": FORMAT, "dvae": package.VERSION})
 
 
 def check_format(folder: Path) -> None:

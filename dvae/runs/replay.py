@@ -13,22 +13,22 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from torch import nn
 
-from dvae import models
-from dvae.data.loader import Batch
+from dvae.config.schema import TRAININGS, RunConfig, TrainingConfig
+from dvae.config.stage_names import settings_of, stage_of
+from dvae.data.loading.loader import Batch
 from dvae.errors import UserError, one_line
-from dvae.run import Run
-from dvae.settings import TRAININGS, RunConfig, TrainingConfig
-from dvae.stage_names import settings_of, stage_of
-from dvae.training import nonfinite
+from dvae.models import components
+from dvae.runs.folder import Run
+from dvae.stages.distil import open_distil, round_names
+from dvae.stages.joint import open_joint
+from dvae.stages.losses import Stage
+from dvae.stages.work import open_stage
 from dvae.training.batches import open_loader
-from dvae.training.distilling import open_distil, round_names
-from dvae.training.engine import Engine, start_distributed
-from dvae.training.joint import open_joint
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.loop import backward
-from dvae.training.stages import Stage
-from dvae.training.work import open_stage
+from dvae.training.resilience import nonfinite
 from dvae.utils.read import DamagedFile
-from dvae.weights import fit_weights, load_weights
+from dvae.utils.weights import fit_weights, load_weights
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,7 +88,7 @@ def replay(folder: str, shards: str = "") -> Replayed:
     start_distributed()
     run = Run(path.absolute().parent)
     config = run.config()
-    models.on_meta(config)  # the settings may be a stranger's: their size is checked before memory is taken
+    components.on_meta(config)  # the settings may be a stranger's: their size is checked before memory is taken
     if shards:
         config.data.shards = shards
     refuse_other_run(config, record, path)

@@ -9,22 +9,23 @@ from pathlib import Path
 
 import torch
 
-from dvae import keyed
-from dvae.data import cache, cache_build, request
+from dvae.config.schema import Cached, Precision, RunConfig
+from dvae.data import latent_cache
+from dvae.data.building import cache_build, shard_request
 from dvae.data.images import to_float, to_uint8
-from dvae.data.manifest import FILE as MANIFEST
-from dvae.data.reader import Shards
+from dvae.data.shards.manifest import FILE as MANIFEST
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
-from dvae.files import sha256
-from dvae.models import Models
-from dvae.registry.encoders import Encoder, Posterior
-from dvae.run import Run
-from dvae.settings import Cached, Precision, RunConfig
+from dvae.models.components import Models
+from dvae.registry.encoders.base import Encoder, Posterior
+from dvae.runs.folder import Run
+from dvae.stages.latent_sources import Encoded, Latents, Posteriors, Reconstructions
 from dvae.tracking.console import Counted
-from dvae.training import ranks
 from dvae.training.batches import open_shards
-from dvae.training.feed import record_damage
-from dvae.training.latents import Encoded, Latents, Posteriors, Reconstructions
+from dvae.training.resilience import ranks
+from dvae.training.resilience.sample_log import record_damage
+from dvae.utils import rng
+from dvae.utils.atomic_files import sha256
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
     """Where the refiner's training has z from: the cache where that stage was run, else memory where that suffices."""
     if "cache" in run.records():
         shape = (config.channels, config.image_size, config.image_size)
-        opened = cache.Cache(Path(config.cache.folder), about(run, config, made), shape)
+        opened = latent_cache.Cache(Path(config.cache.folder), about(run, config, made), shape)
         return Reconstructions(opened, config.seed) if opened.about.draws else Posteriors(opened.posteriors)
     if config.data.flip or "encoder" not in made.trained():
         return Encoded(made.encoder)
@@ -73,7 +74,7 @@ def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
     return Posteriors(lambda indices: (known.mean[indices], known.logvar[indices]))
 
 
-def about(run: Run, config: RunConfig, made: Models) -> cache.About:
+def about(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
     """What the run's cache must be.
 
     Raises UserError where the stage encoder is not finished, and where no cache can serve the run.
@@ -88,7 +89,7 @@ def about(run: Run, config: RunConfig, made: Models) -> cache.About:
     if reconstructions and config.cache.draws < 1:
         raise UserError(f"cache.draws={config.cache.draws}: use 1 or more")
     shards = open_shards(config, "train")
-    return cache.About(
+    return latent_cache.About(
         images=len(shards),
         draws=config.cache.draws if reconstructions else 0,
         latent=list(made.io.latent),
@@ -99,7 +100,7 @@ def about(run: Run, config: RunConfig, made: Models) -> cache.About:
     )
 
 
-def write_cache(run: Run, config: RunConfig, made: Models) -> cache.About:
+def write_cache(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
     """The run's cache, written where it is not there yet. `made` holds the trained encoder."""
     work = _work(run, config, made)
     with Counted("cache") as progress:
@@ -114,7 +115,7 @@ def write_cache_part(run: Run, config: RunConfig, made: Models, part: int, parts
     Returns how many images the part has. `made` holds the trained encoder. Parts may be made at the same time, and
     while the run's folder is held: nothing in it is touched, and damaged images are noted down by `write_cache`.
     """
-    request.check_part(part, parts)
+    shard_request.check_part(part, parts)
     with Counted(f"cache, part {part + 1} of {parts}") as progress:
         return cache_build.write_part(Path(config.cache.folder), _work(run, config, made), part, parts, progress)
 
@@ -122,7 +123,7 @@ def write_cache_part(run: Run, config: RunConfig, made: Models, part: int, parts
 def _work(run: Run, config: RunConfig, made: Models) -> cache_build.Work:
     wanted, shards = about(run, config, made), open_shards(config, "train")
 
-    def samples(start: int, stop: int) -> Iterator[cache.Sample]:
+    def samples(start: int, stop: int) -> Iterator[latent_cache.Sample]:
         index = start
         for posterior in encode(config, made.encoder, shards, start, stop):
             for mean, logvar in zip(posterior.mean, posterior.logvar, strict=True):
@@ -133,15 +134,17 @@ def _work(run: Run, config: RunConfig, made: Models) -> cache_build.Work:
 
 
 @torch.no_grad()
-def sample(config: RunConfig, made: Models, wanted: cache.About, index: int, posterior: Posterior) -> cache.Sample:
+def sample(
+    config: RunConfig, made: Models, wanted: latent_cache.About, index: int, posterior: Posterior
+) -> latent_cache.Sample:
     """What is kept of one image, whose posterior is (1, *latent)."""
     if not wanted.draws:
-        return cache.Sample(torch.cat([posterior.mean, posterior.logvar]).cpu().numpy(), [])
-    noise = [keyed.normal(config.seed, f"cached draw {draw}", [index], made.io.latent) for draw in range(wanted.draws)]
+        return latent_cache.Sample(torch.cat([posterior.mean, posterior.logvar]).cpu().numpy(), [])
+    noise = [rng.normal(config.seed, f"cached draw {draw}", [index], made.io.latent) for draw in range(wanted.draws)]
     z = posterior.sample(torch.cat(noise).to(posterior.mean.device))
     with torch.autocast(z.device.type, torch.bfloat16, enabled=wanted.precision == Precision.bf16.name):
         x_hat = to_uint8(made.encoder.decode(z).float())
-    return cache.Sample(z.cpu().numpy(), list(x_hat.permute(0, 2, 3, 1).cpu().contiguous().numpy()))
+    return latent_cache.Sample(z.cpu().numpy(), list(x_hat.permute(0, 2, 3, 1).cpu().contiguous().numpy()))
 
 
 def cache_record(run: Run, config: RunConfig, made: Models) -> dict[str, float]:

@@ -7,21 +7,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dvae import bundle, keyed, models
-from dvae.data.loader import Batch
-from dvae.denoiser import Denoiser, Given
+from dvae.config.schema import RunConfig, TrainingConfig
+from dvae.data.loading.loader import Batch
+from dvae.diffusion.denoiser import Denoiser, Given
+from dvae.models import bundle, components
 from dvae.registry import DISTILLERS
-from dvae.registry.distillers import Distiller
-from dvae.registry.encoders import Encoder
-from dvae.run import Run
-from dvae.settings import RunConfig, TrainingConfig
-from dvae.training import ranks
-from dvae.training.caching import open_latents
-from dvae.training.latents import Latents
+from dvae.registry.distillers.base import Distiller
+from dvae.registry.encoders.base import Encoder
+from dvae.runs.folder import Run
+from dvae.stages.cache import open_latents
+from dvae.stages.latent_sources import Latents
+from dvae.stages.losses import Engines, NoisyStage, StepOutput, by_time, sums
+from dvae.stages.work import Weights, device, export, part_of, pipeline_of, preview_samples, take_up, train_stage
 from dvae.training.loop import Looks
-from dvae.training.stages import Engines, NoisyStage, StepOutput, by_time, sums
-from dvae.training.work import Weights, device, export, part_of, pipeline_of, preview_samples, take_up, train_stage
-from dvae.weights import fit_weights
+from dvae.training.resilience import ranks
+from dvae.utils import rng
+from dvae.utils.weights import fit_weights
 
 STUDENT = "denoiser."
 """Before the names of a student's weights in those of what is trained."""
@@ -78,9 +79,9 @@ class DistilStage(NoisyStage):
         x, given = self.example(batch)
         teacher, distiller, numbers = self.denoiser, self.student.distiller, batch.keys.tolist()
         y0 = teacher.to_state(x, given)
-        eps = self.place(keyed.normal(self.seed, "noise", numbers, tuple(y0.shape[1:])))
+        eps = self.place(rng.normal(self.seed, "noise", numbers, tuple(y0.shape[1:])))
         done = (batch.keys // self.config.batch).double() / self.config.steps
-        t, s = distiller.times(teacher.diffusion, self.steps, keyed.uniform(self.seed, "time", numbers), done)
+        t, s = distiller.times(teacher.diffusion, self.steps, rng.uniform(self.seed, "time", numbers), done)
         target = None
         if not distiller.by_itself:
             with torch.no_grad(), self.autocast():
@@ -118,7 +119,7 @@ def take_teacher(run: Run, config: RunConfig) -> None:
 
 def round_names(config: RunConfig) -> dict[str, int]:
     """The rounds' names, and the steps that the student of each is for."""
-    rounds = DISTILLERS.build(config.distiller, models.on_meta(config).denoiser.io).rounds
+    rounds = DISTILLERS.build(config.distiller, components.on_meta(config).denoiser.io).rounds
     return {f"distil-{steps}": steps for steps in rounds}
 
 
@@ -128,7 +129,7 @@ def open_distil(run: Run, config: RunConfig, name: str) -> DistilStage:
     steps, before = rounds[name], ["teacher", *rounds][list(rounds).index(name)]
     distiller = DISTILLERS.build(config.distiller, made.denoiser.io)
     weights = run.load_weights(before)
-    teacher = models.build(config).denoiser
+    teacher = components.build(config).denoiser
     for denoiser in (made.denoiser, teacher):
         distiller.check(denoiser)
         fit_weights(denoiser, weights, str(run.weights(before)))

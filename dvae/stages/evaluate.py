@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from dvae.config.schema import RunConfig
 from dvae.data.images import to_float, to_uint8
-from dvae.data.reader import Shards, spread
-from dvae.pipeline import Pipeline
-from dvae.run import Run
-from dvae.settings import RunConfig
+from dvae.data.shards.reader import Shards, spread
+from dvae.inference.pipeline import Pipeline
+from dvae.runs.folder import Run
 from dvae.tracking import pictures
 from dvae.tracking.console import Progress
 
@@ -43,7 +43,7 @@ def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, hel
     drawn |= {"nfe": pipeline.nfe, "refined_images_per_second": speed}
     if not config.evaluate.metrics:
         return drawn
-    from dvae.evaluation.score import score  # here, since it needs the extra `metrics`
+    from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
 
     settings = config.evaluate
     scored = score(

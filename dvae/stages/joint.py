@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dvae import models
-from dvae.data.loader import Batch
-from dvae.denoiser import Denoiser, Draws, Given
-from dvae.model_config import model_config
-from dvae.pipeline import Pipeline
-from dvae.registry.encoders import Encoder
-from dvae.run import Run
-from dvae.settings import JointConfig, Reaches, RunConfig, TrainingConfig
+from dvae.config.model_config import model_config
+from dvae.config.schema import JointConfig, Reaches, RunConfig, TrainingConfig
+from dvae.data.loading.loader import Batch
+from dvae.diffusion.denoiser import Denoiser, Draws, Given
+from dvae.inference.pipeline import Pipeline
+from dvae.models import components
+from dvae.registry.encoders.base import Encoder
+from dvae.runs.folder import Run
+from dvae.stages.losses import Engines, Stage, StepOutput, by_time, encoder_figures, sums
+from dvae.stages.work import Weights, device, part_of, preview_images, take_up, train_stage
 from dvae.tracking import pictures
 from dvae.training.loop import Looks
-from dvae.training.stages import Engines, Stage, StepOutput, by_time, encoder_figures, sums
-from dvae.training.work import Weights, device, part_of, preview_images, take_up, train_stage
 
 PREFIXES = {"encoder": "encoder.", "denoiser": "denoiser."}
 
@@ -85,7 +85,7 @@ def previews(run: Run, config: RunConfig) -> Callable[[int, Weights], Path]:
     shown = preview_images(config)
 
     def preview(step: int, averaged: Weights) -> Path:
-        copy = models.build(config)
+        copy = components.build(config)
         for name, prefix in PREFIXES.items():
             part = copy.trained()[name]
             part.load_state_dict(part_of(averaged, prefix))

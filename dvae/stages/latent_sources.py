@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 
-from dvae import keyed
-from dvae.data.cache import Cache
-from dvae.data.loader import Batch
-from dvae.registry.encoders import Encoder, Posterior
+from dvae.data.latent_cache import Cache
+from dvae.data.loading.loader import Batch
+from dvae.registry.encoders.base import Encoder, Posterior
+from dvae.utils import rng
 
 
 class Latents(Protocol):
@@ -61,6 +61,6 @@ class Reconstructions:
         self.cache, self.seed = cache, seed
 
     def draw(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        chosen = keyed.uniform(self.seed, "cached draw", batch.keys.tolist()) * self.cache.about.draws
+        chosen = rng.uniform(self.seed, "cached draw", batch.keys.tolist()) * self.cache.about.draws
         z, x_hat = self.cache.reconstructions(batch.indices, chosen.long())
         return z.to(noise.device), x_hat

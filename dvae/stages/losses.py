@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dvae import keyed
-from dvae.data.loader import Batch
-from dvae.denoiser import Denoiser, Draws, Given, Space
+from dvae.config.schema import Precision, TrainingConfig
+from dvae.data.loading.loader import Batch
+from dvae.diffusion.denoiser import Denoiser, Draws, Given, Space
 from dvae.layers.adversarial import adaptive_weight, discriminator_loss, generator_loss
-from dvae.registry.classifiers import Classifier
-from dvae.registry.encoders import Adversary, Encoder
-from dvae.settings import Precision, TrainingConfig
-from dvae.training.latents import Latents
+from dvae.registry.classifiers.base import Classifier
+from dvae.registry.encoders.base import Adversary, Encoder
+from dvae.stages.latent_sources import Latents
+from dvae.utils import rng
 
 BUCKETS = 10
 DRAWN = ("z", "x_hat", "features")
@@ -87,7 +87,7 @@ class Stage(ABC):
 
     def posterior_noise(self, batch: Batch, encoder: Encoder) -> torch.Tensor:
         """What q(z | x) is sampled with, (B, *latent)."""
-        return self.place(keyed.normal(self.seed, "posterior", batch.keys.tolist(), encoder.latent_shape))
+        return self.place(rng.normal(self.seed, "posterior", batch.keys.tolist(), encoder.latent_shape))
 
     def draws(self, batch: Batch, denoiser: Denoiser) -> Draws:
         """Times and noise of the batch, keyed by its sample numbers."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from dvae import points
-from dvae.config import endless
-from dvae.data.reader import Shards, spread
+from dvae.config.compose import endless
+from dvae.config.schema import RunConfig
+from dvae.data.shards.reader import Shards, spread
 from dvae.evaluation.sliced_wasserstein import sliced_wasserstein
-from dvae.pipeline import Pipeline
-from dvae.run import Run
-from dvae.settings import RunConfig
+from dvae.inference.pipeline import Pipeline
+from dvae.runs.folder import Run
+from dvae.toy2d import points
 
 
 def scorer(run: Run, config: RunConfig, shards: Callable[[str], Shards]) -> Callable[[Pipeline], dict[str, float]]:
@@ -23,7 +23,7 @@ def scorer(run: Run, config: RunConfig, shards: Callable[[str], Shards]) -> Call
     seed = config.evaluate.seeds[0]
 
     def of_images(pipeline: Pipeline) -> dict[str, float]:
-        from dvae.evaluation.score import score  # here, since it needs the extra `metrics`
+        from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
 
         settings = config.evaluate
         train, heldout = shards("train"), shards("heldout")

@@ -9,27 +9,29 @@ from pathlib import Path
 
 import torch
 
-from dvae import bundle, keyed, models, points
-from dvae import config as configuration
+from dvae.config import compose as configuration
+from dvae.config.model_config import model_config
+from dvae.config.schema import RunConfig, TrainingConfig
 from dvae.data.images import to_float, to_uint8
-from dvae.data.loader import Batches
+from dvae.data.loading.loader import Batches
+from dvae.inference.pipeline import Pipeline
 from dvae.layers.whitening import Moments
-from dvae.model_config import model_config
-from dvae.models import Models
-from dvae.pipeline import Pipeline
-from dvae.registry.encoders import Encoder
-from dvae.run import Run
-from dvae.settings import RunConfig, TrainingConfig
+from dvae.models import bundle, components
+from dvae.models.components import Models
+from dvae.registry.encoders.base import Encoder
+from dvae.runs.folder import Run
+from dvae.stages.cache import cache_record, encode, open_latents, posteriors
+from dvae.stages.latent_sources import Encoded
+from dvae.stages.losses import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
+from dvae.toy2d import points
 from dvae.tracking import pictures, scatter
 from dvae.tracking.tracker import NoTracker, Tracker
-from dvae.training import ranks
 from dvae.training.batches import open_loader, open_shards
-from dvae.training.caching import cache_record, encode, open_latents, posteriors
-from dvae.training.checkpoint import Checkpoints
-from dvae.training.latents import Encoded
 from dvae.training.loop import Looks, State, train
-from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
-from dvae.weights import fit_weights
+from dvae.training.resilience import ranks
+from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.utils import rng
+from dvae.utils.weights import fit_weights
 
 Weights = dict[str, torch.Tensor]
 PARTS = ("encoder", "prior", "denoiser", "classifier")
@@ -48,7 +50,7 @@ def device() -> torch.device:
 
 def take_up(run: Run, config: RunConfig, *parts: str) -> Models:
     """The run's models, with the weights of the finished stages `parts`. Raises UserError where one is not finished."""
-    made = models.build(config)
+    made = components.build(config)
     for part in parts:
         if part not in made.trained():  # it has nothing to learn
             continue
@@ -120,7 +122,7 @@ def encoder_stage(run: Run, config: RunConfig) -> None:
     shown = preview_images(config)
 
     def preview(step: int, averaged: Weights) -> Path:
-        copy = models.build(config)
+        copy = components.build(config)
         copy.encoder.load_state_dict(averaged)
         copy.encoder.eval().requires_grad_(False)
         x_hat = copy.encoder.decode(copy.encoder.encode(to_float(shown)).mean)
@@ -134,7 +136,7 @@ def encoder_stage(run: Run, config: RunConfig) -> None:
 def new_encoder_stage(encoder: Encoder, config: RunConfig) -> EncoderStage:
     """The stage that trains `encoder`; the first weights of a discriminator are keyed by the run's seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed.child(config.seed, "discriminator"))
+        torch.manual_seed(rng.child(config.seed, "discriminator"))
         adversary = encoder.adversary()
     if adversary is None:
         return EncoderStage(encoder, config.train_encoder, config.seed, device())
@@ -159,7 +161,7 @@ def prior_stage(run: Run, config: RunConfig) -> None:
     began = time.perf_counter()
     made = take_up(run, config, "encoder")
     posterior = posteriors(run, config, made)
-    seed = keyed.child(config.seed, "prior") % 2**31
+    seed = rng.child(config.seed, "prior") % 2**31
     figures = made.prior.fit(posterior.mean, posterior.logvar, seed)
     run.save_weights("prior", made.prior.state_dict())
     export(run, config)
@@ -250,7 +252,7 @@ def preview_points(run: Run, config: RunConfig, pipeline: Pipeline, name: str) -
 def classifier_stage(run: Run, config: RunConfig) -> None:
     stage, training = new_classifier_stage(run, config), config.train_classifier
     classifier, encoder = stage.classifier, stage.encoder
-    seed = keyed.child(config.seed, "held-out")
+    seed = rng.child(config.seed, "held-out")
     unseen = ClassifierStage(classifier, encoder, stage.denoiser, Encoded(encoder), training, seed, device())
 
     with open_loader(config, training, "classifier held-out", "heldout", whole=True) as heldout:

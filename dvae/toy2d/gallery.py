@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from hydra.core.config_store import ConfigStore
 
-from dvae import files, points
-from dvae import pipeline as pipelines
+from dvae.diffusion.time_grid import Spacing
 from dvae.errors import UserError, near
-from dvae.evaluation.points import figure
 from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein, two_sample_floor
-from dvae.pipeline import Pipeline
+from dvae.inference import pipeline as pipelines
+from dvae.inference.pipeline import Pipeline
 from dvae.registry import PROCESSES, SAMPLERS, SCHEDULES
-from dvae.registry.samplers import that_integrate
-from dvae.run import Run
-from dvae.timegrid import Spacing
+from dvae.registry.samplers.base import that_integrate
+from dvae.runs.folder import Run
+from dvae.toy2d import points
+from dvae.toy2d.point_scores import figure
 from dvae.tracking import sheet
 from dvae.tracking.console import Progress
+from dvae.utils import atomic_files
 
 SPACING = {"heun": Spacing.karras, "dpmpp_2m": Spacing.log_snr, "unipc": Spacing.log_snr}
 """Steps that a sampler was published with; quadratic for the others."""
@@ -123,7 +124,7 @@ def draw(settings: GalleryConfig) -> dict[str, Any]:
         "cells": [asdict(cell) for cell in cells],
     }
     show(settings, cells, clouds, true, floor)
-    files.write_json(Path(settings.out).with_suffix(".json"), figures)
+    atomic_files.write_json(Path(settings.out).with_suffix(".json"), figures)
     return figures
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dvae import points
+from dvae.config.schema import RunConfig
 from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein, two_sample_floor
-from dvae.pipeline import Pipeline
-from dvae.run import Run
-from dvae.settings import RunConfig
+from dvae.inference.pipeline import Pipeline
+from dvae.runs.folder import Run
+from dvae.toy2d import points
 from dvae.tracking import scatter
 from dvae.tracking.console import Progress
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from dvae import keyed
-from dvae.noise import Noise
-from dvae.pipeline import Advance, Pipeline
+from dvae.config.schema import RunConfig
+from dvae.inference.noise import Noise
+from dvae.inference.pipeline import Advance, Pipeline
 from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources import EndlessSource
-from dvae.settings import RunConfig
+from dvae.registry.sources.base import EndlessSource
+from dvae.utils import rng
 
 
 def open_source(config: RunConfig) -> EndlessSource:
@@ -28,7 +28,7 @@ def groups(config: RunConfig, source: EndlessSource) -> dict[str, int | None]:
 
 def true(source: EndlessSource, label: int | None, n: int, seed: int) -> torch.Tensor:
     """n true points (n, d); no seed gives those that a run was trained on."""
-    return source.draw(keyed.child(seed, "true points"), range(n), label)[0].flatten(1)
+    return source.draw(rng.child(seed, "true points"), range(n), label)[0].flatten(1)
 
 
 def drawn(pipeline: Pipeline, label: int | None, n: int, seed: int, advance: Advance | None = None) -> torch.Tensor:

@@ -8,10 +8,9 @@ import platform
 import socket
 import subprocess
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import dvae
+from dvae.utils import package
 from dvae.utils.secrets import scrub
 
 
@@ -19,7 +18,7 @@ def code() -> dict[str, Any]:
     """Version of dvae; where it lies in a git checkout of its own, commit, and whether files differ from it."""
     commit = _git("rev-parse", "HEAD")
     changed = {"commit": commit.strip(), "changed": bool(diff().strip())} if commit else {}
-    return {"version": dvae.__version__, **changed}
+    return {"version": package.VERSION, **changed}
 
 
 def diff() -> str:
@@ -29,7 +28,7 @@ def diff() -> str:
 
 def _git(*words: str) -> str:
     """What git says of the checkout in whose root dvae lies; empty where there is none, or no git."""
-    root = Path(dvae.__file__).resolve().parent.parent
+    root = package.FOLDER.parent
     if not (root / ".git").exists():
         return ""
     try:

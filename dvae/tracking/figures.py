@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dvae.errors import MachineError
-from dvae.tracking.metrics import MetricsLog
+from dvae.tracking.metrics_log import MetricsLog
 from dvae.tracking.summary import read_summary
 from dvae.utils.read import DamagedFile
 

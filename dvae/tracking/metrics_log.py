@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from dvae import files
 from dvae.errors import MachineError
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, parse_json, read_bytes, require_regular
 
 TAIL = 65536
@@ -41,7 +41,7 @@ class MetricsLog:
         try:
             if not self._whole:
                 self._drop_torn_line()
-            with files.open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
+            with atomic_files.open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
                 file.write((json.dumps(finite, ensure_ascii=False) + "\n").encode())
         except (OSError, DamagedFile) as error:
             raise MachineError(f"{self.path}: cannot be written ({error}); the rows before are safe") from None
@@ -53,7 +53,7 @@ class MetricsLog:
         if len(kept) == len(pairs):
             return
         try:
-            files.write_text(self.path, "".join(line + "\n" for line in kept))
+            atomic_files.write_text(self.path, "".join(line + "\n" for line in kept))
         except OSError as error:
             raise MachineError(f"{self.path}: cannot be rewritten ({error}); it is as it was") from None
 
@@ -96,7 +96,7 @@ class MetricsLog:
     def _drop_torn_line(self) -> None:
         """Cut off what a killed process left of its last line, so that the next row starts a line of its own."""
         if self.path.exists():
-            with files.open_own(self.path, os.O_RDWR) as file:
+            with atomic_files.open_own(self.path, os.O_RDWR) as file:
                 end = size = file.seek(0, os.SEEK_END)
                 newline = -1
                 while end and newline < 0:

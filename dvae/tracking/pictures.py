@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dvae import files
+from dvae.utils import atomic_files
 
 
 def grid(images: torch.Tensor, path: Path, columns: int = 8, scale: int = 1, pad: int = 1) -> None:
@@ -30,4 +30,4 @@ def grid(images: torch.Tensor, path: Path, columns: int = 8, scale: int = 1, pad
         sheet[top : top + height, left : left + width] = np.concatenate(
             [image, np.full((height, width, 1), 255, dtype=np.uint8)], axis=2
         )
-    files.write_file(path, lambda aside: Image.fromarray(sheet).save(aside, format="PNG"))
+    atomic_files.write_file(path, lambda aside: Image.fromarray(sheet).save(aside, format="PNG"))

@@ -3,7 +3,7 @@
 What is read from the run folder; each may be missing, and its section is then left out:
 - config.yaml: the resolved config ("recipe" and "image_size" go into the heading).
 - summary.json: {"recipe": str, "stages": {name: {"seconds", "steps", "images_per_second", "parameters"}}, "evaluation":
-  what dvae.evaluation.score.score, or for points dvae.evaluation.points.evaluate_points, returns}. Any figure of a
+  what dvae.evaluation.scorer.score, or for points dvae.toy2d.point_scores.evaluate_points, returns}. Any figure of a
   stage may be missing or null.
 - metrics.jsonl: rows {"stage", "step", "loss", ...}. Of the encoder also "reconstruction" and "kl", and with a
   discriminator "generator", "discriminator", "adaptive_weight", "confidence_real", "confidence_fake"; of the refiner
@@ -27,21 +27,12 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-import dvae
-from dvae import files
 from dvae.errors import MachineError, UserError, one_line
 from dvae.tracking.charts import Line, line_chart
 from dvae.tracking.console import clock
-from dvae.tracking.metrics import MetricsLog
-from dvae.tracking.summary import (
-    ClassOfPoints,
-    Evaluation,
-    Figure,
-    SetFigures,
-    StageRecord,
-    Summary,
-    read_summary,
-)
+from dvae.tracking.metrics_log import MetricsLog
+from dvae.tracking.summary import ClassOfPoints, Evaluation, Figure, SetFigures, StageRecord, Summary, read_summary
+from dvae.utils import atomic_files, package
 from dvae.utils.read import YAML_LIMIT, DamagedFile, read_bytes, read_text, read_yaml
 
 WIDEST = 1600
@@ -116,10 +107,10 @@ def write_report(run_folder: Path) -> Path:
         charts=_charts(rows),
         stages=_stages(summary),
         config=read_text(config_path, YAML_LIMIT) if config_path.exists() else "",
-        version=dvae.__version__,
+        version=package.VERSION,
     )
     path = run_folder / "report.html"
-    files.write_text(path, page)
+    atomic_files.write_text(path, page)
     return path
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from matplotlib.figure import Figure
 
-from dvae import files
+from dvae.utils import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,4 +41,4 @@ def panel(axes: Axes, points: torch.Tensor, colour: str) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG in one rename."""
-    files.write_file(path, lambda aside: figure.savefig(aside, format="png"))
+    atomic_files.write_file(path, lambda aside: figure.savefig(aside, format="png"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dvae.tracking.metrics import MetricsLog
+from dvae.tracking.metrics_log import MetricsLog
 from dvae.tracking.wandb_run import WandbConfig, WandbMode, WandbRun
 
 

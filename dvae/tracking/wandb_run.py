@@ -27,10 +27,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from dvae import files
 from dvae.errors import MachineError, UserError, one_line
 from dvae.tracking import code
 from dvae.tracking.console import say
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, parse_json, read_json, read_yaml, require_regular
 from dvae.utils.secrets import scrub
 
@@ -202,7 +202,7 @@ class WandbRun:
         elif kept:
             kept = []
             say("W&B can be had again, and was sent the figures that it lacked: nothing is left to sync")
-        files.write_json(self.folder / "wandb.json", self._record | {"kept": kept})
+        atomic_files.write_json(self.folder / "wandb.json", self._record | {"kept": kept})
 
     def _call(self, do: Callable[[Any], object]) -> str:
         """Have W&B do something. Returns why it did not, or nothing."""
@@ -247,7 +247,7 @@ def _record(run_folder: Path) -> dict[str, Any]:
     path = run_folder / "wandb.json"
     if not path.exists():
         given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-        files.write_json(path, {"id": given or secrets.token_hex(6), "kept": []})
+        atomic_files.write_json(path, {"id": given or secrets.token_hex(6), "kept": []})
     try:
         return asdict(read_json(path, WandbRecord))
     except DamagedFile as error:

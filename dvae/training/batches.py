@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dvae import config as configuration
-from dvae import keyed, points
-from dvae.data.endless import EndlessLoader
-from dvae.data.loader import Loader
-from dvae.data.order import Order
-from dvae.data.reader import Shards
-from dvae.data.remote import place_of
-from dvae.settings import RunConfig, TrainingConfig
+from dvae.config import compose as configuration
+from dvae.config.schema import RunConfig, TrainingConfig
+from dvae.data.loading.loader import Loader
+from dvae.data.loading.order import Order
+from dvae.data.loading.streams import EndlessLoader
+from dvae.data.shards.reader import Shards
+from dvae.data.shards.remote import place_of
+from dvae.toy2d import points
 from dvae.tracking.console import say
-from dvae.training import ranks
-from dvae.training.feed import Feed, known_damage
+from dvae.training.resilience import ranks
+from dvae.training.resilience.sample_log import Feed, known_damage
+from dvae.utils import rng
 
 
 def open_shards(config: RunConfig, split: str) -> Shards:
@@ -48,11 +49,11 @@ def open_loader(
             rank=rank,
             world=world,
             accumulate=training.micro_batches,
-            seed=keyed.child(config.seed, f"{stage} data"),
+            seed=rng.child(config.seed, f"{stage} data"),
         )
     else:
         shards = open_shards(config, split)
-        order = Order(len(shards), keyed.child(config.seed, f"{stage} order"), config.data.block, config.data.window)
+        order = Order(len(shards), rng.child(config.seed, f"{stage} order"), config.data.block, config.data.window)
         loader = Loader(
             shards,
             order,
@@ -62,7 +63,7 @@ def open_loader(
             accumulate=training.micro_batches,
             flip=config.data.flip,
             labels=shards.classes(config.data.label, config.classes) if config.classes else None,
-            seed=keyed.child(config.seed, f"{stage} data"),
+            seed=rng.child(config.seed, f"{stage} data"),
             threads=config.data.threads,
             images=images,
         )

@@ -8,14 +8,14 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae import bundle, models
+from dvae.config.schema import RunConfig
 from dvae.errors import UserError, near
-from dvae.run import Run
-from dvae.settings import RunConfig
-from dvae.training.checkpoint import Checkpoints
-from dvae.training.ema import MAIN
-from dvae.training.fragments import WEIGHT, Saved
-from dvae.training.work import Weights
+from dvae.models import bundle, components
+from dvae.runs.folder import Run
+from dvae.stages.work import Weights
+from dvae.training.engine.ema import MAIN
+from dvae.training.engine.fragments import WEIGHT, Saved
+from dvae.training.resilience.checkpoint import Checkpoints
 
 PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
 """Stage -> the part of a bundle that it trains."""
@@ -73,7 +73,7 @@ def checked(word: str, folder: str, stage: str, run: str) -> Run:
 
 def with_part(run: Run, config: RunConfig, part: str, weights: Weights, folder: Path) -> None:
     """Write a bundle of the run's finished parts with these weights as one of them. Raises UserError if one lacks."""
-    trained = models.on_meta(config).trained()
+    trained = components.on_meta(config).trained()
     kept = [name for name in trained if name != part and run.has_weights(name)]
     lacking = sorted(trained.keys() - {*kept, part, bundle.CLASSIFIER})
     if lacking:

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from dvae import keyed
-from dvae.data.loader import Batch, Batches
+from dvae.data.loading.loader import Batch, Batches
 from dvae.errors import Stopped
+from dvae.stages.losses import Stage, StepOutput
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import Tracker
-from dvae.training import nonfinite, ranks, stopping, watch
-from dvae.training.checkpoint import Checkpoints
-from dvae.training.engine import Engine, learning_rate
-from dvae.training.snapshots import Snapshots
-from dvae.training.stages import Stage, StepOutput
+from dvae.training.engine.deepspeed_engine import Engine, learning_rate
+from dvae.training.engine.snapshots import Snapshots
+from dvae.training.resilience import nonfinite, ranks, stopping, watchdog
+from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.utils import rng
 
 Preview = Callable[[int, dict[str, torch.Tensor]], Path]
 """preview(step, averaged weights of the stage) draws a picture of what has been learnt so far, and says where it lies;
@@ -92,20 +92,20 @@ def train(
     with progress, asking.on_signals(), checkpoints:
         while state.step < config.steps:
             began = time.perf_counter()
-            watch.beat(stage.name, state.step + 1, "data")
+            watchdog.beat(stage.name, state.step + 1, "data")
             batches = data.step(state.step * config.batch)
             take_step(stage, engines, batches, state, run)
             elapsed = time.perf_counter() - began
             state.seconds += elapsed
             state.window_seconds += elapsed
-            watch.beat(stage.name, state.step, "end")
+            watchdog.beat(stage.name, state.step, "end")
             if looks.score and looks.score_every and state.step % looks.score_every == 0:
-                watch.rest(stage.name, state.step, "scores")
+                watchdog.rest(stage.name, state.step, "scores")
                 state.add(scored(looks.score, engines[stage.name].averaged()))
             log(stage, state, tracker, progress)
             checkpoints.check()
             why = asking.agreed()
-            watch.rest(stage.name, state.step, "preview or save")
+            watchdog.rest(stage.name, state.step, "preview or save")
             if looks.preview and config.preview_every and state.step % config.preview_every == 0:
                 show(looks.preview, state.step, engines[stage.name].averaged(), tracker)
             snapshots.take(state.step, engines[stage.name])
@@ -129,11 +129,11 @@ def take_step(stage: Stage, engines: dict[str, Engine], batches: list[Batch], st
     trained = {name: engine for name, engine in engines.items() if stage.trains(name, number)}
     before = nonfinite.Buffers(trained) if stage.config.nonfinite_skips else None
     figures = backward(stage, engines, batches, number)
-    watch.beat(stage.name, number, "step")
+    watchdog.beat(stage.name, number, "step")
     finite = {name: engine.finite() for name, engine in trained.items()}  # of each, since all ranks take part in it
     kept = all(finite.values())
     if not kept:
-        watch.rest(stage.name, number, "replay bundle")
+        watchdog.rest(stage.name, number, "replay bundle")
         state.skipped += 1
         nonfinite.leave_out(stage, trained, batches, figures, number, state.skipped, run)
     for engine in trained.values():
@@ -156,9 +156,9 @@ def backward(stage: Stage, engines: dict[str, Engine], batches: list[Batch], num
             continue
         for part, batch in enumerate(batches):
             seed_dropout(stage.seed, number, part)
-            watch.beat(stage.name, number, "forward")
+            watchdog.beat(stage.name, number, "forward")
             out: StepOutput = stage.loss(name, engines, batch)
-            watch.beat(stage.name, number, "backward")
+            watchdog.beat(stage.name, number, "backward")
             engine.backward(out.loss)
             figures.append(out.metrics)
             if part + 1 < len(batches):
@@ -169,7 +169,7 @@ def backward(stage: Stage, engines: dict[str, Engine], batches: list[Batch], num
 def seed_dropout(seed: int, step: int, part: int) -> None:
     """nn.Dropout draws from torch's own generator, so that is keyed by hand, by the micro-batch in its step."""
     number = part * ranks.world_size() + ranks.rank()
-    torch.manual_seed(int(keyed.generator(seed, f"dropout 0 {number}", step).integers(2**62)))
+    torch.manual_seed(int(rng.generator(seed, f"dropout 0 {number}", step).integers(2**62)))
 
 
 def log(stage: Stage, state: State, tracker: Tracker, progress: Progress) -> None:

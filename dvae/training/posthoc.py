@@ -18,14 +18,14 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae import models
+from dvae.config.schema import WIDTHS, EmaProfile, RunConfig
 from dvae.errors import UserError
-from dvae.run import Run
-from dvae.settings import WIDTHS, EmaProfile, RunConfig
-from dvae.training.ema import power
+from dvae.models import components
+from dvae.runs.folder import Run
+from dvae.training.engine.ema import power
+from dvae.training.engine.snapshots import Snapshot, list_snapshots
 from dvae.training.export import PARTS, checked, with_part
-from dvae.training.snapshots import Snapshot, list_snapshots
-from dvae.weights import State, refuse_nonfinite, save_weights
+from dvae.utils.weights import State, refuse_nonfinite, save_weights
 
 RIDGE = 1e-10
 """Relative to each profile's squared norm: keeps coefficients small where snapshots lie close together."""
@@ -142,7 +142,7 @@ def make(settings: EmaToolConfig) -> Fit:
             ".ema.snapshot_every=1000 and .extra_widths=[0.05,0.1]"
         )
     found = _kept(snapshots, settings) if settings.width is None else _fitted(snapshots, settings, settings.width)
-    part, trained = PARTS[settings.stage], models.on_meta(config).trained()
+    part, trained = PARTS[settings.stage], components.on_meta(config).trained()
     if part not in trained:
         raise UserError(f"stage={settings.stage}: by its config, run={settings.run} has none with weights")
     weights = combine(found, trained[part])

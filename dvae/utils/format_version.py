@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dvae import __version__
 from dvae.errors import UserError
+from dvae.utils import package
 
 NEWEST = 10**6
 """A version beyond this was never written by any dvae."""
@@ -21,9 +21,9 @@ def refuse_format(what: str, place: Path, found: object, wanted: int, readers: M
     if known and found == wanted:
         return
     if known and found in readers:
-        advice = f"{readers[found]} reads it; this is dvae {__version__}"  # type: ignore[index]
+        advice = f"{readers[found]} reads it; this is dvae {package.VERSION}"  # type: ignore[index]
     elif known and wanted < found < NEWEST:  # type: ignore[operator]
-        advice = f"a newer dvae wrote it, this is dvae {__version__}: upgrade"
+        advice = f"a newer dvae wrote it, this is dvae {package.VERSION}: upgrade"
     else:
         advice = "no version of dvae wrote that"
     raise UserError(f"{place}: {what} format {str(found)[:40]}, this program reads {wanted}: {advice}")

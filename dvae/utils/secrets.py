@@ -1,7 +1,7 @@
 """Keep secrets out of everything that dvae writes or prints.
 
 A secret reaches dvae in two ways: as the value of an environment variable, or inside an address. `scrub` removes both
-from a text. All text files (dvae/files.py) and all that a process prints (`guard_streams`) pass it.
+from a text. All text files (dvae/utils/atomic_files.py) and all that a process prints (`guard_streams`) pass it.
 Settings are written down with references such as ${oc.env:TOKEN} in place of the values, so a resumed run reads the
 value from the environment again.
 """

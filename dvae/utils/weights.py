@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dvae import files
 from dvae.errors import MachineError, UserError, one_line
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, StoredTensor, read_weights_header
 
 State = dict[str, torch.Tensor]
@@ -25,7 +25,7 @@ def save_weights(path: Path, state: State) -> None:
     """Write a state dict as safetensors, complete or absent. Raises MachineError if the disk is full."""
     tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
     try:
-        files.write_file(path, lambda aside: save_file(tensors, aside))
+        atomic_files.write_file(path, lambda aside: save_file(tensors, aside))
     except SafetensorError as error:
         raise MachineError(f"{path} could not be written ({one_line(error)}): make room, then run it again") from None
 

@@ -22,10 +22,12 @@ from PIL import Image
 from tests_support import ROOT, Tool, environment
 
 import dvae
-from dvae import bundle, config, directions, models
-from dvae.directions import Direction, Method
-from dvae.model_config import model_config
-from dvae.pipeline import Pipeline
+from dvae.config import compose
+from dvae.config.model_config import model_config
+from dvae.inference import directions
+from dvae.inference.directions import Direction, Method
+from dvae.inference.pipeline import Pipeline
+from dvae.models import bundle, components
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -36,12 +38,12 @@ WAIT = 60
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """The bundle of a run that was never trained, with a direction."""
-    composed = config.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
-    made = models.build(config.typed(composed))
+    composed = compose.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
+    made = components.build(compose.typed(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     folder = tmp_path_factory.mktemp("page") / "bundle"
-    bundle.export(folder, config.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle.export(folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
     directions.save(folder, [Direction("wide", torch.linspace(-1, 1, 8), Method.pca, "one standard deviation")])
     return folder
 
@@ -163,11 +165,11 @@ def test_a_port_in_use_is_one_line(address: str, run: Path, tool: Tool) -> None:
 
 
 def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: list[str]) -> None:
-    from dvae.page import Player
+    from dvae.app.page import Player
 
     words = [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32", "denoiser.pca_components=2"]
-    made = config.typed(config.compose("train", words))
-    player = Player(Pipeline(model_config(made), models.build(made)), {})
+    made = compose.typed(compose.compose("train", words))
+    player = Player(Pipeline(model_config(made), components.build(made)), {})
     assert list(player.known) == ["component 1", "component 2"]
     assert "ddim" in player.samplers
     assert "consistency" not in player.samplers  # for refiners that were distilled for it
@@ -181,7 +183,7 @@ def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: lis
 
 
 def test_a_latent_that_is_a_map_is_edited() -> None:
-    from dvae.page import Player
+    from dvae.app.page import Player
 
     words = [
         "recipe=demo", "image_size=16", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4",
@@ -189,8 +191,8 @@ def test_a_latent_that_is_a_map_is_edited() -> None:
         "refiner.multipliers=[1]", "refiner.blocks=1", "refiner.attention_resolutions=[]",
         "denoiser.condition_latent=false", "denoiser.data_scale=1",
     ]  # fmt: skip
-    made = config.typed(config.compose("train", words))
-    pipeline = Pipeline(model_config(made), models.build(made))
+    made = compose.typed(compose.compose("train", words))
+    pipeline = Pipeline(model_config(made), components.build(made))
     shape = pipeline.models.io.latent
     assert len(shape) == 3
     wide = Direction("wide", torch.ones(shape), Method.pca, "one standard deviation")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dvae import page_guard
-from dvae.page_guard import Guard
+from dvae.app import page_guard
+from dvae.app.page_guard import Guard
 
 
 def ask(

@@ -25,8 +25,8 @@ from PIL import Image
 from test_page import run  # noqa: F401 a fixture
 from tests_support import environment
 
+from dvae.app.page_guard import LARGEST_BODY
 from dvae.errors import UserError
-from dvae.page_guard import LARGEST_BODY
 
 KEPT = 8
 """Seconds that this server keeps pictures."""
@@ -344,7 +344,7 @@ def test_pictures_are_deleted_after_a_while(server: Server) -> None:
 
 
 def test_pictures_are_kept_long_enough_to_be_seen() -> None:
-    from dvae import page
+    from dvae.app import page
 
     assert page.LOOKED < page.KEPT <= 3600
 
@@ -361,7 +361,7 @@ def test_the_folder_is_gone_at_the_end(run: Path, tmp_path: Path, number: signal
 
 
 def test_places_to_listen() -> None:
-    from dvae.page import PageConfig, browser_host, listen
+    from dvae.app.page import PageConfig, browser_host, listen
 
     with listen(PageConfig(run="a", host="127.0.0.1", port=0)) as listener:
         port = listener.getsockname()[1]

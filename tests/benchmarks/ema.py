@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from dvae import config, models
-from dvae.settings import EmaConfig
-from dvae.training.ema import AdamWEma, ema_decays
+from dvae.config import compose
+from dvae.config.schema import EmaConfig
+from dvae.models import components
+from dvae.training.engine.ema import AdamWEma, ema_decays
 
 NETWORKS = {
     "demo's refiner": ["recipe=demo"],
@@ -89,8 +90,8 @@ def step_costs(weights: list[torch.Tensor]) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     for title, words in NETWORKS.items():
-        settings = config.typed(config.compose("train", words))
-        weights = [parameter.detach() for parameter in models.build(settings).denoiser.parameters()]
+        settings = compose.typed(compose.compose("train", words))
+        weights = [parameter.detach() for parameter in components.build(settings).denoiser.parameters()]
         count = sum(weight.numel() for weight in weights)
         print(f"{title}: {count / 1e6:.1f}M parameters in {len(weights)} tensors")
         for costs in (average_costs(weights), step_costs(weights)):

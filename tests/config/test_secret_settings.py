@@ -14,9 +14,9 @@ import pytest
 import yaml
 from tests_support import ROOT, Tool, environment
 
-from dvae import config, stored_config
-from dvae.data.build import build
-from dvae.data.remote import Remote
+from dvae.config import compose, stored
+from dvae.data.building.shard_build import build
+from dvae.data.shards.remote import Remote
 from dvae.errors import UserError, printable_line
 from dvae.utils import secrets
 from dvae.utils.secrets import scrub
@@ -101,7 +101,7 @@ def test_a_secret_in_a_setting_is_refused_before_anything_is_written(
     monkeypatch.setenv("MY_API_TOKEN", TOKEN)
     monkeypatch.setenv("SHARDS_PART", TOKEN)
     with pytest.raises(UserError) as refused:
-        stored_config.stored(config.compose("train", ["recipe=demo", word]))
+        stored.stored(compose.compose("train", ["recipe=demo", word]))
     assert advice in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -112,28 +112,28 @@ def test_references_are_kept_and_places_of_the_system_are_resolved(monkeypatch: 
     monkeypatch.setenv("SHARDS_PART", TOKEN)
     words = ["data.shards=http://h/${oc.env:SHARDS_PART}", "seed=${oc.env:SEED_OF_THE_DAY}",
              "data.download_to=${oc.env:SCRATCH}/x", "encoder_weights=${data.shards}"]  # fmt: skip
-    composed = config.compose("train", ["recipe=demo", *words])
-    kept = stored_config.stored(composed)
+    composed = compose.compose("train", ["recipe=demo", *words])
+    kept = stored.stored(composed)
     assert kept["data"]["shards"] == "http://h/${oc.env:SHARDS_PART}"
     assert kept["encoder_weights"] == "${data.shards}"  # by way of another setting
     assert kept["seed"] == "${oc.env:SEED_OF_THE_DAY}"
     assert kept["data"]["download_to"] == "/scratch/me/x"
     assert TOKEN not in json.dumps(kept)
-    assert config.typed(composed).seed == 7
+    assert compose.typed(composed).seed == 7
 
 
 def test_settings_read_as_data_resolve_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHARDS_PART", TOKEN)
     words = ["data.shards=http://h/${oc.env:SHARDS_PART}", "source.seed=3"]
-    kept = stored_config.stored(config.compose("train", ["recipe=demo", *words]))
+    kept = stored.stored(compose.compose("train", ["recipe=demo", *words]))
     kept["plugins"] = ["no_such_module"]
     kept["tracking"]["wandb"]["name"] = "\\\\${oc.env:SHARDS_PART} ${a${oc.env:SHARDS_PART}"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(kept), encoding="utf-8")
-    read = stored_config.load(tmp_path / "config.yaml")
+    read = stored.load(tmp_path / "config.yaml")
     assert read.data.shards == "http://h/$(oc.env:SHARDS_PART)"
     assert TOKEN not in str(read)
     with pytest.raises(UserError, match="module 'no_such_module' cannot be imported"):
-        stored_config.load_own(tmp_path / "config.yaml")
+        stored.load_own(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,8 @@ def test_wandb_is_given_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_ENTITY", "team")
     for word in ("tracking.wandb.name=${oc.env:MYX}", 'tracking.wandb.tags=["a${oc.env:MYX}"]'):
         with pytest.raises(UserError, match="none can come from a variable of the environment"):
-            stored_config.stored(config.compose("train", ["recipe=demo", word]))
-    kept = stored_config.stored(
-        config.compose("train", ["recipe=demo", "tracking.wandb.entity=${oc.env:WANDB_ENTITY}"])
-    )
+            stored.stored(compose.compose("train", ["recipe=demo", word]))
+    kept = stored.stored(compose.compose("train", ["recipe=demo", "tracking.wandb.entity=${oc.env:WANDB_ENTITY}"]))
     assert kept["tracking"]["wandb"]["entity"] == "team"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from patterns import Patterns
 
-from dvae.data.build import build
+from dvae.data.building.shard_build import build
 from dvae.registry import SOURCES
 
 

@@ -22,8 +22,8 @@ from hostile_files import ABOUT, MARK, PIXELS, PNGS, SOUND_PNGS, SPECIAL, TEXTS,
 from hostile_images import IMAGES, picture_in_folder, pictures, sparse_picture, special_picture
 
 from dvae.data.images import encode_png
-from dvae.data.manifest import Manifest
-from dvae.data.tars import ShardWriter, seal
+from dvae.data.shards.manifest import Manifest
+from dvae.data.shards.tar_files import ShardWriter, seal
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ add("mask", "mask: an array", lambda folder: array(folder, PIXELS))
 
 
 def read_shards(place: Path) -> np.ndarray:
-    from dvae.data.reader import Shards
+    from dvae.data.shards.reader import Shards
 
     found = []
     for split in ("train", "heldout"):
@@ -311,8 +311,8 @@ def read_shards(place: Path) -> np.ndarray:
 
 
 def read_tree(place: Path) -> np.ndarray:
+    from dvae.data.image_tree import open_tree
     from dvae.data.images import Crop, DamagedImage, decode, fit
-    from dvae.data.tree import open_tree
     from dvae.errors import MachineError
 
     tree = open_tree(str(place))
@@ -323,14 +323,14 @@ def read_tree(place: Path) -> np.ndarray:
 
 
 def read_images(place: Path) -> np.ndarray:
-    from dvae.evaluation.images import open_set
+    from dvae.evaluation.image_sets import open_set
 
     images = open_set("images", str(place))
     return images.read(0, len(images)).permute(0, 2, 3, 1).numpy()
 
 
 def read_mask(place: Path) -> np.ndarray:
-    from dvae.drawing.given import read_mask as read
+    from dvae.inference.generation.edit_tasks import read_mask as read
 
     return read(str(place), 8).numpy()
 

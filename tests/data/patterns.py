@@ -8,7 +8,7 @@ import numpy as np
 
 from dvae.data.images import DamagedImage
 from dvae.registry import ComponentConfig, Shapes
-from dvae.registry.sources import Item, Source
+from dvae.registry.sources.base import Item, Source
 
 
 class Patterns(Source):

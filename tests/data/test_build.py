@@ -11,10 +11,10 @@ import webdataset
 from patterns import pixels_of
 from PIL import Image
 
-from dvae.data.build import build
+from dvae.data.building.shard_build import build
 from dvae.data.images import decode
-from dvae.data.manifest import Manifest
-from dvae.data.tars import index_of
+from dvae.data.shards.manifest import Manifest
+from dvae.data.shards.tar_files import index_of
 from dvae.errors import UserError
 
 PATTERNS = {"name": "test_patterns"}

@@ -18,8 +18,8 @@ import webdataset
 from patterns import pixels_of
 from PIL import Image
 
-from dvae.data.build import build
-from dvae.data.unfinished import Unfinished
+from dvae.data.building.shard_build import build
+from dvae.data.building.staging import Unfinished
 from dvae.errors import MachineError, UserError
 
 PATTERNS = {"name": "test_patterns"}
@@ -203,7 +203,7 @@ def test_a_full_disk(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 SLOW_BUILD = """
 import sys, time
-from dvae.data.build import build
+from dvae.data.building.shard_build import build
 def told(done, total):
     print(done, flush=True)
     time.sleep(0.01)

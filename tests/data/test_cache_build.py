@@ -14,10 +14,10 @@ import pytest
 import torch
 from webdataset import TarWriter
 
-from dvae.data import cache_build
-from dvae.data.cache import About, Cache, Sample
-from dvae.data.cache_build import Work, write, write_part
-from dvae.data.reader import Shards
+from dvae.data.building import cache_build
+from dvae.data.building.cache_build import Work, write, write_part
+from dvae.data.latent_cache import About, Cache, Sample
+from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, UserError
 
 SHARD, BATCH = 7, 4

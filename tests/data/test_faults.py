@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from patterns import pixels_of
 from PIL import Image
 
-from dvae.data.build import build
+from dvae.data.building.shard_build import build
 from dvae.data.images import DamagedImage, check_png, encode_png
-from dvae.data.loader import Loader
-from dvae.data.order import Order
-from dvae.data.reader import PNG, Shards
+from dvae.data.loading.loader import Loader
+from dvae.data.loading.order import Order
+from dvae.data.shards.reader import PNG, Shards
 from dvae.errors import MachineError, UserError
 
 PICTURE = encode_png(pixels_of(0).transpose(1, 2, 0))

@@ -13,11 +13,11 @@ from hostile_shards import change
 from hostile_shards import shards as write_shards
 from memory_support import little_memory
 
-from dvae.data import remote as remotes
-from dvae.data.manifest import LIMIT, Manifest
-from dvae.data.reader import Shards
-from dvae.data.remote import Remote, read_manifest, url_of
-from dvae.data.shard_index import index_limit
+from dvae.data.shards import remote as remotes
+from dvae.data.shards.manifest import LIMIT, Manifest
+from dvae.data.shards.reader import Shards
+from dvae.data.shards.remote import Remote, read_manifest, url_of
+from dvae.data.shards.shard_index import index_limit
 from dvae.errors import MachineError, UserError
 
 pytestmark = pytest.mark.timeout(60)

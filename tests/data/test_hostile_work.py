@@ -18,13 +18,13 @@ from hostile_shards import READERS
 from hostile_shards import shards as write_shards
 from memory_support import little_memory
 
-from dvae.data.build import build
-from dvae.data.cache import About, Cache, Sample
-from dvae.data.cache_build import Work, write
-from dvae.data.reader import Shards
-from dvae.data.tars import ShardWriter, seal
-from dvae.data.unfinished import Unfinished
-from dvae.data.verify import verify
+from dvae.data.building.cache_build import Work, write
+from dvae.data.building.shard_build import build
+from dvae.data.building.staging import Unfinished
+from dvae.data.latent_cache import About, Cache, Sample
+from dvae.data.shards.reader import Shards
+from dvae.data.shards.tar_files import ShardWriter, seal
+from dvae.data.shards.verify import verify
 from dvae.errors import MachineError, UserError
 
 pytestmark = pytest.mark.timeout(30)
@@ -210,7 +210,7 @@ def test_a_journal_that_no_build_wrote_is_made_again(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("name", ["a pipe", "a folder", "a link to zeros", "an empty file"])
 def test_a_request_that_is_no_file(tmp_path: Path, name: str):
-    from dvae.data.build import build_part
+    from dvae.data.building.shard_build import build_part
 
     hidden = begun(tmp_path / "out")
     (hidden.path / "request.json").unlink()

@@ -15,8 +15,8 @@ from hostile_images import large_png, tiled, webp
 from memory_support import little_memory
 from PIL import Image
 
+from dvae.data.image_tree import FolderTree
 from dvae.data.images import PIXELS, DamagedImage, decode, decode_png, encode_png, open_image, png_limit
-from dvae.data.tree import FolderTree
 
 SCRIPT = """
 import io, pathlib, sys

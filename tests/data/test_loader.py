@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from patterns import pixels_of
 
 from dvae.data.images import to_float
-from dvae.data.loader import Batch, Loader, check_batch
-from dvae.data.order import Order
-from dvae.data.reader import Shards
+from dvae.data.loading.loader import Batch, Loader, check_batch
+from dvae.data.loading.order import Order
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
 
 

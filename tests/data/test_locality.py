@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dvae.data.locality import measure, table
-from dvae.data.order import Order
+from dvae.data.loading.locality import measure, table
+from dvae.data.loading.order import Order
 
 
 def test_one_window_over_all_is_a_full_permutation():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dvae.data.manifest import Manifest
+from dvae.data.shards.manifest import Manifest
 from dvae.errors import UserError
 
 

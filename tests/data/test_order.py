@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvae.data.order import Order
+from dvae.data.loading.order import Order
 from dvae.errors import UserError
 
 orders = st.builds(

@@ -13,9 +13,9 @@ import pytest
 import torch
 from patterns import pixels_of
 
-from dvae.data import members
-from dvae.data.build import build
-from dvae.data.reader import JSON, PNG, Shards
+from dvae.data.building.shard_build import build
+from dvae.data.shards import members
+from dvae.data.shards.reader import JSON, PNG, Shards
 from dvae.errors import MachineError, UserError
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from server import Server, serving
 
-from dvae.data import remote as remotes
-from dvae.data.loader import Loader
-from dvae.data.manifest import Manifest
-from dvae.data.order import Order
-from dvae.data.prefetch import Prefetcher
-from dvae.data.reader import Shards
-from dvae.data.remote import Remote, is_remote, read_manifest, url_of
+from dvae.data.loading.loader import Loader
+from dvae.data.loading.order import Order
+from dvae.data.loading.prefetch import Prefetcher
+from dvae.data.shards import remote as remotes
+from dvae.data.shards.manifest import Manifest
+from dvae.data.shards.reader import Shards
+from dvae.data.shards.remote import Remote, is_remote, read_manifest, url_of
 from dvae.errors import MachineError, UserError
 
 

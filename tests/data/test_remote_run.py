@@ -13,10 +13,10 @@ import pytest
 from server import Server, serving
 from tests_support import ROOT, environment
 
-from dvae import files
-from dvae.data.build import build
-from dvae.data.manifest import Manifest
-from dvae.data.reader import PNG, Shards
+from dvae.data.building.shard_build import build
+from dvae.data.shards.manifest import Manifest
+from dvae.data.shards.reader import PNG, Shards
+from dvae.utils import atomic_files
 
 DAMAGED = 70
 STEPS, BATCH = 20, 8
@@ -31,8 +31,8 @@ def spoil(shards: Path) -> None:
         file.write(b"\0" * size)
     manifest = data.manifest.as_dict()
     for shard in manifest["splits"]["train"]:
-        shard["sha256"] = files.sha256(shards / shard["file"])
-    files.write_json(shards / "manifest.json", manifest)
+        shard["sha256"] = atomic_files.sha256(shards / shard["file"])
+    atomic_files.write_json(shards / "manifest.json", manifest)
 
 
 def command(tiny: list[str], server: Server, run: Path, *words: str) -> list[str]:

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from patterns import Patterns
 
-from dvae.data import build as builder
-from dvae.data import request, unfinished
-from dvae.data.build import build, build_part
-from dvae.data.manifest import Manifest
-from dvae.data.verify import verify
+from dvae.data.building import shard_build as builder
+from dvae.data.building import shard_request, staging
+from dvae.data.building.shard_build import build, build_part
+from dvae.data.shards.manifest import Manifest
+from dvae.data.shards.verify import verify
 from dvae.errors import MachineError, UserError
 from dvae.registry import SOURCES
 
@@ -67,7 +67,7 @@ def at(number: int, act: Callable[[], None]) -> Callable[[int, int], None]:
 
 @given(st.integers(0, 200), st.integers(1, 40))
 def test_blocks_share_all_units_evenly(units: int, parts: int):
-    blocks = [request.block(range(units), part, parts) for part in range(parts)]
+    blocks = [shard_request.block(range(units), part, parts) for part in range(parts)]
     assert [number for block in blocks for number in block] == list(range(units))
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
 
@@ -221,10 +221,10 @@ def test_shards_that_appear_while_a_part_begins(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_folder_that_goes_while_its_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path):
-    out, take = tmp_path / "out", unfinished._try
+    out, take = tmp_path / "out", staging._try
 
     def meanwhile(handle: Any, shared: bool) -> bool:
-        monkeypatch.setattr(unfinished, "_try", take)
+        monkeypatch.setattr(staging, "_try", take)
         shutil.rmtree(hidden(out))
         return take(handle, shared)
 
@@ -232,7 +232,7 @@ def test_a_folder_that_goes_while_its_lock_is_taken(tmp_path: Path, monkeypatch:
         with pytest.raises(UserError, match="are making parts"):
             publish(out)
 
-    monkeypatch.setattr(unfinished, "_try", meanwhile)
+    monkeypatch.setattr(staging, "_try", meanwhile)
     assert make(out, 0, 1, progress=at(3, still_locked)) == 50
     assert publish(out) == 50
     assert content(out) == content(shards)
@@ -274,7 +274,7 @@ def waiting_part(out: Path, part: int, parts: int, pipe: Connection) -> None:
 
 def started(out: Path, part: int, parts: int) -> tuple[ForkServerProcess, Connection]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dvae.data.build"])
+    context.set_forkserver_preload(["dvae.data.building.shard_build"])
     here, there = context.Pipe()
     process = context.Process(target=waiting_part, args=(out, part, parts, there))
     process.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dvae.data.endless import EndlessLoader
+from dvae.data.loading.streams import EndlessLoader
 from dvae.errors import UserError
 from dvae.registry import SOURCES, Shapes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dvae.data.verify import verify
+from dvae.data.shards.verify import verify
 from dvae.errors import UserError
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dvae.denoiser import Centre, Denoiser, DenoiserConfig, Draws, Given
-from dvae.diffusion import Diffusion, Factor, Matching
+from dvae.diffusion.denoiser import Centre, Denoiser, DenoiserConfig, Draws, Given
+from dvae.diffusion.kernels import Diffusion, Factor, Matching
+from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
 from dvae.registry import PROCESSES, REFINERS, SCHEDULES, Shapes
-from dvae.registry.refiners import Condition
-from dvae.weighting import PredictionType
+from dvae.registry.refiners.base import Condition
 
 IO = Shapes(image_size=8, latent=(5,), condition_channels=3, condition_latent=True)
 UNET = {"name": "unet", "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": []}

@@ -9,13 +9,13 @@ import torch
 from closed_forms import IO as PIXEL
 from closed_forms import Mixture, diffusion, integrable, normal
 
-from dvae.denoiser import Centre, Denoiser, DenoiserConfig, Given
+from dvae.diffusion.denoiser import Centre, Denoiser, DenoiserConfig, Given
+from dvae.diffusion.guidance import Bound, Guidance, limited
+from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
-from dvae.guidance import Bound, Guidance, limited
 from dvae.registry import REFINERS, SAMPLERS, Shapes
-from dvae.registry.refiners import Condition
-from dvae.registry.samplers import Threshold
-from dvae.weighting import PredictionType
+from dvae.registry.refiners.base import Condition
+from dvae.registry.samplers.base import Threshold
 
 CLASSES = 3
 UNET = {"name": "unet", "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": []}

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from tests_support import ROOT
 
-from dvae.diffusion import Diffusion, Factor, Matching, apply
+from dvae.diffusion.kernels import Diffusion, Factor, Matching, apply
 from dvae.errors import UserError
 from dvae.registry import PROCESSES, SCHEDULES, ComponentConfig, Shapes
-from dvae.registry.processes import Process
+from dvae.registry.processes.base import Process
 
 IO = Shapes(image_size=4)
 SCHEDULE_NAMES = ["ddpm_linear", "cosine", "linear", "geometric"]
@@ -279,7 +279,7 @@ def test_psld_has_the_papers_closed_form(gamma: float, nu: float) -> None:
 @pytest.mark.parametrize("damping", [-1.0, -1e-3, 0.0, 1e-3, 1.0])
 def test_the_closed_form_of_2x2_exponentials(damping: float) -> None:
     """Under-, critically and overdamped, against 40 digits; expm1 keeps its digits for small arguments."""
-    from dvae.diffusion import _exp_and_expm1
+    from dvae.diffusion.kernels import _exp_and_expm1
 
     X = np.array([[-0.7, 1.3], [damping / 1.3, -0.7]])
     for scale in (1e-8, 1e-3, 1.0, 7.0):

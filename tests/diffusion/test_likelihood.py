@@ -10,10 +10,10 @@ import torch
 from closed_forms import Mixture, diffusion, normal
 from scipy.linalg import expm
 
-from dvae.diffusion import Diffusion, Prediction, Time
+from dvae.diffusion.kernels import Diffusion, Prediction, Time
+from dvae.diffusion.likelihood import bits_per_dim, dequantised
 from dvae.errors import UserError
-from dvae.likelihood import bits_per_dim, dequantised
-from dvae.registry.samplers import Threshold
+from dvae.registry.samplers.base import Threshold
 
 MEAN, VARIANCE = 0.3, 0.25
 BITS = math.log2(127.5)

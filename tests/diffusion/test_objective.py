@@ -9,11 +9,11 @@ import pytest
 import torch
 from closed_forms import diffusion, normal
 
-from dvae.denoiser import Denoiser, DenoiserConfig, Draws, Given
+from dvae.diffusion.denoiser import Denoiser, DenoiserConfig, Draws, Given
+from dvae.diffusion.objective import LossConfig, Objective, PredictionType, TimeDraw, Weighting
 from dvae.errors import UserError
 from dvae.registry import Shapes
-from dvae.registry.refiners import Condition
-from dvae.weighting import LossConfig, Objective, PredictionType, TimeDraw, Weighting
+from dvae.registry.refiners.base import Condition
 
 T = torch.tensor([0.003, 0.1, 0.5, 0.93], dtype=torch.float64)
 IO = Shapes(image_size=4, channels=2)

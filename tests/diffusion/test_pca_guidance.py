@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tests_support import environment
 
 import dvae
-from dvae.denoiser import Denoiser, DenoiserConfig, Given
+from dvae.diffusion.denoiser import Denoiser, DenoiserConfig, Given
+from dvae.diffusion.guidance import Bound, Guidance
 from dvae.errors import UserError
-from dvae.guidance import Bound, Guidance
 from dvae.layers.whitening import Moments, Whitening
 from dvae.registry import REFINERS, Shapes
 

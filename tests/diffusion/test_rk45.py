@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from dvae.diffusion.rk45 import integrate
 from dvae.errors import UserError
-from dvae.rk45 import integrate
 
 
 def column(*values: float) -> torch.Tensor:

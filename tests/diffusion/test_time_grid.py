@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dvae.diffusion.time_grid import NOISE_LEVEL, Spacing, time_grid
 from dvae.errors import UserError
 from dvae.registry import SCHEDULES, Shapes
-from dvae.registry.schedules import Schedule
-from dvae.timegrid import NOISE_LEVEL, Spacing, time_grid
+from dvae.registry.schedules.base import Schedule
 
 IO = Shapes(image_size=1, channels=1)
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dvae.errors import UserError
-from dvae.evaluation.images import Array, check_alike, open_set, spread
+from dvae.evaluation.image_sets import Array, check_alike, open_set, spread
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from dvae.data.images import to_float
-from dvae.data.reader import Shards
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
-from dvae.evaluation import judge
+from dvae.evaluation import recognizer
 
 CLASSES = ["top", "left", "corner"]
 
@@ -28,15 +28,15 @@ def bars(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
     images, labels = bars(400, 0)
-    return judge.train(lambda i: (images[i], labels[i]), len(images), 3, steps=150, batch=32, seed=0)
+    return recognizer.train(lambda i: (images[i], labels[i]), len(images), 3, steps=150, batch=32, seed=0)
 
 
 def test_classes_apart_are_all_recognised(trained: nn.Module) -> None:
     images, labels = bars(300, 1)
-    found = judge.probabilities(trained, images, 64)
+    found = recognizer.probabilities(trained, images, 64)
     assert found.shape == (300, 4)
     assert (found.argmax(1) == labels).all()
-    figures = judge.verdict(found, CLASSES, 0.9)
+    figures = recognizer.verdict(found, CLASSES, 0.9)
     assert figures["recognised"] > 0.97
     assert figures["classes_present"] == 3
 
@@ -47,7 +47,7 @@ def test_images_that_show_nothing_are_not_recognised(trained: nn.Module) -> None
     pixels = bars(200, 3)[0].flatten(1)
     mixed = pixels[:, torch.randperm(144, generator=torch.Generator().manual_seed(4))].view(-1, 1, 12, 12)
     for images in (noise, grey, mixed):
-        figures = judge.verdict(judge.probabilities(trained, images), CLASSES, 0.9)
+        figures = recognizer.verdict(recognizer.probabilities(trained, images), CLASSES, 0.9)
         assert figures["recognised"] < 0.1
         assert figures["nothing"] > 0.8
 
@@ -55,7 +55,7 @@ def test_images_that_show_nothing_are_not_recognised(trained: nn.Module) -> None
 def test_the_same_seed_gives_the_same_judge(trained: nn.Module) -> None:
     images, labels = bars(400, 0)
     before = torch.random.get_rng_state()
-    again = judge.train(lambda i: (images[i], labels[i]), len(images), 3, steps=150, batch=32, seed=0)
+    again = recognizer.train(lambda i: (images[i], labels[i]), len(images), 3, steps=150, batch=32, seed=0)
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
 
@@ -64,13 +64,13 @@ def test_the_same_seed_gives_the_same_judge(trained: nn.Module) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_size_of_image(size: int, channels: int) -> None:
     images = torch.randint(0, 256, (8, channels, size, size), dtype=torch.uint8)
-    made = judge.train(lambda i: (images[i], torch.arange(8)[i] % 2), 8, 2, steps=2, batch=4, seed=0)
-    assert judge.probabilities(made, images).shape == (8, 3)
+    made = recognizer.train(lambda i: (images[i], torch.arange(8)[i] % 2), 8, 2, steps=2, batch=4, seed=0)
+    assert recognizer.probabilities(made, images).shape == (8, 3)
 
 
 def test_verdict_by_hand() -> None:
     found = torch.tensor([[0.95, 0.05, 0.0], [0.91, 0.0, 0.09], [0.5, 0.5, 0.0], [0.1, 0.3, 0.6]])
-    assert judge.verdict(found, ["a", "b"], 0.9) == {
+    assert recognizer.verdict(found, ["a", "b"], 0.9) == {
         "n": 4,
         "recognised": 0.5,
         "nothing": 0.25,
@@ -82,7 +82,7 @@ def test_verdict_by_hand() -> None:
 def test_spoilt_images_keep_their_pixels_or_show_one() -> None:
     torch.manual_seed(0)
     x = to_float(bars(9, 5)[0])
-    bad = judge.spoilt(x)
+    bad = recognizer.spoilt(x)
     for i in range(9):
         before, after = x[i].flatten(), bad[i].flatten()
         if i % 3 == 2:
@@ -95,17 +95,17 @@ def test_spoilt_images_keep_their_pixels_or_show_one() -> None:
 
 def test_blended_is_the_mean_of_two() -> None:
     images = torch.tensor([0, 255, 100, 201], dtype=torch.uint8).view(4, 1, 1, 1)
-    assert judge.blended(images).flatten().tolist() == [50, 228, 50, 228]
+    assert recognizer.blended(images).flatten().tolist() == [50, 228, 50, 228]
 
 
 def test_shifts_move_the_whole_batch_and_no_further_than_two_of_28() -> None:
     torch.manual_seed(0)
     x = torch.zeros(2, 1, 28, 28)
     x[:, :, 14, 14] = 1.0
-    places = {tuple(judge.shifted(x)[1, 0].nonzero()[0].tolist()) for _ in range(300)}
+    places = {tuple(recognizer.shifted(x)[1, 0].nonzero()[0].tolist()) for _ in range(300)}
     assert places == {(row, column) for row in range(12, 17) for column in range(12, 17)}
     small = x[..., 8:21, 8:21]
-    assert torch.equal(judge.shifted(small), small)  # less than 14 pixels wide
+    assert torch.equal(recognizer.shifted(small), small)  # less than 14 pixels wide
 
 
 class Labelled:
@@ -127,23 +127,23 @@ class Labelled:
     ],
 )
 def test_labels_that_cannot_be(labels: dict[str, list[str | int]], word: str, says: str) -> None:
-    settings = judge.JudgeConfig(run="r", label=word)
+    settings = recognizer.JudgeConfig(run="r", label=word)
     with pytest.raises(UserError, match=says):
-        judge.attribute_of(settings, "", Labelled(**labels))  # type: ignore[arg-type]
+        recognizer.attribute_of(settings, "", Labelled(**labels))  # type: ignore[arg-type]
 
 
 def test_the_label_is_the_word_or_the_runs_or_the_only_one() -> None:
     two: Shards = Labelled(hair=["red", "grey"], eyes=[0, 1])  # type: ignore[assignment]
-    assert judge.attribute_of(judge.JudgeConfig(run="r", label="eyes"), "hair", two) == ("eyes", ["0", "1"])
-    assert judge.attribute_of(judge.JudgeConfig(run="r"), "hair", two) == ("hair", ["red", "grey"])
+    assert recognizer.attribute_of(recognizer.JudgeConfig(run="r", label="eyes"), "hair", two) == ("eyes", ["0", "1"])
+    assert recognizer.attribute_of(recognizer.JudgeConfig(run="r"), "hair", two) == ("hair", ["red", "grey"])
     one: Shards = Labelled(eyes=[0, 1])  # type: ignore[assignment]
-    assert judge.attribute_of(judge.JudgeConfig(run="r"), "", one) == ("eyes", ["0", "1"])
+    assert recognizer.attribute_of(recognizer.JudgeConfig(run="r"), "", one) == ("eyes", ["0", "1"])
 
 
 @pytest.mark.parametrize(("field", "value"), [("n", 0), ("steps", 0), ("batch", 0), ("confidence", 1.0)])
 def test_settings_that_cannot_be(field: str, value: float) -> None:
     with pytest.raises(UserError, match=field):
-        judge.assess(judge.JudgeConfig(run="r", **{field: value}))  # type: ignore[arg-type]
+        recognizer.assess(recognizer.JudgeConfig(run="r", **{field: value}))  # type: ignore[arg-type]
 
 
 def test_damaged_images_take_the_label_of_what_is_shown_instead() -> None:
@@ -157,5 +157,5 @@ def test_damaged_images_take_the_label_of_what_is_shown_instead() -> None:
         def shown(self, indices: np.ndarray) -> np.ndarray:
             return np.where(indices == 0, 1, indices)  # image 0 is damaged
 
-    _, labels = judge.labelled(Damaged(), "digit", ["0", "1"])(np.array([0, 2]))  # type: ignore[arg-type]
+    _, labels = recognizer.labelled(Damaged(), "digit", ["0", "1"])(np.array([0, 2]))  # type: ignore[arg-type]
     assert labels.tolist() == [1, 1]

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from dvae.errors import MachineError, UserError
 from dvae.evaluation import metrics
 from dvae.evaluation.protocol import Protocol
-from dvae.evaluation.score import score
+from dvae.evaluation.scorer import score
 
 
 def pixels(images: torch.Tensor, batch: int = 64, progress=None) -> torch.Tensor:

@@ -461,7 +461,7 @@ def directions_files() -> Iterator[HostileBundle]:
         vector: torch.Tensor, edit: Callable[[dict[str, str]], object] = lambda header: None, **more: Any
     ) -> Change:
         def change(folder: Path) -> None:
-            from dvae.directions.store import encoder_hash
+            from dvae.inference.directions.direction_files import encoder_hash
 
             head = {"encoder_sha256": encoder_hash(folder), "directions": json.dumps({"wide": told | more})}
             edit(head)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tests_support import Tool
 
-from dvae import files
-from dvae.data.build import build
+from dvae.data.building.shard_build import build
 from dvae.errors import MachineError, UserError
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile
 
 FOLDERS = (
@@ -46,10 +46,10 @@ def test_a_folder_of_a_run_that_is_a_link_is_refused(name: str, mine: Path, tmp_
     (run / name).parent.mkdir(parents=True)
     (run / name).symlink_to(mine)
     with pytest.raises(DamagedFile, match=f"{name} is a link to a folder|{name}: is a link to a folder"):
-        files.refuse_links(run, ("shards", "wandb"))
+        atomic_files.refuse_links(run, ("shards", "wandb"))
     (run / name).unlink()
     (run / "shards").symlink_to(mine)
-    files.refuse_links(run, ("shards", "wandb"))
+    atomic_files.refuse_links(run, ("shards", "wandb"))
 
 
 def test_launch_writes_and_removes_nothing_through_links(
@@ -73,14 +73,14 @@ def test_only_what_dvae_left_unfinished_is_removed(mine: Path) -> None:
     (mine / ".x.npz.abcd1234.tmp.npz").write_text("left")
     (mine / ".folder.zyxw9876.old").mkdir()
     before = content(mine)
-    files.remove_leftovers(mine)
+    atomic_files.remove_leftovers(mine)
     del before[".x.npz.abcd1234.tmp.npz"]
     assert content(mine) == before
     assert not (mine / ".folder.zyxw9876.old").exists()
 
 
 def test_the_hidden_folder_of_a_result_may_not_be_a_link(mine: Path, tmp_path: Path) -> None:
-    from dvae.drawing.chunks import Chunks
+    from dvae.inference.generation.chunks import Chunks
 
     (tmp_path / ".x.npy.drawing").symlink_to(mine)
     before = content(mine)
@@ -92,7 +92,7 @@ def test_the_hidden_folder_of_a_result_may_not_be_a_link(mine: Path, tmp_path: P
 
 
 def test_shards_from_elsewhere_are_kept_in_no_link(mine: Path, tmp_path: Path) -> None:
-    from dvae.data.remote import Remote
+    from dvae.data.shards.remote import Remote
 
     build({"name": "avatars", "count": 12}, 16, tmp_path / "shards", 0.2, workers=1)
     remote = Remote(f"pipe:cat {tmp_path / 'shards'}/%s", tmp_path / "kept", 1.0)

@@ -116,7 +116,7 @@ def main() -> None:
     for name in TOOLS:
         importlib.import_module(f"dvae.tools.{name}")
     # a valid jobs.json makes `runs.py list` start squeue if SLURM is installed, which is right, and counts as an event
-    importlib.import_module("dvae.slurm.queue").available = lambda: False
+    importlib.import_module("dvae.runs.slurm.queue").available = lambda: False
     warm = json.loads(sys.stdin.readline())  # commands that import whatever is imported late
     for job in warm:
         pid = os.fork()
@@ -127,10 +127,11 @@ def main() -> None:
             os._exit(0)
         os.waitpid(pid, 0)
     # DeepSpeed asks the compiler for libaio when it is imported
-    for name in ("deepspeed", "dvae.pipeline", "dvae.drawing", "dvae.job", "dvae.importers.convert", "dvae.preflight",
+    for name in ("deepspeed", "dvae.inference.pipeline", "dvae.inference.generation.generate", "dvae.runs.job",
+                 "dvae.models.importers.convert_checkpoint", "dvae.config.validate",
                  "dvae.evaluation.benchmark", "dvae.training.export", "torchvision.io", "PIL.Image"):  # fmt: skip
         importlib.import_module(name)
-    from dvae.registry.core import discover
+    from dvae.registry.discovery import discover
 
     discover()
     print(json.dumps({"ready": True}), file=answers, flush=True)

@@ -11,11 +11,11 @@ import torch
 from test_pipeline import LATENT, WORDS, pipeline
 
 import dvae
-from dvae import editing
-from dvae.denoiser import Given
+from dvae.diffusion.denoiser import Given
 from dvae.errors import UserError
-from dvae.noise import Between, Noise, Shared, linear, spherical
-from dvae.pipeline import Classes
+from dvae.inference import editing
+from dvae.inference.noise import Between, Noise, Shared, linear, spherical
+from dvae.inference.pipeline import Classes
 from dvae.registry import PRIORS
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from closed_forms import IO, Mixture, diffusion, integrable, normal
 
-from dvae.diffusion import Diffusion, Matching
-from dvae.inpainting import keep_known
+from dvae.diffusion.kernels import Diffusion, Matching
+from dvae.inference.inpainting import keep_known
 from dvae.registry import SAMPLERS
 
 STEPWISE = [case for case in integrable(("vp", "psld", "cld"), ("constant",)) if SAMPLERS.get(case[0]).by_steps]

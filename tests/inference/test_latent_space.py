@@ -10,18 +10,19 @@ import pytest
 import torch
 import webdataset
 
-from dvae import config, models
-from dvae.data import cache
-from dvae.denoiser import Given
+from dvae.config import compose
+from dvae.data import latent_cache
+from dvae.diffusion.denoiser import Given
 from dvae.errors import MachineError, UserError
-from dvae.job import Job
-from dvae.noise import Noise
-from dvae.pipeline import Pipeline
-from dvae.pipeline import load as load_pipeline
-from dvae.registry.encoders import Posterior
-from dvae.run import Run, submit
-from dvae.training.caching import about, open_latents
-from dvae.training.latents import Reconstructions
+from dvae.inference.noise import Noise
+from dvae.inference.pipeline import Pipeline
+from dvae.inference.pipeline import load as load_pipeline
+from dvae.models import components
+from dvae.registry.encoders.base import Posterior
+from dvae.runs.folder import Run, submit
+from dvae.runs.job import Job
+from dvae.stages.cache import about, open_latents
+from dvae.stages.latent_sources import Reconstructions
 
 MAP = [
     "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
@@ -40,7 +41,7 @@ QUICK = [
 
 
 def trained(tmp_path: Path, name: str, *words: str) -> Run:
-    run = submit(config.compose("train", [*LATENT, *QUICK, f"run={tmp_path / name}", *words]))
+    run = submit(compose.compose("train", [*LATENT, *QUICK, f"run={tmp_path / name}", *words]))
     Job(str(run.path))()
     return run
 
@@ -90,7 +91,7 @@ def _latents(run: Run) -> torch.Tensor:
     """Draws of z of some training images, (20, *latent)."""
     settings = run.config()
     made = load_pipeline(run.path).models
-    mean, logvar = cache.Cache(run.path / "latents", about(run, settings, made)).posteriors(torch.arange(20))
+    mean, logvar = latent_cache.Cache(run.path / "latents", about(run, settings, made)).posteriors(torch.arange(20))
     return Posterior(mean, logvar).sample(torch.randn(mean.shape))
 
 
@@ -116,12 +117,12 @@ def test_cached_reconstructions_are_those_of_their_latents(tmp_path: Path) -> No
 
 
 def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_path: Path) -> None:
-    made = models.build(run.config())
+    made = components.build(run.config())
     wanted = about(run, run.config(), made)
     with pytest.raises(UserError, match="was made with seed 0, this run has 1"):
-        cache.Cache(run.path / "latents", cache.About(**{**vars(wanted), "seed": 1}))
+        latent_cache.Cache(run.path / "latents", latent_cache.About(**{**vars(wanted), "seed": 1}))
     with pytest.raises(UserError, match="no finished cache"):
-        cache.Cache(tmp_path, wanted)
+        latent_cache.Cache(tmp_path, wanted)
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in (run.path / "latents").iterdir():
@@ -130,7 +131,7 @@ def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_pa
             data[2000] ^= 1
         (copy / path.name).write_bytes(data)
     with pytest.raises(MachineError, match=r"latents-000000\.tar is damaged"):
-        cache.Cache(copy, wanted)
+        latent_cache.Cache(copy, wanted)
 
 
 def test_webdataset_reads_the_cache(run: Run) -> None:
@@ -152,7 +153,7 @@ def test_webdataset_reads_the_cache(run: Run) -> None:
 def test_what_has_no_place_in_latent_space_is_refused(words: list[str], message: str) -> None:
     base = LATENT if "encoder=conv_vae_demo" not in words else ["recipe=ldm_avatars"]
     with pytest.raises(UserError, match=message):
-        models.on_meta(config.typed(config.compose("train", [*base, *words])))
+        components.on_meta(compose.typed(compose.compose("train", [*base, *words])))
 
 
 def test_pixels_cannot_be_kept_in_latent_space(run: Run) -> None:

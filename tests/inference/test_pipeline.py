@@ -10,24 +10,25 @@ import pytest
 import torch
 from closed_forms import integrable
 
-from dvae import config, models
+from dvae.config import compose
+from dvae.config.model_config import model_config
 from dvae.data.images import to_float
+from dvae.diffusion.guidance import Guidance
 from dvae.errors import UserError
-from dvae.guidance import Guidance
-from dvae.model_config import model_config
-from dvae.noise import Noise
-from dvae.pipeline import Pipeline
+from dvae.inference.batching import calls
+from dvae.inference.noise import Noise
+from dvae.inference.pipeline import Pipeline
+from dvae.models import components
 from dvae.registry import SAMPLERS
-from dvae.together import calls
 
 PHASE_SPACE = ["schedule=constant", "denoiser.prediction=eps", "sampler=em"]
 WORDS = {"vp": [], "psld": ["process=psld", *PHASE_SPACE], "cld": ["process=cld", *PHASE_SPACE]}
 
 
 def pipeline(tiny: list[str], *words: str, batch: int | None = 3) -> Pipeline:
-    settings = config.typed(config.compose("train", [*tiny, "denoiser.data_scale=1", *words]))
+    settings = compose.typed(compose.compose("train", [*tiny, "denoiser.data_scale=1", *words]))
     torch.manual_seed(0)
-    made = models.build(settings)
+    made = components.build(settings)
     for module in made.trained().values():
         module.eval().requires_grad_(False)
     with torch.no_grad():

@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from dvae import bundle, config, models
+from dvae.config import compose
+from dvae.config.model_config import model_config
+from dvae.config.schema import ModelConfig
 from dvae.errors import UserError
-from dvae.model_config import model_config
-from dvae.run import Run, submit
-from dvae.run_images import open_split, run_shards
-from dvae.settings import ModelConfig
+from dvae.inference.run_images import open_split, run_shards
+from dvae.models import bundle, components
+from dvae.runs.folder import Run, submit
 from dvae.tools import shards
 
 
 def made(run: Path, *words: str) -> ModelConfig:
     """A run folder that was submitted with these words, and what inference needs of it."""
-    composed = config.compose("train", ["recipe=demo", "image_size=16", f"run={run}", *words])
+    composed = compose.compose("train", ["recipe=demo", "image_size=16", f"run={run}", *words])
     submit(composed)
-    return model_config(config.typed(composed))
+    return model_config(compose.typed(composed))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_a_bundle_says_nothing_of_images(run: Path, tmp_path: Path) -> None:
 
 
 def test_points_have_none() -> None:
-    own = model_config(config.typed(config.compose("train", ["recipe=toy2d"])))
-    assert models.build(own).io.channels == 2
+    own = model_config(compose.typed(compose.compose("train", ["recipe=toy2d"])))
+    assert components.build(own).io.channels == 2
     with pytest.raises(UserError, match="run=r draws points"):
         run_shards("r", own)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dvae import config as configuration
-from dvae import preflight
-from dvae.ends import End
+from dvae.config import compose as configuration
+from dvae.config import validate
 from dvae.errors import UserError
 from dvae.launchers import processes
-from dvae.run import submit
+from dvae.runs.exit_status import End
+from dvae.runs.folder import submit
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_wrong_launcher_is_refused(words: list[str], said: str) -> None:
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_started(tiny: list[str]) -> None:
     words = [*tiny, "launcher=processes", "launcher.count=3", "dry_run=true"]
     with pytest.raises(UserError, match="batch 8 does not divide into 3 ranks x 1 micro-batches: use 6 or 9"):
-        preflight.describe(configuration.compose("train", words))
+        validate.describe(configuration.compose("train", words))
 
 
 def test_the_launcher_may_change_between_attempts(tiny: list[str], tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from slurm_cluster import Cluster
 from tests_support import ROOT
 
-from dvae import attempts
-from dvae.slurm import queue
+from dvae.runs import attempts
+from dvae.runs.slurm import queue
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 STEPS = 60
@@ -157,7 +157,7 @@ def pids(rank: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                ours = b"dvae.slurm.rank" in (entry / "cmdline").read_bytes()
+                ours = b"dvae.runs.slurm.rank" in (entry / "cmdline").read_bytes()
                 if ours and f"SLURM_PROCID={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
             except OSError:  # it has just ended

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from dvae import attempts, preflight, runs
-from dvae import config as configuration
-from dvae.attempts import Attempt
+from dvae.config import compose as configuration
+from dvae.config import validate
 from dvae.errors import MachineError, UserError
 from dvae.launchers.slurm import Slurm, complaint, minutes, outside_any_job
-from dvae.run_folder import write_format
-from dvae.runs import State
-from dvae.slurm import queue, rank, supervisor
-from dvae.slurm.queue import Job, Submitted
-from dvae.slurm.supervisor import Supervisor, in_vain, numbers, status_of
+from dvae.runs import attempts, manage
+from dvae.runs.attempts import Attempt
+from dvae.runs.manage import State
+from dvae.runs.records import write_format
+from dvae.runs.slurm import queue, rank, supervisor
+from dvae.runs.slurm.queue import Job, Submitted
+from dvae.runs.slurm.supervisor import Supervisor, in_vain, numbers, status_of
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_wrong_settings_are_refused(words: list[str], said: str) -> None:
 
 def sbatch(tiny: list[str], *words: str) -> list[str]:
     """The sbatch files that a dry run prints, one each."""
-    text = preflight.describe(configuration.compose("train", [*tiny, "run=runs/x", "launcher=slurm", *words]))
+    text = validate.describe(configuration.compose("train", [*tiny, "run=runs/x", "launcher=slurm", *words]))
     return text.split("--- sbatch file of ")[1:]
 
 
@@ -195,18 +196,18 @@ def test_jobs_tell_a_runs_state_where_locks_do_not(tmp_path: Path, monkeypatch: 
     (tmp_path / "config.yaml").write_text("run: x\nstages: [encoder]\ntrain_encoder: {steps: 5, batch: 8}\n")
     write_format(tmp_path)
     jobs = [Job(id="12", state="PENDING", reason="Priority"), Job(id="13", state="PENDING", reason="Dependency")]
-    status = runs.look(tmp_path, jobs)
+    status = manage.look(tmp_path, jobs)
     assert (status.state, status.message) == (State.waiting, "job 12 waits (Priority), 1 more after it")
     attempts.write(tmp_path, [attempt(time.time() - 20)])
-    assert runs.look(tmp_path, jobs[:1]).message.startswith("job 12 waits (Priority); last attempt: ")
-    status = runs.look(tmp_path, [Job(id="12", state="RUNNING", reason="None")])
+    assert manage.look(tmp_path, jobs[:1]).message.startswith("job 12 waits (Priority); last attempt: ")
+    status = manage.look(tmp_path, [Job(id="12", state="RUNNING", reason="None")])
     assert (status.state, status.message) == (State.running, "job 12 is running")
-    assert runs.look(tmp_path, []).state is State.failed
+    assert manage.look(tmp_path, []).state is State.failed
     over = Job(id="12", state="COMPLETED", reason="None")
-    assert runs.look(tmp_path, [over]).message == runs.look(tmp_path, []).message
+    assert manage.look(tmp_path, [over]).message == manage.look(tmp_path, []).message
     monkeypatch.setattr(queue, "active", lambda folder: jobs)
     with pytest.raises(UserError, match="has a job already, 12, pending"):
-        runs.refuse_busy(tmp_path)
+        manage.refuse_busy(tmp_path)
 
 
 def test_jobs_that_end_before_an_attempt_begins_are_a_failure(tmp_path: Path) -> None:
@@ -215,11 +216,11 @@ def test_jobs_that_end_before_an_attempt_begins_are_a_failure(tmp_path: Path) ->
     (tmp_path / queue.FOLDER).mkdir()
     queue.enter(tmp_path, [Submitted(id="12", stages=["shards"], submitted=time.time() - 9)])
     tasks = [Job(id="12_0", state="COMPLETED", reason="None"), Job(id="12_1", state="FAILED", reason="NonZeroExitCode")]
-    status = runs.look(tmp_path, tasks)
+    status = manage.look(tmp_path, tasks)
     assert (status.state, status.message.partition(",")[0]) == (State.failed, "job 12_1 ended as FAILED")
-    assert runs.look(tmp_path, []).message.startswith("job 12 has gone, and no attempt began after it")
+    assert manage.look(tmp_path, []).message.startswith("job 12 has gone, and no attempt began after it")
     attempts.write(tmp_path, [attempt(time.time(), status=143)])
-    assert runs.look(tmp_path, tasks).state is State.stopped
+    assert manage.look(tmp_path, tasks).state is State.stopped
 
 
 def test_cancel_cancels_what_waits_and_arrays_and_stops_what_trains(
@@ -231,11 +232,11 @@ def test_cancel_cancels_what_waits_and_arrays_and_stops_what_trains(
     monkeypatch.setattr(queue, "known", lambda folders: {tmp_path: jobs if not done else []})
     states = [("12_0", "RUNNING"), ("12_[1-3%4]", "PENDING"), ("13", "PENDING")]
     jobs = [Job(id=number, state=state, reason="") for number, state in states]
-    assert list(runs.cancel(tmp_path)) == [f"{tmp_path}: job {number} is cancelled" for number in ("12", "13")]
+    assert list(manage.cancel(tmp_path)) == [f"{tmp_path}: job {number} is cancelled" for number in ("12", "13")]
     assert done == ["cancel 12", "cancel 13"]
     done, jobs = [], [Job(id="14", state="RUNNING", reason="")]
     attempts.write(tmp_path, [attempt(time.time(), status=143)])
-    assert len(list(runs.cancel(tmp_path))) == 2
+    assert len(list(manage.cancel(tmp_path))) == 2
     assert done == ["stop 14"]
 
 

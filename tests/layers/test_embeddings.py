@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dvae.layers.embeddings import grid_positions, sinusoidal, time_features
-from dvae.layers.ncsnpp import Fourier, positional
+from dvae.layers.ncsnpp_blocks import Fourier, positional
 
 
 def test_grid_positions_known_answers():

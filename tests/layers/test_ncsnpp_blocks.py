@@ -7,7 +7,7 @@ from torch import nn
 
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.fir import double, fir_halve
-from dvae.layers.ncsnpp import FirInputPyramid, InputPyramid, NCSNAttention, NCSNBlock
+from dvae.layers.ncsnpp_blocks import FirInputPyramid, InputPyramid, NCSNAttention, NCSNBlock
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dvae import models
 from dvae.layers.attention import AttentionBackend, attention
 from dvae.layers.recompute import recomputed
+from dvae.models import components
 from dvae.planning import counting, passes
 from dvae.planning.counting import Operations, Pass, Watch
-from dvae.planning.run import recipe
+from dvae.planning.plan_run import recipe
 
 BATCH = 3
 TINY = [
@@ -64,7 +64,7 @@ def test_attention_is_counted_by_its_formula_and_keeps_no_square() -> None:
 
 
 def test_operations_are_those_of_torchs_own_counter() -> None:
-    made = models.on_meta(recipe([*TINY, "refiner.attention_resolutions=[]"]))
+    made = components.on_meta(recipe([*TINY, "refiner.attention_resolutions=[]"]))
     refiner = passes.of_refiner(made, encodes=True, decodes=True)
     drawn = refiner.draw(BATCH)
     with counting.fake_pass(refiner, "cpu"), counting.arithmetic("cpu", True), FlopCounterMode(display=False) as known:
@@ -79,12 +79,12 @@ def test_operations_are_those_of_torchs_own_counter() -> None:
 def test_a_real_forward_pass_keeps_the_counted_bytes(stage: str, again: bool, bf16: bool) -> None:
     config = recipe([*TINY, f"refiner.checkpoint_blocks={str(again).lower()}"])
 
-    def one(made: models.Models) -> Pass:
+    def one(made: components.Models) -> Pass:
         return passes.of_encoder(made)["encoder"] if stage == "encoder" else passes.of_refiner(made, True, True)
 
-    real = counting.kept(one(models.build(config)), BATCH, "cpu", bf16, faked=False)
+    real = counting.kept(one(components.build(config)), BATCH, "cpu", bf16, faked=False)
     # in bf16 a real CPU's kernels round some small workspaces up
-    assert counting.kept(one(models.on_meta(config)), BATCH, "cpu", bf16) == pytest.approx(real, rel=0.005 * bf16)
+    assert counting.kept(one(components.on_meta(config)), BATCH, "cpu", bf16) == pytest.approx(real, rel=0.005 * bf16)
 
 
 class Block(nn.Module):

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 from tests_support import Tool
 
-from dvae import config, models
+from dvae.config import compose
+from dvae.config.schema import Precision
 from dvae.errors import UserError
-from dvae.planning import plan, report, trial
-from dvae.planning import run as planner
+from dvae.experiments.bench import planner_bench
+from dvae.models import components
+from dvae.planning import plan, plan_report
+from dvae.planning import plan_run as planner
 from dvae.planning.counting import Operations
 from dvae.planning.hardware import GPUS
 from dvae.planning.plan import Activations, Module
-from dvae.planning.settings import PlanConfig, parted
-from dvae.settings import Precision
-from dvae.training.footprint import bytes_per_rank, bytes_sent
+from dvae.planning.plan_settings import PlanConfig, parted
+from dvae.training.engine.footprint import bytes_per_rank, bytes_sent
 
 H100 = GPUS["h100"]
 SMALL = [
@@ -67,7 +69,7 @@ def test_states_are_the_formula_that_two_ranks_keep(demo: plan.Plan) -> None:
 
 def test_the_demo_adds_up(demo: plan.Plan) -> None:
     assert [stage.name for stage in demo.stages] == ["encoder", "refiner"]
-    counted = models.on_meta(planner.recipe(["recipe=demo", *SMALL])).parameters()
+    counted = components.on_meta(planner.recipe(["recipe=demo", *SMALL])).parameters()
     for stage in demo.stages:
         assert stage.modules[0].parameters == counted[stage.name]
         assert stage.micro_batch * demo.ranks == stage.training.batch
@@ -100,7 +102,7 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in found.stages:
         assert not stage.chosen.fits
         assert stage.chosen.largest == 0
-    assert " no " in report.text(found)
+    assert " no " in plan_report.text(found)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_words_are_parted() -> None:
     assert words == ["recipe=x", "refiner=dit", "refiner.width=8"]
 
 
-@pytest.mark.parametrize("name", config.recipes())
+@pytest.mark.parametrize("name", compose.recipes())
 def test_every_recipe_composes_for_the_planner(name: str) -> None:
     """No path to images is asked for."""
     assert planner.recipe([f"recipe={name}"]).recipe == name
@@ -154,7 +156,7 @@ def test_every_kind_of_recipe_is_planned(words: list[str]) -> None:
     assert [stage.name for stage in found.stages] == [
         name for name in ("encoder", "refiner", "classifier") if name in composed.stages
     ]
-    said = report.text(found)
+    said = plan_report.text(found)
     assert "predicted" in said
     for stage in found.stages:
         assert stage.operations.total > 0
@@ -182,16 +184,16 @@ def test_an_encoder_that_is_taken_over_is_not_planned() -> None:
     found = plan.make(planner.recipe(words), PlanConfig())
     assert found.given
     assert not found.stages
-    assert "taken over as it is" in report.text(found)
+    assert "taken over as it is" in plan_report.text(found)
 
 
 def test_the_trial_predicts_with_the_first_ones_efficiency() -> None:
     work = {"a": Operations(100, 100), "b": Operations(200, 300), "c": Operations(0, 100)}
-    found = trial.rows(["a", "b", "c"], work, {"a": 6.0, "b": 8.0, "c": 1.0}, (100.0, 50.0))
+    found = planner_bench.rows(["a", "b", "c"], work, {"a": 6.0, "b": 8.0, "c": 1.0}, (100.0, 50.0))
     assert [row.predicted for row in found] == pytest.approx([6.0, 14.0, 2.0])  # 3, 7 and 1 s at the peak; a takes 6
     assert [row.error for row in found] == pytest.approx([0.0, 0.75, 1.0])
 
 
 def test_the_trial_needs_two_widths() -> None:
     with pytest.raises(UserError, match=r"use two or more"):
-        trial.run(trial.PlannerBenchConfig(widths=[32]))
+        planner_bench.run(planner_bench.PlannerBenchConfig(widths=[32]))

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dvae.settings import TRAININGS
+from dvae.config.schema import TRAININGS
 
 SIZE = 16
 """Height and width of the images."""

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from shrink import SIZE, shrink
 from tests_support import environment
 
-from dvae import config
-from dvae.data.verify import verify
+from dvae.config import compose
+from dvae.data.shards.verify import verify
 from dvae.registry import SOURCES, Shapes
-from dvae.run import submit
+from dvae.runs.folder import submit
 
 FACES = 60
-LAUNCH = "import pathlib, sys; from dvae.job import Job; Job(sys.argv[1])()"
+LAUNCH = "import pathlib, sys; from dvae.runs.job import Job; Job(sys.argv[1])()"
 
 
 def words(folder: Path, run: Path) -> list[str]:
@@ -45,7 +45,7 @@ def celebahq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_shards_at_full_size_then_a_shrunk_run_that_is_killed_and_resumes(celebahq: Path, tmp_path: Path) -> None:
     """The recipe's own source and size make the shards; its own components, small, train on 256 px."""
-    composed = config.compose("train", words(celebahq, tmp_path / "run"))
+    composed = compose.compose("train", words(celebahq, tmp_path / "run"))
     small = shrink(composed)
     small.image_size = composed.image_size
     small.encoder.patch = small.refiner.patch = composed.image_size // SIZE

@@ -14,20 +14,21 @@ import torch
 from covering import Row, covering, pairs
 from shrink import SIZE, small
 
-from dvae import config, models
-from dvae.data.loader import Batch
-from dvae.denoiser import Centre
+from dvae.config import compose
+from dvae.config.model_config import model_config
+from dvae.config.schema import Precision, RunConfig
+from dvae.data.loading.loader import Batch
+from dvae.diffusion.denoiser import Centre
+from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
-from dvae.model_config import model_config
-from dvae.noise import Noise
-from dvae.pipeline import Pipeline
+from dvae.inference.noise import Noise
+from dvae.inference.pipeline import Pipeline
+from dvae.models import components
 from dvae.registry import ENCODERS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Registry, Shapes
 from dvae.registry.core import ComponentConfig
-from dvae.settings import Precision, RunConfig
-from dvae.training.latents import Encoded
-from dvae.training.stages import RefinerStage, Stage
-from dvae.training.work import new_encoder_stage
-from dvae.weighting import PredictionType
+from dvae.stages.latent_sources import Encoded
+from dvae.stages.losses import RefinerStage, Stage
+from dvae.stages.work import new_encoder_stage
 
 IMAGES = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 SHAPES = Shapes(image_size=SIZE)
@@ -38,7 +39,7 @@ CPU = torch.device("cpu")
 def plain() -> RunConfig:
     """A run without the choices that are tried here."""
     words = [f"image_size={SIZE}", "encoder=none", "prior=normal", "refiner=flat_resnet", "denoiser.data_scale=1"]
-    settings = config.typed(config.compose("train", ["recipe=demo", *words, "denoiser.condition_latent=false"]))
+    settings = compose.typed(compose.compose("train", ["recipe=demo", *words, "denoiser.condition_latent=false"]))
     return replace(settings, train_refiner=replace(settings.train_refiner, precision=Precision.fp32, batch=2))
 
 
@@ -96,7 +97,7 @@ def refusals() -> dict[Row, str]:
     said = {}
     for row in product(PROCESSES.names(), SCHEDULES.names(), SAMPLERS.names()):
         try:
-            models.on_meta(settings_of(("none", "flat_resnet", *row)))
+            components.on_meta(settings_of(("none", "flat_resnet", *row)))
             said[row] = ""
         except UserError as error:
             said[row] = str(error)
@@ -129,7 +130,7 @@ def take_a_step(stage: Stage) -> None:
 @pytest.mark.parametrize("encoder", [name for name in ENCODERS.names() if name != "none"])
 def test_every_encoder_takes_a_step(encoder: str) -> None:
     settings = replace(plain(), encoder=chosen(ENCODERS, encoder))
-    made = models.build(settings).encoder
+    made = components.build(settings).encoder
     take_a_step(new_encoder_stage(made, replace(settings, train_encoder=settings.train_refiner)))
 
 
@@ -140,7 +141,7 @@ def test_what_fits_trains_and_samples(encoder: str, refiner: str) -> None:
     assert mine
     for row in mine:
         settings = settings_of(row)
-        made = models.build(settings)
+        made = components.build(settings)
         training = settings.train_refiner
         take_a_step(RefinerStage(made.encoder, made.denoiser, Encoded(made.encoder), training, 0, CPU))
         for module in made.trained().values():

@@ -10,8 +10,10 @@ import pytest
 from omegaconf import DictConfig
 from tests_support import ROOT
 
-from dvae import config, models, preflight
+from dvae.config import compose as config
+from dvae.config import validate
 from dvae.errors import UserError
+from dvae.models import components
 from dvae.registry import REFINERS, SAMPLERS, SCHEDULES
 
 RECIPES = config.recipes()
@@ -51,9 +53,9 @@ def test_dry_run_writes_nothing_and_tells_what_the_table_does(
         composed.evaluate.kid_subset_size = 2
     if composed.teacher:  # a run that is not there yet: what is told then, tests/training/test_distil.py sees
         with pytest.raises(UserError, match=f"{composed.teacher}: no such run or bundle"):
-            preflight.describe(composed)
+            validate.describe(composed)
         return
-    said = preflight.describe(composed)
+    said = validate.describe(composed)
     assert f"stages: {' -> '.join(composed.stages)}" in said
     _, images, encoder, refiner, *_ = table()[recipe]
     assert f"{composed.image_size} px" in images
@@ -87,7 +89,7 @@ def test_foreign_presets_compose(recipe: str, published: dict[str, str]) -> None
     assert settings.sampler == SAMPLERS.config({"name": "dpmpp_2m"})
     assert settings.refiner == REFINERS.config({"name": "dit"})
     if settings.process.name == "vp" and settings.source.name != "toy2d":  # points have no patches
-        models.on_meta(settings)
+        components.on_meta(settings)
 
 
 def test_dogs_alone_as_diffusevaes_code_takes_them() -> None:

@@ -9,37 +9,39 @@ import pytest
 from omegaconf import DictConfig
 from shrink import shrink
 
-from dvae import config, pipeline, preflight, run
-from dvae.job import Job
-from dvae.noise import Noise
-from dvae.training import work
+from dvae.config import compose, validate
+from dvae.inference import pipeline
+from dvae.inference.noise import Noise
+from dvae.runs import folder
+from dvae.runs.job import Job
+from dvae.stages import work
 
 QUICK = {"avatars_distil", "celebahq256_dit", "cifar10", "faces_guided", "ldm_avatars", "mnist", "psld_cifar10"}
 """One of each kind; the others are tried by `make test-slow`."""
 
 
-def launch(composed: DictConfig) -> run.Run:
+def launch(composed: DictConfig) -> folder.Run:
     """What tools/launch.py does with a composed config."""
-    preflight.check(config.typed(composed))
-    submitted = run.submit(composed)
+    validate.check(compose.typed(composed))
+    submitted = folder.submit(composed)
     Job(str(submitted.path))()
     return submitted
 
 
 @pytest.mark.parametrize(
     "recipe",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in config.recipes()],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in compose.recipes()],
 )
 def test_a_shrunk_recipe_trains_and_samples(
     recipe: str, published: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(work, "SCALE_IMAGES", 8)
     monkeypatch.setattr(work, "HELDOUT_DRAWS", 8)
-    composed = config.compose("train", [f"recipe={recipe}", f"run={tmp_path}/run"])
+    composed = compose.compose("train", [f"recipe={recipe}", f"run={tmp_path}/run"])
     if composed.source.name in published:
         composed.source.path = published[composed.source.name]
     if composed.teacher:
-        own = config.compose("train", ["recipe=avatars", f"run={tmp_path}/teacher", "evaluate.metrics=false"])
+        own = compose.compose("train", ["recipe=avatars", f"run={tmp_path}/teacher", "evaluate.metrics=false"])
         composed.teacher = str(launch(shrink(own)).path)
         composed.data.shards = f"{composed.teacher}/shards"
     small = shrink(composed)

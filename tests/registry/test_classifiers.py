@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dvae.diffusion import Diffusion
+from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.pooling import AttentionPool
 from dvae.registry import CLASSIFIERS, PROCESSES, SCHEDULES, Shapes
-from dvae.registry.classifiers import Classifier
-from dvae.registry.refiners import Condition
+from dvae.registry.classifiers.base import Classifier
+from dvae.registry.refiners.base import Condition
 
 IO = Shapes(image_size=8, channels=1, labels=2)
 SMALL = {"name": "half_unet", "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": [], "patch": 2}

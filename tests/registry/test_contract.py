@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dvae.registry import CLASSIFIERS, ENCODERS, KINDS, REFINERS, SCHEDULES, ComponentConfig, Registry, Shapes
-from dvae.registry.refiners import Condition
-from dvae.registry.schedules import Schedule
+from dvae.registry.refiners.base import Condition
+from dvae.registry.schedules.base import Schedule
 
 SHAPES = {
     "encoder": Shapes(image_size=32),
@@ -159,7 +159,7 @@ class Positional(ComponentConfig):
         ("mine", component(Schedule, OfAnotherType, **METHODS), TypeError, "cannot be built from its defaults"),
         ("mine", component(Schedule, Positional, **METHODS), TypeError, "needs a nested @dataclass"),
         ("mine", component(Schedule, None, **METHODS), TypeError, "needs a nested @dataclass"),
-        ("mine", component(nn.Module, Good), TypeError, "derives from dvae.registry.schedules.Schedule"),
+        ("mine", component(nn.Module, Good), TypeError, "derives from dvae.registry.schedules.base.Schedule"),
         ("mine", component(Schedule, Good, rate=1, __init__=1), TypeError, "must implement integral, inverse"),
         ("mine", 3, TypeError, "must be a class"),
         (3, component(Schedule, Good, **METHODS), TypeError, "a name is text"),

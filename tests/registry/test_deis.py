@@ -10,7 +10,7 @@ from linear_gaussian import CASES, MEAN, VARIANCE, Numbers, build, exact_images,
 from scipy.integrate import quad_vec, solve_ivp
 from scipy.linalg import expm
 
-from dvae.diffusion import Matching
+from dvae.diffusion.kernels import Matching
 from dvae.registry.samplers.deis import coefficients
 
 

@@ -5,7 +5,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry import ENCODERS, Shapes
-from dvae.registry.encoders import Posterior
+from dvae.registry.encoders.base import Posterior
 from dvae.registry.encoders.conv_vae import ConvVAE
 
 SMALL = {

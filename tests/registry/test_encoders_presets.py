@@ -9,9 +9,9 @@ import torch
 from tests_support import ROOT
 from torch import nn
 
-from dvae import config
+from dvae.config import compose
 from dvae.registry import ENCODERS, Shapes
-from dvae.registry.encoders import Encoder
+from dvae.registry.encoders.base import Encoder
 
 DIFFUSEVAE = {  # preset: (image size, latent length, millions in encoder and decoder as published)
     "conv_vae_cifar10": (32, 512, "5.8", "3.4"),
@@ -28,7 +28,7 @@ LATENT_DIFFUSION = {  # preset: (latent of 256 px, millions)
 
 def preset(name: str, image_size: int) -> Encoder:
     with torch.device("meta"):
-        return ENCODERS.build(config.compose("train", [f"encoder={name}"]).encoder, Shapes(image_size=image_size))
+        return ENCODERS.build(compose.compose("train", [f"encoder={name}"]).encoder, Shapes(image_size=image_size))
 
 
 def millions(module: nn.Module) -> str:

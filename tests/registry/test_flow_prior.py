@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 
 from dvae.errors import UserError
 from dvae.registry import PRIORS, Shapes
-from dvae.registry.priors import Prior
+from dvae.registry.priors.base import Prior
 
 SMALL = {"couplings": 4, "width": 32, "steps": 400, "lr": 5e-3, "check_every": 50, "batch": 128}
 

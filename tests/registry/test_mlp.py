@@ -7,7 +7,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry import REFINERS, Shapes
-from dvae.registry.refiners import Condition
+from dvae.registry.refiners.base import Condition
 from dvae.registry.refiners.mlp import time_features
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dvae.errors import MachineError, UserError
 from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources import Source
+from dvae.registry.sources.base import Source
 from dvae.registry.sources.mnist_5k import FILE
 
 

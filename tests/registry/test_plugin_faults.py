@@ -16,7 +16,7 @@ from hostile_plugins import GOOD, HEADER, HostilePlugin, hostile_plugins, plugin
 from hydra.core.config_store import ConfigStore
 
 from dvae.errors import UserError, run_command
-from dvae.registry import KINDS, SCHEDULES, core
+from dvae.registry import KINDS, SCHEDULES, discovery
 from dvae.registry.plugins import _leaves
 from dvae.tools import components
 
@@ -74,8 +74,8 @@ def install(site: Path, package: str, *entries: str) -> None:
 
 def rediscover() -> None:
     """Look for installed plug-ins as a new process does."""
-    core._discovered = False
-    core.discover()
+    discovery._imported_installed = False
+    discovery.discover()
 
 
 @every_plugin
@@ -155,11 +155,11 @@ def test_a_mended_plug_in_of_several_files_is_imported_again(tmp_path: Path) -> 
         sys.path.insert(0, str(tmp_path))
         before = state()
         with pytest.raises(UserError, match="not yet"):
-            core.load_plugins(["mended"])
+            discovery.load_plugins(["mended"])
         clean = state() == before
         (package / "__init__.py").write_text("import mended.one  # that is all\n")
-        core.load_plugins(["mended"])
-        core.load_plugins(["mended"])
+        discovery.load_plugins(["mended"])
+        discovery.load_plugins(["mended"])
         return {"clean": clean, "module": SCHEDULES.get("hostile").__module__}
 
     assert forked(work, tmp_path) == {"clean": True, "module": "mended.one"}
@@ -180,11 +180,11 @@ def test_a_good_plug_in_stays_although_the_next_one_fails(tmp_path: Path) -> Non
 
 
 def test_configs_of_a_tool_that_the_plug_in_imported_stay(tmp_path: Path) -> None:
-    written(tmp_path, plugin("curious", "import dvae.training.replay\nraise RuntimeError", "RuntimeError"))
+    written(tmp_path, plugin("curious", "import dvae.runs.replay\nraise RuntimeError", "RuntimeError"))
 
     def work() -> dict[str, Any]:
         sys.path.insert(0, str(tmp_path))
-        sys.modules.pop("dvae.training.replay", None)  # another test may have imported it
+        sys.modules.pop("dvae.runs.replay", None)  # another test may have imported it
         ConfigStore.instance().repo.pop("replay_schema.yaml", None)
         before = "replay_schema" in dict(_leaves(ConfigStore.instance().repo))
         status = said("plugins=[curious]")["status"]
@@ -263,7 +263,7 @@ def test_no_plug_in_is_none(word: str, listing: str) -> None:
 @pytest.mark.parametrize("value", [3, {"a": 1}, [3], [None], [["json"]], [True]])
 def test_a_config_with_odd_plugins_is_refused(value: Any) -> None:
     with pytest.raises(UserError, match=r"plugins.*give a list of modules"):
-        core.load_plugins(value)
+        discovery.load_plugins(value)
 
 
 @pytest.mark.parametrize("node", ["linear", 3, ["linear"], {}, {"name": None}, {"name": 3}, {"name": ["linear"]}])

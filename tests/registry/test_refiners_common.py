@@ -7,7 +7,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry import REFINERS, Shapes
-from dvae.registry.refiners import Condition, Refiner
+from dvae.registry.refiners.base import Condition, Refiner
 
 LEVELS = {"width": 32, "multipliers": [1, 2], "blocks": 1}
 SMALL = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dvae.registry import CLASSIFIERS, REFINERS, Shapes
-from dvae.registry.refiners import Condition
+from dvae.registry.refiners.base import Condition
 
 BEST = {"multipliers": [2, 2, 2], "blocks": 8, "fir": True, "progressive_input": True, "time": "fourier"}
 

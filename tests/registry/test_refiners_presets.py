@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests_support import ROOT
 
-from dvae import config
+from dvae.config import compose
 from dvae.registry import CLASSIFIERS, REFINERS, Shapes
 
 
@@ -50,7 +50,7 @@ def millions(registry, node: object, io: Shapes, decimals: int) -> str:
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_refiner_has_its_published_size(preset):
     io, wanted = PUBLISHED[preset]
-    node = config.compose("train", [f"refiner={preset}"]).refiner
+    node = compose.compose("train", [f"refiner={preset}"]).refiner
     assert millions(REFINERS, node, io, len(wanted.partition(".")[2])) == wanted
 
 
@@ -60,16 +60,16 @@ def test_every_preset_at_real_size_is_counted_here():
 
 
 def test_vp_has_the_network_of_psld_with_fewer_channels():
-    node = config.compose("train", ["refiner=ncsnpp_cifar10_ablation"]).refiner
+    node = compose.compose("train", ["refiner=ncsnpp_cifar10_ablation"]).refiner
     assert millions(REFINERS, node, phase_space(32, k=1), 1) == "39.4"
 
 
 def test_latent_guidance_at_256_px():
-    node = config.compose("train", ["refiner=unet_celebahq256"]).refiner
+    node = compose.compose("train", ["refiner=unet_celebahq256"]).refiner
     io = Shapes(image_size=256, condition_channels=3, latent=(1024,), condition_latent=True)
     assert millions(REFINERS, node, io, 2) == "114.46"
 
 
 def test_classifier_has_its_published_size():
-    node = config.compose("train", ["classifier=ncsnpp_classifier_cifar10"]).classifier
+    node = compose.compose("train", ["classifier=ncsnpp_classifier_cifar10"]).classifier
     assert millions(CLASSIFIERS, node, Shapes(image_size=32, k=2, labels=10), 1) == "56.7"

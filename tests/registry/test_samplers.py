@@ -12,12 +12,12 @@ import torch
 from closed_forms import IO, Mixture, affine, diffusion, integrable, normal
 from scipy.stats import norm
 
-from dvae.diffusion import Diffusion, Prediction, Time
+from dvae.diffusion.kernels import Diffusion, Prediction, Time
+from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
-from dvae.models import build_sampler
+from dvae.models.components import build_sampler
 from dvae.registry import SAMPLERS, SCHEDULES
-from dvae.registry.samplers import Sampler, Threshold
-from dvae.timegrid import Spacing, time_grid
+from dvae.registry.samplers.base import Sampler, Threshold
 
 MEAN, VARIANCE = 0.3, 0.25
 THREE = {"means": (-0.8, 0.1, 0.7), "variances": (0.02, 0.05, 0.03), "weights": (0.3, 0.5, 0.2)}

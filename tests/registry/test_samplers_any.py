@@ -12,9 +12,9 @@ from closed_forms import Mixture, diffusion, normal
 from linear_gaussian import CASES, MEAN, VARIANCE, Numbers, build
 from scipy.linalg import expm
 
-from dvae.diffusion import Diffusion
+from dvae.diffusion.kernels import Diffusion
+from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
-from dvae.timegrid import Spacing, time_grid
 
 
 def affine(name: str, d: Diffusion, **fields) -> tuple[float, float]:

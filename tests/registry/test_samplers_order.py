@@ -17,9 +17,9 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 from scipy.stats import norm
 
+from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.registry import SAMPLERS
 from dvae.registry.samplers.unipc import weights
-from dvae.timegrid import Spacing, time_grid
 
 ONE = {"means": (0.3,), "variances": (0.25,), "weights": (1.0,)}
 THREE = {"means": (-0.8, 0.1, 0.7), "variances": (0.02, 0.05, 0.03), "weights": (0.3, 0.5, 0.2)}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dvae import config
+from dvae.config import compose
 from dvae.errors import UserError
 from dvae.registry import SCHEDULES, Shapes
 
@@ -371,12 +371,12 @@ def test_edm_feature_is_the_papers_noise_embedding() -> None:
 
 # -- presets and refusals --
 
-PRESETS = sorted(path.stem for path in (Path(config.__file__).parent / "recipes" / "schedule").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (Path(compose.__file__).parent / "recipes" / "schedule").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_build(preset: str) -> None:
-    schedule = SCHEDULES.build(config.compose("train", [f"schedule={preset}"]).schedule, IO)
+    schedule = SCHEDULES.build(compose.compose("train", [f"schedule={preset}"]).schedule, IO)
     assert schedule.integral(tensor(0.0)).item() == 0.0
 
 

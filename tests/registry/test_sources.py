@@ -16,8 +16,8 @@ from PIL import Image
 from dvae.data.images import DamagedImage
 from dvae.errors import UserError
 from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources import Source
 from dvae.registry.sources.avatars import Look, _definition
+from dvae.registry.sources.base import Source
 
 LOOKS = [look.name for look in Look]
 

@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 from torchvision.transforms import Resize as TorchvisionResize
 
-from dvae.config import compose
-from dvae.data.build import build
+from dvae.config.compose import compose
+from dvae.data.building.shard_build import build
 from dvae.data.images import DamagedImage, encode_png
-from dvae.data.reader import Shards
-from dvae.data.verify import verify
+from dvae.data.shards.reader import Shards
+from dvae.data.shards.verify import verify
 from dvae.errors import UserError
 from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources import Source
+from dvae.registry.sources.base import Source
 from dvae.registry.sources.cifar10 import CLASSES
 from dvae.tools import shards as _shards_tool  # noqa: F401 stores the schema that presets are composed into
 

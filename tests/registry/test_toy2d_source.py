@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dvae.errors import UserError
 from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources import EndlessSource
+from dvae.registry.sources.base import EndlessSource
 from dvae.registry.sources.toy2d import CUT, DENSITIES
 
 POINT = Shapes(image_size=1, channels=2)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dvae import attempts
 from dvae.errors import MachineError
+from dvae.runs import attempts
 
 ROW: dict[str, Any] = {
     "started": 1.7e9, "host": "here", "pid": 7, "launcher": "local", "count": 1, "cwd": "/", "job": "", "ended": None,

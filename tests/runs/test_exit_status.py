@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dvae.ends import LOST, End, explain, last_step
 from dvae.errors import MachineError, Stopped, UserError
+from dvae.runs.exit_status import LOST, End, explain, last_step
 
 
 def end(number: int, status: int, said: str = "", again: bool = True) -> End:

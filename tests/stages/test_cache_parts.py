@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from dvae import config, models
-from dvae.data import cache_build
+from dvae.config import compose as config
+from dvae.data.building import cache_build
 from dvae.errors import UserError
-from dvae.job import shards_stage, write_part_of_cache
-from dvae.run import Run, submit
+from dvae.models import components
+from dvae.runs.folder import Run, submit
+from dvae.runs.job import shards_stage, write_part_of_cache
+from dvae.stages import cache, work
 from dvae.tools import cache as cache_tool
-from dvae.training import caching, work
-from dvae.training.feed import known_damage
+from dvae.training.resilience.sample_log import known_damage
 
 WORDS = [
     "recipe=ldm_avatars", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
@@ -36,7 +37,7 @@ def with_encoder(folder: Path, *words: str) -> Run:
     """A run whose encoder stage is finished; its weights are the first ones."""
     run = submit(config.compose("train", [*WORDS, f"run={folder}", *words]))
     shards_stage(run, run.config())
-    run.save_weights("encoder", models.build(run.config()).encoder.state_dict())
+    run.save_weights("encoder", components.build(run.config()).encoder.state_dict())
     run.finish("encoder", {})
     return run
 
@@ -68,7 +69,7 @@ def whole(run: Run) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_build, "SHARD_SIZE", 7)
         settings = settings_for(run, run.path.parent / "whole")
-        caching.write_cache(run, settings, work.take_up(run, settings, "encoder"))
+        cache.write_cache(run, settings, work.take_up(run, settings, "encoder"))
     return content(run.path.parent / "whole")
 
 
@@ -80,17 +81,17 @@ def test_parts_in_any_order_give_the_bytes_of_one_write(
     images = 0
     for number in reversed(range(parts)):
         made = work.take_up(run, settings, "encoder")
-        images += caching.write_cache_part(run, settings, made, number, parts)
+        images += cache.write_cache_part(run, settings, made, number, parts)
     assert not (tmp_path / "out").exists()
-    caching.write_cache(run, settings, work.take_up(run, settings, "encoder"))
+    cache.write_cache(run, settings, work.take_up(run, settings, "encoder"))
     assert content(tmp_path / "out") == whole
-    assert images == caching.about(run, settings, models.build(settings)).images > 25
+    assert images == cache.about(run, settings, components.build(settings)).images > 25
 
 
 def test_a_part_interrupted_within_a_unit_goes_on(
     run: Run, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, sample = settings_for(run, tmp_path / "out"), caching.sample
+    settings, sample = settings_for(run, tmp_path / "out"), cache.sample
     asked: list[int] = []
 
     def counted(config: Any, made: Any, wanted: Any, index: int, posterior: Any) -> Any:
@@ -100,11 +101,11 @@ def test_a_part_interrupted_within_a_unit_goes_on(
         return sample(config, made, wanted, index, posterior)
 
     made = work.take_up(run, settings, "encoder")
-    monkeypatch.setattr(caching, "sample", counted)
+    monkeypatch.setattr(cache, "sample", counted)
     with pytest.raises(KeyboardInterrupt):
-        caching.write_cache_part(run, settings, made, 0, 2)
-    caching.write_cache_part(run, settings, made, 0, 2)
-    caching.write_cache(run, settings, made)
+        cache.write_cache_part(run, settings, made, 0, 2)
+    cache.write_cache_part(run, settings, made, 0, 2)
+    cache.write_cache(run, settings, made)
     assert asked == [*range(11), *range(7, max(asked) + 1)]
     assert content(tmp_path / "out") == whole
 
@@ -128,7 +129,7 @@ def test_the_job_and_the_tool_beside_a_held_folder(
     def never(*more: Any) -> Iterator[Any]:
         raise AssertionError("nothing is left to encode")
 
-    monkeypatch.setattr(caching, "encode", never)
+    monkeypatch.setattr(cache, "encode", never)
     work.cache_stage(run, run.config())
     assert run.records()["cache"]["images"] > 25
     assert [path.name for path in run.path.glob("*latents*")] == ["latents"]
@@ -142,11 +143,11 @@ def test_other_weights_are_another_request_and_unfinished_ones_none(run: Run, tm
     shutil.copytree(run.path, other.path)
     settings = settings_for(other, tmp_path / "out")
     made = work.take_up(other, settings, "encoder")
-    caching.write_cache_part(other, settings, made, 0, 5)
+    cache.write_cache_part(other, settings, made, 0, 5)
     weights = {name: value + 0.01 for name, value in other.load_weights("encoder").items()}
     other.save_weights("encoder", weights)
     with pytest.raises(UserError, match=r"parts of another request are being made .*encoder_sha256"):
-        caching.write_cache_part(other, settings, made, 1, 5)
+        cache.write_cache_part(other, settings, made, 1, 5)
     (other.path / "stages.json").unlink()  # as while they are being saved
     with pytest.raises(UserError, match="has no finished stage encoder yet"):
         write_part_of_cache(other.path, 0, 2)

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tests_support import environment
 
-from dvae import config as configuration
-from dvae import pipeline, preflight
-from dvae.diffusion import Diffusion, Prediction
+from dvae.config import compose as configuration
+from dvae.config import validate
+from dvae.diffusion.kernels import Diffusion, Prediction
 from dvae.errors import UserError
+from dvae.inference import pipeline
 from dvae.registry import DISTILLERS, SAMPLERS
-from dvae.registry.samplers import Threshold, Walk
+from dvae.registry.samplers.base import Threshold, Walk
 
 VP = diffusion("vp", "cosine")
 every_distiller = pytest.mark.parametrize("name", DISTILLERS.names())
@@ -229,7 +230,7 @@ def words_of(tiny: list[str], runs: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_dry_run_tells_the_rounds(runs: Path, tiny: list[str]) -> None:
-    said = preflight.describe(configuration.compose("train", words_of(tiny, runs, "train_distil.batch=8")))
+    said = validate.describe(configuration.compose("train", words_of(tiny, runs, "train_distil.batch=8")))
     assert "distil: for 32 -> 16 -> 8 -> 4 steps, 100000 steps of 8 images each" in said
 
 
@@ -247,4 +248,4 @@ def test_a_dry_run_tells_the_rounds(runs: Path, tiny: list[str]) -> None:
 )
 def test_what_does_not_go_together_is_refused(words: list[str], said: str, runs: Path, tiny: list[str]) -> None:
     with pytest.raises(UserError, match=said):
-        preflight.check(configuration.typed(configuration.compose("train", words_of(tiny, runs, *words))))
+        validate.check(configuration.typed(configuration.compose("train", words_of(tiny, runs, *words))))

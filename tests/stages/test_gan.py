@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from dvae.data.loader import Batch
+from dvae.config.schema import EmaConfig, Precision, TrainingConfig
+from dvae.data.loading.loader import Batch
 from dvae.layers.adversarial import GanLoss, generator_loss
 from dvae.registry import ENCODERS, Shapes
-from dvae.registry.encoders import Adversary, Encoder, Posterior
+from dvae.registry.encoders.base import Adversary, Encoder, Posterior
 from dvae.registry.encoders.kl_gan import squared_error
-from dvae.settings import EmaConfig, Precision, TrainingConfig
-from dvae.training.checkpoint import Checkpoints
-from dvae.training.engine import Engine, start_distributed
+from dvae.stages.losses import GanStage
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.loop import State, save, take_step
-from dvae.training.stages import GanStage
+from dvae.training.resilience.checkpoint import Checkpoints
 
 START, BATCH = 2, 4
 TINY = {"name": "kl_gan", "channels": [8, 8], "groups": 4, "discriminator_width": 8, "discriminator_layers": 2}

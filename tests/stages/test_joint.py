@@ -12,22 +12,24 @@ import torch
 from safetensors.torch import load_file
 from tests_support import environment
 
-from dvae import config as configuration
-from dvae import models, pipeline, preflight
-from dvae.data.loader import Batch
+from dvae.config import compose as configuration
+from dvae.config import validate
+from dvae.config.schema import JointConfig, Reaches, TrainingConfig
+from dvae.data.loading.loader import Batch
 from dvae.errors import UserError
-from dvae.settings import JointConfig, Reaches, TrainingConfig
-from dvae.training.joint import Joint, JointStage
-from dvae.training.latents import Encoded
-from dvae.training.stages import EncoderStage, RefinerStage
+from dvae.inference import pipeline
+from dvae.models import components
+from dvae.stages.joint import Joint, JointStage
+from dvae.stages.latent_sources import Encoded
+from dvae.stages.losses import EncoderStage, RefinerStage
 
 CPU = torch.device("cpu")
 TRAINING = TrainingConfig(batch=4, precision="fp32")
 STAGES = "stages=[shards,joint,prior,evaluate]"
 
 
-def made(tiny: list[str]) -> models.Models:
-    return models.build(configuration.typed(configuration.compose("train", [*tiny, "denoiser.data_scale=2"])))
+def made(tiny: list[str]) -> components.Models:
+    return components.build(configuration.typed(configuration.compose("train", [*tiny, "denoiser.data_scale=2"])))
 
 
 def batch(step: int = 0) -> Batch:
@@ -132,7 +134,7 @@ def test_what_does_not_go_together_is_refused(words: list[str], said: str, tiny:
     own = [word for word in tiny if not (words[0].startswith("encoder=") and word.startswith(("encoder.", "prior.")))]
     composed = configuration.compose("train", [*own, STAGES, "denoiser.data_scale=2", *words])
     with pytest.raises(UserError, match=said):
-        preflight.check(configuration.typed(composed))
+        validate.check(configuration.typed(composed))
 
 
 def test_a_dry_run_tells_of_it(tiny: list[str], tmp_path: Path) -> None:
@@ -144,4 +146,4 @@ def test_a_dry_run_tells_of_it(tiny: list[str], tmp_path: Path) -> None:
         "train_joint.steps=7",
         "train_joint.batch=8",
     ]
-    assert "M parameters, 7 steps of 8 images" in preflight.describe(configuration.compose("train", words))
+    assert "M parameters, 7 steps of 8 images" in validate.describe(configuration.compose("train", words))

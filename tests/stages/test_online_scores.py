@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests_support import environment
 
-from dvae import config as configuration
+from dvae.config import compose as configuration
 from dvae.errors import UserError
 
 LAUNCHES = """

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dvae import bundle
-from dvae import config as configuration
+from dvae.config import compose as configuration
+from dvae.config.schema import RunConfig
+from dvae.config.validate import check, describe
 from dvae.errors import UserError
-from dvae.models import build
-from dvae.preflight import check, describe
+from dvae.models import bundle
+from dvae.models.components import build
 from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS
-from dvae.run import Run, submit
-from dvae.settings import RunConfig
-from dvae.training.work import encoder_stage, take_up
+from dvae.runs.folder import Run, submit
+from dvae.stages.work import encoder_stage, take_up
 
 
 @pytest.fixture

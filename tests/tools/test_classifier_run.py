@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from tests_support import ROOT, Tool, environment
 
-from dvae import bundle, config, models
+from dvae.config import compose
 from dvae.errors import UserError, one_line
-from dvae.run import Run
+from dvae.models import bundle, components
+from dvae.runs.folder import Run
 from dvae.tools.launch import command
 
 
@@ -161,6 +162,6 @@ def test_the_refiner_alone_may_be_trained_with_classes(
 @pytest.mark.parametrize("told", [True, False])
 def test_only_a_refiner_that_is_told_the_class_embeds_it(told: bool, guided: list[str]) -> None:
     word = f"denoiser.condition_label={str(told).lower()}"
-    made = models.on_meta(config.typed(config.compose("train", [*guided, word])))
+    made = components.on_meta(compose.typed(compose.compose("train", [*guided, word])))
     assert (made.denoiser.refiner.label_emb is not None) == told
     assert made.io.labels == 5

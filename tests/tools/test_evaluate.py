@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import dvae
-from dvae import bundle, config, models
-from dvae.data.build import build
+from dvae.config import compose
+from dvae.data.building import shard_build
 from dvae.errors import MachineError, UserError
 from dvae.evaluation import features, metrics
 from dvae.evaluation.features import Way
-from dvae.evaluation.images import Array, open_set
-from dvae.evaluation.memorisation import Nearest, nearest, summary
+from dvae.evaluation.image_sets import Array, open_set
+from dvae.evaluation.memorization import Nearest, nearest, summary
 from dvae.evaluation.metrics import Extractor, Features
-from dvae.run import submit
+from dvae.models import bundle, components
+from dvae.runs.folder import submit
 from dvae.tools import evaluate
 
 N = 20
@@ -47,14 +48,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
         f"data.shards={folder}/shards",
         f"run={folder}/run",
     ]
-    composed = config.compose("train", words)
-    settings = config.typed(composed)
-    made = models.build(settings)
+    composed = compose.compose("train", words)
+    settings = compose.typed(composed)
+    made = components.build(settings)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     parts = {name: part.state_dict() for name, part in made.trained().items()}
     bundle.export(submit(composed).bundle, settings, parts)
-    build(settings.source, out=folder / "shards", size=16, heldout_fraction=0.2, channels=3, workers=1)
+    shard_build.build(settings.source, out=folder / "shards", size=16, heldout_fraction=0.2, channels=3, workers=1)
     return folder / "run"
 
 

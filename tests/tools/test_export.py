@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from tests_support import ROOT, environment
 
-from dvae import bundle
 from dvae.errors import MachineError, UserError
+from dvae.models import bundle
 from dvae.tools import export as export_tool
-from dvae.training.fragments import Saved
+from dvae.training.engine.fragments import Saved
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,13 @@ from safetensors import safe_open
 from scipy.stats import multivariate_normal
 
 import dvae
-from dvae import bundle, config, latents, models
-from dvae.data.reader import Shards
+from dvae.config import compose
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
-from dvae.registry.encoders import Posterior
-from dvae.run import submit
+from dvae.inference import latents
+from dvae.models import bundle, components
+from dvae.registry.encoders.base import Posterior
+from dvae.runs.folder import submit
 from dvae.tools import latents as tool
 from dvae.tools import shards as shards_tool
 
@@ -29,10 +31,10 @@ FLOW = ["prior=flow", "prior.couplings=2", "prior.width=8", "prior.steps=20", "p
 
 def untrained(folder: Path, *words: str) -> Path:
     """A run folder with the bundle of a run that was never trained."""
-    composed = config.compose("train", [*words, f"run={folder}", "denoiser.data_scale=1"])
-    made = models.build(config.typed(composed))
+    composed = compose.compose("train", [*words, f"run={folder}", "denoiser.data_scale=1"])
+    made = components.build(compose.typed(composed))
     parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(submit(composed).bundle, config.typed(composed), parts)
+    bundle.export(submit(composed).bundle, compose.typed(composed), parts)
     return folder
 
 

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import dvae
-from dvae import bundle, config, likelihoods, models
+from dvae.config import compose
 from dvae.data.images import to_float
-from dvae.drawing.chunks import Chunks
 from dvae.errors import UserError, one_line
-from dvae.likelihoods import LikelihoodConfig
-from dvae.registry.encoders import Posterior
+from dvae.inference import image_likelihood
+from dvae.inference.generation.chunks import Chunks
+from dvae.inference.image_likelihood import LikelihoodConfig
+from dvae.models import bundle, components
+from dvae.registry.encoders.base import Posterior
 from dvae.tools import likelihood as tool
 
 PLAIN = ["denoiser.data_scale=1", "denoiser.centre=none", "train_refiner.precision=fp32"]
@@ -27,9 +29,9 @@ PLAIN = ["denoiser.data_scale=1", "denoiser.centre=none", "train_refiner.precisi
 
 def untrained(folder: Path, *words: str) -> Path:
     """A bundle whose refiner puts out 0: as v that says that the state is N(0, I)."""
-    composed = config.compose("train", list(words))
-    made = models.build(config.typed(composed))
-    bundle.export(folder, config.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    composed = compose.compose("train", list(words))
+    made = components.build(compose.typed(composed))
+    bundle.export(folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
     return folder
 
 
@@ -54,7 +56,7 @@ def asked(run: Path, images: Path, out: Path, **words: object) -> LikelihoodConf
 
 
 def test_figures_in_closed_form(run: Path, images: Path, tmp_path: Path) -> None:
-    done = likelihoods.score(asked(run, images, tmp_path / "l.json", batch_size=3))
+    done = image_likelihood.score(asked(run, images, tmp_path / "l.json", batch_size=3))
     record = json.loads((tmp_path / "l.json").read_text())
     x = to_float(torch.from_numpy(np.load(images)).permute(0, 3, 1, 2))
     nats = 0.5 * x.double().square().flatten(1).mean(1) + 0.5 * math.log(2 * math.pi)
@@ -76,9 +78,9 @@ def test_figures_in_closed_form(run: Path, images: Path, tmp_path: Path) -> None
 
 def test_a_draw_of_z_costs_the_kl_on_average(run: Path, images: Path, tmp_path: Path) -> None:
     """Where the prior is N(0, I), as a gmm is that was not fitted: log q(z | x) - log p(z) over 16 draws of one x."""
-    words = asked(run, images, tmp_path / "l.json", z=likelihoods.Latent.draw, tolerance=0.05, batch_size=16)
+    words = asked(run, images, tmp_path / "l.json", z=image_likelihood.Latent.draw, tolerance=0.05, batch_size=16)
     image = torch.from_numpy(np.load(images)[3]).permute(2, 0, 1).expand(16, -1, -1, -1)
-    found = likelihoods.score_chunk(dvae.load(run), words, image, [-1] * 16, range(16))
+    found = image_likelihood.score_chunk(dvae.load(run), words, image, [-1] * 16, range(16))
     rates = found["total_bits_per_dim"] - found["bits_per_dim"]
     assert rates.std() > 0
     assert abs(rates.mean() - found["kl_bits_per_dim"][0]) < 4 * rates.std(ddof=1) / 4
@@ -88,9 +90,9 @@ def test_the_posteriors_density() -> None:
     """log q at its mean is -(D log 2 pi + sum of logvar) / 2, and 1/2 less for a coordinate one deviation off."""
     posterior = Posterior(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.4, -1.0]]))
     top = -0.5 * (2 * math.log(2 * math.pi) - 0.6)
-    assert likelihoods.log_posterior(posterior, posterior.mean).item() == pytest.approx(top, abs=1e-6)
+    assert image_likelihood.log_posterior(posterior, posterior.mean).item() == pytest.approx(top, abs=1e-6)
     off = posterior.sample(torch.tensor([[1.0, 0.0]]))
-    assert likelihoods.log_posterior(posterior, off).item() == pytest.approx(top - 0.5, abs=1e-6)
+    assert image_likelihood.log_posterior(posterior, off).item() == pytest.approx(top - 0.5, abs=1e-6)
 
 
 class Killed(Exception):
@@ -99,8 +101,8 @@ class Killed(Exception):
 
 def test_ended_and_gone_on_with(run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, out = asked(run, images, tmp_path / "whole.json", batch_size=2), tmp_path / "l.json"
-    likelihoods.score(whole)
-    real, calls = likelihoods.score_chunk, []
+    image_likelihood.score(whole)
+    real, calls = image_likelihood.score_chunk, []
 
     def dying(*words: object) -> dict[str, np.ndarray]:
         if len(calls) == 2:
@@ -108,19 +110,19 @@ def test_ended_and_gone_on_with(run: Path, images: Path, tmp_path: Path, monkeyp
         calls.append(words)
         return real(*words)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(likelihoods, "score_chunk", dying)
+    monkeypatch.setattr(image_likelihood, "score_chunk", dying)
     with pytest.raises(Killed):
-        likelihoods.score(asked(run, images, out, batch_size=2))
+        image_likelihood.score(asked(run, images, out, batch_size=2))
     monkeypatch.undo()
     assert not out.exists()
     with pytest.raises(UserError, match="half-drawn with seed=0, this asks for 1"):
-        likelihoods.score(asked(run, images, out, batch_size=2, seed=1))
-    assert likelihoods.score(asked(run, images, out, batch_size=2)).done == 3
+        image_likelihood.score(asked(run, images, out, batch_size=2, seed=1))
+    assert image_likelihood.score(asked(run, images, out, batch_size=2)).done == 3
     assert not Chunks.folder_of(out).exists()
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert likelihoods.score(asked(run, images, out, batch_size=2)).done == 0
+    assert image_likelihood.score(asked(run, images, out, batch_size=2)).done == 0
     with pytest.raises(UserError, match=r"is there already, made with n=7, this asks for 6"):
-        likelihoods.score(asked(run, images, out, batch_size=2, n=6))
+        image_likelihood.score(asked(run, images, out, batch_size=2, n=6))
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -142,16 +144,16 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_a_record_that_is_damaged_or_anothers_is_one_line(run: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "l.json"
     words = asked(run, images, out, n=1, tolerance=0.1)
-    first = likelihoods.score(words)
+    first = image_likelihood.score(words)
     record = json.loads(out.read_text())
     assert record["means"]["kl_nats"]["standard_error"] is None
     for name, (damage, says) in DAMAGES.items():
         out.write_text(json.dumps(damage(record)))
         with pytest.raises(UserError, match=re.escape(says)) as caught:
-            likelihoods.score(words)
+            image_likelihood.score(words)
         assert one_line(caught.value).startswith(f"out={out} is there already, "), name
     out.write_text(json.dumps(record))
-    again = likelihoods.score(words)
+    again = image_likelihood.score(words)
     assert again.done == 0
     np.testing.assert_equal(again.figures, first.figures)  # NaN for the error of one image
 
@@ -170,10 +172,10 @@ def test_without_an_encoder_there_is_no_kl(images: Path, tiny: list[str], tmp_pa
     words = [*(word for word in tiny if not word.startswith(("encoder.", "prior."))), *PLAIN, "encoder=none"]
     words += ["prior=normal", "denoiser.condition_image=false", "denoiser.condition_latent=false"]
     folder = untrained(tmp_path / "bundle", *words)
-    done = likelihoods.score(asked(folder, images, tmp_path / "l.json", n=2))
+    done = image_likelihood.score(asked(folder, images, tmp_path / "l.json", n=2))
     assert list(done.figures) == ["bits_per_dim"]
     with pytest.raises(UserError, match=r"z=draw: .* has no encoder"):
-        likelihoods.score(asked(folder, images, tmp_path / "d.json", z=likelihoods.Latent.draw))
+        image_likelihood.score(asked(folder, images, tmp_path / "d.json", z=image_likelihood.Latent.draw))
 
 
 @pytest.mark.parametrize(
@@ -215,4 +217,4 @@ def test_runs_without_such_a_figure(
     own = [*tiny, *PLAIN, *words[1:]] if words[0] == "tiny" else [*words, "denoiser.data_scale=1"]
     folder = untrained(tmp_path / "bundle", *own)
     with pytest.raises(UserError, match=message):
-        likelihoods.score(asked(folder, images, tmp_path / "l.json"))
+        image_likelihood.score(asked(folder, images, tmp_path / "l.json"))

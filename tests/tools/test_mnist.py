@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tests_support import ROOT, environment
 
-from dvae.data.reader import Shards
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
 from dvae.registry.sources.mnist_5k import read_digits
 from dvae.tools import judge as judge_tool
@@ -99,7 +99,7 @@ def test_the_judge_knows_real_digits_from_what_two_steps_draw(from_idx: Path, tm
 def test_mistakes_are_one_line(from_idx: Path, tmp_path: Path, words: list[str], says: str) -> None:
     other = tmp_path / "other"
     if "{other}" in " ".join(words):
-        from dvae.data.build import build
+        from dvae.data.building.shard_build import build
 
         build({"name": "avatars", "count": 8}, 8, other, 0.5, workers=1)
     with pytest.raises(UserError, match=says) as caught:

@@ -11,11 +11,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tests_support import Tool
 
-from dvae import config
+from dvae.config import compose
 from dvae.errors import UserError
+from dvae.runs import replay
+from dvae.runs.replay import Replayed
 from dvae.tools.replay import command
-from dvae.training import nonfinite, replay
-from dvae.training.replay import Replayed
+from dvae.training.resilience import nonfinite
 
 
 def bundle_of(tool: Tool, words: list[str], run: Path) -> str:
@@ -124,7 +125,7 @@ def test_a_record_that_is_no_file_is_one_line(tmp_path: Path, make: Any) -> None
     "change", [{"stage": "distil-4"}, {"samples": [0, 1, 2, 3], "indices": [0, 1, 2, 3]}, {"step": 10**9}]
 )
 def test_a_record_of_another_run_is_refused(tiny: list[str], change: dict[str, Any]) -> None:
-    settings = config.typed(config.compose("train", [*tiny, "train_encoder.batch=2", "run=runs/mine"]))
+    settings = compose.typed(compose.compose("train", [*tiny, "train_encoder.batch=2", "run=runs/mine"]))
     replay.refuse_other_run(settings, RECORD, Path("there"))
     with pytest.raises(UserError, match=r"bundle=there: step .* is none of the run around it"):
         replay.refuse_other_run(settings, RECORD | change, Path("there"))

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from tests_support import ROOT, Tool, environment
 
-from dvae import attempts, run_folder, runs
-from dvae.attempts import Attempt
 from dvae.errors import MachineError, UserError
-from dvae.runs import State
+from dvae.runs import attempts, manage, records
+from dvae.runs.attempts import Attempt
+from dvae.runs.manage import State
 from dvae.tools.runs import command, parse
 
 CONFIG = """
@@ -43,7 +43,7 @@ def make(folder: Path, done: tuple[str, ...] = (), **last: Any) -> Path:
     """A run folder: its finished stages, a row of the encoder, and its last attempt (none where nothing is given)."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(CONFIG.format(run=folder))
-    run_folder.write_format(folder)
+    records.write_format(folder)
     if done:
         (folder / "stages.json").write_text(json.dumps({stage: {} for stage in done}))
         row = {"stage": "encoder", "step": 40, "time": time.time() - 65, "loss": 0.5, "images_per_second": 16.0}
@@ -77,7 +77,7 @@ def begin(folder: Path) -> subprocess.Popen[str]:
     ],
 )
 def test_states(done: tuple[str, ...], last: dict[str, Any], state: State, said: str, tmp_path: Path) -> None:
-    status = runs.look(make(tmp_path / "run", done, **last))
+    status = manage.look(make(tmp_path / "run", done, **last))
     assert status.state is state
     assert said in status.message
     assert status.eta is None
@@ -86,7 +86,7 @@ def test_states(done: tuple[str, ...], last: dict[str, Any], state: State, said:
 def test_a_run_that_goes_on_has_step_speed_and_time_left(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", ("shards",))
     process = begin(folder)
-    status = runs.look(folder)
+    status = manage.look(folder)
     assert (status.state, status.stage, status.step, status.total) == (State.running, "encoder", 40, 100)
     assert status.images_per_second == 16.0
     assert status.eta == (100 - 40) * 8 / 16.0
@@ -94,7 +94,7 @@ def test_a_run_that_goes_on_has_step_speed_and_time_left(tmp_path: Path) -> None
     assert f"pid {process.pid} on {socket.gethostname()} (local)" in status.message
     process.kill()
     process.wait()
-    assert runs.look(folder).state is State.failed
+    assert manage.look(folder).state is State.failed
 
 
 def test_the_list_has_every_run_and_only_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,17 +162,17 @@ def test_an_attempt_is_recorded_however_it_ends(tmp_path: Path) -> None:
 
 def test_what_must_not_be_cancelled_is_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is waiting: there is nothing to cancel"):
-        list(runs.cancel(make(tmp_path / "waiting")))
+        list(manage.cancel(make(tmp_path / "waiting")))
     elsewhere = make(tmp_path / "elsewhere", host="other")
     with attempts.hold(elsewhere, attempts.LAUNCHER), pytest.raises(UserError, match="goes on at other"):
-        list(runs.cancel(elsewhere))
+        list(manage.cancel(elsewhere))
     by_tool = make(tmp_path / "tool", ended=1.0, status=0)
     with attempts.hold(by_tool, attempts.WORKER), pytest.raises(UserError, match="held by no attempt"):
-        list(runs.cancel(by_tool))
+        list(manage.cancel(by_tool))
     bystander = subprocess.Popen(["sleep", "60"])
     taken = make(tmp_path / "taken", pid=bystander.pid)
     with attempts.hold(taken, attempts.LAUNCHER), pytest.raises(UserError, match="is another process here"):
-        list(runs.cancel(taken))
+        list(manage.cancel(taken))
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
@@ -181,24 +181,24 @@ def test_what_must_not_be_cancelled_is_not(tmp_path: Path) -> None:
 def test_an_attempt_that_dies_of_the_signal_is_recorded_as_stopped(tmp_path: Path) -> None:
     folder = make(tmp_path / "run")
     process = begin(folder)
-    lines = list(runs.cancel(folder))
+    lines = list(manage.cancel(folder))
     assert process.wait(timeout=10) == -signal.SIGTERM
     assert lines[0].endswith(f"SIGTERM to pid {process.pid} (local); waiting for it to save and end")
     assert "ended by SIGTERM outside training" in lines[1]
-    assert runs.look(folder).state is State.stopped
+    assert manage.look(folder).state is State.stopped
 
 
 def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     many = make(tmp_path / "many", launcher="torchrun", count=2, ended=1.0, status=1)
     with pytest.raises(UserError, match="started by torchrun on 2 ranks: give that command again"):
-        runs.enter(many)
+        manage.enter(many)
     make(tmp_path / "here", ended=1.0, status=1).rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"was made as run=.*here in .*give the launch command again"):
-        runs.enter(tmp_path / "moved")
+        manage.enter(tmp_path / "moved")
     busy = make(tmp_path / "busy")
     with attempts.hold(busy, attempts.LAUNCHER), pytest.raises(UserError, match="is running already"):
-        runs.enter(busy)
+        manage.enter(busy)
 
 
 @pytest.mark.slow
@@ -214,22 +214,22 @@ def test_a_training_is_listed_followed_cancelled_and_resumed(tiny: list[str], tm
     while not (folder / "metrics.jsonl").exists():
         assert process.poll() is None, (tmp_path / "out").read_text()
         time.sleep(0.02)
-    followed = runs.follow(folder)
+    followed = manage.follow(folder)
     assert re.match(rf"encoder: \d+/{steps}  [\d.e+]+ images/s  loss [\d.]+  \d+:\d\d left$", next(followed))
-    status = runs.look(folder)
+    status = manage.look(folder)
     assert (status.state, status.stage, status.total) == (State.running, "encoder", steps)
-    said = list(runs.cancel(folder))
+    said = list(manage.cancel(folder))
     assert process.wait(timeout=60) == 143
     assert re.search(r"stopped at encoder step \d+ \(SIGTERM\), saved", said[1])
     assert list(followed)[-1] == f"{folder} is stopped: {said[1].partition(': ')[2]}"
 
     done = tool("runs", "resume", f"run={folder}")
     assert done.returncode == 0, done.stderr
-    assert runs.look(folder).state is State.finished
+    assert manage.look(folder).state is State.finished
     rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, steps + 1))
     assert [(row.launcher, row.status) for row in attempts.read(folder)] == [("local", 143), ("local", 0)]
-    assert list(runs.follow(folder))[-1] == f"{folder} is finished"
+    assert list(manage.follow(folder))[-1] == f"{folder} is finished"
 
 
 @pytest.mark.parametrize(
@@ -251,23 +251,23 @@ def test_rows_with_odd_figures_are_shown(changed: dict[str, Any], eta: bool, lin
     text = json.dumps(row) + "\n"
     (folder / "metrics.jsonl").write_text(text)
     with attempts.hold(folder, attempts.LAUNCHER):
-        status = runs.look(folder, [])
+        status = manage.look(folder, [])
         assert (status.eta is not None) == eta
         assert (status.age is None) == ("time" in changed)
-        assert runs.cells(folder, [])[1] == "running"
-    assert runs.in_line(row, runs._config(folder), folder) == line
+        assert manage.cells(folder, [])[1] == "running"
+    assert manage.in_line(row, manage._config(folder), folder) == line
 
 
 def test_a_row_without_its_time_is_followed(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", ("shards", "encoder", "refiner"))
     (folder / "metrics.jsonl").write_text('{"stage": "encoder", "step": 1}\n{"stage": "encoder", "step": 2}\n')
-    assert list(runs.follow(folder))[-1] == f"{folder} is finished"
+    assert list(manage.follow(folder))[-1] == f"{folder} is finished"
 
 
 def test_nothing_in_the_table_moves_the_cursor(tmp_path: Path) -> None:
     make(tmp_path / "a\x1b[2Jb", ("shards",), message="\x1b[2J", ended=1.0, status=1)
     (make(tmp_path / "c") / "stages.json").write_text('{"\\u001b[2J": 3}')
-    lines = list(runs.table(tmp_path))
+    lines = list(manage.table(tmp_path))
     assert len(lines) == 3
     assert all(line.isprintable() for line in lines)
     assert r"a\x1b[2Jb" in lines[1]
@@ -283,4 +283,4 @@ def test_a_run_that_claims_to_be_elsewhere_is_not_resumed(
     folder = make(tmp_path / "run", ("shards",))
     (folder / "config.yaml").write_text(CONFIG.format(run=made))
     with pytest.raises(UserError, match=r"which is another folder now: give the launch command again"):
-        runs.enter(folder)
+        manage.enter(folder)

@@ -13,11 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests_support import environment
 
-from dvae import config, gallery, models, pipeline, points, preflight
+from dvae.config import compose, validate
 from dvae.errors import UserError
+from dvae.inference import pipeline
+from dvae.models import components
 from dvae.registry import SAMPLERS
 from dvae.tools import gallery as gallery_tool
 from dvae.tools import sample as sample_tool
+from dvae.toy2d import gallery, points
 
 TINY = [
     "recipe=toy2d", "source.densities=[moons,rings]", "refiner.width=16", "refiner.blocks=1", "sampler.steps=3",
@@ -175,14 +178,14 @@ def test_points_are_not_sampled_as_images(finished: Path) -> None:
 )
 def test_settings_that_cannot_be(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        preflight.check(config.typed(config.compose("train", [*TINY, *words])))
+        validate.check(compose.typed(compose.compose("train", [*TINY, *words])))
 
 
 def test_without_labels_the_densities_are_one_mixture() -> None:
     words = ["denoiser.condition_label=false", "classes=[]", "process=cld"]
-    settings = config.typed(config.compose("train", [*TINY, *words]))
+    settings = compose.typed(compose.compose("train", [*TINY, *words]))
     assert points.groups(settings, points.open_source(settings)) == {"moons + rings": None}
-    assert models.on_meta(settings).denoiser.io.outputs == 1
+    assert components.on_meta(settings).denoiser.io.outputs == 1
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 
 import dvae
 from dvae.tracking import code
+from dvae.utils import package
 from dvae.utils.secrets import scrub
 
 
@@ -18,7 +19,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     me = ["-c", "user.name=me", "-c", "user.email=me@example.com"]
     for words in (["init", "-q"], ["add", "."], [*me, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
-    monkeypatch.setattr(dvae, "__file__", str(tmp_path / "dvae" / "__init__.py"))
+    monkeypatch.setattr(package, "FOLDER", tmp_path / "dvae")
     return tmp_path
 
 
@@ -37,7 +38,7 @@ def test_an_installed_package_inside_somebody_elses_repository_has_no_commit(
 ) -> None:
     site = checkout / "site-packages" / "dvae"
     site.mkdir(parents=True)
-    monkeypatch.setattr(dvae, "__file__", str(site / "__init__.py"))
+    monkeypatch.setattr(package, "FOLDER", site)
     assert code.code() == {"version": dvae.__version__}
     assert code.diff() == ""
 

@@ -11,7 +11,7 @@ import pytest
 
 from dvae.errors import MachineError
 from dvae.tracking import figures
-from dvae.tracking.metrics import MetricsLog
+from dvae.tracking.metrics_log import MetricsLog
 
 EVALUATION = {
     "sampler": {"steps": 25},

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvae.errors import MachineError
-from dvae.tracking.metrics import MetricsLog
+from dvae.tracking.metrics_log import MetricsLog
 
 
 def filled(path: Path) -> MetricsLog:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dvae import keyed
 from dvae.errors import MachineError, UserError
 from dvae.tracking.charts import Line, line_chart, linear_ticks, log_ticks, number
-from dvae.tracking.metrics import MetricsLog
+from dvae.tracking.metrics_log import MetricsLog
 from dvae.tracking.pictures import grid
 from dvae.tracking.report import write_report
+from dvae.utils import rng
 
 PICTURES = ["heldout", "reconstructions", "refined_reconstructions", "vae_samples", "refined_samples"]
 
@@ -26,7 +26,7 @@ def faces(n: int, size: int, blur: int) -> torch.Tensor:
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     out = []
     for i in range(n):
-        back, skin, eye = torch.from_numpy(keyed.generator(0, "face", i).random((3, 3, 1, 1))).float()
+        back, skin, eye = torch.from_numpy(rng.generator(0, "face", i).random((3, 3, 1, 1))).float()
         image = 0.75 + 0.25 * back.expand(3, size, size)
         image = torch.where((x**2 + y**2 < 0.6), 0.35 + 0.6 * skin, image)
         image = torch.where(((x.abs() - 0.3) ** 2 + (y + 0.15) ** 2 < 0.012), 0.3 * eye, image)

@@ -10,16 +10,17 @@ import pytest
 import torch
 from spawned_ranks import on_ranks
 
-from dvae import config as configuration
-from dvae import keyed, models
-from dvae.data.loader import Batch
+from dvae.config import compose as configuration
+from dvae.config.schema import Precision, TrainingConfig
+from dvae.data.loading.loader import Batch
+from dvae.models import components
 from dvae.registry import ENCODERS, Shapes
-from dvae.settings import Precision, TrainingConfig
-from dvae.training import ranks
-from dvae.training.engine import Engine, start_distributed
-from dvae.training.latents import Encoded
+from dvae.stages.latent_sources import Encoded
+from dvae.stages.losses import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.loop import State, backward
-from dvae.training.stages import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
+from dvae.training.resilience import ranks
+from dvae.utils import rng
 
 pytestmark = pytest.mark.slow  # 20 trainings
 BATCH, STEPS, SIZE = 8, 20, 16
@@ -49,7 +50,7 @@ def make(kind: str, words: list[str], zero: int) -> Stage:
         else []
     )
     config = configuration.typed(configuration.compose("train", [*words, *classes, "run=nowhere"]))
-    made = models.build(config)
+    made = components.build(config)
     if kind == "encoder":
         return EncoderStage(made.encoder, training, 1, CPU)
     if kind == "refiner":
@@ -61,7 +62,7 @@ def make(kind: str, words: list[str], zero: int) -> Stage:
 def parts(number: int) -> list[Batch]:
     """This rank's micro-batches of step `number`: halves of the batch."""
     keys = torch.arange((number - 1) * BATCH, number * BATCH)
-    images = torch.floor(128 + 60 * keyed.normal(0, "images", keys.tolist(), (3, SIZE, SIZE))).clamp(0, 255).byte()
+    images = torch.floor(128 + 60 * rng.normal(0, "images", keys.tolist(), (3, SIZE, SIZE))).clamp(0, 255).byte()
     halves = [Batch(k, k, i, k % 3) for k, i in zip(keys.chunk(2), images.chunk(2), strict=True)]
     return halves if ranks.world_size() == 1 else [halves[ranks.rank()]]
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dvae import files
 from dvae.errors import MachineError
-from dvae.training.checkpoint import Checkpoints, Write
+from dvae.training.resilience.checkpoint import Checkpoints, Write
+from dvae.utils import atomic_files
 
 
 def put(text: str) -> Write:
@@ -87,14 +87,14 @@ def reseal(folder: Path, **changed: str) -> None:
     for name, text in changed.items():
         (folder / name.replace("_json", ".json")).write_text(text)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    hashes = {name: files.sha256(folder / name) for name in names if name != "hashes.json"}
+    hashes = {name: atomic_files.sha256(folder / name) for name in names if name != "hashes.json"}
     (folder / "hashes.json").write_text(json.dumps(hashes))
 
 
 def listed(folder: Path, name: str, digest: str | None = None) -> None:
     """List one more file in hashes.json, with its own hash."""
     hashes = json.loads((folder / "hashes.json").read_text())
-    hashes[name] = digest or files.sha256(folder / name)
+    hashes[name] = digest or atomic_files.sha256(folder / name)
     (folder / "hashes.json").write_text(json.dumps(hashes))
 
 

@@ -10,10 +10,10 @@ import torch
 from spawned_ranks import on_ranks
 from torch import nn
 
-from dvae.settings import EmaConfig, Precision, TrainingConfig
-from dvae.training import ranks
-from dvae.training.engine import Engine, start_distributed
-from dvae.training.fragments import Saved
+from dvae.config.schema import EmaConfig, Precision, TrainingConfig
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
+from dvae.training.engine.fragments import Saved
+from dvae.training.resilience import ranks
 
 STAGES = [0, 1, 2, 3]
 BATCH = 6

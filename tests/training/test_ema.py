@@ -9,10 +9,10 @@ import pytest
 import torch
 from spawned_ranks import on_ranks
 
-from dvae.settings import EmaConfig, EmaProfile, Precision, TrainingConfig
-from dvae.training import ranks
-from dvae.training.ema import MAIN, AdamWEma, averages, ema_decays, ema_names
-from dvae.training.engine import Engine, start_distributed
+from dvae.config.schema import EmaConfig, EmaProfile, Precision, TrainingConfig
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
+from dvae.training.engine.ema import MAIN, AdamWEma, averages, ema_decays, ema_names
+from dvae.training.resilience import ranks
 
 
 def weights_of_past(config: EmaConfig, steps: int) -> np.ndarray:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from dvae.config.schema import Decay, EmaConfig, Precision, TrainingConfig
 from dvae.errors import MachineError
-from dvae.settings import Decay, EmaConfig, Precision, TrainingConfig
-from dvae.training.engine import Engine, learning_rate, start_distributed
+from dvae.training.engine.deepspeed_engine import Engine, learning_rate, start_distributed
 
 STAGES = [0, 1, 2, 3]
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dvae.settings import Precision, TrainingConfig
-from dvae.training import ranks
-from dvae.training.engine import Engine, start_distributed
-from dvae.training.footprint import FLOAT, bytes_per_rank, bytes_sent, footprint
+from dvae.config.schema import Precision, TrainingConfig
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
+from dvae.training.engine.footprint import FLOAT, bytes_per_rank, bytes_sent, footprint
+from dvae.training.resilience import ranks
 
 SETTINGS = [(stage, precision) for stage in range(4) for precision in Precision]
 SIDE, LAYERS = 400, 4

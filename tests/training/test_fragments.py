@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from dvae.errors import MachineError
-from dvae.training.fragments import Saved
+from dvae.training.engine.fragments import Saved
 
 VALUES = torch.arange(6.0)
 ENTRY = {"start": 0, "shape": [2, 3], "step": 4}

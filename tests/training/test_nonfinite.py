@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from spawned_ranks import on_ranks
 from torch import nn
 
-from dvae.data.loader import Batch
+from dvae.config.schema import EmaConfig, Precision, TrainingConfig
+from dvae.data.loading.loader import Batch
 from dvae.errors import MachineError
-from dvae.settings import EmaConfig, Precision, TrainingConfig
-from dvae.training import ranks
-from dvae.training.engine import Engine, start_distributed
+from dvae.stages.losses import Engines, Stage, StepOutput
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.loop import State, take_step
-from dvae.training.nonfinite import SAVED
-from dvae.training.stages import Engines, Stage, StepOutput
+from dvae.training.resilience import ranks
+from dvae.training.resilience.nonfinite import SAVED
 
 BATCH = 4
 

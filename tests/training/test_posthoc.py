@@ -17,20 +17,22 @@ from scipy.integrate import quad
 from tests_support import ROOT, environment
 from torch import nn
 
-from dvae import config, files, keyed, pipeline
-from dvae.data.loader import Batch
+from dvae.config import compose as config
+from dvae.config.schema import EmaConfig, EmaProfile, Precision, TrainingConfig
+from dvae.data.loading.loader import Batch
 from dvae.errors import UserError, one_line
-from dvae.settings import EmaConfig, EmaProfile, Precision, TrainingConfig
+from dvae.inference import pipeline
+from dvae.stages.losses import Stage, StepOutput
 from dvae.tools.ema import command
 from dvae.tracking.tracker import NoTracker
-from dvae.training.checkpoint import Checkpoints
-from dvae.training.ema import power
-from dvae.training.engine import start_distributed
+from dvae.training.engine.deepspeed_engine import start_distributed
+from dvae.training.engine.ema import power
+from dvae.training.engine.snapshots import Snapshot, Snapshots, halved, list_snapshots, read_hashes
 from dvae.training.loop import Looks, train
 from dvae.training.posthoc import coefficients, combine, fit, products
-from dvae.training.snapshots import Snapshot, Snapshots, halved, list_snapshots, read_hashes
-from dvae.training.stages import Stage, StepOutput
-from dvae.weights import load_weights
+from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.utils import atomic_files, rng
+from dvae.utils.weights import load_weights
 
 WIDTHS = st.floats(0.01, 0.28)
 STEPS, EVERY = 384, 12
@@ -100,9 +102,9 @@ class Toy(Stage):
         return {"toy": self.module}
 
     def loss(self, name: str, engines: Any, batch: Batch) -> StepOutput:
-        x = keyed.normal(0, "x", batch.keys.tolist(), (8,))
+        x = rng.normal(0, "x", batch.keys.tolist(), (8,))
         y = engines[name](x)
-        noise = keyed.normal(0, "noise", batch.keys.tolist(), (8,))
+        noise = rng.normal(0, "noise", batch.keys.tolist(), (8,))
         losses = (y * noise).mean(1) if self.walk else (y - x.sin().flip(1) - noise).square().mean(1)
         return StepOutput(losses.mean(), {"loss": (float(losses.detach().sum()), float(len(x)))})
 
@@ -197,7 +199,7 @@ def test_a_resumed_run_leaves_the_snapshots_of_one_that_was_never_stopped(tmp_pa
     assert len(ours) == 4 * 4
     for mine, its in zip(ours, theirs, strict=True):
         assert mine.path.read_bytes() == its.path.read_bytes(), mine.path.name
-    assert read_hashes(ours[0].path.parent) == {one.path.name: files.sha256(one.path) for one in theirs}
+    assert read_hashes(ours[0].path.parent) == {one.path.name: atomic_files.sha256(one.path) for one in theirs}
 
 
 def test_a_snapshot_whose_hash_a_kill_prevented_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +222,7 @@ def test_a_snapshot_whose_hash_a_kill_prevented_is_taken_again(tmp_path: Path, m
     assert there - read_hashes(stopped).keys() == {"step-00000016-width-0.15.safetensors"}
     learn(tmp_path / "stopped", short)
     assert read_hashes(stopped) == read_hashes(tmp_path / "whole" / "snapshots" / "toy")
-    assert read_hashes(stopped) == {one.path.name: files.sha256(one.path) for one in list_snapshots(stopped)}
+    assert read_hashes(stopped) == {one.path.name: atomic_files.sha256(one.path) for one in list_snapshots(stopped)}
     assert len(read_hashes(stopped)) == 3 * 4
 
 

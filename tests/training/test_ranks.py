@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from spawned_ranks import on_ranks
 from tests_support import ROOT, environment
 
-from dvae import attempts
-from dvae import config as configuration
-from dvae.data.reader import Shards
-from dvae.run import submit
-from dvae.training.ranks import total
+from dvae.config import compose as configuration
+from dvae.data.shards.reader import Shards
+from dvae.runs import attempts
+from dvae.runs.folder import submit
+from dvae.training.resilience.ranks import total
 
 TIMING = {"time", "seconds", "images_per_second"}
 EXACT = [
@@ -259,8 +259,8 @@ def test_all_ranks_refuse_a_non_finite_step(tmp_path: Path, tiny: list[str]) -> 
 
 def nan_on_one(number: int) -> None:
     """A rank on whose share of the batch alone the loss is not a number."""
-    from dvae.settings import TrainingConfig
-    from dvae.training.engine import Engine
+    from dvae.config.schema import TrainingConfig
+    from dvae.training.engine.deepspeed_engine import Engine
 
     for stage in range(4):
         engine = Engine(torch.nn.Linear(4, 4), TrainingConfig(batch=4, zero_stage=stage))

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from dvae.config.schema import TrainingConfig
 from dvae.data.images import encode_png
-from dvae.data.loader import Loader
-from dvae.data.manifest import Manifest
-from dvae.data.order import Order
-from dvae.data.reader import PNG, Shards
-from dvae.data.tars import ShardWriter, seal
+from dvae.data.loading.loader import Loader
+from dvae.data.loading.order import Order
+from dvae.data.shards.manifest import Manifest
+from dvae.data.shards.reader import PNG, Shards
+from dvae.data.shards.tar_files import ShardWriter, seal
 from dvae.errors import MachineError
-from dvae.settings import TrainingConfig
-from dvae.training import feed as feeding
-from dvae.training.feed import Feed, known_damage, record_damage, samples_file
+from dvae.training.resilience import sample_log as feeding
+from dvae.training.resilience.sample_log import Feed, known_damage, record_damage, samples_file
 
 COUNT, BATCH = 40, 8
 TRAINING = TrainingConfig(batch=BATCH, steps=20, log_every=2)

@@ -13,15 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dvae import config, files, models
+from dvae.config import compose
+from dvae.config.schema import EmaConfig, EmaProfile, TrainingConfig
+from dvae.config.stored import stored, to_yaml
 from dvae.errors import MachineError, UserError, one_line
-from dvae.run_folder import write_format
-from dvae.settings import EmaConfig, EmaProfile, TrainingConfig
-from dvae.stored_config import stored, to_yaml
+from dvae.models import components
+from dvae.runs.records import write_format
 from dvae.tools.ema import command
-from dvae.training.ema import Average
+from dvae.training.engine.ema import Average
+from dvae.training.engine.snapshots import HASHES, Snapshot, Snapshots, list_snapshots, read_hashes
 from dvae.training.posthoc import Fit, combine
-from dvae.training.snapshots import HASHES, Snapshot, Snapshots, list_snapshots, read_hashes
+from dvae.utils import atomic_files
 
 POWER, CONSTANT = EmaProfile.power, EmaProfile.constant
 KNOWN = [
@@ -51,11 +53,11 @@ def test_a_name_that_no_training_gives_tells_of_nothing(tmp_path: Path, name: st
 def made(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """A run folder with three snapshots of a refiner of two widths; nothing was trained."""
     run = tmp_path_factory.mktemp("snapshots") / "run"
-    composed = config.compose("train", [*tiny, f"run={run}"])
+    composed = compose.compose("train", [*tiny, f"run={run}"])
     run.mkdir()
     write_format(run)
     (run / "config.yaml").write_text(to_yaml(stored(composed)))
-    denoiser = models.build(config.typed(composed)).trained()["denoiser"]
+    denoiser = components.build(compose.typed(composed)).trained()["denoiser"]
     writer = Snapshots(run / "snapshots" / "refiner", TrainingConfig())
     for step in (3, 6):
         for width in (0.05, 0.1):
@@ -79,7 +81,7 @@ def with_hash(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Pa
         state = load_file(folder / VICTIM)
         change(state)
         save_file(state, folder / VICTIM)
-        hashes = read_hashes(folder) | {VICTIM: files.sha256(folder / VICTIM)}
+        hashes = read_hashes(folder) | {VICTIM: atomic_files.sha256(folder / VICTIM)}
         (folder / HASHES).write_text(json.dumps(hashes))
 
     return damage
@@ -169,7 +171,7 @@ def test_a_stage_that_the_config_does_not_have_is_one_line(made: Path, tmp_path:
 def test_steps_that_are_taken_again_lose_their_files_and_hashes(made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "refiner"
     shutil.copytree(made / "snapshots" / "refiner", folder)
-    assert read_hashes(folder) == {one.path.name: files.sha256(one.path) for one in list_snapshots(folder)}
+    assert read_hashes(folder) == {one.path.name: atomic_files.sha256(one.path) for one in list_snapshots(folder)}
     shutil.copyfile(folder / VICTIM, folder / "step-00000007-width-0.05.safetensors")  # killed before its hash
     Snapshots(folder, TrainingConfig(ema=EmaConfig())).drop_after(5)
     left = ["step-00000003-width-0.05.safetensors", "step-00000003-width-0.1.safetensors"]

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from tests_support import ROOT, environment
 
-from dvae import config as configuration
+from dvae.config import compose as configuration
 from dvae.errors import UserError
-from dvae.training import stopping
-from dvae.training.stopping import SIGNALS, Stopped, Stopping
+from dvae.training.resilience import stopping
+from dvae.training.resilience.stopping import SIGNALS, Stopped, Stopping
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -35,7 +35,7 @@ def test_a_signal_is_kept_and_named_and_handlers_are_put_back(number: signal.Sig
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR2)])
 def test_a_second_signal_of_any_kind_ends_at_once(first: signal.Signals, second: signal.Signals) -> None:
     code = (
-        "import os, time\nfrom dvae.training.stopping import Stopping\n"
+        "import os, time\nfrom dvae.training.resilience.stopping import Stopping\n"
         f"with Stopping().on_signals():\n    os.kill(os.getpid(), {first:d})\n    print('on', flush=True)\n"
         f"    os.kill(os.getpid(), {second:d})\n    time.sleep(60)\n"
     )

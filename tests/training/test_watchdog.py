@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 from tests_support import ROOT, environment
 
-from dvae.training import watch
-from dvae.training.watch import Beat, Idle, Watch
+from dvae.training.resilience import watchdog
+from dvae.training.resilience.watchdog import Beat, Idle, Watch
 
 SECONDS = 0.5
 
@@ -130,7 +130,7 @@ def test_a_store_that_does_not_answer_ends_the_rank_too() -> None:
 
 def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 1001.0, 1002.0, 1003.0])
-    monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(clock))
     idle = Idle(1.0)
     seen = []
     for moving in (False, False, False, True):
@@ -140,11 +140,11 @@ def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch: pyt
 
 
 def test_beats_count_up_and_say_where() -> None:
-    before = watch._beat.count
-    watch.beat("encoder", 9, "forward")
-    assert watch._beat == Beat(before + 1, "encoder step 9 (forward)", watched=True)
-    watch.rest("encoder", 9, "preview or save")
-    assert watch._beat == Beat(before + 2, "encoder step 9 (preview or save)")
+    before = watchdog._beat.count
+    watchdog.beat("encoder", 9, "forward")
+    assert watchdog._beat == Beat(before + 1, "encoder step 9 (forward)", watched=True)
+    watchdog.rest("encoder", 9, "preview or save")
+    assert watchdog._beat == Beat(before + 2, "encoder step 9 (preview or save)")
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_stopped_rank_ends_the_job_which_resumes(number: int, tmp_path: Path, 
     process = begin(words, run, long)
     wait_for(process, run, 9)
     ranks = ranks_of(process.pid)
-    time.sleep(2 * seconds / watch.LOOKS)  # until each rank has said where it is since its first step
+    time.sleep(2 * seconds / watchdog.LOOKS)  # until each rank has said where it is since its first step
     os.kill(ranks[number], signal.SIGSTOP)
     assert process.wait(timeout=1.5 * seconds + 10 + 5) == 1  # 5 more, for a machine that does other things
     assert not any(alive(rank) for rank in ranks)

@@ -1,7 +1,7 @@
 """Writing a cache of latents, in units: `SHARD_SIZE` consecutive images, which make one shard.
 
 Finished units are kept, so a killed write goes on after them, and several processes, on several machines, can each make
-a part of them beforehand. What of this is not about caches is that of shards of images: dvae/data/unfinished.py.
+a part of them beforehand. What of this is not about caches is that of shards of images: dvae/data/building/staging.py.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dvae.data import request
-from dvae.data.cache import FILE, About, Cache, Sample, shards_of
-from dvae.data.manifest import Shard, refuse_bad_shards
-from dvae.data.reader import Shards
-from dvae.data.tars import ShardWriter, seal
-from dvae.data.unfinished import Unfinished, at_work, faults
-from dvae.data.units import Progress
-from dvae.data.verify import faults as damage
+from dvae.data.building import shard_request as request
+from dvae.data.building.shard_jobs import Progress
+from dvae.data.building.staging import Unfinished, at_work, faults
+from dvae.data.latent_cache import FILE, About, Cache, Sample, shards_of
+from dvae.data.shards.manifest import Shard, refuse_bad_shards
+from dvae.data.shards.reader import Shards
+from dvae.data.shards.tar_files import ShardWriter, seal
+from dvae.data.shards.verify import faults as damage
 from dvae.errors import UserError
 from dvae.utils.read import DamagedFile, forbid_extra
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from dvae.data.images import DamagedImage, encode_png
 from dvae.errors import one_line
-from dvae.registry.sources import Source
+from dvae.registry.sources.base import Source
 
 FEW = 256  # images; processes take seconds to start, longer than these take to render
 
@@ -62,7 +62,7 @@ def rendered(source: Source, wanted: Sequence[range], workers: int) -> Generator
     chunks = (indices[start : start + size] for indices in wanted for start in range(0, len(indices), size))
     # forkserver: this process may hold threads (torch), which a fork would break
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dvae.data.render"])
+    context.set_forkserver_preload(["dvae.data.building.render"])
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source,)) as pool:
         pending: deque[Future[list[Rendered]]] = deque()
         try:

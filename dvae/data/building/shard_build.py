@@ -1,7 +1,7 @@
 """Building shards: every image of a source, rendered, split, and written as WebDataset tar files.
 
-The work is cut into units (dvae/data/units.py). Finished ones are kept, so the same request goes on after them when a
-build was killed, and several processes, on several machines, can each make a part of them beforehand.
+The work is cut into units (dvae/data/building/shard_jobs.py). Finished ones are kept, so the same request goes on
+after them when a build was killed, and several processes, on several machines, can each make a part of them beforehand.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dvae.data import request
-from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
-from dvae.data.unfinished import at_work, faults
-from dvae.data.units import Progress, Unit, Units
+from dvae.data.building import shard_request
+from dvae.data.building.shard_jobs import Progress, Unit, Units
+from dvae.data.building.staging import at_work, faults
+from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest
 from dvae.errors import MachineError, UserError, one_line
 from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources import Source
+from dvae.registry.sources.base import Source
 
 NAMED = 20  # damaged images that are named; the others are only counted
 
@@ -47,7 +47,7 @@ def build(
     then; where other processes are at work on `out`; and MachineError where writing or a process fails: finished shards
     stay for the next attempt.
     """
-    request.check(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
+    shard_request.check(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
     out, wanted = Path(out), _request(source_node, size, heldout_fraction, channels, shard_size)
     if (existing := _existing(out, wanted)) is not None:
         return existing
@@ -59,7 +59,7 @@ def build(
         folder.take(wanted)
         try:
             units = Units(source, wanted, folder, progress, max_bad_fraction)
-            numbers = request.units(len(source), shard_size)
+            numbers = shard_request.units(len(source), shard_size)
             finished = units.finished(numbers)
             folder.clean(finished, [shard for unit in finished.values() for shard in unit.shards.values()])
             manifest = _manifest(source, wanted, units.complete(finished, numbers, workers, "work-all."))
@@ -93,13 +93,13 @@ def build_part(
     Raises UserError and MachineError as `build` does, where another process is this part or is building `out`, and
     where parts of another request are there; whatever is raised, finished shards stay.
     """
-    request.check(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
-    request.check_part(part, parts)
+    shard_request.check(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
+    shard_request.check_part(part, parts)
     out, wanted = Path(out), _request(source_node, size, heldout_fraction, channels, shard_size)
     if (existing := _existing(out, wanted)) is not None:
         return _share(existing, part, parts)
     source = _source(wanted)
-    numbers = request.block(request.units(len(source), shard_size), part, parts)
+    numbers = shard_request.block(shard_request.units(len(source), shard_size), part, parts)
     with _faults(out), at_work(out, shared=True) as folder:
         if (existing := _existing(out, wanted)) is not None:  # another process has built it meanwhile
             folder.remove()
@@ -134,7 +134,7 @@ def _existing(out: Path, wanted: dict[str, Any]) -> Manifest | None:
     if not (out / FILE).exists():
         raise UserError(f"{out} exists and holds no shards: choose another folder or remove it")
     manifest = Manifest.load(out)
-    if different := request.difference(manifest.request(), wanted):
+    if different := shard_request.difference(manifest.request(), wanted):
         raise UserError(f"{out} holds shards of another request ({different}): choose another folder or remove it")
     return manifest
 
@@ -142,8 +142,8 @@ def _existing(out: Path, wanted: dict[str, Any]) -> Manifest | None:
 def _share(manifest: Manifest, part: int, parts: int) -> int:
     """Images of the source that a part of complete shards has, damaged ones included."""
     total = manifest.count(TRAIN) + manifest.count(HELDOUT) + manifest.damaged
-    numbers = request.block(request.units(total, manifest.shard_size), part, parts)
-    return sum(len(request.indices(number, manifest.shard_size, total)) for number in numbers)
+    numbers = shard_request.block(shard_request.units(total, manifest.shard_size), part, parts)
+    return sum(len(shard_request.indices(number, manifest.shard_size, total)) for number in numbers)
 
 
 @contextmanager

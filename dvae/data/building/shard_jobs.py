@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dvae.data import request
-from dvae.data.manifest import HELDOUT, TRAIN, Shard, refuse_bad_shards
-from dvae.data.render import Rendered, render, rendered
-from dvae.data.tars import ShardWriter, seal
-from dvae.data.unfinished import Unfinished
-from dvae.data.verify import faults
+from dvae.data.building import shard_request
+from dvae.data.building.render import Rendered, render, rendered
+from dvae.data.building.staging import Unfinished
+from dvae.data.shards.manifest import HELDOUT, TRAIN, Shard, refuse_bad_shards
+from dvae.data.shards.tar_files import ShardWriter, seal
+from dvae.data.shards.verify import faults
 from dvae.errors import UserError
-from dvae.registry.sources import Source
+from dvae.registry.sources.base import Source
 from dvae.utils.read import DamagedFile, forbid_extra
 
 Progress = Callable[[int, int], None]
@@ -74,7 +74,7 @@ class Units:
         return unit.ends == [render(self.source, index).digest() for index in (images[0], images[-1])]
 
     def _images(self, number: int) -> range:
-        return request.indices(number, self.shard_size, self.total)
+        return shard_request.indices(number, self.shard_size, self.total)
 
     def complete(self, finished: dict[int, Unit], numbers: range, workers: int, work: str) -> dict[int, Unit]:
         """All units `numbers` but the `finished` ones made, in folders whose names begin with `work`; gives them all.

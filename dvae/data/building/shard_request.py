@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from dvae.data.manifest import SIZES
+from dvae.data.shards.manifest import SIZES
 from dvae.errors import UserError
 
 

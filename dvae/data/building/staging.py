@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from dvae import files
-from dvae.data.manifest import Shard
-from dvae.data.request import difference, digest
+from dvae.data.building.shard_request import difference, digest
+from dvae.data.shards.manifest import Shard
 from dvae.errors import MachineError, UserError, one_line
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, check, forbid_extra, read_json
 
 LOCK = "lock"
@@ -67,16 +67,16 @@ class Unfinished:
     def take(self, request: dict[str, Any]) -> None:
         """For a build: make the folder that of `request`, whatever it was."""
         self.shards.mkdir(exist_ok=True)
-        files.write_json(self.path / REQUEST, request)
+        atomic_files.write_json(self.path / REQUEST, request)
 
     def join(self, request: dict[str, Any]) -> None:
         """For a part: work on `request`. Raises UserError where the folder is that of another."""
         self.shards.mkdir(exist_ok=True)
         path = self.path / REQUEST
-        with files.open_own(self.path / f"{LOCK}-request", os.O_RDWR | os.O_CREAT) as handle:
+        with atomic_files.open_own(self.path / f"{LOCK}-request", os.O_RDWR | os.O_CREAT) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # the part that comes first says what it is
             if not path.exists():
-                files.write_json(path, request)
+                atomic_files.write_json(path, request)
         try:
             there = read_json(path, dict[str, Any])
         except DamagedFile as error:
@@ -95,7 +95,7 @@ class Unfinished:
         """
         name = f"{part}-of-{parts}"
         refusal = UserError(f"another process is making part={part} parts={parts} of {self.out} now: wait for it")
-        with files.locked(self.path / f"{LOCK}-{name}", refusal):
+        with atomic_files.locked(self.path / f"{LOCK}-{name}", refusal):
             for folder in self.path.glob(f"work-{name}.*"):
                 shutil.rmtree(folder)
             yield f"work-{name}."
@@ -113,8 +113,8 @@ class Unfinished:
         for shard in shards:
             for name in (shard.file, shard.index):
                 (aside / name).replace(self.shards / name)
-        files.sync(self.shards)
-        files.write_json(self.journal(number), {"request": digest(request), "unit": unit})
+        atomic_files.sync(self.shards)
+        atomic_files.write_json(self.journal(number), {"request": digest(request), "unit": unit})
 
     def noted(self, number: int, request: dict[str, Any], kind: Callable[..., T]) -> T | None:
         """What the journal of a unit of `request` holds, as `kind`; None if there is none, or none that makes sense."""
@@ -135,11 +135,11 @@ class Unfinished:
 
     def publish(self, file: str, content: dict[str, Any]) -> None:
         """Let the shards appear, with the JSON file that says what they are."""
-        files.write_json(self.shards / file, content)
+        atomic_files.write_json(self.shards / file, content)
         self.shards.chmod(0o755)
-        files.sync(self.shards)
+        atomic_files.sync(self.shards)
         self.shards.replace(self.out)
-        files.sync(self.out.parent)
+        atomic_files.sync(self.out.parent)
         self.remove()
 
     def remove(self) -> None:
@@ -184,7 +184,7 @@ def _locked(folder: Unfinished, shared: bool) -> IO[bytes]:
     while True:
         folder.path.mkdir(parents=True, exist_ok=True)
         try:
-            handle = files.open_own(
+            handle = atomic_files.open_own(
                 path, os.O_RDWR | os.O_CREAT
             )  # NFS wants it writable for an exclusive lock and readable for a shared one
         except FileNotFoundError:  # the folder went meanwhile: its shards were published

@@ -9,12 +9,12 @@ from typing import Protocol
 
 import torch
 
-from dvae import keyed
 from dvae.data.images import to_float
-from dvae.data.order import Order
-from dvae.data.prefetch import Prefetcher
-from dvae.data.reader import Shards
+from dvae.data.loading.order import Order
+from dvae.data.loading.prefetch import Prefetcher
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
+from dvae.utils import rng
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Loader:
         indices = self._order.indices(start, start + self._part)
         images = self._shards.read(indices) if self._images else torch.empty(self._part, 0, dtype=torch.uint8)
         if self._flip:
-            flipped = keyed.uniform(self._seed, "flip", keys.tolist()) < 0.5
+            flipped = rng.uniform(self._seed, "flip", keys.tolist()) < 0.5
             images[flipped] = images[flipped].flip(-1)
         labels = None if self._labels is None else self._labels[torch.from_numpy(self._shards.shown(indices))]
         return Batch(keys, torch.from_numpy(indices), images, labels)

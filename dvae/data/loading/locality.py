@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dvae.data.order import Order
+from dvae.data.loading.order import Order
 
 SHARD = 10_000
-"""Images of a shard, as dvae.data.build takes them by default."""
+"""Images of a shard, as dvae.data.building.shard_build takes them by default."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from dvae import keyed
 from dvae.errors import UserError
+from dvae.utils import rng
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Order:
 
 def _permutation(seed: int, purpose: str, number: int, size: int) -> np.ndarray:
     # by sorting raw bits, since NumPy promises the same raw stream in all versions, but not the same permutation()
-    return np.argsort(keyed.generator(seed, purpose, number).bit_generator.random_raw(size), kind="stable")
+    return np.argsort(rng.generator(seed, purpose, number).bit_generator.random_raw(size), kind="stable")
 
 
 @lru_cache(maxsize=8)

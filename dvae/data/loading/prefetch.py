@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dvae.data.manifest import Shard
-from dvae.data.order import Order
-from dvae.data.remote import Remote
+from dvae.data.loading.order import Order
+from dvae.data.shards.manifest import Shard
+from dvae.data.shards.remote import Remote
 from dvae.errors import MachineError, UserError
 
 AGAIN_AFTER = 30.0

@@ -6,8 +6,8 @@ from types import TracebackType
 
 import torch
 
-from dvae.data.loader import Batch, check_batch
-from dvae.registry.sources import EndlessSource
+from dvae.data.loading.loader import Batch, check_batch
+from dvae.registry.sources.base import EndlessSource
 
 
 class EndlessLoader:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from dvae.data.images import DamagedImage
-from dvae.data.manifest import Shard
-from dvae.data.remote import Remote
-from dvae.data.shard_index import read_index
+from dvae.data.shards.manifest import Shard
+from dvae.data.shards.remote import Remote
+from dvae.data.shards.shard_index import read_index
 from dvae.errors import MachineError
 from dvae.utils.read import DamagedFile, require_regular
 

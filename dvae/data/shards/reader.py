@@ -13,9 +13,9 @@ import torch
 
 from dvae.data.images import DamagedImage, decode_png, png_limit
 from dvae.data.labels import check_label
-from dvae.data.manifest import Manifest
-from dvae.data.members import Members
-from dvae.data.remote import Remote
+from dvae.data.shards.manifest import Manifest
+from dvae.data.shards.members import Members
+from dvae.data.shards.remote import Remote
 from dvae.errors import MachineError, UserError, near, one_line, printable_line
 from dvae.utils.read import DamagedFile, check, forbid_extra, parse_json
 

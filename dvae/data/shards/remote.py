@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
 
-from dvae.data.manifest import FILE, LIMIT, PLAIN_NAME, Manifest, Shard
-from dvae.data.shard_index import index_limit
+from dvae.data.shards.manifest import FILE, LIMIT, PLAIN_NAME, Manifest, Shard
+from dvae.data.shards.shard_index import index_limit
 from dvae.errors import DISK_FAULTS, MachineError, UserError, one_line
-from dvae.files import open_own, sha256
+from dvae.utils.atomic_files import open_own, sha256
 from dvae.utils.read import DamagedFile, parse_json, require_regular
 from dvae.utils.secrets import scrub
 
 if TYPE_CHECKING:
-    from dvae.settings import DataConfig
+    from dvae.config.schema import DataConfig
 
 ATTEMPTS = 5
 """How often a file is asked for."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvae.data.manifest import Shard
+from dvae.data.shards.manifest import Shard
 from dvae.utils.read import DamagedFile, parse_npy, read_bytes
 
 HEADER = 4096

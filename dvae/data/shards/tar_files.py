@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from webdataset import TarWriter
 
-from dvae import files
-from dvae.data.manifest import Shard
+from dvae.data.shards.manifest import Shard
+from dvae.utils import atomic_files
 
 MEMBERS = ("png", "json")
 """Files of each sample in a shard of images."""
@@ -39,9 +39,11 @@ def seal(path: Path, members: tuple[str, ...] = MEMBERS) -> Shard:
     rows = index_of(path, members)
     with index.open("wb") as file:
         np.save(file, rows)
-    files.sync(path)
-    files.sync(index)
-    return Shard(path.name, len(rows), path.stat().st_size, files.sha256(path), index.name, files.sha256(index))
+    atomic_files.sync(path)
+    atomic_files.sync(index)
+    return Shard(
+        path.name, len(rows), path.stat().st_size, atomic_files.sha256(path), index.name, atomic_files.sha256(index)
+    )
 
 
 def index_of(path: Path, members: tuple[str, ...] = MEMBERS) -> np.ndarray:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dvae.data.manifest import FILE, Manifest, Shard
-from dvae.data.shard_index import read_index
+from dvae.data.shards.manifest import FILE, Manifest, Shard
+from dvae.data.shards.shard_index import read_index
 from dvae.errors import UserError, one_line
-from dvae.files import sha256
+from dvae.utils.atomic_files import sha256
 from dvae.utils.read import DamagedFile, require_regular
 
 

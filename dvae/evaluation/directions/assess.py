@@ -6,23 +6,25 @@ from pathlib import Path
 
 import torch
 
-from dvae import bundle, keyed
 from dvae.data.images import to_uint8
-from dvae.data.manifest import HELDOUT, TRAIN
-from dvae.data.reader import Shards
-from dvae.denoiser import Given
-from dvae.directions import attributes as judging
-from dvae.directions import report, store
-from dvae.directions.attributes import AttributeJudge, Attributes
-from dvae.directions.direction import Direction, Method
-from dvae.directions.find import chosen, load
-from dvae.directions.score import Faces, Target, score
-from dvae.directions.settings import DirectionsConfig
+from dvae.data.shards.manifest import HELDOUT, TRAIN
+from dvae.data.shards.reader import Shards
+from dvae.diffusion.denoiser import Given
 from dvae.errors import UserError
-from dvae.noise import Noise
-from dvae.pipeline import Pipeline
-from dvae.run_images import open_split
+from dvae.evaluation.directions import direction_report
+from dvae.evaluation.directions.direction_scores import Faces, Target, score
+from dvae.inference.directions import attributes as judging
+from dvae.inference.directions import direction_files
+from dvae.inference.directions.attributes import AttributeJudge, Attributes
+from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.direction_settings import DirectionsConfig
+from dvae.inference.directions.find_directions import chosen, load
+from dvae.inference.noise import Noise
+from dvae.inference.pipeline import Pipeline
+from dvae.inference.run_images import open_split
+from dvae.models import bundle
 from dvae.tracking.console import Progress
+from dvae.utils import rng
 
 
 class Editor:
@@ -31,7 +33,7 @@ class Editor:
 
     def __init__(self, pipeline: Pipeline, judge: AttributeJudge, seed: int) -> None:
         self.pipeline, self.judge = pipeline, judge
-        self.seed = keyed.child(seed, "directions")
+        self.seed = rng.child(seed, "directions")
 
     def images(self, z: torch.Tensor, numbers: list[int]) -> dict[str, torch.Tensor]:
         """x_hat, and refined where the refiner draws pixels, (n, C, H, W) uint8, of latents z (n, *latent)."""
@@ -55,7 +57,7 @@ class Editor:
         return Faces(z, truth, numbers, self.look(z, numbers))
 
 
-def assess(settings: DirectionsConfig) -> report.Report:
+def assess(settings: DirectionsConfig) -> direction_report.Report:
     """Train a judge on the run's training images, score its directions on held-out ones, write tables, JSON and
     picture.
 
@@ -65,7 +67,7 @@ def assess(settings: DirectionsConfig) -> report.Report:
     pipeline = load(settings)
     if settings.sampler is not None:
         pipeline.use_sampler(settings.sampler)
-    known = store.load_all(settings.run)
+    known = direction_files.load_all(settings.run)
     if not known:
         raise UserError(f"{settings.run} has no directions yet: add find=[labels,pca]")
     directions = [known[name] for name in chosen(settings.directions, list(known), "directions")]
@@ -88,11 +90,11 @@ def assess(settings: DirectionsConfig) -> report.Report:
             targets = targets_of(direction, attributes)
             scores.append(score(direction, targets, editor.look, validation, test, settings.strengths, judge.told))
             progress.update(progress.step + 1)
-    made = report.Report(
-        settings, judge, scores, test, pipeline.nfe, store.encoder_hash(bundle.folder_of(settings.run))
+    made = direction_report.Report(
+        settings, judge, scores, test, pipeline.nfe, direction_files.encoder_hash(bundle.folder_of(settings.run))
     )
     made.write(Path(settings.out))
-    report.strips(made, editor.images, Path(settings.out).with_suffix(".png"))
+    direction_report.strips(made, editor.images, Path(settings.out).with_suffix(".png"))
     return made
 
 

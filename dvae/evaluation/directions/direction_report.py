@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from dvae import files
-from dvae.directions.attributes import AttributeJudge
-from dvae.directions.score import CHANGED, TURNED_ON, Effect, Faces, Score, best_by_attribute
-from dvae.directions.settings import DirectionsConfig
+from dvae.evaluation.directions.direction_scores import CHANGED, TURNED_ON, Effect, Faces, Score, best_by_attribute
+from dvae.inference.directions.attributes import AttributeJudge
+from dvae.inference.directions.direction_settings import DirectionsConfig
 from dvae.tracking import pictures
+from dvae.utils import atomic_files
 
 STRIP = [-1.0, -0.5, 0.0, 0.5, 1.0]
 """Strengths of a strip, as shares of the one that was chosen."""
@@ -48,8 +48,8 @@ class Report:
 
     def write(self, path: Path) -> None:
         """The tables to `path`, all figures to the JSON file beside it."""
-        files.write_json(path.with_suffix(".json"), self.figures())
-        files.write_text(path, "\n".join(self.lines()) + "\n")
+        atomic_files.write_json(path.with_suffix(".json"), self.figures())
+        atomic_files.write_text(path, "\n".join(self.lines()) + "\n")
 
     def kept(self, stage: str) -> list[float]:
         """Share of the test faces that are judged at strength 0 as their labels say, by attribute."""

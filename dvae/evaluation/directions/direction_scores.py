@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dvae.directions.direction import Direction, Method
+from dvae.inference.directions.direction import Direction, Method
 
 TURNED_ON = 0.8
 """Share of the faces that lack a value which must show it, for a direction to count."""

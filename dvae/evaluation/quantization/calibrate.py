@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dvae.pipeline import Pipeline
-from dvae.quantisation.integer import Clock
+from dvae.inference.pipeline import Pipeline
+from dvae.models.quantization.integer import Clock
 
 
 @dataclass(frozen=True)

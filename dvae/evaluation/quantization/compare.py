@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from dvae import bundle
-from dvae.data.reader import spread
-from dvae.pipeline import Pipeline
-from dvae.quantisation import plan
-from dvae.run_images import open_split
-from dvae.settings import EvaluateConfig, ModelConfig, Precision
-from dvae.together import CHUNK
+from dvae.config.schema import EvaluateConfig, ModelConfig, Precision
+from dvae.data.shards.reader import spread
+from dvae.inference.batching import CHUNK
+from dvae.inference.pipeline import Pipeline
+from dvae.inference.run_images import open_split
+from dvae.models import bundle
+from dvae.models.quantization import layer_plan
 from dvae.tracking.console import Progress
 
 if TYPE_CHECKING:
-    from dvae.quantisation.quantize import QuantizeConfig
+    from dvae.evaluation.quantization.quantize_bundle import QuantizeConfig
 
 Real = tuple[torch.Tensor, torch.Tensor]
 """Training and held-out images (n, C, H, W), uint8."""
@@ -49,14 +49,14 @@ def sizes(source: Path, out: Path, original: Pipeline, quantised: Pipeline) -> d
     """Bytes of bundles on disk, of their networks (all but the prior's figures), and of weights in memory."""
 
     def on_disk(folder: Path) -> int:
-        return sum((folder / name).stat().st_size for name in (bundle.WEIGHTS, bundle.CONFIG, bundle.ABOUT, plan.FILE)
-                   if (folder / name).is_file())  # fmt: skip
+        files = (folder / name for name in (bundle.WEIGHTS, bundle.CONFIG, bundle.ABOUT, layer_plan.FILE))
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     prior = sum(tensor.nbytes for tensor in original.models.prior.state_dict().values())
     pairs = {
         "disk": (on_disk(source), on_disk(out)),
         "networks_on_disk": (on_disk(source) - prior, on_disk(out) - prior),
-        "memory": (plan.memory(original.models), plan.memory(quantised.models)),
+        "memory": (layer_plan.memory(original.models), layer_plan.memory(quantised.models)),
     }
     return {name: {"original": a, "quantised": b, "ratio": round(b / a, 4)} for name, (a, b) in pairs.items()}
 
@@ -85,7 +85,7 @@ def speed(original: Pipeline, quantised: Pipeline, turns: int, seed: int) -> dic
 
 def kid(original: Pipeline, quantised: Pipeline, real: Real, settings: QuantizeConfig) -> dict[str, Any]:
     """KID-lite0 of both on the same seeds, the floor of held-out images, and the ratio of what is above it."""
-    from dvae.evaluation.score import score  # here, since it needs the extra `metrics`
+    from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
 
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     sets: dict[str, list[torch.Tensor]] = {}

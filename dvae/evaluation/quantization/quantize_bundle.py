@@ -9,11 +9,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae import bundle
-from dvae import pipeline as pipelines
 from dvae.errors import UserError
-from dvae.quantisation import calibrate, gate, integer, plan
-from dvae.quantisation.plan import Method, Plan
+from dvae.evaluation.quantization import calibrate, compare
+from dvae.inference import pipeline as pipelines
+from dvae.models import bundle
+from dvae.models.quantization import integer, layer_plan
+from dvae.models.quantization.layer_plan import Method, Plan
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,14 +65,16 @@ def quantize(settings: QuantizeConfig) -> Plan:
     source, out = bundle.folder_of(settings.run), Path(settings.out)
     about, config = bundle.verified(source)
     bundle.refuse_quantised(f"run={settings.run}", about)
-    real = gate.real_images(settings.run, settings.shards, config, settings.n * settings.seeds) if settings.n else None
+    real = (
+        compare.real_images(settings.run, settings.shards, config, settings.n * settings.seeds) if settings.n else None
+    )
     made = write(settings, source, out)
     original, quantised = pipelines.load(source, device="cpu"), pipelines.load(out, device="cpu")
-    made.measured = gate.measure(original, quantised, real, settings)
+    made.measured = compare.measure(original, quantised, real, settings)
     for _ in range(2):  # the second time with the bytes that these figures take themselves
-        made.measured["bytes"] = gate.sizes(source, out, original, quantised)
-        plan.write(out, made)
-        bundle.update_hash(out, plan.FILE)
+        made.measured["bytes"] = compare.sizes(source, out, original, quantised)
+        layer_plan.write(out, made)
+        bundle.update_hash(out, layer_plan.FILE)
     return made
 
 
@@ -79,14 +82,14 @@ def write(settings: QuantizeConfig, source: Path, out: Path) -> Plan:
     """Quantise the bundle `source` into the folder `out`, without figures."""
     pipeline = pipelines.load(source, device="cpu")
     models = pipeline.models
-    made = plan.make(models, settings.method, settings.group, settings.buckets)
+    made = layer_plan.make(models, settings.method, settings.group, settings.buckets)
     names = made.layers["denoiser"].get("integer", [])
     seen = calibrate.ranges(pipeline, names, settings.buckets, settings.calibration, settings.seed) if names else {}
-    plan.replace_layers(models, made, str(source))
+    layer_plan.replace_layers(models, made, str(source))
     for name, range_ in seen.items():
         layer: Any = models.denoiser.get_submodule(name)
         layer.calibrate(range_.low, range_.high)
-    bundle.export(out, pipeline.config, plan.parts_to_save(models), made)
+    bundle.export(out, pipeline.config, layer_plan.parts_to_save(models), made)
     return made
 
 

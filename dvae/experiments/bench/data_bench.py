@@ -23,15 +23,15 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import ToTensor
 
-from dvae import files
+from dvae.data.image_tree import FolderTree
 from dvae.data.images import Crop, DamagedImage, decode, encode_png, fit, open_image
-from dvae.data.loader import Loader
-from dvae.data.manifest import FILE, HELDOUT, TRAIN, Manifest
-from dvae.data.order import Order
-from dvae.data.reader import Shards
-from dvae.data.tars import ShardWriter, seal
-from dvae.data.tree import FolderTree
+from dvae.data.loading.loader import Loader
+from dvae.data.loading.order import Order
+from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest
+from dvae.data.shards.reader import Shards
+from dvae.data.shards.tar_files import ShardWriter, seal
 from dvae.errors import UserError
+from dvae.utils import atomic_files
 
 BASE = "ImageFolder, JPEG"
 """What the others are compared with."""
@@ -83,7 +83,7 @@ def run(config: DataBenchConfig) -> dict[str, dict[str, float]]:
     finally:
         torch.set_num_threads(threads)
     if config.out:
-        files.write_json(Path(config.out), figures)
+        atomic_files.write_json(Path(config.out), figures)
     return figures
 
 
@@ -133,7 +133,7 @@ def prepare(folder: Path, config: DataBenchConfig) -> int:
         image_size=config.size, channels=3, source={}, licence="", protocol="", heldout_fraction=0.0,
         shard_size=SHARD_SIZE, splits={TRAIN: shards, HELDOUT: []}, labels={},
     )  # fmt: skip
-    files.write_json(folder / "shards" / FILE, manifest.as_dict())
+    atomic_files.write_json(folder / "shards" / FILE, manifest.as_dict())
     return count
 
 

@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from hydra.core.config_store import ConfigStore
 
-from dvae import models
-from dvae.data.loader import Batch
+from dvae.config.schema import Precision
+from dvae.data.loading.loader import Batch
 from dvae.errors import UserError
+from dvae.experiments.bench.trainer_bench import WARM_UP
+from dvae.models import components
 from dvae.planning import counting, passes
 from dvae.planning.counting import Operations
-from dvae.planning.run import recipe
-from dvae.settings import Precision
-from dvae.training.bench import WARM_UP
-from dvae.training.engine import Engine, start_distributed
-from dvae.training.latents import Encoded
-from dvae.training.memory import keep_freed_memory
-from dvae.training.stages import RefinerStage
+from dvae.planning.plan_run import recipe
+from dvae.stages.latent_sources import Encoded
+from dvae.stages.losses import RefinerStage
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
+from dvae.training.engine.memory import keep_freed_memory
 
 SIDE = 1024
 CHANNELS, MAP, IMAGES = 128, 32, 8
@@ -116,7 +116,7 @@ def rows(
 def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
     """Operations of a step, counted as the planner does."""
     config = recipe([f"recipe={settings.recipe}", word])
-    one = passes.of_refiner(models.on_meta(config), encodes=True, decodes=True)
+    one = passes.of_refiner(components.on_meta(config), encodes=True, decodes=True)
     found = counting.worked(one, settings.batch, config.train_refiner.precision is Precision.bf16)
     return found.frozen + found.trained
 
@@ -124,7 +124,7 @@ def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
 def a_step(settings: PlannerBenchConfig, word: str) -> Callable[[], object]:
     """A step of a refiner as training has it, on noise."""
     config = recipe([f"recipe={settings.recipe}", word, f"train_refiner.batch={settings.batch}"])
-    made, training = models.build(config), config.train_refiner
+    made, training = components.build(config), config.train_refiner
     latents = Encoded(made.encoder)
     stage = RefinerStage(made.encoder, made.denoiser, latents, training, config.seed, torch.device("cpu"))
     engine, keys = Engine(made.denoiser, training), torch.arange(settings.batch)

@@ -19,20 +19,20 @@ import torch
 from hydra.core.config_store import ConfigStore
 from torch import nn
 
-from dvae.data.loader import Batches
-from dvae.denoiser import Draws, Given
+from dvae.data.loading.loader import Batches
+from dvae.diffusion.denoiser import Draws, Given
 from dvae.errors import UserError
-from dvae.registry.encoders import Encoder
-from dvae.run import Run
+from dvae.registry.encoders.base import Encoder
+from dvae.runs.folder import Run
+from dvae.stages.cache import open_latents
+from dvae.stages.losses import RefinerStage
+from dvae.stages.work import device, take_up
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import NoTracker
 from dvae.training.batches import open_loader
-from dvae.training.caching import open_latents
-from dvae.training.checkpoint import Checkpoints
-from dvae.training.engine import Engine, start_distributed
+from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.loop import State, log, save, take_step
-from dvae.training.stages import RefinerStage
-from dvae.training.work import device, take_up
+from dvae.training.resilience.checkpoint import Checkpoints
 
 WARM_UP = 3
 """Turns that are not counted."""

@@ -1,8 +1,8 @@
 """Formulation 2 is formulation 1 in other coordinates: shown on trained weights.
 
 Formulation 2 diffuses y = x_t - x_hat and shows the refiner y + x_hat beside x_hat (Pandey et al. 2022, section 3.2;
-`centre: input` in dvae/denoiser.py). With the first convolution W1 u + W2 x_hat of a refiner of formulation 1 that is
-V1 (u + x_hat) + V2 x_hat for V1 = W1 and V2 = W2 - W1: the same function of the same state, up to rounding.
+`centre: input` in dvae/diffusion/denoiser.py). With the first convolution W1 u + W2 x_hat of a refiner of formulation
+1 that is V1 (u + x_hat) + V2 x_hat for V1 = W1 and V2 = W2 - W1: the same function of the same state, up to rounding.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dvae import bundle, models
-from dvae.denoiser import Centre
+from dvae.config.schema import ModelConfig, Precision
+from dvae.diffusion.denoiser import Centre
 from dvae.errors import UserError
-from dvae.pipeline import Pipeline
-from dvae.settings import ModelConfig, Precision
+from dvae.inference.pipeline import Pipeline
+from dvae.models import bundle, components
 
 IMAGES = 16
 """Images that are drawn by both."""
@@ -46,10 +46,10 @@ def compare(run: Path, steps: int, seed: int) -> Difference:
     return Difference(int(apart.max()), float((apart > 0).float().mean()))
 
 
-def formulation_2(config: ModelConfig, made: models.Models) -> tuple[ModelConfig, models.Models]:
+def formulation_2(config: ModelConfig, made: components.Models) -> tuple[ModelConfig, components.Models]:
     """The same refiner in the other coordinates."""
     other = replace(config, denoiser=replace(config.denoiser, centre=Centre.input))
-    built = models.build(other)
+    built = components.build(other)
     for part, module in made.trained().items():
         built.trained()[part].load_state_dict(module.state_dict())
         built.trained()[part].eval().requires_grad_(False)

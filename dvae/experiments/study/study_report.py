@@ -10,13 +10,13 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dvae import files
 from dvae.evaluation.metrics import packages
 from dvae.evaluation.plots import COLOURS, dress
-from dvae.machine import cores
-from dvae.study.equality import Difference
-from dvae.study.spec import StudyConfig
-from dvae.study.work import KID, VAE, Points
+from dvae.experiments.study.equivalence import Difference
+from dvae.experiments.study.study_runs import KID, VAE, Points
+from dvae.experiments.study.study_spec import StudyConfig
+from dvae.utils import atomic_files
+from dvae.utils.machine import cores
 
 
 def write(
@@ -28,7 +28,7 @@ def write(
     table = rows(settings, points, floor)
     picture(settings, points, floor, out / "study.png")
     text = "\n\n".join([table, protocol(settings, points), cost(seconds), equal(differences)])
-    files.write_text(out / "study.md", text + "\n")
+    atomic_files.write_text(out / "study.md", text + "\n")
     return table
 
 
@@ -120,4 +120,4 @@ def picture(settings: StudyConfig, points: Points, floor: Mapping[str, Any], pat
     axes.set_xticks(settings.steps, [str(steps) for steps in settings.steps])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=9)
-    files.write_file(path, lambda aside: plot.savefig(aside, format="png"))
+    atomic_files.write_file(path, lambda aside: plot.savefig(aside, format="png"))

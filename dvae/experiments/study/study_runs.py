@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from dvae import files
-from dvae import pipeline as pipelines
-from dvae.data.reader import Shards, spread
-from dvae.drawing.artist import plain
+from dvae.config.schema import STAGES
+from dvae.data.shards.reader import Shards, spread
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.results import read_result
-from dvae.evaluation.score import score
-from dvae.run import Run
-from dvae.settings import STAGES
-from dvae.study.equality import Difference, compare
-from dvae.study.spec import GENERATOR, StudyConfig, run_of, shards, stages_of, words_of
+from dvae.evaluation.scorer import score
+from dvae.experiments.study.equivalence import Difference, compare
+from dvae.experiments.study.study_spec import GENERATOR, StudyConfig, run_of, shards, stages_of, words_of
+from dvae.inference import pipeline as pipelines
+from dvae.inference.generation.task import plain
+from dvae.runs.folder import Run
 from dvae.tools import launch
 from dvae.tracking.console import say
+from dvae.utils import atomic_files
 from dvae.utils.fields import Seconds
 from dvae.utils.read import JSON_LIMIT, DamagedFile, check, parse_json, read_bytes
 
@@ -33,7 +33,7 @@ KID = "KID-lite0"
 RECORD = "study.json"
 VAE = "VAE alone"
 Points = dict[str, dict[int, dict[str, Any]]]
-"""By arm and steps: what dvae.evaluation.score says of its sets, one per seed. Those of the VAE stand at 0 steps."""
+"""By arm and steps: what dvae.evaluation.scorer says of its sets, one per seed. Those of the VAE stand at 0 steps."""
 
 
 def study(settings: StudyConfig) -> tuple[Points, dict[str, float], dict[int, Difference]]:
@@ -69,7 +69,7 @@ def hold(settings: StudyConfig) -> None:
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"out={folder} exists and is not a study: name another, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(record, fixed)
+    atomic_files.write_json(record, fixed)
 
 
 @dataclass
@@ -127,7 +127,7 @@ def point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
         batch=settings.batch,
     )
     result = scored | {"seconds": time.perf_counter() - began}
-    files.write_json(kept, result)
+    atomic_files.write_json(kept, result)
     return result
 
 
@@ -166,7 +166,7 @@ def draw(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.
 
 
 def equality(settings: StudyConfig) -> dict[int, Difference]:
-    """For each seed: the first arm with x_hat at the refiner's input as formulation 2 (dvae/study/equality.py)."""
+    """For each seed: the first arm with x_hat at the refiner's input as formulation 2 (see equivalence.py)."""
     for arm in settings.arms:
         run = run_of(settings, arm, settings.seeds[0])
         if Run(run).config().denoiser.condition_image:

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dvae.config import mistyped
+from dvae.config.compose import mistyped
 from dvae.errors import UserError, near
 from dvae.utils.read import DamagedFile
 from dvae.utils.user_yaml import read_user_yaml

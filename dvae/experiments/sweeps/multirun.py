@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-import dvae
-from dvae import config as configuration
+from dvae.config import compose as configuration
 from dvae.errors import MachineError, UserError, one_line
+from dvae.utils import package
 
 FLAGS = ("--multirun", "-m")
 
@@ -45,7 +44,7 @@ def run(words: list[str]) -> None:
     """Launch the runs one after the other, each in a process of its own. Raises MachineError at the first that fails,
     with its exit status; the same command again passes over those that are finished."""
     jobs = with_folders(expand(words))
-    program = str(Path(dvae.__file__).parent / "tools" / "launch.py")
+    program = str(package.FOLDER / "tools" / "launch.py")
     for number, job in enumerate(jobs):
         print(f"dvae: run {number + 1} of {len(jobs)}: {' '.join(job)}", flush=True)
         status = subprocess.run([sys.executable, program, *job], check=False).returncode

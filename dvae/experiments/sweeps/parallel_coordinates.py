@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dvae import files
-from dvae.sweeps.loop import shown
-from dvae.sweeps.spec import Spec
-from dvae.sweeps.table import ranked
-from dvae.sweeps.trials import Trial
+from dvae.experiments.sweeps.sweep_loop import shown
+from dvae.experiments.sweeps.sweep_spec import Spec
+from dvae.experiments.sweeps.trial_table import ranked
+from dvae.experiments.sweeps.trials import Trial
+from dvae.utils import atomic_files
 
 INK, SOFT = "#1c1b19", "#6a675f"
 PER_AXIS, SIDE, HEIGHT, DPI = 1.8, 1.0, 4.4, 110
@@ -68,7 +68,7 @@ def draw(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
     plot.axis("off")
     goal = "least" if spec.minimises else "greatest"
     figure.text(0.02, 0.95, f"{spec.name}: {len(trials)} trials, bold: {goal} {spec.metric}", color=INK, fontsize=11)
-    files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
+    atomic_files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
 
 
 def axis_of(name: str, values: Sequence[Any], logarithmic: bool) -> Axis:

@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from dvae.errors import UserError, one_line
-from dvae.sweeps.trials import State, Trial
+from dvae.experiments.sweeps.trials import State, Trial
 
 METHODS = ("grid", "random", "bayes")
 INSTALL = "pip install 'dvae[sweep]' && pip install --no-deps sweeps==0.3.0"

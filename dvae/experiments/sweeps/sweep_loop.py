@@ -14,14 +14,15 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dvae.attempts import TERMINATED
-from dvae.config import mistyped
+from dvae.config.compose import mistyped
 from dvae.errors import MachineError, UserError, near
-from dvae.registry.launchers import launcher_of
-from dvae.sweeps import engine, spec
-from dvae.sweeps.process import Processes, Running
-from dvae.sweeps.spec import Spec
-from dvae.sweeps.trials import DONE, Folder, State, Trial
+from dvae.experiments.sweeps import sweep_engine
+from dvae.experiments.sweeps import sweep_spec as spec
+from dvae.experiments.sweeps.sweep_spec import Spec
+from dvae.experiments.sweeps.trial_processes import Processes, Running
+from dvae.experiments.sweeps.trials import DONE, Folder, State, Trial
+from dvae.registry.launchers.base import launcher_of
+from dvae.runs.attempts import TERMINATED
 from dvae.tracking import figures
 
 LOOK_EVERY = 1.0
@@ -103,7 +104,7 @@ class Sweep:
             elif done(self.trials) + len(self.processes.running) >= self.settings.count:
                 return True
             else:
-                parameters = engine.propose(self.spec.sweep, self.trials)
+                parameters = sweep_engine.propose(self.spec.sweep, self.trials)
                 if parameters is None:
                     return False
                 self.trials.append(Trial(len(self.trials) + 1, parameters))
@@ -161,7 +162,7 @@ class Sweep:
             for trial in self.trials
             if trial.state is not State.failed
         }
-        for number in engine.to_stop(self.spec.sweep, self.trials, values):
+        for number in sweep_engine.to_stop(self.spec.sweep, self.trials, values):
             if number in self.processes.running:
                 self.processes.stop(number)
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dvae
-from dvae import config as configuration
+from dvae.config import compose as configuration
+from dvae.config.schema import RunConfig
 from dvae.errors import UserError, near, one_line
-from dvae.settings import RunConfig
-from dvae.sweeps import engine
+from dvae.experiments.sweeps import sweep_engine
 from dvae.tracking.figures import EVALUATE
+from dvae.utils import package
 from dvae.utils.read import DamagedFile
 from dvae.utils.user_yaml import read_user_yaml
 
@@ -97,11 +97,11 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
     parameters = sweep.get("parameters")
     if not isinstance(parameters, dict):
         raise UserError(f"sweep={name}: parameters is {parameters!r:.80}: name fields, and what they may be")
-    wrong = engine.violations(sweep)
+    wrong = sweep_engine.violations(sweep)
     if wrong:
         raise UserError(f"sweep={name}: W&B's schema refuses it: {'; '.join(wrong)}")
-    if sweep["method"] not in engine.METHODS:
-        raise UserError(f"sweep={name}: method: {sweep['method']}: {near(sweep['method'], engine.METHODS)}")
+    if sweep["method"] not in sweep_engine.METHODS:
+        raise UserError(f"sweep={name}: method: {sweep['method']}: {near(sweep['method'], sweep_engine.METHODS)}")
     if not (sweep.get("metric") or {}).get("name"):
         raise UserError(f"sweep={name}: it names no metric to optimise: add metric: {{name: refiner/loss}}")
     for wanted in ("program", "command"):
@@ -119,7 +119,7 @@ def preflight(spec: Spec, words: list[str]) -> RunConfig:
     swept = [word for word in words if key(word) in spec.sweep["parameters"]]
     if swept:
         raise UserError(f"{swept[0]}: the sweep chooses {key(swept[0])}: leave it out")
-    parameters = engine.propose(spec.sweep, [])
+    parameters = sweep_engine.propose(spec.sweep, [])
     assert parameters is not None  # a grid has a first point
     settings = configuration.typed(configuration.compose("train", spec.words(parameters, words)))
     stage = spec.metric.partition("/")[0]
@@ -160,4 +160,4 @@ def expand(command: list[Any], program_: str, parameters: Mapping[str, Any]) -> 
 
 def program(name: str) -> str:
     """The program of a sweep; tools/launch.py is that of this package where there is none in the working folder."""
-    return str(Path(dvae.__file__).parent / name) if name == PROGRAM and not Path(name).is_file() else name
+    return str(package.FOLDER / name) if name == PROGRAM and not Path(name).is_file() else name

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvae.errors import printable_line
-from dvae.machine import cores
+from dvae.utils.machine import cores
 
 PR_SET_PDEATHSIG = 1
 """Linux, prctl(2): the signal that a process gets when its parent ends."""

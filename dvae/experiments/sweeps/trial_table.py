@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dvae import files
-from dvae.sweeps.loop import done, shown
-from dvae.sweeps.spec import Spec
-from dvae.sweeps.trials import Trial
+from dvae.experiments.sweeps.sweep_loop import done, shown
+from dvae.experiments.sweeps.sweep_spec import Spec
+from dvae.experiments.sweeps.trials import Trial
 from dvae.tracking.console import aligned
+from dvae.utils import atomic_files
 
 
 def ranked(trials: Sequence[Trial], spec: Spec) -> list[Trial]:
@@ -38,7 +38,7 @@ def write(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
     """Write the table as CSV, numbers in full."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows(trials, spec))
-    files.write_text(path, text.getvalue())
+    atomic_files.write_text(path, text.getvalue())
 
 
 def text(trials: Sequence[Trial], spec: Spec) -> str:

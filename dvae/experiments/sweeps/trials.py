@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from dvae import files
 from dvae.errors import MachineError, UserError, printable_line
+from dvae.utils import atomic_files
 from dvae.utils.fields import Finite, Seconds
 from dvae.utils.read import DamagedFile, read_json
 from dvae.utils.user_yaml import read_user_yaml
@@ -81,7 +81,7 @@ class Folder:
             raise UserError(f"out={self.path} exists and is not a sweep: use another out=, or remove it")
         try:
             self.logs.mkdir(parents=True)
-            files.write_text(self._sweep, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+            atomic_files.write_text(self._sweep, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise UserError(f"out={self.path} cannot be written ({error.strerror}): use another out=") from None
 
@@ -89,8 +89,8 @@ class Folder:
     def held(self) -> Iterator[None]:
         """Hold the folder against a second sweep; the hold ends with this process, however it ends."""
         refusal = UserError(f"out={self.path} is in use by another sweep: wait, or use another out=")
-        with files.locked(self.path / ".lock", refusal):
-            files.remove_leftovers(self.path)
+        with atomic_files.locked(self.path / ".lock", refusal):
+            atomic_files.remove_leftovers(self.path)
             yield
 
     def _kept(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Folder:
 
     def keep(self, trials: list[Trial]) -> None:
         """Write all trials."""
-        files.write_json(self._trials, [asdict(trial) | {"state": trial.state.value} for trial in trials])
+        atomic_files.write_json(self._trials, [asdict(trial) | {"state": trial.state.value} for trial in trials])
 
     def run(self, trial: Trial) -> Path:
         """The trial's run folder."""

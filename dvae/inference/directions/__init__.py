@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dvae.directions.direction import Direction, Method
-from dvae.directions.settings import DirectionsConfig
-from dvae.directions.store import load, names, save
+from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.direction_files import load, names, save
+from dvae.inference.directions.direction_settings import DirectionsConfig
 
 __all__ = ["Direction", "DirectionsConfig", "Method", "load", "names", "save"]

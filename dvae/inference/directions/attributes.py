@@ -1,6 +1,6 @@
 """What labelled images show, attribute by attribute; and a judge that tells it of any image.
 
-The judge is one small network with a head per attribute (dvae/evaluation/judge.py), trained on real images alone.
+The judge is one small network with a head per attribute (dvae/evaluation/recognizer.py), trained on real images alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae.data.images import to_float
-from dvae.data.reader import Shards
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
-from dvae.evaluation import judge
+from dvae.evaluation import recognizer
 
 MOST_VALUES = 50
 """An attribute of more values than these is a measure, not a choice of parts."""
@@ -110,7 +110,7 @@ def train(
         heads = network(x).split(attributes.sizes, 1)
         return sum((F.cross_entropy(head, known[:, i]) for i, head in enumerate(heads)), x.new_zeros(()))
 
-    network = judge.learn(draw, len(shards), sum(attributes.sizes), loss, steps=steps, batch=batch, seed=seed)
+    network = recognizer.learn(draw, len(shards), sum(attributes.sizes), loss, steps=steps, batch=batch, seed=seed)
     images, truth = pictured(heldout, attributes)
     right = read(network, images, attributes.sizes) == truth
     chance = [float(torch.bincount(truth[:, i]).max()) / len(truth) for i in range(truth.shape[1])]

@@ -8,7 +8,7 @@ from enum import Enum
 
 import torch
 
-from dvae.directions.labels import LabelModel
+from dvae.inference.directions.label_regression import LabelModel
 
 
 class Method(Enum):

@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dvae import bundle, files
-from dvae.directions.direction import Direction, Method
-from dvae.directions.labels import LabelModel
 from dvae.errors import MachineError, UserError, near, one_line
+from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.label_regression import LabelModel
+from dvae.models import bundle
 from dvae.tracking.console import say
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
-from dvae.weights import State, load_weights, refuse_nonfinite
+from dvae.utils.weights import State, load_weights, refuse_nonfinite
 
 FILE = bundle.DIRECTIONS
 WORDS = ("name", "unit", "attribute", "value", "share")
@@ -71,7 +72,7 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     refuse_nonfinite(tensors, f"{place}: directions")
     try:
-        files.write_file(place / FILE, lambda aside: save_file(tensors, aside, header))
+        atomic_files.write_file(place / FILE, lambda aside: save_file(tensors, aside, header))
     except SafetensorError as error:
         raise MachineError(f"{place / FILE} could not be written ({one_line(error)}): make room") from None
     bundle.update_hash(place, FILE)

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae.directions.direction import Method
+from dvae.inference.directions.direction import Method
 
 
 @dataclass(kw_only=True, slots=True)

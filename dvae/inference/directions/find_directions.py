@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dvae import bundle, latents
-from dvae import pipeline as pipelines
-from dvae.data.manifest import TRAIN
-from dvae.directions import finders, store
-from dvae.directions.attributes import Attributes
-from dvae.directions.direction import Direction, Method
-from dvae.directions.settings import DirectionsConfig
+from dvae.data.shards.manifest import TRAIN
 from dvae.errors import UserError, near
-from dvae.run_images import open_split
+from dvae.inference import latents
+from dvae.inference import pipeline as pipelines
+from dvae.inference.directions import direction_files, finders
+from dvae.inference.directions.attributes import Attributes
+from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.direction_settings import DirectionsConfig
+from dvae.inference.run_images import open_split
+from dvae.models import bundle
 from dvae.tracking.console import Progress
 
 
@@ -56,7 +57,7 @@ def find(settings: DirectionsConfig) -> Found:
         else:
             new = of_jacobian(pipeline, z[: settings.jacobians], settings.components)
         found += new
-    store.save(settings.run, found)
+    direction_files.save(settings.run, found)
     return Found(found, skipped, len(z))
 
 
@@ -87,4 +88,4 @@ def chosen(words: list[str], known: list[str], name: str) -> list[str]:
 
 def listed(settings: DirectionsConfig) -> list[Direction]:
     """The directions that the run has."""
-    return list(store.load_all(bundle.folder_of(settings.run)).values())
+    return list(direction_files.load_all(bundle.folder_of(settings.run)).values())

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dvae.directions import labels
-from dvae.directions.attributes import Attributes
-from dvae.directions.direction import Direction, Method
 from dvae.errors import UserError, one_line
+from dvae.inference.directions import label_regression
+from dvae.inference.directions.attributes import Attributes
+from dvae.inference.directions.direction import Direction, Method
 
 FEWEST = 10
 """Images that must show a value, for a direction to it."""
@@ -36,8 +36,8 @@ def from_labels(
     apart.
     """
     found, skipped = {}, {}
-    model = labels.fit(z, codes, attributes.values)
-    effects = labels.regress(z.flatten(1), codes, attributes.sizes, pairs=False).split(attributes.sizes)
+    model = label_regression.fit(z, codes, attributes.values)
+    effects = label_regression.regress(z.flatten(1), codes, attributes.sizes, pairs=False).split(attributes.sizes)
     for name in wanted:
         index = attributes.names.index(name)
         counts = torch.bincount(codes[:, index], minlength=attributes.sizes[index]).double()
@@ -121,7 +121,7 @@ def largest(matrix: torch.Tensor, count: int, word: str, method: str) -> tuple[t
     Raises UserError where there are fewer above 0, and for a matrix that is not finite or has no eigenvalues.
     """
     if not torch.isfinite(matrix).all():
-        raise UserError(f"find=[{method}]: {labels.NOT_FINITE}")
+        raise UserError(f"find=[{method}]: {label_regression.NOT_FINITE}")
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError as error:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dvae import files
 from dvae.errors import MachineError, UserError, one_line
+from dvae.utils import atomic_files
 from dvae.utils.read import MIB, DamagedFile, forbid_extra, read_json, read_npz, require_regular
 
 REQUEST = "request.json"
@@ -51,15 +51,17 @@ class Chunks:
         folder = cls.folder_of(out)
         refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with files.locked(folder / LOCK, UserError(f"out={out}: another command draws it now: wait, or name another")):
+        with atomic_files.locked(
+            folder / LOCK, UserError(f"out={out}: another command draws it now: wait, or name another")
+        ):
             record = folder / REQUEST
             if not record.exists():  # the folder of a command that was ended before it could begin
                 for path in folder.glob("*.npz"):
                     path.unlink()
-                files.write_json(record, request)
+                atomic_files.write_json(record, request)
             if unlike := difference(read(record), request):
                 raise UserError(f"out={out} is half-drawn with {unlike}: name another, or remove {folder}")
-            files.remove_leftovers(folder)
+            atomic_files.remove_leftovers(folder)
             yield cls(folder)
 
     def path(self, numbers: range) -> Path:
@@ -70,7 +72,7 @@ class Chunks:
 
     def write(self, numbers: range, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the arrays of a chunk, by name; row i of each belongs to numbers[i]."""
-        files.write_file(self.path(numbers), lambda aside: np.savez(aside, **dict(arrays)))  # type: ignore[arg-type]
+        atomic_files.write_file(self.path(numbers), lambda aside: np.savez(aside, **dict(arrays)))  # type: ignore[arg-type]
 
     def read(self, numbers: range, what: str, rows: int = 0) -> np.ndarray:
         """One of the arrays of a chunk, which has at least `rows` rows. Raises MachineError if the file is damaged."""

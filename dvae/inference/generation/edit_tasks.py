@@ -8,13 +8,19 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from dvae import directions, editing, inpainting
 from dvae.data.images import FILE_LIMIT, DamagedImage, decode
-from dvae.drawing.artist import MANY, Artist, side_by_side
-from dvae.drawing.inputs import DRAWN, HELDOUT, Inputs, open_inputs
-from dvae.drawing.settings import EditConfig, GivenConfig, InpaintConfig, InterpolateConfig, ReconstructConfig
 from dvae.errors import UserError
-from dvae.together import Drawn
+from dvae.inference import directions, editing, inpainting
+from dvae.inference.batching import Drawn
+from dvae.inference.generation.generation_settings import (
+    EditConfig,
+    GivenConfig,
+    InpaintConfig,
+    InterpolateConfig,
+    ReconstructConfig,
+)
+from dvae.inference.generation.input_images import DRAWN, HELDOUT, Inputs, open_inputs
+from dvae.inference.generation.task import MANY, Artist, side_by_side
 from dvae.utils.read import DamagedFile, read_bytes
 
 GREY = 128

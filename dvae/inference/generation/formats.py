@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dvae import files
 from dvae.data.images import encode_png
-from dvae.data.tars import ShardWriter
+from dvae.data.shards.tar_files import ShardWriter
 from dvae.errors import UserError
 from dvae.tracking import pictures
+from dvae.utils import atomic_files
 
 MOST_IN_A_GRID = 1024
 """Results of one or two images each; fewer of larger ones."""
@@ -61,7 +61,7 @@ def grid(out: Path, results: Results, count: int, tiles: Tiles) -> None:
 
 def folder(out: Path, results: Results, count: int, tiles: Tiles) -> None:
     """000000.png, 000001.png, ..."""
-    with files.new_folder(out) as aside:
+    with atomic_files.new_folder(out) as aside:
         for result in results:
             (aside / png_name(result.number)).write_bytes(encode_png(result.pixels))
 
@@ -78,7 +78,7 @@ def npy(out: Path, results: Results, count: int, tiles: Tiles) -> None:
         assert isinstance(array, np.memmap)
         array.flush()
 
-    files.write_file(out, write)
+    atomic_files.write_file(out, write)
 
 
 def zipped(out: Path, results: Results, count: int, tiles: Tiles) -> None:
@@ -91,7 +91,7 @@ def zipped(out: Path, results: Results, count: int, tiles: Tiles) -> None:
                 member.external_attr = 0o644 << 16
                 archive.writestr(member, encode_png(result.pixels))
 
-    files.write_file(out, write)
+    atomic_files.write_file(out, write)
 
 
 def tar(out: Path, results: Results, count: int, tiles: Tiles) -> None:
@@ -104,7 +104,7 @@ def tar(out: Path, results: Results, count: int, tiles: Tiles) -> None:
             shard.write(result.number, {"png": encode_png(result.pixels)} | about)
         shard.close()
 
-    files.write_file(out, write)
+    atomic_files.write_file(out, write)
 
 
 def png_name(number: int) -> str:

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dvae import files, together
-from dvae.drawing import formats, processes
-from dvae.drawing.artist import Artist
-from dvae.drawing.chunks import Chunks, difference, read_finished
-from dvae.drawing.samples import Samples
-from dvae.drawing.settings import DrawingConfig
 from dvae.errors import UserError
+from dvae.inference import batching
+from dvae.inference.generation import formats, workers
+from dvae.inference.generation.chunks import Chunks, difference, read_finished
+from dvae.inference.generation.generation_settings import DrawingConfig
+from dvae.inference.generation.sample_task import Samples
+from dvae.inference.generation.task import Artist
 from dvae.tracking.console import Progress, say
+from dvae.utils import atomic_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +62,15 @@ def draw(settings: DrawingConfig, make: type[Artist] = Samples) -> Finished:
         say(f"{settings.out} is there already, as asked for")
         return Finished(n=n, nfe=nfe, drawn=0, images_per_second=0.0)
     with Chunks.opened(out, request) as chunks:
-        wanted = together.calls(settings.first, n, artist.batch, artist.together)
+        wanted = batching.calls(settings.first, n, artist.batch, artist.together)
         missing = [numbers for numbers in wanted if not chunks.has(numbers)]
         count = sum(len(_both(numbers, artist.asked)) for numbers in missing)
         seconds = _draw(artist, chunks, missing, n - count)
         evaluations = sum(int(row["nfe"].sum()) for _, row in _kept(artist, chunks, wanted, "nfe"))
-        mean = together.mean(evaluations, n * artist.images)
+        mean = batching.mean(evaluations, n * artist.images)
         if form.whole:  # before the result, which would be refused as somebody else's without it
             versions = {name: metadata.version(name) for name in ("dvae", "torch", "numpy")}
-            files.write_json(record, {"request": request, "n": n, "nfe": mean, "versions": versions})
+            atomic_files.write_json(record, {"request": request, "n": n, "nfe": mean, "versions": versions})
         form.write(out, _results(artist, chunks, wanted), n, artist.tiles)
         chunks.remove()
     speed = count * artist.images / seconds if count else 0.0
@@ -92,7 +93,7 @@ def _draw(artist: Artist, chunks: Chunks, missing: list[range], done: int) -> fl
                 began = time.perf_counter()
 
         if settings.processes > 1 and missing:
-            processes.draw(type(artist), settings, chunks.folder, missing, after)
+            workers.draw(type(artist), settings, chunks.folder, missing, after)
         else:
             draw_chunks(artist, chunks, missing, after)
     return time.perf_counter() - began

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae.noise import Between, Shared
+from dvae.inference.noise import Between, Shared
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dvae import files
+from dvae.config.schema import ModelConfig
+from dvae.data.image_tree import FolderTree, Tree, open_tree
 from dvae.data.images import PIXELS, DamagedImage, decode, fit, is_image_name, open_image
-from dvae.data.manifest import FILE as MANIFEST
-from dvae.data.reader import Shards
-from dvae.data.tree import FolderTree, Tree, open_tree
-from dvae.drawing.settings import GivenConfig
+from dvae.data.shards.manifest import FILE as MANIFEST
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError, one_line
-from dvae.run_images import open_split
-from dvae.settings import ModelConfig
+from dvae.inference.generation.generation_settings import GivenConfig
+from dvae.inference.run_images import open_split
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, map_npy
 
 HELDOUT = "heldout"
@@ -126,7 +126,7 @@ class FromArray(Fitted):
         if not 0 < shape[1] * shape[2] <= PIXELS:
             raise UserError(f"images={settings.images}: images of {shape[1]}x{shape[2]}: use 1 to {PIXELS} pixels")
         self.refuse_unlike((shape[2], shape[1]), shape[3] == 1, "each")
-        self.identity = files.sha256(place)
+        self.identity = atomic_files.sha256(place)
 
     def __len__(self) -> int:
         return len(self._array)
@@ -152,7 +152,7 @@ class FromFiles(Fitted):
     def _identity(self, place: Path) -> str:
         """Of an archive its hash; of files their names, sizes and times: reading all would take as long as drawing."""
         if not isinstance(self.tree, FolderTree):
-            return files.sha256(place)
+            return atomic_files.sha256(place)
         try:
             stats = [((self.tree.root / name).stat(), name) for name in self.names]
         except OSError as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dvae.drawing.artist import Artist, side_by_side
-from dvae.drawing.settings import SampleConfig
-from dvae.refinement import check_drawing
+from dvae.inference.generation.generation_settings import SampleConfig
+from dvae.inference.generation.task import Artist, side_by_side
+from dvae.inference.refine import check_drawing
 
 
 class Samples(Artist):

@@ -11,11 +11,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from dvae import bundle, config, pipeline, together
-from dvae.drawing.formats import Tiles
-from dvae.drawing.settings import DrawingConfig
+from dvae.config import compose
+from dvae.diffusion.guidance import Guidance
 from dvae.errors import UserError
-from dvae.guidance import Guidance
+from dvae.inference import batching as together
+from dvae.inference import pipeline
+from dvae.inference.generation.formats import Tiles
+from dvae.inference.generation.generation_settings import DrawingConfig
+from dvae.models import bundle
 
 MANY = 8
 """Results where no number is asked for, and there might be many."""
@@ -34,7 +37,7 @@ class Artist(ABC):
     def __init__(self, settings: DrawingConfig, device: str | torch.device | None = None) -> None:
         self.settings = settings
         self.pipeline = pipeline.load(settings.run, settings.batch_size, device)
-        config.refuse_points(self.pipeline.config, settings.run)
+        compose.refuse_points(self.pipeline.config, settings.run)
         if settings.sampler is not None:
             self.pipeline.use_sampler(settings.sampler)
         self.guidance = Guidance(

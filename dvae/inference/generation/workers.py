@@ -14,11 +14,11 @@ from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from dvae.drawing.artist import Artist
-from dvae.drawing.chunks import Chunks
-from dvae.drawing.settings import DrawingConfig
 from dvae.errors import MachineError, UserError, in_words, one_line
-from dvae.machine import cores, end_with_parent
+from dvae.inference.generation.chunks import Chunks
+from dvae.inference.generation.generation_settings import DrawingConfig
+from dvae.inference.generation.task import Artist
+from dvae.utils.machine import cores, end_with_parent
 from dvae.utils.secrets import guard_streams
 
 After = Callable[[range | None], None]
@@ -88,8 +88,8 @@ def run(
     try:
         import torch
 
-        from dvae.drawing import draw_chunks
-        from dvae.registry.core import load_plugins
+        from dvae.inference.generation.generate import draw_chunks
+        from dvae.registry.discovery import load_plugins
 
         load_plugins(settings.plugins)
         gpus = torch.cuda.device_count()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dvae.importers.quoting import quoted
+from dvae.models.importers.quoting import quoted
 
 DATA_CALLS = {
     "_codecs.encode", "argparse.Namespace", "copyreg._reconstructor", "copy_reg._reconstructor", "re._compile",

@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 
 from dvae.errors import UserError
-from dvae.importers import unpickle
-from dvae.importers.quoting import quoted
-from dvae.importers.unpickle import Foreign, Storage, TensorRef
+from dvae.models.importers import unpickle
+from dvae.models.importers.quoting import quoted
+from dvae.models.importers.unpickle import Foreign, Storage, TensorRef
 from dvae.utils.read import DamagedFile, require_regular
 
 LARGEST_PICKLE = 32 * 2**20
@@ -65,7 +65,7 @@ class _Reader(io.BufferedReader):
 
 
 class Checkpoint:
-    """A checkpoint file; nothing in it is executed. `contents` is its pickle as data (dvae.importers.unpickle).
+    """A checkpoint file; nothing in it is executed. `contents` is its pickle as data (dvae.models.importers.unpickle).
 
     Raises UserError if the file is missing, truncated, of another format, or its pickle calls anything foreign.
     """

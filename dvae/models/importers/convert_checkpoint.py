@@ -12,14 +12,15 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from dvae import bundle, models
-from dvae import config as configuration
+from dvae.config import compose as configuration
+from dvae.config.schema import RunConfig
 from dvae.errors import UserError, one_line
-from dvae.importers import diffusevae, psld
-from dvae.importers.checkpoint import Checkpoint, Stored
-from dvae.importers.found import Found, check_numbers
-from dvae.settings import RunConfig
-from dvae.weights import check_weights
+from dvae.models import bundle, components
+from dvae.models.importers import diffusevae_layout as diffusevae
+from dvae.models.importers import psld_layout as psld
+from dvae.models.importers.checkpoint_file import Checkpoint, Stored
+from dvae.models.importers.found import Found, check_numbers
+from dvae.utils.weights import check_weights
 
 
 class Layout(Enum):
@@ -145,7 +146,7 @@ def _settle(recipe: dict[str, Any], found: Found) -> tuple[dict[str, Any], list[
 def _check(config: RunConfig, found: Found, path: Path) -> None:
     """Refuse tensors that are missing, surplus or of another shape, before any is read."""
     try:
-        made = models.on_meta(config).trained()
+        made = components.on_meta(config).trained()
     except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
         # the shapes are a stranger's: layers made for them may fail in any way
         raise UserError(f"{path}: its tensors describe no network of dvae ({one_line(error)[:200]})") from None

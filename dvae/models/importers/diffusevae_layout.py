@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from dvae.errors import UserError
-from dvae.importers.checkpoint import Checkpoint, Stored
-from dvae.importers.found import Found, check_averaged, check_levels, index, network, shape, under
-from dvae.importers.quoting import quoted
 from dvae.layers.norms import default_groups
+from dvae.models.importers.checkpoint_file import Checkpoint, Stored
+from dvae.models.importers.found import Found, check_averaged, check_levels, index, network, shape, under
+from dvae.models.importers.quoting import quoted
 
 PREFIXES = {True: "target_network.decoder.", False: "online_network.decoder."}
 OTHERS = ("online_network.", "target_network.", "vae.", "spaced_diffusion.")

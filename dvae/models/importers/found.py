@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvae.errors import UserError
-from dvae.importers.checkpoint import Checkpoint, Stored
-from dvae.importers.quoting import quoted
+from dvae.models.importers.checkpoint_file import Checkpoint, Stored
+from dvae.models.importers.quoting import quoted
 
 MOST_SHARED = 2
 """How often, on average, a stored number may be part of a tensor."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvae.errors import UserError
-from dvae.importers.checkpoint import Checkpoint, Stored
-from dvae.importers.found import Found, check_averaged, check_levels, index, network, under
-from dvae.importers.quoting import quoted
+from dvae.models.importers.checkpoint_file import Checkpoint, Stored
+from dvae.models.importers.found import Found, check_averaged, check_levels, index, network, under
+from dvae.models.importers.quoting import quoted
 from dvae.registry import PROCESSES, Shapes
 
 PREFIXES = {True: "ema_score_fn.", False: "score_fn."}

@@ -1,7 +1,7 @@
 """A pickle, read as data. Its instructions are followed one by one here, and none of them can import or call anything.
 
 Names of classes and functions become `Name`, objects of foreign classes become `Foreign`, tensors become `TensorRef`.
-Calls that make plain values become `Foreign` too; a call of anything else is refused by name (dvae/importers/calls.py).
+Calls that make plain values become `Foreign` too; a call of anything else is refused by name (calls.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dvae.errors import UserError, one_line
-from dvae.importers import calls
+from dvae.models.importers import calls
 
 MOST_INSTRUCTIONS = 1_000_000
 """Instructions of a pickle; those of published checkpoints have some ten thousand."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dvae.errors import UserError
-from dvae.quantisation.layers import Store, StoredLayer, dtype_for
+from dvae.models.quantization.quantized_layers import Store, StoredLayer, dtype_for
 
 LEAST = -128
 STEPS = 255

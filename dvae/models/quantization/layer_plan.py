@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvae import files
 from dvae.errors import UserError, near, one_line
-from dvae.models import Models
-from dvae.quantisation import integer, trace
-from dvae.quantisation.layers import Store, StoredLayer, quantisable
+from dvae.models.components import Models
+from dvae.models.quantization import integer, trace
+from dvae.models.quantization.quantized_layers import Store, StoredLayer, quantisable
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, forbid_extra, read_json
 
 FILE = "quantization.json"
@@ -50,7 +50,7 @@ class Plan:
     layers: dict[str, dict[str, list[str]]]
     """Part of the bundle -> Store -> names of layers in that part."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """Bytes, speed and KID beside the original, and whether it is offered for speed (dvae/quantisation/gate.py)."""
+    """Bytes, speed and KID beside the original, and whether it is offered for speed (quantization/compare.py)."""
 
 
 def make(models: Models, method: Method, group: int, buckets: int) -> Plan:
@@ -145,7 +145,7 @@ def cpu_only(models: Models) -> bool:
 
 def write(folder: Path, plan: Plan) -> None:
     """Write quantization.json into a bundle, complete or not at all."""
-    files.write_text(folder / FILE, json.dumps(asdict(plan), separators=(",", ":")) + "\n")
+    atomic_files.write_text(folder / FILE, json.dumps(asdict(plan), separators=(",", ":")) + "\n")
 
 
 def read(folder: Path, method: str) -> Plan:

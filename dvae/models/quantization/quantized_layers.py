@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dvae.quantisation import codes
+from dvae.models.quantization import codes
 
 
 class Store(Enum):
@@ -21,7 +21,7 @@ class Store(Enum):
     int4 = "int4"
     """Two a byte, a scale per group of inputs."""
     integer = "integer"
-    """As int8; its inputs are made int8 too, and multiplied so (dvae/quantisation/integer.py)."""
+    """As int8; its inputs are made int8 too, and multiplied so (dvae/models/quantization/integer.py)."""
 
 
 def quantisable(layer: nn.Module) -> bool:

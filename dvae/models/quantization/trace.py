@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from dvae.quantisation.layers import quantisable
+from dvae.models.quantization.quantized_layers import quantisable
 from dvae.registry.core import Shapes
-from dvae.registry.encoders import Encoder
-from dvae.registry.refiners import Condition
+from dvae.registry.encoders.base import Encoder
+from dvae.registry.refiners.base import Condition
 
 TIME_LAYERS = 2
 """Layers of the embedding of the time."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dvae.registry.core import ComponentConfig, Registry, Shapes
-from dvae.registry.refiners import Condition
+from dvae.registry.refiners.base import Condition
 
 
 class Classifier(nn.Module, ABC):
@@ -28,4 +28,4 @@ class Classifier(nn.Module, ABC):
         """
 
 
-CLASSIFIERS: Registry[Classifier] = Registry("classifier", __name__, Classifier, optional=True)
+CLASSIFIERS: Registry[Classifier] = Registry("classifier", __package__, Classifier, optional=True)

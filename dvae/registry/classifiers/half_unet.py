@@ -13,9 +13,9 @@ from dvae.layers.embeddings import mlp, sinusoidal
 from dvae.layers.norms import GroupNorm
 from dvae.layers.pooling import AttentionPool
 from dvae.layers.trunk import check_trunk, downward, middle
-from dvae.registry.classifiers import CLASSIFIERS, Classifier
+from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners import Condition
+from dvae.registry.refiners.base import Condition
 
 
 @CLASSIFIERS.register("half_unet")

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae.errors import UserError
-from dvae.layers import ncsnpp as parts
+from dvae.layers import ncsnpp_blocks as parts
 from dvae.layers.attention import AttentionBackend
-from dvae.layers.ncsnpp import TimeEmbedding
+from dvae.layers.ncsnpp_blocks import TimeEmbedding
 from dvae.layers.trunk import check_levels
-from dvae.registry.classifiers import CLASSIFIERS, Classifier
+from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners import Condition
+from dvae.registry.refiners.base import Condition
 
 
 @CLASSIFIERS.register("ncsnpp_classifier")

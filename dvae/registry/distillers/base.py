@@ -11,8 +11,8 @@ from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 if TYPE_CHECKING:
-    from dvae.denoiser import Denoiser, Given
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.denoiser import Denoiser, Given
+    from dvae.diffusion.kernels import Diffusion
 
 
 class Distiller(ABC):
@@ -62,4 +62,4 @@ class Distiller(ABC):
             )
 
 
-DISTILLERS: Registry[Distiller] = Registry("distiller", __name__, Distiller, optional=True)
+DISTILLERS: Registry[Distiller] = Registry("distiller", __package__, Distiller, optional=True)

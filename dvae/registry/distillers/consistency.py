@@ -9,11 +9,11 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.distillers import DISTILLERS, Distiller
+from dvae.registry.distillers.base import DISTILLERS, Distiller
 
 if TYPE_CHECKING:
-    from dvae.denoiser import Denoiser, Given
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.denoiser import Denoiser, Given
+    from dvae.diffusion.kernels import Diffusion
 
 
 @DISTILLERS.register("consistency")

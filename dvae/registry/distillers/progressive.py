@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.distillers import DISTILLERS, Distiller
-from dvae.timegrid import Spacing, time_grid
+from dvae.registry.distillers.base import DISTILLERS, Distiller
 
 if TYPE_CHECKING:
-    from dvae.denoiser import Denoiser, Given
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.denoiser import Denoiser, Given
+    from dvae.diffusion.kernels import Diffusion
 
 
 @DISTILLERS.register("progressive")

@@ -90,4 +90,4 @@ class Encoder(nn.Module, ABC):
         return None
 
 
-ENCODERS: Registry[Encoder] = Registry("encoder", __name__, Encoder)
+ENCODERS: Registry[Encoder] = Registry("encoder", __package__, Encoder)

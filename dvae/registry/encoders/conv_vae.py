@@ -12,7 +12,7 @@ from torch import nn
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.encoders import ENCODERS, Encoder, Posterior
+from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior
 
 
 @ENCODERS.register("conv_vae")

@@ -14,9 +14,9 @@ from dvae.errors import UserError, one_line
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.autoencoder import Autoencoder, Plan
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.encoders import ENCODERS, Encoder, Posterior
+from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior
 from dvae.utils.read import DamagedFile, read_json, read_weights_header
-from dvae.weights import load_weights
+from dvae.utils.weights import load_weights
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

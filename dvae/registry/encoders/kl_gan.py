@@ -11,7 +11,7 @@ from dvae.layers.adversarial import GanLoss, PatchDiscriminator, check_discrimin
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.autoencoder import Autoencoder, Plan
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.encoders import ENCODERS, Adversary, Encoder, Posterior
+from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior
 
 
 @ENCODERS.register("kl_gan")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.encoders import ENCODERS, Encoder, Posterior
+from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior
 
 
 @ENCODERS.register("none")

@@ -38,4 +38,4 @@ def log_normal(e: torch.Tensor) -> torch.Tensor:
     return -0.5 * (e.double().square().sum(1) + e.shape[1] * math.log(2.0 * math.pi))
 
 
-PRIORS: Registry[Prior] = Registry("prior", __name__, Prior)
+PRIORS: Registry[Prior] = Registry("prior", __package__, Prior)

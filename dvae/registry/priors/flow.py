@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dvae import keyed
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.priors import PRIORS, Prior, log_normal
+from dvae.registry.priors.base import PRIORS, Prior, log_normal
+from dvae.utils import rng
 
 LARGEST_LOG_SCALE = 2.0
 """Of one coupling: tanh keeps the logarithm of every scale within this, so that no latent is thrown far away."""
@@ -144,10 +144,10 @@ class Flow(Prior):
             )
         mean, logvar = mean.detach().float().flatten(1).cpu(), logvar.detach().float().flatten(1).cpu()
         std = torch.exp(0.5 * logvar) if config.fit_noise else torch.zeros_like(mean)
-        self._start(_draw(mean, std, keyed.generator(seed, WORD)), seed)
-        shuffled = torch.from_numpy(keyed.generator(seed, f"{WORD} split").permutation(n))
+        self._start(_draw(mean, std, rng.generator(seed, WORD)), seed)
+        shuffled = torch.from_numpy(rng.generator(seed, f"{WORD} split").permutation(n))
         held, training = shuffled.split([kept := max(1, round(config.validation * n)), n - kept])
-        validation = _draw(mean[held], std[held], keyed.generator(seed, f"{WORD} validation"))
+        validation = _draw(mean[held], std[held], rng.generator(seed, f"{WORD} validation"))
         before = best = self._mean_log_prob(validation)
         best_step, weights = 0, self._weights()
         for step in self._train(mean[training], std[training], seed):
@@ -170,7 +170,7 @@ class Flow(Prior):
         for step in range(config.steps):
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
-            draw = keyed.generator(seed, f"{WORD} batch", step)
+            draw = rng.generator(seed, f"{WORD} batch", step)
             chosen = torch.from_numpy(draw.integers(len(mean), size=config.batch))
             z = _draw(mean[chosen], std[chosen], draw).to(self.centre)
             with torch.enable_grad():
@@ -189,9 +189,9 @@ class Flow(Prior):
         self.centre.copy_(latents.double().mean(0))
         self.factor.copy_(torch.linalg.cholesky(covariance))
         for i, row in enumerate(self.order):
-            row.copy_(torch.from_numpy(keyed.generator(seed, f"{WORD} order", i).permutation(len(row))))
+            row.copy_(torch.from_numpy(rng.generator(seed, f"{WORD} order", i).permutation(len(row))))
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed.child(seed, WORD))
+            torch.manual_seed(rng.child(seed, WORD))
             self.couplings.load_state_dict(_couplings(self.config, len(self.centre)).state_dict())
 
     def _mean_log_prob(self, z: torch.Tensor) -> float:

@@ -10,10 +10,10 @@ from enum import Enum
 import numpy as np
 import torch
 
-from dvae import keyed
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.priors import PRIORS, Prior, log_normal
+from dvae.registry.priors.base import PRIORS, Prior, log_normal
+from dvae.utils import rng
 
 
 class Covariance(Enum):
@@ -103,9 +103,9 @@ class GMM(Prior):
         latents = mean.detach().cpu().double().flatten(1).numpy()
         if self.config.fit_noise:
             std = np.exp(0.5 * logvar.detach().cpu().double().flatten(1).numpy())
-            latents = latents + std * keyed.generator(seed, "prior.noise").standard_normal(latents.shape)
+            latents = latents + std * rng.generator(seed, "prior.noise").standard_normal(latents.shape)
         if len(latents) > self.config.max_samples:
-            chosen = keyed.generator(seed, "prior.samples").permutation(len(latents))[: self.config.max_samples]
+            chosen = rng.generator(seed, "prior.samples").permutation(len(latents))[: self.config.max_samples]
             latents = latents[np.sort(chosen)]
         return latents
 

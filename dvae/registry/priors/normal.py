@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.priors import PRIORS, Prior, log_normal
+from dvae.registry.priors.base import PRIORS, Prior, log_normal
 
 
 @PRIORS.register("normal")

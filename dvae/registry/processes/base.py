@@ -39,4 +39,4 @@ class Process(ABC):
         return S_0
 
 
-PROCESSES: Registry[Process] = Registry("process", __name__, Process)
+PROCESSES: Registry[Process] = Registry("process", __package__, Process)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.processes import PROCESSES, Process
+from dvae.registry.processes.base import PROCESSES, Process
 
 
 @PROCESSES.register("psld")

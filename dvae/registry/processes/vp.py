@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.processes import PROCESSES, Process
+from dvae.registry.processes.base import PROCESSES, Process
 
 
 @PROCESSES.register("vp")

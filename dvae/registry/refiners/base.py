@@ -77,4 +77,4 @@ class Refiner(nn.Module, ABC):
         return embedding
 
 
-REFINERS: Registry[Refiner] = Registry("refiner", __name__, Refiner)
+REFINERS: Registry[Refiner] = Registry("refiner", __package__, Refiner)

@@ -14,7 +14,7 @@ from dvae.layers.blocks import zeroed
 from dvae.layers.embeddings import grid_positions, mlp, time_features
 from dvae.layers.recompute import recomputed
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
 TIME_FEATURES = 256
 EXPANSION = 4

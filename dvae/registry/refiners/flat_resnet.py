@@ -15,7 +15,7 @@ from dvae.layers.embeddings import time_features
 from dvae.layers.norms import GROUPS, GroupNorm
 from dvae.layers.recompute import recomputed
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
 
 @REFINERS.register("flat_resnet")

@@ -12,7 +12,7 @@ from dvae.errors import UserError
 from dvae.layers.blocks import zeroed
 from dvae.layers.embeddings import mlp, time_features
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
 SINE_GAIN = 3.0
 """Factor on the initial weights in front of a sine: above 1, so that it bends."""

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae.errors import UserError
-from dvae.layers import ncsnpp as parts
+from dvae.layers import ncsnpp_blocks as parts
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.blocks import zeroed
 from dvae.layers.fir import double, fir_double
-from dvae.layers.ncsnpp import NCSNAttention, NCSNBlock, TimeEmbedding
+from dvae.layers.ncsnpp_blocks import NCSNAttention, NCSNBlock, TimeEmbedding
 from dvae.layers.recompute import recomputed
 from dvae.layers.trunk import check_levels
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
 
 @REFINERS.register("ncsnpp")

@@ -15,7 +15,7 @@ from dvae.layers.norms import GroupNorm
 from dvae.layers.recompute import recomputed
 from dvae.layers.trunk import attend, check_trunk, downward, middle, residual
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
 
 @REFINERS.register("unet")

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
-from dvae.timegrid import Spacing, time_grid
 
 if TYPE_CHECKING:
-    from dvae.diffusion import Diffusion, Prediction, Time
+    from dvae.diffusion.kernels import Diffusion, Prediction, Time
 
 
 class Threshold(Enum):
@@ -153,7 +153,7 @@ class Sampler(ABC):
         return Sampled(u, torch.full((len(u),), walk.calls * model.passes))
 
 
-SAMPLERS: Registry[Sampler] = Registry("sampler", __name__, Sampler)
+SAMPLERS: Registry[Sampler] = Registry("sampler", __package__, Sampler)
 
 
 def that_integrate(diffusion: Diffusion, io: Shapes, asked: Sequence[str] = ()) -> list[str]:

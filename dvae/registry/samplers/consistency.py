@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.registry.samplers import SAMPLERS, Sampler, Walk
-from dvae.timegrid import Spacing
+from dvae.diffusion.time_grid import Spacing
+from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
 
 if TYPE_CHECKING:
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("consistency")

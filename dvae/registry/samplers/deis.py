@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from numpy.polynomial import legendre
 
-from dvae.diffusion import Factor, apply
+from dvae.diffusion.kernels import Factor, apply
+from dvae.diffusion.time_grid import Spacing
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers import SAMPLERS, Sampler, Walk
-from dvae.timegrid import Spacing
+from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
 
 if TYPE_CHECKING:
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.kernels import Diffusion
 
 NODES, WEIGHTS = legendre.leggauss(48)
 # row n: weights of the integral from -1 to NODES[n], exact for the polynomials that the nodes can tell apart

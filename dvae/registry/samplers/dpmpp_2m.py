@@ -10,10 +10,10 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
 
 if TYPE_CHECKING:
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("dpmpp_2m")

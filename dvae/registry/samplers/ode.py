@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion import apply
+from dvae.diffusion.kernels import apply
+from dvae.diffusion.rk45 import Velocity, integrate
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers import SAMPLERS, Model, Noise, OnStep, Sampled, Sampler, Threshold, Walk
-from dvae.rk45 import Velocity, integrate
+from dvae.registry.samplers.base import SAMPLERS, Model, Noise, OnStep, Sampled, Sampler, Threshold, Walk
 
 if TYPE_CHECKING:
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.kernels import Diffusion
 
 
 LEAST_ROOT = 1e-3
@@ -25,7 +25,7 @@ LEAST_ROOT = 1e-3
 class ProbabilityFlow(Sampler):
     """The probability-flow ODE by adaptive Runge-Kutta steps, for any process (Song et al. 2021, section 4.3).
 
-    Each sample has its own steps (dvae/rk45.py): its result and its number of evaluations do not depend on the batch.
+    Each sample has its own steps (rk45.py): its result and its number of evaluations do not depend on the batch.
     `steps`, `spacing` and `sigma_min` play no part, since the tolerance chooses the steps. From t_min to 0 it takes
     the predicted image, as all samplers do, one evaluation more.
     """

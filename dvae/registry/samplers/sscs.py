@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion import apply, square_root
-from dvae.registry.samplers import SAMPLERS, Sampler, Walk
+from dvae.diffusion.kernels import apply, square_root
+from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
 
 if TYPE_CHECKING:
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("sscs")

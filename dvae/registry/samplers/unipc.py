@@ -12,10 +12,10 @@ from scipy.special import hyp1f1
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
 
 if TYPE_CHECKING:
-    from dvae.diffusion import Diffusion
+    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("unipc")

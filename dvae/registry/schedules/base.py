@@ -38,4 +38,4 @@ class Schedule(ABC):
         return 1000.0 * t
 
 
-SCHEDULES: Registry[Schedule] = Registry("schedule", __name__, Schedule)
+SCHEDULES: Registry[Schedule] = Registry("schedule", __package__, Schedule)

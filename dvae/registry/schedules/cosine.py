@@ -9,7 +9,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.schedules import SCHEDULES, Schedule
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 CAP_FROM = 0.999
 """The cap beta <= 0.999 binds in the last of 1000 steps only, for every offset: all others stay below 0.75."""

@@ -9,7 +9,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.schedules import SCHEDULES, Schedule
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 FEATURE_FROM = 0.002
 """Karras et al.'s sigma_min (table 1): below it the refiner is told nothing new."""

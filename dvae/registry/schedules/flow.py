@@ -9,7 +9,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.schedules import SCHEDULES, Schedule
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 
 @SCHEDULES.register("flow")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dvae.registry.schedules import SCHEDULES
+from dvae.registry.schedules.base import SCHEDULES
 from dvae.registry.schedules.ddpm_linear import DDPMLinear
 
 

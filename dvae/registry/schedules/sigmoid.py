@@ -9,7 +9,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.schedules import SCHEDULES, Schedule
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 FLOOR = 1e-9
 """abar at t = 1, so that B stays finite; the value at which Chen 2023 (algorithm 1) clips abar."""

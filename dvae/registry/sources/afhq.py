@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from dvae.data.datasets import Split
 from dvae.data.images import filtered
-from dvae.data.published import Split
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.sources import SOURCES
+from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFiles
 
 ANIMALS = ("cat", "dog", "wild")

@@ -15,7 +15,7 @@ from PIL import Image
 from dvae.data.images import decode
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.sources import SOURCES, Item, Source
+from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import parse_json
 
 # Natural and dyed tones that stay apart at 32 pixels; DiceBear's own palettes are mostly shades of brown.

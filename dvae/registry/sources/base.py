@@ -70,4 +70,4 @@ class EndlessSource(Source):
         )
 
 
-SOURCES: Registry[Source] = Registry("source", __name__, Source)
+SOURCES: Registry[Source] = Registry("source", __package__, Source)

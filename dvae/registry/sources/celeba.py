@@ -7,10 +7,10 @@ from enum import Enum
 
 from PIL import Image
 
+from dvae.data.datasets import Attributes
 from dvae.data.images import DamagedImage, filtered
-from dvae.data.published import Attributes
 from dvae.registry.core import Shapes
-from dvae.registry.sources import SOURCES
+from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFiles
 
 WIDTH, HEIGHT = 178, 218

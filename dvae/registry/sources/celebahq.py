@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from dvae.data.datasets import Attributes
 from dvae.data.images import filtered
-from dvae.data.published import Attributes
 from dvae.registry.core import Shapes
-from dvae.registry.sources import SOURCES
+from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFiles
 
 IMAGES, MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"

@@ -15,11 +15,11 @@ from omegaconf import MISSING
 from PIL import Image
 
 from dvae.data.archives import files_of, open_tar
+from dvae.data.datasets import Split
 from dvae.data.images import Crop, Resize, filtered, fit
-from dvae.data.published import Split
 from dvae.errors import UserError, one_line
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.sources import SOURCES, Item, Source
+from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import DamagedFile, read_bytes
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

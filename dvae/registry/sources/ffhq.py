@@ -8,7 +8,7 @@ from pathlib import PurePath
 from dvae.data.images import filtered
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.sources import SOURCES
+from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFiles
 
 VARIANTS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dvae.data.tree import FolderTree
+from dvae.data.image_tree import FolderTree
 from dvae.registry.core import Shapes
-from dvae.registry.sources import SOURCES
+from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFiles
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from dvae.data.images import Crop, fit, protocol
 from dvae.errors import UserError, one_line
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.sources import SOURCES, Item, Source
+from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import DamagedFile, read_bytes
 
 UNSIGNED_BYTE = 0x08

@@ -9,12 +9,12 @@ from pathlib import PurePath
 from omegaconf import MISSING
 from PIL import Image
 
+from dvae.data.datasets import whole_square
+from dvae.data.image_tree import Tree, open_tree
 from dvae.data.images import Crop, Resize, decode, fit, printable, protocol
-from dvae.data.published import whole_square
-from dvae.data.tree import Tree, open_tree
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.sources import Item, Source
+from dvae.registry.sources.base import Item, Source
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from dvae.data.images import Crop, DamagedImage, Resize, decode, fit, protocol
 from dvae.errors import UserError, near, one_line
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.sources import SOURCES, Item, Source
+from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import DamagedFile, check, parse_json, require_regular
 
 GROUP_LIMIT = 2 * 2**30

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
 
-from dvae import keyed
 from dvae.errors import UserError, near
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.sources import SOURCES, EndlessSource
+from dvae.registry.sources.base import SOURCES, EndlessSource
+from dvae.utils import rng
 
 UNIFORMS = 4
 """Uniform draws that a density may use per point."""
@@ -94,7 +94,7 @@ class Toy2D(EndlessSource):
         self.classes = tuple(config.densities)
 
     def draw(self, seed: int, numbers: Sequence[int], label: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        uniforms = keyed.uniform(seed, "toy2d", numbers, (UNIFORMS,)).numpy()
+        uniforms = rng.uniform(seed, "toy2d", numbers, (UNIFORMS,)).numpy()
         labels = np.asarray(numbers) % len(self.classes) if label is None else np.full(len(numbers), label)
         points = np.empty((len(numbers), 2))
         for i, name in enumerate(self.classes):

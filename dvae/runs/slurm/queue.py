@@ -14,8 +14,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dvae import files
 from dvae.errors import MachineError, one_line
+from dvae.utils import atomic_files
 from dvae.utils.fields import Seconds
 from dvae.utils.read import DamagedFile, read_json
 
@@ -82,7 +82,7 @@ def jobs_of(folder: Path) -> list[Submitted]:
 
 def enter(folder: Path, jobs: Iterable[Submitted]) -> None:
     """Add jobs to those of a run."""
-    files.write_json(folder / FOLDER / FILE, [asdict(job) for job in [*jobs_of(folder), *jobs]])
+    atomic_files.write_json(folder / FOLDER / FILE, [asdict(job) for job in [*jobs_of(folder), *jobs]])
 
 
 def available() -> bool:

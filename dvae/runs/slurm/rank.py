@@ -1,4 +1,4 @@
-"""A rank of a job on SLURM: srun starts python -m dvae.slurm.rank RUN [STAGE ...] once per task.
+"""A rank of a job on SLURM: srun starts python -m dvae.runs.slurm.rank RUN [STAGE ...] once per task.
 
 It says over the supervisor's store that it is there and how it ended; its output goes to a log of its own.
 """
@@ -54,15 +54,15 @@ def variables(given: Any) -> dict[str, str]:
 
 def run(words: list[str], store: Any) -> dict[str, Any]:
     """Run the job; returns how it ended, for the supervisor."""
-    from dvae.ends import CRASHED, HANGS
-    from dvae.job import Job
-    from dvae.training import watch
+    from dvae.runs.exit_status import CRASHED, HANGS
+    from dvae.runs.job import Job
+    from dvae.training.resilience import watchdog
 
     def on_hang(said: str, speaks: bool) -> None:
         store.set(f"{BYE} {os.environ['RANK']}", json.dumps({"status": HANGS, "said": said}))
-        watch.end(HANGS)
+        watchdog.end(HANGS)
 
-    watch.on_hang = on_hang
+    watchdog.on_hang = on_hang
     try:
         Job(words[0], tuple(words[1:]))()
     except BaseException as error:  # noqa: BLE001 told to the supervisor, whatever it is

@@ -23,12 +23,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dvae import attempts
-from dvae.attempts import TERMINATED, Attempt
-from dvae.ends import GRACE, End, explain
 from dvae.errors import MachineError, Stopped, UserError, in_words, one_line
-from dvae.slurm import queue
-from dvae.slurm.rank import ASKS, BYE, HELLO
+from dvae.runs import attempts
+from dvae.runs.attempts import TERMINATED, Attempt
+from dvae.runs.exit_status import GRACE, End, explain
+from dvae.runs.slurm import queue
+from dvae.runs.slurm.rank import ASKS, BYE, HELLO
 from dvae.tracking.console import say
 from dvae.utils.fields import Positive, Seconds
 from dvae.utils.read import check, parse_json, read_yaml
@@ -116,8 +116,6 @@ class Supervisor:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        from dvae.utils import env_references as env_references  # settings may refer to the environment
-
         path = Path(self.folder) / "config.yaml"
         try:
             config = OmegaConf.create({"launcher": None} | read_yaml(path))
@@ -198,7 +196,7 @@ class Ranks:
         return [
             "srun", "--kill-on-bad-exit=0", "--wait=0", f"--output={self.logs()}/rank-%t.log", "--open-mode=append",
             *([f"--cpus-per-task={threads}"] if threads else []), *self.settings["srun"],
-            *python, "-u", "-m", "dvae.slurm.rank", *self.words,
+            *python, "-u", "-m", "dvae.runs.slurm.rank", *self.words,
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:

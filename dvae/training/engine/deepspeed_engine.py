@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dvae.config.schema import Decay, Precision, TrainingConfig
 from dvae.errors import MachineError
-from dvae.settings import Decay, Precision, TrainingConfig
-from dvae.training import ranks
-from dvae.training.ema import MAIN, AdamWEma, ema_decays
-from dvae.training.footprint import bucket
-from dvae.training.fragments import STEP, WEIGHT, Fragment, Holder, Part, Saved, buffers, holders, pack
+from dvae.training.engine.ema import MAIN, AdamWEma, ema_decays
+from dvae.training.engine.footprint import bucket
+from dvae.training.engine.fragments import STEP, WEIGHT, Fragment, Holder, Part, Saved, buffers, holders, pack
+from dvae.training.resilience import ranks
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvae.settings import EmaConfig, EmaProfile
+from dvae.config.schema import EmaConfig, EmaProfile
 
 MAIN = "ema"
 """State of the average that a run exports."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dvae.settings import TrainingConfig
+from dvae.config.schema import TrainingConfig
 
 BUCKET = 500_000_000
 """Values that are communicated at once, at most (DeepSpeed's own default)."""

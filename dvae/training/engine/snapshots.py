@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae import files
+from dvae.config.schema import WIDTHS, EmaProfile, TrainingConfig
 from dvae.errors import MachineError
-from dvae.settings import WIDTHS, EmaProfile, TrainingConfig
-from dvae.training import ranks
-from dvae.training.ema import MAIN, Average, averages
+from dvae.training.engine.ema import MAIN, Average, averages
+from dvae.training.resilience import ranks
+from dvae.utils import atomic_files
 from dvae.utils.read import MIB, DamagedFile, read_json, read_weights_header
-from dvae.weights import State, check_weights, load_weights, refuse_nonfinite, save_weights, without_numbers
+from dvae.utils.weights import State, check_weights, load_weights, refuse_nonfinite, save_weights, without_numbers
 
 if TYPE_CHECKING:
-    from dvae.training.engine import Engine
+    from dvae.training.engine.deepspeed_engine import Engine
 
 LABEL = {EmaProfile.power: "width", EmaProfile.constant: "decay"}
 """What a file's name calls the number of a profile."""
@@ -75,7 +75,7 @@ class Snapshot:
                 f"{self.path} has no hash in {HASHES}, as after a training that was killed: run the same training "
                 "again, or remove the file"
             )
-        if files.sha256(self.path) != known:
+        if atomic_files.sha256(self.path) != known:
             raise MachineError(
                 f"{self.path} does not match its hash in {HASHES}: the file is damaged: put back a copy, or remove it"
             )
@@ -128,17 +128,17 @@ class Snapshots:
 
     def _write(self, path: Path, state: State) -> None:
         save_weights(path, state)
-        self._write_hashes(read_hashes(self.folder) | {path.name: files.sha256(path)})
+        self._write_hashes(read_hashes(self.folder) | {path.name: atomic_files.sha256(path)})
 
     def _write_hashes(self, hashes: dict[str, str]) -> None:
-        files.write_json(self.folder / HASHES, hashes)
+        atomic_files.write_json(self.folder / HASHES, hashes)
 
     def drop_after(self, step: int) -> None:
         """Remove snapshots beyond `step`, and their hashes: their steps are about to be taken again.
 
         Raises DamagedFile for a folder in the place of a snapshot, and for a damaged hashes.json.
         """
-        files.remove_leftovers(self.folder)
+        atomic_files.remove_leftovers(self.folder)
         for snapshot in list_snapshots(self.folder):
             if snapshot.step > step:
                 if snapshot.path.is_dir() and not snapshot.path.is_symlink():

@@ -15,9 +15,9 @@ from threading import Thread
 from types import TracebackType
 from typing import Any
 
-from dvae import files
 from dvae.errors import MachineError, printable_line
-from dvae.training import ranks
+from dvae.training.resilience import ranks
+from dvae.utils import atomic_files
 from dvae.utils.fields import Count, Seconds
 from dvae.utils.read import (
     JSON_LIMIT,
@@ -74,7 +74,7 @@ class Checkpoints:
         self.finish()
         aside = ExitStack()
         try:
-            folder = ranks.on_first(lambda: aside.enter_context(files.new_folder(self._path(step))))
+            folder = ranks.on_first(lambda: aside.enter_context(atomic_files.new_folder(self._path(step))))
         except OSError as error:
             self._fail(step, error)
         thread = Thread(target=self._write, args=(step, state, write, folder, aside), daemon=True)
@@ -112,9 +112,9 @@ class Checkpoints:
                 if ranks.rank() == 0:
                     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
                     written = [*written, folder / STATE]
-                hashes = {str(path.relative_to(folder)): files.sha256(path) for path in written}
+                hashes = {str(path.relative_to(folder)): atomic_files.sha256(path) for path in written}
                 for path in written:
-                    files.sync(path)
+                    atomic_files.sync(path)
                 parts = ranks.handed_in(f"{self.folder} {step}", hashes)
                 if parts:
                     merged = {name: digest for part in parts for name, digest in part.items()}
@@ -132,7 +132,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Folder and state of the newest good checkpoint; a damaged one is named in the log and passed over."""
-        files.remove_leftovers(self.folder)
+        atomic_files.remove_leftovers(self.folder)
         for path in self._paths():
             try:
                 return path, read_checked(path)
@@ -226,7 +226,7 @@ def read_checked(path: Path) -> dict[str, Any]:
         if place.is_absolute() or ".." in place.parts or not inside:
             raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which lies outside the checkpoint")
         _refuse_size(path / name)
-        if files.sha256(path / name) != expected:
+        if atomic_files.sha256(path / name) != expected:
             raise DamagedFile(path, f"{name[:80]} does not match its hash")
         listed.add(str(place))
     for item in sorted(path.rglob("*")):

@@ -16,17 +16,17 @@ import torch
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dvae import files
-from dvae.data.loader import Batch
+from dvae.config.schema import TRAININGS
+from dvae.config.stage_names import settings_of
+from dvae.data.loading.loader import Batch
 from dvae.errors import MachineError
-from dvae.settings import TRAININGS
-from dvae.stage_names import settings_of
-from dvae.training import ranks
-from dvae.training.engine import Engine
-from dvae.training.stages import Stage
+from dvae.stages.losses import Stage
+from dvae.training.engine.deepspeed_engine import Engine
+from dvae.training.resilience import ranks
+from dvae.utils import atomic_files
 from dvae.utils.fields import Number, Positive
 from dvae.utils.read import DamagedFile, read_json
-from dvae.weights import save_weights
+from dvae.utils.weights import save_weights
 
 log = logging.getLogger("dvae")
 SAVED = 3
@@ -92,8 +92,8 @@ def save(
     weights = {f"{name}.{key}": value for name, engine in engines.items() for key, value in engine.weights().items()}
 
     def write() -> None:
-        with files.new_folder(path) as folder:
-            files.write_json(folder / RECORD, record)
+        with atomic_files.new_folder(path) as folder:
+            atomic_files.write_json(folder / RECORD, record)
             save_weights(folder / WEIGHTS, weights)
 
     ranks.on_first(write)

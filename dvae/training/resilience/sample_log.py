@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from dvae import files
-from dvae.data.endless import EndlessLoader
-from dvae.data.loader import Batch, Loader
-from dvae.data.reader import Shards
+from dvae.config.schema import TrainingConfig
+from dvae.data.loading.loader import Batch, Loader
+from dvae.data.loading.streams import EndlessLoader
+from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, one_line
-from dvae.settings import TrainingConfig
-from dvae.tracking.metrics import MetricsLog
-from dvae.training import ranks
+from dvae.tracking.metrics_log import MetricsLog
+from dvae.training.resilience import ranks
+from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, read_json
 
 DAMAGED = "damaged.json"
@@ -121,4 +121,6 @@ def record_damage(run: Path, shards: Shards) -> None:
         return
     found = known | dict(shards.damaged)
     whole = _record_of(run) | {shards.split: dict(sorted(found.items()))}
-    files.write_json(run / DAMAGED, {split: {str(i): why for i, why in one.items()} for split, one in whole.items()})
+    atomic_files.write_json(
+        run / DAMAGED, {split: {str(i): why for i, why in one.items()} for split, one in whole.items()}
+    )

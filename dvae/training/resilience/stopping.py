@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from dvae.errors import Stopped
-from dvae.training import ranks
+from dvae.training.resilience import ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 BEGAN = time.monotonic()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from dvae.training import ranks
+from dvae.training.resilience import ranks
 
 LOOKS = 10
 """Looks at the store within the time after which a rank counts as standing still; at least one in LONGEST seconds."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvae.directions import report
-from dvae.directions.attributes import AttributeJudge, Attributes
-from dvae.directions.direction import Direction, Method
-from dvae.directions.report import Report
-from dvae.directions.score import Effect, Faces, Target, best_by_attribute, effect_on, score
-from dvae.directions.settings import DirectionsConfig
+from dvae.evaluation.directions import direction_report
+from dvae.evaluation.directions.direction_report import Report
+from dvae.evaluation.directions.direction_scores import Effect, Faces, Target, best_by_attribute, effect_on, score
+from dvae.inference.directions.attributes import AttributeJudge, Attributes
+from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.direction_settings import DirectionsConfig
 
 TOLD = [True, True, True]
 
@@ -110,6 +110,6 @@ def test_the_report_names_every_attribute_and_what_failed(tmp_path: Path) -> Non
         drawn.append((z[:, 0].tolist(), numbers))
         return {stage: torch.zeros(len(z), 3, 4, 4, dtype=torch.uint8) for stage in ("x_hat", "refined")}
 
-    report.strips(made, draw, tmp_path / "d.png")
+    direction_report.strips(made, draw, tmp_path / "d.png")
     assert drawn[0] == ([-2.0, -1.0, 0.0, 1.0, 2.0] * 3, [20] * 5 + [21] * 5 + [22] * 5)
     assert (tmp_path / "d.png").is_file()

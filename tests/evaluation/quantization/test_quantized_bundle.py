@@ -13,13 +13,15 @@ import torch
 from tests_support import reseal
 
 import dvae
-from dvae import bundle, config, models
+from dvae.config import compose
 from dvae.errors import UserError
-from dvae.evaluation.stage import psnr
-from dvae.quantisation import gate, plan, quantize
-from dvae.quantisation.integer import IntegerLayer
-from dvae.quantisation.plan import Method
-from dvae.quantisation.quantize import QuantizeConfig
+from dvae.evaluation.quantization import compare, quantize_bundle
+from dvae.evaluation.quantization.quantize_bundle import QuantizeConfig
+from dvae.models import bundle, components
+from dvae.models.quantization import layer_plan
+from dvae.models.quantization.integer import IntegerLayer
+from dvae.models.quantization.layer_plan import Method
+from dvae.stages.evaluate import psnr
 from dvae.tools import quantize as tool
 
 DIT = ["refiner=dit", "refiner.width=64", "refiner.depth=2", "refiner.heads=2", "refiner.patch=4"]
@@ -27,13 +29,13 @@ DIT = ["refiner=dit", "refiner.width=64", "refiner.depth=2", "refiner.heads=2", 
 
 def exported(folder: Path, words: list[str]) -> Path:
     """The bundle of a run that was never trained."""
-    composed = config.compose("train", [*words, "denoiser.data_scale=1"])
-    made = models.build(config.typed(composed))
+    composed = compose.compose("train", [*words, "denoiser.data_scale=1"])
+    made = components.build(compose.typed(composed))
     with torch.no_grad():
         for parameter in made.denoiser.refiner.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.05)
-    bundle.export(folder, config.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle.export(folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
     return folder
 
 
@@ -53,7 +55,9 @@ def quantised(original: Path) -> dict[Method, Path]:
     made = {}
     for method in Method:
         out = original.parent / method.name
-        quantize.write(QuantizeConfig(run=str(original), method=method, out=str(out), calibration=16), original, out)
+        quantize_bundle.write(
+            QuantizeConfig(run=str(original), method=method, out=str(out), calibration=16), original, out
+        )
         made[method] = out
     return made
 
@@ -65,9 +69,9 @@ def copy(quantised: dict[Method, Path], tmp_path: Path) -> Callable[..., Path]:
     def make(method: Method = Method.int8_weights, change: Callable[[dict], None] = lambda record: None) -> Path:
         folder = tmp_path / "copy"
         shutil.copytree(quantised[method], folder)
-        record = json.loads((folder / plan.FILE).read_text())
+        record = json.loads((folder / layer_plan.FILE).read_text())
         change(record)
-        (folder / plan.FILE).write_text(json.dumps(record))
+        (folder / layer_plan.FILE).write_text(json.dumps(record))
         reseal(folder)
         return folder
 
@@ -88,7 +92,7 @@ def test_images_are_near_the_original(
 
 @pytest.mark.parametrize("method", list(Method))
 def test_weights_lie_in_as_few_bytes_as_is_said(quantised: dict[Method, Path], original: Path, method: Method) -> None:
-    said = json.loads((quantised[method] / plan.FILE).read_text())
+    said = json.loads((quantised[method] / layer_plan.FILE).read_text())
     before, after = (bundle.load(path)[1] for path in (original, quantised[method]))
     stores = dict.fromkeys(("bf16", "int8", "int4", "integer"), 0)
     for part, layers in said["layers"].items():
@@ -96,7 +100,7 @@ def test_weights_lie_in_as_few_bytes_as_is_said(quantised: dict[Method, Path], o
         for store, names in layers.items():
             stores[store] += sum(module.get_submodule(name).weight.numel() for name in names)
     figures = sum(value.nbytes for value in before.prior.state_dict().values())
-    whole, held = plan.memory(before), plan.memory(after)
+    whole, held = layer_plan.memory(before), layer_plan.memory(after)
     least = figures + 2 * stores["bf16"] + stores["int8"] + stores["integer"] + stores["int4"] // 2
     rest = (whole - figures) // 4 - sum(stores.values())  # numbers that no stored layer holds as its weight
     assert least < held <= least + 4 * rest + 0.08 * whole
@@ -116,7 +120,9 @@ def test_a_transformer_is_a_bundle_too(tmp_path: Path, tiny: list[str]) -> None:
     run = exported(tmp_path / "dit", words)
     for method in (Method.int8_weights, Method.int8):
         out = tmp_path / method.name
-        made = quantize.write(QuantizeConfig(run=str(run), method=method, out=str(out), calibration=16), run, out)
+        made = quantize_bundle.write(
+            QuantizeConfig(run=str(run), method=method, out=str(out), calibration=16), run, out
+        )
         assert len(made.layers["denoiser"]["bf16"]) == 4
         images = [dvae.load(path).generate(8, seed=1)[1] for path in (run, out)]
         assert psnr(*images).min() > 30
@@ -175,20 +181,20 @@ def test_a_damaged_bundle_is_refused(copy: Callable[..., Path]) -> None:
         dvae.load(folder)
     weights.write_bytes(whole)
     reseal(folder)
-    (folder / plan.FILE).write_text("{")
+    (folder / layer_plan.FILE).write_text("{")
     with pytest.raises(UserError, match=r"quantization.json does not match the hash in bundle.json"):
         dvae.load(folder)
     reseal(folder)
     with pytest.raises(UserError, match="not a readable plan"):
         dvae.load(folder)
-    (folder / plan.FILE).unlink()
+    (folder / layer_plan.FILE).unlink()
     with pytest.raises(UserError, match=r"not a whole bundle \(quantization.json is missing\)"):
         dvae.load(folder)
 
 
 def test_nothing_is_trained_from_a_quantised_bundle(quantised: dict[Method, Path], words: list[str]) -> None:
     folder = quantised[Method.int8_weights]
-    run = config.typed(config.compose("train", [*words, f"encoder_weights={folder}"]))
+    run = compose.typed(compose.compose("train", [*words, f"encoder_weights={folder}"]))
     with pytest.raises(UserError, match=r"is quantized \(int8_weights\): name the bundle that it was made of"):
         bundle.encoder_for(run)
 
@@ -206,7 +212,7 @@ def test_nothing_is_trained_from_a_quantised_bundle(quantised: dict[Method, Path
 def test_words_out_of_range_are_refused(original: Path, tmp_path: Path, word: dict[str, object], message: str) -> None:
     asked = QuantizeConfig(run=str(original), method=Method.int8_weights, out=str(tmp_path / "out"), **word)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
-        quantize.quantize(asked)
+        quantize_bundle.quantize(asked)
     assert not (tmp_path / "out").exists()
 
 
@@ -216,7 +222,7 @@ def test_the_tool_quantises_measures_and_refuses_to_do_it_twice(
     out = tmp_path / "out"
     asked = [f"run={original}", "method=int8_weights", f"out={out}", "turns=2"]
     tool.command(asked)
-    measured = json.loads((out / plan.FILE).read_text())["measured"]
+    measured = json.loads((out / layer_plan.FILE).read_text())["measured"]
     disk = sum(path.stat().st_size for path in out.iterdir())
     assert measured["bytes"]["disk"]["quantised"] == pytest.approx(disk, abs=4)
     assert measured["speed"]["nfe"] == 2
@@ -246,6 +252,6 @@ def measured(quartiles: list[float], kid: float | None) -> dict:
     ],
 )
 def test_only_what_was_measured_is_called_faster(found: dict, faster: bool, why: str) -> None:
-    said = gate.verdict(found, 0.05)
+    said = compare.verdict(found, 0.05)
     assert said["faster"] is faster
     assert re.search(why, said["why"])

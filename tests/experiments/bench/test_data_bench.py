@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvae.data import bench
-from dvae.data.bench import DataBenchConfig
-from dvae.data.reader import Shards
+from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
+from dvae.experiments.bench import data_bench
+from dvae.experiments.bench.data_bench import DataBenchConfig
 from dvae.tools.bench import command
 
 
@@ -31,7 +31,7 @@ def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_shards_hold_what_the_jpegs_decode_to(tmp_path: Path):
-    count = bench.prepare(tmp_path, DataBenchConfig(size=16, images=5))
+    count = data_bench.prepare(tmp_path, DataBenchConfig(size=16, images=5))
     assert count == 5
     images = Shards(tmp_path / "shards").read(range(5))
     for path, image in zip(sorted((tmp_path / "jpeg" / "all").iterdir()), images, strict=True):
@@ -40,15 +40,15 @@ def test_the_shards_hold_what_the_jpegs_decode_to(tmp_path: Path):
 
 def test_every_way_goes_over_whole_batches(tmp_path: Path):
     config = DataBenchConfig(size=16, images=20, batch=8, threads=[0])
-    bench.prepare(tmp_path, config)
-    assert {name: way() for name, way in bench.loaders(tmp_path, config).items()} == dict.fromkeys(
-        bench.loaders(tmp_path, config), 16
+    data_bench.prepare(tmp_path, config)
+    assert {name: way() for name, way in data_bench.loaders(tmp_path, config).items()} == dict.fromkeys(
+        data_bench.loaders(tmp_path, config), 16
     )
 
 
 def test_pictures_of_a_folder(tmp_path: Path):
     Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
-    (found,) = bench.pictures(DataBenchConfig(folder=str(tmp_path), size=8))
+    (found,) = data_bench.pictures(DataBenchConfig(folder=str(tmp_path), size=8))
     assert found.shape == (8, 8, 3)
     assert found[0, 0].tolist() == [255, 0, 0]
 
@@ -69,4 +69,4 @@ def test_mistakes(words: list[str], says: str):
 
 def test_an_empty_folder(tmp_path: Path):
     with pytest.raises(UserError, match="holds no images"):
-        list(bench.pictures(DataBenchConfig(folder=str(tmp_path))))
+        list(data_bench.pictures(DataBenchConfig(folder=str(tmp_path))))

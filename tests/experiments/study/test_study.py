@@ -11,14 +11,15 @@ import torch
 import yaml
 from tests_support import Tool
 
-from dvae import bundle, config, models
-from dvae.denoiser import Centre
+from dvae.config import compose
+from dvae.config.schema import STAGES
+from dvae.diffusion.denoiser import Centre
 from dvae.errors import UserError
-from dvae.pipeline import Pipeline
-from dvae.run import Run
-from dvae.settings import STAGES
-from dvae.study import equality, report, spec, work
-from dvae.study.spec import StudyConfig
+from dvae.experiments.study import equivalence, study_report, study_runs, study_spec
+from dvae.experiments.study.study_spec import StudyConfig
+from dvae.inference.pipeline import Pipeline
+from dvae.models import bundle, components
+from dvae.runs.folder import Run
 
 
 def settings(**changed: object) -> StudyConfig:
@@ -40,7 +41,7 @@ def settings(**changed: object) -> StudyConfig:
 )
 def test_what_cannot_be_compared_is_refused(changed: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        spec.check(settings(**changed))
+        study_spec.check(settings(**changed))
 
 
 @pytest.mark.parametrize(
@@ -54,67 +55,83 @@ def test_what_cannot_be_compared_is_refused(changed: dict[str, object], words: s
 )
 def test_words_that_mean_nothing_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        spec.read(words)
+        study_spec.read(words)
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in spec.FILES.glob("*.yaml")])
+@pytest.mark.parametrize("name", [path.stem for path in study_spec.FILES.glob("*.yaml")])
 def test_the_studies_that_are_shipped(name: str) -> None:
-    settings = spec.read([f"study={name}", "seeds=[4]", "steps=[3]"])
+    settings = study_spec.read([f"study={name}", "seeds=[4]", "steps=[3]"])
     assert (settings.seeds, settings.steps) == ([4], [3])
     for arm in settings.arms:
-        stages = ",".join(spec.stages_of(settings, arm))
-        words = [f"recipe={settings.recipe}", *settings.words, f"stages=[{stages}]", *spec.words_of(settings, arm, 4)]
-        found = config.typed(config.compose("train", words))
-        assert models.on_meta(found).generates
+        stages = ",".join(study_spec.stages_of(settings, arm))
+        words = [
+            f"recipe={settings.recipe}",
+            *settings.words,
+            f"stages=[{stages}]",
+            *study_spec.words_of(settings, arm, 4),
+        ]
+        found = compose.typed(compose.compose("train", words))
+        assert components.on_meta(found).generates
         assert set(stages.split(",")) <= set(STAGES)
 
 
 def test_the_words_of_arms() -> None:
     arms = {"one": [], "two": ["stages=[shards,joint,prior]", "seed=9"], "three": ["stages=[distil]", "teacher=one"]}
     found = settings(arms=arms, out="o")
-    assert spec.stages_of(found, "one") == ("shards", "encoder", "prior", "refiner")
-    assert spec.words_of(found, "one", 5) == ["seed=5", "data.shards=o/shards", "encoder_weights=o/seed-5/generator"]
-    assert spec.stages_of(found, "two") == ("shards", "joint", "prior")
-    assert spec.words_of(found, "two", 5) == ["seed=5", "data.shards=o/shards", "seed=9"]
-    assert spec.stages_of(found, "three") == ("distil",)
-    assert spec.words_of(found, "three", 5) == ["seed=5", "data.shards=o/shards", "teacher=o/seed-5/one"]
+    assert study_spec.stages_of(found, "one") == ("shards", "encoder", "prior", "refiner")
+    assert study_spec.words_of(found, "one", 5) == [
+        "seed=5",
+        "data.shards=o/shards",
+        "encoder_weights=o/seed-5/generator",
+    ]
+    assert study_spec.stages_of(found, "two") == ("shards", "joint", "prior")
+    assert study_spec.words_of(found, "two", 5) == ["seed=5", "data.shards=o/shards", "seed=9"]
+    assert study_spec.stages_of(found, "three") == ("distil",)
+    assert study_spec.words_of(found, "three", 5) == ["seed=5", "data.shards=o/shards", "teacher=o/seed-5/one"]
 
 
 def test_the_report_names_the_samplers_of_the_arms() -> None:
     def point(name: str, nfe: float) -> dict[str, object]:
         return {"protocol": {"sampler": {"name": name}, "nfe": nfe}}
 
-    points: work.Points = {work.VAE: {0: {}}, "a": {4: point("ddim", 4)}, "b": {4: point("ddim", 4)}}
-    assert report.samplers(points) == "sampler ddim, 1 evaluation a step"
+    points: study_runs.Points = {study_runs.VAE: {0: {}}, "a": {4: point("ddim", 4)}, "b": {4: point("ddim", 4)}}
+    assert study_report.samplers(points) == "sampler ddim, 1 evaluation a step"
     points["b"] = {2: point("heun", 3), 4: point("heun", 6)}
-    assert report.samplers(points) == "a: sampler ddim, 1 evaluation a step; b: sampler heun, 1.5 evaluations a step"
+    assert (
+        study_report.samplers(points) == "a: sampler ddim, 1 evaluation a step; b: sampler heun, 1.5 evaluations a step"
+    )
 
 
 def test_a_folder_is_one_study(tmp_path: Path) -> None:
     out = str(tmp_path / "study")
-    work.hold(settings(out=out))
-    work.hold(settings(out=out, seeds=[0, 1, 2, 3], steps=[7]))  # may be added
-    work.hold(settings(out=out, arms={"b": [], "c": ["seed=1"]}))
-    work.hold(settings(out=out))
+    study_runs.hold(settings(out=out))
+    study_runs.hold(settings(out=out, seeds=[0, 1, 2, 3], steps=[7]))  # may be added
+    study_runs.hold(settings(out=out, arms={"b": [], "c": ["seed=1"]}))
+    study_runs.hold(settings(out=out))
     with pytest.raises(UserError, match=r"is a study with arms=.*'c'.*, not .*: name another"):
-        work.hold(settings(out=out, arms={"c": []}))
+        study_runs.hold(settings(out=out, arms={"c": []}))
     with pytest.raises(UserError, match="is a study with n=500, not 600: name another"):
-        work.hold(settings(out=out, n=600))
+        study_runs.hold(settings(out=out, n=600))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match="exists and is not a study"):
-        work.hold(settings(out=str(tmp_path / "other")))
+        study_runs.hold(settings(out=str(tmp_path / "other")))
 
 
 def test_the_table_has_errors_over_seeds() -> None:
     kid = {"mean": 0.0213, "se": 0.00124}
-    assert report.figure(kid) == "21.3 ± 1.2"
-    assert report.figure(kid | {"se": None}) == "21.3"
-    sets = {name: {5: {"sets": {name: {report.KID: kid}}}} for name in ("a", "b")}
-    points: work.Points = {work.VAE: {0: {"sets": {work.VAE: {report.KID: kid | {"mean": 0.3}}}}}, **sets}
-    rows = report.rows(settings(steps=[5]), points, {"heldout": {report.KID: kid | {"mean": 0.0}}}).splitlines()
+    assert study_report.figure(kid) == "21.3 ± 1.2"
+    assert study_report.figure(kid | {"se": None}) == "21.3"
+    sets = {name: {5: {"sets": {name: {study_report.KID: kid}}}} for name in ("a", "b")}
+    points: study_runs.Points = {
+        study_runs.VAE: {0: {"sets": {study_runs.VAE: {study_report.KID: kid | {"mean": 0.3}}}}},
+        **sets,
+    }
+    rows = study_report.rows(
+        settings(steps=[5]), points, {"heldout": {study_report.KID: kid | {"mean": 0.0}}}
+    ).splitlines()
     assert rows[2:] == [
         "| a | 21.3 ± 1.2 |", "| b | 21.3 ± 1.2 |", "| VAE alone (no refiner) | 300.0 ± 1.2 |",
         "| floor: heldout | 0.0 ± 1.2 |",
@@ -124,17 +141,17 @@ def test_the_table_has_errors_over_seeds() -> None:
 @pytest.mark.parametrize("image", [True, False])
 def test_formulation_2_draws_the_same_images(tiny: list[str], tmp_path: Path, image: bool) -> None:
     words = [*tiny, "denoiser.centre=none", "denoiser.data_scale=1", f"denoiser.condition_image={image}"]
-    composed = config.compose("train", words)
-    made = models.build(config.typed(composed))
+    composed = compose.compose("train", words)
+    made = components.build(compose.typed(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(tmp_path / "bundle", config.typed(composed), parts)
+    bundle.export(tmp_path / "bundle", compose.typed(composed), parts)
     if not image:
         with pytest.raises(UserError, match="is not of formulation 1"):
-            equality.compare(tmp_path / "bundle", 3, 0)
+            equivalence.compare(tmp_path / "bundle", 3, 0)
         return
-    assert equality.compare(tmp_path / "bundle", 3, 0).grey_levels <= 1
+    assert equivalence.compare(tmp_path / "bundle", 3, 0).grey_levels <= 1
     loaded, made = bundle.load(tmp_path / "bundle")
     first = Pipeline(loaded, made).generate(4, 0)[1].int()
     made.denoiser.config = replace(loaded.denoiser, centre=Centre.input)  # in its coordinates they are another function

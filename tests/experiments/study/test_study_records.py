@@ -12,8 +12,8 @@ import pytest
 
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.protocol import Protocol
-from dvae.study import spec, work
-from dvae.study.spec import StudyConfig
+from dvae.experiments.study import study_runs, study_spec
+from dvae.experiments.study.study_spec import StudyConfig
 
 KID = {"mean": 0.5, "se": None}
 FIGURES = {"n": 10, "KID-lite0": KID}
@@ -40,7 +40,7 @@ def kept(settings: StudyConfig, text: str) -> Path:
 
 def test_a_point_comes_back_as_written(settings: StudyConfig) -> None:
     kept(settings, json.dumps(POINT))
-    assert work.point(settings, "a", 5) == POINT
+    assert study_runs.point(settings, "a", 5) == POINT
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_point_comes_back_as_written(settings: StudyConfig) -> None:
 def test_a_damaged_point_is_one_line(settings: StudyConfig, text: str) -> None:
     path = kept(settings, text)
     with pytest.raises(MachineError) as error:
-        work.point(settings, "a", 5)
+        study_runs.point(settings, "a", 5)
     assert str(error.value).startswith(f"{path}: damaged (")
     assert str(error.value).endswith("; delete it, it will be made again")
     assert len(str(error.value).splitlines()) == 1
@@ -69,21 +69,21 @@ def test_a_damaged_point_is_one_line(settings: StudyConfig, text: str) -> None:
     ["{", "null", "[]", "{}", '{"arms": []}', '{"arms": {"a": "b"}}', '{"arms": {"a": [1]}}', '{"a": 1, "a": 2}'],
 )
 def test_a_damaged_record_is_one_line(settings: StudyConfig, text: str) -> None:
-    work.hold(settings)
-    (Path(settings.out) / work.RECORD).write_text(text)
+    study_runs.hold(settings)
+    (Path(settings.out) / study_runs.RECORD).write_text(text)
     with pytest.raises(MachineError, match=r"study\.json: .*; its runs beside it are whole, name another out=$"):
-        work.hold(settings)
+        study_runs.hold(settings)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_what_is_no_file_is_one_line(settings: StudyConfig, make: Any) -> None:
     kept(settings, "").unlink()
-    make(Path(settings.out) / work.RECORD)
+    make(Path(settings.out) / study_runs.RECORD)
     with pytest.raises(MachineError, match=r"study\.json: is a \w+, not a file"):
-        work.hold(settings)
+        study_runs.hold(settings)
     make(Path(settings.out) / "points" / "a-0005.json")
     with pytest.raises(MachineError, match=r"a-0005\.json: damaged \(is a \w+, not a file\)"):
-        work.point(settings, "a", 5)
+        study_runs.point(settings, "a", 5)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,6 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, said: str) -
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        spec.read([f"study={path}"])
+        study_spec.read([f"study={path}"])
     assert said in str(error.value)
     assert len(str(error.value).splitlines()) == 1

@@ -9,7 +9,7 @@ import pytest
 from tests_support import Tool
 
 from dvae.errors import MachineError, UserError
-from dvae.sweeps import multirun
+from dvae.experiments.sweeps import multirun
 
 
 def test_every_combination_in_hydras_order() -> None:

@@ -14,7 +14,7 @@ import yaml
 from agent_server import AgentServer
 from tests_support import ROOT, environment
 
-from dvae.sweeps import engine
+from dvae.experiments.sweeps import sweep_engine
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_wandbs_agent_starts_trials_which_report_the_metric(tiny: list[str], tmp
     start = sweep["command"].index("${program}") + 1
     kept = [word for word in sweep["command"][start:] if word.startswith(("run=", "tracking.", "${"))]
     sweep["command"][start:] = [*(word for word in tiny if word.partition("=")[0] not in swept), *kept]
-    assert engine.violations(sweep) == []
+    assert sweep_engine.violations(sweep) == []
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     with AgentServer(sweep, count=2) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

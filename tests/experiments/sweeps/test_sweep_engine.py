@@ -11,8 +11,8 @@ import pytest
 from tests_support import ROOT
 
 from dvae.errors import UserError
-from dvae.sweeps import engine
-from dvae.sweeps.trials import State, Trial
+from dvae.experiments.sweeps import sweep_engine
+from dvae.experiments.sweeps.trials import State, Trial
 
 METRIC = {"name": "refiner/loss", "goal": "minimize"}
 CHOICES = {"b": {"values": [1, 2, 3]}, "a": {"values": ["x", "y"]}, "c": {"value": 5}}
@@ -25,7 +25,7 @@ def sweep(method: str, parameters: dict[str, Any], **more: Any) -> dict[str, Any
 def drawn(given: dict[str, Any], count: int) -> list[Trial]:
     trials: list[Trial] = []
     for number in range(1, count + 1):
-        parameters = engine.propose(given, trials)
+        parameters = sweep_engine.propose(given, trials)
         assert parameters is not None
         trials.append(Trial(number, parameters, State.finished, metric=float(number)))
     return trials
@@ -34,7 +34,7 @@ def drawn(given: dict[str, Any], count: int) -> list[Trial]:
 def test_the_engines_version_is_that_which_is_told_and_installed() -> None:
     """It is installed without its dependencies: it asks for numpy<2, and runs on the numpy that we have."""
     wanted = f"pip install --no-deps sweeps=={importlib.metadata.version('sweeps')}"
-    assert engine.INSTALL.endswith(wanted)
+    assert sweep_engine.INSTALL.endswith(wanted)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert wanted in makefile.replace("--quiet ", "")
 
@@ -43,13 +43,13 @@ def test_a_grid_is_every_combination_once_and_then_nothing() -> None:
     trials = drawn(sweep("grid", CHOICES), 6)
     assert {(t.parameters["a"], t.parameters["b"]) for t in trials} == set(itertools.product("xy", (1, 2, 3)))
     assert {t.parameters["c"] for t in trials} == {5}
-    assert engine.propose(sweep("grid", CHOICES), trials) is None
+    assert sweep_engine.propose(sweep("grid", CHOICES), trials) is None
 
 
 def test_a_failed_point_of_a_grid_is_not_drawn_again() -> None:
     trials = drawn(sweep("grid", CHOICES), 6)
     trials[2].state, trials[2].metric = State.failed, None
-    assert engine.propose(sweep("grid", CHOICES), trials) is None
+    assert sweep_engine.propose(sweep("grid", CHOICES), trials) is None
 
 
 def test_random_draws_depend_on_the_trials_number_alone_and_stay_in_range() -> None:
@@ -61,7 +61,7 @@ def test_random_draws_depend_on_the_trials_number_alone_and_stay_in_range() -> N
     assert 12 <= sum(rate < 1e-3 for rate in rates) <= 28  # half of them, were there enough
     assert {trial.parameters["n"] for trial in trials} == {1, 2, 3}
     unfinished = [Trial(trial.number, {"lr": 1e-3, "n": 1}) for trial in trials[:17]]
-    assert engine.propose(given, unfinished) == trials[17].parameters
+    assert sweep_engine.propose(given, unfinished) == trials[17].parameters
 
 
 @pytest.mark.parametrize("goal", ["minimize", "maximize"])
@@ -70,7 +70,7 @@ def test_bayes_finds_the_best_of_a_parabola(goal: str) -> None:
     sign = 1 if goal == "minimize" else -1
     trials: list[Trial] = []
     for number in range(1, 16):
-        parameters = engine.propose(given, trials)
+        parameters = sweep_engine.propose(given, trials)
         assert parameters is not None
         metric = sign * (parameters["x"] - 0.3) ** 2
         trials.append(Trial(number, parameters, State.finished, metric))
@@ -82,9 +82,9 @@ def test_bayes_keeps_away_from_what_runs_and_from_what_failed() -> None:
     given = sweep("bayes", {"x": {"min": 0.0, "max": 1.0}})
     trials = [Trial(n, {"x": x}, State.finished, (x - 0.3) ** 2) for n, x in enumerate((0.0, 0.2, 0.5, 0.8), start=1)]
     for state in (State.running, State.failed):
-        first = engine.propose(given, trials)
+        first = sweep_engine.propose(given, trials)
         assert first is not None
-        second = engine.propose(given, [*trials, Trial(5, first, state)])
+        second = sweep_engine.propose(given, [*trials, Trial(5, first, state)])
         assert second is not None
         assert abs(second["x"] - first["x"]) > 0.01
 
@@ -100,7 +100,7 @@ def test_parameters_can_be_written_as_json() -> None:
 
 def test_a_range_of_real_numbers_is_no_grid() -> None:
     with pytest.raises(UserError, match="method: grid: Parameter x is a disallowed type"):
-        engine.propose(sweep("grid", {"x": {"min": 0.0, "max": 1.0}}), [])
+        sweep_engine.propose(sweep("grid", {"x": {"min": 0.0, "max": 1.0}}), [])
 
 
 HYPERBAND = {"early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2, "strict": True}}
@@ -115,24 +115,29 @@ def test_hyperband_ends_the_worse_half_at_each_band() -> None:
     given = sweep("random", CHOICES, **HYPERBAND)
     trials = [Trial(n, {}) for n in range(1, 5)]
     early = histories([9, 1.0], [9, 2.0], [9, 3.0], [9, 4.0])
-    assert engine.to_stop(given, trials, early) == [4]  # sorted([1, 2, 3, 4])[int(4 / 2)] = 3
-    assert engine.to_stop(given, trials, histories([9.0], [9.0], [9.0], [9.0])) == []
+    assert sweep_engine.to_stop(given, trials, early) == [4]  # sorted([1, 2, 3, 4])[int(4 / 2)] = 3
+    assert sweep_engine.to_stop(given, trials, histories([9.0], [9.0], [9.0], [9.0])) == []
     later = histories([9, 1, 9, 8.0], [9, 2, 9, 5.0], [9, 3, 9, 6.0], [9, 2, 9])
-    assert engine.to_stop(given, trials, later) == [1]  # sorted([5, 6, 8])[1] = 6; the fourth is judged at 2: 2 <= 3
+    assert sweep_engine.to_stop(given, trials, later) == [
+        1
+    ]  # sorted([5, 6, 8])[1] = 6; the fourth is judged at 2: 2 <= 3
 
 
 def test_hyperband_learns_from_those_that_ended_and_ends_only_those_that_run() -> None:
     given = sweep("random", CHOICES, **HYPERBAND)
     ended = [Trial(1, {}, State.finished, 1.0), Trial(2, {}, State.stopped, 1.0), Trial(3, {}, State.failed)]
     values = histories([9, 1.0], [9, 5.0], [9, 5.0], [9, 6.0])
-    assert engine.to_stop(given, [*ended, Trial(4, {})], values) == [4]
+    assert sweep_engine.to_stop(given, [*ended, Trial(4, {})], values) == [4]
 
 
 def test_hyperband_stops_nothing_unless_it_is_asked_for() -> None:
-    assert engine.to_stop(sweep("random", CHOICES), [Trial(1, {}), Trial(2, {})], histories([1.0] * 9, [2.0] * 9)) == []
+    assert (
+        sweep_engine.to_stop(sweep("random", CHOICES), [Trial(1, {}), Trial(2, {})], histories([1.0] * 9, [2.0] * 9))
+        == []
+    )
 
 
 def test_hyperband_knows_when_more_is_better() -> None:
     given = sweep("random", CHOICES, **HYPERBAND) | {"metric": {"name": "refiner/loss", "goal": "maximize"}}
     trials = [Trial(n, {}) for n in range(1, 5)]
-    assert engine.to_stop(given, trials, histories([0, 1.0], [0, 2.0], [0, 3.0], [0, 4.0])) == [1]
+    assert sweep_engine.to_stop(given, trials, histories([0, 1.0], [0, 2.0], [0, 3.0], [0, 4.0])) == [1]

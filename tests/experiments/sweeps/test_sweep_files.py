@@ -12,9 +12,9 @@ import wandb.wandb_agent
 import yaml
 from tests_support import ROOT
 
-from dvae import config
+from dvae.config import compose
 from dvae.errors import UserError
-from dvae.sweeps import spec
+from dvae.experiments.sweeps import sweep_spec
 
 FILES = sorted((ROOT / "recipes" / "sweep").glob("*.yaml"))
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -33,8 +33,8 @@ def ends(parameter: dict[str, Any]) -> list[Any]:
 
 
 def test_there_are_sweeps_and_the_command_lists_them() -> None:
-    assert spec.known() == [path.stem for path in FILES]
-    assert {"demo", "avatars"} <= set(spec.known())
+    assert sweep_spec.known() == [path.stem for path in FILES]
+    assert {"demo", "avatars"} <= set(sweep_spec.known())
 
 
 @every_file
@@ -54,8 +54,10 @@ def test_every_parameter_is_an_override_of_its_recipe(path: Path, monkeypatch: p
     values = {name: ends(given) for name, given in content["parameters"].items()}
     for number in range(max(map(len, values.values()))):
         chosen = {name: some[number % len(some)] for name, some in values.items()}
-        words = spec.expand(content["command"], content["program"], chosen)
-        settings = config.typed(config.compose("train", words[words.index(spec.program(content["program"])) + 1 :]))
+        words = sweep_spec.expand(content["command"], content["program"], chosen)
+        settings = compose.typed(
+            compose.compose("train", words[words.index(sweep_spec.program(content["program"])) + 1 :])
+        )
         assert settings.run.endswith("/abc123")
         for name, value in chosen.items():
             found = functools.reduce(getattr, name.split("."), settings)
@@ -64,14 +66,14 @@ def test_every_parameter_is_an_override_of_its_recipe(path: Path, monkeypatch: p
 
 @every_file
 def test_a_trial_here_has_the_words_of_the_file_but_for_the_servers(path: Path) -> None:
-    loaded = spec.load(path.stem)
+    loaded = sweep_spec.load(path.stem)
     parameters = {name: ends(given)[0] for name, given in loaded.sweep["parameters"].items()}
     words = loaded.words(parameters, ["train_refiner.steps=7", "run=out/trial-0001"])
     assert words[-1] == "run=out/trial-0001"
     assert "train_refiner.steps=7" in words
     assert {f"{name}={value}" for name, value in parameters.items()} < set(words)
     assert not any(word.startswith("tracking.") for word in words)
-    fields = [spec.key(word) for word in words]
+    fields = [sweep_spec.key(word) for word in words]
     assert len(fields) == len(set(fields))
 
 
@@ -92,13 +94,13 @@ def test_the_command_expands_as_wandbs_own_agent_expands_it(
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("COUNT_OF_IMAGES", "321")
     monkeypatch.setattr(wandb.wandb_agent, "AgentProcess", Recorded)
-    ours = spec.expand(content["command"], content["program"], parameters)
+    ours = sweep_spec.expand(content["command"], content["program"], parameters)
     agent = wandb.wandb_agent.Agent(api=None, queue=None, sweep_id="s")
     agent._sweep_command = content["command"]
     args = {name: {"value": value} for name, value in parameters.items()}
     agent._command_run({"run_id": "abc", "program": content["program"], "args": args})
     (theirs,) = started
-    places = {"python": ours[1], content["program"]: spec.program(content["program"])}
+    places = {"python": ours[1], content["program"]: sweep_spec.program(content["program"])}
     assert [places.get(chunk, chunk) for chunk in theirs] == ours
     assert ours[-1] == "source.count=321"
 
@@ -120,16 +122,16 @@ def test_the_command_expands_as_wandbs_own_agent_expands_it(
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(change: dict[str, Any], said: str) -> None:
-    assert spec.check("mine", GOOD) == GOOD
+    assert sweep_spec.check("mine", GOOD) == GOOD
     with pytest.raises(UserError) as error:
-        spec.check("mine", GOOD | change)
+        sweep_spec.check("mine", GOOD | change)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_metric_must_be_named() -> None:
     with pytest.raises(UserError, match="names no metric to optimise"):
-        spec.check("mine", {name: value for name, value in GOOD.items() if name != "metric"})
+        sweep_spec.check("mine", {name: value for name, value in GOOD.items() if name != "metric"})
 
 
 @pytest.mark.parametrize(
@@ -142,14 +144,14 @@ def test_a_metric_must_be_named() -> None:
 )
 def test_an_unknown_sweep_is_one_line(name: str, said: str) -> None:
     with pytest.raises(UserError) as error:
-        spec.load(name)
+        sweep_spec.load(name)
     assert str(error.value).startswith(said)
 
 
 def test_what_is_no_yaml_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1,\n", encoding="utf-8")
     with pytest.raises(UserError, match="not a readable YAML file"):
-        spec.load(str(tmp_path / "bad.yaml"))
+        sweep_spec.load(str(tmp_path / "bad.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -170,8 +172,8 @@ def test_what_is_no_yaml_is_one_line(tmp_path: Path) -> None:
 def test_what_the_recipe_refuses_is_said_before_anything_is_written(
     change: dict[str, Any], words: list[str], said: str
 ) -> None:
-    spec.preflight(spec.Spec("mine", GOOD), [])
+    sweep_spec.preflight(sweep_spec.Spec("mine", GOOD), [])
     with pytest.raises(UserError) as error:
-        spec.preflight(spec.Spec("mine", spec.check("mine", GOOD | change)), words)
+        sweep_spec.preflight(sweep_spec.Spec("mine", sweep_spec.check("mine", GOOD | change)), words)
     assert str(error.value).startswith(said)
     assert "\n" not in str(error.value)

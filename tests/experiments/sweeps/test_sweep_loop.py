@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from dvae.errors import MachineError, UserError
-from dvae.sweeps import loop
-from dvae.sweeps.loop import Sweep, SweepToolConfig, done
-from dvae.sweeps.process import Processes, Running
-from dvae.sweeps.spec import Spec, key
-from dvae.sweeps.trials import Folder, State, Trial
-from dvae.tracking.metrics import MetricsLog
+from dvae.experiments.sweeps import sweep_loop
+from dvae.experiments.sweeps.sweep_loop import Sweep, SweepToolConfig, done
+from dvae.experiments.sweeps.sweep_spec import Spec, key
+from dvae.experiments.sweeps.trial_processes import Processes, Running
+from dvae.experiments.sweeps.trials import Folder, State, Trial
+from dvae.tracking.metrics_log import MetricsLog
 
 STEPS = 4
 COMMAND = ["${interpreter}", "${program}", "recipe=demo", "run=somewhere", "${args_no_hyphens}"]
@@ -77,7 +77,7 @@ class MadeUp(Processes):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(sweep_loop, "LOOK_EVERY", 0.0)
 
 
 def sweep_in(path: Path, processes: MadeUp, spec: Spec | None = None, **settings: int) -> Sweep:
@@ -206,7 +206,7 @@ class TestFolder:
         folder = Folder(tmp_path / "out")
         folder.open({}, [])
         code = (
-            "import sys; from pathlib import Path; from dvae.sweeps.trials import Folder\n"
+            "import sys; from pathlib import Path; from dvae.experiments.sweeps.trials import Folder\n"
             "with Folder(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
         )
         with subprocess.Popen(
@@ -240,23 +240,23 @@ class TestFolder:
 
 class TestSettings:
     def test_words_are_parted(self) -> None:
-        settings, words = loop.parted(["sweep=demo", "count=3", "seed=4", "train_refiner.steps=2", "~classifier"])
+        settings, words = sweep_loop.parted(["sweep=demo", "count=3", "seed=4", "train_refiner.steps=2", "~classifier"])
         assert (settings.sweep, settings.count, settings.parallel) == ("demo", 3, 1)
         assert words == ["seed=4", "train_refiner.steps=2", "~classifier"]
 
     @pytest.mark.parametrize("words", [["count=0"], ["parallel=0"], ["failures=-1"]])
     def test_numbers_below_one_are_refused(self, words: list[str]) -> None:
         with pytest.raises(UserError, match=f"^{words[0]}: use 1 or more"):
-            loop.sweep([], loop.parted(["sweep=demo", *words])[0])
+            sweep_loop.sweep([], sweep_loop.parted(["sweep=demo", *words])[0])
 
     def test_a_number_that_is_none_is_one_line(self) -> None:
         with pytest.raises(UserError, match=r"^count: Value 'many'"):
-            loop.parted(["sweep=demo", "count=many"])
+            sweep_loop.parted(["sweep=demo", "count=many"])
 
     def test_fewer_than_are_finished_are_refused(self, tmp_path: Path) -> None:
-        loaded = loop.spec.load("demo")
+        loaded = sweep_loop.spec.load("demo")
         folder = Folder(tmp_path / "out")
         folder.open(loaded.sweep, [])
         folder.keep([Trial(n, {}, State.finished, 1.0) for n in (1, 2, 3)])
         with pytest.raises(UserError, match=r"^count=2: .*out holds 3 finished trials already: use count=3 or more"):
-            loop.sweep([], SweepToolConfig(sweep="demo", count=2, out=str(folder.path)))
+            sweep_loop.sweep([], SweepToolConfig(sweep="demo", count=2, out=str(folder.path)))

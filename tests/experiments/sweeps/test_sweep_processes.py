@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dvae.sweeps.process import Processes, cores, share
+from dvae.experiments.sweeps.trial_processes import Processes, cores, share
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_slots_are_given_again(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_trials_end_with_the_sweep_even_where_it_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from dvae.sweeps.process import Processes\n"
+        "import sys, time; from pathlib import Path; from dvae.experiments.sweeps.trial_processes import Processes\n"
         "processes = Processes(1)\n"
         "processes.start(1, [sys.executable, '-c', 'import time; time.sleep(60)'], Path(sys.argv[1]))\n"
         "print(processes.running[1].process.pid, flush=True); time.sleep(60)"

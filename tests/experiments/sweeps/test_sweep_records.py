@@ -12,9 +12,9 @@ import yaml
 from test_sweep_files import GOOD
 
 from dvae.errors import MachineError, UserError
-from dvae.sweeps import spec
-from dvae.sweeps.process import Running
-from dvae.sweeps.trials import Folder, State, Trial
+from dvae.experiments.sweeps import sweep_spec
+from dvae.experiments.sweeps.trial_processes import Running
+from dvae.experiments.sweeps.trials import Folder, State, Trial
 
 ROW: dict[str, Any] = {
     "number": 1, "parameters": {"lr": 0.1}, "state": "finished", "metric": 0.5, "seconds": 3.0, "said": "",
@@ -46,7 +46,7 @@ def test_trials_come_back_as_written(folder: Folder) -> None:
 def test_a_sweep_with_aliases_is_taken_up_again(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(GOOD) + "x: &x {a: 1}\ny: *x\n")
-    found = spec.read_user_yaml(path, "yaml")
+    found = sweep_spec.read_user_yaml(path, "yaml")
     for _ in range(2):
         Folder(tmp_path / "sweep").open(found, [])
 
@@ -107,7 +107,7 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, said: str) -
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"sweep=.*: not a readable YAML file \(.*\)$") as error:
-        spec.load(str(path))
+        sweep_spec.load(str(path))
     assert said in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
@@ -137,7 +137,7 @@ def test_odd_values_anywhere_are_refused_in_one_line_or_work(place: tuple[Any, .
     refused = []
     for odd in ODD:
         try:
-            spec.check("mine", put(GOOD, place, odd))
+            sweep_spec.check("mine", put(GOOD, place, odd))
         except UserError as error:
             refused.append(str(error))
     assert len(refused) > len(ODD) // 2 or place == ("program",)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvae.sweeps import picture, table
-from dvae.sweeps.picture import axis_of
-from dvae.sweeps.spec import Spec
-from dvae.sweeps.trials import State, Trial
+from dvae.experiments.sweeps import parallel_coordinates, trial_table
+from dvae.experiments.sweeps.parallel_coordinates import axis_of
+from dvae.experiments.sweeps.sweep_spec import Spec
+from dvae.experiments.sweeps.trials import State, Trial
 
 PARAMETERS = {"lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}, "kind": {"values": ["a", "b"]}}
 
@@ -31,18 +31,18 @@ def trials() -> list[Trial]:
 
 @pytest.mark.parametrize(("goal", "order"), [("minimize", [3, 1, 2]), ("maximize", [1, 3, 2])])
 def test_best_first_and_failures_last(goal: str, order: list[int], tmp_path: Path) -> None:
-    table.write(trials(), spec(goal), tmp_path / "trials.csv")
+    trial_table.write(trials(), spec(goal), tmp_path / "trials.csv")
     with (tmp_path / "trials.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == [f"trial-000{number}" for number in order]
     assert {row["trial"]: row["refiner/loss"] for row in rows}["trial-0002"] == ""
     assert [float(row["lr"]) for row in rows] == [10.0 ** (-5 + number) for number in order]
-    assert len(table.text(trials(), spec(goal)).splitlines()) == 4
+    assert len(trial_table.text(trials(), spec(goal)).splitlines()) == 4
 
 
 def test_the_last_line_says_what_lacks() -> None:
-    assert table.ending(trials(), 2, Path("out")) == "2 of 3 trials finished; out/trials.csv out/parallel.png"
-    assert "fewer than count=9: the grid has no more" in table.ending(trials(), 9, Path("out"))
+    assert trial_table.ending(trials(), 2, Path("out")) == "2 of 3 trials finished; out/trials.csv out/parallel.png"
+    assert "fewer than count=9: the grid has no more" in trial_table.ending(trials(), 9, Path("out"))
 
 
 def test_axes_place_and_name_values() -> None:
@@ -65,7 +65,7 @@ def colours(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("goal", ["minimize", "maximize"])
 def test_the_best_trial_stands_out(goal: str, tmp_path: Path) -> None:
     path = tmp_path / "parallel.png"
-    picture.draw(trials(), spec(goal), path)
+    parallel_coordinates.draw(trials(), spec(goal), path)
     drawn = colours(path)
     assert drawn.shape[1] > 3 * 150
     yellow = (drawn[..., 0] > 180) & (drawn[..., 1] > 200) & (drawn[..., 2] < 80)  # viridis' bright end
@@ -76,12 +76,15 @@ def test_the_best_trial_stands_out(goal: str, tmp_path: Path) -> None:
 
 
 def test_long_names_are_broken_where_they_have_parts() -> None:
-    assert picture.in_lines("evaluate/sets/refined/KID-lite0/mean") == "evaluate/sets/refined/\nKID-lite0/mean"
-    assert picture.in_lines("train_refiner.lr") == "train_refiner.lr"
+    assert (
+        parallel_coordinates.in_lines("evaluate/sets/refined/KID-lite0/mean")
+        == "evaluate/sets/refined/\nKID-lite0/mean"
+    )
+    assert parallel_coordinates.in_lines("train_refiner.lr") == "train_refiner.lr"
 
 
 def test_no_finished_trial_and_constants_can_be_drawn(tmp_path: Path) -> None:
     failed = [Trial(1, {"lr": 1e-4, "kind": "a", "c": 5}, State.failed)]
-    picture.draw(failed, spec(c={"value": 5}), tmp_path / "parallel.png")
+    parallel_coordinates.draw(failed, spec(c={"value": 5}), tmp_path / "parallel.png")
     assert colours(tmp_path / "parallel.png").std() > 5
     assert list(tmp_path.iterdir()) == [tmp_path / "parallel.png"]

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dvae import bundle, config, directions, models
-from dvae.directions import Direction, Method, store
-from dvae.directions.labels import LabelModel
+from dvae.config import compose
 from dvae.errors import UserError
+from dvae.inference import directions
+from dvae.inference.directions import Direction, Method, direction_files
+from dvae.inference.directions.label_regression import LabelModel
+from dvae.models import bundle, components
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
     labelled = Direction("hair.bun", torch.randn(4), Method.labels, "from the present", "hair", "bun", model=model)
     z = torch.randn(9, 4)
     assert directions.names(folder) == []
-    assert directions.save(folder, [labelled, made("pca_1")]) == folder / store.FILE
+    assert directions.save(folder, [labelled, made("pca_1")]) == folder / direction_files.FILE
     assert directions.names(folder) == ["hair.bun", "pca_1"]
     for place in (folder, folder.parent, str(folder)):  # a run folder too
         back = directions.load(place, "hair.bun")
@@ -53,7 +55,7 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
             Method.labels, "from the present", "hair", "bun", None,
         )  # fmt: skip
     assert directions.load(folder, "pca_1").share == 0.25
-    assert sorted(path.name for path in folder.iterdir()) == [bundle.ABOUT, store.FILE, "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [bundle.ABOUT, direction_files.FILE, "model.safetensors"]
 
 
 def test_a_later_find_replaces_those_of_its_method(folder: Path) -> None:
@@ -92,14 +94,14 @@ def test_other_weights_of_the_encoder_are_refused_and_of_all_else_not(folder: Pa
 
 def test_a_damaged_file_is_named(folder: Path) -> None:
     directions.save(folder, [made("pca_1")])
-    path = folder / store.FILE
+    path = folder / direction_files.FILE
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=f"{store.FILE}: .*: not a readable file of directions"):
+    with pytest.raises(UserError, match=f"{direction_files.FILE}: .*: not a readable file of directions"):
         directions.names(folder)
 
 
 def test_a_file_of_other_tensors_is_named(folder: Path) -> None:
-    save_file({"pca_1": torch.ones(4)}, folder / store.FILE)
+    save_file({"pca_1": torch.ones(4)}, folder / direction_files.FILE)
     with pytest.raises(UserError, match="not a readable file of directions"):
         directions.names(folder)
 
@@ -112,16 +114,16 @@ def test_move_adds_the_vector_by_strength() -> None:
 
 
 def test_a_new_export_keeps_them_while_the_encoder_is_the_same(tiny: list[str], tmp_path: Path) -> None:
-    composed = config.compose("train", tiny)
-    built = models.build(config.typed(composed))
+    composed = compose.compose("train", tiny)
+    built = components.build(compose.typed(composed))
     parts = {name: part.state_dict() for name, part in built.trained().items()}
     place = tmp_path / "bundle"
-    bundle.export(place, config.typed(composed), {"encoder": parts["encoder"]})
+    bundle.export(place, compose.typed(composed), {"encoder": parts["encoder"]})
     directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
-    bundle.export(place, config.typed(composed), parts)  # the refiner is trained now
+    bundle.export(place, compose.typed(composed), parts)  # the refiner is trained now
     assert directions.names(place) == ["pca_1"]
     changed = {name: value + 1 for name, value in parts["encoder"].items()}
-    bundle.export(place, config.typed(composed), parts | {"encoder": changed})
+    bundle.export(place, compose.typed(composed), parts | {"encoder": changed})
     with pytest.raises(UserError, match="was found for other weights of the encoder"):
         directions.names(place)
 
@@ -161,21 +163,21 @@ LEFT_OUT: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_new_export_leaves_out_directions_that_do_not_match_their_hash(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    composed = config.compose("train", tiny)
-    encoder = {"encoder": models.build(config.typed(composed)).trained()["encoder"].state_dict()}
+    composed = compose.compose("train", tiny)
+    encoder = {"encoder": components.build(compose.typed(composed)).trained()["encoder"].state_dict()}
     for name, (damage, says) in LEFT_OUT.items():
         place = tmp_path / name / "bundle"
-        bundle.export(place, config.typed(composed), encoder)
+        bundle.export(place, compose.typed(composed), encoder)
         directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
         assert "directions" not in capsys.readouterr().err
-        damage(place / store.FILE)
-        bundle.export(place, config.typed(composed), encoder)
+        damage(place / direction_files.FILE)
+        bundle.export(place, compose.typed(composed), encoder)
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1, name
         assert said[0].startswith("dvae: the new bundle has no directions, find them again: "), name
         assert says in said[0], name
-        assert not os.path.lexists(place / store.FILE), name
-        assert store.FILE not in bundle.read_about(place).sha256, name
+        assert not os.path.lexists(place / direction_files.FILE), name
+        assert direction_files.FILE not in bundle.read_about(place).sha256, name
         assert directions.names(place) == []
 
 

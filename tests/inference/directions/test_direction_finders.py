@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dvae.directions import finders, labels
-from dvae.directions.attributes import Attributes
 from dvae.errors import UserError
+from dvae.inference.directions import finders, label_regression
+from dvae.inference.directions.attributes import Attributes
 
 SIZES = [3, 2]
 ATTRIBUTES = Attributes({"hair": ["bun", "#aabbcc", "a b"], "hat": ["no", "yes"]}, {})
@@ -29,7 +29,7 @@ def labelled(n: int, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, li
 
 def test_correlated_attributes_are_told_apart_exactly() -> None:
     z, codes, effects = labelled(2000)
-    found = labels.regress(z, codes, SIZES, pairs=False).split(SIZES)
+    found = label_regression.regress(z, codes, SIZES, pairs=False).split(SIZES)
     for mine, true in zip(found, effects, strict=True):
         assert torch.allclose(mine - mine[0], true - true[0], atol=1e-4)
     naive = z[codes[:, 1] == 1].mean(0) - z[codes[:, 1] == 0].mean(0)  # takes hair for hat
@@ -50,7 +50,7 @@ def test_strength_1_is_the_displacement_from_the_others_by_how_many_they_are() -
 
 def test_noise_averages_out() -> None:
     z, codes, effects = labelled(20000, noise=1.0)
-    found = labels.regress(z, codes, SIZES, pairs=False).split(SIZES)
+    found = label_regression.regress(z, codes, SIZES, pairs=False).split(SIZES)
     assert (found[0][1] - found[0][0] - (effects[0][1] - effects[0][0])).abs().max() < 0.15
 
 
@@ -107,9 +107,9 @@ def test_what_a_value_adds_may_depend_on_the_others() -> None:
 
 def test_few_images_are_not_asked_about_pairs() -> None:
     z, codes, _ = labelled(20)
-    model = labels.fit(z, codes, ATTRIBUTES.values)
+    model = label_regression.fit(z, codes, ATTRIBUTES.values)
     assert not model.pairs
-    assert labels.fit(*labelled(22)[:2], ATTRIBUTES.values).pairs  # 3 + 2 values and 6 pairs
+    assert label_regression.fit(*labelled(22)[:2], ATTRIBUTES.values).pairs  # 3 + 2 values and 6 pairs
 
 
 def test_pca_is_numpys_svd() -> None:
@@ -213,4 +213,4 @@ def test_a_matrix_that_torch_cannot_take_apart_is_one_line(monkeypatch: pytest.M
 
 def test_equations_without_a_solution_are_one_line() -> None:
     with pytest.raises(UserError, match=r"^find=\[labels\]: no directions can be computed here \(.*singular"):
-        labels.solve(torch.zeros(2, 2), torch.ones(2, 1))
+        label_regression.solve(torch.zeros(2, 2), torch.ones(2, 1))

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 import dvae
-from dvae import bundle, config, directions, models
-from dvae.data.build import build
+from dvae.config import compose
+from dvae.data.building import shard_build
 from dvae.errors import UserError
-from dvae.run import submit
+from dvae.inference import directions
+from dvae.models import bundle, components
+from dvae.runs.folder import submit
 from dvae.tools import directions as tool
 
 
@@ -23,11 +25,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """A run that was never trained, with its bundle, and the shards of its 160 faces."""
     place = tmp_path_factory.mktemp("directions")
     words = [f"run={place / 'run'}", f"data.shards={place / 'shards'}", "train_refiner.precision=fp32"]
-    composed = config.compose("train", [*tiny, *words, "denoiser.data_scale=1"])
+    composed = compose.compose("train", [*tiny, *words, "denoiser.data_scale=1"])
     submit(composed)
-    typed = config.typed(composed)
-    build(typed.source, 16, place / "shards", heldout_fraction=0.2, workers=1)
-    made = models.build(typed)
+    typed = compose.typed(composed)
+    shard_build.build(typed.source, 16, place / "shards", heldout_fraction=0.2, workers=1)
+    made = components.build(typed)
     parts = {name: part.state_dict() for name, part in made.trained().items()}
     bundle.export(place / "run" / "bundle", typed, parts)
     return place / "run"
@@ -95,9 +97,9 @@ def test_what_cannot_be_is_refused(folder: Path, words: list[str], says: str) ->
 def test_a_run_without_an_encoder_is_refused(tmp_path: Path, tiny: list[str]) -> None:
     words = ["encoder=none", "denoiser.condition_image=false", "denoiser.condition_latent=false", "prior=normal"]
     kept = [word for word in tiny if not word.startswith(("encoder.", "prior."))]
-    composed = config.compose("train", [*kept, *words, "stages=[shards,refiner]", "denoiser.centre=none"])
-    made = models.build(config.typed(composed))
+    composed = compose.compose("train", [*kept, *words, "stages=[shards,refiner]", "denoiser.centre=none"])
+    made = components.build(compose.typed(composed))
     parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(tmp_path / "bundle", config.typed(composed), parts)
+    bundle.export(tmp_path / "bundle", compose.typed(composed), parts)
     with pytest.raises(UserError, match="has no encoder, so no latent to find directions of"):
         run(tmp_path / "bundle", "find=[pca]")

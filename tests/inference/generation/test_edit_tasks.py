@@ -19,13 +19,18 @@ from PIL import Image
 from tests_support import ROOT, environment
 
 import dvae
-from dvae import drawing
-from dvae.directions import Direction, Method, save
-from dvae.drawing.artist import Artist
-from dvae.drawing.chunks import Chunks
-from dvae.drawing.given import Edits, Inpaintings, Interpolations, Reconstructions
-from dvae.drawing.settings import EditConfig, InpaintConfig, InterpolateConfig, ReconstructConfig
 from dvae.errors import UserError
+from dvae.inference.directions import Direction, Method, save
+from dvae.inference.generation import generate
+from dvae.inference.generation.chunks import Chunks
+from dvae.inference.generation.edit_tasks import Edits, Inpaintings, Interpolations, Reconstructions
+from dvae.inference.generation.generation_settings import (
+    EditConfig,
+    InpaintConfig,
+    InterpolateConfig,
+    ReconstructConfig,
+)
+from dvae.inference.generation.task import Artist
 from dvae.tools import edit, inpaint, interpolate, reconstruct
 
 COMMANDS: dict[str, tuple[type[Artist], Any, dict[str, object]]] = {
@@ -50,7 +55,7 @@ def wide(run: Path, kinds: dict[str, Path]) -> torch.Tensor:
 def draw(command: str, run: Path, out: Path, images: object, **words: object) -> np.ndarray:
     """What a command writes, (n, H, W, C)."""
     artist, kind, own = COMMANDS[command]
-    drawing.draw(kind(run=str(run), out=str(out), images=str(images), seed=3, **own | words), artist)
+    generate.draw(kind(run=str(run), out=str(out), images=str(images), seed=3, **own | words), artist)
     return np.load(out)
 
 
@@ -129,7 +134,7 @@ def test_pictures_show_what_was_given(run: Path, faces: Path, tmp_path: Path) ->
     for command, (rows, columns) in sizes.items():
         artist, kind, own = COMMANDS[command]
         out, n = tmp_path / f"{command}.png", 4 if rows == 2 else 2
-        drawing.draw(kind(run=str(run), out=str(out), images=str(faces), n=n, **own), artist)
+        generate.draw(kind(run=str(run), out=str(out), images=str(faces), n=n, **own), artist)
         picture = np.asarray(Image.open(out))[:, :, :3]
         wide = columns if rows == 4 else columns * 2
         assert picture.shape[:2] == (17 * rows - 1, 17 * wide - 1), command

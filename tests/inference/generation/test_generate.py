@@ -21,13 +21,13 @@ from PIL import Image
 from tests_support import ROOT, environment
 
 import dvae
-from dvae import drawing, files
-from dvae.drawing import processes
-from dvae.drawing.chunks import Chunks
-from dvae.drawing.settings import SampleConfig
 from dvae.errors import MachineError, UserError
-from dvae.noise import Shared
+from dvae.inference.generation import generate, workers
+from dvae.inference.generation.chunks import Chunks
+from dvae.inference.generation.generation_settings import SampleConfig
+from dvae.inference.noise import Shared
 from dvae.tools import sample
+from dvae.utils import atomic_files
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_every_form_holds_the_same_images(run: Path, expected: tuple[np.ndarray,
     for first, vae, wanted in ((0, False, expected[1][:20]), (17, True, both[17:37])):
         outs = [f"{tmp_path}/{first}{end}" for end in ("/", ".npy", ".zip", ".tar")]
         for out in outs:
-            done = drawing.draw(asked(run, out, first=first, vae=vae))
+            done = generate.draw(asked(run, out, first=first, vae=vae))
             assert (done.nfe, done.drawn) == (2, 20)
         names = [f"{number:06d}.png" for number in range(first, first + 20)]
         folder = Path(outs[0])
@@ -69,8 +69,8 @@ def test_a_picture_shows_both_and_is_replaced(
     run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     out = tmp_path / "grid.png"
-    drawing.draw(asked(run, out, n=2, seed=4))
-    drawing.draw(asked(run, out, n=2))
+    generate.draw(asked(run, out, n=2, seed=4))
+    generate.draw(asked(run, out, n=2))
     picture = np.asarray(Image.open(out))[:, :, :3]
     assert picture.shape == (16, 4 * 17 - 1, 3)
     cells = [picture[:, start : start + 16] for start in range(0, 68, 17)]
@@ -102,9 +102,9 @@ def test_killed_and_gone_on_with_by_two_processes(run: Path, tmp_path: Path, kil
     with pytest.raises(
         UserError, match=r"is half-drawn with seed=3, this asks for 4: name another, or remove .*drawing"
     ):
-        drawing.draw(asked(run, f"{out}/", n=n, seed=4))
+        generate.draw(asked(run, f"{out}/", n=n, seed=4))
     with pytest.raises(UserError, match=r"half-drawn with sampler\.steps=2, this asks for 3"):
-        drawing.draw(asked(run, f"{out}/", n=n, sampler={"steps": 3}))
+        generate.draw(asked(run, f"{out}/", n=n, sampler={"steps": 3}))
 
     resumed = start(run, f"out={out}/", f"n={n}", "processes=2")
     said, errors = resumed.communicate(timeout=120)
@@ -115,11 +115,11 @@ def test_killed_and_gone_on_with_by_two_processes(run: Path, tmp_path: Path, kil
     assert not under_way.exists()
 
     straight = tmp_path / "straight"
-    drawing.draw(asked(run, f"{straight}/", n=n))
-    hashes = [{path.name: files.sha256(path) for path in folder.iterdir()} for folder in (out, straight)]
+    generate.draw(asked(run, f"{straight}/", n=n))
+    hashes = [{path.name: atomic_files.sha256(path) for path in folder.iterdir()} for folder in (out, straight)]
     assert len(hashes[0]) == n
     assert hashes[0] == hashes[1]
-    assert drawing.draw(asked(run, f"{out}/", n=n)).drawn == 0
+    assert generate.draw(asked(run, f"{out}/", n=n)).drawn == 0
 
 
 def test_more_may_be_asked_for_while_it_is_under_way(
@@ -138,16 +138,16 @@ def test_more_may_be_asked_for_while_it_is_under_way(
     with monkeypatch.context() as patched:
         patched.setattr(Chunks, "write", ends_at_the_third)
         with pytest.raises(KeyboardInterrupt):
-            drawing.draw(asked(run, out, n=33))
+            generate.draw(asked(run, out, n=33))
     assert drawn == [range(16), range(16, 32)]
-    assert drawing.draw(asked(run, out, n=40)).drawn == 8
+    assert generate.draw(asked(run, out, n=40)).drawn == 8
     assert len(np.load(out)) == 40
 
 
 def test_a_batch_size_is_within_a_grey_level(
     run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
-    drawing.draw(asked(run, tmp_path / "x.npy", n=40, batch_size=7))
+    generate.draw(asked(run, tmp_path / "x.npy", n=40, batch_size=7))
     assert np.abs(np.load(tmp_path / "x.npy").astype(int) - expected[1].astype(int)).max() <= 1
 
 
@@ -183,23 +183,23 @@ def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("all of it")
     with pytest.raises(UserError, match="is there already, and not from this command"):
-        drawing.draw(asked(run, foreign))
+        generate.draw(asked(run, foreign))
     out = tmp_path / "x.npy"
-    drawing.draw(asked(run, out, n=3))
+    generate.draw(asked(run, out, n=3))
     before = hashlib.sha256(out.read_bytes()).hexdigest()
     with pytest.raises(UserError, match="drawn with n=3, this asks for 4"):
-        drawing.draw(asked(run, out, n=4))
-    assert drawing.draw(asked(run, out, n=3)).drawn == 0
+        generate.draw(asked(run, out, n=4))
+    assert generate.draw(asked(run, out, n=3)).drawn == 0
     assert hashlib.sha256(out.read_bytes()).hexdigest() == before
     with Chunks.opened(tmp_path / "y.npy", {}), pytest.raises(UserError, match="another command draws it now"):
-        drawing.draw(asked(run, tmp_path / "y.npy"))
+        generate.draw(asked(run, tmp_path / "y.npy"))
 
 
 def test_a_chunk_without_a_request_is_not_trusted(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npy"
     chunks = Chunks(Chunks.folder_of(out))
     chunks.write(range(16), {"pixels": np.zeros((16, 16, 16, 3), np.uint8), "nfe": np.ones(16)})
-    assert drawing.draw(asked(run, out, n=3)).drawn == 3
+    assert generate.draw(asked(run, out, n=3)).drawn == 3
     assert np.load(out).any()
 
 
@@ -223,17 +223,17 @@ def test_a_process_that_ends_early_ends_the_command() -> None:
     end.close()
     told: list[range | None] = []
     with pytest.raises(MachineError, match="process 1 was ended by SIGABRT: what is drawn is kept, the same command"):
-        processes.watch([processes.Child(1, process, line)], told.append)
+        workers.watch([workers.Child(1, process, line)], told.append)
     assert told == [None, range(3)]
     for said, kind in ((("n=0: use 1", 2), UserError), (("the disk is full", 1), MachineError)):
         line, end = context.Pipe(duplex=False)
         end.send(said)
         with pytest.raises(kind, match=said[0]):
-            processes.watch([processes.Child(0, process, line)], told.append)
+            workers.watch([workers.Child(0, process, line)], told.append)
 
 
 def test_a_shard_of_drawn_images_keeps_their_classes(kinds: dict[str, Path], tmp_path: Path) -> None:
-    drawing.draw(asked(kinds["classes"], tmp_path / "x.tar"))
+    generate.draw(asked(kinds["classes"], tmp_path / "x.tar"))
     items = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
     drawn = dvae.load(kinds["classes"]).draw(20, seed=3).label
     assert drawn is not None
@@ -248,8 +248,8 @@ def test_denoised_estimates_stand_beside_the_image(
 ) -> None:
     place = kinds.get(kind, run)
     words = {"n": 2, "sampler": {"steps": 4}, "vae": False}
-    drawing.draw(asked(place, tmp_path / "x.npy", **words))
-    done = drawing.draw(asked(place, tmp_path / "y.npy", intermediate=4, **words))
+    generate.draw(asked(place, tmp_path / "x.npy", **words))
+    done = generate.draw(asked(place, tmp_path / "y.npy", intermediate=4, **words))
     assert done.nfe == 4  # looking on costs nothing
     tiles = np.load(tmp_path / "y.npy").reshape(2, 16, 5, 16, 3)
     final = np.load(tmp_path / "x.npy")
@@ -260,12 +260,12 @@ def test_denoised_estimates_stand_beside_the_image(
 
 def test_shared_z_and_shared_noise(run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     for shared in Shared:
-        drawing.draw(asked(run, tmp_path / f"{shared.name}.npy", shared=shared, vae=True, first=3))
+        generate.draw(asked(run, tmp_path / f"{shared.name}.npy", shared=shared, vae=True, first=3))
     z, noise = (np.load(tmp_path / f"{name}.npy") for name in ("z", "noise"))
     assert (z[:, :, :16] == expected[0][0]).all()
     assert np.array_equal(noise[:, :, :16], expected[0][3:23])
     for drawn in (z, noise):
         assert len(np.unique(drawn[:, :, 16:].reshape(20, -1), axis=0)) == 20
         assert not np.array_equal(drawn[:, :, 16:], expected[1][3:23])
-    drawing.draw(asked(run, tmp_path / "z0.npy", shared=Shared.z, n=1))
+    generate.draw(asked(run, tmp_path / "z0.npy", shared=Shared.z, n=1))
     assert np.array_equal(np.load(tmp_path / "z0.npy")[0], expected[1][0])

@@ -15,11 +15,11 @@ from memory_support import little_memory
 from PIL import Image
 
 from dvae.data.images import Crop, Resize
-from dvae.drawing.chunks import Chunks, read, read_finished
-from dvae.drawing.given import read_mask
-from dvae.drawing.inputs import open_inputs
-from dvae.drawing.settings import GivenConfig
 from dvae.errors import MachineError, UserError
+from dvae.inference.generation.chunks import Chunks, read, read_finished
+from dvae.inference.generation.edit_tasks import read_mask
+from dvae.inference.generation.generation_settings import GivenConfig
+from dvae.inference.generation.input_images import open_inputs
 
 pytestmark = pytest.mark.timeout(30)
 CONFIG: Any = SimpleNamespace(image_size=16, channels=3, crop=Crop.center, resize=Resize.lanczos, label="", classes=[])

@@ -30,9 +30,9 @@ import pytest
 import torch
 from test_public_checkpoint import Call, archive, refused
 
-from dvae.importers import calls
-from dvae.importers.checkpoint import Checkpoint
-from dvae.importers.unpickle import Foreign
+from dvae.models.importers import calls
+from dvae.models.importers.checkpoint_file import Checkpoint
+from dvae.models.importers.unpickle import Foreign
 
 STATE = {"w": torch.ones(2)}
 BLOCKS = "8x1,8d8"

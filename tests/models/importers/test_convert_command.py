@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from public_psld import PublicNCSNpp
 
-from dvae import config as configuration
+from dvae.config import compose as configuration
 from dvae.errors import UserError, run_command
-from dvae.importers import convert
+from dvae.models.importers import convert_checkpoint
 from dvae.tools import TOOLS, dispatch
 
 WORDS = ["from=psld", "recipe=demo", "image_size=16", "refiner=ncsnpp", "process=psld", "schedule=constant"]
@@ -58,7 +58,7 @@ class OrderedCall:
 
 def test_a_dry_run_writes_nothing(tmp_path, checkpoint):
     words = [*WORDS, *SAMPLER, f"ckpt={checkpoint}", f"out={tmp_path / 'b'}", "dry_run=true"]
-    lines = convert.convert(convert.compose(words))
+    lines = convert_checkpoint.convert(convert_checkpoint.compose(words))
     assert lines[-1] == "dry run: nothing was written"
     assert list(tmp_path.iterdir()) == []
 
@@ -66,14 +66,18 @@ def test_a_dry_run_writes_nothing(tmp_path, checkpoint):
 def test_what_is_there_already_is_not_touched(tmp_path, checkpoint):
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(UserError, match="is there already"):
-        convert.convert(convert.compose([*WORDS, *SAMPLER, f"ckpt={checkpoint}", f"out={tmp_path}"]))
+        convert_checkpoint.convert(
+            convert_checkpoint.compose([*WORDS, *SAMPLER, f"ckpt={checkpoint}", f"out={tmp_path}"])
+        )
     assert (tmp_path / "mine").read_text() == "kept"
 
 
 def test_a_checkpoint_is_not_written_over(tmp_path, checkpoint):
     before = Path(checkpoint).read_bytes()
     with pytest.raises(UserError, match="is there already"):
-        convert.convert(convert.compose([*WORDS, *SAMPLER, f"ckpt={checkpoint}", f"out={checkpoint}"]))
+        convert_checkpoint.convert(
+            convert_checkpoint.compose([*WORDS, *SAMPLER, f"ckpt={checkpoint}", f"out={checkpoint}"])
+        )
     assert Path(checkpoint).read_bytes() == before
 
 
@@ -90,13 +94,13 @@ def test_a_checkpoint_is_not_written_over(tmp_path, checkpoint):
 )
 def test_wrong_words(words, said):
     with pytest.raises(UserError) as error:
-        convert.compose(words)
+        convert_checkpoint.compose(words)
     assert said in str(error.value)
 
 
 def test_a_recipe_means_the_same_as_in_training():
-    given = convert.compose(["from=psld", "recipe=faces_guided", "ckpt=a", "out=b"])
-    plain = {key: value for key, value in OmegaConf.to_container(given).items() if key not in convert.OWN}
+    given = convert_checkpoint.compose(["from=psld", "recipe=faces_guided", "ckpt=a", "out=b"])
+    plain = {key: value for key, value in OmegaConf.to_container(given).items() if key not in convert_checkpoint.OWN}
     assert plain == OmegaConf.to_container(configuration.compose("train", ["recipe=faces_guided"]))
 
 

@@ -9,11 +9,11 @@ import torch
 from omegaconf import DictConfig
 from public_diffusevae import PublicUNet, PublicVAE, ddpm_state
 
-from dvae import pipeline
 from dvae.errors import UserError
-from dvae.importers import convert
+from dvae.inference import pipeline
 from dvae.layers.norms import GroupNorm, default_groups
-from dvae.registry.refiners import Condition
+from dvae.models.importers import convert_checkpoint
+from dvae.registry.refiners.base import Condition
 
 CHANNELS = {16: 8, 8: 16, 4: 16, 1: 24}
 STRINGS = {
@@ -42,11 +42,13 @@ def save(folder: Path, state: dict[str, torch.Tensor]) -> Path:
 
 @functools.cache
 def composed(*words: str) -> DictConfig:
-    return convert.compose(list(words))
+    return convert_checkpoint.compose(list(words))
 
 
 def run(folder: Path, *words: str) -> list[str]:
-    return convert.convert(composed(*WORDS, f"ckpt={folder / 'ddpm.ckpt'}", f"out={folder / 'bundle'}", *words))
+    return convert_checkpoint.convert(
+        composed(*WORDS, f"ckpt={folder / 'ddpm.ckpt'}", f"out={folder / 'bundle'}", *words)
+    )
 
 
 def imported(folder: Path, *words: str) -> pipeline.Pipeline:

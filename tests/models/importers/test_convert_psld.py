@@ -9,10 +9,10 @@ import torch
 from omegaconf import DictConfig
 from public_psld import PublicNCSNpp
 
-from dvae import pipeline
-from dvae.denoiser import Given
+from dvae.diffusion.denoiser import Given
 from dvae.errors import UserError
-from dvae.importers import convert
+from dvae.inference import pipeline
+from dvae.models.importers import convert_checkpoint
 
 SIZE = 16
 WORDS = ["from=psld", "recipe=demo", f"image_size={SIZE}", "refiner=ncsnpp", "schedule=constant", "sampler=em"]
@@ -34,12 +34,12 @@ def save(folder: Path, online: PublicNCSNpp, average: PublicNCSNpp) -> dict[str,
 
 @functools.cache
 def composed(*words: str) -> DictConfig:
-    return convert.compose(list(words))
+    return convert_checkpoint.compose(list(words))
 
 
 def run(folder: Path, *words: str) -> list[str]:
     files = [f"ckpt={folder / 'psld.ckpt'}", f"out={folder / 'bundle'}"]
-    return convert.convert(composed(*WORDS, *SHORT, *files, *words))
+    return convert_checkpoint.convert(composed(*WORDS, *SHORT, *files, *words))
 
 
 def refused(folder: Path, *words: str) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from tests_support import environment
 
 from dvae.errors import MachineError, UserError
-from dvae.importers import convert
+from dvae.models.importers import convert_checkpoint
 
 MOST_SECONDS = 5
 """Time of a processor that a file may take."""
@@ -29,7 +29,7 @@ LONGEST = 1000
 
 @functools.cache
 def composed(layout: str) -> DictConfig:
-    return convert.compose([*WORDS[layout], "ckpt=a", "out=b"])
+    return convert_checkpoint.compose([*WORDS[layout], "ckpt=a", "out=b"])
 
 
 def outcome(name: str, folder: Path) -> str:
@@ -41,7 +41,7 @@ def outcome(name: str, folder: Path) -> str:
     resource.setrlimit(resource.RLIMIT_AS, (used + MOST_BYTES, limits[1]))
     start = time.process_time()
     try:
-        convert.convert(config)
+        convert_checkpoint.convert(config)
         return "it was converted"
     except (UserError, MachineError) as error:
         message = str(error)

@@ -9,9 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from tests_support import ROOT
 
-from dvae.importers import diffusevae, psld
-from dvae.importers.checkpoint import Checkpoint, Stored
-from dvae.importers.unpickle import Storage, TensorRef
+from dvae.models.importers import diffusevae_layout, psld_layout
+from dvae.models.importers.checkpoint_file import Checkpoint, Stored
+from dvae.models.importers.unpickle import Storage, TensorRef
 from dvae.registry import ENCODERS, REFINERS, Shapes
 
 SIZES = {"cifar10": 32, "celeba64": 64, "celebamaskhq128": 128, "ffhq128": 128, "afhqv2": 128, "128": 128, "256": 256}
@@ -59,7 +59,7 @@ def test_unet(name, guided):
     latent = (512,) if guided else ()
     io = Shapes(image_size=size, condition_channels=3, latent=latent, condition_latent=guided)
     net, config = stored(REFINERS, node | {"scale_shift_norm": guided}, io)
-    found = diffusevae._unet(FILE, net, size)
+    found = diffusevae_layout._unet(FILE, net, size)
     agree(found, "refiner", config, ("heads", "attention", "dropout", "checkpoint_blocks"))
     assert (found["denoiser.condition_latent"], found["denoiser.condition_image"], found["channels"]) == (
         guided,
@@ -73,7 +73,7 @@ def test_ncsnpp(name):
     node, size = preset("refiner", name)
     net, config = stored(REFINERS, node, Shapes(image_size=size, k=2))
     recipe = {"image_size": size, "channels": 3, "process": {"name": "psld"}}
-    found = psld._settings(FILE, psld._modules(FILE, net), recipe)
+    found = psld_layout._settings(FILE, psld_layout._modules(FILE, net), recipe)
     hidden = ["attention", "dropout", "checkpoint_blocks", "time_scale", "fourier_scale", "patch"]
     assert found.pop("refiner.time_scale", None) == (1.0 if config.time.name == "positional" else None)
     agree(found, "refiner", config, tuple(hidden if config.progressive_input else [*hidden, "fir"]))
@@ -83,7 +83,7 @@ def test_ncsnpp(name):
 def test_conv_vae(name):
     node, size = preset("encoder", name)
     net, config = stored(ENCODERS, node, Shapes(image_size=size))
-    agree(diffusevae._vae(FILE, net), "encoder", config, ("resolutions", "kl_weight"))
+    agree(diffusevae_layout._vae(FILE, net), "encoder", config, ("resolutions", "kl_weight"))
 
 
 @pytest.mark.parametrize(
@@ -107,4 +107,4 @@ def test_published_block_strings_give_the_resolutions(preset_name, encoder, deco
     node, size = preset("encoder", preset_name)
     net, config = stored(ENCODERS, node, Shapes(image_size=size))
     monkeypatch.setattr(Checkpoint, "settings", lambda self: {"enc_block_str": encoder, "dec_block_str": decoder})
-    assert diffusevae._resolutions(FILE, diffusevae._vae(FILE, net)) == config.resolutions
+    assert diffusevae_layout._resolutions(FILE, diffusevae_layout._vae(FILE, net)) == config.resolutions

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dvae.errors import UserError
-from dvae.importers import unpickle
-from dvae.importers.checkpoint import Checkpoint
+from dvae.models.importers import unpickle
+from dvae.models.importers.checkpoint_file import Checkpoint
 
 STRINGS = {"enc_block_str": "8x1", "sizes": [1, 2]}
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dvae import config as configuration
-from dvae import models
-from dvae.importers import convert
-from dvae.importers.checkpoint import Stored
-from dvae.importers.unpickle import Storage, TensorRef
+from dvae.config import compose as configuration
+from dvae.models import components
+from dvae.models.importers import convert_checkpoint
+from dvae.models.importers.checkpoint_file import Stored
+from dvae.models.importers.unpickle import Storage, TensorRef
 
 
 class Shapeless:
@@ -58,16 +58,16 @@ def no_numbers(tensor: Stored) -> torch.Tensor:
 )
 def test_fits(recipe, layout, changed, tmp_path, monkeypatch):
     words = [f"from={layout}", f"recipe={recipe}", "ckpt=a.ckpt", f"out={tmp_path / 'b'}", "dry_run=true"]
-    config = convert.compose(words)
-    made = models.on_meta(configuration.typed(OmegaConf.create(convert._plain(config))))
+    config = convert_checkpoint.compose(words)
+    made = components.on_meta(configuration.typed(OmegaConf.create(convert_checkpoint._plain(config))))
     refiner = made.denoiser.refiner.state_dict()
     held = hold("ema_score_fn.", refiner)
     if layout == "diffusevae":
         held = hold("target_network.decoder.", refiner) | hold("vae.", made.encoder.state_dict())
         form2 = {"post_coeff_3": torch.ones(1000)} if made.denoiser.config.centre.name == "input" else {}
         held |= hold("online_network.", {"betas": torch.ones(1000), **form2})
-    monkeypatch.setattr(convert, "Checkpoint", Shapeless)
+    monkeypatch.setattr(convert_checkpoint, "Checkpoint", Shapeless)
     monkeypatch.setattr(Shapeless, "held", held, raising=False)
     monkeypatch.setattr(Stored, "load", no_numbers)
-    lines = convert.convert(config)
+    lines = convert_checkpoint.convert(config)
     assert f"changed in recipe={recipe} for it: {changed}" in lines

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvae.quantisation import calibrate
+from dvae.evaluation.quantization import calibrate
 
 
 class Chain(nn.Module):

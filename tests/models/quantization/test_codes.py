@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvae.quantisation import codes
+from dvae.models.quantization import codes
 
 SHAPES = st.sampled_from([(1, 1), (3, 7), (5, 64), (4, 3, 3, 3), (8, 16, 1, 1)])
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae.errors import UserError
-from dvae.quantisation import integer
-from dvae.quantisation.integer import Clock, IntegerLayer
-from dvae.quantisation.layers import Store, StoredLayer, quantisable
+from dvae.models.quantization import integer
+from dvae.models.quantization.integer import Clock, IntegerLayer
+from dvae.models.quantization.quantized_layers import Store, StoredLayer, quantisable
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(48, 20), (3, 5, 48)),

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from dvae.quantisation import trace
-from dvae.quantisation.integer import Clock
-from dvae.quantisation.layers import Store, StoredLayer
-from dvae.quantisation.plan import replace_in
+from dvae.models.quantization import trace
+from dvae.models.quantization.integer import Clock
+from dvae.models.quantization.layer_plan import replace_in
+from dvae.models.quantization.quantized_layers import Store, StoredLayer
 from dvae.registry import CLASSIFIERS, ENCODERS, REFINERS, Shapes
-from dvae.registry.refiners import Condition
+from dvae.registry.refiners.base import Condition
 
 LEVELS = {"width": 32, "multipliers": [1, 2], "blocks": 1}
 SMALL: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dvae.registry import SCHEDULES, ComponentConfig, Shapes
-from dvae.registry.schedules import Schedule
+from dvae.registry.schedules.base import Schedule
 
 
 @SCHEDULES.register("sigmoid_sample")

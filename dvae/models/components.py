@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from dvae.denoiser import Denoiser, DenoiserConfig, Space
-from dvae.diffusion import Diffusion
+from dvae.config.schema import ModelConfig, RunConfig
+from dvae.diffusion.denoiser import Denoiser, DenoiserConfig, Space
+from dvae.diffusion.kernels import Diffusion
+from dvae.diffusion.time_grid import Spacing
 from dvae.errors import UserError, one_line
 from dvae.registry import CLASSIFIERS, ENCODERS, PRIORS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Shapes
-from dvae.registry.classifiers import Classifier
-from dvae.registry.encoders import Encoder
-from dvae.registry.priors import Prior
-from dvae.registry.samplers import Sampler
-from dvae.settings import ModelConfig, RunConfig
-from dvae.timegrid import Spacing
+from dvae.registry.classifiers.base import Classifier
+from dvae.registry.encoders.base import Encoder
+from dvae.registry.priors.base import Prior
+from dvae.registry.samplers.base import Sampler
 
 MOST_LAYERS = 100_000
 """Layers and tensors that networks may be built of; the largest published ones have some thousand."""

@@ -1,0 +1,1 @@
+"""The page: a trained run to play with in a browser."""

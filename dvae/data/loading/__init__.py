@@ -1,0 +1,1 @@
+"""Load shards for training: the order of the samples, the loader, prefetching, streams."""

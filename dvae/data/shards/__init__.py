@@ -1,0 +1,1 @@
+"""The shard format: manifest, tar files, readers, verification, remote shards."""

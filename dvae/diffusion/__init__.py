@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: kernels, denoiser, objective, time grid, guidance, likelihood."""

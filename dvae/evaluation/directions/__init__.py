@@ -1,0 +1,1 @@
+"""Score directions of the latent space."""

@@ -1,0 +1,1 @@
+"""Quantize a bundle and compare it with its original."""

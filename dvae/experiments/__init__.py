@@ -1,0 +1,1 @@
+"""Work on many runs: sweeps, studies, benchmarks."""

@@ -1,0 +1,1 @@
+"""Benchmarks of the loader, the trainer and the planner."""

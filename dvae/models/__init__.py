@@ -1,0 +1,1 @@
+"""Build, store, load, import and quantize the networks of a run."""

@@ -1,0 +1,1 @@
+"""Quantized layers and which layers of a bundle use them."""

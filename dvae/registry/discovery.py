@@ -1,0 +1,85 @@
+"""Discovery: import the components that dvae brings, and plug-ins, installed or named in `plugins=[...]`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+
+from dvae.errors import UserError, printable_line
+from dvae.registry import plugins
+from dvae.registry.core import BEFORE_LOOKUP, BROKEN_PLUGINS, KINDS
+from dvae.utils.package import VERSION
+
+ENTRY_POINT_GROUP = "dvae.plugins"
+_imported_installed = False
+
+
+def discover() -> None:
+    """Import every component that dvae brings, then every installed plug-in (entry points `dvae.plugins`), once."""
+    for registry in list(KINDS.values()):
+        registry.import_builtins()
+    import_installed_plugins()
+
+
+def import_installed_plugins() -> None:
+    """Import every installed plug-in, once. What dvae brings is imported first if there is one, because a plug-in may
+    not take a name that exists.
+
+    A plug-in that cannot be imported leaves nothing behind. It is remembered, and named if a component is not found.
+    """
+    global _imported_installed
+    if _imported_installed:
+        return
+    _imported_installed = True  # first, because a plug-in may ask a registry while it is imported
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        for registry in list(KINDS.values()):
+            registry.import_builtins()
+        try:
+            with plugins.all_or_nothing(entry.value.partition(":")[0].strip(), KINDS):
+                entry.load()
+        except plugins.PluginError as error:
+            BROKEN_PLUGINS[printable_line(f"{entry.name} ({entry.value})")] = str(error)
+
+
+BEFORE_LOOKUP.append(import_installed_plugins)
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Import the modules of `plugins=[...]`, which register components. Raises UserError if one cannot be imported."""
+    discover()
+    if isinstance(modules, Mapping) or not isinstance(modules, Iterable):
+        raise UserError(f"plugins={modules!r}: give a list of modules, such as plugins=[my_plugin]")
+    for name in [modules] if isinstance(modules, str) else modules:
+        _refuse_no_module(name)
+        try:
+            with plugins.all_or_nothing(name, KINDS):
+                importlib.import_module(name)
+        except plugins.PluginError as error:
+            advice = f'`python -c "import {name}"` shows where it fails'
+            if error.absent:
+                advice = "install it or put its folder on PYTHONPATH"
+            raise UserError(f"plugins: module {name!r} cannot be imported ({error}); {advice}") from None
+
+
+def _refuse_no_module(name: object) -> None:
+    """Raise UserError for what cannot be the name of a module."""
+    text = str(name)
+    if "/" in text or text.endswith(".py"):
+        module = text.rpartition("/")[2].removesuffix(".py")
+        raise UserError(
+            f"plugins: {text!r} is a file: name its module, plugins=[{module}], with its folder on PYTHONPATH"
+        )
+    if not isinstance(name, str) or not all(part.isidentifier() for part in text.split(".")):
+        raise UserError(f"plugins: {name!r} is no module: give a list of modules, such as plugins=[my_plugin]")
+
+
+def origin(cls: type) -> tuple[str, str]:
+    """The package that a component comes from, and its version."""
+    package = cls.__module__.partition(".")[0]
+    if package == "dvae":
+        return package, VERSION
+    distributions = [name for name in importlib.metadata.packages_distributions().get(package, []) if name]
+    if not distributions:
+        return package, "(not installed as a package)"
+    return package, str(importlib.metadata.version(distributions[0]) or "(no version)")

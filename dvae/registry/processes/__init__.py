@@ -1,0 +1,1 @@
+"""Processes, one file each. base.py has the abstract class and the registry."""

@@ -1,0 +1,1 @@
+"""Refiners, one file each. base.py has the abstract class and the registry."""

@@ -1,0 +1,1 @@
+"""Sources, one file each. base.py has the abstract class and the registry."""
