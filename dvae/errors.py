@@ -40,7 +40,7 @@ class Stopped(MachineError):
         """What asked: a signal's name, or the setting of a limit."""
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """The end of an unknown-name message: the nearest known name, and all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -48,14 +48,14 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(names) or 'none'}"
 
 
-def one_line(text: object) -> str:
+def fold(text: object) -> str:
     """`text` with line breaks folded, for messages that must stay on one line."""
     return " ".join(str(text).split())
 
 
 def printable_line(text: object) -> str:
     """`text` as one line for a terminal: no secrets, no control characters, nothing that cannot be encoded."""
-    line = one_line(scrub(str(text)))  # before it is folded: a secret may hold spaces
+    line = fold(scrub(str(text)))  # before it is folded: a secret may hold spaces
     return scrub("".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in line))
 
 
@@ -71,7 +71,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UserError, MachineError, OSError, KeyboardInterrupt) as error:
-        words = in_words(error)
+        words = describe(error)
         if words is None:
             fail_with_traceback()
         line, status = words
@@ -87,7 +87,7 @@ def fail_with_traceback() -> NoReturn:
     sys.exit(1)
 
 
-def in_words(error: BaseException) -> tuple[str, int] | None:
+def describe(error: BaseException) -> tuple[str, int] | None:
     """An error in one line, and its exit status; None where it is none that a person can mend."""
     if isinstance(error, UserError | MachineError):
         return printable_line(error), error.exit_status

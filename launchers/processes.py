@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dvae.errors import Stopped, UserError, in_words, one_line
+from dvae.errors import Stopped, UserError, describe, fold
 from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
 from dvae.runs import attempts
 from dvae.runs.attempts import TERMINATED
@@ -140,10 +140,10 @@ def run_rank(folder: str, line: connection.Connection) -> None:
         watch.on_hang = on_hang
         Job(folder)()
     except BaseException as error:  # noqa: BLE001 told to the launcher, whatever it is
-        words = in_words(error)
+        words = describe(error)
         if words is None:
             traceback.print_exc()
-        said, status = words or (f"{type(error).__name__}: {one_line(error)}", CRASHED)
+        said, status = words or (f"{type(error).__name__}: {fold(error)}", CRASHED)
         line.send(said)
         sys.exit(status)
 

@@ -15,7 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from dvae.errors import Stopped, UserError, one_line
+from dvae.errors import Stopped, UserError, fold
 from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
 from dvae.runs.slurm import queue
 from dvae.runs.slurm.queue import Submitted
@@ -323,4 +323,4 @@ def complaint(error: BaseException) -> str:
     said = getattr(error, "stderr", None) or getattr(error, "output", None) or str(error)
     text = said.decode() if isinstance(said, bytes) else str(said)
     lines = [line for line in text.splitlines() if "sbatch: error:" in line] or text.splitlines()
-    return one_line(" ".join(line.replace("sbatch: error:", "") for line in lines))
+    return fold(" ".join(line.replace("sbatch: error:", "") for line in lines))

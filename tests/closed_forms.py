@@ -113,7 +113,7 @@ def integrable(processes: tuple[str, ...], schedules: tuple[str, ...]) -> list[t
             found += [
                 (name, process, schedule)
                 for name in SAMPLERS.names()
-                if SAMPLERS.get(name).of_means and SAMPLERS.build({"name": name}, io).supports(made)
+                if SAMPLERS.get(name).needs_mean_denoiser and SAMPLERS.build({"name": name}, io).supports(made)
             ]
     return found
 

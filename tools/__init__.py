@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from dvae.errors import UserError, near, run_command
+from dvae.errors import UserError, run_command, suggest
 
 TOOLS = {
     "launch": "train a recipe: dvae launch recipe=demo",
@@ -45,7 +45,7 @@ def dispatch(argv: list[str]) -> None:
         print("\n`dvae TOOL --help` tells more.")
         return
     if argv[0] not in TOOLS:
-        raise UserError(f"unknown tool {argv[0]!r}: {near(argv[0], TOOLS)}")
+        raise UserError(f"unknown tool {argv[0]!r}: {suggest(argv[0], TOOLS)}")
     importlib.import_module(f"dvae.tools.{argv[0]}").command(argv[1:])
 
 

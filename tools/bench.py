@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dvae.errors import UserError, near, run_command
+from dvae.errors import UserError, run_command, suggest
 
 USAGE = """usage: python tools/bench.py data [folder=PICTURES] [size=256] [images=1000] [batch=64] [threads=[0,1,2]]
        [rounds=3] [quality=90] [out=FILE.json]
@@ -25,7 +25,7 @@ def command(argv: list[str]) -> None:
     elif argv[0] in BENCHES:
         BENCHES[argv[0]](argv[1:])
     else:
-        raise UserError(f"unknown word {argv[0]!r}: {near(argv[0], BENCHES)}")
+        raise UserError(f"unknown word {argv[0]!r}: {suggest(argv[0], BENCHES)}")
 
 
 def data(words: list[str]) -> None:

@@ -39,14 +39,14 @@ def command(argv: list[str]) -> None:
     if words.shards:
         settings.data.shards = words.shards
     if words.part is not None:
-        made = work.take_up(run, settings, "encoder")
+        made = work.load_models(run, settings, "encoder")
         images = cache.write_cache_part(run, settings, made, words.part, words.parts)
         print(f"{words.folder}: part={words.part} parts={words.parts} has {images} images, all made")
         if not (Path(words.folder) / FILE).exists():
             print("  when all parts are made: the same command without part= and parts= publishes the cache")
         return
     with run.held():
-        about = cache.write_cache(run, settings, work.take_up(run, settings, "encoder"))
+        about = cache.write_cache(run, settings, work.load_models(run, settings, "encoder"))
     kept = f"{about.draws} reconstructions each" if about.draws else "posteriors"
     print(f"{words.folder}: {kept} of {about.images} images")
 

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import MISSING, fields
 from typing import Any
 
-from dvae.errors import UserError, near, printable_line, run_command
+from dvae.errors import UserError, printable_line, run_command, suggest
 from dvae.registry.core import KINDS, Registry, broken_plugins
 from dvae.registry.discovery import discover, load_plugins, origin
 
@@ -28,7 +28,7 @@ def command(argv: list[str]) -> None:
             raise UserError(f"unknown word {word!r}: {USAGE.format(kinds='|'.join(KINDS))}")
     for kind in kinds or KINDS:
         if kind not in KINDS:
-            raise UserError(f"unknown kind {kind!r}: {near(kind, KINDS)}")
+            raise UserError(f"unknown kind {kind!r}: {suggest(kind, KINDS)}")
         print_kind(KINDS[kind])
     if broken_plugins():
         print(broken_plugins().removeprefix("; "))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dvae.errors import UserError, near, run_command
+from dvae.errors import UserError, run_command, suggest
 
 USAGE = """usage: python tools/runs.py [list] [in=runs]
        python tools/runs.py follow run=RUN
@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> tuple[str, Path]:
     """What to do, and with which folder."""
     what, *words = argv if argv and "=" not in argv[0] else ["list", *argv]
     if what not in KEYS:
-        raise UserError(f"unknown word {what!r}: {near(what, KEYS)}")
+        raise UserError(f"unknown word {what!r}: {suggest(what, KEYS)}")
     given = dict(word.split("=", 1) for word in words if "=" in word)
     odd = [word for word in words if word.partition("=")[0] != KEYS[what] or "=" not in word]
     if odd:

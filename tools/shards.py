@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest
-from dvae.errors import UserError, near, printable_line, run_command
+from dvae.errors import UserError, printable_line, run_command, suggest
 
 NAMED = 20
 """Damaged images that are named."""
@@ -76,7 +76,7 @@ def command(argv: list[str]) -> None:
     elif argv[0] == "verify":
         verify(argv[1:])
     else:
-        raise UserError(f"unknown word {argv[0]!r}: {near(argv[0], ['build', 'verify'])}")
+        raise UserError(f"unknown word {argv[0]!r}: {suggest(argv[0], ['build', 'verify'])}")
 
 
 def build(words: list[str]) -> None:

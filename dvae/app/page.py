@@ -25,7 +25,7 @@ from omegaconf import MISSING
 from dvae.app.page_guard import EVERYWHERE, Guard
 from dvae.config import compose as configuration
 from dvae.data.images import to_uint8
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.inference import directions, editing
 from dvae.inference import pipeline as pipelines
 from dvae.inference.directions import direction_files
@@ -33,7 +33,7 @@ from dvae.inference.noise import Between
 from dvae.inference.pipeline import Pipeline
 from dvae.models import bundle
 from dvae.registry import SAMPLERS
-from dvae.registry.samplers.base import that_integrate
+from dvae.registry.samplers.base import compatible_samplers
 from dvae.tracking.console import say
 
 FOLDER = Path(tempfile.gettempdir()) / f"dvae-page-{secrets.token_hex(8)}"
@@ -108,7 +108,7 @@ def number(name: str, value: object, least: float, most: float) -> float:
 def choice(name: str, value: object, known: Collection[str]) -> str:
     """One of `known`. Raises UserError, naming the nearest, for anything else."""
     if not isinstance(value, str) or value not in known:
-        raise UserError(f"{name}={_shown(value)}: {near(str(value)[:40], known)}")
+        raise UserError(f"{name}={_shown(value)}: {suggest(str(value)[:40], known)}")
     return value
 
 
@@ -128,7 +128,7 @@ class Player:
         self.pipeline = pipeline
         self.known: dict[str, directions.Direction | int] = {**known}
         self.known |= {f"component {k}": k for k in range(1, denoiser.config.pca_components + 1)}
-        self.samplers = sorted({own, *that_integrate(denoiser.diffusion, denoiser.io)})
+        self.samplers = sorted({own, *compatible_samplers(denoiser.diffusion, denoiser.io)})
         self.most_steps = max(STEPS, pipeline.models.sampler.config.steps)
         self.spaces = [each.name for each in Between] if pipeline.models.generates else [Between.noise.name]
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from dvae.errors import one_line
+from dvae.errors import fold
 from dvae.tracking.console import say
 from dvae.utils.read import DamagedFile, parse_json
 
@@ -86,7 +86,7 @@ class Guard:
         try:
             await self.app({**scope, "headers": headers}, receive, send)
         except Exception as error:  # noqa: BLE001 told in a line: a traceback for each bad request would fill the log
-            say(f"the page could not answer {scope['path'][:80]!r}: {type(error).__name__}: {one_line(error)[:200]}")
+            say(f"the page could not answer {scope['path'][:80]!r}: {type(error).__name__}: {fold(error)[:200]}")
 
     def _check_names(self, scope: Scope) -> None:
         """Raise Refused for a request for another host, or of a page from elsewhere."""

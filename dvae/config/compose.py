@@ -26,12 +26,12 @@ from dvae.config.schema import (
     TrainingConfig,
 )
 from dvae.diffusion.denoiser import Space
-from dvae.errors import UserError, near, one_line
+from dvae.errors import UserError, fold, suggest
 from dvae.registry import SOURCES
 from dvae.registry.core import KINDS, broken_plugins
 from dvae.registry.discovery import discover, load_plugins
 from dvae.registry.launchers.base import launcher_of
-from dvae.registry.sources.base import EndlessSource
+from dvae.registry.sources.base import StreamSource
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -72,7 +72,7 @@ def _plugins_of(words: list[str]) -> list[str]:
             try:
                 value = OverridesParser.create().parse_override(word).value()
             except HydraException as error:
-                raise UserError(f"{word}: {one_line(error)}") from None
+                raise UserError(f"{word}: {fold(error)}") from None
             return [str(v) for v in value] if isinstance(value, list) else [str(value)]
     return []
 
@@ -81,17 +81,17 @@ def _explain(error: Exception, config_name: str, words: list[str]) -> str:
     """One line for a composition error: what, value, what to do."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-        return f"unknown {group or 'config'} {name!r}: {near(name, error.options or [])}{broken_plugins()}"
+        return f"unknown {group or 'config'} {name!r}: {suggest(name, error.options or [])}{broken_plugins()}"
     cause = error.__cause__ or error
     key = re.search(r"Could not override '([^']+)'", str(error))
     misspelt = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or key is not None
     if misspelt and (name := key.group(1) if key else str(getattr(cause, "full_key", ""))):
-        return f"unknown field {name!r}: {near(name.rpartition('.')[2], _siblings(name, config_name, words))}"
+        return f"unknown field {name!r}: {suggest(name.rpartition('.')[2], _siblings(name, config_name, words))}"
     word = re.search(r"Error merging override (\S+)", str(error))
     reason = str(cause).split("\n", maxsplit=1)[0]
     if variable := re.search(r"Environment variable '(\w+)' not found", reason):
         return unset(variable.group(1))
-    return f"{word.group(1) if word else 'config'}: {one_line(reason)}"
+    return f"{word.group(1) if word else 'config'}: {fold(reason)}"
 
 
 def unset(variable: str) -> str:
@@ -148,12 +148,12 @@ def typed(config: Any) -> RunConfig:
         result: Any = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise UserError(
-            f"unknown field {error.full_key!r}: {near(str(error.key), _fields(error.parent_node))}"
+            f"unknown field {error.full_key!r}: {suggest(str(error.key), _fields(error.parent_node))}"
         ) from None
     except OmegaConfBaseException as error:
         if variable := re.search(r"Environment variable '(\w+)' not found", str(error)):
             raise UserError(unset(variable.group(1))) from None
-        raise UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}") from None
+        raise UserError(f"{error.full_key}: {fold(str(error.msg or error).splitlines()[0])}") from None
     for kind, component in components.items():
         setattr(result, kind, component)
     return check_config(result)
@@ -168,7 +168,7 @@ def check_config(config: RunConfig) -> RunConfig:
     """Refuse what can be known to be wrong before anything is written."""
     wrong = [name for name in config.stages if name not in STAGES]
     if wrong:
-        raise UserError(f"unknown stage {wrong[0]!r}: {near(wrong[0], STAGES)}")
+        raise UserError(f"unknown stage {wrong[0]!r}: {suggest(wrong[0], STAGES)}")
     if endless(config):
         shards = [name for name in config.stages if name in ("shards", "encoder", "prior")]
         if shards:
@@ -272,7 +272,7 @@ def check_classes(config: RunConfig) -> None:
 
 def endless(config: RunConfig) -> bool:
     """Whether the source draws samples without end, so that there are neither shards nor held-out images."""
-    return issubclass(SOURCES.get(config.source.name), EndlessSource)
+    return issubclass(SOURCES.get(config.source.name), StreamSource)
 
 
 def refuse_points(config: ModelConfig, run: str) -> None:
@@ -283,7 +283,7 @@ def refuse_points(config: ModelConfig, run: str) -> None:
 
 def mistyped(error: OmegaConfBaseException) -> UserError:
     """A field of a tool that does not fit, in one line."""
-    return UserError(f"{error.full_key}: {one_line(str(error.msg or error).splitlines()[0])}")
+    return UserError(f"{error.full_key}: {fold(str(error.msg or error).splitlines()[0])}")
 
 
 def recipes() -> list[str]:

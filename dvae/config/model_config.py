@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dvae.config.schema import ModelConfig, Precision, RunConfig
 from dvae.data.images import Crop, Resize
 from dvae.diffusion.denoiser import DenoiserConfig
-from dvae.errors import UserError, near, one_line
+from dvae.errors import UserError, fold, suggest
 from dvae.registry.core import KINDS, ComponentConfig, Registry
 from dvae.utils.read import DamagedFile, check, forbid_extra, read_yaml
 
@@ -148,7 +148,7 @@ def read_model_config(path: Path, components: Mapping[str, ComponentInfo]) -> Mo
 
 def _member(kind: type[E], name: str, what: str, path: Path) -> E:
     if name not in kind.__members__:
-        raise UserError(f"{path}: {what} {name[:80]!r}: {near(name[:80], kind.__members__)}")
+        raise UserError(f"{path}: {what} {name[:80]!r}: {suggest(name[:80], kind.__members__)}")
     return kind[name]
 
 
@@ -187,7 +187,7 @@ def _require_registered(
     if isinstance(name, str) and name in registry.names():
         return
     if info is None or info.name != name or info.package == "dvae":
-        raise UserError(f"{path}: unknown {kind} {str(name)[:80]!r}: {near(str(name)[:80], registry.names())}")
+        raise UserError(f"{path}: unknown {kind} {str(name)[:80]!r}: {suggest(str(name)[:80], registry.names())}")
     module = info.cls.rpartition(".")[0]
     raise UserError(
         f"{path} needs the {kind} {name!r} of the package {info.package}, version {info.version}, which is not loaded: "
@@ -215,4 +215,4 @@ def _denoiser(node: dict[str, Any], path: Path) -> DenoiserConfig:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DenoiserConfig), node))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: denoiser: {one_line(error).partition(' full_key')[0][:200]}") from None
+        raise UserError(f"{path}: denoiser: {fold(error).partition(' full_key')[0][:200]}") from None

@@ -15,7 +15,7 @@ from dvae.tracking.wandb_run import WandbConfig
 
 STAGES = ("shards", "encoder", "joint", "prior", "cache", "refiner", "classifier", "distil", "evaluate")
 """In the order in which they run."""
-USUAL = ["shards", "encoder", "prior", "refiner", "evaluate"]
+DEFAULT_STAGES = ["shards", "encoder", "prior", "refiner", "evaluate"]
 
 
 class Decay(Enum):
@@ -266,7 +266,7 @@ class RunConfig:
     """1 or 3; 2 for the points of an endless source."""
     classes: list[str] = field(default_factory=list)
     """Names of the classes, in the order of their numbers: values of the attribute data.label ([]: no classes)."""
-    stages: list[str] = field(default_factory=lambda: list(USUAL))
+    stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
     """Stages to run, of shards, encoder, joint, prior, cache, refiner, classifier, distil, evaluate."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""

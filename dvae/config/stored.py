@@ -12,7 +12,7 @@ from dvae.config.compose import typed
 from dvae.config.model_config import COMPONENT_KINDS, refuse_unplain
 from dvae.config.schema import RunConfig
 from dvae.data.shards.remote import UnnamedPlace, is_remote
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.registry.discovery import load_plugins
 from dvae.utils import secrets
 from dvae.utils.env_references import MARK, marked_variables
@@ -96,7 +96,7 @@ def read_plain(path: Path) -> dict[str, Any]:
     except DamagedFile as error:
         raise UserError(f"{error}: not a readable config") from None
     except OSError as error:
-        raise UserError(f"{path}: not a readable config ({one_line(error)})") from None
+        raise UserError(f"{path}: not a readable config ({fold(error)})") from None
 
 
 def unresolved(value: Any) -> Any:

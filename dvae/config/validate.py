@@ -17,7 +17,7 @@ from dvae.data.labels import check_label
 from dvae.data.loading.loader import check_batch
 from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.remote import is_remote, read_manifest
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.models import bundle, components
 from dvae.registry import DISTILLERS, SOURCES, Shapes
 from dvae.registry.launchers.base import launcher_of
@@ -111,7 +111,7 @@ def _probe(source: Source, name: str) -> list[Item]:
         try:
             items.append(source[index])
         except DamagedImage as error:
-            damage = damage or one_line(error)
+            damage = damage or fold(error)
     if items:
         return items
     raise UserError(f"source={name}: none of the first images can be read ({damage}): are these files images?")

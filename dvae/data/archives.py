@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from dvae.errors import one_line
+from dvae.errors import fold
 from dvae.utils.read import MIB, DamagedFile, archive_errors, require_regular
 
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -59,7 +59,7 @@ def open_tar(path: str | Path, largest: int = MIB, compressed: bool = False) -> 
             with tarfile.open(fileobj=bounded, mode="r:") as tar:
                 yield tar
     except TAR_ERRORS as error:
-        raise DamagedFile(path, f"is not a readable tar archive ({one_line(error)[:200]})") from None
+        raise DamagedFile(path, f"is not a readable tar archive ({fold(error)[:200]})") from None
 
 
 def files_of(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:

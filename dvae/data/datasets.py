@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dvae.data.images import DamagedImage, printable
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.utils.read import DamagedFile, read_text
 
 LIMIT = 256 * 2**20
@@ -54,7 +54,7 @@ class Attributes:
             lines = read_text(Path(path).expanduser(), LIMIT).splitlines()
         except (OSError, DamagedFile) as error:
             raise UserError(
-                f"source.attributes={path} cannot be read ({one_line(error)}): name list_attr_celeba.txt"
+                f"source.attributes={path} cannot be read ({fold(error)}): name list_attr_celeba.txt"
             ) from None
         self.names, values = _parse(path, [line for line in lines if line.strip()])
         wanted = [PurePosixPath(file).name for file in files]

@@ -11,7 +11,7 @@ from typing import Any
 
 from dvae.data.archives import open_zip, refuse_duplicates
 from dvae.data.images import FILE_LIMIT, DamagedImage, is_image_name, printable
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.utils.read import DamagedFile, read_bytes, read_member
 
 
@@ -64,7 +64,7 @@ class ZipTree(Tree):
         except DamagedFile as error:
             raise UserError(f"{word}={path} {error.reason}: name a folder or zip archive of images") from None
         except OSError as error:
-            raise UserError(f"{word}={path} is not a readable zip archive: {one_line(error)}") from None
+            raise UserError(f"{word}={path} is not a readable zip archive: {fold(error)}") from None
         images = [info for info in members if is_image_name(info.filename) and "__MACOSX" not in info.filename]
         if not images:
             raise UserError(
@@ -84,7 +84,7 @@ class ZipTree(Tree):
             archive = self._archive()
             return read_member(archive, archive.getinfo(name), FILE_LIMIT)
         except (OSError, DamagedFile, KeyError) as error:  # KeyError: another archive has taken its place
-            raise DamagedImage(f"{self.path}:{name}: {one_line(getattr(error, 'reason', error))}") from None
+            raise DamagedImage(f"{self.path}:{name}: {fold(getattr(error, 'reason', error))}") from None
 
     def _archive(self) -> zipfile.ZipFile:
         """This thread's open archive."""
@@ -103,7 +103,7 @@ def _files(root: Path) -> list[str]:
     """Every file under `root`, relative to it. Raises UserError where a folder cannot be listed."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"folder {error.filename} cannot be read: {one_line(error.strerror)}")
+        raise UserError(f"folder {error.filename} cannot be read: {fold(error.strerror)}")
 
     found = os.walk(root, onerror=refuse)
     return [os.path.relpath(os.path.join(folder, name), root) for folder, _, names in found for name in names]

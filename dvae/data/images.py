@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from dvae.errors import MachineError, one_line
+from dvae.errors import MachineError, fold
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -40,7 +40,7 @@ class DamagedImage(Exception):
     """An image that cannot be read; the message, of one line, names it and says why."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(fold(message))
 
 
 class Crop(Enum):
@@ -113,7 +113,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
         raise DamagedImage(f"{name}: more than {PIXELS} pixels: scale the image down first") from None
     except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
         reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DamagedImage(f"{name}: {one_line(reason)[:200] or type(error).__name__}") from None
+        raise DamagedImage(f"{name}: {fold(reason)[:200] or type(error).__name__}") from None
     width, height = image.size
     if max(width * height, tile[0] * tile[1]) > PIXELS:
         raise DamagedImage(
@@ -135,7 +135,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     except MemoryError:
         raise MachineError(f"{name}: there is not enough memory for its {image.width}x{image.height} pixels") from None
     except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
-        raise DamagedImage(f"{name}: {one_line(error)[:200] or type(error).__name__}") from None
+        raise DamagedImage(f"{name}: {fold(error)[:200] or type(error).__name__}") from None
 
 
 def fit(
@@ -249,7 +249,7 @@ def decode_png(data: bytes, shape: tuple[int, int, int]) -> torch.Tensor:
     try:
         image = decode_image(torch.frombuffer(plain, dtype=torch.uint8), mode=mode)
     except (RuntimeError, ValueError) as error:
-        raise DamagedImage(one_line(error)[:120]) from None
+        raise DamagedImage(fold(error)[:120]) from None
     if tuple(image.shape) != shape:
         raise DamagedImage(f"shape {tuple(image.shape)}, not {shape}")
     return image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 
 NAMED = 20
 """Values that a message names."""
@@ -16,7 +16,7 @@ def check_label(values: Mapping[str, Iterable[str | int]], attribute: str, names
     `values` are those that each attribute takes.
     """
     if attribute not in values:
-        raise UserError(f"data.label={attribute}: the images have no such attribute: {near(attribute, values)}")
+        raise UserError(f"data.label={attribute}: the images have no such attribute: {suggest(attribute, values)}")
     found = [str(value) for value in values[attribute]]
     lacking = [value for value in found if value not in names]
     if lacking:

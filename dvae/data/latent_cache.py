@@ -19,7 +19,7 @@ import torch
 from dvae.data.images import DamagedImage, decode_png, encode_png, png_limit, png_shape, to_float
 from dvae.data.shards.manifest import LIMIT, SIZES, Shard, refuse_bad_shards
 from dvae.data.shards.members import Members
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, forbid_extra, parse_npy, read_json
 
@@ -166,4 +166,4 @@ def _load(folder: Path) -> _Record:
     except DamagedFile as error:
         raise MachineError(f"{error}: {AGAIN}") from None
     except OSError as error:
-        raise MachineError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from None
+        raise MachineError(f"{path} cannot be read ({fold(error)}): {AGAIN}") from None

@@ -86,7 +86,7 @@ class DenoiserConfig:
 
 
 @dataclass(frozen=True)
-class Given:
+class Conditioning:
     """What a batch of images is refined from."""
 
     x_hat: torch.Tensor
@@ -99,36 +99,36 @@ class Given:
     """(B,) bool: principal coordinates are given; None: of all samples."""
 
     @classmethod
-    def nothing(cls, x: torch.Tensor, label: torch.Tensor | None) -> Given:
+    def nothing(cls, x: torch.Tensor, label: torch.Tensor | None) -> Conditioning:
         """Of states like x (B, C, H, W) nothing is known but perhaps the class."""
         return cls(torch.zeros_like(x), x.new_zeros(len(x), 0), label)
 
-    def __getitem__(self, chosen: slice | torch.Tensor) -> Given:
+    def __getitem__(self, chosen: slice | torch.Tensor) -> Conditioning:
         """Some of the samples."""
         label, pca = (None if part is None else part[chosen] for part in (self.label, self.pca))
-        return Given(self.x_hat[chosen], self.z[chosen], label, pca)
+        return Conditioning(self.x_hat[chosen], self.z[chosen], label, pca)
 
-    def drop(self, keep: torch.Tensor) -> Given:
+    def drop(self, keep: torch.Tensor) -> Conditioning:
         """x_hat, z, its coordinates and class dropped where keep (B,) is false."""
         dropped = self.drop_label(keep).drop_pca(keep)
         x_hat, z = self.x_hat * _column(keep, self.x_hat), self.z * _column(keep, self.z)
-        return Given(x_hat, z, dropped.label, dropped.pca)
+        return Conditioning(x_hat, z, dropped.label, dropped.pca)
 
-    def drop_label(self, keep: torch.Tensor) -> Given:
+    def drop_label(self, keep: torch.Tensor) -> Conditioning:
         """The class alone dropped where keep (B,) is false."""
         if self.label is None:
             return self
         label = self.label.masked_fill(~keep.to(self.label.device), NO_LABEL)
-        return Given(self.x_hat, self.z, label, self.pca)
+        return Conditioning(self.x_hat, self.z, label, self.pca)
 
-    def drop_pca(self, keep: torch.Tensor) -> Given:
+    def drop_pca(self, keep: torch.Tensor) -> Conditioning:
         """The principal coordinates alone dropped where keep (B,) is false."""
         keep = keep.to(self.z.device)
-        return Given(self.x_hat, self.z, self.label, keep if self.pca is None else self.pca & keep)
+        return Conditioning(self.x_hat, self.z, self.label, keep if self.pca is None else self.pca & keep)
 
 
 @dataclass(frozen=True)
-class Draws:
+class NoiseSample:
     """The random numbers of one training batch, each keyed by its global sample number."""
 
     t: torch.Tensor
@@ -173,19 +173,19 @@ class Denoiser(nn.Module):
             self.pca_projection = nn.Parameter(torch.zeros(size, config.pca_components))
         self.register_buffer("data_scale", torch.tensor(config.data_scale or 1.0, dtype=torch.float32))
 
-    def shift(self, given: Given) -> torch.Tensor:
+    def shift(self, given: Conditioning) -> torch.Tensor:
         """Centre of the state, (B, C, H, W)."""
         return given.x_hat if self.config.centre is Centre.residual else torch.zeros_like(given.x_hat)
 
-    def to_state(self, x: torch.Tensor, given: Given) -> torch.Tensor:
+    def to_state(self, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
         """Clean state y_0 of images x (B, C, H, W)."""
         return self.data_scale * (x - self.shift(given))
 
-    def to_image(self, state: torch.Tensor, given: Given) -> torch.Tensor:
+    def to_image(self, state: torch.Tensor, given: Conditioning) -> torch.Tensor:
         """Images of clean states (B, C, H, W)."""
         return state / self.data_scale + self.shift(given)
 
-    def draw(self, seed: int, keys: torch.Tensor) -> Draws:
+    def draw(self, seed: int, keys: torch.Tensor) -> NoiseSample:
         """Times, noise and the dropping of conditions for the sample numbers keys (B,)."""
         numbers, config = keys.tolist(), self.config
         t, weight = self.objective.times(rng.uniform(seed, "time", numbers))
@@ -198,9 +198,9 @@ class Denoiser(nn.Module):
             keep_label = keep & (rng.uniform(seed, "drop label", numbers) >= config.label_dropout)
         if self.io.k > 1 and config.matching is Matching.dsm:
             start = rng.normal(seed, "start", numbers, shape)
-        return Draws(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, start)
+        return NoiseSample(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, start)
 
-    def condition(self, given: Given) -> Condition:
+    def condition(self, given: Conditioning) -> Condition:
         """What the refiner is told besides state and time."""
         label = None
         if self.config.condition_label:
@@ -213,7 +213,7 @@ class Denoiser(nn.Module):
             label=label,
         )
 
-    def _latent(self, given: Given) -> torch.Tensor:
+    def _latent(self, given: Conditioning) -> torch.Tensor:
         """z, and what is made of its principal coordinates where these are given."""
         if not self.config.pca_components:
             return given.z
@@ -222,7 +222,7 @@ class Denoiser(nn.Module):
             coordinates = coordinates * _column(given.pca, coordinates)
         return given.z + (coordinates @ self.pca_projection.T).view_as(given.z)
 
-    def output(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
+    def output(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> torch.Tensor:
         """The refiner's raw output (B, io.output_channels, H, W), fp32, for states u at times t (B,)."""
         seen = u
         if self.config.centre is Centre.input:
@@ -230,24 +230,24 @@ class Denoiser(nn.Module):
         feature = self.diffusion.schedule.feature(t).to(u.device, torch.float32)
         return self.refiner(seen, feature, self.condition(given)).float()
 
-    def noised(self, x: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+    def add_noise(self, x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
         """The state u_t (B, k*C, H, W) of images x (B, C, H, W)."""
         u0 = self.diffusion.clean(self.to_state(x, given), draws.start)
         return self.diffusion.perturb(u0, draws.t, draws.eps)
 
-    def forward(self, x: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
         """Per-sample loss (B,): weighted mean squared error of the predicted quantity."""
         given = given.drop(draws.keep)
         if draws.keep_label is not None:
             given = given.drop_label(draws.keep_label)
         if draws.keep_pca is not None:
             given = given.drop_pca(draws.keep_pca)
-        u = self.noised(x, given, draws)
+        u = self.add_noise(x, given, draws)
         error = self.output(u, draws.t, given) - self._target(x, u, given, draws)
         weighted = error if draws.weight is None else apply(draws.weight, error)
         return (error * weighted).flatten(1).mean(1)
 
-    def _target(self, x: torch.Tensor, u: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+    def _target(self, x: torch.Tensor, u: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
         """What the refiner should put out for u, (B, io.output_channels, H, W)."""
         match self.config.prediction:
             case PredictionType.eps:
@@ -269,7 +269,7 @@ class Denoiser(nn.Module):
     def _scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _column(self.diffusion.alpha(t), like), _column(self.diffusion.sigma(t), like)
 
-    def predict(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """(eps (B, k*C, H, W), y_0 (B, C, H, W)) from states u at times t (B,)."""
         output = self.output(u, t, given)
         if self.config.prediction is PredictionType.x0:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion.denoiser import Denoiser, Given, Space
+from dvae.diffusion.denoiser import Conditioning, Denoiser, Space
 from dvae.diffusion.kernels import Diffusion, Prediction, Time, apply
 from dvae.errors import UserError
 from dvae.registry.samplers.base import Threshold
@@ -34,7 +34,7 @@ class Guidance:
     """Factor on the gradient of log p(class | u_t) (Dhariwal & Nichol 2021, section 4)."""
 
 
-class Bound:
+class GuidedDenoiser:
     """A denoiser with its condition and guidance: a Model (dvae.registry.samplers.base).
 
     Raises UserError where the denoiser was not trained for the guidance.
@@ -43,7 +43,7 @@ class Bound:
     def __init__(
         self,
         denoiser: Denoiser,
-        given: Given,
+        given: Conditioning,
         guidance: Guidance = Guidance(),
         classifier: Classifier | None = None,
     ) -> None:
@@ -61,8 +61,8 @@ class Bound:
         """Passes of the refiner per call: one for each condition that has a weight; a classifier's are not counted."""
         return len(self._views)
 
-    def __getitem__(self, rows: torch.Tensor) -> Bound:
-        return Bound(self.denoiser, self.given[rows], self.guidance, self.classifier)
+    def __getitem__(self, rows: torch.Tensor) -> GuidedDenoiser:
+        return GuidedDenoiser(self.denoiser, self.given[rows], self.guidance, self.classifier)
 
     def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:
         times = torch.as_tensor(t, dtype=torch.float64).expand(len(u))
@@ -81,7 +81,7 @@ class Bound:
             eps, x0 = self.diffusion.eps_after(kept - x0, times, eps), kept
         return Prediction(eps=eps, x0=x0, score=self.diffusion.score_from_eps(eps, times))
 
-    def _predict(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predict(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """(eps, x0) under `given`. Where x_hat was dropped so was its shift: the same noisy image is another state."""
         if given.x_hat is self.given.x_hat:
             return self.denoiser.predict(u, t, given)
@@ -103,8 +103,8 @@ class Bound:
 
 
 def _views(
-    guidance: Guidance, full: Given, without_pca: Given, unlabelled: Given, nothing: Given
-) -> list[tuple[float, Given]]:
+    guidance: Guidance, full: Conditioning, without_pca: Conditioning, unlabelled: Conditioning, nothing: Conditioning
+) -> list[tuple[float, Conditioning]]:
     """(weight, condition) whose weighted sum is the guided prediction; those of weight 0 are left out."""
     w, label = guidance.condition, guidance.label
     pca = guidance.pca
@@ -126,7 +126,7 @@ def limited(images: torch.Tensor, threshold: Threshold) -> torch.Tensor:
     return torch.maximum(torch.minimum(images, limit), -limit) / limit
 
 
-def _check(denoiser: Denoiser, given: Given, guidance: Guidance, classifier: Classifier | None) -> None:
+def _check(denoiser: Denoiser, given: Conditioning, guidance: Guidance, classifier: Classifier | None) -> None:
     config = denoiser.config
     if guidance.condition != 1.0 and not config.condition_dropout:
         raise UserError(

@@ -311,11 +311,11 @@ def _exp_and_expm1(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     exp = _exp_2x2(X) if X.shape[-1] == 2 else torch.linalg.matrix_exp(X)
     small = X.abs().sum(-1).amax(-1)[:, None, None] < 1.0
-    near = torch.where(small, X, 0.0)
+    suggest = torch.where(small, X, 0.0)
     series = eye.expand_as(X)
     for n in range(20, 1, -1):  # I + X/2! + X^2/3! + ..., and X times that is expm(X) - I
-        series = eye + near @ series / n
-    return exp, torch.where(small, near @ series, exp - eye)
+        series = eye + suggest @ series / n
+    return exp, torch.where(small, suggest @ series, exp - eye)
 
 
 def _exp_2x2(X: torch.Tensor) -> torch.Tensor:

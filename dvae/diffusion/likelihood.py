@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dvae.diffusion.denoiser import Denoiser, Given
-from dvae.diffusion.guidance import Bound
+from dvae.diffusion.denoiser import Conditioning, Denoiser
+from dvae.diffusion.guidance import GuidedDenoiser
 from dvae.diffusion.kernels import apply
 from dvae.diffusion.rk45 import Velocity, integrate
 from dvae.errors import UserError
@@ -49,7 +49,7 @@ def dequantised(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def of_images(
-    denoiser: Denoiser, given: Given, images: torch.Tensor, numbers: Sequence[int], seed: int, tolerance: float
+    denoiser: Denoiser, given: Conditioning, images: torch.Tensor, numbers: Sequence[int], seed: int, tolerance: float
 ) -> Likelihood:
     """Likelihood of images (B, C, H, W) uint8 under the refiner, `given` what it is told of each.
 
@@ -61,7 +61,7 @@ def of_images(
     x = dequantised(images, rng.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
     probes = rng.uniform(seed, "probe", numbers, shape).sub(0.5).sign().float()
     return bits_per_dim(
-        Bound(denoiser, given),
+        GuidedDenoiser(denoiser, given),
         denoiser.to_state(x.to(device), given),
         noise=rng.normal(seed, "momentum", numbers, shape).to(device),
         probes=probes.to(device),

@@ -10,7 +10,7 @@ from dvae.diffusion.kernels import Diffusion, Prediction, Time
 from dvae.registry.samplers.base import Model, Threshold
 
 
-class Watched:
+class RecordingDenoiser:
     """A model whose predictions of the clean state are kept: the first of each of the wanted steps.
 
     Goes with samplers whose images move in the same steps: `on_step` tells it where they stand.

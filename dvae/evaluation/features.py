@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.evaluation import metrics
 from dvae.evaluation.image_sets import ImageSet
 from dvae.evaluation.metrics import Extractor, Features
@@ -145,6 +145,6 @@ def _read(path: Path) -> Features:
             raise DamagedFile(path, "does not hold the features of one set of images")
         found = load_weights(path)
     except (DamagedFile, UserError, OSError) as error:
-        reason = one_line(error).removeprefix(f"{path}: ")
+        reason = fold(error).removeprefix(f"{path}: ")
         raise MachineError(f"{path}: damaged ({reason}); delete it, it will be made again") from None
     return Features(found["pooled"], found.get("logits"))

@@ -18,7 +18,7 @@ from dvae.data.images import FILE_LIMIT, PIXELS, SUFFIXES, DamagedImage, open_im
 from dvae.data.shards import reader
 from dvae.data.shards.manifest import FILE as MANIFEST
 from dvae.data.shards.reader import Shards
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.utils.read import DamagedFile, map_npy, read_bytes, read_member
 
 READ = (".png", ".jpg", ".jpeg")
@@ -74,7 +74,7 @@ class Files(ImageSet):
         try:
             images = self._images(wanted)
         except (DamagedFile, OSError, KeyError) as error:
-            raise UserError(f"{self.place}: an image cannot be read ({one_line(error)})") from None
+            raise UserError(f"{self.place}: an image cannot be read ({fold(error)})") from None
         for i, image in zip(wanted, images, strict=True):
             if image.shape != images[0].shape:
                 first, other = os.path.basename(self.names[start]), os.path.basename(self.names[i])
@@ -110,7 +110,7 @@ class Files(ImageSet):
         try:
             pixels = np.asarray(image.convert("RGB"))
         except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
-            raise UserError(f"{self.place}: {name} cannot be read ({one_line(error)[:200]})") from None
+            raise UserError(f"{self.place}: {name} cannot be read ({fold(error)[:200]})") from None
         if mode.startswith("I") or mode == "F":
             raise UserError(f"{self.place}: {name} has more than 8 bits a channel: save it with 8")
         return pixels
@@ -131,7 +131,7 @@ class Array(ImageSet):
         try:
             array = map_npy(self.place)
         except (DamagedFile, OSError) as error:
-            reason = error.reason if isinstance(error, DamagedFile) else one_line(error)
+            reason = error.reason if isinstance(error, DamagedFile) else fold(error)
             raise UserError(f"{self.place}: not an array of images ({reason})") from None
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
             raise UserError(f"{self.place}: {array.dtype} {array.shape}: want uint8 (n, H, W, 1 or 3)")
@@ -228,7 +228,7 @@ def _archive(word: str, place: str) -> Files:
     except DamagedFile as error:
         raise UserError(f"{word}={place}: cannot be read ({error.reason})") from None
     except OSError as error:
-        raise UserError(f"{word}={place}: cannot be read ({one_line(error)})") from None
+        raise UserError(f"{word}={place}: cannot be read ({fold(error)})") from None
     names = _listed(word, place, list(items))
     for name in names:
         if items[name].size > FILE_LIMIT or items[name].issparse():

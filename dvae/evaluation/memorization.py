@@ -112,8 +112,8 @@ def summary(samples: Nearest, heldout: Nearest) -> dict[str, Any]:
         return {f"{q:g}": float(found.distance.quantile(q)) for q in QUANTILES}
 
     limit = heldout.distance.quantile(NEAR)
-    near = float((samples.distance < limit).double().mean())
-    return {"samples": quantiles(samples), "heldout": quantiles(heldout), "share_of_samples_near": near}
+    suggest = float((samples.distance < limit).double().mean())
+    return {"samples": quantiles(samples), "heldout": quantiles(heldout), "share_of_samples_near": suggest}
 
 
 def show(

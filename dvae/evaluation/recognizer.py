@@ -24,7 +24,7 @@ from dvae.config.compose import refuse_points
 from dvae.data.images import to_float
 from dvae.data.loading.order import Order
 from dvae.data.shards.reader import Shards
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.inference import pipeline as pipelines
 from dvae.inference.run_images import open_split
 from dvae.tracking import pictures
@@ -36,7 +36,7 @@ WIDTH = 16
 COARSEST = 4
 """Side of the maps that its last layer sees, in pixels."""
 LEARNING_RATE = 2e-3
-SPOILT = 4
+CORRUPT = 4
 """Of so many images in training one is shown a second time, spoilt."""
 SHOWN = 16
 """Samples of each class in the picture."""
@@ -100,7 +100,7 @@ def train(draw: Draw, count: int, classes: int, *, steps: int, batch: int, seed:
     """
 
     def loss(judge: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        bad = spoilt(x[: -(-len(x) // SPOILT)])
+        bad = corrupt(x[: -(-len(x) // CORRUPT)])
         labels = torch.cat([labels, torch.full((len(bad),), classes)])
         return F.cross_entropy(judge(torch.cat([x, bad])), labels)
 
@@ -142,7 +142,7 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     return padded[:, :, top : top + size, left : left + size].contiguous(memory_format=torch.channels_last)
 
 
-def spoilt(x: torch.Tensor) -> torch.Tensor:
+def corrupt(x: torch.Tensor) -> torch.Tensor:
     """Images (B, C, S, S), a third each: pixels in any order; quarters exchanged crosswise; one pixel all over."""
     pixels = x.flatten(2)
     mixed = pixels[:, :, torch.randperm(pixels.shape[2])].view_as(x)
@@ -240,7 +240,7 @@ def attribute_of(settings: JudgeConfig, learnt: str, shards: Shards) -> tuple[st
     if not attribute:
         raise UserError(f"label= is not set and the images have several attributes: name one of {', '.join(known)}")
     if attribute not in known:
-        raise UserError(f"label={attribute}: the images have no such attribute: {near(attribute, known)}")
+        raise UserError(f"label={attribute}: the images have no such attribute: {suggest(attribute, known)}")
     classes = [str(value) for value in known[attribute]]
     if len(classes) < 2:
         raise UserError(f"label={attribute} has one value only, {classes[0]}: name an attribute with two or more")

@@ -14,7 +14,7 @@ of 64 on one core, with the demo's networks), and at most 15 images are drawn th
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedImages:
     """Images that were drawn together."""
 
     vae: torch.Tensor | None
@@ -46,7 +46,7 @@ def together(images: int) -> int:
     return max(1, CHUNK // images)
 
 
-def rows_of(n: int, size: int, fixed: bool) -> Iterator[tuple[torch.Tensor, int]]:
+def batch_rows(n: int, size: int, fixed: bool) -> Iterator[tuple[torch.Tensor, int]]:
     """The rows of n images that are computed together, call by call, and how many of them count.
 
     With `fixed` a call has always `size` rows: the last image fills it up.

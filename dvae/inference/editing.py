@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.data.images import to_uint8
-from dvae.diffusion.denoiser import Given
+from dvae.diffusion.denoiser import Conditioning
 from dvae.errors import UserError
-from dvae.inference.batching import Drawn, mean, together
+from dvae.inference.batching import GeneratedImages, mean, together
 from dvae.inference.noise import Between, Noise, linear, spherical
 from dvae.registry.priors.normal import Normal
 
@@ -36,7 +36,7 @@ Move = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Start:
     """Images to begin with."""
 
-    given: Given
+    given: Conditioning
     """z is the posterior mean, or drawn from the prior."""
     numbers: Sequence[int]
     """Whose noise of the seed each has."""
@@ -59,7 +59,9 @@ def start(
         raise UserError("this run has no encoder, which finds the z of an image: use numbers of images of a seed")
     images = checked(pipeline, images)
     given = pipeline.encode(images)
-    return Start(Given(given.x_hat, given.z, pipeline.classes(label, len(images))), numbers or range(len(images)))
+    return Start(
+        Conditioning(given.x_hat, given.z, pipeline.classes(label, len(images))), numbers or range(len(images))
+    )
 
 
 def pair(pipeline: Pipeline, a: Images, b: Images, seed: int, label: Classes = None) -> tuple[Start, Start]:
@@ -82,7 +84,7 @@ def checked(pipeline: Pipeline, images: torch.Tensor) -> torch.Tensor:
     return images
 
 
-def reconstruct(pipeline: Pipeline, start: Start, seed: int, guidance: Guidance | float = 1.0) -> Drawn:
+def reconstruct(pipeline: Pipeline, start: Start, seed: int, guidance: Guidance | float = 1.0) -> GeneratedImages:
     """The images themselves, through z."""
     return _drawn(pipeline, start.given.z, start.given.label, Noise(seed, start.numbers), 1, guidance)
 
@@ -109,7 +111,7 @@ def edit(
     strengths: Sequence[float],
     seed: int,
     guidance: Guidance | float = 1.0,
-) -> Drawn:
+) -> GeneratedImages:
     """Each image at every strength, (n * strengths, ...): its z moved (see `along`), with its own noise.
 
     Raises UserError where images of a seed have no z of their own.
@@ -131,7 +133,7 @@ def interpolate(
     steps: int,
     seed: int,
     guidance: Guidance | float = 1.0,
-) -> Drawn:
+) -> GeneratedImages:
     """`steps` images from each of a to that of b, (n * steps, ...); the first is that of a itself.
 
     z goes straight; where the prior is N(0, I) along the arc, on which |z| stays what the decoder was trained with (a
@@ -185,7 +187,7 @@ def _drawn(
     noise: Noise,
     rows: int,
     guidance: Guidance | float,
-) -> Drawn:
+) -> GeneratedImages:
     """Images of z (n * rows, *latent), those of one result in the same calls at the same places, whatever n is.
 
     In latent space z is all that there is to a given image, and nothing of it is refined.
@@ -195,9 +197,9 @@ def _drawn(
     for part in torch.arange(len(noise)).split(together(rows) * rows if pipeline.batch is None else len(noise)):
         mine = None if label is None else label[part]
         if pipeline.models.latent_space and refines:
-            given = Given.nothing(z.new_empty(len(part), *pipeline.models.io.latent), mine)
+            given = Conditioning.nothing(z.new_empty(len(part), *pipeline.models.io.latent), mine)
         else:
-            given = Given(pipeline.decode(z[part]), z[part], mine)
+            given = Conditioning(pipeline.decode(z[part]), z[part], mine)
             vae.append(to_uint8(given.x_hat).cpu())
         if refines:
             images, counted = pipeline.refined(given, noise[part.tolist()], guidance=guidance)
@@ -209,8 +211,8 @@ def _drawn(
     classes = None if label is None else label.cpu()
     if not refines:
         assert shown is not None
-        return Drawn(None, shown, counts, classes)
-    return Drawn(shown if pipeline.models.generates else None, torch.cat(refined), counts, classes)
+        return GeneratedImages(None, shown, counts, classes)
+    return GeneratedImages(shown if pipeline.models.generates else None, torch.cat(refined), counts, classes)
 
 
 def fingerprint(values: torch.Tensor) -> str:

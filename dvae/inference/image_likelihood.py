@@ -30,7 +30,7 @@ from omegaconf import MISSING
 from dvae.data.images import to_float
 from dvae.data.shards.manifest import HELDOUT
 from dvae.diffusion import likelihood
-from dvae.diffusion.denoiser import NO_LABEL, Given
+from dvae.diffusion.denoiser import NO_LABEL, Conditioning
 from dvae.errors import UserError
 from dvae.inference import pipeline as pipelines
 from dvae.inference.batching import CHUNK, calls, mean, one_thread
@@ -187,7 +187,7 @@ def score_chunk(
         z = posterior.mean
         if settings.z is Latent.draw:
             z = posterior.sample(rng.normal(seed, "posterior", numbers, models.io.latent).to(z.device))
-        given = Given(pipeline.decode(z), z, pipeline.classes(labels, len(images)))
+        given = Conditioning(pipeline.decode(z), z, pipeline.classes(labels, len(images)))
         found = likelihood.of_images(models.denoiser, given, images, list(numbers), seed, settings.tolerance)
         bits, kl = found.bits_per_dim, posterior.kl().double().cpu()
         values = {

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.data.images import to_float, to_uint8
-from dvae.diffusion.denoiser import Given
+from dvae.diffusion.denoiser import Conditioning
 from dvae.diffusion.kernels import Diffusion, Matching
-from dvae.errors import UserError, near
-from dvae.inference.batching import Drawn
+from dvae.errors import UserError, suggest
+from dvae.inference.batching import GeneratedImages
 from dvae.inference.noise import Noise
 from dvae.registry.samplers.base import OnStep
 
@@ -53,7 +53,7 @@ def keep_known(
 def mask_of(name: str, size: int) -> torch.Tensor:
     """The mask (size, size) of that name, true where pixels are known. Raises UserError for an unknown name."""
     if name not in KNOWN:
-        raise UserError(f"mask={name}: {near(name, KNOWN)}, or a PNG that is white where the image is known")
+        raise UserError(f"mask={name}: {suggest(name, KNOWN)}, or a PNG that is white where the image is known")
     half, quarter = size // 2, size // 4
     middle = slice(quarter, size - quarter)
     places = {
@@ -78,7 +78,7 @@ def inpaint(
     numbers: Sequence[int],
     label: Classes = None,
     guidance: Guidance | float = 1.0,
-) -> Drawn:
+) -> GeneratedImages:
     """Images (n, C, H, W) uint8 as they are where mask (n, 1, H, W) is true, and drawn anew elsewhere.
 
     x_hat is found by imputation: unknown pixels are grey at first, then those of the reconstruction, a few times
@@ -86,15 +86,15 @@ def inpaint(
     latent space, where pixels cannot be kept.
     """
     pipeline.need_pixels("inpainting")
-    if not pipeline.sampler.by_steps:
+    if not pipeline.sampler.lockstep:
         raise UserError("inpainting needs a sampler that moves all images in the same steps: use sampler=ddim or em")
     known, mask_there = to_float(images).to(pipeline.device), mask.to(pipeline.device)
     filled = torch.where(mask_there, known, 0.0)
     for _ in range(IMPUTATIONS):
         found = pipeline.encode(filled)
         filled = torch.where(mask_there, known, found.x_hat)
-    given = Given(found.x_hat, found.z, pipeline.classes(label, len(images)))
+    given = Conditioning(found.x_hat, found.z, pipeline.classes(label, len(images)))
     drawn, nfe = pipeline.refined(given, Noise(seed, numbers), guidance=guidance, known=(known, mask_there))
     vae = to_uint8(given.x_hat).cpu() if pipeline.models.generates else None
     classes = None if given.label is None else given.label.cpu()
-    return Drawn(vae, torch.where(mask, images, to_uint8(drawn)), nfe, classes)
+    return GeneratedImages(vae, torch.where(mask, images, to_uint8(drawn)), nfe, classes)

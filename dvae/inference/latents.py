@@ -19,7 +19,7 @@ from dvae.config.schema import ModelConfig
 from dvae.data.images import to_float
 from dvae.data.shards.manifest import HELDOUT, TRAIN
 from dvae.data.shards.reader import Shards
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.inference import pipeline as pipelines
 from dvae.inference.batching import CHUNK
 from dvae.inference.generation.generation_settings import GivenConfig
@@ -240,7 +240,7 @@ def _check(settings: LatentsConfig) -> None:
     if out and Path(out).suffix not in SUFFIXES:
         raise UserError(f"out={out}: use a name that ends with {' or '.join(SUFFIXES)}")
     if settings.split not in SPLITS:
-        raise UserError(f"split={settings.split}: {near(settings.split, SPLITS)}")
+        raise UserError(f"split={settings.split}: {suggest(settings.split, SPLITS)}")
     if bool(target) != (settings.prior is not None):
         lacking = "bundle=FOLDER, where it is written" if not target else "prior=NAME, which is fitted: gmm or flow"
         raise UserError(f"a prior and a bundle go together: add {lacking}")

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.utils import rng
 
 PARALLEL = 1e-6
@@ -41,7 +41,7 @@ def named(kind: type[Named], value: Named | str, word: str) -> Named:
     if isinstance(value, kind):
         return value
     if value not in kind.__members__:
-        raise UserError(f"{word}={value}: {near(str(value), kind.__members__)}")
+        raise UserError(f"{word}={value}: {suggest(str(value), kind.__members__)}")
     return kind[str(value)]
 
 

@@ -12,15 +12,15 @@ import torch
 from dvae.config.schema import ModelConfig
 from dvae.data.images import to_float, to_uint8
 from dvae.diffusion import likelihood
-from dvae.diffusion.denoiser import NO_LABEL, Given
+from dvae.diffusion.denoiser import NO_LABEL, Conditioning
 from dvae.diffusion.guidance import Guidance
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.inference import editing, inpainting
-from dvae.inference.batching import CHUNK, Drawn, calls, mean, one_thread, rows_of
+from dvae.inference.batching import CHUNK, GeneratedImages, batch_rows, calls, mean, one_thread
 from dvae.inference.directions import Direction
 from dvae.inference.editing import Images
 from dvae.inference.noise import Between, Noise, Shared, named
-from dvae.inference.refine import check_drawing, refine_together
+from dvae.inference.refine import check_drawing, refine_batch
 from dvae.models import bundle
 from dvae.models.components import Models, build_sampler
 from dvae.models.quantization import layer_plan
@@ -95,7 +95,7 @@ class Pipeline:
     def class_number(self, name: str) -> int:
         """The number of a class. Raises UserError, with the nearest name, where the run has none of that name."""
         if name not in self.config.classes:
-            known = near(name, self.config.classes) if self.config.classes else "this run has no classes"
+            known = suggest(name, self.config.classes) if self.config.classes else "this run has no classes"
             raise UserError(f"label={name}: {known}")
         return self.config.classes.index(name)
 
@@ -116,19 +116,19 @@ class Pipeline:
         always = denoiser.condition_label and not (denoiser.label_dropout or denoiser.condition_dropout)
         if always and NO_LABEL in numbers:
             raise UserError(
-                f"the refiner has seen no image without a class: give label=NAME, of {near('', self.config.classes)}"
+                f"the refiner has seen no image without a class: give label=NAME, of {suggest('', self.config.classes)}"
             )
         return torch.tensor(numbers, device=self.device) if known else None
 
     def _rows(self, n: int, size: int) -> Iterator[tuple[torch.Tensor, int]]:
         """Rows of n images, call by call, and how many of them count: fixed calls of `size` without a batch size."""
-        return rows_of(n, self.batch or size, fixed=self.batch is None)
+        return batch_rows(n, self.batch or size, fixed=self.batch is None)
 
     def _same_bits(self) -> AbstractContextManager[None]:
         return one_thread(self.batch is None and self.device.type == "cpu")
 
     @torch.no_grad()
-    def draw(self, n: int, seed: int, label: Classes = None, first: int = 0) -> Given:
+    def draw(self, n: int, seed: int, label: Classes = None, first: int = 0) -> Conditioning:
         """What the images first..first + n - 1 are refined from: z from the prior and its x_hat, in latent space
         nothing.
 
@@ -137,7 +137,7 @@ class Pipeline:
         return self.drawn_for(range(first, first + n), seed, label)
 
     @torch.no_grad()
-    def drawn_for(self, numbers: Sequence[int], seed: int, label: Classes = None) -> Given:
+    def drawn_for(self, numbers: Sequence[int], seed: int, label: Classes = None) -> Conditioning:
         """What the images of these numbers are refined from; see `draw`."""
         io = self.models.io
         labels = None
@@ -146,11 +146,11 @@ class Pipeline:
         elif io.labels:
             labels = (rng.uniform(seed, "label", numbers) * io.labels).long().to(self.device)
         if self.models.latent_space:
-            return Given.nothing(torch.empty(len(numbers), *io.latent, device=self.device), labels)
+            return Conditioning.nothing(torch.empty(len(numbers), *io.latent, device=self.device), labels)
         component = rng.uniform(seed, "prior component", numbers)
         normal = rng.normal(seed, "prior", numbers, io.latent)
         z = self.prior.sample(component.to(self.device), normal.to(self.device))
-        return Given(self.decode(z), z, labels)
+        return Conditioning(self.decode(z), z, labels)
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class Pipeline:
             )
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, label: Classes = None) -> Given:
+    def encode(self, images: torch.Tensor, label: Classes = None) -> Conditioning:
         """The posterior mean z of images (n, C, H, W), uint8 or in [-1, 1], and its x_hat; with their class, if any."""
         with self._same_bits():
             x = (to_float(images) if images.dtype == torch.uint8 else images).to(self.device)
@@ -170,7 +170,7 @@ class Pipeline:
                 self.models.encoder.encode(x[rows]).mean[:count].float() for rows, count in self._rows(len(x), CHUNK)
             ]
             z = torch.cat(parts)
-            return Given(self.decode(z), z, None if label is None else self.classes(label, len(z)))
+            return Conditioning(self.decode(z), z, None if label is None else self.classes(label, len(z)))
 
     def refine(
         self,
@@ -190,13 +190,13 @@ class Pipeline:
         if z is None and self.models.denoiser.config.condition_latent:
             raise UserError("refine: this refiner is given z besides x_hat (denoiser.condition_latent=true): give both")
         z = x_hat.new_zeros(len(x_hat), 0) if z is None else z.to(self.device)
-        given = Given(x_hat, z, self.classes(label, len(x_hat)))
+        given = Conditioning(x_hat, z, self.classes(label, len(x_hat)))
         return to_uint8(self.refined(given, Noise(seed, range(len(z))), guidance=guidance)[0])
 
     @torch.no_grad()
     def refined(
         self,
-        given: Given,
+        given: Conditioning,
         noise: Noise,
         *,
         guidance: Guidance | float = PLAIN,
@@ -209,12 +209,12 @@ class Pipeline:
         `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the pixels where the mask is true.
         """
         # with steps of its own an image may be alone in a call, so it always is
-        size = CHUNK if self.sampler.by_steps else 1
+        size = CHUNK if self.sampler.lockstep else 1
         images, evaluations = [], []
         with self._same_bits():
             for rows, count in self._rows(len(noise), size):
                 kept = None if known is None else (known[0][rows], known[1][rows])
-                refined, nfe, _ = refine_together(self, given[rows], noise[rows.tolist()], guidance, kept)
+                refined, nfe, _ = refine_batch(self, given[rows], noise[rows.tolist()], guidance, kept)
                 images.append(refined[:count].cpu())
                 evaluations.append(nfe[:count].cpu())
                 if advance:
@@ -224,7 +224,7 @@ class Pipeline:
         return torch.cat(images), nfe
 
     @torch.no_grad()
-    def draw_together(
+    def generate_batch(
         self,
         numbers: range,
         seed: int,
@@ -233,7 +233,7 @@ class Pipeline:
         guidance: Guidance | float = PLAIN,
         shared: Shared | None = None,
         intermediate: int = 0,
-    ) -> Drawn:
+    ) -> GeneratedImages:
         """The images of these numbers, in one network call per evaluation; on one thread where that fixes their bits.
 
         `numbers` is one of `calls`; a label for each is that of numbers[0], numbers[1], ...
@@ -243,11 +243,11 @@ class Pipeline:
         with self._same_bits():
             given = self.drawn_for(same if shared is Shared.z else numbers, seed, label)
             noise = Noise(seed, same if shared is Shared.noise else numbers)
-            refined, nfe, estimates = refine_together(self, given, noise, guidance, estimates=intermediate)
+            refined, nfe, estimates = refine_batch(self, given, noise, guidance, estimates=intermediate)
             vae = to_uint8(given.x_hat).cpu() if self.models.generates else None
             on_the_way = torch.stack([to_uint8(each).cpu() for each in estimates], 1) if estimates else None
             classes = None if given.label is None else given.label.cpu()
-            return Drawn(vae, to_uint8(refined).cpu(), nfe.cpu(), classes, on_the_way)
+            return GeneratedImages(vae, to_uint8(refined).cpu(), nfe.cpu(), classes, on_the_way)
 
     def generate(
         self,
@@ -282,7 +282,7 @@ class Pipeline:
             for numbers in calls(first, n, self.batch):
                 asked = slice(max(first - numbers.start, 0), first + n - numbers.start)
                 mine = label if each is None else [each[min(max(k - first, 0), n - 1)] for k in numbers]
-                drawn = self.draw_together(numbers, seed, label=mine, guidance=guidance, shared=same)
+                drawn = self.generate_batch(numbers, seed, label=mine, guidance=guidance, shared=same)
                 refined.append(drawn.refined[asked])
                 if drawn.vae is not None:
                     vae.append(drawn.vae[asked])

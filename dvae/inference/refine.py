@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion.denoiser import Given
-from dvae.diffusion.guidance import Bound, Guidance
-from dvae.diffusion.recording import Watched, spread
+from dvae.diffusion.denoiser import Conditioning
+from dvae.diffusion.guidance import Guidance, GuidedDenoiser
+from dvae.diffusion.recording import RecordingDenoiser, spread
 from dvae.errors import UserError
 from dvae.inference import inpainting
 from dvae.inference.noise import Noise, Shared
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from dvae.inference.pipeline import Pipeline
 
 
-def refine_together(
+def refine_batch(
     pipeline: Pipeline,
-    given: Given,
+    given: Conditioning,
     noise: Noise,
     guidance: Guidance | float,
     known: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -37,18 +37,18 @@ def refine_together(
     def normal(purpose: str) -> torch.Tensor:
         return noise.draw(purpose, shape).to(pipeline.device, memory_format=torch.channels_last)
 
-    given = Given(given.x_hat.contiguous(memory_format=torch.channels_last), given.z, given.label)
+    given = Conditioning(given.x_hat.contiguous(memory_format=torch.channels_last), given.z, given.label)
     weights = guidance if isinstance(guidance, Guidance) else Guidance(condition=guidance)
-    model: Model = Bound(denoiser, given, weights, pipeline.models.classifier)
+    model: Model = GuidedDenoiser(denoiser, given, weights, pipeline.models.classifier)
     on_step: OnStep | None = None
-    watched: Watched | None = None
+    watched: RecordingDenoiser | None = None
     if known is not None:
         x, mask = (part.to(pipeline.device) for part in known)
         on_step = inpainting.keep_known(
             denoiser.diffusion, denoiser.to_state(x, given), mask, lambda i: normal(f"known pixels {i}")
         )
     elif estimates:
-        model = watched = Watched(model, spread(estimates, steps_of(pipeline)))
+        model = watched = RecordingDenoiser(model, spread(estimates, steps_of(pipeline)))
         on_step = watched.on_step
     bf16 = pipeline.config.precision.name == "bf16"
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=bf16):
@@ -75,7 +75,7 @@ def check_drawing(pipeline: Pipeline, shared: Shared | None, intermediate: int) 
         raise UserError(f"shared={shared.name}: this run draws no z besides its noise: leave shared out")
     if intermediate < 0:
         raise UserError(f"intermediate={intermediate}: use 0 (none) or more")
-    if intermediate and not pipeline.sampler.by_steps:
+    if intermediate and not pipeline.sampler.lockstep:
         raise UserError("intermediate images need a sampler that moves all in the same steps: use sampler=ddim or em")
     if intermediate > steps_of(pipeline):
         raise UserError(f"intermediate={intermediate} is more than the {steps_of(pipeline)} steps of the sampler")

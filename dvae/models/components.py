@@ -14,7 +14,7 @@ from dvae.config.schema import ModelConfig, RunConfig
 from dvae.diffusion.denoiser import Denoiser, DenoiserConfig, Space
 from dvae.diffusion.kernels import Diffusion
 from dvae.diffusion.time_grid import Spacing
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.registry import CLASSIFIERS, ENCODERS, PRIORS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Shapes
 from dvae.registry.classifiers.base import Classifier
 from dvae.registry.encoders.base import Encoder
@@ -175,7 +175,7 @@ def on_meta_device(tensors: int) -> Iterator[None]:
             yield
     except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
         # settings may be a stranger's: the layers that they ask for can fail in any way
-        raise UserError(f"the settings describe no network that can be built ({one_line(error)[:200]})") from None
+        raise UserError(f"the settings describe no network that can be built ({fold(error)[:200]})") from None
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,5 +56,5 @@ GPUS = {
 def gpu_of(name: str) -> GPU:
     """The GPU of this name. Raises UserError with the nearest name where the table has none."""
     if name not in GPUS:
-        raise UserError(f"unknown gpu {name!r}: {near(name, GPUS)}")
+        raise UserError(f"unknown gpu {name!r}: {suggest(name, GPUS)}")
     return GPUS[name]

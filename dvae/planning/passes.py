@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dvae.diffusion.denoiser import Draws, Given
+from dvae.diffusion.denoiser import Conditioning, NoiseSample
 from dvae.layers.adversarial import discriminator_loss, generator_loss
 from dvae.models.components import Models
 from dvae.planning.counting import Pass
@@ -63,7 +63,7 @@ def of_encoder(made: Models) -> dict[str, Pass]:
 def of_refiner(made: Models, encodes: bool, decodes: bool) -> Pass:
     denoiser = made.denoiser
 
-    def loss(x: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+    def loss(x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
         return denoiser(x, given, draws).mean()
 
     return _of_noisy(made, denoiser, (), encodes, decodes, loss)
@@ -74,9 +74,9 @@ def of_classifier(made: Models, encodes: bool, decodes: bool) -> Pass:
     assert made.classifier is not None
     classifier, denoiser = made.classifier, made.denoiser
 
-    def loss(x: torch.Tensor, given: Given, draws: Draws) -> torch.Tensor:
+    def loss(x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
         with torch.no_grad():
-            u = denoiser.noised(x, given, draws)
+            u = denoiser.add_noise(x, given, draws)
             feature = denoiser.diffusion.schedule.feature(draws.t).to(u.device, torch.float32)
         logits = classifier(u, feature, denoiser.condition(given))
         assert given.label is not None
@@ -97,7 +97,7 @@ def _of_noisy(
         return images(made, batch), noise, label, made.denoiser.draw(0, torch.arange(batch))
 
     def prepare(
-        device: str, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, draws: Draws
+        device: str, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, draws: NoiseSample
     ) -> tuple[Any, ...]:
         x, z = place(x, device), place(noise, device)
         label = None if label is None else label.to(device)
@@ -107,9 +107,9 @@ def _of_noisy(
         draws = replace(draws, eps=place(draws.eps, device), start=start)
         if made.latent_space:
             z = place(z.float(), device)
-            return z, Given.nothing(z, label), draws
+            return z, Conditioning.nothing(z, label), draws
         x_hat = _decoded(encoder, z, device) if decodes else torch.zeros_like(x)
-        return x, Given(x_hat, z.float(), label), draws
+        return x, Conditioning(x_hat, z.float(), label), draws
 
     return Pass(trained, (encoder, *beside), draw, prepare, loss)
 

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from dvae.errors import UserError, near, one_line, reason_of
+from dvae.errors import UserError, fold, reason_of, suggest
 
 T = TypeVar("T")
 NAME = re.compile("[a-z0-9_]+")
@@ -151,7 +151,7 @@ class Registry(Generic[T]):
         """The class registered as `name`. Raises UserError with the nearest name where there is none."""
         self._discover()
         if name not in self._classes:
-            raise UserError(f"unknown {self.kind} {name!r}: {near(name, self._classes)}{broken_plugins()}")
+            raise UserError(f"unknown {self.kind} {name!r}: {suggest(name, self._classes)}{broken_plugins()}")
         return self._classes[name]
 
     def name_of(self, component: T) -> str:
@@ -179,10 +179,10 @@ class Registry(Generic[T]):
             known = [f.name for f in fields(cls.Config)]  # type: ignore[attr-defined]
             wrong = next((key for key in plain if key not in known), error.full_key)
             raise UserError(
-                f"{self.kind}.{wrong} is not a field of {plain['name']!r}: {near(str(wrong), known)}"
+                f"{self.kind}.{wrong} is not a field of {plain['name']!r}: {suggest(str(wrong), known)}"
             ) from None
         except OmegaConfBaseException as error:
-            raise UserError(f"{self.kind}.{error.full_key}: {one_line(str(error.msg).splitlines()[0])}") from None
+            raise UserError(f"{self.kind}.{error.full_key}: {fold(str(error.msg).splitlines()[0])}") from None
 
     def build(self, node: Any, io: Shapes) -> T:
         """The component that `node` describes, built for the shapes `io`."""

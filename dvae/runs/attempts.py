@@ -19,7 +19,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dvae.errors import MachineError, UserError, in_words, one_line, printable_line
+from dvae.errors import MachineError, UserError, describe, fold, printable_line
 from dvae.utils import atomic_files
 from dvae.utils.fields import Positive, Seconds
 from dvae.utils.read import DamagedFile, read_json_lines
@@ -119,11 +119,11 @@ def recorded(folder: Path, launcher: str, count: int, job: str = "") -> Iterator
         try:
             yield
         except BaseException as error:
-            said, status = in_words(error) or (f"{type(error).__name__}: {one_line(error)}", 1)
+            said, status = describe(error) or (f"{type(error).__name__}: {fold(error)}", 1)
             try:
                 write(folder, [*earlier, ended(begun, status, said)])
             except OSError as fault:  # a full disk, as a rule: the error itself matters more
-                print(f"dvae: {folder / FILE} cannot be written ({one_line(fault)})", file=sys.stderr)
+                print(f"dvae: {folder / FILE} cannot be written ({fold(fault)})", file=sys.stderr)
             raise
         write(folder, [*earlier, ended(begun, 0, "finished")])
 

@@ -32,7 +32,7 @@ from dvae.utils import atomic_files
 from dvae.utils.read import read_json, read_weights_header
 from dvae.utils.weights import State, load_weights, save_weights
 
-FREE = {
+MUTABLE_FIELDS = {
     "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
     "data.workers", "data.cache_gib", "data.download_to", "data.download_gib", "data.log_samples", "max_hours",
 } | {
@@ -178,7 +178,7 @@ def _settings(plain: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
-        if prefix in FREE:
+        if prefix in MUTABLE_FIELDS:
             return
         if isinstance(value, dict):
             for key, item in value.items():

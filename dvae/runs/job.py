@@ -12,7 +12,7 @@ from typing import Any
 
 from dvae.config.compose import endless
 from dvae.config.model_config import model_config
-from dvae.config.schema import STAGES, RunConfig
+from dvae.config.schema import RunConfig
 from dvae.data.building.shard_build import build as build_shards
 from dvae.data.building.shard_build import build_part
 from dvae.data.shards.manifest import FILE as manifest_file
@@ -31,10 +31,10 @@ from dvae.stages.work import (
     cache_stage,
     classifier_stage,
     encoder_stage,
+    load_models,
     open_shards,
     prior_stage,
     refiner_stage,
-    take_up,
 )
 from dvae.toy2d.point_scores import evaluate_points
 from dvae.tracking import figures
@@ -60,27 +60,27 @@ class Job:
         run = Run(Path(self.folder))
         start_distributed()
         keep_freed_memory()
-        with ranks.losses_named(), nullcontext() if ranks.rank() else run.held():
-            ranks.on_first(run.tidy)
+        with ranks.translate_peer_loss(), nullcontext() if ranks.rank() else run.held():
+            ranks.on_rank_zero(run.tidy)
             config = run.own_config()
-            stages = ranks.on_first(unfinished, run, config, self.stages)
+            stages = ranks.on_rank_zero(unfinished, run, config, self.stages)
             asking = stopping.begin(config.max_hours)
             with watchdog.watching(launcher_of(config.launcher).config.hang_seconds):
                 for number, stage in enumerate(stages):
                     if number:
                         asking.between_stages()
-                    if stage in ALONE:
-                        ranks.on_first(work, stage, run, config)
+                    if stage in RANK_ZERO_ONLY:
+                        ranks.on_rank_zero(work, stage, run, config)
                     else:
                         work(stage, run, config)
-            ranks.on_first(conclude, run, config, bool(stages))
+            ranks.on_rank_zero(conclude, run, config, bool(stages))
             ranks.leave()
 
 
 def work(stage: str, run: Run, config: RunConfig) -> None:
     if ranks.rank() == 0:
         print(f"dvae: {stage} ...", flush=True)
-    WORK[stage](run, config)
+    RUNNERS[stage](run, config)
 
 
 def conclude(run: Run, config: RunConfig, took_part: bool) -> None:
@@ -93,7 +93,7 @@ def conclude(run: Run, config: RunConfig, took_part: bool) -> None:
 
 def unfinished(run: Run, config: RunConfig, among: tuple[str, ...] = ()) -> list[str]:
     """The stages that there are to run, in their order; where some are named, among these."""
-    wanted = [stage for stage in STAGES if stage in config.stages and (not among or stage in among)]
+    wanted = [stage for stage in RUNNERS if stage in config.stages and (not among or stage in among)]
     return [stage for stage in wanted if not finished(run, stage, config)]
 
 
@@ -150,7 +150,7 @@ def write_part_of_cache(folder: Path, part: int, parts: int) -> None:
     """Make part number `part` of `parts` of a run's cache; the stage `cache` publishes it once all are made."""
     run = Run(folder)
     config = run.own_config()
-    write_cache_part(run, config, take_up(run, config, "encoder"), part, parts)
+    write_cache_part(run, config, load_models(run, config, "encoder"), part, parts)
 
 
 def scored_refiner_stage(run: Run, config: RunConfig) -> None:
@@ -160,7 +160,7 @@ def scored_refiner_stage(run: Run, config: RunConfig) -> None:
 def evaluate_stage(run: Run, config: RunConfig) -> None:
     if not run.has_weights("classifier"):
         config = replace(config, classifier=None)  # not trained yet: all else works without it
-    made = take_up(run, config, *PARTS)
+    made = load_models(run, config, *PARTS)
     for module in made.trained().values():
         module.eval().requires_grad_(False)
     summary: dict[str, Any] = {"recipe": config.recipe, "stages": run.records()}
@@ -184,7 +184,7 @@ def evaluate_stage(run: Run, config: RunConfig) -> None:
     run.finish("evaluate", record)
 
 
-WORK: dict[str, Callable[[Run, RunConfig], None]] = {
+RUNNERS: dict[str, Callable[[Run, RunConfig], None]] = {
     "shards": shards_stage,
     "encoder": encoder_stage,
     "joint": joint_stage,
@@ -195,5 +195,5 @@ WORK: dict[str, Callable[[Run, RunConfig], None]] = {
     "distil": distil_stage,
     "evaluate": evaluate_stage,
 }
-ALONE = ("shards", "prior", "cache", "evaluate")
+RANK_ZERO_ONLY = ("shards", "prior", "cache", "evaluate")
 """Stages that rank 0 does alone, while the others wait; the rest is training, in which all take part."""

@@ -16,7 +16,7 @@ from torch import nn
 from dvae.config.schema import TRAININGS, RunConfig, TrainingConfig
 from dvae.config.stage_names import settings_of, stage_of
 from dvae.data.loading.loader import Batch
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.models import components
 from dvae.runs.folder import Run
 from dvae.stages.distil import open_distil, round_names
@@ -83,7 +83,7 @@ def replay(folder: str, shards: str = "") -> Replayed:
         record = nonfinite.read(path)
     except (OSError, DamagedFile) as error:
         raise UserError(
-            f"bundle={path} is no replay bundle ({one_line(error)}): name a folder nonfinite-STAGE-STEP of a run"
+            f"bundle={path} is no replay bundle ({fold(error)}): name a folder nonfinite-STAGE-STEP of a run"
         ) from None
     start_distributed()
     run = Run(path.absolute().parent)

@@ -69,7 +69,7 @@ def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
     size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(made.io.latent)
     if size > config.data.cache_gib * 2**30:
         return Encoded(made.encoder)
-    ranks.on_first(keep_posteriors, run, config, made)
+    ranks.on_rank_zero(keep_posteriors, run, config, made)
     known = posteriors(run, config, made)
     return Posteriors(lambda indices: (known.mean[indices], known.logvar[indices]))
 

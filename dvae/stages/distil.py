@@ -9,7 +9,7 @@ from torch import nn
 
 from dvae.config.schema import RunConfig, TrainingConfig
 from dvae.data.loading.loader import Batch
-from dvae.diffusion.denoiser import Denoiser, Given
+from dvae.diffusion.denoiser import Conditioning, Denoiser
 from dvae.models import bundle, components
 from dvae.registry import DISTILLERS
 from dvae.registry.distillers.base import Distiller
@@ -18,8 +18,8 @@ from dvae.runs.folder import Run
 from dvae.stages.cache import open_latents
 from dvae.stages.latent_sources import Latents
 from dvae.stages.losses import Engines, NoisyStage, StepOutput, by_time, sums
-from dvae.stages.work import Weights, device, export, part_of, pipeline_of, preview_samples, take_up, train_stage
-from dvae.training.loop import Looks
+from dvae.stages.work import Weights, device, export, load_models, part_of, pipeline_of, preview_samples, train_stage
+from dvae.training.loop import TrainHooks
 from dvae.training.resilience import ranks
 from dvae.utils import rng
 from dvae.utils.weights import fit_weights
@@ -41,7 +41,7 @@ class Student(nn.Module):
         eps: torch.Tensor,
         t: torch.Tensor,
         s: torch.Tensor,
-        given: Given,
+        given: Conditioning,
         target: torch.Tensor | None,
     ) -> torch.Tensor:
         """Per-sample loss (B,) at u_t = alpha_t y0 + sigma_t eps, (B, C, H, W); without a target it is the student's
@@ -92,10 +92,10 @@ class DistilStage(NoisyStage):
 
 def distil_stage(run: Run, config: RunConfig) -> None:
     """All rounds, each once; at the end the last student is the run's refiner."""
-    ranks.on_first(take_teacher, run, config)
+    ranks.on_rank_zero(take_teacher, run, config)
     names = list(round_names(config))
     for name in names:
-        if name not in ranks.on_first(run.records):
+        if name not in ranks.on_rank_zero(run.records):
             stage = open_distil(run, config, name)
             looks = previews(run, config, name, stage.steps)
             train_stage(run, config, stage, config.train_distil, {name: STUDENT}, looks)
@@ -106,7 +106,7 @@ def distil_stage(run: Run, config: RunConfig) -> None:
         records = run.records()
         run.finish("distil", {"seconds": sum(records[name]["seconds"] for name in names)})
 
-    ranks.on_first(finish)
+    ranks.on_rank_zero(finish)
 
 
 def take_teacher(run: Run, config: RunConfig) -> None:
@@ -125,7 +125,7 @@ def round_names(config: RunConfig) -> dict[str, int]:
 
 def open_distil(run: Run, config: RunConfig, name: str) -> DistilStage:
     """The round that is called `name`, as it is before the first step: its teacher and start are those before it."""
-    made, rounds = take_up(run, config, "encoder"), round_names(config)
+    made, rounds = load_models(run, config, "encoder"), round_names(config)
     steps, before = rounds[name], ["teacher", *rounds][list(rounds).index(name)]
     distiller = DISTILLERS.build(config.distiller, made.denoiser.io)
     weights = run.load_weights(before)
@@ -138,7 +138,7 @@ def open_distil(run: Run, config: RunConfig, name: str) -> DistilStage:
     return DistilStage(student, teacher, steps, made.encoder, latents, config.train_distil, config.seed, device())
 
 
-def previews(run: Run, config: RunConfig, name: str, steps: int) -> Looks:
+def previews(run: Run, config: RunConfig, name: str, steps: int) -> TrainHooks:
     """Pictures of what the averaged student draws in as many steps as its round is for."""
 
     def preview(step: int, averaged: Weights) -> Path:
@@ -146,4 +146,4 @@ def previews(run: Run, config: RunConfig, name: str, steps: int) -> Looks:
         pipeline.use_sampler(steps=steps)
         return preview_samples(run, pipeline, f"{name}-{step:08d}.png")
 
-    return Looks(preview)
+    return TrainHooks(preview)

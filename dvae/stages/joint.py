@@ -11,15 +11,15 @@ from torch import nn
 from dvae.config.model_config import model_config
 from dvae.config.schema import JointConfig, Reaches, RunConfig, TrainingConfig
 from dvae.data.loading.loader import Batch
-from dvae.diffusion.denoiser import Denoiser, Draws, Given
+from dvae.diffusion.denoiser import Conditioning, Denoiser, NoiseSample
 from dvae.inference.pipeline import Pipeline
 from dvae.models import components
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
 from dvae.stages.losses import Engines, Stage, StepOutput, by_time, encoder_figures, sums
-from dvae.stages.work import Weights, device, part_of, preview_images, take_up, train_stage
+from dvae.stages.work import Weights, device, load_models, part_of, preview_images, train_stage
 from dvae.tracking import pictures
-from dvae.training.loop import Looks
+from dvae.training.loop import TrainHooks
 
 PREFIXES = {"encoder": "encoder.", "denoiser": "denoiser."}
 
@@ -32,13 +32,13 @@ class Joint(nn.Module):
         self.encoder, self.denoiser, self.config = encoder, denoiser, config
 
     def forward(
-        self, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, draws: Draws, step: int
+        self, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, draws: NoiseSample, step: int
     ) -> dict[str, torch.Tensor]:
         """Per-sample terms (B,): "loss", the encoder's own, and "refiner"; of images x (B, C, H, W) in step `step`."""
         terms = self.encoder(x, noise)
         x_hat, z = terms["x_hat"].float(), terms["z"].float()
         reaches = self.config.reaches if step >= self.config.start else Reaches.nothing
-        given = Given(
+        given = Conditioning(
             x_hat if reaches in (Reaches.x_hat, Reaches.both) else x_hat.detach(),
             z if reaches in (Reaches.z, Reaches.both) else z.detach(),
             label,
@@ -70,12 +70,12 @@ class JointStage(Stage):
 
 def joint_stage(run: Run, config: RunConfig) -> None:
     """Trains the run's encoder and refiner; the prior is fitted afterwards."""
-    train_stage(run, config, open_joint(run, config), config.train_joint, PREFIXES, Looks(previews(run, config)))
+    train_stage(run, config, open_joint(run, config), config.train_joint, PREFIXES, TrainHooks(previews(run, config)))
 
 
 def open_joint(run: Run, config: RunConfig) -> JointStage:
     """The stage as it is before the first step."""
-    made = take_up(run, config)
+    made = load_models(run, config)
     joint = Joint(made.encoder, made.denoiser, config.joint)
     return JointStage(joint, config.train_joint, config.seed, device())
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dvae.config.schema import Precision, TrainingConfig
 from dvae.data.loading.loader import Batch
-from dvae.diffusion.denoiser import Denoiser, Draws, Given, Space
+from dvae.diffusion.denoiser import Conditioning, Denoiser, NoiseSample, Space
 from dvae.layers.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from dvae.registry.classifiers.base import Classifier
 from dvae.registry.encoders.base import Adversary, Encoder
@@ -89,7 +89,7 @@ class Stage(ABC):
         """What q(z | x) is sampled with, (B, *latent)."""
         return self.place(rng.normal(self.seed, "posterior", batch.keys.tolist(), encoder.latent_shape))
 
-    def draws(self, batch: Batch, denoiser: Denoiser) -> Draws:
+    def draws(self, batch: Batch, denoiser: Denoiser) -> NoiseSample:
         """Times and noise of the batch, keyed by its sample numbers."""
         drawn = denoiser.draw(self.seed, batch.keys)
         start = None if drawn.start is None else self.place(drawn.start)
@@ -215,7 +215,7 @@ class NoisyStage(Stage):
         return self.latents.encodes or self.denoiser.config.space is Space.pixel
 
     @torch.no_grad()
-    def example(self, batch: Batch) -> tuple[torch.Tensor, Given]:
+    def example(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
         """What is diffused, x (B, C, H, W), and what is known of it; without gradient.
 
         Images with the x_hat of a freshly drawn z; in latent space z itself, of which nothing is known. And the class
@@ -228,10 +228,10 @@ class NoisyStage(Stage):
             z, x_hat = self.latents.draw(batch, x, noise)
             if self.denoiser.config.space is Space.latent:
                 z = self.place(z.float())
-                return z, Given.nothing(z, label)
+                return z, Conditioning.nothing(z, label)
             if x_hat is None:
                 x_hat = self.encoder.decode(z).float()
-        return x, Given(self.place(x_hat), z.float(), label)
+        return x, Conditioning(self.place(x_hat), z.float(), label)
 
 
 class RefinerStage(NoisyStage):
@@ -275,7 +275,7 @@ class ClassifierStage(NoisyStage):
         draws = self.draws(batch, self.denoiser)
         assert given.label is not None
         with torch.no_grad():
-            u = self.denoiser.noised(x, given, draws)  # the condition is never dropped here
+            u = self.denoiser.add_noise(x, given, draws)  # the condition is never dropped here
             feature = self.denoiser.diffusion.schedule.feature(draws.t).to(self.device, torch.float32)
         logits = engines[name](u, feature, self.denoiser.condition(given))
         losses = F.cross_entropy(logits, given.label, reduction="none")

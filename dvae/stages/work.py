@@ -27,7 +27,7 @@ from dvae.toy2d import points
 from dvae.tracking import pictures, scatter
 from dvae.tracking.tracker import NoTracker, Tracker
 from dvae.training.batches import open_loader, open_shards
-from dvae.training.loop import Looks, State, train
+from dvae.training.loop import State, TrainHooks, train
 from dvae.training.resilience import ranks
 from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.utils import rng
@@ -48,7 +48,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def take_up(run: Run, config: RunConfig, *parts: str) -> Models:
+def load_models(run: Run, config: RunConfig, *parts: str) -> Models:
     """The run's models, with the weights of the finished stages `parts`. Raises UserError where one is not finished."""
     made = components.build(config)
     for part in parts:
@@ -66,7 +66,7 @@ def train_stage(
     stage: Stage,
     training: TrainingConfig,
     parts: Mapping[str, str],
-    looks: Looks,
+    looks: TrainHooks,
     figures: Callable[[Weights], dict[str, float]] | None = None,
 ) -> None:
     """Train one stage, keep its averaged weights, and bring the bundle up to date. Every rank takes part.
@@ -93,7 +93,7 @@ def train_stage(
         }
         run.finish(stage.name, record | (figures(weights) if figures else {}))
 
-    ranks.on_first(finish)
+    ranks.on_rank_zero(finish)
 
 
 def part_of(weights: Weights, prefix: str) -> Weights:
@@ -113,10 +113,10 @@ def preview_images(config: RunConfig) -> torch.Tensor:
 
 
 def encoder_stage(run: Run, config: RunConfig) -> None:
-    made = take_up(run, config)
+    made = load_models(run, config)
     given = bundle.given_encoder(config, made.encoder)
     if given is not None:
-        ranks.on_first(take_over, run, config, made.encoder, given)
+        ranks.on_rank_zero(adopt_encoder, run, config, made.encoder, given)
         return
     stage = new_encoder_stage(made.encoder, config)
     shown = preview_images(config)
@@ -130,7 +130,7 @@ def encoder_stage(run: Run, config: RunConfig) -> None:
         pictures.grid(torch.cat([shown, to_uint8(x_hat)]), path)
         return path
 
-    train_stage(run, config, stage, config.train_encoder, {"encoder": ""}, Looks(preview))
+    train_stage(run, config, stage, config.train_encoder, {"encoder": ""}, TrainHooks(preview))
 
 
 def new_encoder_stage(encoder: Encoder, config: RunConfig) -> EncoderStage:
@@ -143,7 +143,7 @@ def new_encoder_stage(encoder: Encoder, config: RunConfig) -> EncoderStage:
     return GanStage(encoder, adversary, config.train_encoder, config.seed, device())
 
 
-def take_over(run: Run, config: RunConfig, encoder: Encoder, weights: Weights) -> None:
+def adopt_encoder(run: Run, config: RunConfig, encoder: Encoder, weights: Weights) -> None:
     """Keep weights that were trained elsewhere as those of the run's encoder."""
     began = time.perf_counter()
     fit_weights(encoder, weights, "the given encoder")
@@ -154,12 +154,12 @@ def take_over(run: Run, config: RunConfig, encoder: Encoder, weights: Weights) -
 
 
 def cache_stage(run: Run, config: RunConfig) -> None:
-    run.finish("cache", cache_record(run, config, take_up(run, config, "encoder")))
+    run.finish("cache", cache_record(run, config, load_models(run, config, "encoder")))
 
 
 def prior_stage(run: Run, config: RunConfig) -> None:
     began = time.perf_counter()
-    made = take_up(run, config, "encoder")
+    made = load_models(run, config, "encoder")
     posterior = posteriors(run, config, made)
     seed = rng.child(config.seed, "prior") % 2**31
     figures = made.prior.fit(posterior.mean, posterior.logvar, seed)
@@ -171,18 +171,18 @@ def prior_stage(run: Run, config: RunConfig) -> None:
 def open_stage(run: Run, config: RunConfig, name: str) -> Stage:
     """The training stage `name`, with its modules as they are before the first step."""
     if name == "encoder":
-        return new_encoder_stage(take_up(run, config).encoder, config)
+        return new_encoder_stage(load_models(run, config).encoder, config)
     return new_refiner_stage(run, config) if name == "refiner" else new_classifier_stage(run, config)
 
 
 def new_refiner_stage(run: Run, config: RunConfig) -> RefinerStage:
-    made = take_up(run, config, "encoder")
+    made = load_models(run, config, "encoder")
     latents = open_latents(run, config, made)
     return RefinerStage(made.encoder, made.denoiser, latents, config.train_refiner, config.seed, device())
 
 
 def new_classifier_stage(run: Run, config: RunConfig) -> ClassifierStage:
-    made = take_up(run, config, "encoder", "denoiser")
+    made = load_models(run, config, "encoder", "denoiser")
     assert made.classifier is not None
     latents, training = open_latents(run, config, made), config.train_classifier
     return ClassifierStage(made.classifier, made.encoder, made.denoiser, latents, training, config.seed, device())
@@ -192,9 +192,9 @@ def refiner_stage(run: Run, config: RunConfig, score: Callable[[Pipeline], dict[
     """Every evaluate.every steps `score` gives figures of the pipeline of the averaged weights."""
     stage = new_refiner_stage(run, config)
     if config.denoiser.data_scale is None:
-        stage.denoiser.data_scale.fill_(ranks.on_first(measure_scale, config, stage))
+        stage.denoiser.data_scale.fill_(ranks.on_rank_zero(measure_scale, config, stage))
     if config.denoiser.pca_components:
-        stage.denoiser.whitening.fit(ranks.on_first(measure_latents, run, config, stage))
+        stage.denoiser.whitening.fit(ranks.on_rank_zero(measure_latents, run, config, stage))
 
     def preview(step: int, averaged: Weights) -> Path:
         pipeline, name = pipeline_of(run, config, averaged), f"refiner-{step:08d}.png"
@@ -205,7 +205,7 @@ def refiner_stage(run: Run, config: RunConfig, score: Callable[[Pipeline], dict[
     def scored(averaged: Weights) -> dict[str, float]:
         return score(pipeline_of(run, config, averaged))
 
-    looks = Looks(preview, scored, config.evaluate.every)
+    looks = TrainHooks(preview, scored, config.evaluate.every)
     train_stage(run, config, stage, config.train_refiner, {"denoiser": ""}, looks)
 
 
@@ -224,7 +224,7 @@ def measure_latents(run: Run, config: RunConfig, stage: RefinerStage) -> Moments
 
 def pipeline_of(run: Run, config: RunConfig, denoiser: Weights) -> Pipeline:
     """Encoder and prior of the finished stages, with the weights of a denoiser that is still trained."""
-    copy = take_up(run, config, "encoder", "prior")
+    copy = load_models(run, config, "encoder", "prior")
     copy.denoiser.load_state_dict(denoiser)
     copy.denoiser.eval()
     return Pipeline(model_config(config), copy, config.evaluate.batch)
@@ -261,7 +261,7 @@ def classifier_stage(run: Run, config: RunConfig) -> None:
             classifier.load_state_dict(weights)
             return heldout_accuracy(unseen, heldout)
 
-        train_stage(run, config, stage, training, {"classifier": ""}, Looks(), figures)
+        train_stage(run, config, stage, training, {"classifier": ""}, TrainHooks(), figures)
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ import torch
 from hydra.core.config_store import ConfigStore
 
 from dvae.diffusion.time_grid import Spacing
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein, two_sample_floor
 from dvae.inference import pipeline as pipelines
 from dvae.inference.pipeline import Pipeline
 from dvae.registry import PROCESSES, SAMPLERS, SCHEDULES
-from dvae.registry.samplers.base import that_integrate
+from dvae.registry.samplers.base import compatible_samplers
 from dvae.runs.folder import Run
 from dvae.toy2d import points
 from dvae.toy2d.point_scores import figure
@@ -150,14 +150,14 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
         config = Run(path).config()
         names = points.groups(config, points.open_source(config))
         if settings.density not in names:
-            raise UserError(f"density={settings.density}: {path} draws others; {near(settings.density, names)}")
+            raise UserError(f"density={settings.density}: {path} draws others; {suggest(settings.density, names)}")
         runs[name] = run
     return dict(sorted(runs.items(), key=lambda item: item[1].models.denoiser.io.k))
 
 
 def sampler_names(run: Pipeline, settings: GalleryConfig) -> list[str]:
     """Those samplers asked for that integrate the run's process. Raises UserError where none does."""
-    able = that_integrate(run.models.denoiser.diffusion, run.models.denoiser.io, settings.samplers)
+    able = compatible_samplers(run.models.denoiser.diffusion, run.models.denoiser.io, settings.samplers)
     if not able:
         raise UserError(f"samplers={settings.samplers}: none integrates process={run.config.process.name}")
     return able

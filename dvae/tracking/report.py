@@ -27,7 +27,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.tracking.charts import Line, line_chart
 from dvae.tracking.console import clock
 from dvae.tracking.metrics_log import MetricsLog
@@ -198,9 +198,7 @@ def _picture(path: Path, title: str, caption: str) -> Picture | None:
     except DamagedFile as error:
         raise MachineError(f"{error}; run the evaluate stage again") from None
     except Exception as error:  # noqa: BLE001 damaged bytes make the decoder raise nearly anything
-        raise MachineError(
-            f"{path}: not a readable PNG ({one_line(error)[:200]}); run the evaluate stage again"
-        ) from None
+        raise MachineError(f"{path}: not a readable PNG ({fold(error)[:200]}); run the evaluate stage again") from None
     if image.width > WIDEST:
         height = max(1, round(image.height * WIDEST / image.width))
         image = image.resize((WIDEST, height), Image.Resampling.LANCZOS)

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.tracking import code
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
@@ -94,7 +94,7 @@ class WandbRun:
             self._run: Any = self._open(config.mode)
         except wandb.errors.Error as error:
             wandb.teardown()
-            why = one_line(error)[:200]
+            why = fold(error)[:200]
             refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
             refused = refused or re.search(r"returned error 4\d\d", why) is not None
             begun = (run_folder / "metrics.jsonl").exists()  # then training must not end for a key that has
@@ -209,7 +209,7 @@ class WandbRun:
         try:
             do(self._run)
         except Exception as error:  # noqa: BLE001 whatever it is, a mirror must not stop what it shows
-            return one_line(error) or type(error).__name__
+            return fold(error) or type(error).__name__
         return ""
 
     def _do(self, do: Callable[[Any], object]) -> None:
@@ -301,7 +301,7 @@ def offline_rows(path: Path) -> Iterator[dict[str, Any]]:
                 items = record.history.item
                 yield {item.key or "/".join(item.nested_key): parse_json(item.value_json, path) for item in items}
         except (DecodeError, DamagedFile) as error:
-            raise _damaged(path, one_line(error)[:200]) from None
+            raise _damaged(path, fold(error)[:200]) from None
 
 
 def _damaged(path: Path, reason: str) -> MachineError:

@@ -8,13 +8,13 @@ from dvae.config import compose as configuration
 from dvae.config.schema import RunConfig, TrainingConfig
 from dvae.data.loading.loader import Loader
 from dvae.data.loading.order import Order
-from dvae.data.loading.streams import EndlessLoader
+from dvae.data.loading.streams import StreamLoader
 from dvae.data.shards.reader import Shards
 from dvae.data.shards.remote import place_of
 from dvae.toy2d import points
 from dvae.tracking.console import say
 from dvae.training.resilience import ranks
-from dvae.training.resilience.sample_log import Feed, known_damage
+from dvae.training.resilience.sample_log import Feed, load_damaged
 from dvae.utils import rng
 
 
@@ -27,7 +27,7 @@ def open_shards(config: RunConfig, split: str) -> Shards:
         max_bad_fraction=config.data.max_bad_fraction,
         report=say,
     )
-    shards.know(known_damage(Path(config.run), split))
+    shards.know(load_damaged(Path(config.run), split))
     return shards
 
 
@@ -38,12 +38,12 @@ def open_loader(
     split: str = "train",
     images: bool = True,
     whole: bool = False,
-) -> Loader | EndlessLoader | Feed:
+) -> Loader | StreamLoader | Feed:
     """Batches of a stage: this rank's share, or all of them (`whole`); without `images` where it can do without."""
     rank, world = (0, 1) if whole else (ranks.rank(), ranks.world_size())
     if configuration.endless(config):
         shards = None
-        loader: Loader | EndlessLoader = EndlessLoader(
+        loader: Loader | StreamLoader = StreamLoader(
             points.open_source(config),
             batch=training.batch,
             rank=rank,

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from dvae.config.schema import RunConfig
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.models import bundle, components
 from dvae.runs.folder import Run
 from dvae.stages.work import Weights
@@ -62,7 +62,7 @@ def export(settings: ExportConfig) -> int:
 def checked(word: str, folder: str, stage: str, run: str) -> Run:
     """The run in folder `run`. Raises UserError where there is none, or no such stage, or `word`=`folder` is taken."""
     if stage not in PARTS:
-        raise UserError(f"unknown stage {stage!r}: {near(stage, PARTS)}")
+        raise UserError(f"unknown stage {stage!r}: {suggest(stage, PARTS)}")
     if folder and Path(folder).exists():
         raise UserError(f"{word}={folder} is there already: name a folder that is not")
     found = Run(Path(run))

@@ -31,7 +31,7 @@ Score = Callable[[dict[str, torch.Tensor]], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Looks:
+class TrainHooks:
     """How what has been learnt so far is looked at while a stage trains."""
 
     preview: Preview | None = None
@@ -74,7 +74,7 @@ def train(
     data: Batches,
     checkpoints: Checkpoints,
     tracker: Tracker,
-    looks: Looks,
+    looks: TrainHooks,
     run: Path,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], State]:
     """Train `stage` to its last step, from the newest good checkpoint if there is one. Every rank takes part.
@@ -86,7 +86,7 @@ def train(
     engines = {name: Engine(module, stage.settings(name)) for name, module in stage.modules().items()}
     state = resume(stage.name, engines, checkpoints, tracker)
     snapshots = Snapshots(run / "snapshots" / stage.name, stage.settings(stage.name))
-    ranks.on_first(snapshots.drop_after, state.step)
+    ranks.on_rank_zero(snapshots.drop_after, state.step)
     progress = Progress(stage.name, config.steps, state.step, quiet=ranks.rank() > 0)
     asking = stopping.current()
     with progress, asking.on_signals(), checkpoints:
@@ -135,7 +135,7 @@ def take_step(stage: Stage, engines: dict[str, Engine], batches: list[Batch], st
     if not kept:
         watchdog.rest(stage.name, number, "replay bundle")
         state.skipped += 1
-        nonfinite.leave_out(stage, trained, batches, figures, number, state.skipped, run)
+        nonfinite.skip_step(stage, trained, batches, figures, number, state.skipped, run)
     for engine in trained.values():
         engine.step(number, kept)
     if before and not kept:
@@ -180,7 +180,7 @@ def log(stage: Stage, state: State, tracker: Tracker, progress: Progress) -> Non
     if state.step % config.log_every == 0 or state.step == config.steps:
         steps = state.step % config.log_every or config.log_every
         speed = steps * config.batch / state.window_seconds
-        state.sums = ranks.total(ranks.gathered(state.sums))
+        state.sums = ranks.total(ranks.all_gather(state.sums))
         row: dict[str, Any] = state.row() | {"lr": learning_rate(config, state.step), "seconds": state.seconds}
         row |= {"skipped": state.skipped} if state.skipped else {}
         tracker.log(state.step, row | {"images_per_second": speed})
@@ -188,13 +188,13 @@ def log(stage: Stage, state: State, tracker: Tracker, progress: Progress) -> Non
 
 def show(preview: Preview, step: int, averaged: dict[str, torch.Tensor], tracker: Tracker) -> None:
     """A picture of what has been learnt so far."""
-    ranks.on_first(lambda: tracker.image("preview", preview(step, averaged), step))
+    ranks.on_rank_zero(lambda: tracker.image("preview", preview(step, averaged), step))
 
 
 def scored(score: Score, averaged: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
     """Figures of what has been learnt so far, as sums and counts: they go into the next row, and into a checkpoint that
     comes before it, so that a resumed run has the same rows."""
-    found = ranks.on_first(score, averaged)
+    found = ranks.on_rank_zero(score, averaged)
     return {} if ranks.rank() else {name: (value, 1.0) for name, value in found.items()}
 
 
@@ -210,7 +210,7 @@ def save(engines: dict[str, Engine], checkpoints: Checkpoints, state: State) -> 
             part.write(written[-1])
         return written
 
-    first, *others = ranks.gathered(state.sums)
+    first, *others = ranks.all_gather(state.sums)
     checkpoints.save(state.step, asdict(state) | {"sums": first, "others": others}, write)
 
 
@@ -219,7 +219,7 @@ def resume(name: str, engines: dict[str, Engine], checkpoints: Checkpoints, trac
 
     The checkpoint may come from another number of ranks and another ZeRO stage.
     """
-    found = ranks.on_first(checkpoints.newest)
+    found = ranks.on_rank_zero(checkpoints.newest)
     state = State()
     if found:
         folder, saved = found
@@ -227,8 +227,8 @@ def resume(name: str, engines: dict[str, Engine], checkpoints: Checkpoints, trac
         for module, engine in engines.items():
             engine.load(folder / module)
         state = State(**saved | {"sums": share(sums)})
-    ranks.on_first(checkpoints.drop_after, state.step)
-    ranks.on_first(tracker.rewind, name, state.step)
+    ranks.on_rank_zero(checkpoints.drop_after, state.step)
+    ranks.on_rank_zero(tracker.rewind, name, state.step)
     return state
 
 

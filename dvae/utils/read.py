@@ -29,7 +29,7 @@ import yaml
 from omegaconf._utils import get_yaml_loader
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from dvae.errors import MachineError, one_line, printable_line
+from dvae.errors import MachineError, fold, printable_line
 
 T = TypeVar("T")
 MIB = 2**20
@@ -144,7 +144,7 @@ def check(kind: Callable[..., T], value: Any, what: object) -> T:
         reason = REASONS.get(first["type"], first["msg"][:200])
         raise DamagedFile(what, f"{place + ': ' if place else ''}{reason}") from None
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(what, f"holds a value that cannot be read ({one_line(error)[:200]})") from None
+        raise DamagedFile(what, f"holds a value that cannot be read ({fold(error)[:200]})") from None
 
 
 def read_json(path: str | Path, kind: Callable[..., T], limit: int = JSON_LIMIT) -> T:
@@ -172,7 +172,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         _check_yaml_events(text, path)
         value = yaml.load(text, Loader=get_yaml_loader())  # a subclass of SafeLoader; tags were refused above
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
-        raise DamagedFile(path, f"is not valid YAML ({one_line(error)[:200]})") from None
+        raise DamagedFile(path, f"is not valid YAML ({fold(error)[:200]})") from None
     if not isinstance(value, dict) or not _has_text_keys(value):
         raise DamagedFile(path, "is not a mapping with text as keys")
     return value
@@ -231,7 +231,7 @@ def _npy_header(file: Any, what: object, size: int) -> tuple[tuple[int, ...], bo
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = reader(file)
     except (*HEADER_ERRORS, MemoryError) as error:
-        raise DamagedFile(what, f"is not a .npy array ({one_line(error)[:200]})") from None
+        raise DamagedFile(what, f"is not a .npy array ({fold(error)[:200]})") from None
     if dtype.hasobject or dtype.kind not in "biuf":
         raise DamagedFile(what, f"holds {str(dtype)[:80]}, not plain numbers")
     whole = all(type(side) is int and side >= 0 for side in shape)
@@ -262,7 +262,7 @@ def archive_errors(what: object, reason: str) -> Iterator[None]:
     except (*ARCHIVE_ERRORS, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a place before the file's beginning
             raise
-        raise DamagedFile(what, f"{reason} ({one_line(error)[:200]})") from None
+        raise DamagedFile(what, f"{reason} ({fold(error)[:200]})") from None
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from omegaconf._utils import get_yaml_loader
 
-from dvae.errors import one_line
+from dvae.errors import fold
 from dvae.utils.read import DamagedFile, read_text
 
 LIMIT = 2**22
@@ -39,7 +39,7 @@ def read_user_yaml(path: str | Path, dialect: str = "omegaconf") -> dict[str, An
             _Sizes(path).of(node)
         value = yaml.load(text, Loader=loader)  # both loaders are safe: they build plain values only
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFile(path, f"is not valid YAML ({one_line(error)[:300]})") from None
+        raise DamagedFile(path, f"is not valid YAML ({fold(error)[:300]})") from None
     if not isinstance(value, dict):
         raise DamagedFile(path, "is not a mapping")
     _refuse_odd_values(value, path, "")

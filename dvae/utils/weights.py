@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, StoredTensor, read_weights_header
 
@@ -27,7 +27,7 @@ def save_weights(path: Path, state: State) -> None:
     try:
         atomic_files.write_file(path, lambda aside: save_file(tensors, aside))
     except SafetensorError as error:
-        raise MachineError(f"{path} could not be written ({one_line(error)}): make room, then run it again") from None
+        raise MachineError(f"{path} could not be written ({fold(error)}): make room, then run it again") from None
 
 
 def load_weights(path: Path) -> State:
@@ -38,7 +38,7 @@ def load_weights(path: Path) -> State:
     except DamagedFile as error:
         raise UserError(f"{error}: not a readable weights file") from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from None
+        raise UserError(f"{path}: not a readable weights file ({fold(error)})") from None
 
 
 def refuse_nonfinite(state: State, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dvae.data.loading.streams import EndlessLoader
+from dvae.data.loading.streams import StreamLoader
 from dvae.errors import UserError
 from dvae.registry import SOURCES, Shapes
 
@@ -13,7 +13,7 @@ SOURCE = SOURCES.build({"name": "toy2d"}, Shapes(image_size=1, channels=2))
 
 
 def test_a_step_is_the_source_at_its_numbers() -> None:
-    with EndlessLoader(SOURCE, 8, seed=5) as loader:
+    with StreamLoader(SOURCE, 8, seed=5) as loader:
         (batch,) = loader.step(24)
     x, labels = SOURCE.draw(5, range(24, 32))
     assert batch.keys.tolist() == batch.indices.tolist() == list(range(24, 32))
@@ -26,8 +26,8 @@ def test_a_step_is_the_source_at_its_numbers() -> None:
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 2), (4, 1), (3, 4)])
 def test_ranks_and_micro_batches_share_a_step(world: int, accumulate: int) -> None:
-    (whole,) = EndlessLoader(SOURCE, 24).step(48)
-    parts = [EndlessLoader(SOURCE, 24, rank=r, world=world, accumulate=accumulate).step(48) for r in range(world)]
+    (whole,) = StreamLoader(SOURCE, 24).step(48)
+    parts = [StreamLoader(SOURCE, 24, rank=r, world=world, accumulate=accumulate).step(48) for r in range(world)]
     in_order = [parts[r][a] for a in range(accumulate) for r in range(world)]
     assert torch.equal(torch.cat([part.keys for part in in_order]), whole.keys)
     assert torch.equal(torch.cat([part.images for part in in_order]), whole.images)
@@ -35,4 +35,4 @@ def test_ranks_and_micro_batches_share_a_step(world: int, accumulate: int) -> No
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="use 9 or 12"):
-        EndlessLoader(SOURCE, 10, world=3)
+        StreamLoader(SOURCE, 10, world=3)

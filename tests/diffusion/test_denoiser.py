@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dvae.diffusion.denoiser import Centre, Denoiser, DenoiserConfig, Draws, Given
+from dvae.diffusion.denoiser import Centre, Conditioning, Denoiser, DenoiserConfig, NoiseSample
 from dvae.diffusion.kernels import Diffusion, Factor, Matching
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
@@ -35,13 +35,17 @@ def make(schedule: str = "cosine", process: str = "vp", **config: object) -> Den
     return Denoiser(refiner, diffusion, settings, io).eval()
 
 
-def batch(n: int = 4, k: int = 1) -> tuple[torch.Tensor, Given, Draws]:
+def batch(n: int = 4, k: int = 1) -> tuple[torch.Tensor, Conditioning, NoiseSample]:
     generator = torch.Generator().manual_seed(1)
     x, x_hat = (torch.randn(n, 3, 8, 8, generator=generator) for _ in range(2))
     eps, start = (torch.randn(n, 3 * k, 8, 8, generator=generator) for _ in range(2))
     z = torch.randn(n, 5, generator=generator)
     t = torch.tensor([0.01, 0.3, 0.7, 1.0][:n], dtype=torch.float64)
-    return x, Given(x_hat, z, torch.arange(n) % CLASSES), Draws(t, eps, torch.ones(n, dtype=torch.bool), start=start)
+    return (
+        x,
+        Conditioning(x_hat, z, torch.arange(n) % CLASSES),
+        NoiseSample(t, eps, torch.ones(n, dtype=torch.bool), start=start),
+    )
 
 
 def test_formulation_2_is_formulation_1_with_mapped_weights() -> None:
@@ -84,7 +88,7 @@ def test_a_perfect_refiner_has_no_loss_and_gives_back_the_image(process: str, co
     x, given, draws = batch(k=denoiser.diffusion.k)
     if denoiser.config.matching is not Matching.dsm:
         draws = replace(draws, start=None)
-    u = denoiser.noised(x, given, draws)
+    u = denoiser.add_noise(x, given, draws)
     denoiser.refiner = Perfect(denoiser._target(x, u, given, draws))
     assert denoiser(x, given, draws).max() == 0.0
     eps, y0 = denoiser.predict(u, draws.t, given)
@@ -124,10 +128,10 @@ def test_a_dropped_condition_takes_its_shift_along(centre: Centre) -> None:
     """With every condition dropped, x_hat and z are without influence on the loss, whatever the centre."""
     denoiser = make(centre=centre)
     x, given, draws = batch()
-    dropped = Draws(draws.t, draws.eps, torch.zeros(4, dtype=torch.bool))
-    other = Given(torch.randn_like(given.x_hat), torch.randn_like(given.z))
+    dropped = NoiseSample(draws.t, draws.eps, torch.zeros(4, dtype=torch.bool))
+    other = Conditioning(torch.randn_like(given.x_hat), torch.randn_like(given.z))
     torch.testing.assert_close(denoiser(x, given, dropped), denoiser(x, other, dropped))
-    half = Draws(draws.t, draws.eps, torch.tensor([True, False, True, False]))
+    half = NoiseSample(draws.t, draws.eps, torch.tensor([True, False, True, False]))
     mixed = denoiser(x, given, half)
     torch.testing.assert_close(mixed[1::2], denoiser(x, given, dropped)[1::2])
     torch.testing.assert_close(mixed[::2], denoiser(x, given, draws)[::2])
@@ -139,11 +143,11 @@ def test_a_dropped_label_is_the_class_past_the_last() -> None:
     keep = torch.tensor([True, False, True, False])
     assert denoiser.condition(given.drop_label(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
     assert denoiser.condition(given.drop(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
-    assert denoiser.condition(Given(given.x_hat, given.z)).label.tolist() == [CLASSES] * 4
+    assert denoiser.condition(Conditioning(given.x_hat, given.z)).label.tolist() == [CLASSES] * 4
     assert make().condition(given).label is None
     # the class alone is dropped: x_hat stays, and the class is without influence
     dropped = replace(draws, keep_label=torch.zeros(4, dtype=torch.bool))
-    other = Given(given.x_hat, given.z, (given.label + 1) % CLASSES)
+    other = Conditioning(given.x_hat, given.z, (given.label + 1) % CLASSES)
     torch.testing.assert_close(denoiser(x, given, dropped), denoiser(x, other, dropped))
     assert not torch.equal(denoiser(x, given, draws), denoiser(x, other, draws))
 
@@ -160,7 +164,7 @@ def test_the_loss_is_weighted_per_sample() -> None:
     x, given, draws = batch(k=2)
     draws = replace(draws, start=None)
     W = torch.randn(4, 2, 2, dtype=torch.float64)
-    error = denoiser.output(denoiser.noised(x, given, draws), draws.t, given) - draws.eps
+    error = denoiser.output(denoiser.add_noise(x, given, draws), draws.t, given) - draws.eps
     parts = error.unflatten(1, (2, 3))
     expected = torch.einsum("bichw,bij,bjchw->b", parts, W.float(), parts) / error[0].numel()
     torch.testing.assert_close(denoiser(x, given, replace(draws, weight=W)), expected, atol=1e-4, rtol=1e-4)

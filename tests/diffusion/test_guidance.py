@@ -9,8 +9,8 @@ import torch
 from closed_forms import IO as PIXEL
 from closed_forms import Mixture, diffusion, integrable, normal
 
-from dvae.diffusion.denoiser import Centre, Denoiser, DenoiserConfig, Given
-from dvae.diffusion.guidance import Bound, Guidance, limited
+from dvae.diffusion.denoiser import Centre, Conditioning, Denoiser, DenoiserConfig
+from dvae.diffusion.guidance import Guidance, GuidedDenoiser, limited
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
 from dvae.registry import REFINERS, SAMPLERS, Shapes
@@ -37,19 +37,19 @@ def make(process: str = "vp", **config: object) -> Denoiser:
     return Denoiser(refiner, d, settings, io).eval()
 
 
-def given(n: int = 2) -> Given:
-    return Given(normal(1, n, 3, 8, 8).float(), normal(2, n, 5).float(), torch.arange(n) % CLASSES)
+def given(n: int = 2) -> Conditioning:
+    return Conditioning(normal(1, n, 3, 8, 8).float(), normal(2, n, 5).float(), torch.arange(n) % CLASSES)
 
 
-def states(denoiser: Denoiser, condition: Given, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+def states(denoiser: Denoiser, condition: Conditioning, t: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The same noisy images as states with `condition`, and as states without."""
     x, eps = normal(3, 2, 3, 8, 8).float(), normal(4, 2, 3 * denoiser.diffusion.k, 8, 8).float()
     nothing = condition.drop(torch.zeros(2, dtype=torch.bool))
 
-    def noised(c: Given) -> torch.Tensor:
+    def add_noise(c: Conditioning) -> torch.Tensor:
         return denoiser.diffusion.perturb(denoiser.diffusion.clean(denoiser.to_state(x, c)), t, eps)
 
-    return noised(condition), noised(nothing)
+    return add_noise(condition), add_noise(nothing)
 
 
 CENTRES = [(process, centre) for process in ("vp", "psld") for centre in Centre]
@@ -62,15 +62,15 @@ def test_weight_1_is_the_conditional_model_and_0_the_unconditional(process: str,
     full, t = given(), torch.full((2,), 0.5, dtype=torch.float64)
     u, bare = states(denoiser, full, 0.5)
     nothing = full.drop(torch.zeros(2, dtype=torch.bool))
-    conditional = Bound(denoiser, full)
+    conditional = GuidedDenoiser(denoiser, full)
     assert torch.equal(conditional(u, 0.5).eps, denoiser.predict(u, t, full)[0])
-    unconditional = Bound(denoiser, full, Guidance(condition=0.0))
+    unconditional = GuidedDenoiser(denoiser, full, Guidance(condition=0.0))
     eps, x0 = denoiser.predict(bare, t, nothing)  # without a condition the same noisy image has no shift
     torch.testing.assert_close(unconditional(u, 0.5).eps, eps, atol=1e-5, rtol=1e-4)
     image = denoiser.to_image(unconditional(u, 0.5).x0, full)
     torch.testing.assert_close(image, denoiser.to_image(x0, nothing), atol=1e-4, rtol=1e-4)
     assert (conditional.passes, unconditional.passes) == (1, 1)
-    between = Bound(denoiser, full, Guidance(condition=3.0))
+    between = GuidedDenoiser(denoiser, full, Guidance(condition=3.0))
     expected = eps + 3.0 * (conditional(u, 0.5).eps - eps)
     torch.testing.assert_close(between(u, 0.5).eps, expected, atol=1e-4, rtol=1e-4)
     assert between.passes == 2
@@ -82,9 +82,9 @@ def test_label_weight_1_is_the_conditional_model_and_0_that_without_a_class() ->
     u, _ = states(denoiser, full, 0.5)
     without = full.drop_label(torch.zeros(2, dtype=torch.bool))
     eps, unlabelled = denoiser.predict(u, t, full)[0], denoiser.predict(u, t, without)[0]
-    assert torch.equal(Bound(denoiser, full, Guidance(label=1.0))(u, 0.5).eps, eps)
-    assert torch.equal(Bound(denoiser, full, Guidance(label=0.0))(u, 0.5).eps, unlabelled)
-    model = Bound(denoiser, full, Guidance(condition=2.0, label=4.0))
+    assert torch.equal(GuidedDenoiser(denoiser, full, Guidance(label=1.0))(u, 0.5).eps, eps)
+    assert torch.equal(GuidedDenoiser(denoiser, full, Guidance(label=0.0))(u, 0.5).eps, unlabelled)
+    model = GuidedDenoiser(denoiser, full, Guidance(condition=2.0, label=4.0))
     nothing = denoiser.predict(u, t, full.drop(torch.zeros(2, dtype=torch.bool)))[0]
     expected = nothing + 2.0 * (unlabelled + 4.0 * (eps - unlabelled) - nothing)
     torch.testing.assert_close(model(u, 0.5).eps, expected, atol=1e-4, rtol=1e-4)
@@ -114,7 +114,7 @@ class Exact(Denoiser):
         super().__init__(torch.nn.Identity(), mixture.diffusion, config, io)
         self.mixture = mixture
 
-    def output(self, u: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
+    def output(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> torch.Tensor:
         d, k = self.diffusion, self.diffusion.k
         if k > 1 or self.config.prediction is PredictionType.eps:
             return self._predicted(self.mixture(u, t).eps)
@@ -127,8 +127,8 @@ class Exact(Denoiser):
         return alpha * (u - alpha * x0) / sigma - sigma * x0
 
 
-def plain(n: int, label: torch.Tensor | None = None) -> Given:
-    return Given(torch.zeros(n, 1, 1, 1, dtype=torch.float64), torch.zeros(n, 0), label)
+def plain(n: int, label: torch.Tensor | None = None) -> Conditioning:
+    return Conditioning(torch.zeros(n, 1, 1, 1, dtype=torch.float64), torch.zeros(n, 0), label)
 
 
 @pytest.mark.parametrize("explained", [True, False])
@@ -148,7 +148,7 @@ def test_classifier_guidance_adds_its_gradient_to_the_score_at_the_physical_time
         a = a[:, :1] * direction / direction.norm()
     classifier = LinearClassifier(a)
     u, labels = normal(1, 5, k, 1, 1), torch.ones(5, dtype=torch.int64)
-    model = Bound(Exact(mixture, labels=2), plain(5, labels), Guidance(classifier=3.0), classifier)
+    model = GuidedDenoiser(Exact(mixture, labels=2), plain(5, labels), Guidance(classifier=3.0), classifier)
     logit = (u * a).flatten(1).sum(1)
     gradient = a * torch.sigmoid(-logit).view(-1, 1, 1, 1)  # of log sigmoid(a . u)
     expected = mixture.score(u, t) + 3.0 * gradient
@@ -165,7 +165,9 @@ def test_classifier_guidance_adds_its_gradient_to_the_score_at_the_physical_time
 def test_a_whole_sampling_tells_the_classifier_the_time_of_the_refiner() -> None:
     mixture = Mixture(diffusion("vp", "linear"))
     classifier = LinearClassifier(normal(0, 1, 1, 1, 1))
-    model = Bound(Exact(mixture, labels=2), plain(2, torch.tensor([0, 1])), Guidance(classifier=1.0), classifier)
+    model = GuidedDenoiser(
+        Exact(mixture, labels=2), plain(2, torch.tensor([0, 1])), Guidance(classifier=1.0), classifier
+    )
     sampler = SAMPLERS.build({"name": "ddim", "steps": 5, "threshold": "none"}, PIXEL)
     sampler.sample(model, normal(1, 2, 1, 1, 1), lambda i: normal(2 + i, 2, 1, 1, 1))
     told = [feature[0].item() for feature in classifier.features]
@@ -186,7 +188,9 @@ def test_classifier_guidance_draws_from_the_class() -> None:
     sampler = SAMPLERS.build({"name": "ddim", "steps": 200, "threshold": "none"}, PIXEL)
     n = 4000
     for label, part in enumerate(parts):
-        model = Bound(Exact(both, labels=2), plain(n, torch.full((n,), label)), Guidance(classifier=1.0), Posterior())
+        model = GuidedDenoiser(
+            Exact(both, labels=2), plain(n, torch.full((n,), label)), Guidance(classifier=1.0), Posterior()
+        )
         x = sampler.sample(model, normal(7, n, 1, 1, 1), lambda i: normal(i, n, 1, 1, 1)).u
         assert x.mean().item() == pytest.approx(part.mean, abs=0.02)
         assert x.std().item() == pytest.approx(part.variance**0.5, rel=0.06)
@@ -203,7 +207,7 @@ def test_all_prediction_types_give_the_same_samples(name: str, process: str, sch
     kinds = [kind for kind in PredictionType if schedule != "flow" or kind is not PredictionType.eps]
     ends = []
     for kind in kinds:
-        model = Bound(Exact(mixture, kind), plain(16))
+        model = GuidedDenoiser(Exact(mixture, kind), plain(16))
         ends.append(sampler.sample(model, normal(1, 16, 1, 1, 1), lambda i: normal(2 + i, 16, 1, 1, 1)).u)
     assert ends[0].isfinite().all()
     for end in ends[1:]:
@@ -221,7 +225,7 @@ def test_thresholds_keep_the_image_in_range_and_eps_consistent(
 ) -> None:
     denoiser, full = make(process, centre=centre, data_scale=4.0), given()
     u, _ = states(denoiser, full, 0.6)
-    model = Bound(denoiser, full)
+    model = GuidedDenoiser(denoiser, full)
     free, kept = model(u, 0.6), model(u, 0.6, threshold=threshold)
     image = denoiser.to_image(kept.x0, full)
     assert denoiser.to_image(free.x0, full).abs().max() > 1.0
@@ -256,16 +260,16 @@ def test_dynamic_thresholding() -> None:
 )
 def test_guidance_needs_its_training(guidance: dict, config: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Bound(make(**config), given(), Guidance(**guidance))
+        GuidedDenoiser(make(**config), given(), Guidance(**guidance))
 
 
 def test_classifier_guidance_needs_a_class_and_an_end() -> None:
     classifier = LinearClassifier(torch.ones(1))
     with pytest.raises(UserError, match="needs a class"):
-        Bound(make(), replace(given(), label=None), Guidance(classifier=1.0), classifier)
+        GuidedDenoiser(make(), replace(given(), label=None), Guidance(classifier=1.0), classifier)
     flow = Exact(Mixture(diffusion("vp", "flow")), PredictionType.v, labels=2)
     with pytest.raises(UserError, match="not defined at t = 1"):
-        Bound(flow, plain(1, torch.tensor([0])), Guidance(classifier=1.0), classifier)
+        GuidedDenoiser(flow, plain(1, torch.tensor([0])), Guidance(classifier=1.0), classifier)
 
 
 # -- what adaptive samplers and likelihoods need --
@@ -277,14 +281,14 @@ def test_some_of_the_images_have_their_own_conditions(process: str) -> None:
     denoiser, full = make(process), given(3)
     u = normal(5, 3, 3 * denoiser.diffusion.k, 8, 8).float()
     t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
-    bound, rows = Bound(denoiser, full, Guidance(condition=2.0, label=3.0)), torch.tensor([2, 0])
+    bound, rows = GuidedDenoiser(denoiser, full, Guidance(condition=2.0, label=3.0)), torch.tensor([2, 0])
     some = bound[rows](u[rows], t[rows])
     torch.testing.assert_close(some.score, bound(u, t).score[rows], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("process", ["vp", "psld"])
 def test_the_score_is_differentiable_in_the_state(process: str) -> None:
-    bound = Bound(make(process), given())
+    bound = GuidedDenoiser(make(process), given())
     u, way = (normal(seed, 2, 3 * bound.diffusion.k, 8, 8).float() for seed in (6, 7))
 
     def along(step: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from closed_forms import diffusion, normal
 
-from dvae.diffusion.denoiser import Denoiser, DenoiserConfig, Draws, Given
+from dvae.diffusion.denoiser import Conditioning, Denoiser, DenoiserConfig, NoiseSample
 from dvae.diffusion.objective import LossConfig, Objective, PredictionType, TimeDraw, Weighting
 from dvae.errors import UserError
 from dvae.registry import Shapes
@@ -87,9 +87,9 @@ def denoiser(schedule: str, output: torch.Tensor, weighting: str, data_scale: fl
     return Denoiser(Fixed(output), diffusion("vp", schedule), config, IO)
 
 
-def sample(seed: int = 0) -> tuple[torch.Tensor, Given, torch.Tensor, torch.Tensor]:
+def sample(seed: int = 0) -> tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor]:
     x, eps, output = (normal(seed + i, 4, 2, 4, 4).float() for i in range(3))
-    return x, Given(torch.zeros_like(x), torch.zeros(4, 0)), eps, output
+    return x, Conditioning(torch.zeros_like(x), torch.zeros(4, 0)), eps, output
 
 
 def test_edm_is_v_on_its_clock() -> None:
@@ -105,8 +105,8 @@ def test_edm_is_v_on_its_clock() -> None:
     c_out = s * sigma_data / (s**2 + sigma_data**2).sqrt()
     D = c_skip * noisy + c_out * F
     loss = ((s**2 + sigma_data**2) / (s * sigma_data) ** 2 * (D - x) ** 2).flatten(1).mean(1)
-    draws = Draws(T, eps, torch.ones(4, dtype=torch.bool), weight=made.objective.weight(T))
-    u = made.noised(x, given, draws)
+    draws = NoiseSample(T, eps, torch.ones(4, dtype=torch.bool), weight=made.objective.weight(T))
+    u = made.add_noise(x, given, draws)
     torch.testing.assert_close(u, noisy / (s**2 + sigma_data**2).sqrt(), rtol=1e-5, atol=1e-5)  # c_in
     torch.testing.assert_close(made.to_image(made.predict(u, T, given)[1], given), D, rtol=1e-4, atol=1e-4)
     # ours is the loss of x / sigma_data, which theirs is too: lambda carries 1 / sigma_data^2
@@ -121,8 +121,8 @@ def test_flow_matching_is_v_on_its_clock() -> None:
     length = (t**2 + (1 - t) ** 2).sqrt()
     u = ((1 - t) * x + t * eps) / length
     velocity = (output + (2 * t - 1) * u) / length
-    draws = Draws(T, eps, torch.ones(4, dtype=torch.bool), weight=made.objective.weight(T))
-    torch.testing.assert_close(made.noised(x, given, draws), u, rtol=1e-5, atol=1e-5)
+    draws = NoiseSample(T, eps, torch.ones(4, dtype=torch.bool), weight=made.objective.weight(T))
+    torch.testing.assert_close(made.add_noise(x, given, draws), u, rtol=1e-5, atol=1e-5)
     expected = (velocity - (eps - x)).square().flatten(1).mean(1)
     torch.testing.assert_close(made(x, given, draws), expected, rtol=1e-4, atol=1e-5)
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests_support import environment
 
 import dvae
-from dvae.diffusion.denoiser import Denoiser, DenoiserConfig, Given
-from dvae.diffusion.guidance import Bound, Guidance
+from dvae.diffusion.denoiser import Conditioning, Denoiser, DenoiserConfig
+from dvae.diffusion.guidance import Guidance, GuidedDenoiser
 from dvae.errors import UserError
 from dvae.layers.whitening import Moments, Whitening
 from dvae.registry import REFINERS, Shapes
@@ -94,12 +94,12 @@ def make(components: int = 0, **config: object) -> Denoiser:
     return denoiser
 
 
-def inputs(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, Given]:
+def inputs(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
     z = latents(n, seed=3)
     return (
         normal(5, n, 3, 8, 8).float(),
         torch.full((n,), 0.5, dtype=torch.float64),
-        Given(normal(6, n, 3, 8, 8).float(), z),
+        Conditioning(normal(6, n, 3, 8, 8).float(), z),
     )
 
 
@@ -140,9 +140,9 @@ def test_training_drops_it_as_often_as_it_says() -> None:
 def test_guidance_goes_on_from_without_to_with() -> None:
     u, _, given = inputs()
     denoiser = learnt()
-    eps = {w: Bound(denoiser, given, Guidance(pca=w))(u, 0.5).eps for w in (0.0, 1.0, 2.5)}
+    eps = {w: GuidedDenoiser(denoiser, given, Guidance(pca=w))(u, 0.5).eps for w in (0.0, 1.0, 2.5)}
     torch.testing.assert_close(eps[2.5], eps[0.0] + 2.5 * (eps[1.0] - eps[0.0]), rtol=1e-3, atol=1e-3)
-    assert Bound(denoiser, given, Guidance(pca=2.5)).passes == 2
+    assert GuidedDenoiser(denoiser, given, Guidance(pca=2.5)).passes == 2
     assert (eps[1.0] - eps[0.0]).abs().max() > 1e-2
 
 
@@ -163,7 +163,7 @@ def test_settings_that_cannot_be(config: dict[str, object], said: str) -> None:
 def test_guidance_needs_training_that_drops_it() -> None:
     for denoiser in (make(), make(3, pca_dropout=0.0)):
         with pytest.raises(UserError, match=r"pca_guidance=2\.0 needs a refiner trained with"):
-            Bound(denoiser, inputs()[2], Guidance(pca=2.0))
+            GuidedDenoiser(denoiser, inputs()[2], Guidance(pca=2.0))
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ PROTOCOL = Protocol(
     prc_neighbourhood=3,
     isc_splits=10,
 )
-FREE = {"sampler", "nfe", "packages", "made", "batch", "threads"}
+MUTABLE_FIELDS = {"sampler", "nfe", "packages", "made", "batch", "threads"}
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Protocol) if f.name not in FREE])
+@pytest.mark.parametrize("name", [f.name for f in fields(Protocol) if f.name not in MUTABLE_FIELDS])
 def test_results_of_two_protocols_are_refused(name):
     value = getattr(PROTOCOL, name)
     other = replace(PROTOCOL, **{name: [7] if isinstance(value, list) else value * 2})

@@ -82,7 +82,7 @@ def test_verdict_by_hand() -> None:
 def test_spoilt_images_keep_their_pixels_or_show_one() -> None:
     torch.manual_seed(0)
     x = to_float(bars(9, 5)[0])
-    bad = recognizer.spoilt(x)
+    bad = recognizer.corrupt(x)
     for i in range(9):
         before, after = x[i].flatten(), bad[i].flatten()
         if i % 3 == 2:

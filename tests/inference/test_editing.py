@@ -11,7 +11,7 @@ import torch
 from test_pipeline import LATENT, WORDS, pipeline
 
 import dvae
-from dvae.diffusion.denoiser import Given
+from dvae.diffusion.denoiser import Conditioning
 from dvae.errors import UserError
 from dvae.inference import editing
 from dvae.inference.noise import Between, Noise, Shared, linear, spherical
@@ -64,10 +64,10 @@ def test_given_images_have_the_same_bits_however_many(process: str, tiny: list[s
 def test_a_direction_moves_z_by_so_much_and_nothing_else(tiny: list[str]) -> None:
     made = pipeline(tiny, "train_refiner.precision=fp32", batch=None)
     images, vector = faces(3), torch.linspace(-1, 1, 8)
-    seen: list[Given] = []
+    seen: list[Conditioning] = []
     refined = made.refined
 
-    def watched(given: Given, noise: Noise, **words: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(given: Conditioning, noise: Noise, **words: object) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(given)
         assert list(noise.numbers) == [0, 0, 1, 1, 2, 2]
         return refined(given, noise, **words)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def test_classes_by_name_one_for_each(tiny: list[str]) -> None:
     told: dict[int, int] = {}
     drawn_for = made.drawn_for
 
-    def watched(numbers: Sequence[int], seed: int, label: Classes = None) -> Given:
+    def watched(numbers: Sequence[int], seed: int, label: Classes = None) -> Conditioning:
         given = drawn_for(numbers, seed, label)
         assert given.label is not None
         told.update(zip(numbers, given.label.tolist(), strict=True))

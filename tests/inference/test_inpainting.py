@@ -10,7 +10,7 @@ from dvae.diffusion.kernels import Diffusion, Matching
 from dvae.inference.inpainting import keep_known
 from dvae.registry import SAMPLERS
 
-STEPWISE = [case for case in integrable(("vp", "psld", "cld"), ("constant",)) if SAMPLERS.get(case[0]).by_steps]
+STEPWISE = [case for case in integrable(("vp", "psld", "cld"), ("constant",)) if SAMPLERS.get(case[0]).lockstep]
 
 
 @pytest.mark.parametrize(("name", "process", "schedule"), STEPWISE)

@@ -141,7 +141,7 @@ def test_inpainting_keeps_known_pixels_exactly(process: str, tiny: list[str]) ->
 def test_inpainting_needs_common_steps(tiny: list[str]) -> None:
     made = pipeline(tiny)
     made.use_sampler({"name": "ode"})
-    assert not SAMPLERS.get("ode").by_steps
+    assert not SAMPLERS.get("ode").lockstep
     with pytest.raises(UserError, match="sampler=ddim"):
         made.inpaint(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.ones(1, 1, 16, 16, dtype=torch.bool), 0)
 

@@ -29,7 +29,7 @@ def test_nfe_falls_with_the_tolerance() -> None:
     assert error == sorted(error)
 
 
-class Watched(Mixture):
+class RecordingDenoiser(Mixture):
     """Counts the samples it is given, and which of the batch they were."""
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class Watched(Mixture):
         self.evaluated = torch.zeros(0, dtype=torch.int64)
         self.rows = torch.arange(0)
 
-    def __getitem__(self, rows: torch.Tensor) -> Watched:
+    def __getitem__(self, rows: torch.Tensor) -> RecordingDenoiser:
         self.rows = rows
         return self
 
@@ -54,7 +54,7 @@ def test_a_sample_does_not_feel_its_batch(case: str) -> None:
     # of different difficulty: starts far out take more steps
     u = d.prior(normal(0, 5, *shape) * torch.tensor([0.1, 1.0, 1.0, 4.0, 40.0], dtype=torch.float64).view(-1, 1, 1, 1))
     two_modes = (d, (-0.6, 0.5), (0.001, 0.04), (0.4, 0.6))
-    watched = Watched(*two_modes)
+    watched = RecordingDenoiser(*two_modes)
     watched.rows, watched.evaluated = torch.arange(5), torch.zeros(5, dtype=torch.int64)
 
     ode = build("ode", d.k, tolerance=1e-3)
@@ -74,10 +74,10 @@ def test_a_sample_does_not_feel_its_batch(case: str) -> None:
 class _Resting:
     """A Model whose batch is whole again where it is called without `rows`: the final denoising evaluation."""
 
-    def __init__(self, watched: Watched) -> None:
+    def __init__(self, watched: RecordingDenoiser) -> None:
         self.watched, self.diffusion, self.passes = watched, watched.diffusion, 1
 
-    def __getitem__(self, rows: torch.Tensor) -> Watched:
+    def __getitem__(self, rows: torch.Tensor) -> RecordingDenoiser:
         return self.watched[rows]
 
     def __call__(self, u: torch.Tensor, t, **more):
@@ -96,4 +96,4 @@ def test_ode_counts_guidance_and_calls_on_step_at_both_ends() -> None:
     twice = build("ode").sample(Mixture(d, passes=2), u, normal)
     assert torch.equal(2 * once.nfe, twice.nfe)
     assert seen == [(0, 1.0), (1, 0.0)]
-    assert not build("ode").by_steps
+    assert not build("ode").lockstep

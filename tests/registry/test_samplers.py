@@ -24,7 +24,7 @@ THREE = {"means": (-0.8, 0.1, 0.7), "variances": (0.02, 0.05, 0.03), "weights": 
 
 EVERY = integrable(("vp",), ("linear", "cosine", "flow")) + integrable(("cld", "psld"), ("constant",))
 FEWER = [case for case in EVERY if case[1:] in (("vp", "linear"), ("vp", "flow"), ("psld", "constant"))]
-STEPWISE = [case for case in FEWER if SAMPLERS.get(case[0]).by_steps]
+STEPWISE = [case for case in FEWER if SAMPLERS.get(case[0]).lockstep]
 """Those whose samples stand at the same time after each step."""
 EVERY_CLOCK = integrable(("vp",), tuple(SCHEDULES.names())) + integrable(("psld",), ("constant",))
 recovers = pytest.mark.parametrize(("name", "process", "schedule"), EVERY)
@@ -63,7 +63,7 @@ def test_recovers_a_mixture(name: str, process: str, schedule: str) -> None:
     """At 100 steps of the default spacing: mean within 0.01, variance within 8%, distribution function within 0.02,
     each plus what chance does to n samples in 1 of 10,000 cases."""
     made = diffusion(process, schedule)
-    n = 1000 if SAMPLERS.get(name).by_steps else 200
+    n = 1000 if SAMPLERS.get(name).lockstep else 200
     model = Mixture(made, **THREE)
     x = sampler(name, made.k, steps=100).sample(model, start(made, n), noises(made, n)).u[:, 0].flatten().numpy()
     assert x.mean() == pytest.approx(model.mean, abs=0.01 + 4 * math.sqrt(model.variance / n))
@@ -154,7 +154,7 @@ def test_temperature_scales_the_start_only(name: str, process: str, schedule: st
     assert torch.equal(cool.u, half.u)
 
 
-class Watched(Mixture):
+class RecordingDenoiser(Mixture):
     """Keeps the thresholds that it was asked for."""
 
     def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:
@@ -166,7 +166,7 @@ class Watched(Mixture):
 @pytest.mark.parametrize("threshold", [Threshold.none, Threshold.clamp])
 def test_threshold_is_asked_of_every_call(name: str, process: str, schedule: str, threshold: Threshold) -> None:
     made = diffusion(process, schedule)
-    model, u = Watched(made), 4.0 * start(made, 8)
+    model, u = RecordingDenoiser(made), 4.0 * start(made, 8)
     fields = {"steps": 3, "threshold": threshold.name}
     end = sampler(name, made.k, **fields).sample(model, u, torch.zeros_like(u).mul).u
     assert model.asked == {threshold}

@@ -17,7 +17,7 @@ from dvae.runs.folder import Run, submit
 from dvae.runs.job import shards_stage, write_part_of_cache
 from dvae.stages import cache, work
 from dvae.tools import cache as cache_tool
-from dvae.training.resilience.sample_log import known_damage
+from dvae.training.resilience.sample_log import load_damaged
 
 WORDS = [
     "recipe=ldm_avatars", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
@@ -69,7 +69,7 @@ def whole(run: Run) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_build, "SHARD_SIZE", 7)
         settings = settings_for(run, run.path.parent / "whole")
-        cache.write_cache(run, settings, work.take_up(run, settings, "encoder"))
+        cache.write_cache(run, settings, work.load_models(run, settings, "encoder"))
     return content(run.path.parent / "whole")
 
 
@@ -80,10 +80,10 @@ def test_parts_in_any_order_give_the_bytes_of_one_write(
     settings = settings_for(run, tmp_path / "out")
     images = 0
     for number in reversed(range(parts)):
-        made = work.take_up(run, settings, "encoder")
+        made = work.load_models(run, settings, "encoder")
         images += cache.write_cache_part(run, settings, made, number, parts)
     assert not (tmp_path / "out").exists()
-    cache.write_cache(run, settings, work.take_up(run, settings, "encoder"))
+    cache.write_cache(run, settings, work.load_models(run, settings, "encoder"))
     assert content(tmp_path / "out") == whole
     assert images == cache.about(run, settings, components.build(settings)).images > 25
 
@@ -100,7 +100,7 @@ def test_a_part_interrupted_within_a_unit_goes_on(
             raise KeyboardInterrupt
         return sample(config, made, wanted, index, posterior)
 
-    made = work.take_up(run, settings, "encoder")
+    made = work.load_models(run, settings, "encoder")
     monkeypatch.setattr(cache, "sample", counted)
     with pytest.raises(KeyboardInterrupt):
         cache.write_cache_part(run, settings, made, 0, 2)
@@ -124,7 +124,7 @@ def test_the_job_and_the_tool_beside_a_held_folder(
     assert "part=1 parts=2 has" in said
     assert "publishes the cache" in said
     assert [path.name for path in run.path.glob("*latents*")] == [".latents.building"]
-    assert not known_damage(run.path, "train")
+    assert not load_damaged(run.path, "train")
 
     def never(*more: Any) -> Iterator[Any]:
         raise AssertionError("nothing is left to encode")
@@ -133,7 +133,7 @@ def test_the_job_and_the_tool_beside_a_held_folder(
     work.cache_stage(run, run.config())
     assert run.records()["cache"]["images"] > 25
     assert [path.name for path in run.path.glob("*latents*")] == ["latents"]
-    assert list(known_damage(run.path, "train")) == [9]
+    assert list(load_damaged(run.path, "train")) == [9]
     cache_tool.command([f"run={run.path}", "part=0", "parts=2"])
     assert "publishes" not in capsys.readouterr().out
 
@@ -142,7 +142,7 @@ def test_other_weights_are_another_request_and_unfinished_ones_none(run: Run, tm
     other = Run(tmp_path / "run")
     shutil.copytree(run.path, other.path)
     settings = settings_for(other, tmp_path / "out")
-    made = work.take_up(other, settings, "encoder")
+    made = work.load_models(other, settings, "encoder")
     cache.write_cache_part(other, settings, made, 0, 5)
     weights = {name: value + 0.01 for name, value in other.load_weights("encoder").items()}
     other.save_weights("encoder", weights)

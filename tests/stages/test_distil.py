@@ -22,7 +22,7 @@ from dvae.diffusion.kernels import Diffusion, Prediction
 from dvae.errors import UserError
 from dvae.inference import pipeline
 from dvae.registry import DISTILLERS, SAMPLERS
-from dvae.registry.samplers.base import Threshold, Walk
+from dvae.registry.samplers.base import SamplerState, Threshold
 
 VP = diffusion("vp", "cosine")
 every_distiller = pytest.mark.parametrize("name", DISTILLERS.names())
@@ -61,7 +61,7 @@ def ddim(teacher: Gaussian, u: torch.Tensor, t: float, s: float) -> torch.Tensor
             eps, x0 = teacher.predict(state, torch.tensor([time], dtype=torch.float64), None)
             return Prediction(eps, x0, VP.score_from_eps(eps, time))
 
-    walk = Walk(AtOneTime(), Threshold.none, lambda i: torch.zeros_like(u), [])
+    walk = SamplerState(AtOneTime(), Threshold.none, lambda i: torch.zeros_like(u), [])
     return SAMPLERS.build({"name": "ddim"}, IO).step(walk, u, t, s) if s > 0 else walk.predict(u, t).x0
 
 

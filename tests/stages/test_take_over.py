@@ -18,7 +18,7 @@ from dvae.models import bundle
 from dvae.models.components import build
 from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS
 from dvae.runs.folder import Run, submit
-from dvae.stages.work import encoder_stage, take_up
+from dvae.stages.work import encoder_stage, load_models
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_run_and_bundle_hold_the_given_weights(submitted: tuple[Run, RunConfig])
                            wanted["autoencoder.encoder.conv_in.weight"])  # fmt: skip
     encoder_stage(run, config)
     shutil.rmtree(config.encoder.folder)  # the run needs it no more
-    got = take_up(run, config, "encoder").encoder.state_dict()
+    got = load_models(run, config, "encoder").encoder.state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert run.records()["encoder"]["parameters"] == sum(value.numel() for value in wanted.values())
     assert "steps" not in run.records()["encoder"]
@@ -73,7 +73,7 @@ def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list
     assert "parameters, taken over as they are" in describe(config)
     run = submit(config)
     encoder_stage(run, configuration.typed(config))
-    got = take_up(run, configuration.typed(config), "encoder").encoder.state_dict()
+    got = load_models(run, configuration.typed(config), "encoder").encoder.state_dict()
     assert all(torch.equal(got[name], value) for name, value in encoder.state_dict().items())
     assert "steps" not in run.records()["encoder"]
 

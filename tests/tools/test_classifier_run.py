@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests_support import ROOT, Tool, environment
 
 from dvae.config import compose
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.models import bundle, components
 from dvae.runs.folder import Run
 from dvae.tools.launch import command
@@ -120,7 +120,7 @@ def test_a_wrong_word_is_one_line(
     words = without_classifier(guided) if word.startswith("classifier=") else guided
     with pytest.raises(UserError) as caught:
         command([*words, word])
-    assert MISTAKES[word] in one_line(caught.value)
+    assert MISTAKES[word] in fold(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -138,7 +138,7 @@ def test_a_run_without_classes(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         command([*tiny, *words])
-    assert says in one_line(caught.value)
+    assert says in fold(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +146,7 @@ def test_labels_are_checked_against_shards_that_exist(finished: Path, guided: li
     for word, says in (("data.label=hat", "no such attribute"), ("classes=[laugh,agape,angry,smile]", "'sad' is not")):
         with pytest.raises(UserError) as caught:
             command([*guided, word, f"data.shards={finished}/shards", "dry_run=true"])
-        assert says in one_line(caught.value)
+        assert says in fold(caught.value)
 
 
 def test_the_refiner_alone_may_be_trained_with_classes(

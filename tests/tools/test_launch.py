@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests_support import ROOT, Tool, environment
 
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.tools import launch
 
 
@@ -41,7 +41,7 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refusal:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError) as caught:
             importlib.import_module(f"dvae.tools.{name}").command(list(words))
-        return one_line(caught.value)
+        return fold(caught.value)
 
     return run
 

@@ -16,7 +16,7 @@ import torch
 import dvae
 from dvae.config import compose
 from dvae.data.images import to_float
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.inference import image_likelihood
 from dvae.inference.generation.chunks import Chunks
 from dvae.inference.image_likelihood import LikelihoodConfig
@@ -151,7 +151,7 @@ def test_a_record_that_is_damaged_or_anothers_is_one_line(run: Path, images: Pat
         out.write_text(json.dumps(damage(record)))
         with pytest.raises(UserError, match=re.escape(says)) as caught:
             image_likelihood.score(words)
-        assert one_line(caught.value).startswith(f"out={out} is there already, "), name
+        assert fold(caught.value).startswith(f"out={out} is there already, "), name
     out.write_text(json.dumps(record))
     again = image_likelihood.score(words)
     assert again.done == 0

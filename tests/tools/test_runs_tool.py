@@ -29,7 +29,7 @@ stages: [shards, encoder, refiner]
 train_encoder: {{steps: 100, batch: 8}}
 train_refiner: {{steps: 50, batch: 8}}
 """
-WORK = """
+STAGES = """
 import sys, time
 from pathlib import Path
 from dvae import attempts
@@ -56,7 +56,7 @@ def make(folder: Path, done: tuple[str, ...] = (), **last: Any) -> Path:
 
 def begin(folder: Path) -> subprocess.Popen[str]:
     """An attempt that does nothing, in a process of its own."""
-    process = subprocess.Popen([sys.executable, "-c", WORK, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", STAGES, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     return process

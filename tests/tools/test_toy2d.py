@@ -107,7 +107,11 @@ def test_the_gallery_draws_every_sampler_at_its_evaluations(finished: Path, tmp_
     cells = figures["cells"]
     assert [cell["process"] for cell in cells] == sorted((cell["process"] for cell in cells), reverse=True)
     shown = {process: {c["sampler"] for c in cells if c["process"] == process} for process in ("vp", "psld")}
-    assert shown["vp"] == {name for name in SAMPLERS.names() if SAMPLERS.get(name).of_means} < set(SAMPLERS.names())
+    assert (
+        shown["vp"]
+        == {name for name in SAMPLERS.names() if SAMPLERS.get(name).needs_mean_denoiser}
+        < set(SAMPLERS.names())
+    )
     assert {"em", "sscs", "ode", "deis"} <= shown["psld"] < shown["vp"]
     for cell in cells:
         assert cell["distance"] > 0

@@ -82,7 +82,7 @@ def trained(stage: Stage) -> dict[str, Any]:
         state = State()
         for part in figures:
             state.add(part)
-        state.sums = ranks.total(ranks.gathered(state.sums))
+        state.sums = ranks.total(ranks.all_gather(state.sums))
         losses.append({key: value for key, value in state.row().items() if key in ("loss", "discriminator")})
     for engine in engines.values():
         engine.close()

@@ -51,7 +51,7 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
         loss = (engine(x) - x[:, :5]).square().mean()
         engine.backward(loss)
         assert engine.step(number)
-        losses.append(sum(ranks.gathered(loss.item())) / ranks.world_size())
+        losses.append(sum(ranks.all_gather(loss.item())) / ranks.world_size())
     return losses
 
 

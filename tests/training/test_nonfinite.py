@@ -195,7 +195,7 @@ def on_two_ranks(number: int, folder: str) -> None:
         norms = engines["encoder"].gradient_norms()
         assert engines["encoder"].finite()
         assert engines["encoder"].grad_norm == pytest.approx(math.hypot(*norms.values()), rel=1e-5), zero
-        assert ranks.gathered(norms)[0] == norms
+        assert ranks.all_gather(norms)[0] == norms
         engines["encoder"].step(3)
         assert not same(before, everything(engines)), zero
 

@@ -20,7 +20,7 @@ from torch import nn
 from dvae.config import compose as config
 from dvae.config.schema import EmaConfig, EmaProfile, Precision, TrainingConfig
 from dvae.data.loading.loader import Batch
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.inference import pipeline
 from dvae.stages.losses import Stage, StepOutput
 from dvae.tools.ema import command
@@ -28,7 +28,7 @@ from dvae.tracking.tracker import NoTracker
 from dvae.training.engine.deepspeed_engine import start_distributed
 from dvae.training.engine.ema import power
 from dvae.training.engine.snapshots import Snapshot, Snapshots, halved, list_snapshots, read_hashes
-from dvae.training.loop import Looks, train
+from dvae.training.loop import TrainHooks, train
 from dvae.training.posthoc import coefficients, combine, fit, products
 from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.utils import atomic_files, rng
@@ -131,7 +131,7 @@ def configured(**more: Any) -> TrainingConfig:
 def learn(run: Path, training: TrainingConfig, walk: bool = False, fails: int = 0) -> dict[str, torch.Tensor]:
     start_distributed()
     checkpoints = Checkpoints(run / "checkpoints" / "toy", keep=2)
-    averaged, _ = train(Toy(training, walk), Numbers(fails), checkpoints, NoTracker(), Looks(), run)
+    averaged, _ = train(Toy(training, walk), Numbers(fails), checkpoints, NoTracker(), TrainHooks(), run)
     return averaged["toy"]
 
 
@@ -300,7 +300,7 @@ def test_a_mistake_is_one_line(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         command([f"run={finished}", *words])
-    assert MISTAKES[words] in one_line(caught.value)
+    assert MISTAKES[words] in fold(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -327,4 +327,4 @@ REFUSED = {
 def test_averages_that_are_none_are_refused_at_once(word: str, tiny: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         config.typed(config.compose("train", [*tiny, word]))
-    assert REFUSED[word] in one_line(caught.value)
+    assert REFUSED[word] in fold(caught.value)

@@ -20,7 +20,7 @@ from dvae.data.shards.reader import PNG, Shards
 from dvae.data.shards.tar_files import ShardWriter, seal
 from dvae.errors import MachineError
 from dvae.training.resilience import sample_log as feeding
-from dvae.training.resilience.sample_log import Feed, known_damage, record_damage, samples_file
+from dvae.training.resilience.sample_log import Feed, load_damaged, record_damage, samples_file
 
 COUNT, BATCH = 40, 8
 TRAINING = TrainingConfig(batch=BATCH, steps=20, log_every=2)
@@ -62,12 +62,12 @@ def take(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Take:
         for rank in reversed(range(world)):
             calls = iter(range(10**6))
 
-            def gathered(value: Any, rank: int = rank, calls: Any = calls) -> list[Any]:
+            def all_gather(value: Any, rank: int = rank, calls: Any = calls) -> list[Any]:
                 parts = given.setdefault(next(calls), [])
                 parts.insert(0, value)
                 return list(parts)
 
-            monkeypatch.setattr(feeding.ranks, "gathered", gathered)
+            monkeypatch.setattr(feeding.ranks, "gathered", all_gather)
             monkeypatch.setattr(feeding.ranks, "rank", lambda rank=rank: rank)
             shards = Shards(folder, max_bad_fraction=0.1)
             order = Order(COUNT, seed=1, block=6, window=2)
@@ -124,10 +124,10 @@ def spoil(folder: Path, *indices: int) -> None:
 def test_damage_that_one_rank_met_is_recorded_for_all(take: Take, folder: Path, tmp_path: Path):
     spoil(folder, 7, 30)
     take(2, range(1, 6))  # one epoch
-    known = known_damage(tmp_path, "train")
+    known = load_damaged(tmp_path, "train")
     assert sorted(known) == [7, 30]
     assert "train-000000.tar:7" in known[7]
-    assert known_damage(tmp_path, "heldout") == {}
+    assert load_damaged(tmp_path, "heldout") == {}
 
 
 def test_too_much_damage_over_all_ranks_ends_the_run(take: Take, folder: Path, tmp_path: Path):
@@ -135,7 +135,7 @@ def test_too_much_damage_over_all_ranks_ends_the_run(take: Take, folder: Path, t
     spoil(folder, 1, 9, 17, 25, 33, 38)
     with pytest.raises(MachineError, match=r"more than are passed over"):
         take(4, range(1, 6))
-    assert known_damage(tmp_path, "train").keys() < {1, 9, 17, 25, 33, 38}
+    assert load_damaged(tmp_path, "train").keys() < {1, 9, 17, 25, 33, 38}
 
 
 def test_a_record_of_damage_is_added_to(folder: Path, tmp_path: Path):
@@ -147,10 +147,10 @@ def test_a_record_of_damage_is_added_to(folder: Path, tmp_path: Path):
         other = Shards(folder, max_bad_fraction=0.1)
         other.know({index: f"file:{index}"})
         record_damage(tmp_path, other)
-    assert known_damage(tmp_path, "train") == {2: "file:2", 3: "file:3"}
+    assert load_damaged(tmp_path, "train") == {2: "file:2", 3: "file:3"}
     (tmp_path / feeding.DAMAGED).write_text("{")
     with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it"):
-        known_damage(tmp_path, "train")
+        load_damaged(tmp_path, "train")
 
 
 DAMAGE_RECORDS = [
@@ -163,7 +163,7 @@ DAMAGE_RECORDS = [
 def test_a_record_of_damage_that_is_none(tmp_path: Path, text: str):
     (tmp_path / feeding.DAMAGED).write_text(text)
     with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it") as error:
-        known_damage(tmp_path, "train")
+        load_damaged(tmp_path, "train")
     assert "\n" not in str(error.value)
 
 
@@ -173,11 +173,11 @@ def test_a_record_of_damage_that_is_no_file(tmp_path: Path):
     for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
         make(path)
         with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it"):
-            known_damage(tmp_path, "train")
+            load_damaged(tmp_path, "train")
         path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_a_record_of_damage_of_other_shards_is_named(folder: Path, tmp_path: Path):
     (tmp_path / feeding.DAMAGED).write_text('{"train": {"40": "x"}}')
     with pytest.raises(MachineError, match=r"image 40 is recorded as damaged, but .* has 40 images"):
-        Shards(folder).know(known_damage(tmp_path, "train"))
+        Shards(folder).know(load_damaged(tmp_path, "train"))

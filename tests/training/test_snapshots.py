@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dvae.config import compose
 from dvae.config.schema import EmaConfig, EmaProfile, TrainingConfig
 from dvae.config.stored import stored, to_yaml
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.models import components
 from dvae.runs.records import write_format
 from dvae.tools.ema import command
@@ -130,8 +130,8 @@ def test_a_damaged_snapshot_is_one_line_and_nothing_is_written(made: Path, tmp_p
     damage(run / "snapshots" / "refiner")
     with pytest.raises(kind) as caught:
         command([f"run={run}", "width=0.28", "step=4", f"out={out}", f"bundle={tmp_path / 'bundle'}"])
-    assert says in one_line(caught.value)
-    assert str(run / "snapshots" / "refiner") in one_line(caught.value)
+    assert says in fold(caught.value)
+    assert str(run / "snapshots" / "refiner") in fold(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 

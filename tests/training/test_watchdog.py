@@ -33,7 +33,14 @@ def start(store: dist.Store, beats: list[Beat], silent: tuple[int, ...] = ()) ->
     """Ranks at `beats`; the watches of those in `silent` never run, as if they were stopped after their first look."""
     ranks = [Rank(beat) for beat in beats]
     watches = [
-        Watch(store, n, len(beats), SECONDS, lambda *said, r=rank: r.heard.append(said), lambda r=rank: r.beat)
+        Watch(
+            store,
+            n,
+            len(beats),
+            SECONDS,
+            lambda *said, r=rank: r.heard.append(said),
+            lambda r=rank: r.beat,
+        )
         for n, rank in enumerate(ranks)
     ]
     for number, one in enumerate(watches):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dvae.data.images import DamagedImage, encode_png
-from dvae.errors import one_line
+from dvae.errors import fold
 from dvae.registry.sources.base import Source
 
 FEW = 256  # images; processes take seconds to start, longer than these take to render
@@ -48,7 +48,7 @@ def render(source: Source, index: int) -> Rendered:
     try:
         item = source[index]
     except DamagedImage as error:
-        return Rendered(index, damage=one_line(error))
+        return Rendered(index, damage=fold(error))
     return Rendered(index, item.key, encode_png(item.image), item.labels, _position(item.image))
 
 

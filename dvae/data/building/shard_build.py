@@ -18,7 +18,7 @@ from dvae.data.building import shard_request
 from dvae.data.building.shard_jobs import Progress, Unit, Units
 from dvae.data.building.staging import at_work, faults
 from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.registry import SOURCES, Shapes
 from dvae.registry.sources.base import Source
 
@@ -154,7 +154,7 @@ def _faults(out: Path) -> Iterator[None]:
             yield
     except BrokenProcessPool as error:
         raise MachineError(
-            f"a process that renders images for {out} died ({one_line(error)}): finished shards are kept, the same "
+            f"a process that renders images for {out} died ({fold(error)}): finished shards are kept, the same "
             "command again goes on after them"
         ) from None
 

@@ -29,7 +29,7 @@ from typing import IO, Any, TypeVar
 
 from dvae.data.building.shard_request import difference, digest
 from dvae.data.shards.manifest import Shard
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, check, forbid_extra, read_json
 
@@ -173,7 +173,7 @@ def faults(out: Path, what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written to {out} ({error.strerror}): choose another folder") from None
     except OSError as error:
         raise MachineError(
-            f"writing {what} to {out} failed: {one_line(error)}; finished shards are kept, the same command again goes "
+            f"writing {what} to {out} failed: {fold(error)}; finished shards are kept, the same command again goes "
             "on after them"
         ) from None
 

@@ -36,7 +36,7 @@ class Batch:
 
 
 class Batches(Protocol):
-    """What a stage is trained on: a `Loader`, or the `EndlessLoader` of an endless source."""
+    """What a stage is trained on: a `Loader`, or the `StreamLoader` of an endless source."""
 
     def step(self, sample: int) -> list[Batch]:
         """This rank's micro-batches of the global step that begins at global sample number `sample`."""

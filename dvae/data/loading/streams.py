@@ -7,10 +7,10 @@ from types import TracebackType
 import torch
 
 from dvae.data.loading.loader import Batch, check_batch
-from dvae.registry.sources.base import EndlessSource
+from dvae.registry.sources.base import StreamSource
 
 
-class EndlessLoader:
+class StreamLoader:
     """Batches of an endless source; samples are numbered and cut among ranks as `Loader` does it.
 
     Their images are float32 in [-1, 1], their indices the sample numbers.
@@ -18,7 +18,7 @@ class EndlessLoader:
 
     def __init__(
         self,
-        source: EndlessSource,
+        source: StreamSource,
         batch: int,
         *,
         rank: int = 0,
@@ -45,7 +45,7 @@ class EndlessLoader:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def __enter__(self) -> EndlessLoader:
+    def __enter__(self) -> StreamLoader:
         return self
 
     def __exit__(

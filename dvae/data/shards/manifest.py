@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.utils.read import DamagedFile, check, forbid_extra, parse_json, read_bytes
 
 FILE = "manifest.json"
@@ -130,7 +130,7 @@ class Manifest:
         except DamagedFile as error:
             raise UserError(f"{error}: build the shards again") from None
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({one_line(error)}): build the shards again") from None
+            raise UserError(f"{path} cannot be read ({fold(error)}): build the shards again") from None
         return cls.parse(text, str(folder), image_size, channels)
 
     @classmethod

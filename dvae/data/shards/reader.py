@@ -16,7 +16,7 @@ from dvae.data.labels import check_label
 from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.members import Members
 from dvae.data.shards.remote import Remote
-from dvae.errors import MachineError, UserError, near, one_line, printable_line
+from dvae.errors import MachineError, UserError, fold, printable_line, suggest
 from dvae.utils.read import DamagedFile, check, forbid_extra, parse_json
 
 PNG, JSON = 0, 1  # members of a sample
@@ -58,7 +58,7 @@ class Shards:
         self.folder, self.split = place.folder if isinstance(place, Remote) else Path(place), split
         self.manifest = place.manifest() if isinstance(place, Remote) else Manifest.load(place)
         if split not in self.manifest.splits:
-            raise UserError(f"unknown split {split!r}: {near(split, self.manifest.splits)}")
+            raise UserError(f"unknown split {split!r}: {suggest(split, self.manifest.splits)}")
         self.shards = self.manifest.splits[split]
         """The split's shards, in the order of the indices."""
         if not self.shards:
@@ -137,7 +137,7 @@ class Shards:
                 about = self._about(index)
             except DamagedImage as error:
                 file = self.members.place(index)[0]
-                self._pass_over(index, f"{file}: labels of {self._name(index)} ({one_line(error)})")
+                self._pass_over(index, f"{file}: labels of {self._name(index)} ({fold(error)})")
                 continue
             value = about["labels"].get(attribute)
             if value is None or str(value) not in numbers:

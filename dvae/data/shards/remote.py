@@ -25,7 +25,7 @@ from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
 
 from dvae.data.shards.manifest import FILE, LIMIT, PLAIN_NAME, Manifest, Shard
 from dvae.data.shards.shard_index import index_limit
-from dvae.errors import DISK_FAULTS, MachineError, UserError, one_line
+from dvae.errors import DISK_FAULTS, MachineError, UserError, fold
 from dvae.utils.atomic_files import open_own, sha256
 from dvae.utils.read import DamagedFile, parse_json, require_regular
 from dvae.utils.secrets import scrub
@@ -93,7 +93,7 @@ def stream(url: str, limit: int, stop: threading.Event | None = None) -> Iterato
     except DamagedFile as error:
         raise OSError(f"it {error.reason}") from None
     except ValueError as error:
-        raise UserError(f"data.shards: {one_line(error)}: use pipe:, http://, https://, s3:// or gs://") from None
+        raise UserError(f"data.shards: {fold(error)}: use pipe:, http://, https://, s3:// or gs://") from None
     piped = opened if isinstance(opened, Pipe) else None
     handle = (piped.stream if piped else opened).fileno()
     try:
@@ -134,7 +134,7 @@ def read_manifest(location: str) -> bytes:
         return b"".join(stream(url, LIMIT))
     except OSError as error:
         raise UserError(
-            f"no shards at data.shards={location} ({one_line(error)}): is the address right? Build shards with "
+            f"no shards at data.shards={location} ({fold(error)}): is the address right? Build shards with "
             "python tools/shards.py build, and copy the folder there"
         ) from None
 
@@ -273,7 +273,7 @@ class Remote:
             except OSError as error:
                 if error.errno in DISK_FAULTS:
                     raise OSError(error.errno, os.strerror(error.errno or 0), str(self.folder / name)) from None
-                reason = one_line(error)
+                reason = fold(error)
             if stop is not None and stop.is_set():
                 break
         raise MachineError(

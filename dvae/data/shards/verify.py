@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dvae.data.shards.manifest import FILE, Manifest, Shard
 from dvae.data.shards.shard_index import read_index
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.utils.atomic_files import sha256
 from dvae.utils.read import DamagedFile, require_regular
 
@@ -45,5 +45,5 @@ def faults(folder: Path, shard: Shard, members: int = 2) -> list[str]:
         except DamagedFile as error:
             problems.append(f"{name} {error.reason}")
         except OSError as error:
-            problems.append(f"{name} cannot be read ({one_line(error)})")
+            problems.append(f"{name} cannot be read ({fold(error)})")
     return problems

@@ -72,7 +72,7 @@ def speed(original: Pipeline, quantised: Pipeline, turns: int, seed: int) -> dic
         for turn in range(turns + 1):
             for name, pipeline in both.items():
                 began = time.perf_counter()
-                nfe = pipeline.draw_together(range(CHUNK), seed).nfe
+                nfe = pipeline.generate_batch(range(CHUNK), seed).nfe
                 if turn:  # the first is to warm up
                     seconds[name].append(time.perf_counter() - began)
             progress.update(turn, 2 * CHUNK)

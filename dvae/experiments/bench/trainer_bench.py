@@ -20,13 +20,13 @@ from hydra.core.config_store import ConfigStore
 from torch import nn
 
 from dvae.data.loading.loader import Batches
-from dvae.diffusion.denoiser import Draws, Given
+from dvae.diffusion.denoiser import Conditioning, NoiseSample
 from dvae.errors import UserError
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
 from dvae.stages.cache import open_latents
 from dvae.stages.losses import RefinerStage
-from dvae.stages.work import device, take_up
+from dvae.stages.work import device, load_models
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import NoTracker
 from dvae.training.batches import open_loader
@@ -59,8 +59,10 @@ def bare_loss(stage: RefinerStage, network: Callable[..., torch.Tensor], x: torc
     encoder: Encoder = stage.encoder
     with torch.no_grad(), stage.autocast():
         z = encoder.encode(x).sample(torch.randn(len(x), *encoder.latent_shape, device=x.device))
-        given = Given(stage.place(encoder.decode(z).float()), z.float(), None)
-    draws = Draws(torch.rand(len(x), dtype=torch.float64), torch.randn_like(x), torch.ones(len(x), dtype=torch.bool))
+        given = Conditioning(stage.place(encoder.decode(z).float()), z.float(), None)
+    draws = NoiseSample(
+        torch.rand(len(x), dtype=torch.float64), torch.randn_like(x), torch.ones(len(x), dtype=torch.bool)
+    )
     return network(x, given, draws).mean()
 
 
@@ -140,7 +142,7 @@ def run(settings: TrainerBenchConfig) -> dict[str, float]:
     if training.zero_stage or training.micro_batches > 1 or "encoder" not in config.stages:
         raise UserError(f"run={of.path}: this takes a run with an encoder, zero_stage=0 and whole batches: the demo's")
     start_distributed()
-    made = take_up(of, config, "encoder")
+    made = load_models(of, config, "encoder")
     stage = RefinerStage(made.encoder, made.denoiser, open_latents(of, config, made), training, 0, device())
     with tempfile.TemporaryDirectory() as folder, open_loader(config, training, stage.name) as data:
         x = stage.images(data.step(0)[0])

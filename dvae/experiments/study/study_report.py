@@ -38,9 +38,9 @@ def rows(settings: StudyConfig, points: Points, floor: Mapping[str, Any]) -> str
         "| | " + " | ".join(f"{steps} steps" for steps in settings.steps) + " |",
         "|---|" + "---|" * len(settings.steps),
     ]
-    for arm, by_steps in points.items():
+    for arm, lockstep in points.items():
         if arm != VAE:
-            cells = [figure(by_steps[steps]["sets"][arm][KID]) for steps in settings.steps]
+            cells = [figure(lockstep[steps]["sets"][arm][KID]) for steps in settings.steps]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     alone = figure(points[VAE][0]["sets"][VAE][KID])
     lines.append(f"| {VAE} (no refiner) | {alone} |" + " |" * (len(settings.steps) - 1))
@@ -72,8 +72,8 @@ def protocol(settings: StudyConfig, points: Points) -> str:
 def samplers(points: Points) -> str:
     """How each arm was drawn."""
     used: dict[str, list[str]] = {}
-    for arm, by_steps in points.items():
-        for steps, point in by_steps.items():
+    for arm, lockstep in points.items():
+        for steps, point in lockstep.items():
             if arm != VAE:
                 nfe = point["protocol"]["nfe"] / steps
                 name = f"{point['protocol']['sampler'].get('name', '-')}, {nfe:g} evaluation{'s' * (nfe != 1)} a step"

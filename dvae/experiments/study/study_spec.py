@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dvae.config.compose import mistyped
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.utils.read import DamagedFile
 from dvae.utils.user_yaml import read_user_yaml
 
@@ -66,7 +66,7 @@ def read(argv: Sequence[str]) -> StudyConfig:
     given = {word.partition("=")[0]: word.partition("=")[2] for word in argv}
     for word in argv:
         if "=" not in word or word.partition("=")[0] not in ("study", *known):
-            raise UserError(f"{word}: {near(word.partition('=')[0], ['study', *known])}")
+            raise UserError(f"{word}: {suggest(word.partition('=')[0], ['study', *known])}")
     file = path_of(given.pop("study", "avatars"))
     try:
         words = OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()])
@@ -87,7 +87,7 @@ def path_of(name: str) -> Path:
         return Path(name)
     names = sorted(path.stem for path in FILES.glob("*.yaml"))
     if name not in names:
-        raise UserError(f"study={name}: {near(name, names)}, or give a YAML file")
+        raise UserError(f"study={name}: {suggest(name, names)}, or give a YAML file")
     return FILES / f"{name}.yaml"
 
 
@@ -103,7 +103,7 @@ def check(settings: StudyConfig) -> StudyConfig:
         earlier = list(settings.arms)[:number]
         for teacher in values_of(words, "teacher"):
             if teacher not in earlier:
-                raise UserError(f"arm {arm!r}: teacher={teacher} is no arm before it: {near(teacher, earlier)}")
+                raise UserError(f"arm {arm!r}: teacher={teacher} is no arm before it: {suggest(teacher, earlier)}")
     for name in ("seeds", "steps"):
         values = getattr(settings, name)
         if not values or len(set(values)) < len(values):

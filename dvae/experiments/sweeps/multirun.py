@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dvae.config import compose as configuration
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.utils import package
 
 FLAGS = ("--multirun", "-m")
@@ -22,7 +22,7 @@ def expand(words: list[str]) -> list[list[str]]:
         overrides = OverridesParser.create().parse_overrides(words)
         (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     except HydraException as error:
-        raise UserError(f"--multirun: {one_line(error)}") from None
+        raise UserError(f"--multirun: {fold(error)}") from None
     return [list(job) for job in jobs]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.experiments.sweeps.trials import State, Trial
 
 METHODS = ("grid", "random", "bayes")
@@ -29,7 +29,7 @@ def library() -> ModuleType:
         try:
             import sweeps
         except ImportError as error:
-            raise UserError(f"sweeps need W&B's engine ({one_line(error)}): {INSTALL}") from None
+            raise UserError(f"sweeps need W&B's engine ({fold(error)}): {INSTALL}") from None
     return sweeps
 
 
@@ -39,7 +39,7 @@ def violations(sweep: dict[str, Any]) -> list[str]:
         found = library().schema_violations_from_proposed_config(sweep)
     except ValueError as error:
         found = [str(error)]
-    return [one_line(text) for text in found]
+    return [fold(text) for text in found]
 
 
 def propose(sweep: dict[str, Any], trials: Sequence[Trial]) -> dict[str, Any] | None:
@@ -55,7 +55,7 @@ def propose(sweep: dict[str, Any], trials: Sequence[Trial]) -> dict[str, Any] | 
             warnings.simplefilter("ignore", ConvergenceWarning)  # bayes says in its own way that a fit is poor
             run = library().next_run(sweep, [_run(sweep, trial, []) for trial in trials])
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"method: {sweep['method']}: {one_line(error)}") from None
+        raise UserError(f"method: {sweep['method']}: {fold(error)}") from None
     return None if run is None else {name: _plain(entry["value"]) for name, entry in run.config.items()}
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dvae.config.compose import mistyped
-from dvae.errors import MachineError, UserError, near
+from dvae.errors import MachineError, UserError, suggest
 from dvae.experiments.sweeps import sweep_engine
 from dvae.experiments.sweeps import sweep_spec as spec
 from dvae.experiments.sweeps.sweep_spec import Spec
@@ -139,7 +139,7 @@ class Sweep:
         if self.spec.metric not in found:
             raise UserError(
                 f"metric {self.spec.metric!r} is not measured by {self.folder.run(trial)}: "
-                f"{near(self.spec.metric, found)}"
+                f"{suggest(self.spec.metric, found)}"
             )
         return found[self.spec.metric]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dvae.config import compose as configuration
 from dvae.config.schema import RunConfig
-from dvae.errors import UserError, near, one_line
+from dvae.errors import UserError, fold, suggest
 from dvae.experiments.sweeps import sweep_engine
 from dvae.tracking.figures import EVALUATE
 from dvae.utils import package
@@ -75,11 +75,11 @@ def load(name: str) -> Spec:
     elif name in known():
         path = Path(str(importlib.resources.files("dvae.recipes") / "sweep" / f"{name}.yaml"))
     else:
-        raise UserError(f"unknown sweep {name!r}: {near(name, known())}")
+        raise UserError(f"unknown sweep {name!r}: {suggest(name, known())}")
     try:
         sweep = read_user_yaml(path, "yaml")
     except (OSError, DamagedFile) as error:
-        reason = one_line(error).removeprefix(f"{path}: ")
+        reason = fold(error).removeprefix(f"{path}: ")
         raise UserError(f"sweep={name}: not a readable YAML file ({reason})") from None
     return Spec(Path(name).stem, check(name, sweep))
 
@@ -101,7 +101,7 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
     if wrong:
         raise UserError(f"sweep={name}: W&B's schema refuses it: {'; '.join(wrong)}")
     if sweep["method"] not in sweep_engine.METHODS:
-        raise UserError(f"sweep={name}: method: {sweep['method']}: {near(sweep['method'], sweep_engine.METHODS)}")
+        raise UserError(f"sweep={name}: method: {sweep['method']}: {suggest(sweep['method'], sweep_engine.METHODS)}")
     if not (sweep.get("metric") or {}).get("name"):
         raise UserError(f"sweep={name}: it names no metric to optimise: add metric: {{name: refiner/loss}}")
     for wanted in ("program", "command"):
@@ -151,7 +151,7 @@ def expand(command: list[Any], program_: str, parameters: Mapping[str, Any]) -> 
             continue
         whole = re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda found: os.environ.get(found[1], found[1]), chunk)
         if whole.startswith("${") and whole.endswith("}"):
-            raise UserError(f"command: {chunk}: {near(chunk, macros)}")
+            raise UserError(f"command: {chunk}: {suggest(chunk, macros)}")
         chunks.append(whole)
     if program(program_) not in chunks or "${args_no_hyphens}" not in map(str, command):
         raise UserError("command: it needs ${program} and ${args_no_hyphens}, for Hydra takes no --name=value")

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dvae.errors import MachineError, UserError, near, one_line
+from dvae.errors import MachineError, UserError, fold, suggest
 from dvae.inference.directions.direction import Direction, Method
 from dvae.inference.directions.label_regression import LabelModel
 from dvae.models import bundle
@@ -47,7 +47,7 @@ def encoder_hash(folder: Path) -> str:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
     except (OSError, SafetensorError, DamagedFile) as error:
-        raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from None
+        raise UserError(f"{path}: not a readable weights file ({fold(error)})") from None
     return digest.hexdigest()
 
 
@@ -74,7 +74,7 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
     try:
         atomic_files.write_file(place / FILE, lambda aside: save_file(tensors, aside, header))
     except SafetensorError as error:
-        raise MachineError(f"{place / FILE} could not be written ({one_line(error)}): make room") from None
+        raise MachineError(f"{place / FILE} could not be written ({fold(error)}): make room") from None
     bundle.update_hash(place, FILE)
     return place / FILE
 
@@ -103,7 +103,7 @@ def load(folder: str | Path, name: str) -> Direction:
     there is none of this name."""
     known = load_all(folder)
     if name not in known:
-        hint = near(name, known) if known else "none were found yet: use tools/directions.py find=[labels,pca]"
+        hint = suggest(name, known) if known else "none were found yet: use tools/directions.py find=[labels,pca]"
         raise UserError(f"direction={name}: {folder} has no such direction: {hint}")
     return known[name]
 
@@ -135,7 +135,7 @@ def _header(path: Path) -> _Header:
         parsed = {name: parse_json(found.get(name, "{}"), path) for name in ("directions", "attributes")}
         return check(_Header, {"encoder_sha256": found.get("encoder_sha256"), **parsed}, path)
     except (OSError, DamagedFile) as error:
-        raise UserError(f"{one_line(error)}: not a readable file of directions: {AGAIN}") from None
+        raise UserError(f"{fold(error)}: not a readable file of directions: {AGAIN}") from None
 
 
 def _usable(place: Path, own: str) -> list[Direction]:
@@ -143,7 +143,7 @@ def _usable(place: Path, own: str) -> list[Direction]:
     try:
         return [] if _stale(place, own) else list(_read(place).values())
     except UserError as error:
-        say(f"{one_line(error)}; the old ones are replaced")
+        say(f"{fold(error)}; the old ones are replaced")
         return []
 
 
@@ -187,7 +187,9 @@ def _direction(name: str, told: _Told, tensors: State, model: LabelModel | None,
     if vector is None or not vector.is_floating_point() or not torch.isfinite(vector).all():
         raise UserError(f"{path}: direction {name[:80]!r} has no vector of numbers: {AGAIN}")
     if told.method not in Method.__members__:
-        raise UserError(f"{path}: direction {name[:80]!r}: method {told.method[:80]!r}: {near('', Method.__members__)}")
+        raise UserError(
+            f"{path}: direction {name[:80]!r}: method {told.method[:80]!r}: {suggest('', Method.__members__)}"
+        )
     method = Method[told.method]
     shared = model if method is Method.labels else None
     if shared is not None and told.value not in shared.attributes.get(told.attribute, []):

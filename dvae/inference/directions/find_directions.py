@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dvae.data.shards.manifest import TRAIN
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.inference import latents
 from dvae.inference import pipeline as pipelines
 from dvae.inference.directions import direction_files, finders
@@ -82,7 +82,7 @@ def chosen(words: list[str], known: list[str], name: str) -> list[str]:
     """The words, or all that are known where there are none. Raises UserError for one that is not known."""
     for word in words:
         if word not in known:
-            raise UserError(f"{name}={word}: there is none of this name: {near(word, known)}")
+            raise UserError(f"{name}={word}: there is none of this name: {suggest(word, known)}")
     return words or known
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.inference.directions import label_regression
 from dvae.inference.directions.attributes import Attributes
 from dvae.inference.directions.direction import Direction, Method
@@ -125,7 +125,7 @@ def largest(matrix: torch.Tensor, count: int, word: str, method: str) -> tuple[t
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError as error:
-        raise UserError(f"find=[{method}]: no directions can be computed here ({one_line(error)[:200]})") from None
+        raise UserError(f"find=[{method}]: no directions can be computed here ({fold(error)[:200]})") from None
     values, vectors = values.flip(0)[:count], vectors.T.flip(0)[:count]
     able = int((values > 1e-10 * values[0].clamp(min=1e-300)).sum())
     if able < count:

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import torch
 
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 
 RIDGE = 1e-6
 """Ridge, per image, on terms of single values: it only decides what the labels leave open."""
@@ -94,7 +94,7 @@ def solve(gram: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         try:
             found = torch.linalg.solve(gram, wanted)
         except torch.linalg.LinAlgError as error:
-            raise UserError(f"find=[labels]: no directions can be computed here ({one_line(error)[:200]})") from None
+            raise UserError(f"find=[labels]: no directions can be computed here ({fold(error)[:200]})") from None
         if torch.isfinite(found).all():
             return found
     raise UserError(f"find=[labels]: {NOT_FINITE}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.utils import atomic_files
 from dvae.utils.read import MIB, DamagedFile, forbid_extra, read_json, read_npz, require_regular
 
@@ -83,7 +83,7 @@ class Chunks:
             if what not in kept or kept[what].ndim == 0 or not rows <= len(kept[what]) <= len(numbers):
                 raise DamagedFile(path, f"does not hold the {what} of {rows} to {len(numbers)} images")
         except (DamagedFile, OSError) as error:
-            raise self.damage(numbers, error.reason if isinstance(error, DamagedFile) else one_line(error)) from None
+            raise self.damage(numbers, error.reason if isinstance(error, DamagedFile) else fold(error)) from None
         return kept[what]
 
     def damage(self, numbers: range, reason: str) -> MachineError:

@@ -11,7 +11,7 @@ import torch
 from dvae.data.images import FILE_LIMIT, DamagedImage, decode
 from dvae.errors import UserError
 from dvae.inference import directions, editing, inpainting
-from dvae.inference.batching import Drawn
+from dvae.inference.batching import GeneratedImages
 from dvae.inference.generation.generation_settings import (
     EditConfig,
     GivenConfig,
@@ -20,14 +20,14 @@ from dvae.inference.generation.generation_settings import (
     ReconstructConfig,
 )
 from dvae.inference.generation.input_images import DRAWN, HELDOUT, Inputs, open_inputs
-from dvae.inference.generation.task import MANY, Artist, side_by_side
+from dvae.inference.generation.task import DEFAULT_COUNT, GenerationTask, side_by_side
 from dvae.utils.read import DamagedFile, read_bytes
 
 GREY = 128
 """What stands for a pixel that is not known, and from which on a mask's pixel means known."""
 
 
-class GivenArtist(Artist):
+class EditTask(GenerationTask):
     """Results of one or more given images each: result k of the images k * per, k * per + 1, ..."""
 
     decide: ClassVar[tuple[str, ...]] = ("resize",)
@@ -45,7 +45,7 @@ class GivenArtist(Artist):
             self.inputs = open_inputs(settings, self.pipeline.config)
             self.total = len(self.inputs) // self.per
             what = f"images={settings.images} makes" if self.per > 1 else f"images={settings.images} holds"
-            self.limit(self.total, what, MANY if settings.images == HELDOUT else None)
+            self.limit(self.total, what, DEFAULT_COUNT if settings.images == HELDOUT else None)
         shown = self.picture if settings.original is None else settings.original
         self.original = shown and self.inputs is not None
 
@@ -74,7 +74,9 @@ class GivenArtist(Artist):
         given = self.inputs.read(images)
         return editing.start(self.pipeline, given, self.settings.seed, self.classes(images), images)
 
-    def arrays(self, drawn: Drawn, left: list[torch.Tensor], right: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    def arrays(
+        self, drawn: GeneratedImages, left: list[torch.Tensor], right: list[torch.Tensor]
+    ) -> dict[str, np.ndarray]:
         """What `draw` returns, of the images (n * images, ...): the VAE's above the refined where there are several."""
         n, size = len(drawn.refined) // self.images, (-1, self.images)
         refined = list(drawn.refined.unflatten(0, size).unbind(1))
@@ -87,7 +89,7 @@ class GivenArtist(Artist):
         return arrays if drawn.label is None else arrays | {"label": drawn.label.view(n, -1)[:, 0].numpy()}
 
 
-class Reconstructions(GivenArtist):
+class Reconstructions(EditTask):
     """[the image] [the VAE's reconstruction] the refined one."""
 
     settings: ReconstructConfig
@@ -105,7 +107,7 @@ class Reconstructions(GivenArtist):
         return self.arrays(drawn, [self.inputs.read(images)] if self.original else [], [])
 
 
-class Interpolations(GivenArtist):
+class Interpolations(EditTask):
     """Strips from image 2 k to image 2 k + 1, [with the images at their sides]."""
 
     decide = ("resize", "space", "steps")
@@ -128,7 +130,7 @@ class Interpolations(GivenArtist):
         return self.arrays(drawn, left, right)
 
 
-class Edits(GivenArtist):
+class Edits(EditTask):
     """[the image] then it at each strength."""
 
     decide = ("resize", "direction", "strength", "strengths")
@@ -154,7 +156,7 @@ class Edits(GivenArtist):
         return self.arrays(drawn, [self.inputs.read(images)] if self.original and self.inputs else [], [])
 
 
-class Inpaintings(GivenArtist):
+class Inpaintings(EditTask):
     """[the image, what is known of it] [the VAE's image] the inpainted one."""
 
     decide = ("resize", "mask")

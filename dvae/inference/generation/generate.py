@@ -19,7 +19,7 @@ from dvae.inference.generation import formats, workers
 from dvae.inference.generation.chunks import Chunks, difference, read_finished
 from dvae.inference.generation.generation_settings import DrawingConfig
 from dvae.inference.generation.sample_task import Samples
-from dvae.inference.generation.task import Artist
+from dvae.inference.generation.task import GenerationTask
 from dvae.tracking.console import Progress, say
 from dvae.utils import atomic_files
 
@@ -42,7 +42,7 @@ class Finished:
         return f"{self.nfe:g} network evaluations each{speed}"
 
 
-def draw(settings: DrawingConfig, make: type[Artist] = Samples) -> Finished:
+def draw(settings: DrawingConfig, make: type[GenerationTask] = Samples) -> Finished:
     """Draw the results first..first + n - 1 of make(settings) into `settings.out`; go on where an earlier attempt was
     ended.
 
@@ -77,7 +77,7 @@ def draw(settings: DrawingConfig, make: type[Artist] = Samples) -> Finished:
     return Finished(n=n, nfe=mean, drawn=count, images_per_second=speed)
 
 
-def _draw(artist: Artist, chunks: Chunks, missing: list[range], done: int) -> float:
+def _draw(artist: GenerationTask, chunks: Chunks, missing: list[range], done: int) -> float:
     """Draw the missing chunks; seconds from the moment that the first process had loaded the run."""
     settings = artist.settings
     began = time.perf_counter()
@@ -95,11 +95,11 @@ def _draw(artist: Artist, chunks: Chunks, missing: list[range], done: int) -> fl
         if settings.processes > 1 and missing:
             workers.draw(type(artist), settings, chunks.folder, missing, after)
         else:
-            draw_chunks(artist, chunks, missing, after)
+            generate_chunks(artist, chunks, missing, after)
     return time.perf_counter() - began
 
 
-def draw_chunks(artist: Artist, chunks: Chunks, share: list[range], after: Callable[[range], None]) -> None:
+def generate_chunks(artist: GenerationTask, chunks: Chunks, share: list[range], after: Callable[[range], None]) -> None:
     """Draw and keep chunk by chunk."""
     for numbers in share:
         chunks.write(numbers, artist.draw(numbers))
@@ -107,7 +107,7 @@ def draw_chunks(artist: Artist, chunks: Chunks, share: list[range], after: Calla
 
 
 def _kept(
-    artist: Artist, chunks: Chunks, wanted: list[range], *names: str
+    artist: GenerationTask, chunks: Chunks, wanted: list[range], *names: str
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(number, its row of each of the named arrays) of all that is asked for."""
     for numbers in wanted:
@@ -119,7 +119,7 @@ def _kept(
             yield number, {name: array[number - numbers.start] for name, array in arrays.items()}
 
 
-def _is_sound(artist: Artist, name: str, array: np.ndarray) -> bool:
+def _is_sound(artist: GenerationTask, name: str, array: np.ndarray) -> bool:
     """Whether an array can be what `artist.draw` gave by that name."""
     config = artist.pipeline.config
     if name == "pixels":
@@ -130,7 +130,7 @@ def _is_sound(artist: Artist, name: str, array: np.ndarray) -> bool:
     return array.dtype.kind in "iu"
 
 
-def _results(artist: Artist, chunks: Chunks, wanted: list[range]) -> formats.Results:
+def _results(artist: GenerationTask, chunks: Chunks, wanted: list[range]) -> formats.Results:
     """What is written of each number."""
     for number, row in _kept(artist, chunks, wanted, "pixels", *(["label"] if artist.labelled else [])):
         yield formats.Result(number, row["pixels"], artist.about(number, row["label"]) if "label" in row else None)

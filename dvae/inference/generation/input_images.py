@@ -17,7 +17,7 @@ from dvae.data.image_tree import FolderTree, Tree, open_tree
 from dvae.data.images import PIXELS, DamagedImage, decode, fit, is_image_name, open_image
 from dvae.data.shards.manifest import FILE as MANIFEST
 from dvae.data.shards.reader import Shards
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.inference.generation.generation_settings import GivenConfig
 from dvae.inference.run_images import open_split
 from dvae.utils import atomic_files
@@ -118,7 +118,7 @@ class FromArray(Fitted):
         try:
             self._array = map_npy(place)
         except (DamagedFile, OSError) as error:
-            reason = error.reason if isinstance(error, DamagedFile) else one_line(error)
+            reason = error.reason if isinstance(error, DamagedFile) else fold(error)
             raise UserError(f"images={settings.images}: not an array of images ({reason})") from None
         shape = self._array.shape
         if self._array.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not len(self._array):

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from dvae.inference.generation.generation_settings import SampleConfig
-from dvae.inference.generation.task import Artist, side_by_side
+from dvae.inference.generation.task import GenerationTask, side_by_side
 from dvae.inference.refine import check_drawing
 
 
-class Samples(Artist):
+class Samples(GenerationTask):
     """Images of a seed: [the VAE's sample] [denoised estimates on the way] the refined sample."""
 
     decide = ("shared", "intermediate")
@@ -23,7 +23,7 @@ class Samples(Artist):
 
     def draw(self, numbers: range) -> dict[str, np.ndarray]:
         settings = self.settings
-        drawn = self.pipeline.draw_together(
+        drawn = self.pipeline.generate_batch(
             numbers,
             settings.seed,
             label=settings.label or None,

@@ -20,11 +20,11 @@ from dvae.inference.generation.formats import Tiles
 from dvae.inference.generation.generation_settings import DrawingConfig
 from dvae.models import bundle
 
-MANY = 8
+DEFAULT_COUNT = 8
 """Results where no number is asked for, and there might be many."""
 
 
-class Artist(ABC):
+class GenerationTask(ABC):
     """The pipeline of a run with everything set as a command's words say. Picklable are its class and its settings.
 
     A command's artist sets `tiles`, and perhaps `images`; says how many results there are; and draws them. Raises
@@ -61,7 +61,7 @@ class Artist(ABC):
         """Refined images of a result."""
         self.tiles: Tiles = (1, 1 + self.vae)
         """Rows and columns of images in the pixels of a result."""
-        self.asked = range(settings.first, settings.first + (MANY if settings.n is None else settings.n))
+        self.asked = range(settings.first, settings.first + (DEFAULT_COUNT if settings.n is None else settings.n))
         """Numbers of the results."""
 
     @property

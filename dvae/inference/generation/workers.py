@@ -14,10 +14,10 @@ from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from dvae.errors import MachineError, UserError, in_words, one_line
+from dvae.errors import MachineError, UserError, describe, fold
 from dvae.inference.generation.chunks import Chunks
 from dvae.inference.generation.generation_settings import DrawingConfig
-from dvae.inference.generation.task import Artist
+from dvae.inference.generation.task import GenerationTask
 from dvae.utils.machine import cores, end_with_parent
 from dvae.utils.secrets import guard_streams
 
@@ -35,7 +35,7 @@ class Child:
     line: connection.Connection
 
 
-def draw(make: type[Artist], settings: DrawingConfig, folder: Path, missing: list[range], after: After) -> None:
+def draw(make: type[GenerationTask], settings: DrawingConfig, folder: Path, missing: list[range], after: After) -> None:
     """Have the missing chunks drawn in turn by `settings.processes` processes, no more than there are chunks.
 
     Each opens the run with make(settings, device).
@@ -55,7 +55,7 @@ def draw(make: type[Artist], settings: DrawingConfig, folder: Path, missing: lis
 
 
 def start(
-    make: type[Artist], settings: DrawingConfig, folder: Path, share: list[range], number: int, count: int
+    make: type[GenerationTask], settings: DrawingConfig, folder: Path, share: list[range], number: int, count: int
 ) -> Child:
     """Start one process, with its share of the cores."""
     context = multiprocessing.get_context("spawn")
@@ -74,7 +74,7 @@ def start(
 
 
 def run(
-    make: type[Artist],
+    make: type[GenerationTask],
     settings: DrawingConfig,
     folder: Path,
     share: list[range],
@@ -88,20 +88,20 @@ def run(
     try:
         import torch
 
-        from dvae.inference.generation.generate import draw_chunks
+        from dvae.inference.generation.generate import generate_chunks
         from dvae.registry.discovery import load_plugins
 
         load_plugins(settings.plugins)
         gpus = torch.cuda.device_count()
         artist = make(settings, f"cuda:{number % gpus}" if gpus else "cpu")
         line.send(None)
-        draw_chunks(artist, Chunks(folder), share, line.send)
+        generate_chunks(artist, Chunks(folder), share, line.send)
         line.send(True)
     except BaseException as error:  # noqa: BLE001 told to the command, whatever it is
-        words = in_words(error)
+        words = describe(error)
         if words is None:
             traceback.print_exc()
-        line.send(words or (f"{type(error).__name__}: {one_line(error)}", MachineError.exit_status))
+        line.send(words or (f"{type(error).__name__}: {fold(error)}", MachineError.exit_status))
         sys.exit(1)
 
 

@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dvae.config import compose as configuration
 from dvae.config.schema import RunConfig
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.models import bundle, components
 from dvae.models.importers import diffusevae_layout as diffusevae
 from dvae.models.importers import psld_layout as psld
@@ -149,7 +149,7 @@ def _check(config: RunConfig, found: Found, path: Path) -> None:
         made = components.on_meta(config).trained()
     except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
         # the shapes are a stranger's: layers made for them may fail in any way
-        raise UserError(f"{path}: its tensors describe no network of dvae ({one_line(error)[:200]})") from None
+        raise UserError(f"{path}: its tensors describe no network of dvae ({fold(error)[:200]})") from None
     for part, held in found.parts.items():
         shapes = {name: torch.empty(value.shape, device="meta") for name, value in held.items()}
         if part == "denoiser":

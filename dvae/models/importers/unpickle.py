@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.models.importers import calls
 
 MOST_INSTRUCTIONS = 1_000_000
@@ -119,7 +119,7 @@ def read(data: bytes, what: str) -> Any:
                 return machine.pop()
             machine.step(opcode.name, argument)
     except (ValueError, OverflowError, struct.error) as error:  # genops' and our own, for a pickle without sense
-        raise UserError(f"{what}: not a readable checkpoint ({one_line(error)[:200]}): copy it again") from None
+        raise UserError(f"{what}: not a readable checkpoint ({fold(error)[:200]}): copy it again") from None
     raise UserError(f"{what}: not a readable checkpoint (its pickle has no end): copy it again")
 
 

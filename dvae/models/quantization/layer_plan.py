@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvae.errors import UserError, near, one_line
+from dvae.errors import UserError, fold, suggest
 from dvae.models.components import Models
 from dvae.models.quantization import integer, trace
 from dvae.models.quantization.quantized_layers import Store, StoredLayer, quantisable
@@ -157,14 +157,14 @@ def read(folder: Path, method: str) -> Plan:
     try:
         plan = read_json(path, Plan)
     except (OSError, DamagedFile) as error:
-        raise UserError(f"{one_line(error)}: not a readable plan: {AGAIN}") from None
+        raise UserError(f"{fold(error)}: not a readable plan: {AGAIN}") from None
     stores = {store for by_store in plan.layers.values() for store in by_store}
     if plan.method not in Method.__members__:
-        raise UserError(f"{path}: unknown method {plan.method[:80]!r}: {near(plan.method[:80], Method.__members__)}")
+        raise UserError(f"{path}: unknown method {plan.method[:80]!r}: {suggest(plan.method[:80], Method.__members__)}")
     if plan.method != method:
         raise UserError(f"{path} says method {plan.method}, bundle.json {method[:80]}: {AGAIN}")
     if foreign := sorted(stores - Store.__members__.keys()):
-        raise UserError(f"{path}: unknown store {foreign[0][:80]!r}: {near(foreign[0][:80], Store.__members__)}")
+        raise UserError(f"{path}: unknown store {foreign[0][:80]!r}: {suggest(foreign[0][:80], Store.__members__)}")
     odd_group = Store.int4.name in stores and (plan.group < 2 or plan.group % 2)
     if odd_group or not 0 <= plan.group <= MOST_GROUP or not 0 <= plan.buckets <= MOST_BUCKETS:
         raise UserError(f"{path}: group {plan.group} or buckets {plan.buckets} are out of bounds: {AGAIN}")

@@ -11,7 +11,7 @@ from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 if TYPE_CHECKING:
-    from dvae.diffusion.denoiser import Denoiser, Given
+    from dvae.diffusion.denoiser import Conditioning, Denoiser
     from dvae.diffusion.kernels import Diffusion
 
 
@@ -42,7 +42,13 @@ class Distiller(ABC):
 
     @abstractmethod
     def target(
-        self, denoiser: Denoiser, y0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, s: torch.Tensor, given: Given
+        self,
+        denoiser: Denoiser,
+        y0: torch.Tensor,
+        eps: torch.Tensor,
+        t: torch.Tensor,
+        s: torch.Tensor,
+        given: Conditioning,
     ) -> torch.Tensor:
         """The clean state (B, C, H, W) that the student is to see in u_t = alpha_t y0 + sigma_t eps."""
 

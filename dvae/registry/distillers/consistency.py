@@ -12,7 +12,7 @@ from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.distillers.base import DISTILLERS, Distiller
 
 if TYPE_CHECKING:
-    from dvae.diffusion.denoiser import Denoiser, Given
+    from dvae.diffusion.denoiser import Conditioning, Denoiser
     from dvae.diffusion.kernels import Diffusion
 
 
@@ -66,11 +66,17 @@ class Consistency(Distiller):
         last = schedule.integral(torch.ones(1, dtype=torch.float64))
         r = torch.minimum(torch.exp(config.log_mean + config.log_std * normal), torch.expm1(last).sqrt())
         gap = (1.0 + config.k * torch.sigmoid(-config.b * r)) / config.q ** (1.0 + (done * config.doublings).floor())
-        near = (r * (1.0 - gap)).clamp(min=0.0)
-        return schedule.inverse(torch.log1p(r**2)), schedule.inverse(torch.log1p(near**2))
+        suggest = (r * (1.0 - gap)).clamp(min=0.0)
+        return schedule.inverse(torch.log1p(r**2)), schedule.inverse(torch.log1p(suggest**2))
 
     def target(
-        self, denoiser: Denoiser, y0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, s: torch.Tensor, given: Given
+        self,
+        denoiser: Denoiser,
+        y0: torch.Tensor,
+        eps: torch.Tensor,
+        t: torch.Tensor,
+        s: torch.Tensor,
+        given: Conditioning,
     ) -> torch.Tensor:
         clean = (s <= 0.0).to(y0.device).view(-1, 1, 1, 1)
         # predicted at some time above 0 where nothing of it is used

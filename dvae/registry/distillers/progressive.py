@@ -13,7 +13,7 @@ from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.distillers.base import DISTILLERS, Distiller
 
 if TYPE_CHECKING:
-    from dvae.diffusion.denoiser import Denoiser, Given
+    from dvae.diffusion.denoiser import Conditioning, Denoiser
     from dvae.diffusion.kernels import Diffusion
 
 
@@ -55,7 +55,13 @@ class Progressive(Distiller):
         return grid[chosen], grid[chosen + 1]
 
     def target(
-        self, denoiser: Denoiser, y0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, s: torch.Tensor, given: Given
+        self,
+        denoiser: Denoiser,
+        y0: torch.Tensor,
+        eps: torch.Tensor,
+        t: torch.Tensor,
+        s: torch.Tensor,
+        given: Conditioning,
     ) -> torch.Tensor:
         """Where the teacher's two steps from t over the middle to s lead, as one step of DDIM would get there."""
         diffusion = denoiser.diffusion

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.autoencoder import Autoencoder, Plan
 from dvae.registry.core import ComponentConfig, Shapes
@@ -117,7 +117,7 @@ class DiffusersKL(Encoder):
                     f"{path} does not hold the network of {CONFIG} beside it (see {wrong[0]!r}): copy it again"
                 )
         except (OSError, DamagedFile) as error:
-            reason = one_line(error).removeprefix(f"{path}: ")
+            reason = fold(error).removeprefix(f"{path}: ")
             raise UserError(f"{path}: not a readable weights file ({reason})") from None
         return {_full_name(name): value.float() for name, value in load_weights(path).items()}
 
@@ -126,7 +126,7 @@ class DiffusersKL(Encoder):
         try:
             said = read_json(path, dict[str, Any])
         except (OSError, DamagedFile) as error:
-            reason = one_line(error).removeprefix(f"{path}: ")
+            reason = fold(error).removeprefix(f"{path}: ")
             raise UserError(f"{path}: not a readable {CONFIG} of an AutoencoderKL ({reason})") from None
         colours = {"in_channels": self.io.channels, "out_channels": self.io.channels}
         for name, value in (FIXED | colours).items():

@@ -49,14 +49,14 @@ class Refiner(nn.Module, ABC):
 
     @property
     def input_channels(self) -> int:
-        """Channels of `joined`."""
+        """Channels of `concat_condition`."""
         return self.io.k * self.io.channels + self.io.condition_channels
 
-    def joined(self, u: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def concat_condition(self, u: torch.Tensor, condition: Condition) -> torch.Tensor:
         """u and, where there is one, x_hat: (B, input_channels, H, W)."""
         return torch.cat([u, condition.need("image")], dim=1) if self.io.condition_channels else u
 
-    def hear(self, width: int) -> None:
+    def build_condition_embeddings(self, width: int) -> None:
         """Make the layers that bring z and the class to vectors of `width`; None where there is no such condition.
 
         Raises UserError on latent guidance without a latent.
@@ -68,7 +68,7 @@ class Refiner(nn.Module, ABC):
         self.proj = embeddings.mlp(math.prod(self.io.latent), width) if self.io.condition_latent else None
         self.label_emb = nn.Embedding(self.io.labels + 1, width) if self.io.labels else None
 
-    def heard(self, embedding: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def add_condition_embedding(self, embedding: torch.Tensor, condition: Condition) -> torch.Tensor:
         """`embedding` (B, width) with z and the class added."""
         if self.proj is not None:
             embedding = embedding + self.proj(condition.need("latent").flatten(1))

@@ -53,7 +53,7 @@ class DiT(Refiner):
         self.positions: torch.Tensor
         self.register_buffer("positions", grid_positions(side, width))
         self.time_embed = mlp(TIME_FEATURES, width)
-        self.hear(width)
+        self.build_condition_embeddings(width)
         self.blocks = nn.ModuleList(_Block(width, config.heads, config.attention) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -75,9 +75,13 @@ class DiT(Refiner):
                 zeroed(module.modulate)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        patches = F.pixel_unshuffle(self.joined(u, condition), self.config.patch)  # (B, channels * patch^2, h, w)
+        patches = F.pixel_unshuffle(
+            self.concat_condition(u, condition), self.config.patch
+        )  # (B, channels * patch^2, h, w)
         tokens = self.enter(patches.flatten(2).transpose(1, 2)) + self.positions
-        embedding = self.heard(self.time_embed(time_features(t_feature, TIME_FEATURES // 2)), condition)
+        embedding = self.add_condition_embedding(
+            self.time_embed(time_features(t_feature, TIME_FEATURES // 2)), condition
+        )
         for block in self.blocks:
             tokens = recomputed(self.config.checkpoint_blocks, block, tokens, embedding)
         shift, scale = self.modulate(embedding)[:, None].chunk(2, dim=2)

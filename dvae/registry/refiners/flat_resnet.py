@@ -53,7 +53,7 @@ class FlatResNet(Refiner):
         self.out = nn.Sequential(GroupNorm(config.width, silu=True), last)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        x = F.pixel_unshuffle(self.joined(u, condition), self.config.patch)
+        x = F.pixel_unshuffle(self.concat_condition(u, condition), self.config.patch)
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
         told = self._told(t_feature, condition)
         for block in self.blocks:

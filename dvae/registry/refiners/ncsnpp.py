@@ -65,7 +65,7 @@ class NCSNpp(Refiner):
                 f"refiner.time_scale {config.time_scale} or fourier_scale {config.fourier_scale}: not above 0"
             )
         self.config = config
-        self.hear(4 * config.width)
+        self.build_condition_embeddings(4 * config.width)
         area = config.patch**2
         time = parts.time_layers(config.width, config.time, config.fourier_scale)
         down, skips = parts.downward(
@@ -99,10 +99,10 @@ class NCSNpp(Refiner):
         modules = iter(self.all_modules)
         time, down, middle, up, out = ([next(modules) for _ in range(size)] for size in self.sizes)
         again = self.config.checkpoint_blocks
-        x = F.pixel_unshuffle(self.joined(u, condition), self.config.patch)
+        x = F.pixel_unshuffle(self.concat_condition(u, condition), self.config.patch)
         x = x.contiguous(memory_format=torch.channels_last)
         embedding = parts.embed_time(time, t_feature / 1000.0, self.config.time_scale)
-        embedding = self.heard(embedding, condition)
+        embedding = self.add_condition_embedding(embedding, condition)
         skips = parts.descend(down, x, embedding, again)
         h = parts.through(middle, skips[-1], embedding, again)
         for layer in up:

@@ -47,7 +47,7 @@ class SimpleUNet(Refiner):
         embedding = 4 * config.width
         widths = [multiplier * config.width for multiplier in config.multipliers]
         self.time_embed = mlp(config.width, embedding)
-        self.hear(embedding)
+        self.build_condition_embeddings(embedding)
         self.stem = nn.Conv2d(self.input_channels * config.patch**2, widths[0], 3, padding=1)
 
         def level(inputs: int, outputs: int) -> EmbeddedSequential:
@@ -63,9 +63,11 @@ class SimpleUNet(Refiner):
         self.out = nn.Sequential(GroupNorm(widths[0], silu=True), last)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        x = F.pixel_unshuffle(self.joined(u, condition), self.config.patch)
+        x = F.pixel_unshuffle(self.concat_condition(u, condition), self.config.patch)
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
-        embedding = self.heard(self.time_embed(time_features(t_feature, self.config.width // 2)), condition)
+        embedding = self.add_condition_embedding(
+            self.time_embed(time_features(t_feature, self.config.width // 2)), condition
+        )
         again = self.config.checkpoint_blocks
         skips = []
         for level, shrink in zip(self.down, self.shrink, strict=False):  # the coarsest level has no skip connection

@@ -57,7 +57,7 @@ class UNet(Refiner):
         check_trunk("refiner", config, io.image_size)
         width, embedding = config.width, 4 * config.width
         self.time_embed = mlp(width, embedding)
-        self.hear(embedding)
+        self.build_condition_embeddings(embedding)
         self.input_blocks, skips = downward(config, self.input_channels, io.image_size)
         channels = skips[-1]
         self.middle_block = middle(config, channels)
@@ -80,9 +80,9 @@ class UNet(Refiner):
         self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), last)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        x = F.pixel_unshuffle(self.joined(u, condition), self.config.patch)
+        x = F.pixel_unshuffle(self.concat_condition(u, condition), self.config.patch)
         h = x.contiguous(memory_format=torch.channels_last)
-        embedding = self.heard(self.time_embed(sinusoidal(t_feature, self.config.width)), condition)
+        embedding = self.add_condition_embedding(self.time_embed(sinusoidal(t_feature, self.config.width)), condition)
         again = self.config.checkpoint_blocks
         skips = []
         for block in self.input_blocks:

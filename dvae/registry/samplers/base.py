@@ -72,7 +72,7 @@ class Sampled:
 
 
 @dataclass
-class Walk:
+class SamplerState:
     """One trajectory under way: what a step may use besides the state."""
 
     model: Model
@@ -118,10 +118,10 @@ class Sampler(ABC):
         temperature: float = 1.0
         """Factor on the starting noise u_1; below 1 trades variety for regularity."""
 
-    of_means: bool = True
+    needs_mean_denoiser: bool = True
     """Whether it integrates a denoiser, which sees the mean of the images that a state may come from; one that does not
     wants a refiner that sees one image."""
-    by_steps: bool = True
+    lockstep: bool = True
     """Whether all samples stand at the same time after each step, so that on_step can put in known pixels."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
@@ -134,7 +134,7 @@ class Sampler(ABC):
         return True
 
     @abstractmethod
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         """u at s from u at t, 0 < s < t <= 1."""
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class Sampler(ABC):
         """Integrate from u at t = 1 to t = 0."""
         config = self.config
         times = time_grid(model.diffusion.schedule, config.steps, config.spacing, config.t_min, config.sigma_min)
-        walk = Walk(model, config.threshold, noise, times)
+        walk = SamplerState(model, config.threshold, noise, times)
         u = config.temperature * u
         if on_step is not None:
             u = on_step(0, times[0], u)
@@ -156,7 +156,7 @@ class Sampler(ABC):
 SAMPLERS: Registry[Sampler] = Registry("sampler", __package__, Sampler)
 
 
-def that_integrate(diffusion: Diffusion, io: Shapes, asked: Sequence[str] = ()) -> list[str]:
+def compatible_samplers(diffusion: Diffusion, io: Shapes, asked: Sequence[str] = ()) -> list[str]:
     """Names of those samplers asked for (none: all but those that want a distilled refiner) which integrate it."""
-    names = asked or [name for name in SAMPLERS.names() if SAMPLERS.get(name).of_means]
+    names = asked or [name for name in SAMPLERS.names() if SAMPLERS.get(name).needs_mean_denoiser]
     return [name for name in names if SAMPLERS.build({"name": name}, io).supports(diffusion)]

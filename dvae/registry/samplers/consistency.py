@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.diffusion.time_grid import Spacing
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -26,10 +26,10 @@ class ConsistencySampler(Sampler):
         spacing: Spacing = Spacing.quadratic
         """As of other samplers; quadratic was better than uniform where it was measured (docs/extensions.md)."""
 
-    of_means = False
+    needs_mean_denoiser = False
 
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         return walk.diffusion.perturb(walk.predict(u, t).x0, s, walk.noise(walk.i))

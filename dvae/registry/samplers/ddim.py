@@ -9,7 +9,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -34,7 +34,7 @@ class DDIM(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, prediction = walk.diffusion, walk.predict(u, t)
         added = self.config.eta**2 * diffusion.posterior(s, t)[2].item()
         kept = max(diffusion.sigma(s).item() ** 2 - added, 0.0)

@@ -10,7 +10,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -52,7 +52,7 @@ class DDPM(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         x0 = walk.predict(u, t).x0
         c_x0, c_u, variance = (value.item() for value in walk.diffusion.posterior(s, t))
         if self.config.variance is Variance.fixedlarge:

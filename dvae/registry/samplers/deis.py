@@ -14,7 +14,7 @@ from dvae.diffusion.kernels import Factor, apply
 from dvae.diffusion.time_grid import Spacing
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -54,7 +54,7 @@ class DEIS(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return not diffusion.schedule.endless
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, said = walk.diffusion.hybrid, walk.predict(u, t)
         eps = said.eps if diffusion is walk.diffusion else diffusion.eps_from_score(said.score, t)
         past = [*walk.past, (t, eps)][-self.config.order :]

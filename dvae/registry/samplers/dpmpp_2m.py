@@ -10,7 +10,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -39,7 +39,7 @@ class DPMSolverPP2M(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, x0 = walk.diffusion, walk.predict(u, t).x0
         now, then = diffusion.log_snr(t).item(), diffusion.log_snr(s).item()
         h, middle = then - now, x0  # h is infinite where alpha(t) = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.diffusion.kernels import apply, square_root
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -28,7 +28,7 @@ class EulerMaruyama(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return not diffusion.schedule.endless
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion = walk.diffusion
         dB = diffusion.elapsed(s, t)[:, None, None]
         drift = apply(-diffusion.A * dB, u) + apply(2.0 * diffusion.D * dB, walk.predict(u, t).score)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.diffusion.time_grid import Spacing
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -30,7 +30,7 @@ class Heun(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, prediction = walk.diffusion, walk.predict(u, t)
         alpha_s, sigma_s, alpha_t = diffusion.alpha(s).item(), diffusion.sigma(s).item(), diffusion.alpha(t).item()
         euler = alpha_s * prediction.x0 + sigma_s * prediction.eps  # = alpha_s (w + (r_s - r_t) eps)

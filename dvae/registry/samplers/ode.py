@@ -11,7 +11,7 @@ from dvae.diffusion.kernels import apply
 from dvae.diffusion.rk45 import Velocity, integrate
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers.base import SAMPLERS, Model, Noise, OnStep, Sampled, Sampler, Threshold, Walk
+from dvae.registry.samplers.base import SAMPLERS, Model, Noise, OnStep, Sampled, Sampler, SamplerState, Threshold
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -41,7 +41,7 @@ class ProbabilityFlow(Sampler):
         """none | clamp | dynamic; one that acts bends the flow, which takes many more evaluations."""
 
     config: Config
-    by_steps = False
+    lockstep = False
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
@@ -53,7 +53,7 @@ class ProbabilityFlow(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return not diffusion.schedule.endless
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         raise AssertionError("the samples of this sampler stand at times of their own: see `sample`")
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.diffusion.kernels import apply, square_root
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -31,7 +31,7 @@ class SSCS(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return not diffusion.schedule.endless
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, middle = walk.diffusion, 0.5 * (t + s)
         u = _relax(diffusion, u, t, middle, walk.noise(2 * walk.i))
         push = 2.0 * diffusion.D * diffusion.elapsed(s, t)[:, None, None]

@@ -12,7 +12,7 @@ from scipy.special import hyp1f1
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers.base import SAMPLERS, Sampler, Walk
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 if TYPE_CHECKING:
     from dvae.diffusion.kernels import Diffusion
@@ -43,7 +43,7 @@ class UniPC(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: Walk, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, x0 = walk.diffusion, walk.predict(u, t).x0
         now, then = diffusion.log_snr(t).item(), diffusion.log_snr(s).item()
         if walk.past:  # added to u, so that what on_step put into u stays

@@ -45,7 +45,7 @@ class Source(ABC):
         """Image number `index`. Raises dvae.data.images.DamagedImage, naming the file, where it cannot be read."""
 
 
-class EndlessSource(Source):
+class StreamSource(Source):
     """A distribution: any number of samples, drawn by key, so that there is nothing to keep in shards."""
 
     classes: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from PIL import Image
 from dvae.data.archives import files_of, open_tar
 from dvae.data.datasets import Split
 from dvae.data.images import Crop, Resize, filtered, fit
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import DamagedFile, read_bytes
@@ -122,7 +122,7 @@ def _members(path: str, wanted: set[str]) -> dict[str, bytes]:
     except DamagedFile as error:
         raise UserError(f"source.path={path} cannot be read as a tar archive or a folder of batches: {error}") from None
     except OSError as error:
-        raise UserError(f"source.path={path} cannot be read as a tar archive: {one_line(error)}") from None
+        raise UserError(f"source.path={path} cannot be read as a tar archive: {fold(error)}") from None
 
 
 def read_batch(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:

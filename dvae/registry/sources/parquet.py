@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import MISSING
 
 from dvae.data.images import Crop, DamagedImage, Resize, decode, fit, protocol
-from dvae.errors import UserError, near, one_line
+from dvae.errors import UserError, fold, suggest
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import DamagedFile, check, parse_json, require_regular
@@ -69,13 +69,13 @@ class Parquet(Source):
         except DamagedFile as error:
             raise UserError(f"source.path={error}") from None
         except (OSError, ValueError) as error:  # pyarrow's own errors are either
-            raise UserError(f"{file} is not a readable Parquet file: {one_line(error)[:200]}") from None
+            raise UserError(f"{file} is not a readable Parquet file: {fold(error)[:200]}") from None
         with opened:
             schema = opened.schema_arrow
             for column in (self.config.image, *self.config.labels):
                 if column not in schema.names:
                     name = "image" if column == self.config.image else "labels"
-                    raise UserError(f"source.{name}: {file} has no column {column!r}: {near(column, schema.names)}")
+                    raise UserError(f"source.{name}: {file} has no column {column!r}: {suggest(column, schema.names)}")
             _check_types(file, schema, self.config)
             self._class_names |= _class_names(schema.metadata or {})
             counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
@@ -110,7 +110,7 @@ class Parquet(Source):
                 with _pyarrow().ParquetFile(file) as opened:
                     self._local.cells = _read_group(opened, group, columns)
             except (OSError, ValueError) as error:
-                raise DamagedImage(f"{name}: row group {group} of {file} ({one_line(error)[:200]})") from None
+                raise DamagedImage(f"{name}: row group {group} of {file} ({fold(error)[:200]})") from None
             self._local.number = number
         return self._local.cells
 

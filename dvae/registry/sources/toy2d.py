@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
 
-from dvae.errors import UserError, near
+from dvae.errors import UserError, suggest
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.sources.base import SOURCES, EndlessSource
+from dvae.registry.sources.base import SOURCES, StreamSource
 from dvae.utils import rng
 
 UNIFORMS = 4
@@ -71,7 +71,7 @@ DENSITIES: dict[str, Density] = {
 
 
 @SOURCES.register("toy2d")
-class Toy2D(EndlessSource):
+class Toy2D(StreamSource):
     """Points of known 2-D densities, one class each: (2, 1, 1) "images" in [-1, 1], without end."""
 
     licence = "CC0"
@@ -84,7 +84,7 @@ class Toy2D(EndlessSource):
     def __init__(self, config: Config, io: Shapes) -> None:
         unknown = [name for name in config.densities if name not in DENSITIES]
         if unknown:
-            raise UserError(f"source.densities: unknown density {unknown[0]!r}: {near(unknown[0], DENSITIES)}")
+            raise UserError(f"source.densities: unknown density {unknown[0]!r}: {suggest(unknown[0], DENSITIES)}")
         if not config.densities or len(set(config.densities)) < len(config.densities):
             raise UserError(f"source.densities={config.densities}: name one or more, each once")
         if (io.channels, io.image_size) != (2, 1):

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dvae.errors import MachineError, one_line
+from dvae.errors import MachineError, fold
 from dvae.utils import atomic_files
 from dvae.utils.fields import Seconds
 from dvae.utils.read import DamagedFile, read_json
@@ -95,9 +95,9 @@ def ask(*words: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise MachineError(f"{words[0]}: no answer from SLURM ({one_line(error)}): try again") from None
+        raise MachineError(f"{words[0]}: no answer from SLURM ({fold(error)}): try again") from None
     if done.returncode:
-        raise MachineError(f"{' '.join(words[:3])}: {one_line(done.stderr) or f'exit status {done.returncode}'}")
+        raise MachineError(f"{' '.join(words[:3])}: {fold(done.stderr) or f'exit status {done.returncode}'}")
     return done.stdout
 
 

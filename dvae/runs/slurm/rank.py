@@ -17,7 +17,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from dvae.errors import Stopped, in_words, one_line
+from dvae.errors import Stopped, describe, fold
 from dvae.utils.secrets import guard_streams
 
 ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -66,10 +66,10 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
     try:
         Job(words[0], tuple(words[1:]))()
     except BaseException as error:  # noqa: BLE001 told to the supervisor, whatever it is
-        known = in_words(error)
+        known = describe(error)
         if known is None:
             traceback.print_exc()
-        said, status = known or (f"{type(error).__name__}: {one_line(error)}", CRASHED)
+        said, status = known or (f"{type(error).__name__}: {fold(error)}", CRASHED)
         print(f"dvae: {said}", file=sys.stderr, flush=True)
         more = {"why": getattr(error, "why", ""), "again": getattr(error, "again", True)}
         return {"status": status, "said": said} | more

@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dvae.errors import MachineError, Stopped, UserError, in_words, one_line
+from dvae.errors import MachineError, Stopped, UserError, describe, fold
 from dvae.runs import attempts
 from dvae.runs.attempts import TERMINATED, Attempt
 from dvae.runs.exit_status import GRACE, End, explain
@@ -69,7 +69,7 @@ class Supervisor:
         try:
             self.supervise()
         except (UserError, MachineError, OSError) as error:
-            words = in_words(error)
+            words = describe(error)
             if words is None:
                 raise
             say(f"error: {words[0]}")
@@ -92,14 +92,14 @@ class Supervisor:
                 if why not in TIME_IS_OVER and not queue.preempted(job):
                     raise
                 self.give_up(job, settings["max_attempts"], error)
-                say(f"{one_line(error)}; job {job} goes back into the queue")
+                say(f"{fold(error)}; job {job} goes back into the queue")
                 queue.requeue(job)
             except MachineError as error:
                 if not error.again or asked:
                     raise
                 times = self.give_up(job, settings["max_attempts"], error)
                 pause = settings["retry_seconds"] * 2 ** (times - 1)
-                say(f"{one_line(error)}; attempt {times + 1} of {settings['max_attempts']} begins in {pause:g} s")
+                say(f"{fold(error)}; attempt {times + 1} of {settings['max_attempts']} begins in {pause:g} s")
                 self.rest(pause, asked)
 
     @staticmethod
@@ -122,7 +122,7 @@ class Supervisor:
             node = config.launcher
             settings: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         except OmegaConfBaseException as error:
-            raise MachineError(f"{path}: {one_line(error)[:200]}") from None
+            raise MachineError(f"{path}: {fold(error)[:200]}") from None
         check(LauncherRecord, settings, f"{path}: launcher")
         return dict(settings)
 
@@ -133,7 +133,7 @@ class Supervisor:
         if times < most:
             return times
         failure = MachineError(
-            f"{one_line(error)}; that was attempt {times} of launcher.max_attempts={most} that got no further"
+            f"{fold(error)}; that was attempt {times} of launcher.max_attempts={most} that got no further"
         )
         failure.exit_status = error.exit_status
         raise failure from None

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dvae.errors import MachineError, one_line
+from dvae.errors import MachineError, fold
 from dvae.utils.fields import Count
 from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
 
@@ -59,7 +59,7 @@ class Part:
         try:
             save_file(self.tensors, path, {"layout": json.dumps(self.layout)})
         except SafetensorError as error:
-            raise OSError(errno.EIO, one_line(error)) from error
+            raise OSError(errno.EIO, fold(error)) from error
 
 
 def pack(fragments: list[Fragment], buffers: Mapping[str, torch.Tensor]) -> Part:
@@ -104,7 +104,7 @@ class Saved:
             for path in sorted(folder.glob("*.safetensors")):
                 self._open(path)
         except (OSError, SafetensorError, DamagedFile) as error:
-            raise MachineError(f"{folder}: not a readable checkpoint ({one_line(error)})") from error
+            raise MachineError(f"{folder}: not a readable checkpoint ({fold(error)})") from error
         if not self._runs:
             raise MachineError(f"{folder}: no engine state in this checkpoint")
 

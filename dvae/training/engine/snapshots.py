@@ -124,7 +124,7 @@ class Snapshots:
         parameters = {name for name, _ in engine.module.named_parameters()}
         for name, average in self.averages.items():
             state = engine.averaged(name)
-            ranks.on_first(self._write, Snapshot.at(self.folder, step, average).path, halved(state, parameters))
+            ranks.on_rank_zero(self._write, Snapshot.at(self.folder, step, average).path, halved(state, parameters))
 
     def _write(self, path: Path, state: State) -> None:
         save_weights(path, state)

@@ -74,7 +74,7 @@ class Checkpoints:
         self.finish()
         aside = ExitStack()
         try:
-            folder = ranks.on_first(lambda: aside.enter_context(atomic_files.new_folder(self._path(step))))
+            folder = ranks.on_rank_zero(lambda: aside.enter_context(atomic_files.new_folder(self._path(step))))
         except OSError as error:
             self._fail(step, error)
         thread = Thread(target=self._write, args=(step, state, write, folder, aside), daemon=True)
@@ -115,7 +115,7 @@ class Checkpoints:
                 hashes = {str(path.relative_to(folder)): atomic_files.sha256(path) for path in written}
                 for path in written:
                     atomic_files.sync(path)
-                parts = ranks.handed_in(f"{self.folder} {step}", hashes)
+                parts = ranks.gather_from_thread(f"{self.folder} {step}", hashes)
                 if parts:
                     merged = {name: digest for part in parts for name, digest in part.items()}
                     (folder / HASHES).write_text(json.dumps(merged, indent=1), encoding="utf-8")

@@ -39,13 +39,13 @@ WrittenNumber: TypeAlias = Number | Literal["nan", "inf", "-inf"]
 """A number in a record; see `written`."""
 
 
-class NotFinite(MachineError):
+class NonFiniteStep(MachineError):
     """More steps were not finite than the config allows: another attempt would meet them too."""
 
     again = False
 
 
-def leave_out(
+def skip_step(
     stage: Stage,
     engines: Mapping[str, Engine],
     batches: list[Batch],
@@ -66,7 +66,7 @@ def leave_out(
         where = f"python tools/replay.py bundle={path}"
     what = f"{stage.name} step {step}: a gradient is not finite; the step was left out"
     if skipped > allowed:
-        raise NotFinite(
+        raise NonFiniteStep(
             f"{what}{f' like {allowed} before' if allowed else ''}, the last checkpoint is good: look at the step "
             f"({where}), lower the learning rate, or raise {settings_of(stage.name)}.nonfinite_skips={allowed}"
         )
@@ -79,7 +79,7 @@ def save(
 ) -> None:
     """Write the replay bundle of `step` to the folder `path`, whole or not at all. Every rank takes part."""
     mine = [(batch.keys.tolist(), batch.indices.tolist()) for batch in batches]
-    parts = [part for parts in zip(*ranks.gathered(mine), strict=True) for part in parts]  # as they lie in the batch
+    parts = [part for parts in zip(*ranks.all_gather(mine), strict=True) for part in parts]  # as they lie in the batch
     record = {
         "stage": stage.name,
         "step": step,
@@ -88,7 +88,7 @@ def save(
         "micro_batches": len(batches),
         "samples": [key for keys, _ in parts for key in keys],
         "indices": [index for _, indices in parts for index in indices],
-    } | observed(ranks.gathered(figures), engines)
+    } | observed(ranks.all_gather(figures), engines)
     weights = {f"{name}.{key}": value for name, engine in engines.items() for key, value in engine.weights().items()}
 
     def write() -> None:
@@ -96,7 +96,7 @@ def save(
             atomic_files.write_json(folder / RECORD, record)
             save_weights(folder / WEIGHTS, weights)
 
-    ranks.on_first(write)
+    ranks.on_rank_zero(write)
 
 
 def observed(figures: list[list[Figures]], engines: Mapping[str, Engine]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def on_first(work: Callable[..., T], *args: Any) -> T:
+def on_rank_zero(work: Callable[..., T], *args: Any) -> T:
     """What `work(*args)` returns on rank 0, which alone does it; the others wait, for hours if need be.
 
     They wait at the store and not in a collective, which would give up (gloo) or keep a device busy (nccl). What is
@@ -97,7 +97,7 @@ def leave() -> None:
             _wait(lambda: store.add(key, 0) == world_size())
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The `value` of every rank, in their order; collective."""
     if world_size() == 1:
         return [value]
@@ -106,7 +106,7 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def handed_in(key: str, value: T) -> list[T]:
+def gather_from_thread(key: str, value: T) -> list[T]:
     """Rank 0: the `value` of every rank, in their order, once all have handed one in; the others: nothing, at once.
 
     For a thread beside the training, since nothing here is collective. `key` may be used once.
@@ -142,7 +142,7 @@ def any_rank(flag: bool) -> bool:
 
 
 @contextmanager
-def losses_named() -> Iterator[None]:
+def translate_peer_loss() -> Iterator[None]:
     """Turn what torch raises when a rank is gone (a broken connection) into Lost."""
     try:
         yield

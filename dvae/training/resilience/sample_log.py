@@ -7,9 +7,9 @@ from types import TracebackType
 
 from dvae.config.schema import TrainingConfig
 from dvae.data.loading.loader import Batch, Loader
-from dvae.data.loading.streams import EndlessLoader
+from dvae.data.loading.streams import StreamLoader
 from dvae.data.shards.reader import Shards
-from dvae.errors import MachineError, one_line
+from dvae.errors import MachineError, fold
 from dvae.tracking.metrics_log import MetricsLog
 from dvae.training.resilience import ranks
 from dvae.utils import atomic_files
@@ -40,7 +40,7 @@ class Feed:
 
     def __init__(
         self,
-        loader: Loader | EndlessLoader,
+        loader: Loader | StreamLoader,
         shards: Shards | None,
         training: TrainingConfig,
         stage: str,
@@ -63,7 +63,7 @@ class Feed:
         return batches
 
     def _write(self, log: MetricsLog, step: int, batches: list[Batch]) -> None:
-        seen = ranks.gathered([(batch.keys.tolist(), batch.indices.tolist()) for batch in batches])
+        seen = ranks.all_gather([(batch.keys.tolist(), batch.indices.tolist()) for batch in batches])
         if ranks.rank():
             return
         if step != self._next:  # where training resumes: what was handed out later is handed out again
@@ -78,11 +78,11 @@ class Feed:
 
     def _share(self, shards: Shards) -> None:
         mine = {index: why for index, why in dict(shards.damaged).items() if index not in self._shared}
-        found = {index: why for part in ranks.gathered(mine) for index, why in part.items()}
+        found = {index: why for part in ranks.all_gather(mine) for index, why in part.items()}
         if found:
             shards.know(found)
             self._shared |= found.keys()
-            ranks.on_first(record_damage, self._run, shards)
+            ranks.on_rank_zero(record_damage, self._run, shards)
 
     def close(self) -> None:
         self._loader.close()
@@ -96,7 +96,7 @@ class Feed:
         self.close()
 
 
-def known_damage(run: Path, split: str) -> dict[int, str]:
+def load_damaged(run: Path, split: str) -> dict[int, str]:
     """Images of a split that the run has found damaged so far: index -> file, key and reason."""
     return _record_of(run).get(split, {})
 
@@ -109,14 +109,14 @@ def _record_of(run: Path) -> dict[str, dict[int, str]]:
     except FileNotFoundError:
         return {}
     except (DamagedFile, OSError) as error:
-        reason = error.reason if isinstance(error, DamagedFile) else one_line(error)
+        reason = error.reason if isinstance(error, DamagedFile) else fold(error)
         raise MachineError(f"{path} cannot be read ({reason}): remove it, what is damaged is found again") from None
     return {split: {index: why[:LONGEST] for index, why in known.items()} for split, known in found.items()}
 
 
 def record_damage(run: Path, shards: Shards) -> None:
     """Add what `shards` knows to be damaged to the run's record; on rank 0 alone."""
-    known = known_damage(run, shards.split)
+    known = load_damaged(run, shards.split)
     if shards.damaged.keys() <= known.keys():
         return
     found = known | dict(shards.damaged)

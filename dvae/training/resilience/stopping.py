@@ -36,7 +36,7 @@ class Stopping:
     def agreed(self) -> str:
         """What asked any of the ranks; empty where nothing did. Collective."""
         why = self.why
-        return next(filter(None, ranks.gathered(why)), "") if ranks.any_rank(bool(why)) else ""
+        return next(filter(None, ranks.all_gather(why)), "") if ranks.any_rank(bool(why)) else ""
 
     def between_stages(self) -> None:
         """Raise Stopped on every rank where any was asked, as in the last step of a stage. Collective."""

@@ -30,10 +30,10 @@ from dvae.inference.generation.generation_settings import (
     InterpolateConfig,
     ReconstructConfig,
 )
-from dvae.inference.generation.task import Artist
+from dvae.inference.generation.task import GenerationTask
 from dvae.tools import edit, inpaint, interpolate, reconstruct
 
-COMMANDS: dict[str, tuple[type[Artist], Any, dict[str, object]]] = {
+COMMANDS: dict[str, tuple[type[GenerationTask], Any, dict[str, object]]] = {
     "reconstruct": (Reconstructions, ReconstructConfig, {}),
     "interpolate": (Interpolations, InterpolateConfig, {"steps": 3}),
     "edit": (Edits, EditConfig, {"direction": "wide", "strengths": [0.0, 2.0]}),
