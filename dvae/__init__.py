@@ -29,7 +29,7 @@ def load(path: str | Path, batch: int | None = None, device: str | torch.device 
 
 
 def pil(images: torch.Tensor) -> list[Image.Image]:
-    """Pillow images of (n, C, H, W) or (C, H, W) uint8, C = 1 (grey) or 3."""
+    """Pillow images of (n, C, H, W) or (C, H, W) uint8, C = 1 (gray) or 3."""
     from PIL import Image
 
     pixels = (images[None] if images.ndim == 3 else images).permute(0, 2, 3, 1).cpu().numpy()

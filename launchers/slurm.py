@@ -140,7 +140,7 @@ class Slurm(Launcher):
         return True
 
     def submit(self, folder: Path, stages: list[str]) -> list[Submitted]:
-        """Submit a job, or a chain of jobs; what was submitted is cancelled where a later one is refused."""
+        """Submit a job, or a chain of jobs; what was submitted is canceled where a later one is refused."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         submitted: list[Submitted] = []
@@ -285,7 +285,7 @@ def follow(folder: Path) -> None:
     from dvae.runs import manage
 
     def asked(number: int, frame: object) -> None:
-        raise Stopped(f"run={folder} was cancelled ({signal.Signals(number).name}): the same command again resumes")
+        raise Stopped(f"run={folder} was canceled ({signal.Signals(number).name}): the same command again resumes")
 
     before = signal.signal(signal.SIGTERM, asked)
     try:

@@ -11,9 +11,9 @@ USAGE = """usage: python tools/directions.py run=FOLDER [find=[labels,pca,jacobi
        [out=directions.md] [sampler=NAME] [sampler.FIELD=VALUE]]
 
 find= finds directions in the latents of the training images and keeps them with the run, for tools/edit.py: one to each
-value of each attribute that the images are labelled with (labels), the principal components (pca), and what moves the
+value of each attribute that the images are labeled with (labels), the principal components (pca), and what moves the
 decoder's image most (jacobian). Without it those that the run has are listed.
-score=true trains a judge on the labelled real images and says, in tables, what each direction turns on and what else
+score=true trains a judge on the labeled real images and says, in tables, what each direction turns on and what else
 it changes, in x_hat and after the refiner; the strength is chosen on some held-out images, the figures are others'."""
 
 

@@ -9,8 +9,8 @@ from dvae.errors import run_command
 USAGE = """usage: python tools/evaluate.py run=FOLDER [metrics=[fid,kid,isc,prc]] [n=1000] [seeds=[0]] [inception=FILE]
        [out=evaluation.json] [reference=SHARDS|FOLDER] [split=train] [n_reference=0] [vae=BOOL] [guidance=1]
        [label_guidance=1] [pca_guidance=1] [sampler=NAME] [sampler.FIELD=VALUE] [batch_size=64] [processes=1]
-       [memorisation=N]
-       [kid_subset_size=1000] [kid_subsets=100] [prc_neighbourhood=3] [isc_splits=10] [cache=FOLDER]
+       [memorization=N]
+       [kid_subset_size=1000] [kid_subsets=100] [prc_neighborhood=3] [isc_splits=10] [cache=FOLDER]
        python tools/evaluate.py images=FOLDER reference=FOLDER [...]
        python tools/evaluate.py run=FOLDER sweep=nfe [samplers=[ddim,dpmpp_2m]] [steps=[5,10,25,50]] [...]
        python tools/evaluate.py run=FOLDER noise=[0,0.1,0.2] [...]
@@ -22,7 +22,7 @@ Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth)
 torch-fidelity's own command line, to the last bit. Without it they are taken on EfficientNet-Lite0 and named FID-lite0
 and so on.
 Every result holds its protocol; compare= prints a table of results, and refuses those of unlike protocols.
-sweep=nfe draws quality against network evaluations, noise= against Gaussian noise on x_hat; memorisation= looks for the
+sweep=nfe draws quality against network evaluations, noise= against Gaussian noise on x_hat; memorization= looks for the
 training images nearest to samples. The same command again goes on where it was ended."""
 
 
@@ -48,12 +48,12 @@ def command(argv: list[str]) -> None:
         return
     result = studies.assess(settings)
     print(tables.of_result(result))
-    if "memorisation" in result:
+    if "memorization" in result:
         for space in ("pixels", "features"):
-            found = result["memorisation"][space]
+            found = result["memorization"][space]
             print(f"nearer to a training image, in {space}, than all but 1% of held-out images: "
                   f"{100 * found['share_of_samples_near']:.1f}% of samples")  # fmt: skip
-        print(Path(settings.out).with_suffix(".memorisation.png"))
+        print(Path(settings.out).with_suffix(".memorization.png"))
     print(settings.out)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dvae.errors import run_command
 from dvae.tools.sample import own_sampler
 
-USAGE = """usage: python tools/inpaint.py run=FOLDER [mask=border|left|right|top|bottom|centre|FILE.png]
+USAGE = """usage: python tools/inpaint.py run=FOLDER [mask=border|left|right|top|bottom|center|FILE.png]
        [images=heldout|PATH] [n=8] [seed=0] [first=0] [out=inpainted.png] [vae=BOOL] [original=BOOL]
        [resize=BOOL] [processes=1] [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1]
        [label_guidance=1] [pca_guidance=1] [classifier_guidance=0] [batch_size=N]
 
-mask= says what is known and kept, to the bit: left, right, top, bottom (that half), centre (the middle), border (all
+mask= says what is known and kept, to the bit: left, right, top, bottom (that half), center (the middle), border (all
 but the middle), or what is white in a PNG of the run's size. The rest is drawn anew. It needs a sampler that moves all
 images in the same steps, and a run whose refiner draws pixels.
 images= are the run's held-out images, or a folder, a zip archive, a .npy (n, H, W, C) or an image file; resize=true

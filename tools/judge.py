@@ -7,11 +7,11 @@ from dvae.errors import run_command
 USAGE = """usage: python tools/judge.py run=FOLDER [n=1000] [seed=0] [confidence=0.9] [label=ATTRIBUTE] [out=judge.png]
        [shards=FOLDER] [steps=1500] [batch=64] [sampler=NAME sampler.FIELD=VALUE]
 
-Trains a small classifier on the labelled real images that the run was trained on, and says which share of n samples it
-recognises (probability of one class above `confidence`), and how many of each class. out= is a picture: a row per
-class, then samples that were not recognised; the figures lie in a JSON file beside it.
+Trains a small classifier on the labeled real images that the run was trained on, and says which share of n samples it
+recognizes (probability of one class above `confidence`), and how many of each class. out= is a picture: a row per
+class, then samples that were not recognized; the figures lie in a JSON file beside it.
 Held-out images are judged alike: as they are, the most to be had, and laid over each other in pairs, which are neither.
-The judge may also answer "nothing", which it has learnt from spoilt images."""
+The judge may also answer "nothing", which it has learned from spoilt images."""
 
 
 def command(argv: list[str]) -> None:
@@ -32,11 +32,11 @@ def command(argv: list[str]) -> None:
     ):
         found = figures[name]
         print(
-            f"{title}: {100 * found['recognised']:.1f}% of {found['n']} recognised above {settings.confidence:g}, "
+            f"{title}: {100 * found['recognized']:.1f}% of {found['n']} recognized above {settings.confidence:g}, "
             f"{found['classes_present']} of {len(found['by_class'])} classes"
         )
     print("samples by class: " + ", ".join(f"{name} {count}" for name, count in figures["samples"]["by_class"].items()))
-    print(f"{settings.out}: a row per class; the last row was not recognised")
+    print(f"{settings.out}: a row per class; the last row was not recognized")
 
 
 if __name__ == "__main__":

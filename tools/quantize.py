@@ -8,17 +8,17 @@ USAGE = """usage: python tools/quantize.py run=FOLDER method=int8_weights|int8|i
        [turns=5] [n=0] [seeds=3] [steps=0] [shards=FOLDER] [kid_subset_size=100] [budget=0.05] [seed=0]
        [group=32] [buckets=4] [calibration=64]
 
-Quantises the networks of a run or bundle after training. out= is a bundle like any other, for tools/sample.py and all
-else that takes a run; quantisation.json in it says which layers were stored how, and what was measured.
+Quantizes the networks of a run or bundle after training. out= is a bundle like any other, for tools/sample.py and all
+else that takes a run; quantization.json in it says which layers were stored how, and what was measured.
 int8_weights keeps weights as int8 with a scale per output channel, int4_weights as int4 with a scale per `group`
 inputs; both compute as before. int8 makes the refiner's activations int8 too, scaled by what `calibration` images show
 in each of `buckets` parts of the time, and multiplies with oneDNN's int8 kernels: on CPUs, without gradients.
-Original and quantised then take turns, `turns` times, and with n= are compared by KID on real images. The bundle is
+Original and quantized then take turns, `turns` times, and with n= are compared by KID on real images. The bundle is
 offered for speed only if it was faster than the original in bf16 and KID grew by no more than `budget`."""
 
 
 def command(argv: list[str]) -> None:
-    """Compose the words, quantise, and print the figures."""
+    """Compose the words, quantize, and print the figures."""
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
@@ -33,13 +33,13 @@ def command(argv: list[str]) -> None:
             counts[store] = counts.get(store, 0) + len(names)
     print(f"{settings.out}: {made.method}, layers: " + ", ".join(f"{many} {store}" for store, many in counts.items()))
     for name, of in made.measured["bytes"].items():
-        print(f"{name.replace('_', ' ')}: {of['original']} -> {of['quantised']} bytes, {of['ratio']:.3f}")
+        print(f"{name.replace('_', ' ')}: {of['original']} -> {of['quantized']} bytes, {of['ratio']:.3f}")
     if speed := made.measured.get("speed"):
         rates = speed["images_per_second"]
-        print(f"images/s: original {rates['original']:g}, quantised {rates['quantised']:g}, nfe {speed['nfe']:g}")
+        print(f"images/s: original {rates['original']:g}, quantized {rates['quantized']:g}, nfe {speed['nfe']:g}")
     if kid := made.measured.get("kid"):
         print(
-            f"KID-lite0: original {kid['original']['mean']:.5f}, quantised {kid['quantised']['mean']:.5f}, "
+            f"KID-lite0: original {kid['original']['mean']:.5f}, quantized {kid['quantized']['mean']:.5f}, "
             f"floor {kid['floor']:.5f}; PSNR of one against the other {kid['psnr']:.1f} dB"
         )
     print(("faster: " if made.measured["faster"] else "not offered for speed: ") + made.measured["why"])

@@ -24,7 +24,7 @@ build renders every image of a source at one size and writes WebDataset shards w
   size=32                height and width in pixels
   out=FOLDER             appears when it is complete; the same command again goes on where it was stopped
   heldout=0.1            share of the images kept from training
-  channels=3             3 (RGB) or 1 (grey)
+  channels=3             3 (RGB) or 1 (gray)
   workers=2              processes that render; the shards do not depend on it
   shard_size=10000       images of the source of which a train and a held-out shard are made
   max_bad_fraction=0.01  damaged images are named and passed over up to this share

@@ -37,7 +37,7 @@ from dvae.registry.sources.base import StreamSource
 def compose(config_name: str, words: list[str]) -> DictConfig:
     """The config that Hydra makes of recipes/<config_name>.yaml and the command line's words.
 
-    Raises UserError, one line, for an unknown component or recipe, a misspelt field, a wrong type, a broken plugin.
+    Raises UserError, one line, for an unknown component or recipe, a misspelled field, a wrong type, a broken plugin.
     """
     words = [word for word in words if word]
     load_plugins(_plugins_of(words))
@@ -84,8 +84,8 @@ def _explain(error: Exception, config_name: str, words: list[str]) -> str:
         return f"unknown {group or 'config'} {name!r}: {suggest(name, error.options or [])}{broken_plugins()}"
     cause = error.__cause__ or error
     key = re.search(r"Could not override '([^']+)'", str(error))
-    misspelt = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or key is not None
-    if misspelt and (name := key.group(1) if key else str(getattr(cause, "full_key", ""))):
+    misspelled = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or key is not None
+    if misspelled and (name := key.group(1) if key else str(getattr(cause, "full_key", ""))):
         return f"unknown field {name!r}: {suggest(name.rpartition('.')[2], _siblings(name, config_name, words))}"
     word = re.search(r"Error merging override (\S+)", str(error))
     reason = str(cause).split("\n", maxsplit=1)[0]

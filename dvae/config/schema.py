@@ -26,7 +26,7 @@ class Decay(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of the networks; weights, optimiser and losses are fp32 either way."""
+    """Arithmetic of the networks; weights, optimizer and losses are fp32 either way."""
 
     bf16 = "bf16"
     fp32 = "fp32"
@@ -67,7 +67,7 @@ class TrainingConfig:
     """How one stage is trained."""
 
     steps: int = 100_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch: int = 64
     """Images per step, over all ranks."""
     micro_batches: int = 1
@@ -91,7 +91,7 @@ class TrainingConfig:
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
     offload: bool = False
-    """With ZeRO 1 to 3: keep the optimiser's state in the host's memory, and take its step there."""
+    """With ZeRO 1 to 3: keep the optimizer's state in the host's memory, and take its step there."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Moving average of the weights."""
     log_every: int = 50

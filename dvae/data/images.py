@@ -60,7 +60,7 @@ class Resize(Enum):
     bilinear = "bilinear"
     """Triangle: what torchvision's Resize does with a Pillow image, so what DiffuseVAE's and PSLD's code does."""
     box = "box"
-    """Plain mean, rounded after each axis: within one grey level of the TFRecords of CelebA-HQ and FFHQ."""
+    """Plain mean, rounded after each axis: within one gray level of the TFRecords of CelebA-HQ and FFHQ."""
 
 
 FILTERS = {
@@ -202,10 +202,10 @@ def png_shape(data: bytes) -> tuple[int, int, int]:
     """(C, H, W) of a PNG as `encode_png` makes them, from its header. Raises DamagedImage for any other kind of PNG."""
     if len(data) < 33 or data[8:16] != b"\0\0\0\rIHDR":
         raise DamagedImage("the PNG does not begin with its header")
-    width, height, depth, colour, *methods = struct.unpack_from(">IIBBBBB", data, 16)
-    if depth != 8 or colour not in (0, 2) or any(methods):
-        raise DamagedImage(f"color type {colour} with {depth} bits, methods {methods}: not plain 8-bit grey or RGB")
-    return (1 if colour == 0 else 3), height, width
+    width, height, depth, color, *methods = struct.unpack_from(">IIBBBBB", data, 16)
+    if depth != 8 or color not in (0, 2) or any(methods):
+        raise DamagedImage(f"color type {color} with {depth} bits, methods {methods}: not plain 8-bit gray or RGB")
+    return (1 if color == 0 else 3), height, width
 
 
 def _plain_png(data: bytes, shape: tuple[int, int, int]) -> bytearray:

@@ -2,7 +2,7 @@
 
 Coordinates. The diffusion runs in a state whose clean image is y_0 = data_scale * (x - shift):
 
-    centre     shift    the refiner sees     known as
+    center     shift    the refiner sees     known as
     none       0        u                    DiffuseVAE formulation 1
     input      0        u + x_hat            DiffuseVAE formulation 2 (in the coordinate y = x_t - x_hat)
     residual   x_hat    u                    the refiner draws only what the VAE left out
@@ -34,7 +34,7 @@ NO_LABEL = -1
 """The label of a sample whose class is not given, or dropped."""
 
 
-class Centre(Enum):
+class Center(Enum):
     """Where x_hat enters besides concatenation; see the table above."""
 
     none = "none"
@@ -63,7 +63,7 @@ class DenoiserConfig:
     """hsm | dsm: what training conditions on at t = 0, for k > 1."""
     factor: Factor = Factor.lower
     """lower | upper: triangular factor of the covariance that multiplies the noise, for k > 1."""
-    centre: Centre = Centre.none
+    center: Center = Center.none
     """none: formulation 1; input: formulation 2; residual: diffuse what x_hat lacks."""
     data_scale: float | None = 1.0
     """Factor on the clean state; null: 1 / standard deviation, measured on training images when the stage starts."""
@@ -169,13 +169,13 @@ class Denoiser(nn.Module):
         if config.pca_components:
             size = math.prod(io.latent)
             self.whitening = Whitening(config.pca_components, size)
-            # zero, so that a refiner that has learnt nothing of them yet is the one without
+            # zero, so that a refiner that has learned nothing of them yet is the one without
             self.pca_projection = nn.Parameter(torch.zeros(size, config.pca_components))
         self.register_buffer("data_scale", torch.tensor(config.data_scale or 1.0, dtype=torch.float32))
 
     def shift(self, given: Conditioning) -> torch.Tensor:
-        """Centre of the state, (B, C, H, W)."""
-        return given.x_hat if self.config.centre is Centre.residual else torch.zeros_like(given.x_hat)
+        """Center of the state, (B, C, H, W)."""
+        return given.x_hat if self.config.center is Center.residual else torch.zeros_like(given.x_hat)
 
     def to_state(self, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
         """Clean state y_0 of images x (B, C, H, W)."""
@@ -225,7 +225,7 @@ class Denoiser(nn.Module):
     def output(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> torch.Tensor:
         """The refiner's raw output (B, io.output_channels, H, W), fp32, for states u at times t (B,)."""
         seen = u
-        if self.config.centre is Centre.input:
+        if self.config.center is Center.input:
             seen = u + self.diffusion.clean(given.x_hat)
         feature = self.diffusion.schedule.feature(t).to(u.device, torch.float32)
         return self.refiner(seen, feature, self.condition(given)).float()
@@ -286,8 +286,8 @@ class Denoiser(nn.Module):
 def _check(config: DenoiserConfig, diffusion: Diffusion, io: Shapes) -> None:
     """Raise UserError where a setting is not defined for the others."""
     prediction = config.prediction.name
-    if config.centre is not Centre.none and not config.condition_image:
-        raise UserError(f"denoiser.centre={config.centre.name} needs x_hat: set denoiser.condition_image=true")
+    if config.center is not Center.none and not config.condition_image:
+        raise UserError(f"denoiser.center={config.center.name} needs x_hat: set denoiser.condition_image=true")
     for name in ("condition_dropout", "label_dropout", "pca_dropout"):
         if not 0.0 <= getattr(config, name) <= 1.0:
             raise UserError(f"denoiser.{name}={getattr(config, name)} is not a probability: use 0 to 1")

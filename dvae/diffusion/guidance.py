@@ -103,7 +103,7 @@ class GuidedDenoiser:
 
 
 def _views(
-    guidance: Guidance, full: Conditioning, without_pca: Conditioning, unlabelled: Conditioning, nothing: Conditioning
+    guidance: Guidance, full: Conditioning, without_pca: Conditioning, unlabeled: Conditioning, nothing: Conditioning
 ) -> list[tuple[float, Conditioning]]:
     """(weight, condition) whose weighted sum is the guided prediction; those of weight 0 are left out."""
     w, label = guidance.condition, guidance.label
@@ -111,7 +111,7 @@ def _views(
     weighted = [
         (w * label * pca, full),
         (w * label * (1.0 - pca), without_pca),
-        (w * (1.0 - label), unlabelled),
+        (w * (1.0 - label), unlabeled),
         (1.0 - w, nothing),
     ]
     return [(weight, given) for weight, given in weighted if weight]

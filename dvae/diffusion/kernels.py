@@ -45,7 +45,7 @@ class Matching(Enum):
     """What training conditions on at t = 0; the same for k = 1 (Pandey & Mandt 2023, section 3.2)."""
 
     hsm = "hsm"
-    """Hybrid score matching: on x0; the other components are marginalised, S_0 is theirs."""
+    """Hybrid score matching: on x0; the other components are marginalized, S_0 is theirs."""
     dsm = "dsm"
     """Denoising score matching: on all of u_0; the other components are drawn, S_0 = 0."""
 
@@ -148,7 +148,7 @@ class Diffusion:
     def posterior(self, s: Time, t: Time) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(c_x0, c_u, variance), each (B,): q(u_s | u_t, x0) = N(c_x0 x0 + c_u u_t, variance) for s < t.
 
-        Equations 6 and 7 of Ho et al. 2020 for any two times, not only neighbours in a table; at s = 0 it is (1, 0, 0).
+        Equations 6 and 7 of Ho et al. 2020 for any two times, not only neighbors in a table; at s = 0 it is (1, 0, 0).
         k = 1 only, else ValueError.
         """
         self._one_component("posterior")
@@ -271,7 +271,7 @@ class Diffusion:
         return Phi, start + X + X.mT + X @ E.mT
 
     def _seen(self, t: Time) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(p (B, k, 1), p^T S^-1 (B, 1, k), S (B, k, k)) of q(u_t | x0) = N(p x0, S): the momentum is marginalised."""
+        """(p (B, k, 1), p^T S^-1 (B, 1, k), S (B, k, k)) of q(u_t | x0) = N(p x0, S): the momentum is marginalized."""
         Phi, S = self._kernel(self.A, self.schedule.integral(_scalars(t)), self._aside)
         return Phi[:, :, :1], torch.linalg.solve(S, Phi[:, :, :1]).mT, S
 

@@ -8,7 +8,7 @@ divergence from t_min to 1. For k = 1, u = x. For k > 1 the other components m a
 (Dockhorn et al. 2022, appendix B.3). The second form is the one used: what a draw of m adds to both nearly cancels.
 
 An 8-bit image is a bin of width 2/255 in [-1, 1] per pixel and channel. With x drawn uniformly in its bin, which is
-`dequantised`, n = C H W, and the clean state data_scale * (x - shift),
+`dequantized`, n = C H W, and the clean state data_scale * (x - shift),
 
     bits per dimension = -(log p(clean state) / n + log(data_scale)) / log 2 + log2(255 / 2)
 
@@ -43,7 +43,7 @@ class Likelihood:
     """Network evaluations of each sample, (B,), int64; those of its gradient are not counted."""
 
 
-def dequantised(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def dequantized(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """x from images in {0..255} and draws in [0, 1), same shape: uniform in the bin around each level, in [-1, 1]."""
     return (images.to(uniform.dtype) + uniform - 0.5) / 127.5 - 1.0
 
@@ -53,12 +53,12 @@ def of_images(
 ) -> Likelihood:
     """Likelihood of images (B, C, H, W) uint8 under the refiner, `given` what it is told of each.
 
-    One draw of dequantisation, of the momentum where k > 1, and of the probe of the divergence per image, keyed by the
+    One draw of dequantization, of the momentum where k > 1, and of the probe of the divergence per image, keyed by the
     image's number.
     """
     io, device = denoiser.io, given.z.device
     shape = (io.k * io.channels, io.image_size, io.image_size)
-    x = dequantised(images, rng.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
+    x = dequantized(images, rng.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
     probes = rng.uniform(seed, "probe", numbers, shape).sub(0.5).sign().float()
     return bits_per_dim(
         GuidedDenoiser(denoiser, given),

@@ -47,7 +47,7 @@ class Bench:
         self.way = Way.of(extractor, settings.batch_size, settings.processes)
         self.measures = Measures(
             metrics=computed(settings), suffix=extractor.suffix, kid_subset_size=settings.kid_subset_size,
-            kid_subsets=settings.kid_subsets, prc_neighbourhood=settings.prc_neighbourhood,
+            kid_subsets=settings.kid_subsets, prc_neighborhood=settings.prc_neighborhood,
             isc_splits=settings.isc_splits,
         )  # fmt: skip
         self.cache = Path(settings.cache) if settings.cache else Path(settings.out).parent / "evaluation-cache"
@@ -96,7 +96,7 @@ class Bench:
             kid_subset_size=measures.kid_subset_size if kid else None,
             kid_subsets=measures.kid_subsets if kid else None,
             kid_seed=measures.seed,
-            prc_neighbourhood=measures.prc_neighbourhood if Metric.prc in asked else None,
+            prc_neighborhood=measures.prc_neighborhood if Metric.prc in asked else None,
             isc_splits=measures.isc_splits if Metric.isc in asked else None,
             sampler=sampler,
             nfe=nfe,

@@ -47,8 +47,8 @@ class EvaluateToolConfig:
     """Images per subset of KID."""
     kid_subsets: int = 100
     """Subsets of KID."""
-    prc_neighbourhood: int = 3
-    """Neighbours that a ball of precision and recall reaches to."""
+    prc_neighborhood: int = 3
+    """Neighbors that a ball of precision and recall reaches to."""
     isc_splits: int = 10
     """Parts of the samples that IS is a mean over."""
     batch_size: int = 64
@@ -63,7 +63,7 @@ class EvaluateToolConfig:
     """For sweep=nfe: steps of each."""
     noise: list[float] = field(default_factory=list)
     """Standard deviations of Gaussian noise on x_hat (images are in [-1, 1]), a point each."""
-    memorisation: int = 0
+    memorization: int = 0
     """Show so many samples, those nearest to a training image, beside it (0: none)."""
     compare: list[str] = field(default_factory=list)
     """Results of earlier commands to put into one table; nothing is computed."""
@@ -86,12 +86,12 @@ def check(settings: EvaluateToolConfig) -> None:
         raise UserError("name what is scored: run=FOLDER, or images=FOLDER reference=FOLDER; one of the two")
     if settings.images and not settings.reference:
         raise UserError(f"images={settings.images}: name the real images too, reference=FOLDER")
-    for name in ("over", "noise", "memorisation", "vae", "sampler"):
+    for name in ("over", "noise", "memorization", "vae", "sampler"):
         if settings.images and getattr(settings, name):
             word = "sweep" if name == "over" else name
             raise UserError(f"{word}= draws from a run: use run=FOLDER instead of images={settings.images}")
-    least = {"n": 1, "n_reference": 0, "kid_subset_size": 2, "kid_subsets": 1, "prc_neighbourhood": 1, "isc_splits": 1,
-             "batch_size": 1, "processes": 1, "memorisation": 0}  # fmt: skip
+    least = {"n": 1, "n_reference": 0, "kid_subset_size": 2, "kid_subsets": 1, "prc_neighborhood": 1, "isc_splits": 1,
+             "batch_size": 1, "processes": 1, "memorization": 0}  # fmt: skip
     for name, low in least.items():
         if getattr(settings, name) < low:
             raise UserError(f"{name}={getattr(settings, name)}: use {low} or more")

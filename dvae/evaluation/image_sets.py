@@ -38,7 +38,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Images start..stop - 1, (n, 3, H, W), uint8; grey ones three times over. Raises UserError for a damaged file,
+        """Images start..stop - 1, (n, 3, H, W), uint8; gray ones three times over. Raises UserError for a damaged file,
         and where two are of unlike size."""
 
     def size(self) -> tuple[int, int]:

@@ -36,7 +36,7 @@ class Measures:
     suffix: str
     kid_subset_size: int
     kid_subsets: int
-    prc_neighbourhood: int = 3
+    prc_neighborhood: int = 3
     isc_splits: int = 10
     seed: int = RNG_SEED
 
@@ -46,7 +46,7 @@ class Measures:
             Metric.fid: 2,
             Metric.kid: self.kid_subset_size,
             Metric.isc: self.isc_splits,
-            Metric.prc: self.prc_neighbourhood + 1,
+            Metric.prc: self.prc_neighborhood + 1,
         }[metric]
 
     def check(self, what: str, count: int) -> None:
@@ -60,7 +60,7 @@ class Measures:
                         f"{what}: use {count} or less",
                         Metric.isc: f"isc_splits={self.isc_splits} is more than the {count} images of {what}: use "
                         f"{count} or less",
-                        Metric.prc: f"prc_neighbourhood={self.prc_neighbourhood} needs more images than that, {what} "
+                        Metric.prc: f"prc_neighborhood={self.prc_neighborhood} needs more images than that, {what} "
                         f"has {count}: use {count - 1} or less",
                     }[metric]
                 )
@@ -88,7 +88,7 @@ class Measures:
         if metric is Metric.isc:
             scores = [metrics.isc(_logits(part), self.isc_splits, self.seed) for part in parts]
             return {"IS": over_seeds([mean for mean, _ in scores]) | {"split_std": [std for _, std in scores]}}
-        pairs = [metrics.prc(part.pooled, against.pooled, self.prc_neighbourhood) for part in parts]
+        pairs = [metrics.prc(part.pooled, against.pooled, self.prc_neighborhood) for part in parts]
         return {
             "precision": over_seeds([precision for precision, _ in pairs]),
             "recall": over_seeds([recall for _, recall in pairs]),

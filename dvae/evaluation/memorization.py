@@ -1,7 +1,7 @@
 """Are samples copies of training images? Distances to the nearest one, beside those of held-out real images.
 
-Real images that the model has never seen have a nearest training image too. A model that has learnt the distribution
-comes no nearer than they do; one that has learnt the images by heart does.
+Real images that the model has never seen have a nearest training image too. A model that has learned the distribution
+comes no nearer than they do; one that has learned the images by heart does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dvae.errors import UserError
 from dvae.evaluation import features
 from dvae.evaluation.benchmark import Bench
 from dvae.evaluation.image_sets import ImageSet
-from dvae.evaluation.plots import COLOURS, DPI, INK, dress
+from dvae.evaluation.plots import COLORS, DPI, INK, dress
 from dvae.tracking.console import Progress
 from dvae.utils import atomic_files
 
@@ -35,7 +35,7 @@ class Nearest:
     """Of each of N images the nearest of another set."""
 
     distance: torch.Tensor
-    """(N,), float64: root of the mean squared difference of pixels in grey levels, or of features."""
+    """(N,), float64: root of the mean squared difference of pixels in gray levels, or of features."""
     index: torch.Tensor
     """(N,), int64."""
 
@@ -63,7 +63,7 @@ def nearest(images: torch.Tensor, others: list[torch.Tensor]) -> Nearest:
 def refuse(bench: Bench) -> None:
     """Raise UserError where there are no held-out images to compare with."""
     if bench.heldout is None:
-        raise UserError("memorisation= compares with held-out images: the reference must be shards that have some")
+        raise UserError("memorization= compares with held-out images: the reference must be shards that have some")
 
 
 def check(bench: Bench, samples: ImageSet, picture: Path) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def check(bench: Bench, samples: ImageSet, picture: Path) -> dict[str, Any]:
         "pixels": (pixels_of_ours, pixels_of_theirs),
         "features": (nearest(drawn.pooled, blocks), nearest(unseen.pooled, blocks)),
     }
-    shown = spaces["pixels"][0].distance.argsort()[: bench.settings.memorisation].tolist()
+    shown = spaces["pixels"][0].distance.argsort()[: bench.settings.memorization].tolist()
     show(bench, samples, spaces, shown, picture)
     return {
         "n": len(samples),
         "n_heldout": len(bench.heldout),
         "n_reference": len(bench.reference),
-        "unit": {"pixels": "root mean square, grey levels of 255", "features": "root mean square"},
+        "unit": {"pixels": "root mean square, gray levels of 255", "features": "root mean square"},
         **{space: summary(*pair) for space, pair in spaces.items()},
         "nearest": [
             {"sample": k, "training_image_by_pixels": int(spaces["pixels"][0].index[k]),
@@ -140,8 +140,8 @@ def show(
     for plot, (space, (ours, theirs)) in zip(right.subplots(2, 1), spaces.items(), strict=True):
         both = np.concatenate([ours.distance.numpy(), theirs.distance.numpy()])
         bins = np.linspace(both.min(), both.max(), 40)
-        for name, found, colour in (("samples", ours, COLOURS[1]), ("held-out images", theirs, COLOURS[0])):
-            plot.hist(found.distance.numpy(), bins, density=True, alpha=0.55, color=colour, label=name)
+        for name, found, color in (("samples", ours, COLORS[1]), ("held-out images", theirs, COLORS[0])):
+            plot.hist(found.distance.numpy(), bins, density=True, alpha=0.55, color=color, label=name)
         dress(plot, f"distance to the nearest training image in {space}", "density")
         plot.legend(fontsize=8, frameon=False)
     atomic_files.write_file(picture, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))

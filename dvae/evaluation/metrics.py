@@ -278,7 +278,7 @@ def _extractor(device: str) -> EfficientNetLite0:
 def features(images: torch.Tensor, batch: int = 64, progress: Callable[[int], None] | None = None) -> torch.Tensor:
     """Features (N, 1280), float32, on the CPU, of images (N, 3 or 1, H, W), uint8, computed on the images' device.
 
-    Grey images are repeated to three channels. `progress(count)` is told of each batch that is done.
+    Gray images are repeated to three channels. `progress(count)` is told of each batch that is done.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images are {tuple(images.shape)} {images.dtype}: want (N, 1 or 3, H, W) uint8, N >= 1")
@@ -321,18 +321,18 @@ def fid(features: torch.Tensor, reference_features: torch.Tensor) -> float:
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
 
 
-def prc(features: torch.Tensor, reference_features: torch.Tensor, neighbourhood: int) -> tuple[float, float]:
+def prc(features: torch.Tensor, reference_features: torch.Tensor, neighborhood: int) -> tuple[float, float]:
     """(precision, recall) from features (N, D) and (M, D): the shares of one set within the other's balls.
 
-    The ball of an image reaches to its neighbour number `neighbourhood` in its own set. Raises UserError where a set
+    The ball of an image reaches to its neighbor number `neighborhood` in its own set. Raises UserError where a set
     has none.
     """
     smaller = min(len(features), len(reference_features))
-    if smaller <= neighbourhood:
-        raise UserError(f"prc_neighbourhood={neighbourhood} needs more images than that, there are {smaller}")
+    if smaller <= neighborhood:
+        raise UserError(f"prc_neighborhood={neighborhood} needs more images than that, there are {smaller}")
     whole = max(len(features), len(reference_features)) <= PRC_WHOLE
     result = prc_features_to_metric(
-        features, reference_features, prc_neighborhood=neighbourhood, save_cpu_ram=not whole, verbose=False
+        features, reference_features, prc_neighborhood=neighborhood, save_cpu_ram=not whole, verbose=False
     )
     return result[KEY_METRIC_PRECISION], result[KEY_METRIC_RECALL]
 

@@ -27,7 +27,7 @@ class NoisyConfig(SampleConfig):
 class NoisySamples(Samples):
     """As Samples, with x_hat + noise * eps in the place of x_hat, eps ~ N(0, 1) keyed by seed and image.
 
-    It is not clamped, and takes the place of x_hat wherever that goes: as condition, and with denoiser.centre != none
+    It is not clamped, and takes the place of x_hat wherever that goes: as condition, and with denoiser.center != none
     as what the refiner's image is added to.
     """
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, SOFT = "#1c1b19", "#6a675f"
-COLOURS = ("#2f6db3", "#c8553d", "#3f8f5b", "#8a5fb0", "#b8862b", "#4b9aa3")
+COLORS = ("#2f6db3", "#c8553d", "#3f8f5b", "#8a5fb0", "#b8862b", "#4b9aa3")
 PANEL, HEIGHT, DPI = 4.2, 3.8, 110
 """Inches of a panel's width and height; dots per inch."""
 
@@ -39,9 +39,9 @@ def study(
                 value = figures[metric]
                 label = f"{curve}: {name}" if several and curve else curve or name
                 lines.setdefault(label, []).append((x, value["mean"], value["se"] or 0.0))
-        for colour, (label, points) in enumerate(lines.items()):
+        for color, (label, points) in enumerate(lines.items()):
             x, y, error = np.array(sorted(points)).T
-            plot.errorbar(x, y, error, color=COLOURS[colour % len(COLOURS)], marker="o", ms=4, capsize=3, label=label)
+            plot.errorbar(x, y, error, color=COLORS[color % len(COLORS)], marker="o", ms=4, capsize=3, label=label)
         for (name, figures), style in zip(results[0]["floor"].items(), (":", "--"), strict=False):
             if metric in figures:
                 plot.axhline(figures[metric]["mean"], color=SOFT, ls=style, lw=1, label=f"real images: {name}")

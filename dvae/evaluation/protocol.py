@@ -42,8 +42,8 @@ class Protocol:
     """Subsets of KID."""
     kid_seed: int
     """Seed that draws KID's subsets, and the order of images for IS."""
-    prc_neighbourhood: int | None = None
-    """Neighbours that a ball of precision and recall reaches to."""
+    prc_neighborhood: int | None = None
+    """Neighbors that a ball of precision and recall reaches to."""
     isc_splits: int | None = None
     """Parts of the images that IS is a mean over."""
     sampler: dict[str, Any] = field(metadata=_ABOUT_THE_SETS)

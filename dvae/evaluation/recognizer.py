@@ -49,7 +49,7 @@ class JudgeConfig:
     run: str = MISSING
     """A run folder or a bundle."""
     shards: str = ""
-    """Folder of the labelled real images (empty: the shards that the run was trained on)."""
+    """Folder of the labeled real images (empty: the shards that the run was trained on)."""
     label: str = ""
     """Attribute of the images that is their class (empty: the run's data.label, or the only one that there is)."""
     n: int = 1000
@@ -57,13 +57,13 @@ class JudgeConfig:
     seed: int = 0
     """Seed of the samples and of the judge."""
     confidence: float = 0.9
-    """Probability of its class above which a sample counts as recognised."""
+    """Probability of its class above which a sample counts as recognized."""
     steps: int = 1500
     """Training steps of the judge."""
     batch: int = 64
     """Images per step and per forward pass."""
     out: str = "judge.png"
-    """The picture: a row per class and a last row of samples not recognised; figures go into a JSON file beside it."""
+    """The picture: a row per class and a last row of samples not recognized; figures go into a JSON file beside it."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
     sampler: Any = None
@@ -108,7 +108,7 @@ def train(draw: Draw, count: int, classes: int, *, steps: int, batch: int, seed:
 
 
 def learn(draw: Draw, count: int, outputs: int, loss: Loss, *, steps: int, batch: int, seed: int) -> nn.Module:
-    """A network of `outputs` logits that minimises `loss` over `count` real images, fp32, in evaluation mode.
+    """A network of `outputs` logits that minimizes `loss` over `count` real images, fp32, in evaluation mode.
 
     Images are shifted by up to a fourteenth of their size, so that a few pixels more to one side do not matter. The
     same seed and images give the same network.
@@ -118,15 +118,15 @@ def learn(draw: Draw, count: int, outputs: int, loss: Loss, *, steps: int, batch
         torch.manual_seed(rng.child(seed, "judge"))
         images, _ = draw(order.indices(0, 1))
         judge = network(images.shape[1], images.shape[2], outputs).to(memory_format=torch.channels_last)
-        optimiser = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps)
+        optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
         with Progress("judge", steps) as progress:
             for step in range(steps):
                 images, known = draw(order.indices(step * batch, (step + 1) * batch))
                 found = loss(judge, shifted(to_float(images)), known)
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 found.backward()
-                optimiser.step()
+                optimizer.step()
                 schedule.step()
                 progress.update(step + 1, len(images), {"loss": float(found.detach())})
     return judge.eval().requires_grad_(False)
@@ -159,13 +159,13 @@ def probabilities(judge: nn.Module, images: torch.Tensor, batch: int = 64) -> to
 
 
 def verdict(found: torch.Tensor, classes: list[str], confidence: float) -> dict[str, Any]:
-    """Figures of probabilities (N, K + 1): the share recognised, and the number of recognised samples by class."""
+    """Figures of probabilities (N, K + 1): the share recognized, and the number of recognized samples by class."""
     certainty, chosen = found[:, :-1].max(1)
-    recognised = certainty > confidence
-    counts = torch.bincount(chosen[recognised], minlength=len(classes)).tolist()
+    recognized = certainty > confidence
+    counts = torch.bincount(chosen[recognized], minlength=len(classes)).tolist()
     return {
         "n": len(found),
-        "recognised": float(recognised.float().mean()),
+        "recognized": float(recognized.float().mean()),
         "nothing": float((found[:, -1] > 0.5).float().mean()),
         "classes_present": sum(count > 0 for count in counts),
         "by_class": dict(zip(classes, counts, strict=True)),
@@ -193,10 +193,10 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
     )
     attribute, classes = attribute_of(settings, pipeline.config.label, train_set)
     judge = train(
-        labelled(train_set, attribute, classes), len(train_set), len(classes),
+        labeled(train_set, attribute, classes), len(train_set), len(classes),
         steps=settings.steps, batch=settings.batch, seed=settings.seed,
     )  # fmt: skip
-    heldout, truth = labelled(heldout_set, attribute, classes)(np.arange(len(heldout_set)))
+    heldout, truth = labeled(heldout_set, attribute, classes)(np.arange(len(heldout_set)))
     opinion = probabilities(judge, heldout, settings.batch)
     with Progress("samples", settings.n) as progress:
         _, samples = pipeline.generate(
@@ -228,15 +228,15 @@ def _check(settings: JudgeConfig) -> None:
         raise UserError(f"confidence={settings.confidence} is no probability below 1: use 0.9")
 
 
-def attribute_of(settings: JudgeConfig, learnt: str, shards: Shards) -> tuple[str, list[str]]:
-    """The attribute that is the class, and its values; `learnt` is the one that the run was told, or empty.
+def attribute_of(settings: JudgeConfig, learned: str, shards: Shards) -> tuple[str, list[str]]:
+    """The attribute that is the class, and its values; `learned` is the one that the run was told, or empty.
 
     Raises UserError where none is named and there are several or none.
     """
     known = shards.labels
-    attribute = settings.label or learnt or (next(iter(known)) if len(known) == 1 else "")
+    attribute = settings.label or learned or (next(iter(known)) if len(known) == 1 else "")
     if not known:
-        raise UserError(f"shards at {shards.folder} have no labels, which a judge learns from: use a labelled source")
+        raise UserError(f"shards at {shards.folder} have no labels, which a judge learns from: use a labeled source")
     if not attribute:
         raise UserError(f"label= is not set and the images have several attributes: name one of {', '.join(known)}")
     if attribute not in known:
@@ -247,7 +247,7 @@ def attribute_of(settings: JudgeConfig, learnt: str, shards: Shards) -> tuple[st
     return attribute, classes
 
 
-def labelled(shards: Shards, attribute: str, classes: list[str]) -> Draw:
+def labeled(shards: Shards, attribute: str, classes: list[str]) -> Draw:
     """Images of a split with their classes."""
     numbers = shards.classes(attribute, classes)
 
@@ -259,13 +259,13 @@ def labelled(shards: Shards, attribute: str, classes: list[str]) -> Draw:
 
 
 def show(samples: torch.Tensor, found: torch.Tensor, settings: JudgeConfig) -> None:
-    """The picture: the first recognised samples of each class, a row each, then the first that were not recognised."""
+    """The picture: the first recognized samples of each class, a row each, then the first that were not recognized."""
     certainty, chosen = found[:, :-1].max(1)
-    recognised = certainty > settings.confidence
-    groups = [recognised & (chosen == number) for number in range(found.shape[1] - 1)] + [~recognised]
+    recognized = certainty > settings.confidence
+    groups = [recognized & (chosen == number) for number in range(found.shape[1] - 1)] + [~recognized]
     rows = []
     for group in groups:
-        row = torch.full((SHOWN, *samples.shape[1:]), 128, dtype=torch.uint8)  # grey: there are no more
+        row = torch.full((SHOWN, *samples.shape[1:]), 128, dtype=torch.uint8)  # gray: there are no more
         first = samples[group][:SHOWN]
         row[: len(first)] = first
         rows.append(row)

@@ -22,15 +22,15 @@ from dvae.utils import atomic_files
 def assess(settings: EvaluateToolConfig) -> Result:
     """One result: samples of a run, or files, scored; written to `settings.out` and returned."""
     bench = Bench(settings)
-    if settings.memorisation:
+    if settings.memorization:
         memorization.refuse(bench)
     if settings.run:
         how = Drawing(bench, settings.sampler)
         result = point(how)
-        if settings.memorisation:
+        if settings.memorization:
             sets, _ = how.draw(settings.seeds[0])
-            picture = Path(settings.out).with_suffix(".memorisation.png")
-            result |= {"memorisation": memorization.check(bench, sets["refined"], picture)}
+            picture = Path(settings.out).with_suffix(".memorization.png")
+            result |= {"memorization": memorization.check(bench, sets["refined"], picture)}
     else:
         images = open_set("images", settings.images)
         result = score(bench, {"images": [images]}, {}, 0, {"images": settings.images, "sha256": images.sha256()})

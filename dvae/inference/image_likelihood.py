@@ -66,11 +66,11 @@ class LikelihoodConfig:
     n: int = 64
     """Images, the first so many."""
     seed: int = 0
-    """Seed of dequantisation, of the divergence's probes, of the momentum where there is one, and of z=draw."""
+    """Seed of dequantization, of the divergence's probes, of the momentum where there is one, and of z=draw."""
     images: str = HELDOUT
     """heldout: the run's held-out images; or a folder, zip archive, .npy (n, H, W, C) or image file."""
     resize: bool = False
-    """Crop and scale given images to the run's size, and make them grey or colour as its are."""
+    """Crop and scale given images to the run's size, and make them gray or color as its are."""
     z: Latent = Latent.mean
     """mean | draw: the latent that each image is refined from; draw gives a bound of the whole model, too."""
     label: str = ""

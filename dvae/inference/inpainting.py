@@ -26,7 +26,7 @@ KNOWN = {
     "right": "the right half",
     "top": "the upper half",
     "bottom": "the lower half",
-    "centre": "the middle, half as wide and as high as the image",
+    "center": "the middle, half as wide and as high as the image",
     "border": "all but the middle, which is half as wide and as high as the image",
 }
 """Masks that have a name, by what is known."""
@@ -61,7 +61,7 @@ def mask_of(name: str, size: int) -> torch.Tensor:
         "right": (slice(None), slice(half, None)),
         "top": (slice(half), slice(None)),
         "bottom": (slice(half, None), slice(None)),
-        "centre": (middle, middle),
+        "center": (middle, middle),
         "border": (middle, middle),
     }
     mask = torch.zeros(size, size, dtype=torch.bool)
@@ -81,7 +81,7 @@ def inpaint(
 ) -> GeneratedImages:
     """Images (n, C, H, W) uint8 as they are where mask (n, 1, H, W) is true, and drawn anew elsewhere.
 
-    x_hat is found by imputation: unknown pixels are grey at first, then those of the reconstruction, a few times
+    x_hat is found by imputation: unknown pixels are gray at first, then those of the reconstruction, a few times
     over (Rezende et al. 2014, appendix F). Raises UserError for a sampler whose images stand at no common time, and in
     latent space, where pixels cannot be kept.
     """

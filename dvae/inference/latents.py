@@ -53,7 +53,7 @@ class LatentsConfig:
     images: str = ""
     """Images in their place: a folder, zip archive, .npy (n, H, W, C) or image file (empty: those of the split)."""
     resize: bool = False
-    """Crop and scale these to the run's size, and make them grey or colour as its are."""
+    """Crop and scale these to the run's size, and make them gray or color as its are."""
     n: int | None = None
     """The first so many images (null: all)."""
     bundle: str = ""

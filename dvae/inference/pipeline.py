@@ -40,7 +40,7 @@ class Pipeline:
     Image k of a seed has the same z and the same noise however many are asked for and in whatever batches; so has image
     k of those that are given. On a CPU of one kind it has the same bits too, as long as `batch` is None: it is then
     computed in a fixed chunk (see `calls`), filled up where images are lacking, on one thread. With a `batch` of images
-    per network call rounding may move a pixel by one grey level in fp32, and by a few in bf16.
+    per network call rounding may move a pixel by one gray level in fp32, and by a few in bf16.
     """
 
     def __init__(self, config: ModelConfig, models: Models, batch: int | None = None) -> None:
@@ -51,7 +51,7 @@ class Pipeline:
         self.prior = models.prior
         self.nfe: float = 0
         """Network evaluations per image of the latest call, as counted; their mean where images differ."""
-        self.device = models.denoiser.data_scale.device  # quantised layers have no parameters
+        self.device = models.denoiser.data_scale.device  # quantized layers have no parameters
 
     def use_sampler(self, sampler: object = None, **changes: object) -> None:
         """Refine with another sampler, by its name or config node, or (None, or a dict of fields without a name) the
@@ -371,7 +371,7 @@ class Pipeline:
     def bits_per_dim(self, images: torch.Tensor, seed: int, tolerance: float = 1e-4) -> torch.Tensor:
         """-log2 p(x given x_hat) per dimension of images (n, C, H, W) uint8, (n,): of the refiner alone, without z.
 
-        x_hat is the reconstruction of the image itself. One draw of dequantisation, of the momentum where k > 1, and of
+        x_hat is the reconstruction of the image itself. One draw of dequantization, of the momentum where k > 1, and of
         the probe of the divergence per image; see diffusion/likelihood.py for what that bounds. Raises UserError in
         latent space.
         """
@@ -394,7 +394,7 @@ def load(path: str | Path, batch: int | None = None, device: str | torch.device 
     bound = layer_plan.cpu_only(models)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() and not bound else "cpu"))
     if bound and device.type != "cpu":
-        raise UserError(f"{path} is quantised by method=int8, whose kernels are for CPUs: leave device={device} out")
+        raise UserError(f"{path} is quantized by method=int8, whose kernels are for CPUs: leave device={device} out")
     for module in models.trained().values():
         module.to(device)
     return Pipeline(config, models, batch)

@@ -17,7 +17,7 @@ LARGEST_WEIGHT = 1e4
 
 
 class GanLoss(Enum):
-    """What discriminator and generator minimise, in logits l that are high where an image is taken for real."""
+    """What discriminator and generator minimize, in logits l that are high where an image is taken for real."""
 
     hinge = "hinge"
     """max(0, 1 - l(real)) / 2 + max(0, 1 + l(fake)) / 2 against -l(fake) (Lim & Ye 2017)."""
@@ -40,14 +40,14 @@ def generator_loss(kind: GanLoss, fake: torch.Tensor) -> torch.Tensor:
 class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) to logits (B, 1, h, w), one for each patch; high where it is taken for real.
 
-    Isola et al. (2017), section 3.2: 4x4 convolutions, LeakyReLU 0.2. Normalisation is by groups instead of by batch,
-    so that the verdict on an image does not depend on its neighbours, nor on how a batch is spread over ranks.
+    Isola et al. (2017), section 3.2: 4x4 convolutions, LeakyReLU 0.2. Normalization is by groups instead of by batch,
+    so that the verdict on an image does not depend on its neighbors, nor on how a batch is spread over ranks.
     """
 
-    def __init__(self, colours: int, width: int, layers: int) -> None:
+    def __init__(self, colors: int, width: int, layers: int) -> None:
         super().__init__()
         widths = [width * min(2**level, 8) for level in range(layers + 1)]
-        stages: list[nn.Module] = [nn.Conv2d(colours, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        stages: list[nn.Module] = [nn.Conv2d(colors, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(1, layers + 1):
             stride = 2 if level < layers else 1
             stages += [

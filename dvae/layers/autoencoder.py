@@ -21,7 +21,7 @@ from dvae.layers.norms import GroupNorm
 class Plan:
     """What the network is made of."""
 
-    colours: int
+    colors: int
     """Channels of the images."""
     channels: list[int]
     """Channels at each resolution, from that of the images down by halves."""
@@ -146,7 +146,7 @@ class _Halve(nn.Module):
 
 
 class _Double(nn.Module):
-    """Nearest-neighbour upsampling, then a 3x3 convolution."""
+    """Nearest-neighbor upsampling, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Encoder(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         channels, groups = plan.channels, plan.groups
-        self.conv_in = nn.Conv2d(plan.colours, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(plan.colors, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(channels):
             widths = [(channels[max(0, level - 1)], width)] + [(width, width)] * (plan.blocks - 1)
@@ -210,7 +210,7 @@ class _Decoder(nn.Module):
             step = _Double(width) if level < len(channels) - 1 else None
             self.up_blocks.append(_Level(widths, groups, up=step))
         self.conv_norm_out = GroupNorm(channels[-1], silu=True, groups=groups, eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], plan.colours, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], plan.colors, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = self.mid_block(self.conv_in(z))

@@ -13,7 +13,7 @@ from dvae.layers.norms import GroupNorm
 class ResBlock(nn.Module):
     """(B, inputs, H, W) and embedding (B, embedding) to (B, outputs, H, W).
 
-    The embedding is added after the first convolution, or, with `scale_shift`, modulates the second normalisation.
+    The embedding is added after the first convolution, or, with `scale_shift`, modulates the second normalization.
     `groups` are those of the normalization (0: `norms.default_groups`).
     """
 
@@ -82,7 +82,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling, then a 3x3 convolution: (B, C, H, W) to (B, C, 2H, 2W)."""
+    """Nearest-neighbor upsampling, then a 3x3 convolution: (B, C, H, W) to (B, C, 2H, 2W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -23,8 +23,8 @@ class Moments:
         rows = rows.detach().cpu().flatten(1).double()
         mean, count = rows.mean(0), self.count + len(rows)
         apart = mean - self.mean
-        centred = rows - mean
-        self.scatter += centred.T @ centred + torch.outer(apart, apart) * (self.count * len(rows) / count)
+        centered = rows - mean
+        self.scatter += centered.T @ centered + torch.outer(apart, apart) * (self.count * len(rows) / count)
         self.mean = self.mean + apart * (len(rows) / count)
         self.count = count
 

@@ -24,7 +24,7 @@ from dvae.config.schema import ModelConfig, RunConfig
 from dvae.errors import UserError, printable_line
 from dvae.models import components
 from dvae.models.components import Models
-from dvae.models.quantization import layer_plan as quantisation
+from dvae.models.quantization import layer_plan as quantization
 from dvae.registry.core import KINDS
 from dvae.registry.discovery import origin
 from dvae.registry.encoders.base import Encoder
@@ -60,7 +60,7 @@ CONFIG = "config.yaml"
 ABOUT = "bundle.json"
 DIRECTIONS = "directions.safetensors"
 """Directions that were found for the encoder (dvae/inference/directions/direction_files.py), if there are any."""
-OPTIONAL_FILES = (quantisation.FILE, DIRECTIONS)
+OPTIONAL_FILES = (quantization.FILE, DIRECTIONS)
 CLASSIFIER = "classifier"
 """The part that a bundle may lack."""
 AGAIN = "get a new copy of the bundle, or export it again"
@@ -109,7 +109,7 @@ def export(
     folder: Path,
     config: RunConfig | ModelConfig,
     parts: dict[str, State],
-    quantized: quantisation.Plan | None = None,
+    quantized: quantization.Plan | None = None,
 ) -> None:
     """Write a bundle of the given parts (name -> state dict), complete or absent; `quantized` says how, if they are.
 
@@ -124,7 +124,7 @@ def export(
         save_weights(aside / WEIGHTS, tensors)
         atomic_files.write_text(aside / CONFIG, to_yaml(kept))
         if quantized is not None:
-            quantisation.write(aside, quantized)
+            quantization.write(aside, quantized)
         _copy_directions(folder, aside)
         written = [name for name in (WEIGHTS, CONFIG, *OPTIONAL_FILES) if (aside / name).exists()]
         About(
@@ -189,7 +189,7 @@ def verified(folder: Path) -> tuple[About, ModelConfig]:
     Raises UserError if a file is missing or differs from its hash, and for settings that are no plain model.
     """
     about = read_about(folder)
-    needed = [WEIGHTS, CONFIG] + ([quantisation.FILE] if about.quantized else [])
+    needed = [WEIGHTS, CONFIG] + ([quantization.FILE] if about.quantized else [])
     for name in needed:
         verify_file(folder, about, name)
     return about, read_model_config(folder / CONFIG, about.components)
@@ -241,21 +241,21 @@ def _models(folder: Path, about: About, config: ModelConfig) -> Models:
     """The models of a verified bundle; `config` loses a classifier that is not there."""
     if CLASSIFIER not in about.parts:
         config.classifier = None  # not trained yet, or never: all else works without it
-    plan = quantisation.read(folder, about.quantized) if about.quantized else None
+    plan = quantization.read(folder, about.quantized) if about.quantized else None
     _check_shapes(folder, about, config, plan)
     made = components.build(config)
     if plan is not None:
-        quantisation.replace_layers(made, plan, str(folder))
+        quantization.replace_layers(made, plan, str(folder))
     weights = load_weights(folder / WEIGHTS)
     refuse_nonfinite(weights, str(folder / WEIGHTS))
     for part, module in made.trained().items():
         fit_weights(module, part_of(weights, part), f"{folder} ({part})")
         module.eval().requires_grad_(False)
-    quantisation.ready(made)
+    quantization.ready(made)
     return made
 
 
-def _check_shapes(folder: Path, about: About, config: ModelConfig, plan: quantisation.Plan | None) -> None:
+def _check_shapes(folder: Path, about: About, config: ModelConfig, plan: quantization.Plan | None) -> None:
     """Raise UserError if the networks of `config` are not those of the weights, before memory is taken for either."""
     try:
         header = without_numbers(read_weights_header(folder / WEIGHTS))
@@ -265,7 +265,7 @@ def _check_shapes(folder: Path, about: About, config: ModelConfig, plan: quantis
         with components.on_meta_device(len(header)):
             made = components.build(config, seed_weights=False)
             if plan is not None:
-                quantisation.replace_layers(made, plan, str(folder))
+                quantization.replace_layers(made, plan, str(folder))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     lacking = sorted(made.trained().keys() - set(about.parts))
@@ -277,7 +277,7 @@ def _check_shapes(folder: Path, about: About, config: ModelConfig, plan: quantis
         check_weights(module, part_of(header, part), f"{folder} ({part})")
 
 
-def refuse_quantised(what: str, about: About) -> None:
+def refuse_quantized(what: str, about: About) -> None:
     """Raise UserError for a quantized bundle: nothing is trained from one."""
     if about.quantized:
         raise UserError(f"{what} is quantized ({about.quantized}): name the bundle that it was made of")
@@ -299,7 +299,7 @@ def encoder_for(config: RunConfig) -> State:
     what = f"encoder_weights={config.encoder_weights}"
     folder = folder_of(config.encoder_weights)
     about, theirs = verified(folder)
-    refuse_quantised(what, about)
+    refuse_quantized(what, about)
     if "encoder" not in about.parts:
         raise UserError(f"{what} has no trained encoder: name a run whose encoder stage is finished")
     refuse_other(what, theirs, config, ("encoder",))
@@ -315,7 +315,7 @@ def teacher_of(config: RunConfig) -> Models:
     """
     what, folder = f"teacher={config.teacher}", folder_of(config.teacher)
     about, theirs = verified(folder)
-    refuse_quantised(what, about)
+    refuse_quantized(what, about)
     refuse_other(what, theirs, config, ("encoder", "prior", "process", "schedule", "refiner", "denoiser"))
     return _models(folder, about, theirs)
 

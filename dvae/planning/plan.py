@@ -100,7 +100,7 @@ class StagePlan:
     """Bytes of weights that are there and not trained."""
     computing: float
     """Seconds of a step."""
-    optimiser: float
+    optimizer: float
     """Seconds of a step at the recipe's ZeRO stage, on a rank."""
     shardings: list[Sharding]
     """ZeRO 0 to 3."""
@@ -187,7 +187,7 @@ def _stage(
     reads = not known and not endless(config)  # where latents alone are diffused, and are known, no image is looked at
     return StagePlan(
         name=name, modules=modules, training=training, micro_batch=micro, frozen=frozen, computing=computing,
-        optimiser=_optimiser(modules, training, ranks, gpu), shardings=shardings,
+        optimizer=_optimizer(modules, training, ranks, gpu), shardings=shardings,
         images_per_second=training.batch / step if reads else 0.0, bytes_per_image=size,
         gpu_days=ranks * training.steps * step / DAY,
     )  # fmt: skip
@@ -285,7 +285,7 @@ def bandwidth(settings: PlanConfig, gpu: GPU) -> float:
     return 1e9 * (gpu.link if settings.nodes == 1 else min(gpu.link, network))
 
 
-def _optimiser(modules: list[Module], training: TrainingConfig, ranks: int, gpu: GPU) -> float:
+def _optimizer(modules: list[Module], training: TrainingConfig, ranks: int, gpu: GPU) -> float:
     """Seconds: weights, moments and averages are read and written, gradients read; nothing else is slow."""
     part = ranks if training.zero_stage else 1
     moved = sum(FLOAT * each.parameters * (2 * (3 + each.averages) + 1) for each in modules)
@@ -310,7 +310,7 @@ def _sharding(
         zero=zero, states=states, memory=states.peak + frozen + active, fits=active <= free,
         largest=_largest(free, modules, lambda module: module.activations[0]),
         largest_other=_largest(free, modules, lambda module: module.activations[1]) if switch else None,
-        sent=sent, communication=communication, step=busy + _optimiser(modules, at, ranks, gpu),
+        sent=sent, communication=communication, step=busy + _optimizer(modules, at, ranks, gpu),
     )  # fmt: skip
 
 

@@ -53,8 +53,8 @@ def _stage(stage: StagePlan, plan: Plan) -> list[str]:
     step = stage.chosen.step
     lines.append(
         f"  predicted at ZeRO {training.zero_stage}: a step {1000 * step:.3g} ms (computing "
-        f"{1000 * stage.computing:.3g}, communication {1000 * stage.chosen.communication:.3g}, optimiser "
-        f"{1000 * stage.optimiser:.2g}), {training.batch / step:.4g} images/s"
+        f"{1000 * stage.computing:.3g}, communication {1000 * stage.chosen.communication:.3g}, optimizer "
+        f"{1000 * stage.optimizer:.2g}), {training.batch / step:.4g} images/s"
     )
     lines.append(_data(stage, plan.settings.nodes))
     lines.append(f"  {_days(stage.gpu_days, plan.ranks)}")
@@ -129,7 +129,7 @@ def assumptions(plan: Plan) -> list[str]:
         "no time for reading, saving, previews, scores, the prior's fit or a cache; every rank as fast as the others",
     ]
     if any(stage.training.offload for stage in plan.stages):
-        lines.append("offload is not planned for: the optimiser's state is counted on the GPU, its step too")
+        lines.append("offload is not planned for: the optimizer's state is counted on the GPU, its step too")
     return ["assumptions:", *(f"  - {line}" for line in lines)]
 
 

@@ -1,1 +1,1 @@
-"""Run folders: what they hold, and how runs are started, followed, resumed and cancelled."""
+"""Run folders: what they hold, and how runs are started, followed, resumed and canceled."""

@@ -177,7 +177,7 @@ def evaluate_stage(run: Run, config: RunConfig) -> None:
     found = figures.of_evaluation(summary["evaluation"])
     summary["figures"] = figures.of_training(run.path) | found
     with Tracker(run.path, config.tracking.wandb, "evaluate") as tracked:
-        tracked.summarise(found)
+        tracked.summarize(found)
         pictures = [path for path in (run.path / "samples.png", run.path / "reconstructions.png") if path.exists()]
         tracked.results(found, pictures, run.bundle)
     atomic_files.write_json(run.summary, summary)

@@ -340,11 +340,11 @@ def cancel(folder: Path) -> Iterator[str]:
 
 
 def _cancel_jobs(folder: Path, jobs: list[Job]) -> Iterator[str]:
-    """As `cancel`, of a run on a cluster: what waits is cancelled, what runs saves and ends."""
+    """As `cancel`, of a run on a cluster: what waits is canceled, what runs saves and ends."""
     busy = [job for job in jobs if job.state == "RUNNING" and not job.task]
     for number in dict.fromkeys(job.number for job in jobs if job.state == "PENDING" or job.task):
         queue.cancel(number)
-        yield f"{folder}: job {number} is cancelled"
+        yield f"{folder}: job {number} is canceled"
     for job in busy:
         queue.stop(job.id)
         yield f"{folder}: SIGTERM to the ranks of job {job.id}; waiting for it to save and end"

@@ -207,7 +207,7 @@ def show(
     ]
     title = (
         f"{settings.density}: process x sampler x network evaluations (NFE)\n"
-        f"{settings.n} points each. Below: sliced Wasserstein distance to {settings.n} true points (grey).\n"
+        f"{settings.n} points each. Below: sliced Wasserstein distance to {settings.n} true points (gray).\n"
         f"Two sets of true points are {floor['mean']:.3f} apart; green: at most {NEAR:g} times that."
     )
     sheet.draw(panels, [f"NFE {nfe}" for nfe in settings.nfe], true, title, Path(settings.out))

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours and fonts come from the page's CSS, so that charts follow light and dark mode."""
+"""Line charts as inline SVG. Colors and fonts come from the page's CSS, so that charts follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of neighbouring points, so that no more than MOST_POINTS are left."""
+    """Means of neighboring points, so that no more than MOST_POINTS are left."""
     size = -(-len(points) // MOST_POINTS)
     if size <= 1:
         return points

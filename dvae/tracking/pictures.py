@@ -19,8 +19,8 @@ def grid(images: torch.Tensor, path: Path, columns: int = 8, scale: int = 1, pad
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images are {tuple(images.shape)} {images.dtype}: want (N, 1 or 3, H, W) uint8, N >= 1")
-    colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-    pixels = colour.permute(0, 2, 3, 1).cpu().numpy().repeat(scale, axis=1).repeat(scale, axis=2)
+    color = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    pixels = color.permute(0, 2, 3, 1).cpu().numpy().repeat(scale, axis=1).repeat(scale, axis=2)
     n, height, width, _ = pixels.shape
     columns = min(columns, n)
     rows = -(-n // columns)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRUE, DRAWN = "#8a8780", "#2f5fd0"
-"""Colours of true and of drawn points."""
+"""Colors of true and of drawn points."""
 
 
 def compare(true: Mapping[str, torch.Tensor], drawn: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -31,9 +31,9 @@ def compare(true: Mapping[str, torch.Tensor], drawn: Mapping[str, torch.Tensor],
     save(figure, path)
 
 
-def panel(axes: Axes, points: torch.Tensor, colour: str) -> None:
+def panel(axes: Axes, points: torch.Tensor, color: str) -> None:
     """Points (n, 2) in a square from -1 to 1, without ticks; those outside are cut off."""
-    axes.scatter(points[:, 0], points[:, 1], s=1.0, c=colour, alpha=0.5, linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=1.0, c=color, alpha=0.5, linewidths=0)
     axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[], aspect="equal")
     for spine in axes.spines.values():
         spine.set_color("#d8d4c8")

@@ -41,10 +41,10 @@ class Sheet:
     width: float
     height: float
 
-    def panel(self, points: torch.Tensor, colour: str, left: float, top: float) -> None:
+    def panel(self, points: torch.Tensor, color: str, left: float, top: float) -> None:
         size = (SIDE / self.width, SIDE / self.height)
         axes = self.figure.add_axes((left / self.width, 1 - (top + SIDE) / self.height, *size))
-        scatter.panel(axes, points, colour)
+        scatter.panel(axes, points, color)
 
     def text(self, text: str, left: float, top: float, **style: str | float) -> None:
         self.figure.text(left / self.width, 1 - top / self.height, text, **style)  # type: ignore[arg-type]
@@ -86,8 +86,8 @@ def block(
         x = left + NAMES + panel.column * (SIDE + GAP)
         y = top + HEADING + rows.index(panel.row) * (SIDE + BELOW)
         sheet.panel(panel.points, scatter.DRAWN, x, y)
-        colour = GOOD if panel.good else INK
-        sheet.text(panel.caption, x + SIDE / 2, y + SIDE + 0.14, fontsize=9.5, color=colour, ha="center")
+        color = GOOD if panel.good else INK
+        sheet.text(panel.caption, x + SIDE / 2, y + SIDE + 0.14, fontsize=9.5, color=color, ha="center")
         if panel.column == 0:
             sheet.text(panel.row, x - 0.12, y + SIDE / 2, fontsize=10, color=INK, ha="right", va="center")
 

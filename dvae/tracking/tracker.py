@@ -38,10 +38,10 @@ class Tracker:
         if self.wandb:
             self.wandb.image(self.stage, step, name, path)
 
-    def summarise(self, figures: dict[str, float | None]) -> None:
+    def summarize(self, figures: dict[str, float | None]) -> None:
         """Enter figures of the whole run, by full name, in W&B's summary; summary.json is the caller's."""
         if self.wandb:
-            self.wandb.summarise(figures)
+            self.wandb.summarize(figures)
 
     def results(self, figures: dict[str, float | None], pictures: list[Path], bundle: Path) -> None:
         """Show W&B what an evaluation found, and the rows of metrics that it lacks."""

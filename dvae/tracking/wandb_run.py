@@ -160,8 +160,8 @@ class WandbRun:
             figures = {key: v for key, v in row.items() if key not in ("stage", "step")}
             self.log(row["stage"], row["step"], figures)
 
-    def summarise(self, figures: Mapping[str, float | None]) -> None:
-        """Enter figures of the whole run, by full name, in the summary: what a sweep can optimise."""
+    def summarize(self, figures: Mapping[str, float | None]) -> None:
+        """Enter figures of the whole run, by full name, in the summary: what a sweep can optimize."""
         self._do(lambda run: run.summary.update(dict(figures)))
 
     def results(self, figures: Mapping[str, float | None], pictures: Iterable[Path], bundle: Path) -> None:

@@ -23,7 +23,7 @@ from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.utils import rng
 
 Preview = Callable[[int, dict[str, torch.Tensor]], Path]
-"""preview(step, averaged weights of the stage) draws a picture of what has been learnt so far, and says where it lies;
+"""preview(step, averaged weights of the stage) draws a picture of what has been learned so far, and says where it lies;
 on rank 0 alone."""
 
 Score = Callable[[dict[str, torch.Tensor]], dict[str, float]]
@@ -32,7 +32,7 @@ Score = Callable[[dict[str, torch.Tensor]], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainHooks:
-    """How what has been learnt so far is looked at while a stage trains."""
+    """How what has been learned so far is looked at while a stage trains."""
 
     preview: Preview | None = None
     """Every preview_every steps."""
@@ -121,7 +121,7 @@ def train(
 
 
 def take_step(stage: Stage, engines: dict[str, Engine], batches: list[Batch], state: State, run: Path) -> None:
-    """One optimiser step of every module over this rank's micro-batches; advances the state.
+    """One optimizer step of every module over this rank's micro-batches; advances the state.
 
     All modules take the step or none does. Raises MachineError where it was left out and none more may be.
     """
@@ -187,13 +187,13 @@ def log(stage: Stage, state: State, tracker: Tracker, progress: Progress) -> Non
 
 
 def show(preview: Preview, step: int, averaged: dict[str, torch.Tensor], tracker: Tracker) -> None:
-    """A picture of what has been learnt so far."""
+    """A picture of what has been learned so far."""
     ranks.on_rank_zero(lambda: tracker.image("preview", preview(step, averaged), step))
 
 
 def scored(score: Score, averaged: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """Figures of what has been learnt so far, as sums and counts: they go into the next row, and into a checkpoint that
-    comes before it, so that a resumed run has the same rows."""
+    """Figures of what has been learned so far, as sums and counts: they go into the next row, and into a checkpoint
+    that comes before it, so that a resumed run has the same rows."""
     found = ranks.on_rank_zero(score, averaged)
     return {} if ranks.rank() else {name: (value, 1.0) for name, value in found.items()}
 

@@ -84,7 +84,7 @@ def products(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float) -
 def coefficients(steps: np.ndarray, widths: np.ndarray, step: int, width: float) -> tuple[np.ndarray, float]:
     """Coefficients (n,), adding up to 1, of averages of `widths` (n,) at `steps` (n,) for one of `width` at `step`.
 
-    They minimise the distance in L2 between the profiles; returns it too, relative to the norm of the profile.
+    They minimize the distance in L2 between the profiles; returns it too, relative to the norm of the profile.
     """
     gammas, gamma = np.array([power(one) for one in widths]), power(width)
     gram = np.stack([products(steps, gammas, *one) for one in zip(steps, gammas, strict=True)])

@@ -57,8 +57,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def header(width: int, height: int, depth: int = 8, colour: int = 2, interlaced: int = 0) -> bytes:
-    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced))
+def header(width: int, height: int, depth: int = 8, color: int = 2, interlaced: int = 0) -> bytes:
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced))
 
 
 def png(*chunks: bytes) -> bytes:
@@ -82,7 +82,7 @@ PNGS: dict[str, bytes] = {
     "16 bits": png(header(8, 8, 16), chunk(b"IDAT", zlib.compress(bytes(49 * 8)))),
     "a palette": png(header(8, 8, 8, 3), chunk(b"PLTE", bytes(3)), chunk(b"IDAT", zlib.compress(bytes(72)))),
     "alpha": png(header(8, 8, 8, 6), chunk(b"IDAT", zlib.compress(bytes(33 * 8)))),
-    "grey": png(header(8, 8, 8, 0), chunk(b"IDAT", zlib.compress(bytes(72)))),
+    "gray": png(header(8, 8, 8, 0), chunk(b"IDAT", zlib.compress(bytes(72)))),
     "color type 7": png(header(8, 8, 8, 7), SCANS),
     "no header": png(SCANS),
     "a late header": png(chunk(b"tEXt", b"a\0b"), header(8, 8), SCANS),

@@ -48,7 +48,7 @@ def tiff(entries: list[tuple[int, int, int, int]], data: bytes) -> bytes:
 
 
 def tiled(side: int) -> bytes:
-    """8x8 grey pixels in one tile of `side` x `side`, deflated zeros of 100 MB."""
+    """8x8 gray pixels in one tile of `side` x `side`, deflated zeros of 100 MB."""
     packed = zlib.compress(bytes(10**8), 9)
     entries = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
                (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 134), (325, 4, 1, len(packed))]  # fmt: skip
@@ -56,7 +56,7 @@ def tiled(side: int) -> bytes:
 
 
 def striped(width: int, height: int, rows: int) -> bytes:
-    """Grey pixels in strips of so many rows, of which there is one."""
+    """Gray pixels in strips of so many rows, of which there is one."""
     packed = zlib.compress(bytes(10**7), 9)
     entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1),
                (273, 4, 1, 122), (277, 3, 1, 1), (278, 4, 1, rows), (279, 4, 1, len(packed))]  # fmt: skip

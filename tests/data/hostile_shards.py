@@ -61,7 +61,7 @@ def shards(folder: Path, first: bytes = b"", about: bytes = b"") -> Path:
         writer.close()
         made[split] = [seal(writer.path)]
     manifest = Manifest(
-        image_size=8, channels=3, source={"name": "folder"}, licence="CC0", protocol="", heldout_fraction=0.3,
+        image_size=8, channels=3, source={"name": "folder"}, license="CC0", protocol="", heldout_fraction=0.3,
         shard_size=10, splits=made, labels={"kind": ["cat"]},
     )  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest.as_dict()))

@@ -23,7 +23,7 @@ class Patterns(Source):
         distinct: int = 0
         """Number of different images, over and over again (0: all differ)."""
 
-    licence = "CC0 1.0"
+    license = "CC0 1.0"
 
     def __init__(self, config: Config, io: Shapes) -> None:
         self.config, self.io = config, io

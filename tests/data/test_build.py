@@ -45,7 +45,7 @@ def test_plain_webdataset_reads_every_image(shards: Path):
 def test_manifest_tells_what_is_there(shards: Path):
     manifest = Manifest.load(shards, image_size=8, channels=3)
     assert manifest.source == {"name": "test_patterns", "count": 50, "damaged": 0, "distinct": 0}
-    assert manifest.licence == "CC0 1.0"
+    assert manifest.license == "CC0 1.0"
     assert manifest.labels == {"number": [0, 1, 2], "parity": ["even", "odd"]}
     for shard in manifest.splits["train"]:
         assert shard.count <= 7
@@ -92,7 +92,7 @@ def test_nothing_held_out(tmp_path: Path):
     assert (manifest.count("train"), manifest.splits["heldout"]) == (50, [])
 
 
-def test_grey_images(tmp_path: Path):
+def test_gray_images(tmp_path: Path):
     build(PATTERNS, 8, tmp_path / "s", 0.0, channels=1, workers=1)
     assert decode(samples(tmp_path / "s", "train")[3]["png"], "x").mode == "L"
 

@@ -25,7 +25,7 @@ def test_to_uint8_rounds_and_clamps():
     assert to_uint8(values).tolist() == [0, 0, 7, 255, 255]  # 0.0035 is less than half a step
 
 
-def test_centre_crop_takes_the_middle_square():
+def test_center_crop_takes_the_middle_square():
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200
     assert (fit(Image.fromarray(pixels), 10, 3, Crop.center, "x") == 200).all()
@@ -58,7 +58,7 @@ def test_transparency_is_laid_over_white(mode: str):
     assert (fit(clear, 8, 3, Crop.center, "x") == 255).all()
 
 
-def test_grey_16_bit_is_scaled_to_8():
+def test_gray_16_bit_is_scaled_to_8():
     deep = Image.fromarray(np.full((8, 8), 65535 // 2, np.uint16))
     assert set(fit(deep, 8, 1, Crop.center, "x").ravel().tolist()) <= {127, 128}
 

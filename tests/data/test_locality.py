@@ -12,7 +12,7 @@ def test_one_window_over_all_is_a_full_permutation():
     found = measure(Order(20_000, 1, block=20_000, window=1), 50)
     assert found.held == 1
     assert found.distance == pytest.approx(1, abs=0.02)
-    assert found.neighbours == pytest.approx(1, abs=0.02)
+    assert found.neighbors == pytest.approx(1, abs=0.02)
     assert found.spread == pytest.approx(1, abs=0.1)
 
 
@@ -33,10 +33,10 @@ def test_classes_stored_together_come_in_lumps(window: int):
     assert found.blocks == window
 
 
-def test_neighbours_within_a_single_block():
+def test_neighbors_within_a_single_block():
     """Window 1: all pairs of a batch lie within a block, as (2 K - 1) / K^2 of all pairs do, for K blocks."""
     found = measure(Order(40_000, 1, block=1000, window=1), 20)
-    assert found.neighbours == pytest.approx(1 / ((2 * 40 - 1) / 40**2), rel=0.02)
+    assert found.neighbors == pytest.approx(1 / ((2 * 40 - 1) / 40**2), rel=0.02)
     assert found.distance == pytest.approx(1000 / 40_000, rel=0.05)
     assert (found.held, found.shards) == (1 / 40, 1.0)
 

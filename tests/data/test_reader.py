@@ -107,7 +107,7 @@ def test_damage_does_not_part_images_from_their_classes(shards: Path):
         Shards(shards, max_bad_fraction=0.0).classes("parity", ["odd", "even"])
 
 
-def test_grey(tmp_path: Path):
+def test_gray(tmp_path: Path):
     build({"name": "test_patterns"}, 8, tmp_path / "s", 0.0, channels=1, workers=1)
     assert np.array_equal(Shards(tmp_path / "s").read([4])[0], pixels_of(4, channels=1))
 

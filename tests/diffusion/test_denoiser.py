@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dvae.diffusion.denoiser import Centre, Conditioning, Denoiser, DenoiserConfig, NoiseSample
+from dvae.diffusion.denoiser import Center, Conditioning, Denoiser, DenoiserConfig, NoiseSample
 from dvae.diffusion.kernels import Diffusion, Factor, Matching
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
@@ -30,7 +30,7 @@ def make(schedule: str = "cosine", process: str = "vp", **config: object) -> Den
     )
     io = replace(IO, k=diffusion.k, outputs=len(diffusion.predicted), labels=CLASSES * settings.condition_label)
     refiner = REFINERS.build(UNET, io)
-    for parameter in refiner.parameters():  # zero-initialised layers would hide differences
+    for parameter in refiner.parameters():  # zero-initialized layers would hide differences
         torch.nn.init.normal_(parameter, std=0.1)
     return Denoiser(refiner, diffusion, settings, io).eval()
 
@@ -50,7 +50,7 @@ def batch(n: int = 4, k: int = 1) -> tuple[torch.Tensor, Conditioning, NoiseSamp
 
 def test_formulation_2_is_formulation_1_with_mapped_weights() -> None:
     """W1 (y + x_hat) + W2 x_hat = W1 y + (W1 + W2) x_hat, so both are one function class."""
-    second, first = make(centre=Centre.input), make(centre=Centre.none)
+    second, first = make(center=Center.input), make(center=Center.none)
     state = second.state_dict()
     stem = "refiner.input_blocks.0.0.weight"
     w1, w2 = second.state_dict()[stem].split([3, 3], dim=1)
@@ -60,7 +60,7 @@ def test_formulation_2_is_formulation_1_with_mapped_weights() -> None:
     u = first.diffusion.perturb(x, draws.t, draws.eps)
     torch.testing.assert_close(second.output(u, draws.t, given), first.output(u, draws.t, given), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(second(x, given, draws), first(x, given, draws), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(make(centre=Centre.input)(x, given, draws), make()(x, given, draws), atol=1e-3)
+    assert not torch.allclose(make(center=Center.input)(x, given, draws), make()(x, given, draws), atol=1e-3)
 
 
 class Perfect(torch.nn.Module):
@@ -84,7 +84,7 @@ KINDS_OF_PREDICTION = [
 
 @pytest.mark.parametrize(("process", "config"), KINDS_OF_PREDICTION)
 def test_a_perfect_refiner_has_no_loss_and_gives_back_the_image(process: str, config: dict) -> None:
-    denoiser = make(schedule="linear", process=process, centre=Centre.residual, data_scale=3.0, **config)
+    denoiser = make(schedule="linear", process=process, center=Center.residual, data_scale=3.0, **config)
     x, given, draws = batch(k=denoiser.diffusion.k)
     if denoiser.config.matching is not Matching.dsm:
         draws = replace(draws, start=None)
@@ -116,17 +116,17 @@ def test_one_noise_component_needs_half_the_outputs() -> None:
     assert make("linear", "psld").output(draws.eps, draws.t, given).shape == draws.eps.shape
 
 
-@pytest.mark.parametrize("centre", list(Centre))
-def test_image_and_state_are_inverse(centre: Centre) -> None:
-    denoiser = make(centre=centre, data_scale=2.5)
+@pytest.mark.parametrize("center", list(Center))
+def test_image_and_state_are_inverse(center: Center) -> None:
+    denoiser = make(center=center, data_scale=2.5)
     x, given, _ = batch()
     torch.testing.assert_close(denoiser.to_image(denoiser.to_state(x, given), given), x, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("centre", list(Centre))
-def test_a_dropped_condition_takes_its_shift_along(centre: Centre) -> None:
-    """With every condition dropped, x_hat and z are without influence on the loss, whatever the centre."""
-    denoiser = make(centre=centre)
+@pytest.mark.parametrize("center", list(Center))
+def test_a_dropped_condition_takes_its_shift_along(center: Center) -> None:
+    """With every condition dropped, x_hat and z are without influence on the loss, whatever the center."""
+    denoiser = make(center=center)
     x, given, draws = batch()
     dropped = NoiseSample(draws.t, draws.eps, torch.zeros(4, dtype=torch.bool))
     other = Conditioning(torch.randn_like(given.x_hat), torch.randn_like(given.z))
@@ -196,7 +196,7 @@ def test_denoising_score_matching_draws_the_momentum() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"centre": Centre.input, "condition_image": False}, "condition_image=true"),
+        ({"center": Center.input, "condition_image": False}, "condition_image=true"),
         ({"condition_dropout": 1.5}, "use 0 to 1"),
         ({"label_dropout": -0.5}, "use 0 to 1"),
         ({"data_scale": 0.0}, "null to measure"),

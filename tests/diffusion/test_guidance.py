@@ -9,7 +9,7 @@ import torch
 from closed_forms import IO as PIXEL
 from closed_forms import Mixture, diffusion, integrable, normal
 
-from dvae.diffusion.denoiser import Centre, Conditioning, Denoiser, DenoiserConfig
+from dvae.diffusion.denoiser import Center, Conditioning, Denoiser, DenoiserConfig
 from dvae.diffusion.guidance import Guidance, GuidedDenoiser, limited
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
@@ -52,13 +52,13 @@ def states(denoiser: Denoiser, condition: Conditioning, t: float) -> tuple[torch
     return add_noise(condition), add_noise(nothing)
 
 
-CENTRES = [(process, centre) for process in ("vp", "psld") for centre in Centre]
+CENTERS = [(process, center) for process in ("vp", "psld") for center in Center]
 
 
-@pytest.mark.parametrize(("process", "centre"), CENTRES)
+@pytest.mark.parametrize(("process", "center"), CENTERS)
 @torch.no_grad()
-def test_weight_1_is_the_conditional_model_and_0_the_unconditional(process: str, centre: Centre) -> None:
-    denoiser = make(process, centre=centre, data_scale=2.0)
+def test_weight_1_is_the_conditional_model_and_0_the_unconditional(process: str, center: Center) -> None:
+    denoiser = make(process, center=center, data_scale=2.0)
     full, t = given(), torch.full((2,), 0.5, dtype=torch.float64)
     u, bare = states(denoiser, full, 0.5)
     nothing = full.drop(torch.zeros(2, dtype=torch.bool))
@@ -81,12 +81,12 @@ def test_label_weight_1_is_the_conditional_model_and_0_that_without_a_class() ->
     denoiser, full, t = make(), given(), torch.full((2,), 0.5, dtype=torch.float64)
     u, _ = states(denoiser, full, 0.5)
     without = full.drop_label(torch.zeros(2, dtype=torch.bool))
-    eps, unlabelled = denoiser.predict(u, t, full)[0], denoiser.predict(u, t, without)[0]
+    eps, unlabeled = denoiser.predict(u, t, full)[0], denoiser.predict(u, t, without)[0]
     assert torch.equal(GuidedDenoiser(denoiser, full, Guidance(label=1.0))(u, 0.5).eps, eps)
-    assert torch.equal(GuidedDenoiser(denoiser, full, Guidance(label=0.0))(u, 0.5).eps, unlabelled)
+    assert torch.equal(GuidedDenoiser(denoiser, full, Guidance(label=0.0))(u, 0.5).eps, unlabeled)
     model = GuidedDenoiser(denoiser, full, Guidance(condition=2.0, label=4.0))
     nothing = denoiser.predict(u, t, full.drop(torch.zeros(2, dtype=torch.bool)))[0]
-    expected = nothing + 2.0 * (unlabelled + 4.0 * (eps - unlabelled) - nothing)
+    expected = nothing + 2.0 * (unlabeled + 4.0 * (eps - unlabeled) - nothing)
     torch.testing.assert_close(model(u, 0.5).eps, expected, atol=1e-4, rtol=1e-4)
     assert model.passes == 3
 
@@ -218,12 +218,12 @@ def test_all_prediction_types_give_the_same_samples(name: str, process: str, sch
 
 
 @pytest.mark.parametrize("threshold", [Threshold.clamp, Threshold.dynamic])
-@pytest.mark.parametrize(("process", "centre"), CENTRES)
+@pytest.mark.parametrize(("process", "center"), CENTERS)
 @torch.no_grad()
 def test_thresholds_keep_the_image_in_range_and_eps_consistent(
-    process: str, centre: Centre, threshold: Threshold
+    process: str, center: Center, threshold: Threshold
 ) -> None:
-    denoiser, full = make(process, centre=centre, data_scale=4.0), given()
+    denoiser, full = make(process, center=center, data_scale=4.0), given()
     u, _ = states(denoiser, full, 0.6)
     model = GuidedDenoiser(denoiser, full)
     free, kept = model(u, 0.6), model(u, 0.6, threshold=threshold)

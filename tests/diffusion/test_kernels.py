@@ -294,7 +294,7 @@ def test_the_closed_form_of_2x2_exponentials(damping: float) -> None:
 
 @pytest.mark.parametrize("name", ["psld", "cld"])
 @pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
-def test_hsm_is_dsm_marginalised_over_the_momentum(name: str, t: float) -> None:
+def test_hsm_is_dsm_marginalized_over_the_momentum(name: str, t: float) -> None:
     process, schedule = PROCESSES.build({"name": name}, IO), SCHEDULES.build({"name": "constant"}, IO)
     Phi, L_hsm = Diffusion(process, schedule, matching=Matching.hsm).marginal(t)
     Phi_dsm, L_dsm = Diffusion(process, schedule, matching=Matching.dsm).marginal(t)

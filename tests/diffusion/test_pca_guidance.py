@@ -106,13 +106,13 @@ def inputs(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("components", [1, D])
 @torch.no_grad()
-def test_before_anything_is_learnt_it_is_the_refiner_without(components: int, bf16: bool) -> None:
+def test_before_anything_is_learned_it_is_the_refiner_without(components: int, bf16: bool) -> None:
     u, t, given = inputs()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert torch.equal(make(components).output(u, t, given), make().output(u, t, given))
 
 
-def learnt(components: int = 3) -> Denoiser:
+def learned(components: int = 3) -> Denoiser:
     denoiser = make(components)
     torch.nn.init.normal_(denoiser.pca_projection, std=0.5)
     return denoiser
@@ -123,7 +123,7 @@ def test_dropped_per_sample_it_is_the_refiner_without() -> None:
     u, t, given = inputs()
     keep = torch.tensor([True, False, True, False])
     dropped, kept, without = (
-        learnt().output(u, t, given.drop_pca(keep)), learnt().output(u, t, given), make().output(u, t, given)
+        learned().output(u, t, given.drop_pca(keep)), learned().output(u, t, given), make().output(u, t, given)
     )  # fmt: skip
     torch.testing.assert_close(dropped[keep], kept[keep], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dropped[~keep], without[~keep], rtol=1e-4, atol=1e-4)
@@ -139,7 +139,7 @@ def test_training_drops_it_as_often_as_it_says() -> None:
 @torch.no_grad()
 def test_guidance_goes_on_from_without_to_with() -> None:
     u, _, given = inputs()
-    denoiser = learnt()
+    denoiser = learned()
     eps = {w: GuidedDenoiser(denoiser, given, Guidance(pca=w))(u, 0.5).eps for w in (0.0, 1.0, 2.5)}
     torch.testing.assert_close(eps[2.5], eps[0.0] + 2.5 * (eps[1.0] - eps[0.0]), rtol=1e-3, atol=1e-3)
     assert GuidedDenoiser(denoiser, given, Guidance(pca=2.5)).passes == 2

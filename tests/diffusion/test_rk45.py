@@ -1,4 +1,4 @@
-"""The adaptive integrator: solutions known in closed form, and samples that do not feel their neighbours."""
+"""The adaptive integrator: solutions known in closed form, and samples that do not feel their neighbors."""
 
 from __future__ import annotations
 

@@ -66,9 +66,9 @@ def test_one_of_two_images_side_by_side(tmp_path: Path) -> None:
     assert torch.equal(right, 255 - left)
 
 
-def test_grey_images_are_three_times_over(tmp_path: Path) -> None:
-    np.save(tmp_path / "grey.npy", PIXELS[..., :1])
-    images = open_set("images", str(tmp_path / "grey.npy")).read(0, 2)
+def test_gray_images_are_three_times_over(tmp_path: Path) -> None:
+    np.save(tmp_path / "gray.npy", PIXELS[..., :1])
+    images = open_set("images", str(tmp_path / "gray.npy")).read(0, 2)
     assert images.shape == (2, 3, 6, 8)
     assert torch.equal(images[:, 0], images[:, 2])
 

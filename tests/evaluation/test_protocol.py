@@ -22,7 +22,7 @@ PROTOCOL = Protocol(
     sampler={"name": "ddim", "steps": 50},
     nfe=50,
     packages={"torch": "2.14.1"},
-    prc_neighbourhood=3,
+    prc_neighborhood=3,
     isc_splits=10,
 )
 MUTABLE_FIELDS = {"sampler", "nfe", "packages", "made", "batch", "threads"}
@@ -42,7 +42,7 @@ def test_how_images_were_made_is_what_one_compares():
 
 
 def test_the_setting_of_a_metric_that_was_not_computed_decides_nothing():
-    compare(PROTOCOL, replace(PROTOCOL, kid_subset_size=None, kid_subsets=None, prc_neighbourhood=None))
+    compare(PROTOCOL, replace(PROTOCOL, kid_subset_size=None, kid_subsets=None, prc_neighborhood=None))
 
 
 def test_read_back_from_json():
@@ -50,5 +50,5 @@ def test_read_back_from_json():
     assert Protocol.read(record) == PROTOCOL
     with pytest.raises(UserError, match="field 'n' is lacking"):
         Protocol.read({key: value for key, value in record.items() if key != "n"})
-    with pytest.raises(UserError, match="field 'colour' is unknown"):
-        Protocol.read({**record, "colour": 1})
+    with pytest.raises(UserError, match="field 'color' is unknown"):
+        Protocol.read({**record, "color": 1})

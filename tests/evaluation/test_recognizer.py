@@ -31,24 +31,24 @@ def trained() -> nn.Module:
     return recognizer.train(lambda i: (images[i], labels[i]), len(images), 3, steps=150, batch=32, seed=0)
 
 
-def test_classes_apart_are_all_recognised(trained: nn.Module) -> None:
+def test_classes_apart_are_all_recognized(trained: nn.Module) -> None:
     images, labels = bars(300, 1)
     found = recognizer.probabilities(trained, images, 64)
     assert found.shape == (300, 4)
     assert (found.argmax(1) == labels).all()
     figures = recognizer.verdict(found, CLASSES, 0.9)
-    assert figures["recognised"] > 0.97
+    assert figures["recognized"] > 0.97
     assert figures["classes_present"] == 3
 
 
-def test_images_that_show_nothing_are_not_recognised(trained: nn.Module) -> None:
+def test_images_that_show_nothing_are_not_recognized(trained: nn.Module) -> None:
     noise = torch.randint(0, 256, (200, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    grey = torch.arange(0, 250, 5, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 12, 12)
+    gray = torch.arange(0, 250, 5, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 12, 12)
     pixels = bars(200, 3)[0].flatten(1)
     mixed = pixels[:, torch.randperm(144, generator=torch.Generator().manual_seed(4))].view(-1, 1, 12, 12)
-    for images in (noise, grey, mixed):
+    for images in (noise, gray, mixed):
         figures = recognizer.verdict(recognizer.probabilities(trained, images), CLASSES, 0.9)
-        assert figures["recognised"] < 0.1
+        assert figures["recognized"] < 0.1
         assert figures["nothing"] > 0.8
 
 
@@ -72,7 +72,7 @@ def test_verdict_by_hand() -> None:
     found = torch.tensor([[0.95, 0.05, 0.0], [0.91, 0.0, 0.09], [0.5, 0.5, 0.0], [0.1, 0.3, 0.6]])
     assert recognizer.verdict(found, ["a", "b"], 0.9) == {
         "n": 4,
-        "recognised": 0.5,
+        "recognized": 0.5,
         "nothing": 0.25,
         "classes_present": 1,
         "by_class": {"a": 2, "b": 0},
@@ -108,7 +108,7 @@ def test_shifts_move_the_whole_batch_and_no_further_than_two_of_28() -> None:
     assert torch.equal(recognizer.shifted(small), small)  # less than 14 pixels wide
 
 
-class Labelled:
+class Labeled:
     """Stands for a split of shards: only its labels are looked at."""
 
     folder = "shards"
@@ -129,14 +129,14 @@ class Labelled:
 def test_labels_that_cannot_be(labels: dict[str, list[str | int]], word: str, says: str) -> None:
     settings = recognizer.JudgeConfig(run="r", label=word)
     with pytest.raises(UserError, match=says):
-        recognizer.attribute_of(settings, "", Labelled(**labels))  # type: ignore[arg-type]
+        recognizer.attribute_of(settings, "", Labeled(**labels))  # type: ignore[arg-type]
 
 
 def test_the_label_is_the_word_or_the_runs_or_the_only_one() -> None:
-    two: Shards = Labelled(hair=["red", "grey"], eyes=[0, 1])  # type: ignore[assignment]
+    two: Shards = Labeled(hair=["red", "gray"], eyes=[0, 1])  # type: ignore[assignment]
     assert recognizer.attribute_of(recognizer.JudgeConfig(run="r", label="eyes"), "hair", two) == ("eyes", ["0", "1"])
-    assert recognizer.attribute_of(recognizer.JudgeConfig(run="r"), "hair", two) == ("hair", ["red", "grey"])
-    one: Shards = Labelled(eyes=[0, 1])  # type: ignore[assignment]
+    assert recognizer.attribute_of(recognizer.JudgeConfig(run="r"), "hair", two) == ("hair", ["red", "gray"])
+    one: Shards = Labeled(eyes=[0, 1])  # type: ignore[assignment]
     assert recognizer.attribute_of(recognizer.JudgeConfig(run="r"), "", one) == ("eyes", ["0", "1"])
 
 
@@ -157,5 +157,5 @@ def test_damaged_images_take_the_label_of_what_is_shown_instead() -> None:
         def shown(self, indices: np.ndarray) -> np.ndarray:
             return np.where(indices == 0, 1, indices)  # image 0 is damaged
 
-    _, labels = recognizer.labelled(Damaged(), "digit", ["0", "1"])(np.array([0, 2]))  # type: ignore[arg-type]
+    _, labels = recognizer.labeled(Damaged(), "digit", ["0", "1"])(np.array([0, 2]))  # type: ignore[arg-type]
     assert labels.tolist() == [1, 1]

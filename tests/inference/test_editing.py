@@ -133,7 +133,7 @@ def test_latent_space_and_no_encoder_say_what_they_cannot(tiny: list[str]) -> No
     plain = pipeline(
         [*tiny[:1], "image_size=16", "refiner.width=32", "refiner.multipliers=[1]", "refiner.attention_resolutions=[]"],
         "encoder=none", "prior=normal", "denoiser.condition_image=false", "denoiser.condition_latent=false",
-        "denoiser.centre=none", "sampler.steps=2",
+        "denoiser.center=none", "sampler.steps=2",
         batch=None,
     )  # fmt: skip
     assert plain.interpolate(0, 1, "noise", 3).shape == (1, 3, 3, 16, 16)
@@ -202,7 +202,7 @@ def test_classes_by_name_one_for_each(tiny: list[str]) -> None:
 
 def test_pil_images(tmp_path: Path) -> None:
     images = faces(2)
-    colour, grey = dvae.pil(images), dvae.pil(images[:, :1])
-    assert [image.mode for image in (*colour, *grey)] == ["RGB", "RGB", "L", "L"]
-    assert colour[1].getpixel((5, 3)) == tuple(images[1, :, 3, 5].tolist())
+    color, gray = dvae.pil(images), dvae.pil(images[:, :1])
+    assert [image.mode for image in (*color, *gray)] == ["RGB", "RGB", "L", "L"]
+    assert color[1].getpixel((5, 3)) == tuple(images[1, :, 3, 5].tolist())
     assert len(dvae.pil(images[0])) == 1

@@ -28,13 +28,13 @@ def test_known_pixels_come_back_exactly(name: str, process: str, schedule: str) 
 @pytest.mark.parametrize("matching", list(Matching))
 @pytest.mark.parametrize("process", ["vp", "psld"])
 def test_known_pixels_have_the_level_just_reached(process: str, matching: Matching) -> None:
-    """Mean and covariance of every component are the kernel's, the momentum drawn or marginalised alike."""
+    """Mean and covariance of every component are the kernel's, the momentum drawn or marginalized alike."""
     d: Diffusion = diffusion(process, "constant", matching=matching)
     n, t, value = 200_000, 0.2, 0.7
     x0 = torch.full((1, 1, n, 1), value, dtype=torch.float64)
     known = torch.ones_like(x0, dtype=torch.bool)
     on_step = keep_known(d, x0, known, lambda i: normal(i, 1, d.k, n, 1))
     u = on_step(3, t, torch.zeros(1, d.k, n, 1, dtype=torch.float64))[0, :, :, 0]
-    Phi, L = diffusion(process, "constant").marginal(t)  # hybrid: the momentum marginalised
+    Phi, L = diffusion(process, "constant").marginal(t)  # hybrid: the momentum marginalized
     torch.testing.assert_close(u.mean(1), Phi[0, :, 0] * value, rtol=0, atol=0.01)
     torch.testing.assert_close(torch.cov(u).reshape(d.k, d.k), (L @ L.mT)[0], rtol=0, atol=0.01)

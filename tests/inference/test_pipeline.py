@@ -176,7 +176,7 @@ def test_a_sampler_names_those_that_can(tiny: list[str]) -> None:
 @pytest.mark.parametrize("process", ["vp", "psld"])
 def test_bits_per_dim_of_the_refiner(process: str, tiny: list[str]) -> None:
     """A network that puts out zero, as v or as mixed eps, says that the state is N(0, 1): bits in closed form."""
-    words = ["denoiser.centre=none", *WORDS[process]]
+    words = ["denoiser.center=none", *WORDS[process]]
     made = pipeline(tiny, *words, *(["denoiser.mixed=true"] if process == "psld" else []))
     with torch.no_grad():
         made.models.denoiser.refiner.out[2].weight.zero_()

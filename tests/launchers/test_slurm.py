@@ -247,8 +247,8 @@ def test_another_job_needs_the_place(runs: Runs, two: Path) -> None:
     assert same(runs.finish(run), two)
 
 
-def test_a_cancelled_step_begins_anew_and_a_cancelled_job_has_saved(runs: Runs, two: Path) -> None:
-    run = runs.folder / "cancelled"
+def test_a_canceled_step_begins_anew_and_a_canceled_job_has_saved(runs: Runs, two: Path) -> None:
+    run = runs.folder / "canceled"
     job = runs.launch(run, "launcher.wait=false", *runs.slow(0.1))
     under_way(run)
     runs.cluster.run("scancel", f"{job}.0")  # SLURM kills the ranks at once

@@ -232,7 +232,7 @@ def test_cancel_cancels_what_waits_and_arrays_and_stops_what_trains(
     monkeypatch.setattr(queue, "known", lambda folders: {tmp_path: jobs if not done else []})
     states = [("12_0", "RUNNING"), ("12_[1-3%4]", "PENDING"), ("13", "PENDING")]
     jobs = [Job(id=number, state=state, reason="") for number, state in states]
-    assert list(manage.cancel(tmp_path)) == [f"{tmp_path}: job {number} is cancelled" for number in ("12", "13")]
+    assert list(manage.cancel(tmp_path)) == [f"{tmp_path}: job {number} is canceled" for number in ("12", "13")]
     assert done == ["cancel 12", "cancel 13"]
     done, jobs = [], [Job(id="14", state="RUNNING", reason="")]
     attempts.write(tmp_path, [attempt(time.time(), status=143)])

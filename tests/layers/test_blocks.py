@@ -28,8 +28,8 @@ def test_group_norm_is_the_definition(memory_format, silu):
     module = norm(64, silu).double()
     x = torch.randn(2, 64, 3, 5, dtype=torch.float64).contiguous(memory_format=memory_format)
     groups = x.reshape(2, 32, -1)
-    centred = groups - groups.mean(2, keepdim=True)
-    y = (centred / (centred.square().mean(2, keepdim=True) + module.eps).sqrt()).view_as(x)
+    centered = groups - groups.mean(2, keepdim=True)
+    y = (centered / (centered.square().mean(2, keepdim=True) + module.eps).sqrt()).view_as(x)
     y = y * module.weight[:, None, None] + module.bias[:, None, None]
     got = module(x)
     torch.testing.assert_close(got, y * torch.sigmoid(y) if silu else y)

@@ -46,7 +46,7 @@ def test_block_starts_as_its_rescaled_skip():
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("backend", [AttentionBackend.math, AttentionBackend.sdpa])
-def test_attention_is_plain_maths(memory_format, backend):
+def test_attention_is_plain_math(memory_format, backend):
     block = moved(NCSNAttention(32, backend))
     x = torch.randn(2, 32, 3, 4).double().contiguous(memory_format=memory_format)
     p = dict(block.named_parameters())

@@ -74,7 +74,7 @@ def test_the_demo_adds_up(demo: plan.Plan) -> None:
         assert stage.modules[0].parameters == counted[stage.name]
         assert stage.micro_batch * demo.ranks == stage.training.batch
         chosen = stage.chosen
-        assert chosen.step == pytest.approx(stage.computing + chosen.communication + stage.optimiser)
+        assert chosen.step == pytest.approx(stage.computing + chosen.communication + stage.optimizer)
         assert stage.gpu_days == pytest.approx(4 * stage.training.steps * chosen.step / 86400)
         assert stage.images_per_second == pytest.approx(stage.training.batch / chosen.step)
         assert stage.shardings[3].step < stage.shardings[2].step  # its communication is hidden

@@ -14,7 +14,7 @@ COUNT = 12
 
 
 def face(path: Path, seed: int, width: int, height: int) -> None:
-    """A picture of a few coloured blocks, which JPEG makes small."""
+    """A picture of a few colored blocks, which JPEG makes small."""
     path.parent.mkdir(parents=True, exist_ok=True)
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize((width, height), Image.Resampling.BILINEAR).save(path)

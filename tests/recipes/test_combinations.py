@@ -18,7 +18,7 @@ from dvae.config import compose
 from dvae.config.model_config import model_config
 from dvae.config.schema import Precision, RunConfig
 from dvae.data.loading.loader import Batch
-from dvae.diffusion.denoiser import Centre
+from dvae.diffusion.denoiser import Center
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
 from dvae.inference.noise import Noise
@@ -63,7 +63,7 @@ def endless(schedule: str) -> bool:
 def settings_of(row: Row) -> RunConfig:
     """The run of a row (encoder, refiner, process, schedule, sampler), given whatever the encoder has to give.
 
-    The prediction type and the centre are no columns: they change from row to row as far as they are defined.
+    The prediction type and the center are no columns: they change from row to row as far as they are defined.
     """
     encoder, refiner, process, schedule, sampler = row
     known = 0 not in latent_shape(encoder)
@@ -76,7 +76,7 @@ def settings_of(row: Row) -> RunConfig:
     denoiser = replace(
         plain().denoiser,
         prediction=types[turn % len(types)],
-        centre=list(Centre)[turn % 3] if known else Centre.none,
+        center=list(Center)[turn % 3] if known else Center.none,
         condition_image=known,
         condition_latent=known,
     )

@@ -17,10 +17,10 @@ SMALL = {
 }
 
 
-def small(image_size: int = 8, colours: int = 3, **fields: object) -> ConvVAE:
+def small(image_size: int = 8, colors: int = 3, **fields: object) -> ConvVAE:
     torch.manual_seed(0)
     node = {"name": "conv_vae", **SMALL, **fields}
-    return ENCODERS.build(node, Shapes(image_size=image_size, channels=colours))
+    return ENCODERS.build(node, Shapes(image_size=image_size, channels=colors))
 
 
 def test_published_parameter_names():
@@ -59,10 +59,10 @@ def test_decodes_into_the_image_range():
     assert x_hat.abs().max() <= 1
 
 
-@pytest.mark.parametrize(("size", "patch", "colours"), [(16, 2, 3), (8, 1, 1), (32, 4, 1)])
-def test_patch_and_grey_images(size, patch, colours):
-    vae = small(image_size=size, patch=patch, colours=colours)
-    x = torch.rand(1, colours, size, size) * 2 - 1  # a batch of one
+@pytest.mark.parametrize(("size", "patch", "colors"), [(16, 2, 3), (8, 1, 1), (32, 4, 1)])
+def test_patch_and_gray_images(size, patch, colors):
+    vae = small(image_size=size, patch=patch, colors=colors)
+    x = torch.rand(1, colors, size, size) * 2 - 1  # a batch of one
     assert vae.decode(vae.encode(x).mean).shape == x.shape
     assert vae.latent_shape == (5,)
 
@@ -70,13 +70,13 @@ def test_patch_and_grey_images(size, patch, colours):
 def test_learns_one_image():
     vae = small()
     x, noise = torch.rand(1, 3, 8, 8) * 2 - 1, torch.zeros(1, 5)
-    optimiser = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
     before = vae(x, noise)["loss"].item()
     for _ in range(150):
         loss = vae(x, noise)["loss"].mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert loss.item() < 0.4 * before
 
 

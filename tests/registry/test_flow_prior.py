@@ -28,7 +28,7 @@ def stirred(latent: tuple[int, ...] = (2,), seed: int = 0, **fields: object) -> 
         for parameter in prior.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
     d = math.prod(latent)
-    prior.centre.copy_(torch.randn(d, generator=draw))
+    prior.center.copy_(torch.randn(d, generator=draw))
     prior.factor.copy_(torch.eye(d) * 0.7 + 0.3 * torch.randn(d, d, generator=draw).tril(-1))
     prior.order.copy_(torch.stack([torch.randperm(d, generator=draw) for _ in prior.order]))
     return prior
@@ -160,7 +160,7 @@ def test_fit_noise_covers_the_width_of_the_posteriors() -> None:
         ({"steps": 0}, r"prior\.steps=0: use 1 or more"),
         ({"lr": 0.0}, r"prior\.lr=0\.0: must be above 0"),
         ({"validation": 1.0}, r"prior\.validation=1\.0: must be above 0 and below 1"),
-        ({"regularisation": -1.0}, r"prior\.regularisation=-1\.0: use 0 or more"),
+        ({"regularization": -1.0}, r"prior\.regularization=-1\.0: use 0 or more"),
     ],
 )
 def test_refuses_fields(fields: dict[str, object], message: str) -> None:

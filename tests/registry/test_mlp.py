@@ -21,7 +21,7 @@ def build(io: Shapes, **fields: int) -> torch.nn.Module:
     return module.eval()
 
 
-def test_neighbouring_small_times_are_far_apart() -> None:
+def test_neighboring_small_times_are_far_apart() -> None:
     """Doubling t moves the features as much at 1e-4 as it does at 0.1; those of t alone hardly move there."""
     t = torch.tensor([1e-4, 2e-4, 0.1, 0.2]) * 1000
     features = time_features(t, 64)

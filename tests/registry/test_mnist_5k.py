@@ -36,10 +36,10 @@ def test_500_scans_of_each_digit_as_they_are() -> None:
     assert not images[:, 0].any()  # the border is black
     zeros, ones = (images[digits == digit, 13:15, 13:15].mean() for digit in (0, 1))
     assert zeros < 50 < 150 < ones  # a zero is empty in its middle, a one is not: the right way up and in place
-    assert "MNIST" in source.licence
+    assert "MNIST" in source.license
 
 
-def test_to_another_size_and_colour() -> None:
+def test_to_another_size_and_color() -> None:
     image = make(32, 3)[0].image
     assert image.shape == (32, 32, 3)
     assert (image[..., 0] == image[..., 2]).all()

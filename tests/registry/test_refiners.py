@@ -23,7 +23,7 @@ SMALL = {"width": 32, "multipliers": [1, 2], "blocks": 1, "attention_resolutions
 
 
 def small(io: Shapes, seed: int = 0, **fields: object) -> UNet:
-    """A small net whose zero-initialised layers are moved off zero."""
+    """A small net whose zero-initialized layers are moved off zero."""
     torch.manual_seed(seed)
     unet = REFINERS.build({"name": "unet", **SMALL, **fields}, io)
     with torch.no_grad():

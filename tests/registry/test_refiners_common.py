@@ -26,7 +26,7 @@ ALL = Shapes(image_size=8, k=2, outputs=1, condition_channels=3, latent=(2, 2, 2
 
 
 def small(name: str, io: Shapes, **fields: object) -> Refiner:
-    """A small net whose zero-initialised layers are moved off zero."""
+    """A small net whose zero-initialized layers are moved off zero."""
     torch.manual_seed(0)
     refiner = REFINERS.build({"name": name.partition(",")[0], **SMALL[name], **fields}, io)
     with torch.no_grad():

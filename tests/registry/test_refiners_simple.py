@@ -20,7 +20,7 @@ def build(io: Shapes, **node: object) -> torch.nn.Module:
 
 
 def without_norms(refiner: torch.nn.Module) -> torch.nn.Module:
-    """The refiner with SiLU alone where it normalises, since norms let every pixel see all others."""
+    """The refiner with SiLU alone where it normalizes, since norms let every pixel see all others."""
     for module in refiner.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.forward = F.silu  # type: ignore[method-assign]

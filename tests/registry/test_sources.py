@@ -26,9 +26,9 @@ def make(size: int = 16, channels: int = 3, **node: object) -> Source:
     return SOURCES.build(node, Shapes(image_size=size, channels=channels))
 
 
-def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (20, 30)) -> None:
+def picture(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (20, 30)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def idx(path: Path, array: np.ndarray, magic: bytes | None = None) -> str:
@@ -48,7 +48,7 @@ def test_avatars_of_every_style(look: str):
         assert item.image.dtype == np.uint8
         assert item.image.std() > 10
     assert len({item.image.tobytes() for item in items}) == 4
-    assert "licensed under" in faces.licence
+    assert "licensed under" in faces.license
 
 
 def test_avatar_labels_are_what_is_drawn():
@@ -70,7 +70,7 @@ def test_avatars_are_stable_and_seeds_differ():
     assert not np.array_equal(first.image, other.image)
 
 
-def test_grey_avatars():
+def test_gray_avatars():
     assert make(16, 1, name="avatars")[0].image.shape == (16, 16, 1)
 
 
@@ -87,7 +87,7 @@ def test_avatars_without_dicebear(monkeypatch: pytest.MonkeyPatch):
     [
         ({"count": 0}, "count=0"),
         ({"background": ["red"]}, "red"),
-        ({"background": []}, "one or more colours"),
+        ({"background": []}, "one or more colors"),
         ({"style": "toonhead"}, "style"),
     ],
 )
@@ -118,12 +118,12 @@ def zipped(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["folder", "zip"])
 def test_pictures_are_read_in_order_with_their_folder(pictures: Path, name: str):
-    images = make(name=name, path=str(pictures if name == "folder" else zipped(pictures)), licence="CC BY 4.0")
+    images = make(name=name, path=str(pictures if name == "folder" else zipped(pictures)), license="CC BY 4.0")
     items = [images[i] for i in range(len(images))]
     assert [item.key for item in items] == ["cat/10.png", "cat/9.v2.webp", "dog/2.jpg"]
     assert [item.labels for item in items] == [{"folder": "cat"}, {"folder": "cat"}, {"folder": "dog"}]
     assert [int(item.image.mean((0, 1)).argmax()) for item in items] == [0, 1, 2]
-    assert images.licence == "CC BY 4.0"
+    assert images.license == "CC BY 4.0"
     assert "Lanczos" in images.protocol
 
 
@@ -206,7 +206,7 @@ def test_idx_as_mnist_has_it(tmp_path: Path, suffix: str):
     assert source[2].key == "0000002"
 
 
-def test_idx_to_another_size_and_colour(tmp_path: Path):
+def test_idx_to_another_size_and_color(tmp_path: Path):
     source = make(32, 3, name="idx", images=idx(tmp_path / "i", np.full((2, 28, 28), 99, np.uint8)))
     assert source[1].image.shape == (32, 32, 3)
     assert (source[1].image == 99).all()

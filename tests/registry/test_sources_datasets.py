@@ -266,7 +266,7 @@ def test_celeba_crops(celeba: Path, crop: str, box: tuple[int, int, int, int], p
     assert source[1].labels == {}
     assert all(str(edge) in source.protocol for edge in box)
     assert crop in source.protocol
-    assert "non-commercial" in source.licence
+    assert "non-commercial" in source.license
 
 
 def test_squash_bilinear_is_what_the_published_code_does(celeba: Path):
@@ -554,7 +554,7 @@ def test_every_data_set_goes_into_shards_and_back(tmp_path: Path):
         copy = pickle.loads(pickle.dumps(source))
         out = tmp_path / "shards" / name
         manifest = build({"name": name, **node}, 8, out, 0.0, shard_size=2, workers=1)
-        assert (manifest.licence, manifest.protocol) == (source.licence, source.protocol)
+        assert (manifest.license, manifest.protocol) == (source.license, source.protocol)
         assert manifest.source["name"] == name
         with_shards = Shards(out)
         assert len(with_shards) == len(source)

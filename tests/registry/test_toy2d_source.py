@@ -29,7 +29,7 @@ def points(density: str, n: int = N) -> np.ndarray:
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_points_are_bounded_images_and_centred_nearly(density: str) -> None:
+def test_points_are_bounded_images_and_centered_nearly(density: str) -> None:
     x, labels = make(densities=[density]).draw(3, range(N))
     assert x.shape == (N, 2, 1, 1)
     assert x.dtype == torch.float32
@@ -67,10 +67,10 @@ def test_rings_lie_on_their_circles() -> None:
 
 def test_moons_are_two_half_circles() -> None:
     p = points("moons")
-    centres = np.array([[0.275, 0.1375], [-0.275, -0.1375]])
-    across = np.linalg.norm(p[:, None] - centres, axis=2) - 0.55
-    above = p[:, None, 1] - centres[None, :, 1] >= 0  # the second moon is the lower half of a circle about the first
-    right_half = np.stack([~above[:, 0], above[:, 1]], 1) | (np.abs(p[:, None, 1] - centres[None, :, 1]) < CUT * 0.03)
+    centers = np.array([[0.275, 0.1375], [-0.275, -0.1375]])
+    across = np.linalg.norm(p[:, None] - centers, axis=2) - 0.55
+    above = p[:, None, 1] - centers[None, :, 1] >= 0  # the second moon is the lower half of a circle about the first
+    right_half = np.stack([~above[:, 0], above[:, 1]], 1) | (np.abs(p[:, None, 1] - centers[None, :, 1]) < CUT * 0.03)
     suggest = np.where(right_half, np.abs(across), np.inf).min(1)
     assert suggest.max() <= CUT * 0.03 * math.sqrt(2)
 

@@ -42,7 +42,7 @@ def test_ones_own_folder_of_images(folder_of_images: Path, tool: Tool, tiny: lis
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["none", "input"])
 def test_the_formulations_train_with_a_table_and_dropped_conditions(form: str, tool: Tool, tiny: list[str]) -> None:
-    words = [f"denoiser.centre={form}", "denoiser.prediction=eps", "denoiser.condition_dropout=0.5", "data.flip=true"]
+    words = [f"denoiser.center={form}", "denoiser.prediction=eps", "denoiser.condition_dropout=0.5", "data.flip=true"]
     done = tool("launch", *tiny, *words, "schedule=ddpm_linear", "sampler=ddpm", "sampler.steps=3", "run=mine")
     assert done.returncode == 0, done.stderr
 

@@ -108,7 +108,7 @@ def test_progressive_draws_all_steps_of_its_grid_alike() -> None:
     assert t.unique(return_counts=True)[1].tolist() == [25, 25, 25, 25]
 
 
-def test_consistency_begins_at_the_image_and_ends_at_near_neighbours() -> None:
+def test_consistency_begins_at_the_image_and_ends_at_near_neighbors() -> None:
     distiller = build("consistency", doublings=8)
     uniform = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
     ratio = {}

@@ -220,17 +220,17 @@ def test_zero_stages_agree(zero: int, tmp_path: Path) -> None:
         assert one == pytest.approx(two, rel=2e-3)
 
 
-def test_a_discriminator_learns_to_tell_noise_from_grey() -> None:
-    """Real images are noise, reconstructions of an untrained decoder are nearly grey: easily told apart."""
+def test_a_discriminator_learns_to_tell_noise_from_gray() -> None:
+    """Real images are noise, reconstructions of an untrained decoder are nearly gray: easily told apart."""
     stage = gan(discriminator_start=0)
     discriminator = stage.adversary.discriminator
-    optimiser = torch.optim.Adam(discriminator.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=3e-3)
     (batch,) = batches(1)
     for _ in range(30):
         stage.loss("encoder", stage.modules(), batch)
         out = stage.loss("discriminator", stage.modules(), batch)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         out.loss.backward()
-        optimiser.step()
+        optimizer.step()
     real, fake = (total / count for total, count in (out.metrics["confidence_real"], out.metrics["confidence_fake"]))
     assert real > 0.6 > 0.4 > fake

@@ -65,7 +65,7 @@ def figures(*words: str, out: str = "evaluation.json") -> dict[str, object]:
 
 
 def test_figures_of_a_run(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = figures(f"run={run}", *SMALL, "seeds=[0,3]", "vae=true", "memorisation=3")
+    found = figures(f"run={run}", *SMALL, "seeds=[0,3]", "vae=true", "memorization=3")
     said = capsys.readouterr()
     assert "IS is left out" in said.err
     assert "| refined" in said.out
@@ -82,10 +82,10 @@ def test_figures_of_a_run(run: Path, capsys: pytest.CaptureFixture[str], monkeyp
         assert found["sets"][name]["recall-lite0"]["per_seed"] == [recall for _, recall in both]
     protocol = found["protocol"]
     assert (protocol["nfe"], protocol["n"], protocol["seeds"], protocol["sampler"]["steps"]) == (2, N, [0, 3], 2)
-    assert (protocol["isc_splits"], protocol["prc_neighbourhood"], protocol["n_reference"]) == (None, 3, len(shards))
+    assert (protocol["isc_splits"], protocol["prc_neighborhood"], protocol["n_reference"]) == (None, 3, len(shards))
     assert set(found["floor"]) == {"heldout", "reference halves"}
-    assert len(found["memorisation"]["nearest"]) == 3
-    assert Path("evaluation.memorisation.png").stat().st_size > 0
+    assert len(found["memorization"]["nearest"]) == 3
+    assert Path("evaluation.memorization.png").stat().st_size > 0
 
     def never(*_: object) -> None:
         raise AssertionError("is there already")
@@ -175,18 +175,18 @@ def test_mistakes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused("name the real images too", "images=a.npy")
     refused("kid_subset_size=1000 is more than the 9 images of the reference: use 9 or less", *files)
     refused("kid_subset_size=6 is more than the 5 images of images=a.npy: use 5 or less", *files, "kid_subset_size=6")
-    refused("prc_neighbourhood=5 needs more images than that, images=a.npy has 5: use 4 or less",
-            *files, "metrics=[prc]", "prc_neighbourhood=5")  # fmt: skip
+    refused("prc_neighborhood=5 needs more images than that, images=a.npy has 5: use 4 or less",
+            *files, "metrics=[prc]", "prc_neighborhood=5")  # fmt: skip
     refused("FID needs two images or more, images=one.npy has 1", "images=one.npy", files[1], "metrics=[fid]")
     refused(r"b\.npy has images of 8x8|a\.npy has images of 8x8, wide\.npy of 8x9",
             files[0], "reference=wide.npy", "metrics=[fid]")  # fmt: skip
     refused(r"metrics=\[isc\] needs the standard Inception", *files, "metrics=[isc]")
-    refused("draws from a run", *files, "memorisation=4")
+    refused("draws from a run", *files, "memorization=4")
     refused("are two studies", f"run={run}", "sweep=nfe", "noise=[0.1]")
     refused("sweep=kid: use nfe", f"run={run}", "sweep=kid")
     refused("inception=w.pth: cannot be read", *files, "inception=w.pth")
     refused("kid_subset_size=50 is more than the 20 images of a set", f"run={run}", *SMALL, "kid_subset_size=50")
-    refused("memorisation= compares with held-out images", f"run={run}", "reference=b.npy", "memorisation=2",
+    refused("memorization= compares with held-out images", f"run={run}", "reference=b.npy", "memorization=2",
             "metrics=[fid]")  # fmt: skip
     capsys.readouterr()
     evaluate.command(["--help"])

@@ -105,7 +105,7 @@ def test_a_fitted_prior_is_drawn_from(run: Path, tmp_path: Path, capsys: pytest.
         state = getattr(after.models, part).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in getattr(before.models, part).state_dict().items())
     prior = after.models.prior
-    assert prior.centre.abs().max() > 0
+    assert prior.center.abs().max() > 0
     drawn = after.draw(4, seed=3).z
     normal = prior.noise_of(drawn)
     again = prior.sample(torch.rand(4), normal)

@@ -24,7 +24,7 @@ from dvae.models import bundle, components
 from dvae.registry.encoders.base import Posterior
 from dvae.tools import likelihood as tool
 
-PLAIN = ["denoiser.data_scale=1", "denoiser.centre=none", "train_refiner.precision=fp32"]
+PLAIN = ["denoiser.data_scale=1", "denoiser.center=none", "train_refiner.precision=fp32"]
 
 
 def untrained(folder: Path, *words: str) -> Path:
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def images(run: Path) -> Path:
-    """Seven images of noise, each around its own grey."""
+    """Seven images of noise, each around its own gray."""
     draw = np.random.default_rng(0)
     levels = np.linspace(20, 230, 7)[:, None, None, None] + draw.normal(0, 8, (7, 16, 16, 3))
     path = run.parent / "images.npy"

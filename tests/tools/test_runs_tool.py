@@ -160,7 +160,7 @@ def test_an_attempt_is_recorded_however_it_ends(tmp_path: Path) -> None:
         attempts.read(folder)
 
 
-def test_what_must_not_be_cancelled_is_not(tmp_path: Path) -> None:
+def test_what_must_not_be_canceled_is_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is waiting: there is nothing to cancel"):
         list(manage.cancel(make(tmp_path / "waiting")))
     elsewhere = make(tmp_path / "elsewhere", host="other")
@@ -202,7 +202,7 @@ def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_a_training_is_listed_followed_cancelled_and_resumed(tiny: list[str], tmp_path: Path, tool: Tool) -> None:
+def test_a_training_is_listed_followed_canceled_and_resumed(tiny: list[str], tmp_path: Path, tool: Tool) -> None:
     """Launched at one place by a relative name, looked after from another."""
     home, steps = tmp_path / "home", 300
     home.mkdir()

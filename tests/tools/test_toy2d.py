@@ -194,7 +194,7 @@ def test_without_labels_the_densities_are_one_mixture() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", ["vp", "psld"])
-def test_what_is_learnt_is_near_the_truth_and_nearer_with_more_evaluations(process: str, tmp_path: Path) -> None:
+def test_what_is_learned_is_near_the_truth_and_nearer_with_more_evaluations(process: str, tmp_path: Path) -> None:
     """Under three minutes on one idle core."""
     words = ["recipe=toy2d", f"process={process}", "source.densities=[moons,gaussians]", "train_refiner.steps=2000"]
     command = [sys.executable, "-c", "import sys; from dvae.tools import launch; launch.command(sys.argv[1:])"]

@@ -17,7 +17,7 @@ def test_cells_lie_row_by_row_with_transparent_gaps(tmp_path):
     assert (sheet[5:, 10:, 3] == 0).all()  # the sixth cell is empty
 
 
-def test_grey_images_and_fewer_than_a_row(tmp_path):
+def test_gray_images_and_fewer_than_a_row(tmp_path):
     grid(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8), tmp_path / "new" / "grid.png")
     sheet = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
     assert sheet.shape == (4, 9, 4)

@@ -22,7 +22,7 @@ PICTURES = ["heldout", "reconstructions", "refined_reconstructions", "vae_sample
 
 
 def faces(n: int, size: int, blur: int) -> torch.Tensor:
-    """Round faces of keyed colours, so that a person can judge the page."""
+    """Round faces of keyed colors, so that a person can judge the page."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     out = []
     for i in range(n):

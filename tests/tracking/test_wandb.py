@@ -82,7 +82,7 @@ def test_an_evaluation_sends_table_pictures_and_where_asked_the_bundle(tmp_path)
     for asked in (False, True):
         config = WandbConfig(mode=WandbMode.offline, project="test", bundle=asked)
         with Tracker(tmp_path, config, "evaluate") as tracker:
-            tracker.summarise({"evaluate/psnr": 20.5})
+            tracker.summarize({"evaluate/psnr": 20.5})
             tracker.results({"evaluate/psnr": 20.5}, [tmp_path / "samples.png"], tmp_path / "bundle")
         row = list(offline_rows(logs(tmp_path)[-1]))[-1]
         assert row["evaluate/samples/_type"] == "image-file"

@@ -142,14 +142,14 @@ def test_its_helper_process_is_killed(tmp_path, server, capsys):
 
 
 def test_a_refused_key_is_the_users_mistake_only_before_training(tmp_path, server, capsys):
-    server.fault = "unauthorised"
+    server.fault = "unauthorized"
     with pytest.raises(UserError, match=r"tracking\.wandb\.mode=online: .*401.*wandb login") as caught:
         session(tmp_path, STEPS)
     assert "\n" not in str(caught.value)
     assert SECRET not in str(caught.value)
     server.fault = ""
     session(tmp_path, STEPS)
-    server.fault = "unauthorised"
+    server.fault = "unauthorized"
     session(tmp_path, [41, 42])
     assert kept(told(capsys)[-1]) == [41, 42]
 

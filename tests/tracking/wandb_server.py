@@ -12,7 +12,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, port=0):
         super().__init__(("127.0.0.1", port), Handler)
-        self.fault = ""  # hangs: never answers; forbids: takes no rows; unauthorised: knows nobody
+        self.fault = ""  # hangs: never answers; forbids: takes no rows; unauthorized: knows nobody
         self.upserts: list[dict] = []
         self.history: list[str] = []
         self.summary = "{}"
@@ -62,8 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         answer: dict = {}
         if self.server.fault == "hangs":
             threading.Event().wait()
-        if self.server.fault == "unauthorised" or (self.server.fault == "forbids" and "file_stream" in self.path):
-            self.send_error(401 if self.server.fault == "unauthorised" else 403)
+        if self.server.fault == "unauthorized" or (self.server.fault == "forbids" and "file_stream" in self.path):
+            self.send_error(401 if self.server.fault == "unauthorized" else 403)
             return
         if self.path.endswith("/file_stream"):
             sent = json.loads(raw).get("files", {})

@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_optimiser_on_the_host_takes_the_same_steps(stage: int, tmp_path: Path) -> None:
+def test_the_optimizer_on_the_host_takes_the_same_steps(stage: int, tmp_path: Path) -> None:
     plain, offloaded = make(stage), make(stage, offload=True)
     assert steps(plain, 1, 3) == steps(offloaded, 1, 3)
     offloaded.copied().write(tmp_path / "rank.safetensors")

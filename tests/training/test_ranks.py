@@ -216,7 +216,7 @@ def test_ranks_and_zero_stage_change_in_mid_run(one: Path, tmp_path: Path, tiny:
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_torchrun_is_honoured(two: Path, tmp_path: Path, tiny: list[str]) -> None:
+def test_torchrun_is_honored(two: Path, tmp_path: Path, tiny: list[str]) -> None:
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = command([*tiny, *zero(2)], run)[1:]

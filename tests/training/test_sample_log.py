@@ -28,7 +28,7 @@ TRAINING = TrainingConfig(batch=BATCH, steps=20, log_every=2)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """40 images of one grey each, in 3 shards."""
+    """40 images of one gray each, in 3 shards."""
     made, shards = tmp_path / "shards", []
     made.mkdir()
     for number, start in enumerate(range(0, COUNT, 16)):
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
         writer.close()
         shards.append(seal(writer.path))
     manifest = Manifest(
-        image_size=8, channels=3, source={}, licence="CC0", protocol="", heldout_fraction=0.0, shard_size=16,
+        image_size=8, channels=3, source={}, license="CC0", protocol="", heldout_fraction=0.0, shard_size=16,
         splits={"train": shards, "heldout": []}, labels={},
     )  # fmt: skip
     (made / "manifest.json").write_text(json.dumps(manifest.as_dict()))
@@ -67,7 +67,7 @@ def take(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Take:
                 parts.insert(0, value)
                 return list(parts)
 
-            monkeypatch.setattr(feeding.ranks, "gathered", all_gather)
+            monkeypatch.setattr(feeding.ranks, "all_gather", all_gather)
             monkeypatch.setattr(feeding.ranks, "rank", lambda rank=rank: rank)
             shards = Shards(folder, max_bad_fraction=0.1)
             order = Order(COUNT, seed=1, block=6, window=2)

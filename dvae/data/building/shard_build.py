@@ -174,7 +174,7 @@ def _manifest(source: Source, wanted: dict[str, Any], units: dict[int, Unit]) ->
     damaged = [reason for unit in units.values() for reason in unit.damaged]
     return Manifest(
         **wanted,
-        licence=source.licence,
+        license=source.license,
         protocol=source.protocol,
         splits=splits,
         labels={name: sorted(values[name], key=lambda v: (isinstance(v, str), v)) for name in sorted(values)},

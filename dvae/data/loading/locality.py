@@ -28,7 +28,7 @@ class Locality:
     """Different shards (of 10,000) from which a window is read, on average."""
     distance: float
     """Mean distance in storage between two samples of a batch, over that of a full permutation: 1 is best."""
-    neighbours: float
+    neighbors: float
     """Pairs of a batch that are stored within `block` of each other, over those of a full permutation: 1 is best."""
     spread: float
     """Variance of a class's share in a batch where storage is sorted by class, over that of a full permutation."""
@@ -50,7 +50,7 @@ def measure(order: Order, batch: int, classes: int = 10) -> Locality:
         held=max(len(window) for window in windows) / order.count,
         shards=float(np.mean([len(np.unique(window // SHARD)) for window in windows])),
         distance=float(pairs.mean()) / mean,
-        neighbours=float((pairs < order.block).mean()) / suggest,
+        neighbors=float((pairs < order.block).mean()) / suggest,
         spread=float(((counts - batch / classes) ** 2).mean()) / share,
     )
 

@@ -85,10 +85,10 @@ class Manifest:
     image_size: int
     """Height and width in pixels."""
     channels: int
-    """1 (grey) or 3 (RGB)."""
+    """1 (gray) or 3 (RGB)."""
     source: dict[str, Any]
     """The source's resolved config, with its name."""
-    licence: str
+    license: str
     """Of the images, with the credit it asks for."""
     protocol: str
     """How the images came to their size."""

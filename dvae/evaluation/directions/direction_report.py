@@ -79,7 +79,7 @@ class Report:
                 )
             },
             "attributes_skipped": self.judge.attributes.skipped,
-            "strength_0_as_labelled": {
+            "strength_0_as_labeled": {
                 stage: dict(zip(self.names, self.kept(stage), strict=True)) for stage in self.test.before
             },
             "directions": [self._figures(one) for one in self.scores],
@@ -129,7 +129,7 @@ class Report:
         stages = list(self.test.before)
         yield "What the judge can tell, and what is left of it at strength 0:"
         yield ""
-        yield table_row(["attribute", "judge right", "most frequent", *(f"{stage} as labelled" for stage in stages)])
+        yield table_row(["attribute", "judge right", "most frequent", *(f"{stage} as labeled" for stage in stages)])
         yield table_rule(3 + len(stages))
         kept = [self.kept(stage) for stage in stages]
         for i, name in enumerate(self.names):

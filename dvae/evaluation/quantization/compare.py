@@ -1,4 +1,4 @@
-"""The gate: a quantised bundle beside its original, and whether it may be called faster."""
+"""The gate: a quantized bundle beside its original, and whether it may be called faster."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def real_images(run: str, shards: str, config: ModelConfig, n: int) -> Real:
     return train.read(spread(len(train), EvaluateConfig().reference)), heldout.read(spread(len(heldout), n))
 
 
-def measure(original: Pipeline, quantised: Pipeline, real: Real | None, settings: QuantizeConfig) -> dict[str, Any]:
+def measure(original: Pipeline, quantized: Pipeline, real: Real | None, settings: QuantizeConfig) -> dict[str, Any]:
     """Speed and KID of both, and the verdict; both compute in bf16 for it."""
-    for pipeline in (original, quantised):
+    for pipeline in (original, quantized):
         pipeline.config.precision = Precision.bf16
     found: dict[str, Any] = {}
     if settings.turns:
-        found["speed"] = speed(original, quantised, settings.turns, settings.seed)
+        found["speed"] = speed(original, quantized, settings.turns, settings.seed)
     if real is not None:
-        found["kid"] = kid(original, quantised, real, settings)
+        found["kid"] = kid(original, quantized, real, settings)
     return found | verdict(found, settings.budget)
 
 
-def sizes(source: Path, out: Path, original: Pipeline, quantised: Pipeline) -> dict[str, Any]:
+def sizes(source: Path, out: Path, original: Pipeline, quantized: Pipeline) -> dict[str, Any]:
     """Bytes of bundles on disk, of their networks (all but the prior's figures), and of weights in memory."""
 
     def on_disk(folder: Path) -> int:
@@ -56,17 +56,17 @@ def sizes(source: Path, out: Path, original: Pipeline, quantised: Pipeline) -> d
     pairs = {
         "disk": (on_disk(source), on_disk(out)),
         "networks_on_disk": (on_disk(source) - prior, on_disk(out) - prior),
-        "memory": (layer_plan.memory(original.models), layer_plan.memory(quantised.models)),
+        "memory": (layer_plan.memory(original.models), layer_plan.memory(quantized.models)),
     }
-    return {name: {"original": a, "quantised": b, "ratio": round(b / a, 4)} for name, (a, b) in pairs.items()}
+    return {name: {"original": a, "quantized": b, "ratio": round(b / a, 4)} for name, (a, b) in pairs.items()}
 
 
-def speed(original: Pipeline, quantised: Pipeline, turns: int, seed: int) -> dict[str, Any]:
+def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dict[str, Any]:
     """Images per second of both, which take turns on one thread, so that what else the machine does falls on both.
 
-    "ratio" is how many times as fast the quantised one is: median and quartiles over the turns.
+    "ratio" is how many times as fast the quantized one is: median and quartiles over the turns.
     """
-    both = {"original": original, "quantised": quantised}
+    both = {"original": original, "quantized": quantized}
     seconds: dict[str, list[float]] = {name: [] for name in both}
     with Progress("speed", turns) as progress:
         for turn in range(turns + 1):
@@ -76,21 +76,21 @@ def speed(original: Pipeline, quantised: Pipeline, turns: int, seed: int) -> dic
                 if turn:  # the first is to warm up
                     seconds[name].append(time.perf_counter() - began)
             progress.update(turn, 2 * CHUNK)
-    ratios = [a / b for a, b in zip(seconds["original"], seconds["quantised"], strict=True)]
+    ratios = [a / b for a, b in zip(seconds["original"], seconds["quantized"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if turns > 1 else ratios * 3
     rates = {name: round(CHUNK / statistics.median(of), 3) for name, of in seconds.items()}
     ratio = {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
     return {"images_per_second": rates, "ratio": ratio, "nfe": float(nfe.float().mean()), "turns": turns}
 
 
-def kid(original: Pipeline, quantised: Pipeline, real: Real, settings: QuantizeConfig) -> dict[str, Any]:
+def kid(original: Pipeline, quantized: Pipeline, real: Real, settings: QuantizeConfig) -> dict[str, Any]:
     """KID-lite0 of both on the same seeds, the floor of held-out images, and the ratio of what is above it."""
     from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
 
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     sets: dict[str, list[torch.Tensor]] = {}
     with Progress("samples", 2 * settings.n * settings.seeds) as progress:
-        for name, pipeline in (("original", original), ("quantised", quantised)):
+        for name, pipeline in (("original", original), ("quantized", quantized)):
             sets[name] = [
                 pipeline.generate(
                     settings.n, seed, steps=settings.steps or None,
@@ -103,20 +103,20 @@ def kid(original: Pipeline, quantised: Pipeline, real: Real, settings: QuantizeC
         sampler["steps"] = settings.steps
     with tempfile.TemporaryDirectory() as cache:
         scored = score(
-            sets, *real, seeds=seeds, sampler=sampler, nfe=quantised.nfe, kid_subset_size=settings.kid_subset_size,
+            sets, *real, seeds=seeds, sampler=sampler, nfe=quantized.nfe, kid_subset_size=settings.kid_subset_size,
             kid_subsets=100, cache=Path(cache),
         )  # fmt: skip
     floor = next(iter(scored["floor"].values()))["KID-lite0"]["mean"]
     figures = {name: scored["sets"][name]["KID-lite0"] for name in sets}
     above = {name: of["mean"] - floor for name, of in figures.items()}
-    error = torch.cat(sets["original"]).float() - torch.cat(sets["quantised"]).float()
+    error = torch.cat(sets["original"]).float() - torch.cat(sets["quantized"]).float()
     return {
         "n": settings.n,
         "seeds": seeds,
-        "nfe": quantised.nfe,
+        "nfe": quantized.nfe,
         **{name: {"mean": of["mean"], "se": of["se"], "per_seed": of["per_seed"]} for name, of in figures.items()},
         "floor": floor,
-        "ratio": above["quantised"] / above["original"] if above["original"] > 0 else None,
+        "ratio": above["quantized"] / above["original"] if above["original"] > 0 else None,
         "psnr": float(10.0 * torch.log10(255.0**2 / error.square().mean())),
     }
 

@@ -26,7 +26,7 @@ class QuantizeConfig:
     method: Method = MISSING
     """int8_weights | int8 | int4_weights."""
     out: str = MISSING
-    """Folder of the quantised bundle; it must not be there yet."""
+    """Folder of the quantized bundle; it must not be there yet."""
     group: int = 32
     """For int4_weights: inputs that share a scale; even."""
     buckets: int = 4
@@ -36,7 +36,7 @@ class QuantizeConfig:
     seed: int = 0
     """Seed of these images, and the first of those that are compared."""
     turns: int = 5
-    """Turns in which original and quantised draw 16 images each, for their speed (0: it is not measured)."""
+    """Turns in which original and quantized draw 16 images each, for their speed (0: it is not measured)."""
     n: int = 0
     """Images per seed whose KID is compared (0: it is not measured); needs shards and the extra `metrics`."""
     seeds: int = 3
@@ -57,29 +57,29 @@ ConfigStore.instance().store(name="quantize_schema", node=QuantizeConfig, provid
 
 
 def quantize(settings: QuantizeConfig) -> Plan:
-    """Write the quantised bundle, measure it beside the original, and enter the figures; returns its plan.
+    """Write the quantized bundle, measure it beside the original, and enter the figures; returns its plan.
 
     Raises UserError for settings that cannot work, before anything is written.
     """
     _check(settings)
     source, out = bundle.folder_of(settings.run), Path(settings.out)
     about, config = bundle.verified(source)
-    bundle.refuse_quantised(f"run={settings.run}", about)
+    bundle.refuse_quantized(f"run={settings.run}", about)
     real = (
         compare.real_images(settings.run, settings.shards, config, settings.n * settings.seeds) if settings.n else None
     )
     made = write(settings, source, out)
-    original, quantised = pipelines.load(source, device="cpu"), pipelines.load(out, device="cpu")
-    made.measured = compare.measure(original, quantised, real, settings)
+    original, quantized = pipelines.load(source, device="cpu"), pipelines.load(out, device="cpu")
+    made.measured = compare.measure(original, quantized, real, settings)
     for _ in range(2):  # the second time with the bytes that these figures take themselves
-        made.measured["bytes"] = compare.sizes(source, out, original, quantised)
+        made.measured["bytes"] = compare.sizes(source, out, original, quantized)
         layer_plan.write(out, made)
         bundle.update_hash(out, layer_plan.FILE)
     return made
 
 
 def write(settings: QuantizeConfig, source: Path, out: Path) -> Plan:
-    """Quantise the bundle `source` into the folder `out`, without figures."""
+    """Quantize the bundle `source` into the folder `out`, without figures."""
     pipeline = pipelines.load(source, device="cpu")
     models = pipeline.models
     made = layer_plan.make(models, settings.method, settings.group, settings.buckets)

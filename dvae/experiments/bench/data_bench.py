@@ -130,7 +130,7 @@ def prepare(folder: Path, config: DataBenchConfig) -> int:
         writer.close()
         shards.append(seal(writer.path))
     manifest = Manifest(
-        image_size=config.size, channels=3, source={}, licence="", protocol="", heldout_fraction=0.0,
+        image_size=config.size, channels=3, source={}, license="", protocol="", heldout_fraction=0.0,
         shard_size=SHARD_SIZE, splits={TRAIN: shards, HELDOUT: []}, labels={},
     )  # fmt: skip
     atomic_files.write_json(folder / "shards" / FILE, manifest.as_dict())

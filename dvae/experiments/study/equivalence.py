@@ -1,7 +1,7 @@
 """Formulation 2 is formulation 1 in other coordinates: shown on trained weights.
 
 Formulation 2 diffuses y = x_t - x_hat and shows the refiner y + x_hat beside x_hat (Pandey et al. 2022, section 3.2;
-`centre: input` in dvae/diffusion/denoiser.py). With the first convolution W1 u + W2 x_hat of a refiner of formulation
+`center: input` in dvae/diffusion/denoiser.py). With the first convolution W1 u + W2 x_hat of a refiner of formulation
 1 that is V1 (u + x_hat) + V2 x_hat for V1 = W1 and V2 = W2 - W1: the same function of the same state, up to rounding.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dvae.config.schema import ModelConfig, Precision
-from dvae.diffusion.denoiser import Centre
+from dvae.diffusion.denoiser import Center
 from dvae.errors import UserError
 from dvae.inference.pipeline import Pipeline
 from dvae.models import bundle, components
@@ -26,7 +26,7 @@ IMAGES = 16
 class Difference:
     """Between images drawn by formulation 1 and by formulation 2 with the same weights, in fp32."""
 
-    grey_levels: int
+    gray_levels: int
     """The largest of any pixel."""
     share: float
     """Of values that differ at all."""
@@ -35,8 +35,8 @@ class Difference:
 def compare(run: Path, steps: int, seed: int) -> Difference:
     """Draw the same images by both formulations. Raises UserError where the run is not of formulation 1."""
     config, made = bundle.load(bundle.folder_of(run))
-    if config.denoiser.centre is not Centre.none or not config.denoiser.condition_image:
-        raise UserError(f"run={run} is not of formulation 1: it needs denoiser.centre=none, condition_image=true")
+    if config.denoiser.center is not Center.none or not config.denoiser.condition_image:
+        raise UserError(f"run={run} is not of formulation 1: it needs denoiser.center=none, condition_image=true")
     config = replace(config, precision=Precision.fp32)
     drawn = []
     for pipeline in (Pipeline(config, made), Pipeline(*formulation_2(config, made))):
@@ -48,7 +48,7 @@ def compare(run: Path, steps: int, seed: int) -> Difference:
 
 def formulation_2(config: ModelConfig, made: components.Models) -> tuple[ModelConfig, components.Models]:
     """The same refiner in the other coordinates."""
-    other = replace(config, denoiser=replace(config.denoiser, centre=Centre.input))
+    other = replace(config, denoiser=replace(config.denoiser, center=Center.input))
     built = components.build(other)
     for part, module in made.trained().items():
         built.trained()[part].load_state_dict(module.state_dict())

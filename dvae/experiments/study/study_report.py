@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dvae.evaluation.metrics import packages
-from dvae.evaluation.plots import COLOURS, dress
+from dvae.evaluation.plots import COLORS, dress
 from dvae.experiments.study.equivalence import Difference
 from dvae.experiments.study.study_runs import KID, VAE, Points
 from dvae.experiments.study.study_spec import StudyConfig
@@ -93,11 +93,11 @@ def equal(differences: Mapping[int, Difference]) -> str:
     """The check of formulation 2."""
     if not differences:
         return "No arm is of formulation 1, so formulation 2 was not compared."
-    worst = max(difference.grey_levels for difference in differences.values())
+    worst = max(difference.gray_levels for difference in differences.values())
     share = max(difference.share for difference in differences.values())
     return (
         f"Formulation 2 with the same weights, moved to its coordinates, draws the same images: the largest difference "
-        f"is {worst} grey level{'s' * (worst != 1)}" + (f", in {100 * share:.3g}% of the values." if worst else ".")
+        f"is {worst} gray level{'s' * (worst != 1)}" + (f", in {100 * share:.3g}% of the values." if worst else ".")
     )
 
 
@@ -107,10 +107,10 @@ def picture(settings: StudyConfig, points: Points, floor: Mapping[str, Any], pat
     FigureCanvasAgg(plot)
     axes = plot.add_subplot()
     arms = [arm for arm in points if arm != VAE]
-    for arm, colour in zip(arms, COLOURS * len(arms), strict=False):
+    for arm, color in zip(arms, COLORS * len(arms), strict=False):
         found = [points[arm][steps]["sets"][arm][KID] for steps in settings.steps]
         means, errors = [f["mean"] for f in found], [f["se"] or 0.0 for f in found]
-        axes.errorbar(settings.steps, means, errors, label=arm, color=colour, marker="o", capsize=3, lw=1.6)
+        axes.errorbar(settings.steps, means, errors, label=arm, color=color, marker="o", capsize=3, lw=1.6)
     axes.axhline(points[VAE][0]["sets"][VAE][KID]["mean"], color="#1c1b19", ls=":", lw=1.2, label=VAE)
     level = min(found[KID]["mean"] for found in floor.values())
     axes.axhline(level, color="#1c1b19", lw=1.0, label="real against real")

@@ -41,7 +41,7 @@ class Axis:
 
 
 def draw(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
-    """Write the picture as PNG, in one rename; trials without a metric are grey, and end before its axis."""
+    """Write the picture as PNG, in one rename; trials without a metric are gray, and end before its axis."""
     axes = [
         axis_of(name, [trial.parameters[name] for trial in trials], "log" in str(given.get("distribution", "")))
         for name, given in spec.sweep["parameters"].items()
@@ -59,14 +59,14 @@ def draw(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
             curve(plot, heights, SOFT, 1.0, ":")
         else:
             height = last.place(trial.metric)
-            good = 1 - height if spec.minimises else height
+            good = 1 - height if spec.minimizes else height
             curve(plot, [*heights, height], colormaps["viridis"](0.92 * good), 1.0 + 1.6 * (good == 1.0), "-")
     for number, axis in enumerate([*axes, last] if last else axes):
         dress(plot, number, axis)
     plot.set_xlim(0, len(axes))
     plot.set_ylim(0, 1)
     plot.axis("off")
-    goal = "least" if spec.minimises else "greatest"
+    goal = "least" if spec.minimizes else "greatest"
     figure.text(0.02, 0.95, f"{spec.name}: {len(trials)} trials, bold: {goal} {spec.metric}", color=INK, fontsize=11)
     atomic_files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
 
@@ -96,12 +96,12 @@ def spread_out(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) >= 20 * min(values)
 
 
-def curve(plot: Axes, heights: Sequence[float], colour: Any, width: float, style: str) -> None:
+def curve(plot: Axes, heights: Sequence[float], color: Any, width: float, style: str) -> None:
     """A smooth curve through (0, heights[0]), (1, heights[1]), ..., level at each axis."""
     t = np.linspace(0.0, 1.0, 40)
     smooth = (1 - FLAT) * (3 * t**2 - 2 * t**3) + FLAT * t
     for left, (a, b) in enumerate(pairwise(heights)):
-        plot.plot(left + t, a + (b - a) * smooth, style, color=colour, linewidth=width, alpha=0.9, clip_on=False)
+        plot.plot(left + t, a + (b - a) * smooth, style, color=color, linewidth=width, alpha=0.9, clip_on=False)
 
 
 def dress(plot: Axes, x: int, axis: Axis) -> None:

@@ -41,7 +41,7 @@ class Spec:
         return str(self.sweep["metric"]["name"])
 
     @property
-    def minimises(self) -> bool:
+    def minimizes(self) -> bool:
         return bool(self.sweep["metric"].get("goal", "minimize") == "minimize")  # W&B's default
 
     def command(self, parameters: Mapping[str, Any], words: Iterable[str]) -> list[str]:
@@ -103,7 +103,7 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
     if sweep["method"] not in sweep_engine.METHODS:
         raise UserError(f"sweep={name}: method: {sweep['method']}: {suggest(sweep['method'], sweep_engine.METHODS)}")
     if not (sweep.get("metric") or {}).get("name"):
-        raise UserError(f"sweep={name}: it names no metric to optimise: add metric: {{name: refiner/loss}}")
+        raise UserError(f"sweep={name}: it names no metric to optimize: add metric: {{name: refiner/loss}}")
     for wanted in ("program", "command"):
         if not sweep.get(wanted):
             raise UserError(f"sweep={name}: it has no {wanted}: copy that of {known()[0]}.yaml")

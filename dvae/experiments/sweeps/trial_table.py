@@ -17,7 +17,7 @@ from dvae.utils import atomic_files
 
 def ranked(trials: Sequence[Trial], spec: Spec) -> list[Trial]:
     """Best first; those without a metric last."""
-    sign = 1 if spec.minimises else -1
+    sign = 1 if spec.minimizes else -1
     return sorted(trials, key=lambda trial: (trial.metric is None, sign * (trial.metric or 0.0)))
 
 

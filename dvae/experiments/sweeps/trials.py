@@ -50,7 +50,7 @@ class Trial:
     """What the engine chose."""
     state: State = State.running
     metric: Finite | None = None
-    """What the sweep optimises, at the trial's end."""
+    """What the sweep optimizes, at the trial's end."""
     seconds: Seconds = 0.0
     """Time that its processes took, over all attempts."""
     said: str = ""

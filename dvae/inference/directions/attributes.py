@@ -1,4 +1,4 @@
-"""What labelled images show, attribute by attribute; and a judge that tells it of any image.
+"""What labeled images show, attribute by attribute; and a judge that tells it of any image.
 
 The judge is one small network with a head per attribute (dvae/evaluation/recognizer.py), trained on real images alone.
 """
@@ -43,7 +43,7 @@ class Attributes:
 
     @classmethod
     def of(cls, shards: Shards) -> Attributes:
-        """Those of labelled images. Raises UserError where there are none."""
+        """Those of labeled images. Raises UserError where there are none."""
         values, skipped = {}, {}
         for name, known in shards.labels.items():
             if len(known) < 2:
@@ -54,7 +54,7 @@ class Attributes:
                 values[name] = [str(value) for value in known]
         if not values:
             raise UserError(
-                f"shards at {shards.folder} have no labels that images differ in: name labelled ones, shards=FOLDER, "
+                f"shards at {shards.folder} have no labels that images differ in: name labeled ones, shards=FOLDER, "
                 "or find=[pca,jacobian]"
             )
         return cls(values, skipped)

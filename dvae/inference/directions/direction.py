@@ -15,7 +15,7 @@ class Method(Enum):
     """How directions are found."""
 
     labels = "labels"
-    """One to each value of each attribute of labelled images, by linear regression."""
+    """One to each value of each attribute of labeled images, by linear regression."""
     pca = "pca"
     """The principal components of the latents."""
     jacobian = "jacobian"

@@ -44,7 +44,7 @@ class DirectionsConfig:
     out: str = "directions.md"
     """The tables of the scores; all figures lie in a JSON file and some strips in a picture beside it."""
     shards: str = ""
-    """Folder of labelled images (empty: the shards that the run was trained on)."""
+    """Folder of labeled images (empty: the shards that the run was trained on)."""
     seed: int = 0
     """Seed of the judge and of the noise of refinement."""
     batch_size: int = 64

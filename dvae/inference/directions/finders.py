@@ -65,11 +65,11 @@ def plain(value: str) -> str:
 
 def pca(z: torch.Tensor, components: int) -> list[Direction]:
     """The first principal components of latents z (N, *latent); strength 1 is one standard deviation."""
-    centred = z.flatten(1).double()
-    centred = centred - centred.mean(0)
-    variances, vectors = largest(centred.T @ centred / (len(z) - 1), components, "components", "pca")
+    centered = z.flatten(1).double()
+    centered = centered - centered.mean(0)
+    variances, vectors = largest(centered.T @ centered / (len(z) - 1), components, "components", "pca")
     unit = "one standard deviation"
-    total = centred.square().sum() / (len(z) - 1)
+    total = centered.square().sum() / (len(z) - 1)
     return [
         Direction(f"pca_{i}", (variance.sqrt() * vector).float().view(z.shape[1:]), Method.pca, unit,
                   share=float(variance / total))

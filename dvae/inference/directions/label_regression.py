@@ -1,6 +1,6 @@
 """Latents and labels, linear both ways: what values a latent shows, and what a change of value adds to it.
 
-What a value adds depends on the others (long hair adds pixels of the hair's colour), so the regression of latents on
+What a value adds depends on the others (long hair adds pixels of the hair's color), so the regression of latents on
 labels has a term for every pair of values besides one for every value. On the demo's faces that explains 99% of the
 variance of held-out latents, single values alone 87%.
 """

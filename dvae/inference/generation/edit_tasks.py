@@ -23,7 +23,7 @@ from dvae.inference.generation.input_images import DRAWN, HELDOUT, Inputs, open_
 from dvae.inference.generation.task import DEFAULT_COUNT, GenerationTask, side_by_side
 from dvae.utils.read import DamagedFile, read_bytes
 
-GREY = 128
+GRAY = 128
 """What stands for a pixel that is not known, and from which on a mask's pixel means known."""
 
 
@@ -61,7 +61,7 @@ class EditTask(GenerationTask):
 
     def classes(self, images: range) -> list[int | str]:
         """The class of each: the one asked for, or its own; -1 where it is not known."""
-        if self.settings.label or self.inputs is None or not self.labelled:
+        if self.settings.label or self.inputs is None or not self.labeled:
             return [self.settings.label or -1] * len(images)
         own = [self.inputs.label(number) for number in images]
         return [-1 if name is None else name for name in own]
@@ -180,7 +180,7 @@ class Inpaintings(EditTask):
         drawn = inpainting.inpaint(
             self.pipeline, given, masks, settings.seed, images, self.classes(images), self.guidance
         )
-        known = torch.where(masks, given, torch.tensor(GREY, dtype=torch.uint8))
+        known = torch.where(masks, given, torch.tensor(GRAY, dtype=torch.uint8))
         return self.arrays(drawn, [given, known] if self.original else [], [])
 
 
@@ -200,7 +200,7 @@ def read_mask(word: str, size: int) -> torch.Tensor:
         raise UserError(f"mask={error}: name a PNG") from None
     if picture.size != (size, size):
         raise UserError(f"mask={word} is {picture.size[0]}x{picture.size[1]}, the run's images are {size}x{size}")
-    mask = torch.from_numpy(np.asarray(picture) >= GREY)
+    mask = torch.from_numpy(np.asarray(picture) >= GRAY)
     if mask.all() or not mask.any():
         raise UserError(f"mask={word} is all {'white' if mask.all() else 'black'}: white is known, black drawn anew")
     return mask

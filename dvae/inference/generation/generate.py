@@ -132,7 +132,7 @@ def _is_sound(artist: GenerationTask, name: str, array: np.ndarray) -> bool:
 
 def _results(artist: GenerationTask, chunks: Chunks, wanted: list[range]) -> formats.Results:
     """What is written of each number."""
-    for number, row in _kept(artist, chunks, wanted, "pixels", *(["label"] if artist.labelled else [])):
+    for number, row in _kept(artist, chunks, wanted, "pixels", *(["label"] if artist.labeled else [])):
         yield formats.Result(number, row["pixels"], artist.about(number, row["label"]) if "label" in row else None)
 
 

@@ -71,7 +71,7 @@ class GivenConfig(DrawingConfig):
     shards: str = ""
     """For heldout: where the run's shards lie, if they were moved."""
     resize: bool = False
-    """Crop and scale given images to the run's size, and make them grey or colour as its are."""
+    """Crop and scale given images to the run's size, and make them gray or color as its are."""
     original: bool | None = None
     """Put the given image at the left (null: in a picture only)."""
 
@@ -117,7 +117,7 @@ class InpaintConfig(GivenConfig):
     out: str = "inpainted.png"
     """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
     mask: str = "border"
-    """What is known of each image: left, right, top, bottom (half of it), centre (its middle), border (all but the
+    """What is known of each image: left, right, top, bottom (half of it), center (its middle), border (all but the
     middle), or a PNG of the run's size, white where known. The rest is drawn anew."""
 
 

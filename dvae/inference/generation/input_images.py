@@ -25,8 +25,8 @@ from dvae.utils.read import DamagedFile, map_npy
 
 HELDOUT = "heldout"
 DRAWN = "drawn"
-GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
-"""Pillow's modes of images without colour."""
+GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
+"""Pillow's modes of images without color."""
 
 
 class Inputs(ABC):
@@ -91,7 +91,7 @@ class Fitted(Inputs):
         self.settings, self.config = settings, config
         self._crop, self._filter = config.crop, config.resize  # as the run's own images
 
-    def refuse_unlike(self, size: tuple[int, int], grey: bool, name: str) -> None:
+    def refuse_unlike(self, size: tuple[int, int], gray: bool, name: str) -> None:
         """Raise UserError for an image of (width, height) that is not as the run's, where it is not to be made so."""
         if self.settings.resize:
             return
@@ -100,8 +100,8 @@ class Fitted(Inputs):
             raise UserError(
                 f"{where} is {size[0]}x{size[1]}, the run's images are {own}x{own}: add resize=true to crop and scale"
             )
-        if grey != (self.config.channels == 1):
-            kinds = ("grey", "colour") if grey else ("in colour", "grey")
+        if gray != (self.config.channels == 1):
+            kinds = ("gray", "color") if gray else ("in color", "gray")
             raise UserError(f"{where} is {kinds[0]}, the run's images are {kinds[1]}: add resize=true to convert it")
 
     def fitted(self, image: Image.Image, name: str) -> np.ndarray:
@@ -169,13 +169,13 @@ class FromFiles(Fitted):
                 image = open_image(self._bytes(number), f"{name} is not an image that can be read")  # its header only
             except DamagedImage as error:
                 raise UserError(f"images={self.settings.images}: {error}") from None
-            self.refuse_unlike(image.size, image.mode in GREY, name)
+            self.refuse_unlike(image.size, image.mode in GRAY, name)
 
     def one(self, number: int) -> np.ndarray:
         name = self.names[number]
         try:
             image = decode(self._bytes(number), name)
-            self.refuse_unlike(image.size, image.mode in GREY, name)
+            self.refuse_unlike(image.size, image.mode in GRAY, name)
             return self.fitted(image, name)
         except DamagedImage as error:
             raise UserError(f"images={self.settings.images}: {error}") from None

@@ -55,7 +55,7 @@ class GenerationTask(ABC):
             raise UserError(f"vae=true: run={settings.run} draws nothing before refinement: use vae=false")
         self.vae: bool = generates and self.picture if settings.vae is None else settings.vae
         """Whether the VAE's image stands beside each refined one."""
-        self.labelled = bool(self.pipeline.config.classes)
+        self.labeled = bool(self.pipeline.config.classes)
         """Whether results have a class; `draw` then gives "label" too."""
         self.images = 1
         """Refined images of a result."""

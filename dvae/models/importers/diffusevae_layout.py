@@ -51,7 +51,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
     found.fields |= {"denoiser.space": "pixel", "denoiser.pca_components": 0}
     # only formulation 2 has a third coefficient in the posterior mean
     form2 = "online_network.post_coeff_3" in names
-    found.fields["denoiser.centre"] = "input" if form2 else "none"
+    found.fields["denoiser.center"] = "input" if form2 else "none"
     found.unknown = {
         "image_size": "wrong places for attention, worse images",
         "refiner.heads": "worse images; public configurations and scripts disagree on it",

@@ -48,7 +48,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
         "denoiser.space": "pixel",
         "denoiser.pca_components": 0,
         "denoiser.data_scale": 1.0,
-        "denoiser.centre": "none",
+        "denoiser.center": "none",
         "denoiser.condition_image": False,
         "denoiser.condition_latent": False,
     }

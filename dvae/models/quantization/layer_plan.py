@@ -14,7 +14,7 @@ from torch import nn
 from dvae.errors import UserError, fold, suggest
 from dvae.models.components import Models
 from dvae.models.quantization import integer, trace
-from dvae.models.quantization.quantized_layers import Store, StoredLayer, quantisable
+from dvae.models.quantization.quantized_layers import Store, StoredLayer, quantizable
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, forbid_extra, read_json
 
@@ -26,7 +26,7 @@ PRIOR = "prior"
 
 
 class Method(Enum):
-    """How a bundle is quantised."""
+    """How a bundle is quantized."""
 
     int8_weights = "int8_weights"
     """Weights as int8, made whole where they are used; everything is computed as before."""
@@ -74,7 +74,7 @@ def make(models: Models, method: Method, group: int, buckets: int) -> Plan:
 
 
 def networks(models: Models) -> dict[str, nn.Module]:
-    """The parts that are quantised."""
+    """The parts that are quantized."""
     return {name: part for name, part in models.trained().items() if name != PRIOR}
 
 
@@ -99,7 +99,7 @@ def replace_in(module: nn.Module, names: list[str], store: Store, group: int, cl
     """Put stored layers in the place of those called `names`. Raises UserError where one is no layer that can be."""
     own = dict(module.named_modules())
     for name in names:
-        if name not in own or not quantisable(own[name]):
+        if name not in own or not quantizable(own[name]):
             raise UserError(f"{what}: {FILE} names {name!r}, which is no layer of the config: quantize the run again")
         module.set_submodule(name, _stored(own[name], store, group, clock))
 

@@ -24,7 +24,7 @@ class Store(Enum):
     """As int8; its inputs are made int8 too, and multiplied so (dvae/models/quantization/integer.py)."""
 
 
-def quantisable(layer: nn.Module) -> bool:
+def quantizable(layer: nn.Module) -> bool:
     """Whether it is a layer that this package knows to replace."""
     if type(layer) is nn.Linear:
         return True

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from dvae.models.quantization.quantized_layers import quantisable
+from dvae.models.quantization.quantized_layers import quantizable
 from dvae.registry.core import Shapes
 from dvae.registry.encoders.base import Encoder
 from dvae.registry.refiners.base import Condition
@@ -24,7 +24,7 @@ TIME_LAYERS = 2
 
 @dataclass(frozen=True)
 class Called:
-    """Layers of a network that can be quantised, by name, in the order of their calls."""
+    """Layers of a network that can be quantized, by name, in the order of their calls."""
 
     names: list[str]
     sensitive: set[str]
@@ -32,7 +32,7 @@ class Called:
 
 
 def inputs_of(module: nn.Module, call: Callable[[], object]) -> dict[str, torch.Tensor]:
-    """The first input of each quantisable layer that `call()` calls, in the order of their calls."""
+    """The first input of each quantizable layer that `call()` calls, in the order of their calls."""
     seen: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -42,7 +42,7 @@ def inputs_of(module: nn.Module, call: Callable[[], object]) -> dict[str, torch.
         return look
 
     hooks = [
-        layer.register_forward_pre_hook(watch(name)) for name, layer in module.named_modules() if quantisable(layer)
+        layer.register_forward_pre_hook(watch(name)) for name, layer in module.named_modules() if quantizable(layer)
     ]
     try:
         with torch.no_grad():

@@ -43,7 +43,7 @@ class HalfUNet(Classifier):
         dropout: float = 0.0
         """Dropout rate before the last convolution of each residual block."""
         scale_shift_norm: bool = True
-        """Whether the embedding scales and shifts the normalised features, instead of being added to the features."""
+        """Whether the embedding scales and shifts the normalized features, instead of being added to the features."""
         patch: int = 1
         """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
         groups: int = 0

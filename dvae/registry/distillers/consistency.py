@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @DISTILLERS.register("consistency")
 class Consistency(Distiller):
-    """The same clean image is to be seen at two neighbouring noise levels of one noise, ever nearer to each other (easy
+    """The same clean image is to be seen at two neighboring noise levels of one noise, ever nearer to each other (easy
     consistency tuning, Geng et al. 2024). Its sampler is sampler=consistency.
 
     With r = sigma/alpha, the noise level of data of unit variance: ln r_t ~ N(log_mean, log_std^2), and r_s is

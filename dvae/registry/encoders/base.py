@@ -73,7 +73,7 @@ class Encoder(nn.Module, ABC):
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """The training objective for one batch; noise ~ N(0, I) is (B, *latent).
 
-        Returns per-sample terms, each (B,) in fp32: "loss", which is minimised, and whatever else is worth a curve.
+        Returns per-sample terms, each (B,) in fp32: "loss", which is minimized, and whatever else is worth a curve.
         Beside them what was drawn, "z" (B, *latent) and "x_hat" (B, C, H, W), and where there is an adversary
         "features", the input of the decoder's last layer.
         """

@@ -1,4 +1,4 @@
-"""The convolutional VAE of DiffuseVAE: residual bottleneck blocks without normalisation, a vector as latent."""
+"""The convolutional VAE of DiffuseVAE: residual bottleneck blocks without normalization, a vector as latent."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class _Block(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Nearest-neighbour upsampling: (B, C, H, W) to (B, C, factor * H, factor * W), in channels_last."""
+    """Nearest-neighbor upsampling: (B, C, H, W) to (B, C, factor * H, factor * W), in channels_last."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()

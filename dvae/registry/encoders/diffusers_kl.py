@@ -66,7 +66,7 @@ class DiffusersKL(Encoder):
         if config.scaling_factor <= 0:
             raise UserError(f"encoder.scaling_factor {config.scaling_factor} is not above 0: take that of {CONFIG}")
         plan = Plan(
-            colours=io.channels,
+            colors=io.channels,
             channels=config.block_out_channels,
             blocks=config.layers_per_block,
             latent_channels=config.latent_channels,
@@ -128,8 +128,8 @@ class DiffusersKL(Encoder):
         except (OSError, DamagedFile) as error:
             reason = fold(error).removeprefix(f"{path}: ")
             raise UserError(f"{path}: not a readable {CONFIG} of an AutoencoderKL ({reason})") from None
-        colours = {"in_channels": self.io.channels, "out_channels": self.io.channels}
-        for name, value in (FIXED | colours).items():
+        colors = {"in_channels": self.io.channels, "out_channels": self.io.channels}
+        for name, value in (FIXED | colors).items():
             if said.get(name, value) != value:
                 raise UserError(f"{path}: {name} is {str(said[name])[:80]}, this encoder takes {value} alone")
         words = []

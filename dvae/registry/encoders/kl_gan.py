@@ -51,7 +51,7 @@ class KLGAN(Encoder):
         discriminator_lr: float = 1.0
         """Learning rate of the discriminator, as a multiple of the encoder's."""
         gan_loss: GanLoss = GanLoss.hinge
-        """What discriminator and decoder minimise."""
+        """What discriminator and decoder minimize."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
@@ -63,7 +63,7 @@ class KLGAN(Encoder):
         if config.discriminator_weight:
             check_discriminator(config.discriminator_width, config.discriminator_layers, io.image_size)
         plan = Plan(
-            colours=io.channels,
+            colors=io.channels,
             channels=config.channels,
             blocks=config.blocks,
             latent_channels=config.latent_channels,

@@ -1,4 +1,4 @@
-"""A normalising flow fitted to the latents after training (real NVP: Dinh et al. 2017)."""
+"""A normalizing flow fitted to the latents after training (real NVP: Dinh et al. 2017)."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class Flow(Prior):
         """Share of the latents that is kept from training, to find the best step."""
         check_every: int = 100
         """Steps between looks at the validation latents."""
-        regularisation: float = 1e-6
+        regularization: float = 1e-6
         """Added to the variances before whitening, in squared units of z."""
         fit_noise: bool = True
         """Whether to fit draws z ~ q(z|x), drawn anew at every step, instead of the posteriors' means."""
 
-    centre: torch.Tensor
+    center: torch.Tensor
     factor: torch.Tensor
     order: torch.Tensor
 
@@ -79,7 +79,7 @@ class Flow(Prior):
         d = math.prod(io.latent)
         _check(config, d)
         self.config = config
-        self.register_buffer("centre", torch.zeros(d))
+        self.register_buffer("center", torch.zeros(d))
         self.register_buffer("factor", torch.eye(d))
         self.register_buffer("order", torch.arange(d).repeat(config.couplings // 2, 1))
         self.couplings = _couplings(config, d)
@@ -89,20 +89,20 @@ class Flow(Prior):
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         """Every coupling undone, the last one first; `uniform` plays no part."""
         with torch.no_grad():
-            e = normal.flatten(1).to(self.centre)
+            e = normal.flatten(1).to(self.center)
             for known, changed, coupling in reversed(list(self._parts())):
                 log_scale, shift = coupling(e[:, known])
                 e = e.index_copy(1, changed, (e[:, changed] - shift) * torch.exp(-log_scale))
-            return (self.centre + e @ self.factor.T).view_as(normal).to(normal.dtype)
+            return (self.center + e @ self.factor.T).view_as(normal).to(normal.dtype)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self._log_density(self._whitened(z.flatten(1).to(self.centre)))
+            return self._log_density(self._whitened(z.flatten(1).to(self.center)))
 
     def noise_of(self, z: torch.Tensor) -> torch.Tensor:
         """The `normal` from which `sample` makes z, both (n, *latent)."""
         with torch.no_grad():
-            return self._forward(self._whitened(z.flatten(1).to(self.centre)))[0].view_as(z).to(z.dtype)
+            return self._forward(self._whitened(z.flatten(1).to(self.center)))[0].view_as(z).to(z.dtype)
 
     def _parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, nn.Module]]:
         """(known coordinates, changed coordinates, coupling), from z to noise."""
@@ -112,7 +112,7 @@ class Flow(Prior):
 
     def _whitened(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (n, D) with mean 0 and covariance I over the fit's."""
-        return torch.linalg.solve_triangular(self.factor, (z - self.centre).T, upper=False).T
+        return torch.linalg.solve_triangular(self.factor, (z - self.center).T, upper=False).T
 
     def _forward(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(noise (n, D), log of the determinant of d noise / dw (n,)) from whitened latents w (n, D)."""
@@ -131,13 +131,13 @@ class Flow(Prior):
     # -- the fit -------------------------------------------------------------------------------------------------------
 
     def fit(self, mean: torch.Tensor, logvar: torch.Tensor, seed: int) -> dict[str, float]:
-        """Maximise the likelihood by Adam; keep the step that is best on the validation latents.
+        """Maximize the likelihood by Adam; keep the step that is best on the validation latents.
 
         Returns the latents trained on, the validation log-likelihood in nats before (the full-covariance Gaussian) and
         after, and the step that is kept. Same bits for the same seed and number of threads. Raises UserError where
         there are fewer latents than twice their length.
         """
-        config, n, d = self.config, len(mean), len(self.centre)
+        config, n, d = self.config, len(mean), len(self.center)
         if n < 2 * d:
             raise UserError(
                 f"prior flow: {n} latents are too few to whiten {d} coordinates: use {2 * d} or more images"
@@ -166,37 +166,37 @@ class Flow(Prior):
     def _train(self, mean: torch.Tensor, std: torch.Tensor, seed: int) -> Iterator[int]:
         """Take the steps, on latents of N(mean, std^2), both (n, D); yields the number of each that was taken."""
         config = self.config
-        optimiser = torch.optim.Adam(self.parameters(), lr=config.lr)
+        optimizer = torch.optim.Adam(self.parameters(), lr=config.lr)
         for step in range(config.steps):
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = config.lr * 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
             draw = rng.generator(seed, f"{WORD} batch", step)
             chosen = torch.from_numpy(draw.integers(len(mean), size=config.batch))
-            z = _draw(mean[chosen], std[chosen], draw).to(self.centre)
+            z = _draw(mean[chosen], std[chosen], draw).to(self.center)
             with torch.enable_grad():
                 loss = -self._log_density(self._whitened(z)).mean() / z.shape[1]
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
             nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
             yield step + 1
 
     def _start(self, latents: torch.Tensor, seed: int) -> None:
         """Whiten by latents (n, D), divide the coordinates, and draw the first weights."""
-        centred = latents.double() - latents.double().mean(0)
-        covariance = centred.T @ centred / len(latents)
-        covariance.diagonal().add_(self.config.regularisation)
-        self.centre.copy_(latents.double().mean(0))
+        centered = latents.double() - latents.double().mean(0)
+        covariance = centered.T @ centered / len(latents)
+        covariance.diagonal().add_(self.config.regularization)
+        self.center.copy_(latents.double().mean(0))
         self.factor.copy_(torch.linalg.cholesky(covariance))
         for i, row in enumerate(self.order):
             row.copy_(torch.from_numpy(rng.generator(seed, f"{WORD} order", i).permutation(len(row))))
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.child(seed, WORD))
-            self.couplings.load_state_dict(_couplings(self.config, len(self.centre)).state_dict())
+            self.couplings.load_state_dict(_couplings(self.config, len(self.center)).state_dict())
 
     def _mean_log_prob(self, z: torch.Tensor) -> float:
         """Over z (n, D), in nats."""
-        return float(self.log_prob(z.to(self.centre.device)).mean())
+        return float(self.log_prob(z.to(self.center.device)).mean())
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in self.couplings.state_dict().items()}
@@ -227,5 +227,5 @@ def _check(config: Flow.Config, d: int) -> None:
         raise UserError(f"prior.lr={config.lr}: must be above 0; 1e-3 is usual")
     if not 0.0 < config.validation < 1.0:
         raise UserError(f"prior.validation={config.validation}: must be above 0 and below 1; 0.1 is usual")
-    if config.regularisation < 0.0:
-        raise UserError(f"prior.regularisation={config.regularisation}: use 0 or more")
+    if config.regularization < 0.0:
+        raise UserError(f"prior.regularization={config.regularization}: use 0 or more")

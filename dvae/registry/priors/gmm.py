@@ -27,7 +27,7 @@ class Covariance(Enum):
 
 @PRIORS.register("gmm")
 class GMM(Prior):
-    """Mixture of Gaussians on z, by expectation maximisation; N(0, I) until it is fitted. Maps are flattened."""
+    """Mixture of Gaussians on z, by expectation maximization; N(0, I) until it is fitted. Maps are flattened."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
@@ -37,7 +37,7 @@ class GMM(Prior):
         """Shape of each Gaussian's covariance."""
         max_samples: int = 50_000
         """Latents used for the fit, drawn without replacement; all where there are fewer."""
-        regularisation: float = 1e-6
+        regularization: float = 1e-6
         """Added to the variances, in squared units of z."""
         fit_noise: bool = False
         """Whether to fit draws z ~ q(z|x), which cover the width of the posteriors, instead of their means."""
@@ -48,10 +48,10 @@ class GMM(Prior):
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
-        if config.components < 1 or config.max_samples < config.components or config.regularisation < 0:
+        if config.components < 1 or config.max_samples < config.components or config.regularization < 0:
             raise UserError(
-                f"prior.components {config.components}, prior.max_samples {config.max_samples}, prior.regularisation "
-                f"{config.regularisation}: give at least one component, a sample for each, and no negative number"
+                f"prior.components {config.components}, prior.max_samples {config.max_samples}, prior.regularization "
+                f"{config.regularization}: give at least one component, a sample for each, and no negative number"
             )
         self.config = config
         k, d = config.components, math.prod(io.latent)
@@ -80,7 +80,7 @@ class GMM(Prior):
         mixture = GaussianMixture(
             config.components,
             covariance_type=config.covariance.value,
-            reg_covar=config.regularisation,
+            reg_covar=config.regularization,
             random_state=seed % 2**32,
         )
         with warnings.catch_warnings():

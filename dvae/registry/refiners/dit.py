@@ -58,9 +58,9 @@ class DiT(Refiner):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.leave = nn.Linear(width, io.output_channels * config.patch**2)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -90,7 +90,7 @@ class DiT(Refiner):
 
 
 class _Block(nn.Module):
-    """Attention and an MLP, each normalised, modulated and gated: tokens (B, L, width), embedding (B, width)."""
+    """Attention and an MLP, each normalized, modulated and gated: tokens (B, L, width), embedding (B, width)."""
 
     def __init__(self, width: int, heads: int, backend: AttentionBackend) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ class FlatResNet(Refiner):
 
     The noise level as an input channel is due to FFDNet (Zhang et al. 2018). Every block sees these channels through a
     1x1 convolution; as they are constant, that is a linear layer whose result is broadcast. A latent map is stretched
-    over the image instead (nearest neighbour).
+    over the image instead (nearest neighbor).
     """
 
     @dataclass(kw_only=True, slots=True)

@@ -20,7 +20,7 @@ class Variance(Enum):
     """The variance of the noise that one reverse step from t to s adds (Ho et al. 2020, section 3.2)."""
 
     fixedlarge = 1
-    """1 - abar_t / abar_s, which is beta_t between neighbours: right for data ~ N(0, I)."""
+    """1 - abar_t / abar_s, which is beta_t between neighbors: right for data ~ N(0, I)."""
     fixedsmall = 2
     """That of q(u_s | u_t, x0): right for data that are one point."""
 

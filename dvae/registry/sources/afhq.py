@@ -25,7 +25,7 @@ class AFHQ(ImageFiles):
     on) or test (version 2, PNG, scaled anew with Lanczos). Where there is only train, PNG files mean version 2.
     """
 
-    licence = "AFHQ: CC BY-NC 4.0 (NAVER Corporation); Choi et al. 2020, StarGAN v2"
+    license = "AFHQ: CC BY-NC 4.0 (NAVER Corporation); Choi et al. 2020, StarGAN v2"
     absent = (
         "has none of train/cat, train/dog, train/wild: name the folder or zip archive that holds train and val or test"
     )

@@ -38,7 +38,7 @@ class Look(Enum):
     notionists = "notionists"
 
 
-# Framing (the face fills the image), and weights that favour parts which can be told apart at 32 pixels.
+# Framing (the face fills the image), and weights that favor parts which can be told apart at 32 pixels.
 OPTIONS: dict[Look, dict[str, Any]] = {
     Look.toon_head: {
         "scale": 1.42,
@@ -68,7 +68,7 @@ OPTIONS: dict[Look, dict[str, Any]] = {
 
 @SOURCES.register("avatars")
 class Avatars(Source):
-    """Faces drawn by DiceBear; labels are the parts and colours that were drawn."""
+    """Faces drawn by DiceBear; labels are the parts and colors that were drawn."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
@@ -79,18 +79,18 @@ class Avatars(Source):
         seed: int = 0
         """Faces of different seeds are drawn independently."""
         background: list[str] = field(default_factory=lambda: ["#f4a6a6", "#a6d8f4", "#b8e6b0", "#f6dd8a", "#c9b6f2"])
-        """Colours to choose the background from, as #rrggbb."""
+        """Colors to choose the background from, as #rrggbb."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
         if config.count < 1:
             raise UserError(f"source.count={config.count}: use 1 or more")
-        wrong = [colour for colour in config.background if not re.fullmatch("#[0-9a-fA-F]{6}", colour)]
+        wrong = [color for color in config.background if not re.fullmatch("#[0-9a-fA-F]{6}", color)]
         if wrong or not config.background:
-            raise UserError(f"source.background={wrong or '[]'}: give one or more colours as #rrggbb")
+            raise UserError(f"source.background={wrong or '[]'}: give one or more colors as #rrggbb")
         self.config, self.io = config, io
         self.protocol = f"drawn at {OVERSAMPLING}x, Pillow Lanczos"
         art = _definition(config.style.value)["meta"]["license"]["text"]
-        self.licence = f"{art}; drawn by DiceBear, with our colours and framing"
+        self.license = f"{art}; drawn by DiceBear, with our colors and framing"
 
     def __len__(self) -> int:
         return self.config.count
@@ -113,7 +113,7 @@ class Avatars(Source):
 
 
 def _labels(definition: dict[str, Any], options: dict[str, Any]) -> dict[str, str | int]:
-    """The part and the colour chosen for each thing the style can draw; "none" where it was not drawn."""
+    """The part and the color chosen for each thing the style can draw; "none" where it was not drawn."""
     labels: dict[str, str | int] = {part: options.get(f"{part}Variant", "none") for part in definition["components"]}
     for thing in ("background", *definition["colors"]):
         labels[f"{thing}_color"] = options.get(f"{thing}Color", ["none"])[0]

@@ -29,8 +29,8 @@ class Source(ABC):
     """A finite, indexable set of images. Picklable, so that several processes can read it."""
 
     Config: type[ComponentConfig]
-    licence: str = "unknown: ask the owner of the images"
-    """Licence of the images, with the credit it asks for; kept in the manifest."""
+    license: str = "unknown: ask the owner of the images"
+    """License of the images, with the credit it asks for; kept in the manifest."""
     protocol: str = "made at this size"
     """How the images came to their size (crop, filter); kept in the manifest."""
 

@@ -46,7 +46,7 @@ BOXES = {
 class CelebA(ImageFiles):
     """CelebA (Liu et al. 2015), aligned: a folder or the original img_align_celeba.zip; labels are the attributes."""
 
-    licence = (
+    license = (
         "CelebA: non-commercial research only, no redistribution (agreement of MMLab, CUHK); Liu et al. 2015, "
         "Deep Learning Face Attributes in the Wild"
     )

@@ -23,7 +23,7 @@ class CelebAHQ(ImageFiles):
     (StarGAN v2's layout of 256x256 images: train/male, train/female, val/male, val/female).
     """
 
-    licence = (
+    license = (
         "CelebA-HQ: CC BY-NC 4.0, made of CelebA (non-commercial research only); Karras et al. 2018, Progressive "
         "Growing of GANs; Lee et al. 2020, MaskGAN (CelebAMask-HQ)"
     )
@@ -40,11 +40,11 @@ class CelebAHQ(ImageFiles):
         super().__init__(config, io)
         self.protocol = f"CelebA-HQ, the whole square image as it was given; {filtered(config.resize)}"
         self._attributes = Attributes(config.attributes, self.names) if config.attributes else None
-        self._labelled = len({PurePath(name).parent.name for name in self.names}) > 1
+        self._labeled = len({PurePath(name).parent.name for name in self.names}) > 1
 
     def select(self, names: list[str]) -> list[str]:
         return [n for n in names if IMAGES in PurePath(n).parts] or [n for n in names if MASKS not in PurePath(n).parts]
 
     def labels(self, index: int) -> dict[str, str | int]:
         labels = self._attributes.of(index) if self._attributes else {}
-        return labels | ({"folder": PurePath(self.names[index]).parent.name} if self._labelled else {})
+        return labels | ({"folder": PurePath(self.names[index]).parent.name} if self._labeled else {})

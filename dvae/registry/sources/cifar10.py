@@ -45,8 +45,8 @@ class Cifar10(Source):
     Both archives hold the same images in the same order, and give the same shards.
     """
 
-    licence = (
-        "CIFAR-10: no licence stated, gathered from the web for research; Krizhevsky 2009, Learning Multiple Layers "
+    license = (
+        "CIFAR-10: no license stated, gathered from the web for research; Krizhevsky 2009, Learning Multiple Layers "
         "of Features from Tiny Images"
     )
 

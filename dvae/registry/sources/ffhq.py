@@ -22,7 +22,7 @@ class FFHQ(ImageFiles):
     The sub-folders of 1,000 images that the published set has carry no meaning: there are no labels.
     """
 
-    licence = (
+    license = (
         "FFHQ: CC BY-NC-SA 4.0 (NVIDIA), single photographs CC BY 2.0, CC BY-NC 2.0, public domain or CC0 of their "
         "authors; Karras et al. 2019, A Style-Based Generator Architecture"
     )

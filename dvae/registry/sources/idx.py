@@ -38,12 +38,12 @@ class Idx(Source):
         """Labels file, such as train-labels-idx1-ubyte, plain or .gz: (N,) unsigned bytes; empty: no labels."""
         crop: Crop = Crop.center
         """center: the middle square; none: the whole image, squeezed where it is not square."""
-        licence: str = Source.licence
-        """Licence of the images with the credit it asks for; kept in the manifest."""
+        license: str = Source.license
+        """License of the images with the credit it asks for; kept in the manifest."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
         self.config, self.io = config, io
-        self.licence, self.protocol = config.licence, protocol(config.crop)
+        self.license, self.protocol = config.license, protocol(config.crop)
         self.images = read_idx(config.images, "source.images")
         if self.images.ndim not in (3, 4) or (self.images.ndim == 4 and self.images.shape[3] != 3):
             raise UserError(

@@ -33,8 +33,8 @@ class AnyFilesConfig(FilesConfig):
 
     crop: Crop = Crop.center
     """center: the middle square; none: the whole image, squeezed where it is not square."""
-    licence: str = Source.licence
-    """Licence of the images with the credit it asks for; kept in the manifest."""
+    license: str = Source.license
+    """License of the images with the credit it asks for; kept in the manifest."""
 
 
 class ImageFiles(Source):
@@ -82,12 +82,12 @@ class AnyImageFiles(ImageFiles):
 
     def __init__(self, config: AnyFilesConfig, io: Shapes, opened: Callable[[str], Tree]) -> None:
         super().__init__(config, io, opened)
-        self.licence, self.protocol = config.licence, protocol(config.crop, config.resize)
+        self.license, self.protocol = config.license, protocol(config.crop, config.resize)
         self._crop = config.crop
-        self._labelled = len({PurePath(name).parent for name in self.names}) > 1
+        self._labeled = len({PurePath(name).parent for name in self.names}) > 1
 
     def square(self, image: Image.Image, name: str) -> Image.Image:
         return image  # of any shape: `fit` crops or squeezes it
 
     def labels(self, index: int) -> dict[str, str | int]:
-        return {"folder": PurePath(printable(self.names[index])).parent.as_posix()} if self._labelled else {}
+        return {"folder": PurePath(printable(self.names[index])).parent.as_posix()} if self._labeled else {}

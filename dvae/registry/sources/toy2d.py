@@ -18,7 +18,7 @@ from dvae.utils import rng
 UNIFORMS = 4
 """Uniform draws that a density may use per point."""
 CUT = 4.0
-"""Standard deviations at which the noise around curves and centres is cut off, so that every density has a bound."""
+"""Standard deviations at which the noise around curves and centers is cut off, so that every density has a bound."""
 
 Density = Callable[[np.ndarray], np.ndarray]
 """Points (B, 2) in [-1, 1] as a function of uniform draws (B, UNIFORMS) in [0, 1)."""
@@ -31,7 +31,7 @@ def rings(u: np.ndarray) -> np.ndarray:
 
 
 def moons(u: np.ndarray) -> np.ndarray:
-    """Two interleaved half circles of radius 0.55, noise of deviation 0.03 (scikit-learn's make_moons, centred)."""
+    """Two interleaved half circles of radius 0.55, noise of deviation 0.03 (scikit-learn's make_moons, centered)."""
     half = _choice(u[:, 0], 2)
     points = _polar(0.55, math.pi * (u[:, 1] + half)) + np.where(half[:, None], [0.275, 0.1375], [-0.275, -0.1375])
     return points + 0.03 * _normal(u[:, 2:])
@@ -74,7 +74,7 @@ DENSITIES: dict[str, Density] = {
 class Toy2D(StreamSource):
     """Points of known 2-D densities, one class each: (2, 1, 1) "images" in [-1, 1], without end."""
 
-    licence = "CC0"
+    license = "CC0"
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):

@@ -48,7 +48,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 class Engine:
-    """One module with its optimiser, moving average, precision and ZeRO partition."""
+    """One module with its optimizer, moving average, precision and ZeRO partition."""
 
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         self.module = module
@@ -70,7 +70,7 @@ class Engine:
             "gradient_clipping": config.clip,
             "zero_optimization": self._zero(),
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU optimiser would leave the average out
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU optimizer would leave the average out
             "torch_autocast": {
                 "enabled": config.precision is Precision.bf16,
                 "dtype": "bfloat16",
@@ -211,7 +211,7 @@ class Engine:
             yield Fragment(name, shape, start, values, int(known.get(STEP, 0)))
 
     def _make_room(self, saved: Saved) -> None:
-        """Give the optimiser the states that `saved` has values of; it makes them at its first step otherwise."""
+        """Give the optimizer the states that `saved` has values of; it makes them at its first step otherwise."""
         for name, _, flat, *_ in self._held():
             if kinds := saved.kinds[name]:
                 state = self.optimizer.state[flat]
@@ -221,7 +221,7 @@ class Engine:
 
     @torch.no_grad()
     def _refresh(self, saved: Saved) -> None:
-        """Bring the weights that the network computes with up to date with the optimiser's."""
+        """Bring the weights that the network computes with up to date with the optimizer's."""
         stage = self.config.zero_stage
         for name, parameter in self.module.named_parameters():
             # at stage 3 small ones are kept whole on all ranks

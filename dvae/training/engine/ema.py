@@ -1,6 +1,6 @@
 """AdamW that keeps moving averages of the weights as state beside its moments.
 
-As optimiser state they are partitioned, saved and resumed with everything else, and a step that is skipped is skipped
+As optimizer state they are partitioned, saved and resumed with everything else, and a step that is skipped is skipped
 for them too.
 """
 
@@ -36,7 +36,7 @@ class Average:
 
 
 def averages(config: EmaConfig) -> dict[str, Average]:
-    """Every average that is kept, by the name of its optimiser state; the one that a run exports is first."""
+    """Every average that is kept, by the name of its optimizer state; the one that a run exports is first."""
     value = config.decay if config.profile is EmaProfile.constant else config.width
     extra = [Average(EmaProfile.power, width) for width in config.extra_widths]
     extra += [Average(EmaProfile.constant, decay) for decay in config.extra_decays]
@@ -44,7 +44,7 @@ def averages(config: EmaConfig) -> dict[str, Average]:
 
 
 def ema_names(config: EmaConfig) -> list[str]:
-    """Names of the optimiser states that are averages, MAIN first."""
+    """Names of the optimizer states that are averages, MAIN first."""
     return list(averages(config))
 
 

@@ -1,4 +1,4 @@
-"""What a rank keeps of a model that is trained: weights, gradients, optimiser, averages, buckets, in bytes."""
+"""What a rank keeps of a model that is trained: weights, gradients, optimizer, averages, buckets, in bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Footprint:
     """Bytes of a model on one rank, activations apart. All of it is fp32, in both precisions."""
 
     weights: int
-    """What the network computes with, and the part of them that the optimiser works on where that is a copy."""
+    """What the network computes with, and the part of them that the optimizer works on where that is a copy."""
     gradients: int
     """When all of a step's are there."""
     moments: int
@@ -55,7 +55,7 @@ class Footprint:
 def footprint(parameters: int, ranks: int, config: TrainingConfig, averages: int = 1) -> Footprint:
     """What each of `ranks` has of a model of so many parameters, with so many averages of its weights.
 
-    With ZeRO 1 to 3 the optimiser works on a copy of its own part of the weights. Stage 3 keeps its part of the
+    With ZeRO 1 to 3 the optimizer works on a copy of its own part of the weights. Stage 3 keeps its part of the
     gradients, and its bucket, all the time. Tensors that it leaves whole, since they are small (under 100,000 values),
     are counted as cut.
     """

@@ -28,7 +28,7 @@ from dvae.utils.fields import Count
 from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
 
 WEIGHT, BUFFER, STEP = "weight", "buffer", "step"
-"""Kinds of values beside those of the optimiser (exp_avg, exp_avg_sq, ema, ...), and the count of its steps."""
+"""Kinds of values beside those of the optimizer (exp_avg, exp_avg_sq, ema, ...), and the count of its steps."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Fragment:
     values: dict[str, torch.Tensor]
     """By kind, views (numel,) of what the engine works on."""
     step: int
-    """Optimiser steps that these values have seen."""
+    """Optimizer steps that these values have seen."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 Holder = tuple[str, nn.Parameter, torch.Tensor, int, int, int]
-"""A parameter's name, itself, the flat tensor that the optimiser steps, where its run begins in that, where in the
+"""A parameter's name, itself, the flat tensor that the optimizer steps, where its run begins in that, where in the
 parameter, and how long it is."""
 
 
 def holders(module: nn.Module, zero: Any, stage: int, rank: int) -> Iterator[Holder]:
-    """What this rank's optimiser holds of each parameter. `zero` is DeepSpeed's optimiser around it."""
+    """What this rank's optimizer holds of each parameter. `zero` is DeepSpeed's optimizer around it."""
     for name, parameter in module.named_parameters():
         if stage == 0:
             yield name, parameter, parameter, 0, 0, parameter.numel()

@@ -132,18 +132,18 @@ class Watch:
     def _publish(self) -> None:
         """Publish this rank's beat, hear whether any rank moves and whether the next one publishes, and end all if not.
 
-        One neighbour is enough: each rank has one that looks after it.
+        One neighbor is enough: each rank has one that looks after it.
         """
         idle, silent = Idle(self.interval), Idle(self.interval)
         shown, heard, known = -1, -1, ""
-        neighbour = (self.rank + 1) % self.count
+        neighbor = (self.rank + 1) % self.count
         try:
             while not self.done.wait(self.interval):
                 beat = self.look_up()
                 self._show(beat)
                 moved = self.store.add("moves", int(beat.count != shown))
                 idle.tick(moving=moved != heard or not beat.watched)
-                pulse = self._shown(neighbour)[0]
+                pulse = self._shown(neighbor)[0]
                 silent.tick(moving=pulse != known or pulse == LEFT or self.count == 1)
                 shown, heard, known = beat.count, moved, pulse
                 self._rounds += 1

@@ -61,8 +61,8 @@ def test_a_direction_without_a_target_takes_the_best_and_either_way() -> None:
     targets = [Target(i, value) for i in range(3) for value in range(2)]
     found = score(along(Method.pca, -1.0), targets, look, faces(20), faces(40, 20), [1.0, 2.0], TOLD)
     assert (found.target, found.strength) == (Target(0, 1), -2.0)
-    labelled = score(along(Method.labels, -1.0), [Target(0, 1)], look, faces(20), faces(40, 20), [1.0, 2.0], TOLD)
-    assert labelled.final.on == 0.0  # one to a value goes one way
+    labeled = score(along(Method.labels, -1.0), [Target(0, 1)], look, faces(20), faces(40, 20), [1.0, 2.0], TOLD)
+    assert labeled.final.on == 0.0  # one to a value goes one way
 
 
 def test_only_faces_that_lack_the_value_count_and_only_against_strength_0() -> None:
@@ -102,7 +102,7 @@ def test_the_report_names_every_attribute_and_what_failed(tmp_path: Path) -> Non
     assert figures["directions"][1]["refined"] == {
         "faces": 40, "on": 0.25, "changed": {"hat": 1.0, "hair": 0.25, "eyes": 0.0},
     }  # fmt: skip
-    assert figures["strength_0_as_labelled"]["refined"] == {"hat": 1.0, "hair": 1.0, "eyes": 1.0}
+    assert figures["strength_0_as_labeled"]["refined"] == {"hat": 1.0, "hair": 1.0, "eyes": 1.0}
 
     drawn = []
 

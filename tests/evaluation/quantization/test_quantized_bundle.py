@@ -1,4 +1,4 @@
-"""A quantised bundle is a bundle: smaller on disk and in memory, near the original, refused where it does not fit."""
+"""A quantized bundle is a bundle: smaller on disk and in memory, near the original, refused where it does not fit."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def words(tiny: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
-    return exported(tmp_path_factory.mktemp("quantise") / "original", words)
+    return exported(tmp_path_factory.mktemp("quantize") / "original", words)
 
 
 @pytest.fixture(scope="module")
-def quantised(original: Path) -> dict[Method, Path]:
+def quantized(original: Path) -> dict[Method, Path]:
     """A bundle by each method."""
     made = {}
     for method in Method:
@@ -63,12 +63,12 @@ def quantised(original: Path) -> dict[Method, Path]:
 
 
 @pytest.fixture
-def copy(quantised: dict[Method, Path], tmp_path: Path) -> Callable[..., Path]:
+def copy(quantized: dict[Method, Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of the bundle by a method, with quantization.json changed."""
 
     def make(method: Method = Method.int8_weights, change: Callable[[dict], None] = lambda record: None) -> Path:
         folder = tmp_path / "copy"
-        shutil.copytree(quantised[method], folder)
+        shutil.copytree(quantized[method], folder)
         record = json.loads((folder / layer_plan.FILE).read_text())
         change(record)
         (folder / layer_plan.FILE).write_text(json.dumps(record))
@@ -82,18 +82,18 @@ def copy(quantised: dict[Method, Path], tmp_path: Path) -> Callable[..., Path]:
     ("method", "least"), [(Method.int8_weights, 38.0), (Method.int8, 30.0), (Method.int4_weights, 20.0)]
 )
 def test_images_are_near_the_original(
-    quantised: dict[Method, Path], original: Path, method: Method, least: float
+    quantized: dict[Method, Path], original: Path, method: Method, least: float
 ) -> None:
-    (vae, wanted), (also_vae, found) = (dvae.load(path).generate(20, seed=3) for path in (original, quantised[method]))
+    (vae, wanted), (also_vae, found) = (dvae.load(path).generate(20, seed=3) for path in (original, quantized[method]))
     assert not torch.equal(found, wanted)
     assert psnr(wanted, found).min() > least
     assert psnr(vae, also_vae).min() > min(least, 40.0)
 
 
 @pytest.mark.parametrize("method", list(Method))
-def test_weights_lie_in_as_few_bytes_as_is_said(quantised: dict[Method, Path], original: Path, method: Method) -> None:
-    said = json.loads((quantised[method] / layer_plan.FILE).read_text())
-    before, after = (bundle.load(path)[1] for path in (original, quantised[method]))
+def test_weights_lie_in_as_few_bytes_as_is_said(quantized: dict[Method, Path], original: Path, method: Method) -> None:
+    said = json.loads((quantized[method] / layer_plan.FILE).read_text())
+    before, after = (bundle.load(path)[1] for path in (original, quantized[method]))
     stores = dict.fromkeys(("bf16", "int8", "int4", "integer"), 0)
     for part, layers in said["layers"].items():
         module = before.trained()[part]
@@ -106,7 +106,7 @@ def test_weights_lie_in_as_few_bytes_as_is_said(quantised: dict[Method, Path], o
     assert least < held <= least + 4 * rest + 0.08 * whole
     assert stores["bf16"] > 0
     assert sum(stores.values()) - stores["bf16"] > 0.6 * (whole - figures) / 4
-    disk, fp32 = ((path / bundle.WEIGHTS).stat().st_size for path in (quantised[method], original))
+    disk, fp32 = ((path / bundle.WEIGHTS).stat().st_size for path in (quantized[method], original))
     assert disk < held + 45_000 < fp32  # names and shapes are a few dozen kilobytes
     kinds = {name.rpartition(".")[2]: value.dtype for name, value in after.denoiser.named_buffers()}
     assert kinds["scales"] == torch.bfloat16
@@ -128,16 +128,16 @@ def test_a_transformer_is_a_bundle_too(tmp_path: Path, tiny: list[str]) -> None:
         assert psnr(*images).min() > 30
 
 
-def test_int8_is_for_cpus_and_has_no_likelihood(quantised: dict[Method, Path]) -> None:
-    pipeline = dvae.load(quantised[Method.int8])
+def test_int8_is_for_cpus_and_has_no_likelihood(quantized: dict[Method, Path]) -> None:
+    pipeline = dvae.load(quantized[Method.int8])
     assert pipeline.device.type == "cpu"
     assert any(isinstance(layer, IntegerLayer) for layer in pipeline.models.denoiser.modules())
     black = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     with pytest.raises(UserError, match="no gradients: use the original"):
         pipeline.bits_per_dim(black, seed=0)
     with pytest.raises(UserError, match="kernels are for CPUs: leave device=cuda out"):
-        dvae.load(quantised[Method.int8], device="cuda")
-    assert dvae.load(quantised[Method.int8_weights]).bits_per_dim(black, seed=0, tolerance=0.1).isfinite()
+        dvae.load(quantized[Method.int8], device="cuda")
+    assert dvae.load(quantized[Method.int8_weights]).bits_per_dim(black, seed=0, tolerance=0.1).isfinite()
 
 
 def restore(record: dict, store: str) -> None:
@@ -192,8 +192,8 @@ def test_a_damaged_bundle_is_refused(copy: Callable[..., Path]) -> None:
         dvae.load(folder)
 
 
-def test_nothing_is_trained_from_a_quantised_bundle(quantised: dict[Method, Path], words: list[str]) -> None:
-    folder = quantised[Method.int8_weights]
+def test_nothing_is_trained_from_a_quantized_bundle(quantized: dict[Method, Path], words: list[str]) -> None:
+    folder = quantized[Method.int8_weights]
     run = compose.typed(compose.compose("train", [*words, f"encoder_weights={folder}"]))
     with pytest.raises(UserError, match=r"is quantized \(int8_weights\): name the bundle that it was made of"):
         bundle.encoder_for(run)
@@ -216,7 +216,7 @@ def test_words_out_of_range_are_refused(original: Path, tmp_path: Path, word: di
     assert not (tmp_path / "out").exists()
 
 
-def test_the_tool_quantises_measures_and_refuses_to_do_it_twice(
+def test_the_tool_quantizes_measures_and_refuses_to_do_it_twice(
     original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -224,7 +224,7 @@ def test_the_tool_quantises_measures_and_refuses_to_do_it_twice(
     tool.command(asked)
     measured = json.loads((out / layer_plan.FILE).read_text())["measured"]
     disk = sum(path.stat().st_size for path in out.iterdir())
-    assert measured["bytes"]["disk"]["quantised"] == pytest.approx(disk, abs=4)
+    assert measured["bytes"]["disk"]["quantized"] == pytest.approx(disk, abs=4)
     assert measured["speed"]["nfe"] == 2
     assert set(measured) == {"speed", "bytes", "faster", "why"}
     shown = capsys.readouterr().out

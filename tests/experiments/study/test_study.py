@@ -13,7 +13,7 @@ from tests_support import Tool
 
 from dvae.config import compose
 from dvae.config.schema import STAGES
-from dvae.diffusion.denoiser import Centre
+from dvae.diffusion.denoiser import Center
 from dvae.errors import UserError
 from dvae.experiments.study import equivalence, study_report, study_runs, study_spec
 from dvae.experiments.study.study_spec import StudyConfig
@@ -140,7 +140,7 @@ def test_the_table_has_errors_over_seeds() -> None:
 
 @pytest.mark.parametrize("image", [True, False])
 def test_formulation_2_draws_the_same_images(tiny: list[str], tmp_path: Path, image: bool) -> None:
-    words = [*tiny, "denoiser.centre=none", "denoiser.data_scale=1", f"denoiser.condition_image={image}"]
+    words = [*tiny, "denoiser.center=none", "denoiser.data_scale=1", f"denoiser.condition_image={image}"]
     composed = compose.compose("train", words)
     made = components.build(compose.typed(composed))
     with torch.no_grad():
@@ -151,17 +151,17 @@ def test_formulation_2_draws_the_same_images(tiny: list[str], tmp_path: Path, im
         with pytest.raises(UserError, match="is not of formulation 1"):
             equivalence.compare(tmp_path / "bundle", 3, 0)
         return
-    assert equivalence.compare(tmp_path / "bundle", 3, 0).grey_levels <= 1
+    assert equivalence.compare(tmp_path / "bundle", 3, 0).gray_levels <= 1
     loaded, made = bundle.load(tmp_path / "bundle")
     first = Pipeline(loaded, made).generate(4, 0)[1].int()
-    made.denoiser.config = replace(loaded.denoiser, centre=Centre.input)  # in its coordinates they are another function
+    made.denoiser.config = replace(loaded.denoiser, center=Center.input)  # in its coordinates they are another function
     assert (first - Pipeline(loaded, made).generate(4, 0)[1].int()).abs().max() > 1
 
 
 @pytest.mark.slow
 def test_two_arms(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
     words = [word for word in tiny if not word.startswith(("recipe=", "evaluate."))]
-    words += ["denoiser.centre=none", "denoiser.data_scale=1"]
+    words += ["denoiser.center=none", "denoiser.data_scale=1"]
     study = {
         "recipe": "demo", "words": words, "seeds": [3], "steps": [1, 2], "n": 20, "reference": 40,
         "kid_subset_size": 8, "kid_subsets": 4,

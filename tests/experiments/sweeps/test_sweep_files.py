@@ -130,7 +130,7 @@ def test_what_cannot_work_is_refused_in_one_line(change: dict[str, Any], said: s
 
 
 def test_a_metric_must_be_named() -> None:
-    with pytest.raises(UserError, match="names no metric to optimise"):
+    with pytest.raises(UserError, match="names no metric to optimize"):
         sweep_spec.check("mine", {name: value for name, value in GOOD.items() if name != "metric"})
 
 

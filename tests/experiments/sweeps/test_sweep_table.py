@@ -57,7 +57,7 @@ def test_axes_place_and_name_values() -> None:
     assert axis_of("zero", [0, 1], logarithmic=True).place(0) == 0.0
 
 
-def colours(path: Path) -> np.ndarray:
+def colors(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
 
@@ -66,7 +66,7 @@ def colours(path: Path) -> np.ndarray:
 def test_the_best_trial_stands_out(goal: str, tmp_path: Path) -> None:
     path = tmp_path / "parallel.png"
     parallel_coordinates.draw(trials(), spec(goal), path)
-    drawn = colours(path)
+    drawn = colors(path)
     assert drawn.shape[1] > 3 * 150
     yellow = (drawn[..., 0] > 180) & (drawn[..., 1] > 200) & (drawn[..., 2] < 80)  # viridis' bright end
     assert yellow.sum() > 200
@@ -86,5 +86,5 @@ def test_long_names_are_broken_where_they_have_parts() -> None:
 def test_no_finished_trial_and_constants_can_be_drawn(tmp_path: Path) -> None:
     failed = [Trial(1, {"lr": 1e-4, "kind": "a", "c": 5}, State.failed)]
     parallel_coordinates.draw(failed, spec(c={"value": 5}), tmp_path / "parallel.png")
-    assert colours(tmp_path / "parallel.png").std() > 5
+    assert colors(tmp_path / "parallel.png").std() > 5
     assert list(tmp_path.iterdir()) == [tmp_path / "parallel.png"]

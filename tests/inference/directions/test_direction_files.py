@@ -42,15 +42,15 @@ def change(folder: Path, name: str) -> None:
 
 def test_what_is_saved_is_loaded(folder: Path) -> None:
     model = LabelModel({"hair": ["bun", "bob"]}, torch.randn(5, 2).double(), torch.randn(2, 4).double())
-    labelled = Direction("hair.bun", torch.randn(4), Method.labels, "from the present", "hair", "bun", model=model)
+    labeled = Direction("hair.bun", torch.randn(4), Method.labels, "from the present", "hair", "bun", model=model)
     z = torch.randn(9, 4)
     assert directions.names(folder) == []
-    assert directions.save(folder, [labelled, made("pca_1")]) == folder / direction_files.FILE
+    assert directions.save(folder, [labeled, made("pca_1")]) == folder / direction_files.FILE
     assert directions.names(folder) == ["hair.bun", "pca_1"]
     for place in (folder, folder.parent, str(folder)):  # a run folder too
         back = directions.load(place, "hair.bun")
-        assert torch.equal(back.vector, labelled.vector)
-        assert torch.equal(back.move(z, 1.5), labelled.move(z, 1.5))
+        assert torch.equal(back.vector, labeled.vector)
+        assert torch.equal(back.move(z, 1.5), labeled.move(z, 1.5))
         assert (back.method, back.unit, back.attribute, back.value, back.share) == (
             Method.labels, "from the present", "hair", "bun", None,
         )  # fmt: skip

@@ -14,7 +14,7 @@ SIZES = [3, 2]
 ATTRIBUTES = Attributes({"hair": ["bun", "#aabbcc", "a b"], "hat": ["no", "yes"]}, {})
 
 
-def labelled(n: int, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def labeled(n: int, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Latents (n, 5) that are sums of effects of two attributes, which occur together more often than by chance; the
     codes (n, 2) and the effects."""
     draw = torch.Generator().manual_seed(0)
@@ -28,7 +28,7 @@ def labelled(n: int, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, li
 
 
 def test_correlated_attributes_are_told_apart_exactly() -> None:
-    z, codes, effects = labelled(2000)
+    z, codes, effects = labeled(2000)
     found = label_regression.regress(z, codes, SIZES, pairs=False).split(SIZES)
     for mine, true in zip(found, effects, strict=True):
         assert torch.allclose(mine - mine[0], true - true[0], atol=1e-4)
@@ -37,7 +37,7 @@ def test_correlated_attributes_are_told_apart_exactly() -> None:
 
 
 def test_strength_1_is_the_displacement_from_the_others_by_how_many_they_are() -> None:
-    z, codes, (hair, _) = labelled(3000)
+    z, codes, (hair, _) = labeled(3000)
     directions, skipped = finders.from_labels(z.float(), codes, ATTRIBUTES, ["hair"])
     assert [one.name for one in directions] == ["hair.bun", "hair.aabbcc", "hair.a_b"]
     assert [one.value for one in directions] == ["bun", "#aabbcc", "a b"]
@@ -49,13 +49,13 @@ def test_strength_1_is_the_displacement_from_the_others_by_how_many_they_are() -
 
 
 def test_noise_averages_out() -> None:
-    z, codes, effects = labelled(20000, noise=1.0)
+    z, codes, effects = labeled(20000, noise=1.0)
     found = label_regression.regress(z, codes, SIZES, pairs=False).split(SIZES)
     assert (found[0][1] - found[0][0] - (effects[0][1] - effects[0][0])).abs().max() < 0.15
 
 
 def test_values_that_hardly_occur_are_skipped_with_a_word() -> None:
-    z, codes, _ = labelled(300)
+    z, codes, _ = labeled(300)
     codes[:, 1] = 0
     codes[:3, 1] = 1
     directions, skipped = finders.from_labels(z, codes, ATTRIBUTES, ["hat"])
@@ -64,14 +64,14 @@ def test_values_that_hardly_occur_are_skipped_with_a_word() -> None:
 
 
 def test_values_whose_names_would_be_the_same_are_refused() -> None:
-    z, codes, _ = labelled(300)
+    z, codes, _ = labeled(300)
     same = Attributes({"hair": ["#a", "a", "b"], "hat": ["no", "yes"]}, {})
     with pytest.raises(UserError, match=r"two of its values would give the name hair\.a"):
         finders.from_labels(z, codes, same, ["hair"])
 
 
 def test_maps_keep_their_shape() -> None:
-    z, codes, _ = labelled(300)
+    z, codes, _ = labeled(300)
     directions, _ = finders.from_labels(z[:, :4].reshape(300, 1, 2, 2), codes, ATTRIBUTES, ["hat"])
     assert directions[0].vector.shape == (1, 2, 2)
     assert directions[0].move(torch.zeros(3, 1, 2, 2), 2.0).shape == (3, 1, 2, 2)
@@ -106,24 +106,24 @@ def test_what_a_value_adds_may_depend_on_the_others() -> None:
 
 
 def test_few_images_are_not_asked_about_pairs() -> None:
-    z, codes, _ = labelled(20)
+    z, codes, _ = labeled(20)
     model = label_regression.fit(z, codes, ATTRIBUTES.values)
     assert not model.pairs
-    assert label_regression.fit(*labelled(22)[:2], ATTRIBUTES.values).pairs  # 3 + 2 values and 6 pairs
+    assert label_regression.fit(*labeled(22)[:2], ATTRIBUTES.values).pairs  # 3 + 2 values and 6 pairs
 
 
 def test_pca_is_numpys_svd() -> None:
     z = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)) @ torch.diag(torch.arange(1.0, 7)) + 3.0
     found = finders.pca(z, 4)
-    centred = z.double().numpy() - z.double().numpy().mean(0)
-    _, singular, rows = np.linalg.svd(centred, full_matrices=False)
+    centered = z.double().numpy() - z.double().numpy().mean(0)
+    _, singular, rows = np.linalg.svd(centered, full_matrices=False)
     for i, one in enumerate(found):
         expected = rows[i] * singular[i] / np.sqrt(199)
         expected *= np.sign(expected[np.abs(expected).argmax()])
         assert one.name == f"pca_{i + 1}"
         assert np.allclose(one.vector, expected, rtol=1e-5, atol=1e-6)
         assert one.share == pytest.approx(singular[i] ** 2 / (singular**2).sum())
-        assert (centred @ expected / np.linalg.norm(expected)).std(ddof=1) == pytest.approx(
+        assert (centered @ expected / np.linalg.norm(expected)).std(ddof=1) == pytest.approx(
             float(one.vector.norm()), rel=1e-5
         )
 
@@ -183,7 +183,7 @@ def test_columns_of_a_decoder_with_attention() -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_latents_that_are_not_finite_are_refused_in_one_line(number: float) -> None:
-    z, codes, _ = labelled(300)
+    z, codes, _ = labeled(300)
     z[7, 2] = number
     with pytest.raises(UserError, match=r"find=\[pca\]: the latents .* not finite"):
         finders.pca(z, 2)
@@ -195,7 +195,7 @@ def test_latents_that_are_not_finite_are_refused_in_one_line(number: float) -> N
 
 def test_latents_whose_squares_overflow_are_refused_in_one_line() -> None:
     """Each number is finite, in float64 too; products of them are not."""
-    z, codes, _ = labelled(300)
+    z, codes, _ = labeled(300)
     with pytest.raises(UserError, match=r"find=\[pca\]: the latents .* not finite"):
         finders.pca(z * 1e200, 2)
     with pytest.raises(UserError, match=r"find=\[labels\]: the latents .* not finite"):

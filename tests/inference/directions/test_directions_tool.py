@@ -97,7 +97,7 @@ def test_what_cannot_be_is_refused(folder: Path, words: list[str], says: str) ->
 def test_a_run_without_an_encoder_is_refused(tmp_path: Path, tiny: list[str]) -> None:
     words = ["encoder=none", "denoiser.condition_image=false", "denoiser.condition_latent=false", "prior=normal"]
     kept = [word for word in tiny if not word.startswith(("encoder.", "prior."))]
-    composed = compose.compose("train", [*kept, *words, "stages=[shards,refiner]", "denoiser.centre=none"])
+    composed = compose.compose("train", [*kept, *words, "stages=[shards,refiner]", "denoiser.center=none"])
     made = components.build(compose.typed(composed))
     parts = {name: part.state_dict() for name, part in made.trained().items()}
     bundle.export(tmp_path / "bundle", compose.typed(composed), parts)

@@ -70,7 +70,7 @@ def test_the_same_bits_in_every_request(command: str, run: Path, faces: Path, tm
         assert np.array_equal(part, whole[first : first + n])
     for batch in (1, 7, 64):
         other = draw(command, run, tmp_path / f"batch{batch}.npy", faces, batch_size=batch)
-        # grey levels that round the other way; rarely more, since an untrained network may amplify them
+        # gray levels that round the other way; rarely more, since an untrained network may amplify them
         assert (np.abs(other.astype(int) - whole.astype(int)) > 1).mean() < 0.01
 
 
@@ -202,7 +202,7 @@ def test_where_images_may_lie(form: str, run: Path, faces: Path, tmp_path: Path)
             ["images=BIG"],
             "big.png is 32x24, the run's images are 16x16: add resize=true to crop and scale",
         ),
-        (reconstruct, ["images=GREY"], "grey.png is grey, the run's images are colour: add resize=true to convert it"),
+        (reconstruct, ["images=GRAY"], "gray.png is gray, the run's images are color: add resize=true to convert it"),
         (reconstruct, ["images=DAMAGED"], "damaged.png is not an image that can be read"),
         (reconstruct, ["images=FACES", "n=21"], r"n=21 first=0: images=.* holds 20, numbered from 0"),
         (interpolate, ["images=FACES", "n=11"], r"n=11 first=0: images=.* makes 10"),
@@ -234,10 +234,10 @@ def test_mistakes_are_one_line_about_images(
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Image.new("RGB", (32, 24)).save("big.png")
-    Image.new("L", (16, 16)).save("grey.png")
+    Image.new("L", (16, 16)).save("gray.png")
     Image.new("L", (16, 16), 255).save("white.png")
     Path("damaged.png").write_bytes(b"none")
-    places = {"EMPTY": "empty", "BIG": "big.png", "GREY": "grey.png", "DAMAGED": "damaged.png", "WHITE": "white.png"}
+    places = {"EMPTY": "empty", "BIG": "big.png", "GRAY": "gray.png", "DAMAGED": "damaged.png", "WHITE": "white.png"}
     for name, place in (places | {"FACES": str(faces)}).items():
         words = [word.replace(name, place) for word in words]
     with pytest.raises(UserError, match=message) as refusal:

@@ -144,7 +144,7 @@ def test_more_may_be_asked_for_while_it_is_under_way(
     assert len(np.load(out)) == 40
 
 
-def test_a_batch_size_is_within_a_grey_level(
+def test_a_batch_size_is_within_a_gray_level(
     run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     generate.draw(asked(run, tmp_path / "x.npy", n=40, batch_size=7))

@@ -69,7 +69,7 @@ def save(path: Path, state: dict[str, torch.Tensor], hyper_parameters: Any = Non
     return path
 
 
-def randomise(network: torch.nn.Module, seed: int) -> torch.nn.Module:
+def randomize(network: torch.nn.Module, seed: int) -> torch.nn.Module:
     """All parameters small and random, those that start as zero too."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():

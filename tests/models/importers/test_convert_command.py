@@ -21,7 +21,7 @@ SAMPLER = ["sampler=em", "sampler.steps=2"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
     network = PublicNCSNpp(6, 6, width=32, multipliers=[1], blocks=1, attended=[], side=16)
-    state = lightning_files.randomise(network, 1).state_dict()
+    state = lightning_files.randomize(network, 1).state_dict()
     path = tmp_path_factory.mktemp("psld") / "psld.ckpt"
     return str(lightning_files.save(path, {f"ema_score_fn.{name}": value for name, value in state.items()}))
 

@@ -28,12 +28,12 @@ LEVELS = "encoder.resolutions=[16,8,4,1]"
 @pytest.fixture(scope="module")
 def vae() -> PublicVAE:
     network = PublicVAE(STRINGS["enc_block_str"], STRINGS["dec_block_str"], CHANNELS)
-    return lightning_files.randomise(network, 1)
+    return lightning_files.randomize(network, 1)
 
 
 def unet(seed: int, **more) -> PublicUNet:
     settings = {"width": 64, "multipliers": [1, 2], "blocks": 2, "factors": [2], "heads": 4, "z_dim": 24} | more
-    return lightning_files.randomise(PublicUNet(**settings), seed)
+    return lightning_files.randomize(PublicUNet(**settings), seed)
 
 
 def save(folder: Path, state: dict[str, torch.Tensor]) -> Path:
@@ -149,19 +149,19 @@ def test_what_tensors_tell_takes_the_place_of_the_recipe(tmp_path, vae):
     assert (refiner.attention_resolutions, refiner.scale_shift_norm, refiner.patch) == ([16, 4], True, 1)
     assert (encoder.channels, encoder.latent_dim) == ([8, 16, 16, 24], 24)
     assert (encoder.encoder_blocks, encoder.decoder_blocks) == ([2, 1, 3, 1], [1, 2, 1, 2])
-    assert (denoiser.centre.name, denoiser.condition_latent, denoiser.prediction.name) == ("input", True, "eps")
+    assert (denoiser.center.name, denoiser.condition_latent, denoiser.prediction.name) == ("input", True, "eps")
     assert (config.prior.name, config.schedule.name) == ("normal", "ddpm_linear")
     assert (config.schedule.beta_start, config.schedule.beta_end, config.schedule.steps) == (1e-4, 0.02, 1000)
     changed = next(line for line in lines if line.startswith("changed"))
     assert "refiner.attention_resolutions [] -> [16,4]" in changed
-    assert "denoiser.centre residual -> input" in changed
+    assert "denoiser.center residual -> input" in changed
     assert "prior gmm -> normal" in changed
     assert any(line.startswith("  refiner.heads=1 (if wrong") for line in lines)
     assert any(line.startswith("  encoder.resolutions=[16,8,4,1]") for line in lines)
 
 
 def test_a_vae_of_its_own_brings_its_resolutions(tmp_path, vae):
-    other = lightning_files.randomise(PublicVAE(STRINGS["enc_block_str"], STRINGS["dec_block_str"], CHANNELS), 9)
+    other = lightning_files.randomize(PublicVAE(STRINGS["enc_block_str"], STRINGS["dec_block_str"], CHANNELS), 9)
     save(tmp_path, ddpm_state(unet(2), unet(3), other))
     lightning_files.save(tmp_path / "vae.ckpt", vae.state_dict(), STRINGS)
     lines = run(tmp_path, f"vae={tmp_path / 'vae.ckpt'}")  # the recipe's resolutions are others

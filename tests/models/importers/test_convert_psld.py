@@ -22,7 +22,7 @@ BEST = {"blocks": 1, "multipliers": [2, 2], "fourier": True, "fir": True, "progr
 
 
 def network(seed: int, **more) -> PublicNCSNpp:
-    return lightning_files.randomise(PublicNCSNpp(**PLAIN | more), seed)
+    return lightning_files.randomize(PublicNCSNpp(**PLAIN | more), seed)
 
 
 def save(folder: Path, online: PublicNCSNpp, average: PublicNCSNpp) -> dict[str, torch.Tensor]:

@@ -64,7 +64,7 @@ def test_fits(recipe, layout, changed, tmp_path, monkeypatch):
     held = hold("ema_score_fn.", refiner)
     if layout == "diffusevae":
         held = hold("target_network.decoder.", refiner) | hold("vae.", made.encoder.state_dict())
-        form2 = {"post_coeff_3": torch.ones(1000)} if made.denoiser.config.centre.name == "input" else {}
+        form2 = {"post_coeff_3": torch.ones(1000)} if made.denoiser.config.center.name == "input" else {}
         held |= hold("online_network.", {"betas": torch.ones(1000), **form2})
     monkeypatch.setattr(convert_checkpoint, "Checkpoint", Shapeless)
     monkeypatch.setattr(Shapeless, "held", held, raising=False)

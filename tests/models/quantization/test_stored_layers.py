@@ -12,7 +12,7 @@ from torch import nn
 from dvae.errors import UserError
 from dvae.models.quantization import integer
 from dvae.models.quantization.integer import Clock, IntegerLayer
-from dvae.models.quantization.quantized_layers import Store, StoredLayer, quantisable
+from dvae.models.quantization.quantized_layers import Store, StoredLayer, quantizable
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(48, 20), (3, 5, 48)),
@@ -161,8 +161,8 @@ def test_a_pytorch_without_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_layers_that_are_not_known_are_left_alone() -> None:
-    assert quantisable(nn.Linear(2, 2))
-    assert quantisable(nn.Conv2d(2, 2, 3))
+    assert quantizable(nn.Linear(2, 2))
+    assert quantizable(nn.Conv2d(2, 2, 3))
     others = [nn.Conv1d(2, 2, 1), nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 3, padding="same"), nn.Identity()]
     others += [nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.ConvTranspose2d(2, 2, 3)]
-    assert not any(quantisable(layer) for layer in others)
+    assert not any(quantizable(layer) for layer in others)

@@ -1,4 +1,4 @@
-"""Which layers of a network are quantised, over every registered network."""
+"""Which layers of a network are quantized, over every registered network."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def inputs(io: Shapes) -> tuple[torch.Tensor, torch.Tensor, Condition]:
 
 @pytest.mark.parametrize("io", [PLAIN, ALL], ids=["plain", "all conditions"])
 @pytest.mark.parametrize("name", REFINERS.names())
-def test_every_refiner_is_quantised_and_runs(name: str, io: Shapes) -> None:
+def test_every_refiner_is_quantized_and_runs(name: str, io: Shapes) -> None:
     torch.manual_seed(0)
     refiner = REFINERS.build({"name": name, **SMALL.get(name, {})}, io).eval().requires_grad_(False)
     for parameter in refiner.parameters():
@@ -69,7 +69,7 @@ def test_every_refiner_is_quantised_and_runs(name: str, io: Shapes) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS.names() if name not in ("none", "diffusers_kl")])
-def test_every_encoder_is_quantised_and_runs(name: str) -> None:
+def test_every_encoder_is_quantized_and_runs(name: str) -> None:
     # diffusers_kl is the network of kl_gan, in the size of public weights
     torch.manual_seed(0)
     io = Shapes(image_size=32)
@@ -84,7 +84,7 @@ def test_every_encoder_is_quantised_and_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS.names())
-def test_every_classifier_is_quantised_and_keeps_its_gradient(name: str) -> None:
+def test_every_classifier_is_quantized_and_keeps_its_gradient(name: str) -> None:
     torch.manual_seed(0)
     config = {"name": name, "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": []}
     classifier = CLASSIFIERS.build(config, ALL).eval().requires_grad_(False)
