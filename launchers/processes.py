@@ -58,27 +58,27 @@ class Rank:
 
 @LAUNCHERS.register("processes")
 class Processes(Launcher):
-    """In `count` processes of this machine."""
+    """In `launcher.ranks` processes of this machine."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(LauncherConfig):
-        count: int = 2
+        ranks: int = 2
         """Ranks; no more than there are GPUs, where there are any."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.count < 1:
-            raise UserError(f"launcher.count={config.count}: use 1 or more")
+        if config.ranks < 1:
+            raise UserError(f"launcher.ranks={config.ranks}: use 1 or more")
 
     @property
     def ranks(self) -> int:
-        return int(self.config.count)
+        return int(self.config.ranks)
 
     def launch(self, folder: Path) -> None:
         """Raises what the first failing rank did, or MachineError with its number, signal or status and last step."""
         gpus = torch.cuda.device_count()
         if gpus and self.ranks > gpus:
-            raise UserError(f"launcher.count={self.ranks}: this machine has {gpus} GPUs: use no more ranks")
+            raise UserError(f"launcher.ranks={self.ranks}: this machine has {gpus} GPUs: use no more ranks")
         with attempts.recorded(folder, "processes", self.ranks):
             run(folder, self.ranks)
 

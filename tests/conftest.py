@@ -24,7 +24,7 @@ settings.load_profile("repeatable")
 def tiny() -> list[str]:
     """Words for tools/launch.py: 160 faces of 16x16, a few steps of small networks, no metrics."""
     words = [
-        "recipe=demo", "image_size=16", "source.count=160", "data.workers=1", "data.heldout=0.2",
+        "recipe=demo", "image_size=16", "source.n=160", "data.workers=1", "data.heldout_fraction=0.2",
         "encoder.resolutions=[8,4,1]", "encoder.channels=[16,16,32]", "encoder.encoder_blocks=[1,1,1]",
         "encoder.decoder_blocks=[1,1,1]", "encoder.latent_dim=8", "prior.components=2", "refiner.width=32",
         "refiner.multipliers=[1]", "refiner.blocks=1", "refiner.attention_resolutions=[]", "sampler.steps=2",

@@ -28,7 +28,7 @@ TOOLS = {
     "directions": "find, keep and score directions of the latent space",
     "study": "compare arms of training with several seeds, beside the VAE alone",
     "page": "play with a trained run in a browser",
-    "judge": "say what the samples show, by a classifier trained on the real images",
+    "recognize": "count the classes that samples show, by a classifier trained on the real images",
     "replay": "take a training step that was not finite once more, and look at it",
     "convert": "read a public checkpoint of DiffuseVAE or PSLD",
     "bench": "measure how fast images come, what the trainer costs, how far the planner is off",

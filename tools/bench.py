@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dvae.errors import UserError, run_command, suggest
 
-USAGE = """usage: python tools/bench.py data [folder=PICTURES] [size=256] [images=1000] [batch=64] [threads=[0,1,2]]
+USAGE = """usage: python tools/bench.py data [folder=PICTURES] [size=256] [n=1000] [batch=64] [threads=[0,1,2]]
        [rounds=3] [quality=90] [out=FILE.json]
-       python tools/bench.py trainer [run=runs/demo] [turns=40]
-       python tools/bench.py planner [recipe=demo] [widths=[64,32,96]] [batch=16] [turns=8]
+       python tools/bench.py trainer [run=runs/demo] [steps=40]
+       python tools/bench.py planner [recipe=demo] [widths=[64,32,96]] [batch=16] [steps=8]
 
 data: images per second of our shards and loader, of ImageFolder with Pillow and ToTensor, and of plain webdataset, on
   the same pictures as JPEG (theirs) and PNG (ours); and milliseconds per image of the decoders alone. The pictures are

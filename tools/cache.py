@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/cache.py run=RUN [what=posteriors|reconstructions] [draws=8] [folder=RUN/latents]
+USAGE = """usage: python tools/cache.py run=RUN [contents=posteriors|reconstructions] [draws=8] [folder=RUN/latents]
                                     [part=0 parts=4] [shards=PLACE] [plugins=[MODULE]]
 
 Writes what the trained encoder of a run makes of every training image into WebDataset shards: mean and logvar, or that
 many draws of z with their reconstructions. The stage `cache` does the same, and takes up what lies there: train with
-stages=[shards,encoder,prior,cache,refiner,evaluate], and the same cache.what, cache.draws and cache.folder.
+stages=[shards,encoder,prior,cache,refiner,evaluate], and the same cache.contents, cache.draws and cache.folder.
 Stopped, the same command again goes on after the last finished shard. With part= and parts=, only the first (0, ..., 3)
 of 4 parts is made, beside others, on machines that share the folder's place; when all have ended, the same command
 without them, or the stage, makes what is missing and publishes."""

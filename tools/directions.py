@@ -6,7 +6,7 @@ from dvae.errors import run_command
 from dvae.tools.sample import own_sampler
 
 USAGE = """usage: python tools/directions.py run=FOLDER [find=[labels,pca,jacobian]] [labels=[NAME,...]]
-       [components=8] [images=20000] [jacobians=64] [shards=FOLDER] [seed=0] [batch_size=64]
+       [components=8] [n_train=20000] [jacobians=64] [shards=FOLDER] [seed=0] [batch=64]
        [score=true [directions=[NAME,...]] [strengths=[0.75,1,1.5,3]] [validation=60] [n=150] [steps=2000]
        [out=directions.md] [sampler=NAME] [sampler.FIELD=VALUE]]
 

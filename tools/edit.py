@@ -8,7 +8,7 @@ from dvae.tools.sample import own_sampler
 USAGE = """usage: python tools/edit.py run=FOLDER direction=NAME [strength=S | strengths=[-2,-1,0,1,2]]
        [images=heldout|drawn|PATH] [n=8] [seed=0] [first=0] [out=edits.png] [vae=BOOL] [original=BOOL]
        [resize=BOOL] [processes=1] [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1]
-       [label_guidance=1] [pca_guidance=1] [classifier_guidance=0] [batch_size=N]
+       [label_guidance=1] [pca_guidance=1] [classifier_guidance=0] [batch=N]
 
 Adds strength x the direction to the z of each image, and refines with the image's own noise; at strength 0 it is the
 reconstruction. direction= is one of those that tools/directions.py has found for the run. strengths= makes a strip of

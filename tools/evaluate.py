@@ -8,7 +8,7 @@ from dvae.errors import run_command
 
 USAGE = """usage: python tools/evaluate.py run=FOLDER [metrics=[fid,kid,isc,prc]] [n=1000] [seeds=[0]] [inception=FILE]
        [out=evaluation.json] [reference=SHARDS|FOLDER] [split=train] [n_reference=0] [vae=BOOL] [guidance=1]
-       [label_guidance=1] [pca_guidance=1] [sampler=NAME] [sampler.FIELD=VALUE] [batch_size=64] [processes=1]
+       [label_guidance=1] [pca_guidance=1] [sampler=NAME] [sampler.FIELD=VALUE] [batch=64] [processes=1]
        [memorization=N]
        [kid_subset_size=1000] [kid_subsets=100] [prc_neighborhood=3] [isc_splits=10] [cache=FOLDER]
        python tools/evaluate.py images=FOLDER reference=FOLDER [...]

@@ -8,7 +8,7 @@ from dvae.tools.sample import own_sampler
 USAGE = """usage: python tools/inpaint.py run=FOLDER [mask=border|left|right|top|bottom|center|FILE.png]
        [images=heldout|PATH] [n=8] [seed=0] [first=0] [out=inpainted.png] [vae=BOOL] [original=BOOL]
        [resize=BOOL] [processes=1] [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1]
-       [label_guidance=1] [pca_guidance=1] [classifier_guidance=0] [batch_size=N]
+       [label_guidance=1] [pca_guidance=1] [classifier_guidance=0] [batch=N]
 
 mask= says what is known and kept, to the bit: left, right, top, bottom (that half), center (the middle), border (all
 but the middle), or what is white in a PNG of the run's size. The rest is drawn anew. It needs a sampler that moves all

@@ -9,7 +9,7 @@ USAGE = """usage: python tools/interpolate.py run=FOLDER [images=heldout|drawn|P
        [n=8] [seed=0] [first=0] [out=interpolations.png] [vae=BOOL] [original=BOOL] [resize=BOOL] [processes=1]
        [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1] [label_guidance=1] [pca_guidance=1]
        [classifier_guidance=0]
-       [batch_size=N]
+       [batch=N]
 
 Strip k goes from image 2 k to image 2 k + 1 in `steps` images, both ends among them. space=z moves z alone, with the
 noise of the first image (in a straight line, where the prior is N(0, I) along the arc); space=noise moves the noise

@@ -6,7 +6,7 @@ from dvae.errors import run_command
 
 USAGE = """usage: python tools/latents.py run=FOLDER out=NAME.npz|NAME.safetensors [split=train|heldout] [images=PLACE]
        python tools/latents.py run=FOLDER prior=NAME [prior.FIELD=VALUE] bundle=FOLDER [seed=N]
-       [n=N] [resize=BOOL] [shards=FOLDER] [batch_size=64]
+       [n=N] [resize=BOOL] [shards=FOLDER] [batch=64]
 
 run= takes a run folder or a bundle. out= writes the posteriors q(z|x) of the images: mean and logvar, float32, in the
 order of the shards; label.NAME, the number of each image's value among those in `about`, which also has the sha256 of

@@ -25,7 +25,7 @@ Trains the recipe, stage by stage, into the run folder (default runs/NAME). The 
                          train on your own images
   refiner.width=96       set any field of any component
   schedule=cosine        swap a component ({kinds})
-  launcher=processes launcher.count=2
+  launcher=processes launcher.ranks=2
                          train on that many processes of this machine (torchrun works too)
   launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8
                          train as a job on SLURM (docs/cluster.md)

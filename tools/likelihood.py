@@ -5,7 +5,7 @@ from __future__ import annotations
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/likelihood.py run=FOLDER [out=likelihood.json] [n=64] [seed=0] [images=heldout|PLACE]
-       [z=mean|draw] [resize=BOOL] [label=NAME] [tolerance=1e-4] [batch_size=N] [shards=FOLDER]
+       [z=mean|draw] [resize=BOOL] [label=NAME] [tolerance=1e-4] [batch=N] [shards=FOLDER]
 
 run= takes a run folder or a bundle. Writes what a lossless code of each image would need by the refiner, given x_hat of
 the image: -log2 p(x | x_hat) per dimension, through the probability flow, in fp32; and KL(q(z|x) || N(0, I)) where

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dvae.errors import run_command
 
 USAGE = """usage: python tools/quantize.py run=FOLDER method=int8_weights|int8|int4_weights out=BUNDLE
-       [turns=5] [n=0] [seeds=3] [steps=0] [shards=FOLDER] [kid_subset_size=100] [budget=0.05] [seed=0]
+       [rounds=5] [n=0] [seeds=3] [steps=0] [shards=FOLDER] [kid_subset_size=100] [budget=0.05] [seed=0]
        [group=32] [buckets=4] [calibration=64]
 
 Quantizes the networks of a run or bundle after training. out= is a bundle like any other, for tools/sample.py and all

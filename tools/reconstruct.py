@@ -8,7 +8,7 @@ from dvae.tools.sample import own_sampler
 USAGE = """usage: python tools/reconstruct.py run=FOLDER [images=heldout|PATH] [n=8] [seed=0] [first=0]
        [out=reconstructions.png] [vae=BOOL] [original=BOOL] [resize=BOOL] [processes=1] [sampler=NAME]
        [sampler.FIELD=VALUE] [label=NAME] [guidance=1] [label_guidance=1] [pca_guidance=1] [classifier_guidance=0]
-       [batch_size=N]
+       [batch=N]
 
 Encodes images, decodes the posterior mean z and refines what the decoder makes; in latent space the decoder's image is
 the result. A picture (out=NAME.png) shows the image, the VAE's reconstruction and the refined one; out=NAME/, NAME.npy,

@@ -7,13 +7,13 @@ from dvae.errors import run_command
 USAGE = """usage: python tools/sample.py run=FOLDER [n=64] [seed=0] [first=0] [out=samples.png] [vae=BOOL] [processes=1]
        [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1] [label_guidance=1] [pca_guidance=1]
        [classifier_guidance=0]
-       [batch_size=N] [shared=z|noise] [intermediate=0]
+       [batch=N] [shared=z|noise] [intermediate=0]
 
 run= takes a run folder or a bundle. out= names the form: NAME.png one picture, each VAE sample, where there is a VAE,
 with its refined sample at its right; NAME/ a folder of 000000.png, ...; NAME.npy uint8 (n, H, W, C); NAME.zip and
 NAME.tar (WebDataset) of PNGs. vae=true puts the VAE's samples there too. The same command again goes on where it was
 ended. Image k of a seed has the same bits on the CPU, however many are drawn, from whichever `first`, by however many
-processes; with batch_size=, which may be faster, a pixel may be off by one gray level in fp32, by a few in bf16.
+processes; with batch=, which may be faster, a pixel may be off by one gray level in fp32, by a few in bf16.
 sampler.FIELD changes the run's own sampler or the one that sampler= names; sampler.temperature scales the starting
 noise.
 guidance weighs x_hat, z and class together, label_guidance the class alone (0 without, 1 as trained, above 1 stronger);

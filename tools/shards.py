@@ -23,7 +23,7 @@ build renders every image of a source at one size and writes WebDataset shards w
   source=NAME            {sources}; `python tools/components.py source` lists their fields
   size=32                height and width in pixels
   out=FOLDER             appears when it is complete; the same command again goes on where it was stopped
-  heldout=0.1            share of the images kept from training
+  heldout_fraction=0.1            share of the images kept from training
   channels=3             3 (RGB) or 1 (gray)
   workers=2              processes that render; the shards do not depend on it
   shard_size=10000       images of the source of which a train and a held-out shard are made
@@ -44,7 +44,7 @@ class ShardsConfig:
     """Height and width in pixels."""
     out: str = MISSING
     """Folder of the shards."""
-    heldout: float = 0.1
+    heldout_fraction: float = 0.1
     """Share of the images kept from training."""
     channels: int = 3
     """1 or 3."""
@@ -90,7 +90,7 @@ def build(words: list[str]) -> None:
     settings: ShardsConfig = compose.words_of_a_tool(composed)
     shard_request.check_part(settings.part, settings.parts)
     how: dict[str, Any] = {
-        "heldout_fraction": settings.heldout,
+        "heldout_fraction": settings.heldout_fraction,
         "channels": settings.channels,
         "shard_size": settings.shard_size,
         "workers": settings.workers,

@@ -1,15 +1,15 @@
-"""Try settings: python tools/sweep.py sweep=demo count=6 parallel=2 [out=runs/sweep-demo] [key=value ...]"""
+"""Try settings: python tools/sweep.py sweep=demo n=6 parallel=2 [out=runs/sweep-demo] [key=value ...]"""
 
 from __future__ import annotations
 
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/sweep.py sweep=NAME|FILE.yaml [count=8] [parallel=1] [out=runs/sweep-NAME] [failures=3]
+USAGE = """usage: python tools/sweep.py sweep=NAME|FILE.yaml [n=8] [parallel=1] [out=runs/sweep-NAME] [failures=3]
        [key=value ...]
 
 Runs a W&B sweep file on this machine, without a server, by W&B's own engine: grid, random or bayes, and hyperband.
 Each trial is a run of tools/launch.py in out/trial-0001, ...; words like train_refiner.steps=200 go to all of them.
-The same command again goes on, up to `count` finished trials. At the end: out/trials.csv and out/parallel.png.
+The same command again goes on, up to `n` finished trials. At the end: out/trials.csv and out/parallel.png.
 
   sweep=NAME             {sweeps}
   tracking.wandb.mode=offline
@@ -30,7 +30,7 @@ def command(argv: list[str]) -> None:
     trial_table.write(trials, found, folder.path / "trials.csv")
     parallel_coordinates.draw(trials, found, folder.path / "parallel.png")
     print(trial_table.text(trials, found))
-    print(trial_table.ending(trials, settings.count, folder.path))
+    print(trial_table.ending(trials, settings.n, folder.path))
 
 
 if __name__ == "__main__":

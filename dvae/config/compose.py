@@ -202,9 +202,9 @@ def check_config(config: RunConfig) -> RunConfig:
         if training.lr <= 0:
             raise UserError(f"{name}.lr={training.lr}: use a learning rate above 0")
         check_ema(f"{name}.ema", training.ema)
-    if config.evaluate.every < 0:
-        raise UserError(f"evaluate.every={config.evaluate.every}: use 0 (none) or a number of steps")
-    images = (config.evaluate.metrics or config.evaluate.every) and not endless(config)
+    if config.evaluate.every_steps < 0:
+        raise UserError(f"evaluate.every_steps={config.evaluate.every_steps}: use 0 (none) or a number of steps")
+    images = (config.evaluate.metrics or config.evaluate.every_steps) and not endless(config)
     if images and config.evaluate.kid_subset_size > config.evaluate.n:
         raise UserError(
             f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} is more than evaluate.n={config.evaluate.n}: "

@@ -117,7 +117,7 @@ class DataConfig:
     """Folder into which shards from elsewhere are fetched; ranks of a machine, and runs, may share it."""
     download_gib: float = 50.0
     """Shards from elsewhere take no more than this there; those not wanted for the longest go first."""
-    heldout: float = 0.1
+    heldout_fraction: float = 0.1
     """Fraction of the images kept from training, for reconstructions and the metrics' floor."""
     flip: bool = False
     """Flip images left to right at random."""
@@ -139,7 +139,7 @@ class DataConfig:
     """Processes that read or render images when shards are built."""
 
 
-class Cached(Enum):
+class CacheContents(Enum):
     """What the cache stage keeps of each training image."""
 
     posteriors = "posteriors"
@@ -152,14 +152,14 @@ class CacheConfig:
 
     folder: str = "${run}/latents"
     """Folder of the shards; written where they do not exist yet."""
-    what: Cached = Cached.posteriors
+    contents: CacheContents = CacheContents.posteriors
     """posteriors: mean and logvar, from which z is drawn anew at every visit; reconstructions: `draws` fixed draws of z
     and their x_hat, rounded to 8 bits, so that nothing is decoded either."""
     draws: int = 8
     """For reconstructions: how many there are of each image."""
 
 
-class Reaches(Enum):
+class GradientTo(Enum):
     """By what the gradient of the refiner's loss reaches the encoder."""
 
     nothing = "nothing"
@@ -174,7 +174,7 @@ class JointConfig:
 
     weight: float = 1.0
     """Factor on the refiner's loss, the mean over pixels; the encoder's is a sum over them."""
-    reaches: Reaches = Reaches.both
+    gradient_to: GradientTo = GradientTo.both
     """nothing | z | x_hat | both: by what the gradient of the refiner's loss reaches the encoder."""
     start: int = 0
     """Steps before it does."""
@@ -186,7 +186,7 @@ class EvaluateConfig:
 
     n: int = 1000
     """Images per set and seed."""
-    reference: int = 5000
+    n_reference: int = 5000
     """Training images that sets are compared with (fewer where there are fewer)."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the generated sets."""
@@ -198,7 +198,7 @@ class EvaluateConfig:
     """Images per forward pass."""
     metrics: bool = True
     """false: draw pictures only."""
-    every: int = 0
+    every_steps: int = 0
     """Steps of the refiner's training between scores of its averaged weights, with the first of `seeds` (0: none)."""
 
 

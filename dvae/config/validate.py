@@ -60,8 +60,8 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[components.Models, dict[st
         _check_classes(config)
         return made, {}
     counts = images(config)
-    smallest = min(counts["train"], config.evaluate.reference)
-    scored = config.evaluate.every > 0 or ("evaluate" in config.stages and config.evaluate.metrics)
+    smallest = min(counts["train"], config.evaluate.n_reference)
+    scored = config.evaluate.every_steps > 0 or ("evaluate" in config.stages and config.evaluate.metrics)
     if scored and smallest < 2 * config.evaluate.kid_subset_size:
         raise UserError(
             f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} needs twice as many real images, there are "
@@ -91,7 +91,7 @@ def images(config: RunConfig) -> dict[str, int]:
         names = {name for item in probed for name in item.labels}
         values = {name: {str(item.labels[name]) for item in probed if name in item.labels} for name in names}
         check_label({name: sorted(seen) for name, seen in values.items()}, config.data.label, config.classes)
-    heldout = round(len(source) * config.data.heldout)
+    heldout = round(len(source) * config.data.heldout_fraction)
     return {"train": len(source) - heldout, "heldout": heldout}
 
 

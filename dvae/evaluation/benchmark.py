@@ -44,7 +44,7 @@ class Bench:
         check(settings)
         self.settings = settings
         extractor = metrics.inception(Path(settings.inception)) if settings.inception else metrics.lite0()
-        self.way = Way.of(extractor, settings.batch_size, settings.processes)
+        self.way = Way.of(extractor, settings.batch, settings.processes)
         self.measures = Measures(
             metrics=computed(settings), suffix=extractor.suffix, kid_subset_size=settings.kid_subset_size,
             kid_subsets=settings.kid_subsets, prc_neighborhood=settings.prc_neighborhood,

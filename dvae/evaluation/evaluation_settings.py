@@ -51,7 +51,7 @@ class EvaluateToolConfig:
     """Neighbors that a ball of precision and recall reaches to."""
     isc_splits: int = 10
     """Parts of the samples that IS is a mean over."""
-    batch_size: int = 64
+    batch: int = 64
     """Images per pass of the feature network."""
     processes: int = 1
     """Processes of this machine that draw and that compute features."""
@@ -91,7 +91,7 @@ def check(settings: EvaluateToolConfig) -> None:
             word = "sweep" if name == "over" else name
             raise UserError(f"{word}= draws from a run: use run=FOLDER instead of images={settings.images}")
     least = {"n": 1, "n_reference": 0, "kid_subset_size": 2, "kid_subsets": 1, "prc_neighborhood": 1, "isc_splits": 1,
-             "batch_size": 1, "processes": 1, "memorization": 0}  # fmt: skip
+             "batch": 1, "processes": 1, "memorization": 0}  # fmt: skip
     for name, low in least.items():
         if getattr(settings, name) < low:
             raise UserError(f"{name}={getattr(settings, name)}: use {low} or more")

@@ -43,8 +43,8 @@ SHOWN = 16
 
 
 @dataclass(kw_only=True, slots=True)
-class JudgeConfig:
-    """What tools/judge.py takes."""
+class RecognizeConfig:
+    """What tools/recognize.py takes."""
 
     run: str = MISSING
     """A run folder or a bundle."""
@@ -62,7 +62,7 @@ class JudgeConfig:
     """Training steps of the judge."""
     batch: int = 64
     """Images per step and per forward pass."""
-    out: str = "judge.png"
+    out: str = "recognized.png"
     """The picture: a row per class and a last row of samples not recognized; figures go into a JSON file beside it."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
@@ -70,7 +70,7 @@ class JudgeConfig:
     """Another sampler than the run's."""
 
 
-ConfigStore.instance().store(name="judge_schema", node=JudgeConfig, provider="dvae")
+ConfigStore.instance().store(name="recognize_schema", node=RecognizeConfig, provider="dvae")
 
 Draw = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 """Indices (B,) -> real images (B, C, H, W) uint8 and their classes (B,) int64, or (B, A) of A attributes."""
@@ -177,7 +177,7 @@ def blended(images: torch.Tensor) -> torch.Tensor:
     return ((images.int() + images.roll(len(images) // 2, 0).int()) // 2).to(torch.uint8)
 
 
-def assess(settings: JudgeConfig) -> dict[str, Any]:
+def assess(settings: RecognizeConfig) -> dict[str, Any]:
     """Train a judge on a run's real images, judge its samples, write the picture and the figures; returns the figures.
 
     Held-out images are judged too: as they are, what a perfect model would score, and blended, what a poor one may.
@@ -220,7 +220,7 @@ def assess(settings: JudgeConfig) -> dict[str, Any]:
     return figures
 
 
-def _check(settings: JudgeConfig) -> None:
+def _check(settings: RecognizeConfig) -> None:
     for name in ("n", "steps", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
@@ -228,7 +228,7 @@ def _check(settings: JudgeConfig) -> None:
         raise UserError(f"confidence={settings.confidence} is no probability below 1: use 0.9")
 
 
-def attribute_of(settings: JudgeConfig, learned: str, shards: Shards) -> tuple[str, list[str]]:
+def attribute_of(settings: RecognizeConfig, learned: str, shards: Shards) -> tuple[str, list[str]]:
     """The attribute that is the class, and its values; `learned` is the one that the run was told, or empty.
 
     Raises UserError where none is named and there are several or none.
@@ -258,7 +258,7 @@ def labeled(shards: Shards, attribute: str, classes: list[str]) -> Draw:
     return draw
 
 
-def show(samples: torch.Tensor, found: torch.Tensor, settings: JudgeConfig) -> None:
+def show(samples: torch.Tensor, found: torch.Tensor, settings: RecognizeConfig) -> None:
     """The picture: the first recognized samples of each class, a row each, then the first that were not recognized."""
     certainty, chosen = found[:, :-1].max(1)
     recognized = certainty > settings.confidence

@@ -77,7 +77,7 @@ class LikelihoodConfig:
     """Class of all images (empty: the one that a held-out image has, else none)."""
     tolerance: float = 1e-4
     """Tolerated error of each step of the probability flow, relative and absolute."""
-    batch_size: int | None = None
+    batch: int | None = None
     """Images per network call (null: 16)."""
     shards: str = ""
     """Folder of the run's shards, where they have been moved (empty: where the run had them)."""
@@ -136,7 +136,7 @@ def score(settings: LikelihoodConfig) -> Scored:
     Raises UserError for what cannot be scored, and where `out` is there or half-done for another request.
     """
     _check(settings)
-    pipeline = pipelines.load(settings.run, settings.batch_size)
+    pipeline = pipelines.load(settings.run, settings.batch)
     pipeline.need_pixels("likelihood")
     if pipeline.models.denoiser.diffusion.schedule.endless:
         name = pipeline.config.schedule.name
@@ -150,7 +150,7 @@ def score(settings: LikelihoodConfig) -> Scored:
     names = score_names(pipeline, settings)
     if out.exists():
         return _there(out, request, names)
-    wanted = calls(0, settings.n, settings.batch_size or CHUNK)
+    wanted = calls(0, settings.n, settings.batch or CHUNK)
     with Chunks.opened(out, request) as chunks:
         missing = [numbers for numbers in wanted if not chunks.has(numbers)]
         count, began = sum(map(len, missing)), time.perf_counter()
@@ -181,7 +181,7 @@ def score_chunk(
 ) -> dict[str, np.ndarray]:
     """The figures of images (n, C, H, W) uint8 with their classes, each (n,), in fp32."""
     models, seed, dimensions = pipeline.models, settings.seed, images[0].numel()
-    with one_thread(settings.batch_size is None and pipeline.device.type == "cpu"):
+    with one_thread(settings.batch is None and pipeline.device.type == "cpu"):
         posterior = models.encoder.encode(to_float(images).to(pipeline.device))
         posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
         z = posterior.mean
@@ -218,7 +218,7 @@ def _images(settings: LikelihoodConfig, inputs: Inputs) -> tuple[torch.Tensor, l
 
 def _request(settings: LikelihoodConfig, images: torch.Tensor) -> dict[str, Any]:
     """What decides every figure, ready for JSON."""
-    asked = {name: getattr(settings, name) for name in ("n", "seed", "images", "label", "tolerance", "batch_size")}
+    asked = {name: getattr(settings, name) for name in ("n", "seed", "images", "label", "tolerance", "batch")}
     pixels = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
     return bundle.hashes(settings.run) | asked | {"z": settings.z.name, "pixels": pixels}
 
@@ -260,8 +260,8 @@ def _check(settings: LikelihoodConfig) -> None:
     """Raise UserError for words that are wrong whatever the run."""
     if settings.n < 1:
         raise UserError(f"n={settings.n}: use 1 or more")
-    if settings.batch_size is not None and settings.batch_size < 1:
-        raise UserError(f"batch_size={settings.batch_size}: use 1 or more, or leave it out")
+    if settings.batch is not None and settings.batch < 1:
+        raise UserError(f"batch={settings.batch}: use 1 or more, or leave it out")
     if not 0.0 < settings.tolerance < 1.0:
         raise UserError(f"tolerance={settings.tolerance:g}: must be above 0 and below 1; 1e-4 is usual")
     if Path(settings.out).suffix != ".json":

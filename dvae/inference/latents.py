@@ -62,7 +62,7 @@ class LatentsConfig:
     """Seed of the fit (null: the one that the run's own prior stage has)."""
     shards: str = ""
     """Folder of the run's shards, where they have been moved (empty: where the run had them)."""
-    batch_size: int = 64
+    batch: int = 64
     """Images per network call."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
@@ -107,7 +107,7 @@ class Fitted:
 def run(settings: LatentsConfig) -> tuple[int, Fitted | None]:
     """Do what the words ask for: (latents written, what became of the fit). Raises UserError where it cannot be."""
     _check(settings)
-    pipeline = pipelines.load(settings.run, settings.batch_size)
+    pipeline = pipelines.load(settings.run, settings.batch)
     models = pipeline.models
     if math.prod(models.io.latent) == 0:
         raise UserError(f"run={settings.run} has no encoder, and so no latents: name a run with one")
@@ -247,5 +247,5 @@ def _check(settings: LatentsConfig) -> None:
     for word, place in (("out", out), ("bundle", target)):
         if place and Path(place).exists():
             raise UserError(f"{word}={place} is there already: name another, or remove it")
-    if settings.batch_size < 1:
-        raise UserError(f"batch_size={settings.batch_size}: use 1 or more")
+    if settings.batch < 1:
+        raise UserError(f"batch={settings.batch}: use 1 or more")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dvae.config.compose import endless
-from dvae.config.schema import Cached, Precision, RunConfig, TrainingConfig
+from dvae.config.schema import CacheContents, Precision, RunConfig, TrainingConfig
 from dvae.config.stage_names import settings_of
 from dvae.data.loading.loader import check_batch
 from dvae.data.shards.manifest import FILE, TRAIN, Manifest
@@ -204,7 +204,7 @@ def encoder_work(config: RunConfig, made: Models, manifest: Manifest | None) -> 
     Where there are no shards yet, that the posteriors would fit into data.cache_gib is not known: it encodes.
     """
     if "cache" in config.stages:
-        return False, config.cache.what is Cached.posteriors
+        return False, config.cache.contents is CacheContents.posteriors
     if config.data.flip or "encoder" not in made.trained() or manifest is None:
         return True, True
     size = 2 * FLOAT * manifest.count(TRAIN) * math.prod(made.io.latent)

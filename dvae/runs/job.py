@@ -106,7 +106,7 @@ def finished(run: Run, stage: str, config: RunConfig) -> bool:
 
 
 def evaluate_settings(config: RunConfig) -> str:
-    return f"{replace(config.evaluate, every=0)} {config.sampler}"
+    return f"{replace(config.evaluate, every_steps=0)} {config.sampler}"
 
 
 def shards_stage(run: Run, config: RunConfig) -> None:
@@ -131,7 +131,7 @@ def shards_of(config: RunConfig) -> dict[str, Any]:
     """What a run's shards are, and how they are built, in the words of dvae.data.building.shard_build."""
     return {
         "size": config.image_size,
-        "heldout_fraction": config.data.heldout,
+        "heldout_fraction": config.data.heldout_fraction,
         "channels": config.channels,
         "workers": config.data.workers,
         "max_bad_fraction": config.data.max_bad_fraction,

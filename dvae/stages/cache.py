@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dvae.config.schema import Cached, Precision, RunConfig
+from dvae.config.schema import CacheContents, Precision, RunConfig
 from dvae.data import latent_cache
 from dvae.data.building import cache_build, shard_request
 from dvae.data.images import to_float, to_uint8
@@ -83,9 +83,11 @@ def about(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
         raise UserError(f"run={run.path} has no finished stage encoder yet: a cache is made of what it has trained")
     if config.data.flip:
         raise UserError("stages: cache holds each image as it is, data.flip=true asks for both: set data.flip=false")
-    reconstructions = config.cache.what is Cached.reconstructions
+    reconstructions = config.cache.contents is CacheContents.reconstructions
     if reconstructions and made.latent_space:
-        raise UserError("cache.what=reconstructions has no use where denoiser.space=latent: use cache.what=posteriors")
+        raise UserError(
+            "cache.contents=reconstructions has no use where denoiser.space=latent: use cache.contents=posteriors"
+        )
     if reconstructions and config.cache.draws < 1:
         raise UserError(f"cache.draws={config.cache.draws}: use 1 or more")
     shards = open_shards(config, "train")

@@ -48,7 +48,7 @@ def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, hel
     settings = config.evaluate
     scored = score(
         sets,
-        train.read(spread(len(train), settings.reference)),
+        train.read(spread(len(train), settings.n_reference)),
         heldout.read(spread(len(heldout), settings.n * len(settings.seeds))),
         seeds=settings.seeds,
         sampler=sampler,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dvae.config.model_config import model_config
-from dvae.config.schema import JointConfig, Reaches, RunConfig, TrainingConfig
+from dvae.config.schema import GradientTo, JointConfig, RunConfig, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.diffusion.denoiser import Conditioning, Denoiser, NoiseSample
 from dvae.inference.pipeline import Pipeline
@@ -37,10 +37,10 @@ class Joint(nn.Module):
         """Per-sample terms (B,): "loss", the encoder's own, and "refiner"; of images x (B, C, H, W) in step `step`."""
         terms = self.encoder(x, noise)
         x_hat, z = terms["x_hat"].float(), terms["z"].float()
-        reaches = self.config.reaches if step >= self.config.start else Reaches.nothing
+        reaches = self.config.gradient_to if step >= self.config.start else GradientTo.nothing
         given = Conditioning(
-            x_hat if reaches in (Reaches.x_hat, Reaches.both) else x_hat.detach(),
-            z if reaches in (Reaches.z, Reaches.both) else z.detach(),
+            x_hat if reaches in (GradientTo.x_hat, GradientTo.both) else x_hat.detach(),
+            z if reaches in (GradientTo.z, GradientTo.both) else z.detach(),
             label,
         )
         refiner = self.denoiser(x, given, draws)

@@ -1,4 +1,4 @@
-"""Scores while the refiner trains, every evaluate.every steps: of its averaged weights, with the first of the seeds."""
+"""Score the refiner while it trains: its averaged weights, every evaluate.every_steps steps, with the first seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def scorer(run: Run, config: RunConfig, shards: Callable[[str], Shards]) -> Call
         train, heldout = shards("train"), shards("heldout")
         found = score(
             {"refined": [pipeline.generate(settings.n, seed)[1]]},
-            train.read(spread(len(train), settings.reference)),
+            train.read(spread(len(train), settings.n_reference)),
             heldout.read(spread(len(heldout), settings.n)),
             seeds=[seed],
             sampler={},

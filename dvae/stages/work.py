@@ -189,7 +189,7 @@ def new_classifier_stage(run: Run, config: RunConfig) -> ClassifierStage:
 
 
 def refiner_stage(run: Run, config: RunConfig, score: Callable[[Pipeline], dict[str, float]]) -> None:
-    """Every evaluate.every steps `score` gives figures of the pipeline of the averaged weights."""
+    """Every evaluate.every_steps steps `score` gives figures of the pipeline of the averaged weights."""
     stage = new_refiner_stage(run, config)
     if config.denoiser.data_scale is None:
         stage.denoiser.data_scale.fill_(ranks.on_rank_zero(measure_scale, config, stage))
@@ -205,7 +205,7 @@ def refiner_stage(run: Run, config: RunConfig, score: Callable[[Pipeline], dict[
     def scored(averaged: Weights) -> dict[str, float]:
         return score(pipeline_of(run, config, averaged))
 
-    looks = TrainHooks(preview, scored, config.evaluate.every)
+    looks = TrainHooks(preview, scored, config.evaluate.every_steps)
     train_stage(run, config, stage, config.train_refiner, {"denoiser": ""}, looks)
 
 

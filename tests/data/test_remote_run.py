@@ -52,7 +52,7 @@ def test_a_run_over_the_web_on_two_ranks_then_one(tmp_path: Path, tiny: list[str
     with serving(shards) as server:
         env = environment(no_proxy="127.0.0.1")
         with (tmp_path / "out.txt").open("w") as out:
-            two = command(tiny, server, run, "launcher=processes", "launcher.count=2")
+            two = command(tiny, server, run, "launcher=processes", "launcher.ranks=2")
             process = subprocess.Popen(two, env=env, stdout=out, stderr=out)
             while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 7:
                 assert process.poll() is None, (tmp_path / "out.txt").read_text()

@@ -163,7 +163,7 @@ def test_parts_of_another_request_are_refused(shards: Path, tmp_path: Path):
     make(out, 0, 2)
     before = {path.name: written(path) for path in (hidden(out), hidden(out) / "shards")}
     for node, size, difference in ((PATTERNS, 16, "image_size 8, not 16"),
-                                   ({**PATTERNS, "count": 51}, 8, "source.count 50, not 51")):  # fmt: skip
+                                   ({**PATTERNS, "count": 51}, 8, "source.n 50, not 51")):  # fmt: skip
         with pytest.raises(UserError, match=difference):
             build_part(node, size, out, 1, 2, **ASKED)
     left = {path.name: written(path) for path in (hidden(out), hidden(out) / "shards")}

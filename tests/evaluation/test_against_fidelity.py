@@ -75,7 +75,7 @@ def test_every_figure_is_that_of_their_command(tmp_path: Path, inception: Path) 
     expected = json.loads(done.stdout)
 
     out = tmp_path / "out.json"
-    settings = ["batch_size=4", "isc_splits=3", "kid_subset_size=5", "kid_subsets=4", "processes=2"]
+    settings = ["batch=4", "isc_splits=3", "kid_subset_size=5", "kid_subsets=4", "processes=2"]
     evaluate.command([f"images={ours}", f"reference={theirs}", f"inception={inception}", f"out={out}", *settings])
     found = json.loads(out.read_text())
     assert {key: found["sets"]["images"][name][what][0] for key, (name, what) in NAMES.items()} == {

@@ -1,6 +1,6 @@
 """The map of names that have changed since the golden values were recorded: `names.json`, new name to golden name.
 
-It has six sections:
+It has seven sections:
 
 - "words": settings of commands and of a run's config. An entry is a key ("denoiser.center"), the beginning of keys
   ("train"), a key with its value ("joint.gradient_to=nothing"), or one of these for a single tool ("sample:images").
@@ -10,6 +10,7 @@ It has six sections:
 - "stages": names of stages, of the modules that a stage trains, and of parts of a bundle.
 - "files": names of files and folders in a run folder.
 - "functions": names of the functions of keyed randomness.
+- "tools": names of commands, the files tools/NAME.py. Words of a single tool are listed under its golden name.
 
 Entries of "words" apply to whole words. All others replace a whole word inside a longer name: "attn" matches in
 "mid.attn.qkv" and not in "mid.attn_norm.bias". The golden name may consist of several words ("attention.qkv").
@@ -24,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FILE = Path(__file__).parent / "names.json"
-SECTIONS = ("words", "tensors", "figures", "stages", "files", "functions")
+SECTIONS = ("words", "tensors", "figures", "stages", "files", "functions", "tools")
 
 
 class Names:
@@ -77,6 +78,14 @@ class Names:
             key, _, value = table[word].partition("=")
             return key, value
         return self._renamed(table, "", key, "words"), value
+
+    def tool(self, golden: str) -> str:
+        """The name of today of a golden command."""
+        for new, old in self.table["tools"].items():
+            if old == golden:
+                self.used.add(("tools", new))
+                return new
+        return golden
 
     def today(self, tool: str, word: str) -> str:
         """A golden word of a command, as the tool takes it today."""

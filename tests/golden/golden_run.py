@@ -49,7 +49,9 @@ def execute(
     """
     folder.mkdir(parents=True)
     write_images(folder / "images")
-    wanted = [(tool, [names.today(tool, w) for w in words] if names else words) for tool, words in commands()]
+    wanted = commands()
+    if names:
+        wanted = [(names.tool(tool), [names.today(tool, word) for word in words]) for tool, words in wanted]
     drawn = []
     for number, batch in enumerate([[each] for each in wanted] if apart else [wanted]):
         given, said = folder / f"commands-{number}.json", folder / f"purposes-{number}.json"

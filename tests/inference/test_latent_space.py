@@ -29,7 +29,7 @@ MAP = [
     "encoder.discriminator_weight=0", "encoder.middle_attention=false",
 ]  # fmt: skip
 LATENT = [
-    "recipe=ldm_avatars", *MAP, "image_size=16", "source.count=60", "data.workers=1", "data.heldout=0.2",
+    "recipe=ldm_avatars", *MAP, "image_size=16", "source.n=60", "data.workers=1", "data.heldout_fraction=0.2",
     "refiner.width=32", "refiner.multipliers=[1]", "sampler.steps=2", "evaluate.metrics=false", "evaluate.n=4",
     "evaluate.seeds=[0]",
 ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_training_from_cached_posteriors_is_training_without_them(run: Run, tmp_
 
 
 def test_cached_reconstructions_are_those_of_their_latents(tmp_path: Path) -> None:
-    words = ["denoiser.space=pixel", "denoiser.condition_image=true", "cache.what=reconstructions", "cache.draws=2"]
+    words = ["denoiser.space=pixel", "denoiser.condition_image=true", "cache.contents=reconstructions", "cache.draws=2"]
     run = trained(tmp_path, "pixels", *words)
     made = load_pipeline(run.path).models
     latents = open_latents(run, run.config(), made)

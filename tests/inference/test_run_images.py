@@ -28,7 +28,7 @@ def made(run: Path, *words: str) -> ModelConfig:
 def run(tmp_path: Path) -> Path:
     """A folder of shards where a run has its own."""
     out = tmp_path / "run" / "shards"
-    shards.command(["build", "source=avatars", "source.count=12", "size=16", "workers=1", f"out={out}"])
+    shards.command(["build", "source=avatars", "source.n=12", "size=16", "workers=1", f"out={out}"])
     out.rename(tmp_path / "shards")
     return tmp_path / "run"
 

@@ -22,8 +22,8 @@ from dvae.runs.folder import submit
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["launcher.count=2"], "unknown field 'launcher.count'"),
-        (["launcher=processes", "launcher.count=0"], "launcher.count=0: use 1 or more"),
+        (["launcher.ranks=2"], "unknown field 'launcher.ranks'"),
+        (["launcher=processes", "launcher.ranks=0"], "launcher.ranks=0: use 1 or more"),
         (["launcher=proceses"], "did you mean 'processes'"),
     ],
 )
@@ -33,7 +33,7 @@ def test_a_wrong_launcher_is_refused(words: list[str], said: str) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_started(tiny: list[str]) -> None:
-    words = [*tiny, "launcher=processes", "launcher.count=3", "dry_run=true"]
+    words = [*tiny, "launcher=processes", "launcher.ranks=3", "dry_run=true"]
     with pytest.raises(UserError, match="batch 8 does not divide into 3 ranks x 1 micro-batches: use 6 or 9"):
         validate.describe(configuration.compose("train", words))
 
@@ -42,7 +42,7 @@ def test_the_launcher_may_change_between_attempts(tiny: list[str], tmp_path: Pat
     words = [*tiny, f"run={tmp_path / 'run'}"]
     submit(configuration.compose("train", words))
     run = submit(configuration.compose("train", [*words, "launcher=processes"]))
-    assert run.config().launcher.count == 2
+    assert run.config().launcher.ranks == 2
 
 
 def deaf() -> None:

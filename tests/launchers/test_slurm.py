@@ -114,7 +114,7 @@ def nothing_left(slurm: Cluster) -> Iterator[None]:
 def two(runs: Runs) -> Path:
     """The run by two processes of this machine."""
     run = runs.folder / "processes"
-    done = runs.tool("launch", *runs.words, "launcher=processes", "launcher.count=2", f"run={run}")
+    done = runs.tool("launch", *runs.words, "launcher=processes", "launcher.ranks=2", f"run={run}")
     assert done.returncode == 0, done.stderr
     return run
 

@@ -21,11 +21,11 @@ from dvae.training.resilience.sample_log import load_damaged
 
 WORDS = [
     "recipe=ldm_avatars", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
-    "encoder.discriminator_weight=0", "encoder.middle_attention=false", "image_size=16", "source.count=40",
-    "data.workers=1", "data.heldout=0.2", "refiner.width=32", "refiner.multipliers=[1]", "evaluate.batch=4",
+    "encoder.discriminator_weight=0", "encoder.middle_attention=false", "image_size=16", "source.n=40",
+    "data.workers=1", "data.heldout_fraction=0.2", "refiner.width=32", "refiner.multipliers=[1]", "evaluate.batch=4",
     "data.max_bad_fraction=0.1",
 ]  # fmt: skip
-PIXELS = ["denoiser.space=pixel", "cache.what=reconstructions", "cache.draws=2"]
+PIXELS = ["denoiser.space=pixel", "cache.contents=reconstructions", "cache.draws=2"]
 
 
 @pytest.fixture(autouse=True)

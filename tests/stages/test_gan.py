@@ -117,7 +117,7 @@ def test_before_the_start_it_is_the_encoder_alone(tmp_path: Path) -> None:
 
 
 def test_until_it_is_heard_it_is_the_encoder_alone(tmp_path: Path) -> None:
-    with_gan, without = gan(discriminator_start=1, discriminator_alone=2), gan(discriminator_start=100)
+    with_gan, without = gan(discriminator_start=1, discriminator_warmup=2), gan(discriminator_start=100)
     first, second = engines_of(with_gan), engines_of(without)
     untrained = weights(first["discriminator"])
     rows = steps(with_gan, first, 1, 3, tmp_path)

@@ -14,7 +14,7 @@ from tests_support import environment
 
 from dvae.config import compose as configuration
 from dvae.config import validate
-from dvae.config.schema import JointConfig, Reaches, TrainingConfig
+from dvae.config.schema import GradientTo, JointConfig, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.errors import UserError
 from dvae.inference import pipeline
@@ -59,7 +59,7 @@ def alone(tiny: list[str], step: int = 0) -> dict[str, torch.Tensor]:
 
 
 def test_without_a_way_to_the_encoder_it_is_both_stages_at_once(tiny: list[str]) -> None:
-    ours, theirs = gradients(tiny, JointConfig(reaches=Reaches.nothing)), alone(tiny)
+    ours, theirs = gradients(tiny, JointConfig(gradient_to=GradientTo.nothing)), alone(tiny)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -67,15 +67,16 @@ def test_without_a_way_to_the_encoder_it_is_both_stages_at_once(tiny: list[str])
 
 def test_each_way_adds_to_the_encoders_gradient_by_its_weight(tiny: list[str]) -> None:
     """The gradient is linear in the ways and in the weight: both = z + x_hat, and twice the weight is twice the way."""
-    base = gradients(tiny, JointConfig(reaches=Reaches.nothing))
+    base = gradients(tiny, JointConfig(gradient_to=GradientTo.nothing))
     ways = {
         name: {
             key: value - base[key]
-            for key, value in gradients(tiny, JointConfig(reaches=reaches, weight=weight)).items()
+            for key, value in gradients(tiny, JointConfig(gradient_to=reaches, weight=weight)).items()
             if key.startswith("encoder.")
         }
         for name, reaches, weight in (
-            ("z", Reaches.z, 1.0), ("x_hat", Reaches.x_hat, 1.0), ("both", Reaches.both, 1.0), ("twice", Reaches.z, 2.0)
+            ("z", GradientTo.z, 1.0), ("x_hat", GradientTo.x_hat, 1.0), ("both", GradientTo.both, 1.0),
+            ("twice", GradientTo.z, 2.0)
         )
     }  # fmt: skip
     encoder_only = "encoder.enc.in_conv.weight"
@@ -91,7 +92,7 @@ def test_each_way_adds_to_the_encoders_gradient_by_its_weight(tiny: list[str]) -
 def test_until_its_start_the_refiner_does_not_reach_the_encoder(tiny: list[str]) -> None:
     config = JointConfig(start=2)
     for step, same in ((0, True), (1, True), (2, False)):
-        ours, apart = gradients(tiny, config, step), gradients(tiny, JointConfig(reaches=Reaches.nothing), step)
+        ours, apart = gradients(tiny, config, step), gradients(tiny, JointConfig(gradient_to=GradientTo.nothing), step)
         assert all(torch.equal(value, apart[name]) for name, value in ours.items()) is same
 
 

@@ -41,8 +41,13 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_scores_are_those_of_evaluation_and_survive_a_resume(tmp_path: Path, tiny: list[str]) -> None:
-    words = [*tiny, "evaluate.metrics=true", "evaluate.n=24", "evaluate.reference=48", "evaluate.seeds=[3]"]
-    words += ["evaluate.kid_subset_size=12", "evaluate.kid_subsets=5", "evaluate.every=2", "train_refiner.log_every=4"]
+    words = [*tiny, "evaluate.metrics=true", "evaluate.n=24", "evaluate.n_reference=48", "evaluate.seeds=[3]"]
+    words += [
+        "evaluate.kid_subset_size=12",
+        "evaluate.kid_subsets=5",
+        "evaluate.every_steps=2",
+        "train_refiner.log_every=4",
+    ]
     command = [sys.executable, "-c", LAUNCHES, *words, "train_refiner.keep=9"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -60,8 +65,11 @@ def test_scores_are_those_of_evaluation_and_survive_a_resume(tmp_path: Path, tin
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["evaluate.every=-1"], r"evaluate\.every=-1: use 0 \(none\) or a number of steps"),
-        (["evaluate.every=5", "evaluate.metrics=false", "evaluate.n=20"], "more than evaluate.n=20: use a smaller"),
+        (["evaluate.every_steps=-1"], r"evaluate\.every_steps=-1: use 0 \(none\) or a number of steps"),
+        (
+            ["evaluate.every_steps=5", "evaluate.metrics=false", "evaluate.n=20"],
+            "more than evaluate.n=20: use a smaller",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(words: list[str], said: str) -> None:

@@ -61,7 +61,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("name", ["export", "ema", "judge", "cache"])
+@pytest.mark.parametrize("name", ["export", "ema", "recognize", "cache"])
 def test_a_tool_without_its_words_says_which(name: str) -> None:
     command = importlib.import_module(f"dvae.tools.{name}").command
     with pytest.raises(UserError, match=r"^not set: .*run; add .*run=\.\.\.$"):

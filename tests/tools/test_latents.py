@@ -42,7 +42,7 @@ def untrained(folder: Path, *words: str) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 faces of 16x16, a quarter held out."""
     out = tmp_path_factory.mktemp("latents") / "shards"
-    words = ["source=avatars", "source.count=60", "size=16", "heldout=0.25", "workers=1", f"out={out}"]
+    words = ["source=avatars", "source.n=60", "size=16", "heldout_fraction=0.25", "workers=1", f"out={out}"]
     shards_tool.command(["build", *words])
     return out
 
@@ -142,7 +142,7 @@ def test_figures_are_the_mean_log_density_by_dimension(run: Path) -> None:
         (["out=x.csv"], r"out=x\.csv: use a name that ends with \.npz or \.safetensors"),
         (["out=x.npz", "split=test"], "split=test: known: heldout, train"),
         (["out=x.npz", "n=1000"], r"n=1000: there are \d+ images: use 1 to"),
-        (["out=x.npz", "batch_size=0"], "batch_size=0: use 1 or more"),
+        (["out=x.npz", "batch=0"], "batch=0: use 1 or more"),
         (["out=x.npz", "images=nowhere"], "images=nowhere"),
         (["out=x.npz", "shards=nowhere"], "no shards at nowhere"),
         (["bundle=b"], "go together: add prior=NAME"),

@@ -56,7 +56,7 @@ def asked(run: Path, images: Path, out: Path, **words: object) -> LikelihoodConf
 
 
 def test_figures_in_closed_form(run: Path, images: Path, tmp_path: Path) -> None:
-    done = image_likelihood.score(asked(run, images, tmp_path / "l.json", batch_size=3))
+    done = image_likelihood.score(asked(run, images, tmp_path / "l.json", batch=3))
     record = json.loads((tmp_path / "l.json").read_text())
     x = to_float(torch.from_numpy(np.load(images)).permute(0, 3, 1, 2))
     nats = 0.5 * x.double().square().flatten(1).mean(1) + 0.5 * math.log(2 * math.pi)
@@ -78,7 +78,7 @@ def test_figures_in_closed_form(run: Path, images: Path, tmp_path: Path) -> None
 
 def test_a_draw_of_z_costs_the_kl_on_average(run: Path, images: Path, tmp_path: Path) -> None:
     """Where the prior is N(0, I), as a gmm is that was not fitted: log q(z | x) - log p(z) over 16 draws of one x."""
-    words = asked(run, images, tmp_path / "l.json", z=image_likelihood.Latent.draw, tolerance=0.05, batch_size=16)
+    words = asked(run, images, tmp_path / "l.json", z=image_likelihood.Latent.draw, tolerance=0.05, batch=16)
     image = torch.from_numpy(np.load(images)[3]).permute(2, 0, 1).expand(16, -1, -1, -1)
     found = image_likelihood.score_chunk(dvae.load(run), words, image, [-1] * 16, range(16))
     rates = found["total_bits_per_dim"] - found["bits_per_dim"]
@@ -100,7 +100,7 @@ class Killed(Exception):
 
 
 def test_ended_and_gone_on_with(run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, out = asked(run, images, tmp_path / "whole.json", batch_size=2), tmp_path / "l.json"
+    whole, out = asked(run, images, tmp_path / "whole.json", batch=2), tmp_path / "l.json"
     image_likelihood.score(whole)
     real, calls = image_likelihood.score_chunk, []
 
@@ -112,17 +112,17 @@ def test_ended_and_gone_on_with(run: Path, images: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(image_likelihood, "score_chunk", dying)
     with pytest.raises(Killed):
-        image_likelihood.score(asked(run, images, out, batch_size=2))
+        image_likelihood.score(asked(run, images, out, batch=2))
     monkeypatch.undo()
     assert not out.exists()
     with pytest.raises(UserError, match="half-drawn with seed=0, this asks for 1"):
-        image_likelihood.score(asked(run, images, out, batch_size=2, seed=1))
-    assert image_likelihood.score(asked(run, images, out, batch_size=2)).done == 3
+        image_likelihood.score(asked(run, images, out, batch=2, seed=1))
+    assert image_likelihood.score(asked(run, images, out, batch=2)).done == 3
     assert not Chunks.folder_of(out).exists()
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert image_likelihood.score(asked(run, images, out, batch_size=2)).done == 0
+    assert image_likelihood.score(asked(run, images, out, batch=2)).done == 0
     with pytest.raises(UserError, match=r"is there already, made with n=7, this asks for 6"):
-        image_likelihood.score(asked(run, images, out, batch_size=2, n=6))
+        image_likelihood.score(asked(run, images, out, batch=2, n=6))
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -183,7 +183,7 @@ def test_without_an_encoder_there_is_no_kl(images: Path, tiny: list[str], tmp_pa
     [
         (["n=0"], "n=0: use 1 or more"),
         (["n=8"], r"n=8: images=.* holds 7: use n=7 or less"),
-        (["batch_size=0"], "batch_size=0: use 1 or more"),
+        (["batch=0"], "batch=0: use 1 or more"),
         (["tolerance=0"], "tolerance=0: must be above 0"),
         (["out=x.txt"], r"out=x\.txt: use a name that ends with \.json"),
         (["z=middle"], "z=middle: Invalid value 'middle', expected one of"),

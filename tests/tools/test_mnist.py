@@ -17,7 +17,7 @@ from tests_support import ROOT, environment
 from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
 from dvae.registry.sources.mnist_5k import read_digits
-from dvae.tools import judge as judge_tool
+from dvae.tools import recognize
 
 TINY = [
     "train_refiner.steps=2", "train_refiner.batch=8", "train_refiner.warmup=1", "train_refiner.preview_every=0",
@@ -69,8 +69,8 @@ def test_a_run_of_the_recipe_is_whole(from_idx: Path) -> None:
 
 
 def test_the_judge_knows_real_digits_from_what_two_steps_draw(from_idx: Path, tmp_path: Path) -> None:
-    out = tmp_path / "judge.png"
-    judge_tool.command(
+    out = tmp_path / "recognized.png"
+    recognize.command(
         [f"run={from_idx}", "n=40", "steps=100", "batch=32", f"out={out}", "sampler=ddim", "sampler.steps=1"]
     )
     figures = json.loads(out.with_suffix(".json").read_text())
@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(from_idx: Path, tmp_path: Path, words: list[str],
 
         build({"name": "avatars", "count": 8}, 8, other, 0.5, workers=1)
     with pytest.raises(UserError, match=says) as caught:
-        judge_tool.command([word.format(run=from_idx, other=other) for word in words])
+        recognize.command([word.format(run=from_idx, other=other) for word in words])
     assert "\n" not in str(caught.value)
 
 
@@ -114,8 +114,8 @@ def test_a_short_training_draws_digits(tmp_path: Path) -> None:
         "train_refiner.lr=1.5e-3", "refiner.width=128",
         "evaluate.metrics=false", "evaluate.n=32", "evaluate.seeds=[0]",
     )  # fmt: skip
-    out = tmp_path / "judge.png"
-    judge_tool.command([f"run={run}", "n=200", f"out={out}"])
+    out = tmp_path / "recognized.png"
+    recognize.command([f"run={run}", "n=200", f"out={out}"])
     figures = json.loads(out.with_suffix(".json").read_text())
     assert figures["accuracy_heldout"] > 0.95
     # 0.45 was measured for this smaller network; noise has 0, and half-and-half images of two digits 0.32

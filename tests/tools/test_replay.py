@@ -57,7 +57,7 @@ def test_a_refiners_step_is_reproduced_and_mended_weights_are_not(tool: Tool, ti
 @pytest.mark.parametrize(
     "words",
     [
-        ["launcher=processes", "launcher.count=2", "train_encoder.micro_batches=2", "train_encoder.zero_stage=2"],
+        ["launcher=processes", "launcher.ranks=2", "train_encoder.micro_batches=2", "train_encoder.zero_stage=2"],
         ["encoder=kl_gan", "encoder.channels=[8,8]", "encoder.groups=4", "encoder.discriminator_width=8",
          "encoder.discriminator_layers=2", "encoder.discriminator_start=0"],
     ],

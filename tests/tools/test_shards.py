@@ -27,11 +27,11 @@ def test_build_then_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = [
         "build",
         "source=avatars",
-        "source.count=20",
+        "source.n=20",
         "source.style=personas",
         "size=16",
         f"out={out}",
-        "heldout=0.3",
+        "heldout_fraction=0.3",
     ]
     shards.command(words)
     printed = capsys.readouterr()
@@ -63,7 +63,7 @@ def test_a_folder_with_a_damaged_picture(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_parts_then_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "shards"
-    words = ["build", "source=avatars", "source.count=20", "size=16", "shard_size=6", f"out={out}"]
+    words = ["build", "source=avatars", "source.n=20", "size=16", "shard_size=6", f"out={out}"]
     for _ in range(2):
         shards.command([*words, "part=1", "parts=3"])
     first, again = capsys.readouterr().out.split("shards: ")[1:]

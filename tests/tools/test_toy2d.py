@@ -26,7 +26,7 @@ TINY = [
     "recipe=toy2d", "source.densities=[moons,rings]", "refiner.width=16", "refiner.blocks=1", "sampler.steps=3",
     "train_refiner.steps=6", "train_refiner.batch=16", "train_refiner.warmup=2", "train_refiner.log_every=1",
     "train_refiner.save_every=2", "train_refiner.keep=9", "train_refiner.preview_every=3", "evaluate.n=40",
-    "evaluate.seeds=[0,1]", "evaluate.every=3",
+    "evaluate.seeds=[0,1]", "evaluate.every_steps=3",
 ]  # fmt: skip
 
 

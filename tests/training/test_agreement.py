@@ -28,7 +28,7 @@ KINDS = ["encoder", "refiner", "classifier", "gan"]
 CPU = torch.device("cpu")
 GAN = {
     "name": "kl_gan", "channels": [8, 8], "groups": 4, "discriminator_width": 8, "discriminator_layers": 2,
-    "discriminator_start": 3, "discriminator_alone": 2,
+    "discriminator_start": 3, "discriminator_warmup": 2,
 }  # fmt: skip
 
 

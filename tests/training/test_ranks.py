@@ -30,7 +30,7 @@ EXACT = [
     for word in ("precision=fp32", "steps=20", "preview_every=15", "save_every=6")
 ]
 """Arithmetic in which the order of summation is all that may differ."""
-TWO = ["launcher=processes", "launcher.count=2"]
+TWO = ["launcher=processes", "launcher.ranks=2"]
 GONE_WITHIN = 10.0
 """Seconds in which all ranks are gone once one has failed, as docs/reliability.md promises."""
 

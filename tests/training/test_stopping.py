@@ -85,7 +85,7 @@ def test_each_attempt_takes_a_step_whatever_its_limit(tmp_path: Path) -> None:
 @pytest.mark.alone
 def test_sigusr1_reaches_all_ranks_and_no_stage_begins_after_the_limit(tmp_path: Path, tiny: list[str]) -> None:
     run = tmp_path / "run"
-    words = launch([*tiny, "launcher=processes", "launcher.count=2", "train_encoder.steps=4000"], run)
+    words = launch([*tiny, "launcher=processes", "launcher.ranks=2", "train_encoder.steps=4000"], run)
     done = subprocess.run([*words, "max_hours=1e-6"], env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 143
     assert done.stderr.splitlines()[-1] == (

@@ -161,7 +161,7 @@ def test_a_stopped_rank_ends_the_job_which_resumes(number: int, tmp_path: Path, 
     from test_ranks import alive, begin, finish, ranks_of, wait_for
 
     run, seconds = tmp_path / "run", 5.0
-    words = [*tiny, "launcher=processes", "launcher.count=2", f"launcher.hang_seconds={seconds}"]
+    words = [*tiny, "launcher=processes", "launcher.ranks=2", f"launcher.hang_seconds={seconds}"]
     long = "train_encoder.steps=300"
     process = begin(words, run, long)
     wait_for(process, run, 9)

@@ -77,7 +77,12 @@ def assess(settings: DirectionsConfig) -> direction_report.Report:
     enough(settings, heldout_set)
     attributes = Attributes.of(train_set)
     judge = judging.train(
-        train_set, heldout_set, attributes, steps=settings.steps, batch=settings.batch, seed=settings.seed
+        train_set,
+        heldout_set,
+        attributes,
+        steps=settings.recognizer_steps,
+        batch=settings.recognizer_batch,
+        seed=settings.seed,
     )
     editor = Editor(pipeline, judge, settings.seed)
     images, truth = judging.pictured(heldout_set, attributes, settings.validation + settings.n)
@@ -100,7 +105,7 @@ def assess(settings: DirectionsConfig) -> direction_report.Report:
 
 def check(settings: DirectionsConfig) -> None:
     """Raise UserError for settings that cannot be."""
-    for name in ("validation", "n", "steps", "batch", "batch_size"):
+    for name in ("validation", "n", "recognizer_steps", "recognizer_batch", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
     if not settings.strengths or min(settings.strengths) <= 0:

@@ -30,7 +30,7 @@ Real = tuple[torch.Tensor, torch.Tensor]
 def real_images(run: str, shards: str, config: ModelConfig, n: int) -> Real:
     """Images of the reference and for the floor. Raises UserError where there are none, or others than the run's."""
     train, heldout = (open_split(run, config, split, shards) for split in ("train", "heldout"))
-    return train.read(spread(len(train), EvaluateConfig().reference)), heldout.read(spread(len(heldout), n))
+    return train.read(spread(len(train), EvaluateConfig().n_reference)), heldout.read(spread(len(heldout), n))
 
 
 def measure(original: Pipeline, quantized: Pipeline, real: Real | None, settings: QuantizeConfig) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def measure(original: Pipeline, quantized: Pipeline, real: Real | None, settings
     for pipeline in (original, quantized):
         pipeline.config.precision = Precision.bf16
     found: dict[str, Any] = {}
-    if settings.turns:
-        found["speed"] = speed(original, quantized, settings.turns, settings.seed)
+    if settings.rounds:
+        found["speed"] = speed(original, quantized, settings.rounds, settings.seed)
     if real is not None:
         found["kid"] = kid(original, quantized, real, settings)
     return found | verdict(found, settings.budget)

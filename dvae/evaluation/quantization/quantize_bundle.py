@@ -35,8 +35,8 @@ class QuantizeConfig:
     """For int8: images that are drawn to see the range of every activation."""
     seed: int = 0
     """Seed of these images, and the first of those that are compared."""
-    turns: int = 5
-    """Turns in which original and quantized draw 16 images each, for their speed (0: it is not measured)."""
+    rounds: int = 5
+    """Rounds in which original and quantized draw 16 images each, for their speed (0: it is not measured)."""
     n: int = 0
     """Images per seed whose KID is compared (0: it is not measured); needs shards and the extra `metrics`."""
     seeds: int = 3
@@ -95,7 +95,7 @@ def write(settings: QuantizeConfig, source: Path, out: Path) -> Plan:
 
 def _check(settings: QuantizeConfig) -> None:
     """Raise UserError for words out of range, and for a method that this machine has not."""
-    least = {"buckets": 1, "calibration": 1, "turns": 0, "n": 0, "seeds": 1, "steps": 0, "kid_subset_size": 2}
+    least = {"buckets": 1, "calibration": 1, "rounds": 0, "n": 0, "seeds": 1, "steps": 0, "kid_subset_size": 2}
     for name, low in least.items():
         if getattr(settings, name) < low:
             raise UserError(f"{name}={getattr(settings, name)}: use {low} or more")

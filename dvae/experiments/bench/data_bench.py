@@ -46,7 +46,7 @@ class DataBenchConfig:
     """Folder of pictures (empty: drawn as smooth noise)."""
     size: int = 256
     """Height and width in pixels."""
-    images: int = 1000
+    n: int = 1000
     """Pictures, at most."""
     batch: int = 64
     """Images per batch."""
@@ -65,7 +65,7 @@ ConfigStore.instance().store(name="bench_data_schema", node=DataBenchConfig, pro
 
 def run(config: DataBenchConfig) -> dict[str, dict[str, float]]:
     """Images per second by way, {"loaders": {...}, "decoders": {...}}; one thread of torch. Raises UserError."""
-    for name in ("size", "images", "batch", "rounds"):
+    for name in ("size", "n", "batch", "rounds"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)}: use 1 or more")
     threads = torch.get_num_threads()
@@ -91,13 +91,13 @@ def pictures(config: DataBenchConfig) -> Iterator[np.ndarray]:
     """(size, size, 3) uint8: of the folder, or smooth noise, which a JPEG packs about as well as a photograph."""
     if config.folder:
         tree = FolderTree(config.folder, "folder")
-        for name in tree.names[: config.images]:
+        for name in tree.names[: config.n]:
             try:
                 yield fit(decode(tree.read(name), name), config.size, 3, Crop.center, name)
             except DamagedImage as error:
                 raise UserError(f"folder={config.folder}: {error}") from None
         return
-    for number in range(config.images):
+    for number in range(config.n):
         coarse = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
         yield np.asarray(Image.fromarray(coarse).resize((config.size, config.size), Image.Resampling.BICUBIC))
 

@@ -44,7 +44,7 @@ class PlannerBenchConfig:
     """Values of refiner.width; the efficiency of the first is what the others are predicted with."""
     batch: int = 16
     """Images of a step."""
-    turns: int = 8
+    steps: int = 8
     """Steps of each refiner that are counted."""
 
 
@@ -79,7 +79,7 @@ def run(settings: PlannerBenchConfig) -> str:
     operations = {word: step_operations(settings, word) for word in words}
     steps = {word: a_step(settings, word) for word in words}
     matrices, convolutions = peaks()
-    seconds = take_turns(steps, settings.turns)
+    seconds = take_turns(steps, settings.steps)
     return table(rows(words, operations, seconds, (matrices, convolutions)), matrices, convolutions)
 
 

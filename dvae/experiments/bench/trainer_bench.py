@@ -47,7 +47,7 @@ class TrainerBenchConfig:
 
     run: str = "runs/demo"
     """A run whose encoder is trained; its refiner is measured."""
-    turns: int = 40
+    steps: int = 40
     """Steps of each loop that are counted."""
 
 
@@ -152,7 +152,7 @@ def run(settings: TrainerBenchConfig) -> dict[str, float]:
             "bare DeepSpeed": bare_deepspeed(stage, x),
             "trainer": trainer(stage, engine, data, state, Path(folder)),
         }
-        seconds = take_turns(steps, settings.turns)
+        seconds = take_turns(steps, settings.steps)
         held, whole = stall(engine, state, Path(folder) / "checkpoints")
     return report(seconds, held, whole)
 

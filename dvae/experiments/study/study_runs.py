@@ -99,7 +99,7 @@ def train(settings: StudyConfig, folder: Path, stages: tuple[str, ...], words: l
     say(f"{folder} ...")
     command = [sys.executable, str(launch.__file__), f"recipe={settings.recipe}", f"run={folder}"]
     lists = [f"stages=[{','.join(stages)}]"] + ([f"plugins=[{','.join(settings.plugins)}]"] if settings.plugins else [])
-    done = subprocess.run([*command, *settings.words, *lists, *words])
+    done = subprocess.run([*command, *settings.overrides, *lists, *words])
     if done.returncode:
         raise MachineError(f"{folder} ended with status {done.returncode}: see above; the same command again goes on")
 
@@ -116,7 +116,7 @@ def point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
     drawn, nfe, samplers = zip(*(draw(settings, arm, seed, steps) for seed in settings.seeds), strict=True)
     scored = score(
         {arm: list(drawn)},
-        real(shards(settings), "train", settings.reference),
+        real(shards(settings), "train", settings.n_reference),
         real(shards(settings), "heldout", settings.n * len(settings.seeds)),
         seeds=settings.seeds,
         sampler=samplers[0],

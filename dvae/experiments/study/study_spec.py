@@ -27,7 +27,7 @@ class StudyConfig:
     """Folder of the study; made by the same words or none."""
     recipe: str = "demo"
     """Recipe of every run; it must have an encoder, and refine pixels. Arms are drawn by its sampler or their own."""
-    words: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
     """Words of every run, as tools/launch.py takes them."""
     arms: dict[str, list[str]] = field(default_factory=dict)
     """Further words of each arm, which takes a seed's encoder and trains a refiner, or has stages=[...] of its own;
@@ -38,7 +38,7 @@ class StudyConfig:
     """Steps of the sampler."""
     n: int = 500
     """Images per arm, seed and number of steps."""
-    reference: int = 4000
+    n_reference: int = 4000
     """Training images that sets are compared with (fewer where there are fewer)."""
     kid_subset_size: int = 100
     """Images per subset of KID."""

@@ -1,4 +1,4 @@
-"""The sweep: trials are drawn, started, watched and entered, until `count` of them are at their end."""
+"""The sweep: trials are drawn, started, watched and entered, until `n` of them are at their end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SweepToolConfig:
 
     sweep: str = ""
     """A sweep of recipes/sweep, or a YAML file."""
-    count: int = 8
+    n: int = 8
     """Trials that the sweep shall have at its end; those that failed are not counted."""
     parallel: int = 1
     """Trials at a time."""
@@ -83,7 +83,7 @@ class Sweep:
         self.failed = 0
 
     def run(self) -> list[Trial]:
-        """Returns all trials once `count` are at their end, or a grid has no more. Raises UserError for a metric that
+        """Returns all trials once `n` are at their end, or a grid has no more. Raises UserError for a metric that
         is not measured, MachineError where too many trials fail."""
         exhausted = False
         while True:
@@ -96,12 +96,12 @@ class Sweep:
             time.sleep(LOOK_EVERY)
 
     def fill(self) -> bool:
-        """Start trials until `parallel` run or `count` are on their way; False where the engine has no more."""
+        """Start trials until `parallel` run or `n` are on their way; False where the engine has no more."""
         while len(self.processes.running) < self.settings.parallel:
             waiting = [t for t in self.trials if t.state is State.running and t.number not in self.processes.running]
             if waiting:
                 self.start(waiting[0])
-            elif done(self.trials) + len(self.processes.running) >= self.settings.count:
+            elif done(self.trials) + len(self.processes.running) >= self.settings.n:
                 return True
             else:
                 parameters = sweep_engine.propose(self.spec.sweep, self.trials)
@@ -170,7 +170,7 @@ class Sweep:
 def sweep(words: list[str], settings: SweepToolConfig) -> tuple[Spec, Folder, list[Trial]]:
     """Run the sweep that `settings` names; `words` go to every trial. Raises UserError before anything is written."""
     found = spec.load(settings.sweep)
-    for name in ("count", "parallel", "failures"):
+    for name in ("n", "parallel", "failures"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
     launcher = launcher_of(spec.preflight(found, words).launcher)
@@ -181,10 +181,10 @@ def sweep(words: list[str], settings: SweepToolConfig) -> tuple[Spec, Folder, li
     processes = Processes(settings.parallel, shared=not launcher.elsewhere)
     with folder.held(), ending(processes):
         current = Sweep(found, folder, words, processes, settings)
-        if done(current.trials) > settings.count:
+        if done(current.trials) > settings.n:
             raise UserError(
-                f"count={settings.count}: {folder.path} holds {done(current.trials)} finished trials already: "
-                f"use count={done(current.trials)} or more, or another out="
+                f"n={settings.n}: {folder.path} holds {done(current.trials)} finished trials already: "
+                f"use n={done(current.trials)} or more, or another out="
             )
         return found, folder, current.run()
 

@@ -49,5 +49,5 @@ def text(trials: Sequence[Trial], spec: Spec) -> str:
 def ending(trials: Sequence[Trial], count: int, folder: Path) -> str:
     """How many there are of how many, and where the table is."""
     finished = done(trials)
-    short = f", fewer than count={count}: the grid has no more" if finished < count else ""
+    short = f", fewer than n={count}: the grid has no more" if finished < count else ""
     return f"{finished} of {len(trials)} trials finished{short}; {folder / 'trials.csv'} {folder / 'parallel.png'}"

@@ -23,7 +23,7 @@ class DirectionsConfig:
     """Attributes to find directions for (empty: all)."""
     components: int = 8
     """Directions of pca and of jacobian, each."""
-    images: int = 20000
+    n_train: int = 20000
     """Training images that directions are found from, at the most."""
     jacobians: int = 64
     """Training images at which the decoder's Jacobian is taken."""
@@ -37,9 +37,9 @@ class DirectionsConfig:
     """Held-out images on which the strength is chosen."""
     n: int = 150
     """Other held-out images, on which the figures are taken."""
-    steps: int = 2000
+    recognizer_steps: int = 2000
     """Training steps of the judge."""
-    batch: int = 64
+    recognizer_batch: int = 64
     """Images in each of them."""
     out: str = "directions.md"
     """The tables of the scores; all figures lie in a JSON file and some strips in a picture beside it."""
@@ -47,7 +47,7 @@ class DirectionsConfig:
     """Folder of labeled images (empty: the shards that the run was trained on)."""
     seed: int = 0
     """Seed of the judge and of the noise of refinement."""
-    batch_size: int = 64
+    batch: int = 64
     """Images per network call."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""

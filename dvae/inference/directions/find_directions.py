@@ -35,12 +35,12 @@ def find(settings: DirectionsConfig) -> Found:
 
     Raises UserError where the run has no encoder, or its images or their labels are not to be had.
     """
-    for name in ("components", "images", "jacobians", "batch_size"):
+    for name in ("components", "n_train", "jacobians", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
     pipeline = load(settings)
     shards = open_split(settings.run, pipeline.config, TRAIN, settings.shards)
-    indices = np.arange(min(settings.images, len(shards)))
+    indices = np.arange(min(settings.n_train, len(shards)))
     attributes = Attributes.of(shards) if Method.labels in settings.find else None
     wanted = chosen(settings.labels, attributes.names, "labels") if attributes else []
     z = latents.encode(pipeline, shards, len(indices), "encode").mean
@@ -72,7 +72,7 @@ def of_jacobian(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) 
 
 def load(settings: DirectionsConfig) -> pipelines.Pipeline:
     """The run. Raises UserError where it has no latent space to find directions in."""
-    pipeline = pipelines.load(settings.run, settings.batch_size)
+    pipeline = pipelines.load(settings.run, settings.batch)
     if pipeline.config.draws_points or "encoder" not in pipeline.models.trained():
         raise UserError(f"run={settings.run} has no encoder, so no latent to find directions of: use a run with one")
     return pipeline

@@ -145,8 +145,8 @@ def _check(settings: DrawingConfig) -> None:
     for name, least in (("n", 1), ("first", 0), ("processes", 1)):
         if (value := getattr(settings, name)) is not None and value < least:
             raise UserError(f"{name}={value}: use {least} or more")
-    if settings.batch_size is not None and settings.batch_size < 1:
-        raise UserError(f"batch_size={settings.batch_size}: use 1 or more, or leave it out for fixed chunks")
+    if settings.batch is not None and settings.batch < 1:
+        raise UserError(f"batch={settings.batch}: use 1 or more, or leave it out for fixed chunks")
 
 
 def _check_grid(out: str, n: int, tiles: formats.Tiles) -> None:

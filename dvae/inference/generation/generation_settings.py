@@ -27,7 +27,7 @@ class DrawingConfig:
     """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
     vae: bool | None = None
     """Put the VAE's image beside each refined one (null: in a picture only, where there is a VAE)."""
-    batch_size: int | None = None
+    batch: int | None = None
     """Images per network call (null: fixed chunks of 16, with which image k has the same bits in any request)."""
     processes: int = 1
     """Processes of this machine that draw."""

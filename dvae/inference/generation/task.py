@@ -36,7 +36,7 @@ class GenerationTask(ABC):
 
     def __init__(self, settings: DrawingConfig, device: str | torch.device | None = None) -> None:
         self.settings = settings
-        self.pipeline = pipeline.load(settings.run, settings.batch_size, device)
+        self.pipeline = pipeline.load(settings.run, settings.batch, device)
         compose.refuse_points(self.pipeline.config, settings.run)
         if settings.sampler is not None:
             self.pipeline.use_sampler(settings.sampler)
@@ -71,8 +71,8 @@ class GenerationTask(ABC):
 
     @property
     def batch(self) -> int | None:
-        """Results that are drawn together by batch_size; None for fixed chunks."""
-        return None if self.settings.batch_size is None else max(1, self.settings.batch_size // self.images)
+        """Results that are drawn together by batch; None for fixed chunks."""
+        return None if self.settings.batch is None else max(1, self.settings.batch // self.images)
 
     def limit(self, total: int, what: str, most: int | None = None) -> None:
         """Let there be `total` results; all, or `most` of them, are asked for where n is null.
@@ -89,7 +89,7 @@ class GenerationTask(ABC):
     def request(self) -> dict[str, Any]:
         """What decides the bits of result k, ready for JSON: all but n."""
         names = (
-            "seed", "first", "label", "guidance", "label_guidance", "pca_guidance", "classifier_guidance", "batch_size",
+            "seed", "first", "label", "guidance", "label_guidance", "pca_guidance", "classifier_guidance", "batch",
         )  # fmt: skip
         sampler = {f"sampler.{key}": plain(value) for key, value in asdict(self.pipeline.sampler.config).items()}
         asked = {name: plain(getattr(self.settings, name)) for name in (*names, *self.decide)}

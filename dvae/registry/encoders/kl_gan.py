@@ -42,7 +42,7 @@ class KLGAN(Encoder):
         """Weight of the adversarial loss, times |its gradient| over |the error's| at the last layer (0: no GAN)."""
         discriminator_start: int = 50_000
         """Steps before the discriminator is trained."""
-        discriminator_alone: int = 0
+        discriminator_warmup: int = 0
         """Steps in which it is trained and not yet heard: what is heard of it untrained only spoils the decoder."""
         discriminator_width: int = 64
         """Channels of the discriminator's first layer; a multiple of 8."""
@@ -57,7 +57,7 @@ class KLGAN(Encoder):
         super().__init__(config, io)
         if config.discriminator_lr <= 0:
             raise UserError(f"encoder.discriminator_lr {config.discriminator_lr}: use a multiple above 0")
-        for name in ("kl_weight", "discriminator_weight", "discriminator_start", "discriminator_alone"):
+        for name in ("kl_weight", "discriminator_weight", "discriminator_start", "discriminator_warmup"):
             if getattr(config, name) < 0:
                 raise UserError(f"encoder.{name} {getattr(config, name)}: use 0 or more")
         if config.discriminator_weight:
@@ -106,7 +106,7 @@ class KLGAN(Encoder):
             loss=config.gan_loss,
             weight=config.discriminator_weight,
             start=config.discriminator_start,
-            alone=config.discriminator_alone,
+            alone=config.discriminator_warmup,
             lr=config.discriminator_lr,
             last_layer=self.autoencoder.last_layer,
             distance=squared_error,

@@ -74,7 +74,7 @@ class Avatars(Source):
     class Config(ComponentConfig):
         style: Look = Look.toon_head
         """DiceBear style, by another artist each."""
-        count: int = 2000
+        n: int = 2000
         """Number of faces."""
         seed: int = 0
         """Faces of different seeds are drawn independently."""
@@ -82,8 +82,8 @@ class Avatars(Source):
         """Colors to choose the background from, as #rrggbb."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
-        if config.count < 1:
-            raise UserError(f"source.count={config.count}: use 1 or more")
+        if config.n < 1:
+            raise UserError(f"source.n={config.n}: use 1 or more")
         wrong = [color for color in config.background if not re.fullmatch("#[0-9a-fA-F]{6}", color)]
         if wrong or not config.background:
             raise UserError(f"source.background={wrong or '[]'}: give one or more colors as #rrggbb")
@@ -93,7 +93,7 @@ class Avatars(Source):
         self.license = f"{art}; drawn by DiceBear, with our colors and framing"
 
     def __len__(self) -> int:
-        return self.config.count
+        return self.config.n
 
     def __getitem__(self, index: int) -> Item:
         import resvg_py

@@ -220,7 +220,7 @@ def test_the_tool_quantizes_measures_and_refuses_to_do_it_twice(
     original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    asked = [f"run={original}", "method=int8_weights", f"out={out}", "turns=2"]
+    asked = [f"run={original}", "method=int8_weights", f"out={out}", "rounds=2"]
     tool.command(asked)
     measured = json.loads((out / layer_plan.FILE).read_text())["measured"]
     disk = sum(path.stat().st_size for path in out.iterdir())

@@ -18,7 +18,7 @@ from dvae.tools.bench import command
 
 def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "figures.json"
-    command(["data", "size=16", "images=24", "batch=8", "threads=[0,1]", "rounds=1", f"out={out}"])
+    command(["data", "size=16", "n=24", "batch=8", "threads=[0,1]", "rounds=1", f"out={out}"])
     figures = json.loads(out.read_text())
     assert set(figures["loaders"]) == {
         "ours, 0 threads", "ours, 1 threads", "ours, from memory", "ImageFolder, JPEG", "ImageFolder, JPEG, 1 workers",
@@ -31,7 +31,7 @@ def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_shards_hold_what_the_jpegs_decode_to(tmp_path: Path):
-    count = data_bench.prepare(tmp_path, DataBenchConfig(size=16, images=5))
+    count = data_bench.prepare(tmp_path, DataBenchConfig(size=16, n=5))
     assert count == 5
     images = Shards(tmp_path / "shards").read(range(5))
     for path, image in zip(sorted((tmp_path / "jpeg" / "all").iterdir()), images, strict=True):
@@ -39,7 +39,7 @@ def test_the_shards_hold_what_the_jpegs_decode_to(tmp_path: Path):
 
 
 def test_every_way_goes_over_whole_batches(tmp_path: Path):
-    config = DataBenchConfig(size=16, images=20, batch=8, threads=[0])
+    config = DataBenchConfig(size=16, n=20, batch=8, threads=[0])
     data_bench.prepare(tmp_path, config)
     assert {name: way() for name, way in data_bench.loaders(tmp_path, config).items()} == dict.fromkeys(
         data_bench.loaders(tmp_path, config), 16
@@ -56,7 +56,7 @@ def test_pictures_of_a_folder(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["data", "images=4"], "4 pictures make no batch of 64"),
+        (["data", "n=4"], "4 pictures make no batch of 64"),
         (["data", "rounds=0"], "rounds=0: use 1 or more"),
         (["data", "sise=8"], "unknown field 'sise': did you mean 'size'"),
         (["date"], "unknown word 'date': did you mean 'data'"),

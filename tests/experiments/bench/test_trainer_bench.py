@@ -19,7 +19,7 @@ def test_every_loop_takes_its_turns(tiny: list[str], tmp_path: Path, capsys: pyt
     words = [*tiny, "stages=[shards,encoder]", "train_encoder.steps=2", f"run={tmp_path / 'run'}"]
     launch = [sys.executable, str(ROOT / "tools" / "launch.py"), *words]
     subprocess.run(launch, env=environment(), check=True, capture_output=True)
-    command(["trainer", f"run={tmp_path / 'run'}", "turns=2"])
+    command(["trainer", f"run={tmp_path / 'run'}", "steps=2"])
     printed = capsys.readouterr().out
     for name in ("bare torch", "bare DeepSpeed", "trainer", "trainer over bare DeepSpeed", "stall over a step"):
         assert f"{name}: " in printed

@@ -68,7 +68,7 @@ def test_the_studies_that_are_shipped(name: str) -> None:
         stages = ",".join(study_spec.stages_of(settings, arm))
         words = [
             f"recipe={settings.recipe}",
-            *settings.words,
+            *settings.overrides,
             f"stages=[{stages}]",
             *study_spec.words_of(settings, arm, 4),
         ]

@@ -11,7 +11,7 @@ from tracking.wandb_server import Server
 
 
 class AgentServer(Server):
-    """A sweep of `count` trials for one agent. By run id: parameters, and W&B's summary."""
+    """A sweep of `n` trials for one agent. By run id: parameters, and W&B's summary."""
 
     def __init__(self, sweep: dict[str, Any], count: int) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ def test_the_command_expands_as_wandbs_own_agent_expands_it(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content["command"].append("source.count=${envvar:COUNT_OF_IMAGES}")
+    content["command"].append("source.n=${envvar:COUNT_OF_IMAGES}")
     parameters = {name: ends(given)[0] for name, given in content["parameters"].items()}
     started: list[list[str]] = []
 
@@ -102,7 +102,7 @@ def test_the_command_expands_as_wandbs_own_agent_expands_it(
     (theirs,) = started
     places = {"python": ours[1], content["program"]: sweep_spec.program(content["program"])}
     assert [places.get(chunk, chunk) for chunk in theirs] == ours
-    assert ours[-1] == "source.count=321"
+    assert ours[-1] == "source.n=321"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def sweep_in(path: Path, processes: MadeUp, spec: Spec | None = None, **settings
 @pytest.mark.parametrize("parallel", [1, 2, 5, 9])
 def test_exactly_count_trials_and_never_more_at_a_time_than_parallel(tmp_path: Path, parallel: int) -> None:
     processes = MadeUp(parallel)
-    made = sweep_in(tmp_path, processes, count=7).run()
+    made = sweep_in(tmp_path, processes, n=7).run()
     assert [trial.state for trial in made] == [State.finished] * 7
     assert processes.most == min(parallel, 7)
     assert all(trial.metric == trial.parameters["seed"] / STEPS for trial in made)
@@ -100,58 +100,58 @@ def test_exactly_count_trials_and_never_more_at_a_time_than_parallel(tmp_path: P
 
 @pytest.mark.parametrize("crash", range(14))
 def test_killed_at_any_look_it_goes_on_and_ends_with_count(tmp_path: Path, crash: int) -> None:
-    whole = sweep_in(tmp_path / "whole", MadeUp(2), count=6).run()
+    whole = sweep_in(tmp_path / "whole", MadeUp(2), n=6).run()
     with pytest.raises(KeyboardInterrupt):
-        sweep_in(tmp_path, MadeUp(2, crash=crash), count=6).run()
+        sweep_in(tmp_path, MadeUp(2, crash=crash), n=6).run()
     unfinished = [trial.number for trial in Folder(tmp_path / "out").trials() if trial.state is State.running]
     processes = MadeUp(2)
-    made = sweep_in(tmp_path, processes, count=6).run()
+    made = sweep_in(tmp_path, processes, n=6).run()
     assert processes.started[: len(unfinished)] == unfinished  # those first
     assert [trial.state for trial in made] == [State.finished] * 6
     assert [trial.parameters for trial in made] == [trial.parameters for trial in whole]
 
 
 def test_a_larger_count_adds_trials_to_those_that_there_are(tmp_path: Path) -> None:
-    first = sweep_in(tmp_path, MadeUp(2), count=3).run()
+    first = sweep_in(tmp_path, MadeUp(2), n=3).run()
     processes = MadeUp(2)
-    assert sweep_in(tmp_path, processes, count=5).run()[:3] == first
+    assert sweep_in(tmp_path, processes, n=5).run()[:3] == first
     assert processes.started == [4, 5]
 
 
 def test_a_failed_trial_is_recorded_replaced_and_never_tried_again(tmp_path: Path) -> None:
     processes = MadeUp(2, status={2: 1})
-    made = sweep_in(tmp_path, processes, count=4).run()
+    made = sweep_in(tmp_path, processes, n=4).run()
     assert [trial.state for trial in made] == [State.finished, State.failed, *[State.finished] * 3]
     assert made[1].said == "exit status 1: dvae: error: made up"
     assert made[1].metric is None
     assert processes.started == [1, 2, 3, 4, 5]
     again = MadeUp(2)
-    assert sweep_in(tmp_path, again, count=4).run() == made
+    assert sweep_in(tmp_path, again, n=4).run() == made
     assert again.started == []
 
 
 def test_too_many_failures_end_the_sweep_in_one_line(tmp_path: Path) -> None:
     processes = MadeUp(1, status=dict.fromkeys(range(1, 9), 2))
     with pytest.raises(MachineError, match=r"^2 trials failed, the last of them trial-0002 with exit status 2: dvae"):
-        sweep_in(tmp_path, processes, count=4, failures=2).run()
+        sweep_in(tmp_path, processes, n=4, failures=2).run()
     assert processes.started == [1, 2]
 
 
 def test_a_trial_that_somebody_stopped_is_taken_up_again(tmp_path: Path) -> None:
     processes = MadeUp(1, status={1: 143})
-    made = sweep_in(tmp_path, processes, count=2).run()
+    made = sweep_in(tmp_path, processes, n=2).run()
     assert processes.started == [1, 1, 2]
     assert [trial.state for trial in made] == [State.finished, State.finished]
 
 
 def test_a_metric_that_nobody_measures_ends_the_sweep_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metric 'refiner/loss' is not measured by .*did you mean 'refiner/los'"):
-        sweep_in(tmp_path, MadeUp(1, metric="los"), count=2).run()
+        sweep_in(tmp_path, MadeUp(1, metric="los"), n=2).run()
 
 
 def test_a_metric_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="refiner/loss was not a finite number"):
-        sweep_in(tmp_path, MadeUp(1, value=float("nan")), count=2, failures=1).run()
+        sweep_in(tmp_path, MadeUp(1, value=float("nan")), n=2, failures=1).run()
     (trial,) = Folder(tmp_path / "out").trials()
     assert (trial.state, trial.metric) == (State.failed, None)
 
@@ -159,7 +159,7 @@ def test_a_metric_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
 def test_hyperband_ends_trials_early_and_they_count(tmp_path: Path) -> None:
     """With the first two trials at hand, later ones go on only if they are among the better half at step 2."""
     spec = spec_of("grid", (4, 2, 9, 1), early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2})
-    made = sweep_in(tmp_path, MadeUp(1), spec, count=4).run()
+    made = sweep_in(tmp_path, MadeUp(1), spec, n=4).run()
     # after two rows: 2; 1 <= 2; 4.5 > sorted(1, 2, 4.5)[1] = 2; 0.5
     assert [trial.state for trial in made] == [State.finished, State.finished, State.stopped, State.finished]
     assert made[2].metric == 9 / 2
@@ -168,13 +168,13 @@ def test_hyperband_ends_trials_early_and_they_count(tmp_path: Path) -> None:
 
 
 def test_a_grid_ends_when_it_has_no_more(tmp_path: Path) -> None:
-    made = sweep_in(tmp_path, MadeUp(2), spec_of("grid", (3, 4, 5)), count=9).run()
+    made = sweep_in(tmp_path, MadeUp(2), spec_of("grid", (3, 4, 5)), n=9).run()
     assert [trial.parameters["seed"] for trial in made] == [3, 4, 5]
     assert done(made) == 3
 
 
 def test_the_summarys_figures_come_before_the_rows(tmp_path: Path) -> None:
-    sweep = sweep_in(tmp_path, MadeUp(1), count=1)
+    sweep = sweep_in(tmp_path, MadeUp(1), n=1)
     trial = Trial(1, {"seed": 3})
     sweep.folder.run(trial).mkdir()
     figures = {"figures": {"refiner/loss": 0.125}}
@@ -240,23 +240,23 @@ class TestFolder:
 
 class TestSettings:
     def test_words_are_parted(self) -> None:
-        settings, words = sweep_loop.parted(["sweep=demo", "count=3", "seed=4", "train_refiner.steps=2", "~classifier"])
-        assert (settings.sweep, settings.count, settings.parallel) == ("demo", 3, 1)
+        settings, words = sweep_loop.parted(["sweep=demo", "n=3", "seed=4", "train_refiner.steps=2", "~classifier"])
+        assert (settings.sweep, settings.n, settings.parallel) == ("demo", 3, 1)
         assert words == ["seed=4", "train_refiner.steps=2", "~classifier"]
 
-    @pytest.mark.parametrize("words", [["count=0"], ["parallel=0"], ["failures=-1"]])
+    @pytest.mark.parametrize("words", [["n=0"], ["parallel=0"], ["failures=-1"]])
     def test_numbers_below_one_are_refused(self, words: list[str]) -> None:
         with pytest.raises(UserError, match=f"^{words[0]}: use 1 or more"):
             sweep_loop.sweep([], sweep_loop.parted(["sweep=demo", *words])[0])
 
     def test_a_number_that_is_none_is_one_line(self) -> None:
-        with pytest.raises(UserError, match=r"^count: Value 'many'"):
-            sweep_loop.parted(["sweep=demo", "count=many"])
+        with pytest.raises(UserError, match=r"^n: Value 'many'"):
+            sweep_loop.parted(["sweep=demo", "n=many"])
 
     def test_fewer_than_are_finished_are_refused(self, tmp_path: Path) -> None:
         loaded = sweep_loop.spec.load("demo")
         folder = Folder(tmp_path / "out")
         folder.open(loaded.sweep, [])
         folder.keep([Trial(n, {}, State.finished, 1.0) for n in (1, 2, 3)])
-        with pytest.raises(UserError, match=r"^count=2: .*out holds 3 finished trials already: use count=3 or more"):
-            sweep_loop.sweep([], SweepToolConfig(sweep="demo", count=2, out=str(folder.path)))
+        with pytest.raises(UserError, match=r"^n=2: .*out holds 3 finished trials already: use n=3 or more"):
+            sweep_loop.sweep([], SweepToolConfig(sweep="demo", n=2, out=str(folder.path)))

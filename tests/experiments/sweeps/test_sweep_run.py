@@ -41,7 +41,7 @@ def test_killed_in_the_middle_and_started_again_it_ends_with_all_trials(
 ) -> None:
     """SIGKILL once a trial has finished and another has taken a step: both of those that ran are taken up again."""
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
-    words = ["sweep=mine.yaml", f"count={COUNT}", f"parallel={PARALLEL}", "out=out", *tiny]
+    words = ["sweep=mine.yaml", f"n={COUNT}", f"parallel={PARALLEL}", "out=out", *tiny]
     out = tmp_path / "out"
 
     def running_and_at_work() -> bool:
@@ -87,6 +87,6 @@ def test_killed_in_the_middle_and_started_again_it_ends_with_all_trials(
     once_more = tool("sweep", *words)
     assert once_more.returncode == 0, once_more.stderr
     assert "train_refiner.lr=" not in once_more.stdout
-    fewer = tool("sweep", *[word.replace(f"count={COUNT}", "count=2") for word in words])
+    fewer = tool("sweep", *[word.replace(f"n={COUNT}", "n=2") for word in words])
     assert fewer.returncode == 2
-    assert fewer.stderr.startswith("dvae: error: count=2: out holds 6 finished trials already: use count=6 or more")
+    assert fewer.stderr.startswith("dvae: error: n=2: out holds 6 finished trials already: use n=6 or more")

@@ -42,7 +42,7 @@ def test_best_first_and_failures_last(goal: str, order: list[int], tmp_path: Pat
 
 def test_the_last_line_says_what_lacks() -> None:
     assert trial_table.ending(trials(), 2, Path("out")) == "2 of 3 trials finished; out/trials.csv out/parallel.png"
-    assert "fewer than count=9: the grid has no more" in trial_table.ending(trials(), 9, Path("out"))
+    assert "fewer than n=9: the grid has no more" in trial_table.ending(trials(), 9, Path("out"))
 
 
 def test_axes_place_and_name_values() -> None:

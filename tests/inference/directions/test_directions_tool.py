@@ -52,8 +52,8 @@ def test_find_list_and_score(folder: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "scores.md"
     chosen = ["skin_color.8a5640", "pca_1"]
     run(
-        folder, "score=true", f"directions=[{','.join(chosen)}]", "strengths=[1,2]", "validation=3", "n=4", "steps=2",
-        "batch=8", "sampler.steps=1", f"out={out}",
+        folder, "score=true", f"directions=[{','.join(chosen)}]", "strengths=[1,2]", "validation=3", "n=4",
+        "recognizer_steps=2", "recognizer_batch=8", "sampler.steps=1", f"out={out}",
     )  # fmt: skip
     assert capsys.readouterr().out.startswith(out.read_text().rstrip())
     figures = json.loads(out.with_suffix(".json").read_text())
@@ -79,7 +79,7 @@ def test_a_direction_moves_an_image_through_the_pipeline(folder: Path) -> None:
     [
         (["find=[labels]", "labels=[hairs]"], r"labels=hairs: .* did you mean 'hair'"),
         (["find=[pca]", "components=9"], r"components=9: pca finds 8 of them"),
-        (["find=[pca]", "images=0"], r"images=0: use 1 or more"),
+        (["find=[pca]", "n_train=0"], r"n_train=0: use 1 or more"),
         (["score=true", "directions=[pca_7]"], r"directions=pca_7: .* did you mean 'pca_2'"),
         (["score=true", "n=1000"], r"validation=60 and n=1000 are more than the \d+ held-out images"),
         (["score=true", "strengths=[-1]"], r"strengths=\[-1.0\]: give one or more above 0"),

@@ -69,7 +69,7 @@ def test_the_same_bits_in_every_request(command: str, run: Path, faces: Path, tm
         part = draw(command, run, tmp_path / f"{place}.npy", faces.with_suffix(".npy"), first=first, n=n)
         assert np.array_equal(part, whole[first : first + n])
     for batch in (1, 7, 64):
-        other = draw(command, run, tmp_path / f"batch{batch}.npy", faces, batch_size=batch)
+        other = draw(command, run, tmp_path / f"batch{batch}.npy", faces, batch=batch)
         # gray levels that round the other way; rarely more, since an untrained network may amplify them
         assert (np.abs(other.astype(int) - whole.astype(int)) > 1).mean() < 0.01
 

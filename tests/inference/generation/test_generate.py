@@ -147,7 +147,7 @@ def test_more_may_be_asked_for_while_it_is_under_way(
 def test_a_batch_size_is_within_a_gray_level(
     run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
-    generate.draw(asked(run, tmp_path / "x.npy", n=40, batch_size=7))
+    generate.draw(asked(run, tmp_path / "x.npy", n=40, batch=7))
     assert np.abs(np.load(tmp_path / "x.npy").astype(int) - expected[1].astype(int)).max() <= 1
 
 
@@ -157,7 +157,7 @@ def test_a_batch_size_is_within_a_gray_level(
         (["n=0"], "n=0: use 1 or more"),
         (["first=-1"], "first=-1: use 0 or more"),
         (["processes=0"], "processes=0: use 1 or more"),
-        (["batch_size=0"], "batch_size=0: use 1 or more, or leave it out"),
+        (["batch=0"], "batch=0: use 1 or more, or leave it out"),
         (["out=x.gif"], r"out=x\.gif: use a name that ends with \.png"),
         (["out=x.png", "n=5000"], r"out=x\.png is one picture, too small for n=5000 \(at most 1024\)"),
         (["label=cat"], "label=cat: this run has no classes"),

@@ -1,30 +1,30 @@
-"""Judge samples by class: python tools/judge.py run=runs/mnist n=1000 out=judge.png"""
+"""Recognize the classes of samples: python tools/recognize.py run=runs/mnist n=1000 out=recognized.png"""
 
 from __future__ import annotations
 
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/judge.py run=FOLDER [n=1000] [seed=0] [confidence=0.9] [label=ATTRIBUTE] [out=judge.png]
-       [shards=FOLDER] [steps=1500] [batch=64] [sampler=NAME sampler.FIELD=VALUE]
+USAGE = """usage: python tools/recognize.py run=FOLDER [n=1000] [seed=0] [confidence=0.9] [label=ATTRIBUTE]
+       [out=recognized.png] [shards=FOLDER] [steps=1500] [batch=64] [sampler=NAME sampler.FIELD=VALUE]
 
 Trains a small classifier on the labeled real images that the run was trained on, and says which share of n samples it
 recognizes (probability of one class above `confidence`), and how many of each class. out= is a picture: a row per
 class, then samples that were not recognized; the figures lie in a JSON file beside it.
-Held-out images are judged alike: as they are, the most to be had, and laid over each other in pairs, which are neither.
-The judge may also answer "nothing", which it has learned from spoilt images."""
+Held-out images are classified in the same way: as they are, which is the best possible result, and blended in pairs.
+The classifier has one class more, "nothing", which it learns from corrupted images."""
 
 
 def command(argv: list[str]) -> None:
-    """Compose the words, judge, and print the figures."""
+    """Compose the settings, classify the samples, and print the figures."""
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
     from dvae.config import compose
     from dvae.evaluation import recognizer
 
-    settings: recognizer.JudgeConfig = compose.words_of_a_tool(compose.compose("judge", argv))
+    settings: recognizer.RecognizeConfig = compose.words_of_a_tool(compose.compose("recognize", argv))
     figures = recognizer.assess(settings)
-    print(f"judge: {100 * figures['accuracy_heldout']:.1f}% right on held-out images")
+    print(f"recognizer: {100 * figures['accuracy_heldout']:.1f}% right on held-out images")
     for name, title in (
         ("samples", "samples"),
         ("heldout", "held-out images"),
