@@ -108,7 +108,7 @@ def check(settings: StudyConfig) -> StudyConfig:
         values = getattr(settings, name)
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name}={values}: give one or more, each once")
-    for name in ("n", "reference", "kid_subset_size", "kid_subsets", "batch"):
+    for name in ("n", "n_reference", "kid_subset_size", "kid_subsets", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
     if min(settings.steps) < 1:

@@ -163,7 +163,7 @@ def test_two_arms(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
     words = [word for word in tiny if not word.startswith(("recipe=", "evaluate."))]
     words += ["denoiser.center=none", "denoiser.data_scale=1"]
     study = {
-        "recipe": "demo", "words": words, "seeds": [3], "steps": [1, 2], "n": 20, "reference": 40,
+        "recipe": "demo", "overrides": words, "seeds": [3], "steps": [1, 2], "n": 20, "n_reference": 40,
         "kid_subset_size": 8, "kid_subsets": 4,
         "arms": {"without": ["denoiser.condition_image=false", "denoiser.condition_latent=false"], "with x_hat": []},
     }  # fmt: skip
