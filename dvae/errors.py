@@ -25,7 +25,7 @@ class MachineError(Exception):
     """A fault of the machine or of a file; names the file and what is safe. Exit status 1."""
 
     exit_status = 1
-    again = True
+    retryable = True
     """Whether the same might work another time."""
 
 
@@ -34,9 +34,9 @@ class Stopped(MachineError):
 
     exit_status = 143
 
-    def __init__(self, message: str, why: str = "") -> None:
+    def __init__(self, message: str, stop_reason: str = "") -> None:
         super().__init__(message)
-        self.why = why
+        self.stop_reason = stop_reason
         """What asked: a signal's name, or the setting of a limit."""
 
 

@@ -26,7 +26,7 @@ from dvae.errors import Stopped, UserError, describe, fold
 from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
 from dvae.runs import attempts
 from dvae.runs.attempts import TERMINATED
-from dvae.runs.exit_status import CRASHED, GRACE, HANGS, End, explain
+from dvae.runs.exit_status import CRASHED, GRACE, HANGS, RankExit, raise_for
 from dvae.utils.machine import cores, end_with_parent
 from dvae.utils.secrets import guard_streams
 
@@ -38,14 +38,14 @@ LAST_WORDS = 2.0
 
 
 @dataclass
-class Rank:
+class RankProcess:
     """One process, and the line in which it says why it failed."""
 
     number: int
     process: SpawnProcess
     line: connection.Connection
 
-    def ended(self) -> End | None:
+    def ended(self) -> RankExit | None:
         """How the process ended, and what it left to say; None while it runs. To be asked no more after that."""
         if self.process.is_alive():
             return None
@@ -53,7 +53,7 @@ class Rank:
         with self.line, suppress(EOFError):  # it ended well, or without a word
             if self.line.poll():  # an orphan of the rank's may hold the other end: never wait for it
                 said = self.line.recv()
-        return End(number=self.number, status=self.process.exitcode or 0, said=said)
+        return RankExit(number=self.number, status=self.process.exitcode or 0, message=said)
 
 
 @LAUNCHERS.register("processes")
@@ -87,20 +87,20 @@ def run(folder: Path, count: int) -> None:
     """Start the ranks, and see how they end."""
     # here, not in rank 0: no port is guessed, and it outlives every rank
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
-    ranks: list[Rank] = []
+    ranks: list[RankProcess] = []
     with passing_on(ranks) as passed:
         for number in range(count):
             ranks.append(start(folder, number, count, store.port))
         ended = watch(ranks)
     failed = [end for end in ended if end.failed]
     if failed:
-        explain(folder, failed, passed)
+        raise_for(folder, failed, passed)
     stopped = next((end for end in ended if end.status == TERMINATED), None)
     if stopped:
-        raise Stopped(stopped.said, stopped.why)
+        raise Stopped(stopped.message, stopped.stop_reason)
 
 
-def start(folder: Path, number: int, count: int, port: int) -> Rank:
+def start(folder: Path, number: int, count: int, port: int) -> RankProcess:
     """Start one rank."""
     context = multiprocessing.get_context("spawn")
     theirs = {
@@ -118,7 +118,7 @@ def start(folder: Path, number: int, count: int, port: int) -> Rank:
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return Rank(number, process, line)
+    return RankProcess(number, process, line)
 
 
 def run_rank(folder: str, line: connection.Connection) -> None:
@@ -149,7 +149,7 @@ def run_rank(folder: str, line: connection.Connection) -> None:
 
 
 @contextmanager
-def passing_on(ranks: list[Rank]) -> Iterator[list[int]]:
+def passing_on(ranks: list[RankProcess]) -> Iterator[list[int]]:
     """Pass signals on to all ranks while the block runs; gives the list of those that came."""
     passed: list[int] = []
 
@@ -169,14 +169,14 @@ def passing_on(ranks: list[Rank]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def watch(ranks: list[Rank]) -> list[End]:
+def watch(ranks: list[RankProcess]) -> list[RankExit]:
     """Wait for all ranks, and kill what is left GRACE seconds after one has failed. Returns how they ended, in their
     order, without the killed."""
     left, ended = list(ranks), []
     deadline = None
     while left:
         connection.wait([rank.process.sentinel for rank in left], LOOK_EVERY)
-        new = [end for end in map(Rank.ended, left) if end]
+        new = [end for end in map(RankProcess.ended, left) if end]
         left = [rank for rank in left if rank.number not in {end.number for end in new}]
         ended += new
         if deadline is None and any(end.failed for end in new):
@@ -191,7 +191,7 @@ def watch(ranks: list[Rank]) -> list[End]:
     return ended
 
 
-def let_speak(ranks: list[Rank]) -> None:
+def let_speak(ranks: list[RankProcess]) -> None:
     """Have ranks that stand still say where, on stderr, through Python's faulthandler; it ends them."""
     for rank in ranks:
         for number in (signal.SIGQUIT, signal.SIGCONT):  # a stopped process hears nothing until it may go on

@@ -18,13 +18,13 @@ from typing import Any
 from dvae.errors import Stopped, UserError, fold
 from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
 from dvae.runs.slurm import queue
-from dvae.runs.slurm.queue import Submitted
+from dvae.runs.slurm.queue import SubmittedJob
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 CONF = "SLURM_CONF"
-ON_CPUS = ("shards", "cache")
+CPU_STAGES = ("shards", "cache")
 """Stages that a chain runs on `cpu_partition`."""
-SMALL = (*ON_CPUS, "evaluate")
+ONE_TASK_STAGES = (*CPU_STAGES, "evaluate")
 """Stages that a chain runs in jobs of one task."""
 
 
@@ -118,10 +118,10 @@ class Slurm(Launcher):
         """
         from dvae.runs.folder import Run
 
-        if not queue.available():
+        if not queue.is_available():
             raise UserError("launcher=slurm: there is no squeue here: run this where jobs are submitted")
         submitted = self.submit(folder, Run(folder).own_config().stages)
-        queue.enter(folder, submitted)
+        queue.record_jobs(folder, submitted)
         for job in submitted:
             print(f"dvae: job {job.id}: {', '.join(job.stages)}", flush=True)
         if self.waits:
@@ -134,34 +134,37 @@ class Slurm(Launcher):
         return sys.stdout.isatty() if self.config.wait is None else bool(self.config.wait)
 
     def attach(self, folder: Path) -> bool:
-        if not self.waits or not queue.active(folder):
+        if not self.waits or not queue.active_jobs(folder):
             return False
         follow(folder)
         return True
 
-    def submit(self, folder: Path, stages: list[str]) -> list[Submitted]:
+    def submit(self, folder: Path, stages: list[str]) -> list[SubmittedJob]:
         """Submit a job, or a chain of jobs; what was submitted is canceled where a later one is refused."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        submitted: list[Submitted] = []
-        with outside_any_job(), redirect_stderr(StringIO()):  # submitit shows what sbatch says; here that is one line
+        submitted: list[SubmittedJob] = []
+        with (
+            hidden_job_environment(),
+            redirect_stderr(StringIO()),
+        ):  # submitit shows what sbatch says; here that is one line
             try:
-                for executor, work, count, doing in self.planned(folder, stages, submitted):
+                for executor, work, count, doing in self.submissions(folder, stages, submitted):
                     made = executor.map_array(work, range(count)) if count > 1 else [executor.submit(work)]
                     number = str(made[0].job_id).partition("_")[0]
-                    submitted.append(Submitted(id=number, stages=list(doing), submitted=round(time.time(), 3)))
+                    submitted.append(SubmittedJob(id=number, stages=list(doing), submitted=round(time.time(), 3)))
             except BaseException as error:
                 for job in submitted:
-                    queue.cancel(job.id)
+                    queue.cancel_job(job.id)
                 for left in [*(folder / queue.FOLDER).glob("*.pkl"), *(folder / queue.FOLDER).glob(".submission_*")]:
                     left.unlink()
                 if isinstance(error, FailedJobError | FailedSubmissionError):
-                    raise UserError(f"launcher=slurm: sbatch refused the job: {complaint(error)}") from None
+                    raise UserError(f"launcher=slurm: sbatch refused the job: {sbatch_error(error)}") from None
                 raise
         return submitted
 
-    def planned(
-        self, folder: Path, stages: list[str], submitted: list[Submitted]
+    def submissions(
+        self, folder: Path, stages: list[str], submitted: list[SubmittedJob]
     ) -> Iterator[tuple[Any, Callable[..., None], int, tuple[str, ...]]]:
         """Executor, work, number of jobs (more than one make an array) and stages of each submission.
 
@@ -172,8 +175,8 @@ class Slurm(Launcher):
         here = str(folder.absolute())
         for part in self.parts(stages):
             count = self.config.array_jobs
-            if self.config.chain and part[0] in ON_CPUS and count > 1:
-                yield self.executor(folder, part, submitted, array=True), Part(here, part[0], count), count, part
+            if self.config.chain and part[0] in CPU_STAGES and count > 1:
+                yield self.executor(folder, part, submitted, array=True), ArrayTask(here, part[0], count), count, part
             yield self.executor(folder, part, submitted), Supervisor(here, part), 1, part
 
     def parts(self, stages: list[str]) -> list[tuple[str, ...]]:
@@ -185,13 +188,13 @@ class Slurm(Launcher):
             return [tuple(ordered)]
         found: list[tuple[str, ...]] = []
         for stage in ordered:
-            if found and not {stage, found[-1][-1]} & set(SMALL):
+            if found and not {stage, found[-1][-1]} & set(ONE_TASK_STAGES):
                 found[-1] += (stage,)
             else:
                 found.append((stage,))
         return found
 
-    def executor(self, folder: Path, stages: tuple[str, ...], after: list[Submitted], array: bool = False) -> Any:
+    def executor(self, folder: Path, stages: tuple[str, ...], after: list[SubmittedJob], array: bool = False) -> Any:
         """submitit's, with the options for a job of these stages."""
         from submitit import SlurmExecutor
 
@@ -212,8 +215,8 @@ class Slurm(Launcher):
     def options(self, folder: Path, stages: tuple[str, ...], array: bool) -> dict[str, Any]:
         """Of submitit's executor; what is empty is left to the cluster."""
         config = self.config
-        small = config.chain and set(stages) <= set(SMALL)
-        on_cpus = config.chain and set(stages) <= set(ON_CPUS)
+        small = config.chain and set(stages) <= set(ONE_TASK_STAGES)
+        on_cpus = config.chain and set(stages) <= set(CPU_STAGES)
         gpus = 0 if on_cpus else min(config.gpus_per_node, 1) if small else config.gpus_per_node
         given = {
             "partition": (config.cpu_partition if on_cpus else "") or config.partition, "account": config.account,
@@ -237,7 +240,7 @@ class Slurm(Launcher):
     def plan(self, folder: Path, stages: list[str]) -> str:
         """The sbatch file of each job."""
         found: list[str] = []
-        for executor, _, count, doing in self.planned(folder, stages, []):
+        for executor, _, count, doing in self.submissions(folder, stages, []):
             if count > 1:
                 executor.parameters["map_count"] = count
             text = executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -246,7 +249,7 @@ class Slurm(Launcher):
 
 
 @dataclass(frozen=True)
-class Part:
+class ArrayTask:
     """What the jobs of an array do that write a run's shards, or its cache, together; the job after them publishes."""
 
     folder: str
@@ -267,7 +270,7 @@ class Part:
 
 
 @contextmanager
-def outside_any_job() -> Iterator[None]:
+def hidden_job_environment() -> Iterator[None]:
     """Hide what a job that this process may be part of has left in the environment: sbatch would take it for options.
 
     SLURM_CONF, which says where the cluster is, stays, and so do the user's defaults for sbatch.
@@ -318,7 +321,7 @@ def minutes(time: str) -> int:
     return total
 
 
-def complaint(error: BaseException) -> str:
+def sbatch_error(error: BaseException) -> str:
     """What sbatch said, without what submitit puts around it."""
     said = getattr(error, "stderr", None) or getattr(error, "output", None) or str(error)
     text = said.decode() if isinstance(said, bytes) else str(said)

@@ -30,7 +30,7 @@ def command(argv: list[str]) -> None:
     trust = [word for word in argv if argv[0] == "resume" and word.startswith("trust=")]
     what, folder = parse([word for word in argv if word not in trust])
     if what == "list":
-        lines = manage.table(folder)
+        lines = manage.run_table(folder)
     elif what == "resume":
         resume(folder, trusted(trust))
         return
@@ -72,7 +72,7 @@ def resume(folder: Path, trust: bool) -> None:
     from dvae.tools import launch
 
     manage.refuse_busy(folder)
-    manage.enter(folder := folder.absolute())
+    manage.enter_start_folder(folder := folder.absolute())
     run = Run(folder)
     reached = stored.outside(stored.read_plain(run.config_file))
     if reached and not trust:

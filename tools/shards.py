@@ -84,7 +84,7 @@ def build(words: list[str]) -> None:
     from dvae.config import compose
     from dvae.data.building import shard_build as builder
     from dvae.data.building import shard_request
-    from dvae.tracking.console import Counted
+    from dvae.tracking.console import CountedProgress
 
     composed = compose.compose("shards", words)
     settings: ShardsConfig = compose.words_of_a_tool(composed)
@@ -98,7 +98,7 @@ def build(words: list[str]) -> None:
     }
     what = (composed.source, settings.size, settings.out)
     start = time.monotonic()
-    with Counted("shards") as progress:
+    with CountedProgress("shards") as progress:
         if settings.part is None:
             about = _of_all(settings, builder.build(*what, progress=progress, **how))
         else:

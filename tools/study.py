@@ -21,8 +21,8 @@ def command(argv: list[str]) -> None:
         return
     from dvae.experiments.study import study_report, study_runs, study_spec
 
-    settings = study_spec.read(argv)
-    found = study_runs.study(settings)
+    settings = study_spec.read_study(argv)
+    found = study_runs.run_study(settings)
     print(study_report.write(settings, *found))
     print(f"{settings.out}/study.md and study.png")
 

@@ -25,12 +25,12 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE.format(sweeps=", ".join(sweep_spec.known())))
         return
-    settings, words = sweep_loop.parted(argv)
+    settings, words = sweep_loop.split_arguments(argv)
     found, folder, trials = sweep_loop.sweep(words, settings)
     trial_table.write(trials, found, folder.path / "trials.csv")
     parallel_coordinates.draw(trials, found, folder.path / "parallel.png")
     print(trial_table.text(trials, found))
-    print(trial_table.ending(trials, settings.n, folder.path))
+    print(trial_table.closing_line(trials, settings.n, folder.path))
 
 
 if __name__ == "__main__":

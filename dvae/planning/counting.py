@@ -64,7 +64,7 @@ class Operations:
         return Operations(self.convolutions // images, self.products // images)
 
 
-class Kept:
+class SavedTensors:
     """Bytes that autograd keeps for the gradient while this is entered: each storage once, those of weights not."""
 
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
@@ -82,7 +82,7 @@ class Kept:
     def bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._storages.values())
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> SavedTensors:
         self._hooks.__enter__()
         return self
 
@@ -94,7 +94,7 @@ def address(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class Watch(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """Floating-point operations, and bytes of the storages that were made, while this is entered.
 
     FlopCounterMode counts the same operations, but keeps alive what checkpointed blocks compute again.
@@ -145,7 +145,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 @contextmanager
-def arithmetic(device: str, bf16: bool) -> Iterator[None]:
+def autocast_as_trained(device: str, bf16: bool) -> Iterator[None]:
     """Autocast as the engine has it; torch.autocast itself refuses a GPU that is not there."""
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, bf16)
@@ -160,7 +160,7 @@ def arithmetic(device: str, bf16: bool) -> Iterator[None]:
         torch.set_autocast_dtype(device, before[1])
 
 
-def fake(modules: Iterable[nn.Module], device: str) -> None:
+def make_fake(modules: Iterable[nn.Module], device: str) -> None:
     """Weights and buffers of modules that are on meta, anew on a device, which may be one that is not there.
 
     To be called where tensors are fake.
@@ -176,7 +176,7 @@ def fake(modules: Iterable[nn.Module], device: str) -> None:
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """A forward pass as a stage has it, in two parts."""
 
     trained: nn.Module
@@ -190,21 +190,21 @@ class Pass:
 
 
 @contextmanager
-def fake_pass(of: Pass, device: str) -> Iterator[None]:
+def fake_pass(of: ForwardPass, device: str) -> Iterator[None]:
     """Make the modules fake, and every tensor that is made within."""
     with FakeTensorMode(allow_non_fake_inputs=True), FusedAttention() if device == "cuda" else nullcontext():
-        fake((of.trained, *of.frozen), device)
+        make_fake((of.trained, *of.frozen), device)
         yield
 
 
-def kept(of: Pass, images: int, device: str, bf16: bool, faked: bool = True) -> int:
+def saved_bytes(of: ForwardPass, images: int, device: str, bf16: bool, faked: bool = True) -> int:
     """Bytes that a forward pass keeps for the gradient, weights left out; of modules as they are, if not `faked`."""
     drawn = of.draw(images)
     place: AbstractContextManager[None] = fake_pass(of, device) if faked else nullcontext()
-    with place, arithmetic(device, bf16):
+    with place, autocast_as_trained(device, bf16):
         with torch.no_grad():
             prepared = of.prepare(device, *drawn)
-        with Kept(of.trained.parameters()) as found:
+        with SavedTensors(of.trained.parameters()) as found:
             graph = of.loss(*prepared)
         size = found.bytes
         del graph
@@ -212,7 +212,7 @@ def kept(of: Pass, images: int, device: str, bf16: bool, faked: bool = True) -> 
 
 
 @dataclass(frozen=True)
-class Worked:
+class PassCost:
     """What the two passes over a micro-batch take, as a CPU has them."""
 
     frozen: Operations
@@ -225,18 +225,18 @@ class Worked:
     """Bytes that operations have made and not yet freed, at most; gradients of weights count while they are new."""
 
 
-def worked(of: Pass, images: int, bf16: bool) -> Worked:
+def count_pass(of: ForwardPass, images: int, bf16: bool) -> PassCost:
     """Operations and memory of a forward and a backward pass."""
     drawn = of.draw(images)
-    with fake_pass(of, "cpu"), arithmetic("cpu", bf16):
-        with Watch() as before, torch.no_grad():
+    with fake_pass(of, "cpu"), autocast_as_trained("cpu", bf16):
+        with OperationCounter() as before, torch.no_grad():
             prepared = of.prepare("cpu", *drawn)
         for weight in of.trained.parameters():
             weight.grad = torch.empty_like(weight)  # as in the second of several micro-batches: planned for elsewhere
-        with Watch() as within:
-            with Kept(of.trained.parameters()) as found:
+        with OperationCounter() as within:
+            with SavedTensors(of.trained.parameters()) as found:
                 loss = of.loss(*prepared)
             size = found.bytes
             del found  # which holds what the backward pass frees
             loss.backward()
-    return Worked(before.operations, within.operations, size, within.peak)
+    return PassCost(before.operations, within.operations, size, within.peak)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dvae.diffusion.denoiser import Conditioning, NoiseSample
 from dvae.layers.adversarial import discriminator_loss, generator_loss
 from dvae.models.components import Models
-from dvae.planning.counting import Pass
+from dvae.planning.counting import ForwardPass
 from dvae.registry.encoders.base import Encoder
 
 
@@ -25,7 +25,7 @@ def images(made: Models, batch: int) -> torch.Tensor:
     return torch.zeros(batch, made.io.channels, made.io.image_size, made.io.image_size)
 
 
-def of_encoder(made: Models) -> dict[str, Pass]:
+def encoder_passes(made: Models) -> dict[str, ForwardPass]:
     """The modules that the stage encoder trains, each with its pass: the encoder, and perhaps a discriminator."""
     encoder = made.encoder
     with torch.device("meta"):
@@ -41,7 +41,7 @@ def of_encoder(made: Models) -> dict[str, Pass]:
         return encoder(x, noise)["loss"].mean()
 
     if adversary is None:
-        return {"encoder": Pass(encoder, (), draw, both, loss)}
+        return {"encoder": ForwardPass(encoder, (), draw, both, loss)}
     judge = adversary.discriminator
 
     def judged(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -55,21 +55,21 @@ def of_encoder(made: Models) -> dict[str, Pass]:
         return discriminator_loss(adversary.loss, real, fake).mean()
 
     return {
-        "encoder": Pass(encoder, (judge,), draw, both, judged),
-        "discriminator": Pass(judge, (), draw, both, told_apart),
+        "encoder": ForwardPass(encoder, (judge,), draw, both, judged),
+        "discriminator": ForwardPass(judge, (), draw, both, told_apart),
     }
 
 
-def of_refiner(made: Models, encodes: bool, decodes: bool) -> Pass:
+def refiner_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
     denoiser = made.denoiser
 
     def loss(x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
         return denoiser(x, given, draws).mean()
 
-    return _of_noisy(made, denoiser, (), encodes, decodes, loss)
+    return _noisy_state_pass(made, denoiser, (), encodes, decodes, loss)
 
 
-def of_classifier(made: Models, encodes: bool, decodes: bool) -> Pass:
+def classifier_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
     """The classifier's; the refiner itself has no part in it."""
     assert made.classifier is not None
     classifier, denoiser = made.classifier, made.denoiser
@@ -82,12 +82,12 @@ def of_classifier(made: Models, encodes: bool, decodes: bool) -> Pass:
         assert given.label is not None
         return F.cross_entropy(logits, given.label)
 
-    return _of_noisy(made, classifier, (denoiser,), encodes, decodes, loss)
+    return _noisy_state_pass(made, classifier, (denoiser,), encodes, decodes, loss)
 
 
-def _of_noisy(
+def _noisy_state_pass(
     made: Models, trained: torch.nn.Module, beside: tuple[torch.nn.Module, ...], encodes: bool, decodes: bool, loss: Any
-) -> Pass:
+) -> ForwardPass:
     """A pass over noisy states; whether the frozen encoder encodes and decodes depends on what is cached."""
     encoder = made.encoder.eval().requires_grad_(False)
 
@@ -111,7 +111,7 @@ def _of_noisy(
         x_hat = _decoded(encoder, z, device) if decodes else torch.zeros_like(x)
         return x, Conditioning(x_hat, z.float(), label), draws
 
-    return Pass(trained, (encoder, *beside), draw, prepare, loss)
+    return ForwardPass(trained, (encoder, *beside), draw, prepare, loss)
 
 
 def _decoded(encoder: Encoder, z: torch.Tensor, device: str) -> torch.Tensor:

@@ -15,19 +15,19 @@ from dvae.data.shards.manifest import FILE, TRAIN, Manifest
 from dvae.models import components
 from dvae.models.components import Models
 from dvae.planning import counting, passes
-from dvae.planning.counting import Operations, Pass, Worked
+from dvae.planning.counting import ForwardPass, Operations, PassCost
 from dvae.planning.hardware import GPU, gpu_of
 from dvae.planning.plan_settings import PlanConfig
 from dvae.registry.encoders.base import Encoder
 from dvae.training.engine.ema import ema_names
 from dvae.training.engine.footprint import FLOAT, Footprint, bytes_sent, footprint
 
-COUNTED = (2, 4)
+COUNTED_BATCHES = (2, 4)
 """Images of the two micro-batches that are counted: bytes are so much whatever their number, and so much for each."""
 HEADERS = 2048
 """Bytes of a sample in a shard besides its PNG: two headers, the JSON, and what fills up blocks of 512."""
 DAY = 86400.0
-FROZEN = {"encoder": (), "refiner": ("encoder",), "classifier": ("encoder", "refiner")}
+FROZEN_MODELS = {"encoder": (), "refiner": ("encoder",), "classifier": ("encoder", "refiner")}
 """Stage -> models that are there, and not trained."""
 RECOMPUTES = "checkpoint_blocks"
 """The field of a component that switches activation checkpointing."""
@@ -56,7 +56,7 @@ class Activations:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Module:
+class PlannedModule:
     """A module that a stage trains, with an engine of its own."""
 
     name: str
@@ -92,7 +92,7 @@ class StagePlan:
     """What a stage of the recipe takes."""
 
     name: str
-    modules: list[Module]
+    modules: list[PlannedModule]
     training: TrainingConfig
     micro_batch: int
     """Images of a rank at a time."""
@@ -120,7 +120,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ResourcePlan:
     """What a recipe takes."""
 
     recipe: str
@@ -136,18 +136,18 @@ class Plan:
     """Bytes per image are those of shards that exist."""
 
 
-def make(config: RunConfig, settings: PlanConfig) -> Plan:
+def make_plan(config: RunConfig, settings: PlanConfig) -> ResourcePlan:
     """Plan the recipe's trainings. Raises UserError for a GPU that is not known, or a batch that does not divide."""
     gpu, ranks = gpu_of(settings.gpu), settings.nodes * settings.gpus_per_node
     made = components.on_meta(config)
     given = bool(config.encoder_weights) or type(made.encoder).pretrained is not Encoder.pretrained
-    stages = [name for name in FROZEN if name in config.stages]
-    left_out = [name for name in config.stages if hasattr(config, settings_of(name)) and name not in FROZEN]
+    stages = [name for name in FROZEN_MODELS if name in config.stages]
+    left_out = [name for name in config.stages if hasattr(config, settings_of(name)) and name not in FROZEN_MODELS]
     stages = [name for name in stages if not (name == "encoder" and given)]
     micro = {name: _micro_batch(config, name, ranks) for name in stages}  # refused before anything is counted
     manifest = _manifest(config)
     plans = [_stage(config, settings, gpu, manifest, name, micro[name]) for name in stages]
-    return Plan(
+    return ResourcePlan(
         recipe=config.recipe, settings=settings, gpu=gpu, ranks=ranks, stages=plans,
         given=given and "encoder" in config.stages, left_out=left_out, measured_bytes=manifest is not None,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def _stage(
 ) -> StagePlan:
     training, ranks = training_of(config, name), settings.nodes * settings.gpus_per_node
     made = components.on_meta(config)
-    frozen = FLOAT * sum(made.parameters()[part] for part in FROZEN[name])
+    frozen = FLOAT * sum(made.parameters()[part] for part in FROZEN_MODELS[name])
     modules = modules_of(config, name, manifest)
     operations = sum((m.activations[0].frozen + m.activations[0].trained for m in modules), Operations())
     computing = training.micro_batches * micro * seconds(operations, gpu, training.precision, settings.efficiency)
@@ -183,7 +183,7 @@ def _stage(
     ]
     step = shardings[training.zero_stage].step
     size = manifest_bytes(manifest) if manifest else config.channels * config.image_size**2 * settings.packing + HEADERS
-    known = name != "encoder" and made.latent_space and not encoder_work(config, made, manifest)[0]
+    known = name != "encoder" and made.latent_space and not encoder_use(config, made, manifest)[0]
     reads = not known and not endless(config)  # where latents alone are diffused, and are known, no image is looked at
     return StagePlan(
         name=name, modules=modules, training=training, micro_batch=micro, frozen=frozen, computing=computing,
@@ -198,7 +198,7 @@ def manifest_bytes(manifest: Manifest) -> float:
     return sum(shard.bytes for shard in manifest.splits[TRAIN]) / manifest.count(TRAIN)
 
 
-def encoder_work(config: RunConfig, made: Models, manifest: Manifest | None) -> tuple[bool, bool]:
+def encoder_use(config: RunConfig, made: Models, manifest: Manifest | None) -> tuple[bool, bool]:
     """Whether the frozen encoder encodes, and decodes, in every step (dvae.stages.cache.open_latents).
 
     Where there are no shards yet, that the posteriors would fit into data.cache_gib is not known: it encodes.
@@ -211,16 +211,16 @@ def encoder_work(config: RunConfig, made: Models, manifest: Manifest | None) -> 
     return size > config.data.cache_gib * 2**30, True
 
 
-def passes_of(config: RunConfig, stage: str, manifest: Manifest | None) -> dict[str, Pass]:
+def passes_of(config: RunConfig, stage: str, manifest: Manifest | None) -> dict[str, ForwardPass]:
     """The passes of a stage, by the module that each trains, on meta."""
     made = components.on_meta(config)
     if stage == "encoder":
-        return passes.of_encoder(made)
-    of = passes.of_refiner if stage == "refiner" else passes.of_classifier
-    return {stage: of(made, *encoder_work(config, made, manifest))}
+        return passes.encoder_passes(made)
+    of = passes.refiner_pass if stage == "refiner" else passes.classifier_pass
+    return {stage: of(made, *encoder_use(config, made, manifest))}
 
 
-def modules_of(config: RunConfig, stage: str, manifest: Manifest | None) -> list[Module]:
+def modules_of(config: RunConfig, stage: str, manifest: Manifest | None) -> list[PlannedModule]:
     """Count a stage's passes, as the recipe has them and with activation checkpointing the other way."""
     training, component = training_of(config, stage), getattr(config, stage)
     ways = [passes_of(config, stage, manifest)]
@@ -231,34 +231,34 @@ def modules_of(config: RunConfig, stage: str, manifest: Manifest | None) -> list
         recomputed.append(not recomputed[0])
     found = []
     for name, of in ways[0].items():
-        counts = [Count.of(way[name], training.precision is Precision.bf16) for way in ways]
+        counts = [PassCounts.of(way[name], training.precision is Precision.bf16) for way in ways]
         plain = counts[recomputed.index(False)] if False in recomputed else counts[0]
         activations = [count.activations(again, plain) for count, again in zip(counts, recomputed, strict=True)]
         parameters = sum(weight.numel() for weight in of.trained.parameters())
         averages = len(ema_names(training.ema))
-        found.append(Module(name=name, parameters=parameters, averages=averages, activations=activations))
+        found.append(PlannedModule(name=name, parameters=parameters, averages=averages, activations=activations))
     return found
 
 
 @dataclass(frozen=True)
-class Count:
+class PassCounts:
     """What was counted of a pass, for the micro-batches of COUNTED images."""
 
     kept: list[int]
     """Bytes, as a GPU has them."""
-    worked: list[Worked]
+    worked: list[PassCost]
 
     @classmethod
-    def of(cls, one: Pass, bf16: bool) -> Count:
-        kept = [counting.kept(one, images, "cuda", bf16) for images in COUNTED]
-        return cls(kept, [counting.worked(one, images, bf16) for images in COUNTED])
+    def of(cls, one: ForwardPass, bf16: bool) -> PassCounts:
+        kept = [counting.saved_bytes(one, images, "cuda", bf16) for images in COUNTED_BATCHES]
+        return cls(kept, [counting.count_pass(one, images, bf16) for images in COUNTED_BATCHES])
 
-    def activations(self, recomputed: bool, plain: Count) -> Activations:
+    def activations(self, recomputed: bool, plain: PassCounts) -> Activations:
         """What passes was counted as a CPU has it: a GPU is taken to have as much more as it keeps more of `plain`."""
         more = plain.kept[1] / max(1, plain.worked[1].kept)
         kept, kept_fixed = _line(self.kept)
         passing, passing_fixed = _line([more * (worked.peak - worked.kept) for worked in self.worked])
-        last, images = self.worked[1], COUNTED[1]
+        last, images = self.worked[1], COUNTED_BATCHES[1]
         return Activations(
             recomputed=recomputed, kept=kept, passing=passing, fixed=kept_fixed + passing_fixed,
             frozen=last.frozen.each(images), trained=last.trained.each(images),
@@ -267,8 +267,8 @@ class Count:
 
 def _line(values: Sequence[float]) -> tuple[int, int]:
     """Slope and start, neither below 0, of the line through values at COUNTED."""
-    slope = max(0.0, (values[1] - values[0]) / (COUNTED[1] - COUNTED[0]))
-    return round(slope), round(max(0.0, values[1] - slope * COUNTED[1]))
+    slope = max(0.0, (values[1] - values[0]) / (COUNTED_BATCHES[1] - COUNTED_BATCHES[0]))
+    return round(slope), round(max(0.0, values[1] - slope * COUNTED_BATCHES[1]))
 
 
 def seconds(operations: Operations, gpu: GPU, precision: Precision, efficiency: float) -> float:
@@ -285,7 +285,7 @@ def bandwidth(settings: PlanConfig, gpu: GPU) -> float:
     return 1e9 * (gpu.link if settings.nodes == 1 else min(gpu.link, network))
 
 
-def _optimizer(modules: list[Module], training: TrainingConfig, ranks: int, gpu: GPU) -> float:
+def _optimizer(modules: list[PlannedModule], training: TrainingConfig, ranks: int, gpu: GPU) -> float:
     """Seconds: weights, moments and averages are read and written, gradients read; nothing else is slow."""
     part = ranks if training.zero_stage else 1
     moved = sum(FLOAT * each.parameters * (2 * (3 + each.averages) + 1) for each in modules)
@@ -293,8 +293,8 @@ def _optimizer(modules: list[Module], training: TrainingConfig, ranks: int, gpu:
 
 
 def _sharding(
-    settings: PlanConfig, gpu: GPU, training: TrainingConfig, ranks: int, modules: list[Module], zero: int, micro: int,
-    usable: float, frozen: int, computing: float,
+    settings: PlanConfig, gpu: GPU, training: TrainingConfig, ranks: int, modules: list[PlannedModule], zero: int,
+    micro: int, usable: float, frozen: int, computing: float,
 ) -> Sharding:  # fmt: skip
     at = replace(training, zero_stage=zero)
     each = [footprint(module.parameters, ranks, at, module.averages) for module in modules]
@@ -320,7 +320,7 @@ def _sum(each: list[Footprint]) -> Footprint:
     return Footprint(**{name: sum(getattr(one, name) for one in each) for name in names}, stage=each[0].stage)
 
 
-def _largest(free: float, modules: list[Module], of: Callable[[Module], Activations]) -> int:
+def _largest(free: float, modules: list[PlannedModule], of: Callable[[PlannedModule], Activations]) -> int:
     """Images of the largest micro-batch whose activations fit into `free` bytes."""
     found = [of(module) for module in modules]
     return max(0, min(math.floor((free - one.fixed) / (one.kept + one.passing)) for one in found))

@@ -6,12 +6,12 @@ from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
-from dvae.planning.plan import Activations, Plan, StagePlan, bandwidth
+from dvae.planning.plan import Activations, ResourcePlan, StagePlan, bandwidth
 
 GIB = 2**30
 
 
-def text(plan: Plan) -> str:
+def text(plan: ResourcePlan) -> str:
     """The whole plan."""
     settings = plan.settings
     lines = [
@@ -34,7 +34,7 @@ def _days(days: float, ranks: int) -> str:
     return f"{days:.3g} GPU-days, {hours:.3g} hours by the clock"
 
 
-def _stage(stage: StagePlan, plan: Plan) -> list[str]:
+def _stage(stage: StagePlan, plan: ResourcePlan) -> list[str]:
     training = stage.training
     sizes = " + ".join(f"{module.parameters / 1e6:.1f}M" for module in stage.modules)
     names = " + ".join(module.name for module in stage.modules)
@@ -105,7 +105,7 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.3g}"
 
 
-def assumptions(plan: Plan) -> list[str]:
+def assumptions(plan: ResourcePlan) -> list[str]:
     """All that the figures rest on."""
     settings, gpu = plan.settings, plan.gpu
     hidden = {None: "hidden at ZeRO 3, as the engine has it", True: "hidden behind computing", False: "not hidden"}
@@ -133,7 +133,7 @@ def assumptions(plan: Plan) -> list[str]:
     return ["assumptions:", *(f"  - {line}" for line in lines)]
 
 
-def figures(plan: Plan) -> dict[str, Any]:
+def figures(plan: ResourcePlan) -> dict[str, Any]:
     """The plan as JSON has it; bytes and seconds."""
     named = asdict(plan, dict_factory=lambda pairs: {k: v.name if isinstance(v, Enum) else v for k, v in pairs})
     return named | {"predicted": True}

@@ -9,13 +9,13 @@ from omegaconf import DictConfig, OmegaConf
 from dvae.config import compose
 from dvae.config.schema import RunConfig
 from dvae.planning import plan, plan_report
-from dvae.planning.plan_settings import parted
+from dvae.planning.plan_settings import split_arguments
 from dvae.utils import atomic_files
 
 
-def recipe(words: list[str]) -> RunConfig:
+def compose_recipe(overrides: list[str]) -> RunConfig:
     """The recipe as tools/launch.py composes it; a path to images is not needed, since none are looked at."""
-    composed = compose.compose("train", words)
+    composed = compose.compose("train", overrides)
     source = composed.get("source")
     if isinstance(source, DictConfig) and OmegaConf.is_missing(source, "path"):
         source.path = "not looked at"
@@ -23,9 +23,9 @@ def recipe(words: list[str]) -> RunConfig:
 
 
 def run(argv: list[str]) -> str:
-    """The plan of the words, as text; the figures go into the file of out=. Raises UserError."""
-    settings, words = parted(argv)
-    found = plan.make(recipe(words), settings)
+    """The plan of the overrides, as text; the figures go into the file of out=. Raises UserError."""
+    settings, overrides = split_arguments(argv)
+    found = plan.make_plan(compose_recipe(overrides), settings)
     if settings.out:
         atomic_files.write_json(Path(settings.out), plan_report.figures(found))
     return plan_report.text(found)

@@ -14,7 +14,7 @@ from dvae.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    """What tools/plan.py takes, besides the words of tools/launch.py."""
+    """What tools/plan.py takes, besides the overrides of tools/launch.py."""
 
     nodes: int = 1
     """Machines."""
@@ -37,15 +37,15 @@ class PlanConfig:
     """A JSON file for the figures (empty: none)."""
 
 
-OWN = tuple(field.name for field in fields(PlanConfig))
+OWN_KEYS = tuple(field.name for field in fields(PlanConfig))
 
 
-def parted(argv: list[str]) -> tuple[PlanConfig, list[str]]:
-    """The planner's own settings, and the words of the recipe. Raises UserError for a value that is none.
+def split_arguments(argv: list[str]) -> tuple[PlanConfig, list[str]]:
+    """The planner's own settings, and the overrides of the recipe. Raises UserError for a value that is none.
 
     Hydra composes the recipe alone, by the same config as tools/launch.py, so that every word of that works here.
     """
-    own = [word for word in argv if "=" in word and word.partition("=")[0] in OWN]
+    own = [word for word in argv if "=" in word and word.partition("=")[0] in OWN_KEYS]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(PlanConfig), OmegaConf.from_dotlist(own))
         settings: Any = OmegaConf.to_object(merged)

@@ -19,18 +19,18 @@ GRACE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class End:
+class RankExit:
     """How one rank ended."""
 
     number: int
     """Its rank."""
     status: int
     """Exit status; below 0: the signal that killed it, as in subprocess."""
-    said: str = ""
+    message: str = ""
     """Why it failed, in one line."""
-    why: str = ""
+    stop_reason: str = ""
     """Of one that was asked to stop and has saved: what asked (dvae/training/resilience/stopping.py)."""
-    again: bool = True
+    retryable: bool = True
     """Whether the same might work another time."""
 
     @property
@@ -39,29 +39,31 @@ class End:
         return self.status not in (0, TERMINATED)
 
 
-def explain(folder: Path, failed: list[End], passed: Sequence[int]) -> None:
+def raise_for(folder: Path, failed: list[RankExit], forwarded: Sequence[int]) -> None:
     """Raise what ended the job: the first of the ranks in `failed` that did not merely lose another.
 
-    `passed` are the signals that were passed on to the ranks: who died of one was asked to. Raises UserError where the
-    user can mend it, KeyboardInterrupt, Stopped, or else MachineError with the rank, how it ended and its last step.
+    `forwarded` are the signals that were passed on to the ranks: a rank that died of one was asked to end.
+
+    Raises UserError if the user can fix it, KeyboardInterrupt, Stopped, or else MachineError with the rank, how it
+    ended and its last step.
     """
     rank = next((rank for rank in failed if rank.status != LOST), failed[0])
-    if -rank.status in passed:
+    if -rank.status in forwarded:
         name = signal.Signals(-rank.status).name
         error = Stopped(f"ended by {name}: the same command again resumes", name)
         error.exit_status = 128 - rank.status
         raise error
     if rank.status == UserError.exit_status:
-        raise UserError(rank.said)
+        raise UserError(rank.message)
     if rank.status == INTERRUPTED:
         raise KeyboardInterrupt
     if rank.status == HANGS:
-        raise MachineError(rank.said)
+        raise MachineError(rank.message)
     killed = rank.status < 0
     how = f"ended by {signal.Signals(-rank.status).name}" if killed else f"failed with exit status {rank.status}"
-    why = f": {rank.said}" if rank.said else "; the other ranks were stopped: the same command again resumes"
+    why = f": {rank.message}" if rank.message else "; the other ranks were stopped: the same command again resumes"
     failure = MachineError(f"rank {rank.number} {how} after {last_step(folder)}{why}")
-    failure.again = rank.again
+    failure.retryable = rank.retryable
     raise failure
 
 

@@ -38,7 +38,7 @@ from dvae.stages.work import (
 )
 from dvae.toy2d.point_scores import evaluate_points
 from dvae.tracking import figures
-from dvae.tracking.console import Counted
+from dvae.tracking.console import CountedProgress
 from dvae.tracking.report import write_report
 from dvae.tracking.tracker import Tracker
 from dvae.training.engine.deepspeed_engine import start_distributed
@@ -123,7 +123,7 @@ def shards_stage(run: Run, config: RunConfig) -> None:
 
 
 def build_with_progress(config: RunConfig, folder: Path) -> Manifest:
-    with Counted("shards") as progress:
+    with CountedProgress("shards") as progress:
         return build_shards(config.source, out=folder, progress=progress, **shards_of(config))
 
 
@@ -141,7 +141,7 @@ def shards_of(config: RunConfig) -> dict[str, Any]:
 def build_part_of_shards(folder: Path, part: int, parts: int) -> None:
     """Build part number `part` of `parts` of a run's shards; the stage `shards` publishes them once all are built."""
     config = Run(folder).own_config()
-    with Counted(f"shards, part {part + 1} of {parts}") as progress:
+    with CountedProgress(f"shards, part {part + 1} of {parts}") as progress:
         out = config.data.shards
         build_part(config.source, out=out, part=part, parts=parts, progress=progress, **shards_of(config))
 

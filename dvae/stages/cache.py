@@ -20,7 +20,7 @@ from dvae.models.components import Models
 from dvae.registry.encoders.base import Encoder, Posterior
 from dvae.runs.folder import Run
 from dvae.stages.latent_sources import Encoded, Latents, Posteriors, Reconstructions
-from dvae.tracking.console import Counted
+from dvae.tracking.console import CountedProgress
 from dvae.training.batches import open_shards
 from dvae.training.resilience import ranks
 from dvae.training.resilience.sample_log import record_damage
@@ -105,7 +105,7 @@ def about(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
 def write_cache(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
     """The run's cache, written where it is not there yet. `made` holds the trained encoder."""
     work = _work(run, config, made)
-    with Counted("cache") as progress:
+    with CountedProgress("cache") as progress:
         cache_build.write(Path(config.cache.folder), work, progress)
     record_damage(run.path, work.images)
     return work.about
@@ -118,7 +118,7 @@ def write_cache_part(run: Run, config: RunConfig, made: Models, part: int, parts
     while the run's folder is held: nothing in it is touched, and damaged images are noted down by `write_cache`.
     """
     shard_request.check_part(part, parts)
-    with Counted(f"cache, part {part + 1} of {parts}") as progress:
+    with CountedProgress(f"cache, part {part + 1} of {parts}") as progress:
         return cache_build.write_part(Path(config.cache.folder), _work(run, config, made), part, parts, progress)
 
 

@@ -103,7 +103,7 @@ def say(words: str) -> None:
     print(f"dvae: {scrub(words)}", file=sys.stderr, flush=True)
 
 
-class Counted:
+class CountedProgress:
     """Progress of images whose number is known only once the work begins: a function of (done, total).
 
     Its first call says how many an earlier attempt has done. A context manager, as Progress is.
@@ -113,7 +113,7 @@ class Counted:
         self._label = label
         self._bar: Progress | None = None
 
-    def __enter__(self) -> Counted:
+    def __enter__(self) -> CountedProgress:
         return self
 
     def __call__(self, done: int, total: int) -> None:

@@ -47,7 +47,7 @@ class SetFigures:
 
 
 @dataclass
-class Reconstructions:
+class ReconstructionFigures:
     """How faithful reconstructions are."""
 
     n: Count
@@ -64,7 +64,7 @@ class ClassOfPoints:
 
 
 @dataclass
-class Points:
+class PointFigures:
     """What the evaluation of a run on points found."""
 
     classes: dict[str, ClassOfPoints] | None = None
@@ -77,8 +77,8 @@ class Evaluation:
     protocol: dict[str, Any] | None = None
     sets: dict[str, SetFigures] | None = None
     floor: dict[str, SetFigures] | None = None
-    reconstructions: Reconstructions | None = None
-    points: Points | None = None
+    reconstructions: ReconstructionFigures | None = None
+    points: PointFigures | None = None
 
 
 @dataclass

@@ -116,7 +116,7 @@ def main() -> None:
     for name in TOOLS:
         importlib.import_module(f"dvae.tools.{name}")
     # a valid jobs.json makes `runs.py list` start squeue if SLURM is installed, which is right, and counts as an event
-    importlib.import_module("dvae.runs.slurm.queue").available = lambda: False
+    importlib.import_module("dvae.runs.slurm.queue").is_available = lambda: False
     warm = json.loads(sys.stdin.readline())  # commands that import whatever is imported late
     for job in warm:
         pid = os.fork()

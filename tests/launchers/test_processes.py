@@ -15,7 +15,7 @@ from dvae.config import compose as configuration
 from dvae.config import validate
 from dvae.errors import UserError
 from dvae.launchers import processes
-from dvae.runs.exit_status import End
+from dvae.runs.exit_status import RankExit
 from dvae.runs.folder import submit
 
 
@@ -63,8 +63,8 @@ def test_what_is_left_of_a_failed_job_is_killed(monkeypatch: pytest.MonkeyPatch)
         line, _ = get_context("spawn").Pipe(duplex=False)
         process = get_context("spawn").Process(target=work)
         process.start()
-        ranks.append(processes.Rank(number, process, line))
-    assert processes.watch(ranks) == [End(number=1, status=3)]
+        ranks.append(processes.RankProcess(number, process, line))
+    assert processes.watch(ranks) == [RankExit(number=1, status=3)]
     assert [rank.process.exitcode for rank in ranks] == [-signal.SIGKILL, 3]
 
 

@@ -74,7 +74,7 @@ class Runs:
         """Submit a run; returns the number of its last job."""
         done = self.tool("launch", *self.words, *SLURM, f"run={run}", *words)
         assert done.returncode == 0, done.stderr
-        return queue.jobs_of(run)[-1].id
+        return queue.submitted_jobs(run)[-1].id
 
     def slow(self, seconds: float) -> list[str]:
         """Words for a run whose steps take that long at least."""
@@ -315,14 +315,14 @@ def test_a_sweep_whose_trials_are_jobs(runs: Runs) -> None:
     assert done.returncode == 0, done.stderr
     assert "2 of 2 trials finished" in done.stdout
     trials = [runs.folder / "sweep" / f"trial-{number:04d}" for number in (1, 2)]
-    assert len({queue.jobs_of(trial)[0].id for trial in trials}) == 2
+    assert len({queue.submitted_jobs(trial)[0].id for trial in trials}) == 2
 
 
 def test_a_chain_of_jobs(runs: Runs, two: Path) -> None:
     run = runs.folder / "chain"
     chain = ["launcher.chain=true", "launcher.cpu_partition=cpu", "launcher.array_jobs=2", "launcher.wait=false"]
     runs.launch(run, *chain, "stages=[shards,encoder,prior,cache,refiner,evaluate]")
-    jobs = queue.jobs_of(run)
+    jobs = queue.submitted_jobs(run)
     first, last = ["shards"], ["evaluate"]
     assert [job.stages for job in jobs] == [first, first, ["encoder", "prior"], ["cache"], ["cache"], ["refiner"], last]
     runs.finish(run)

@@ -14,14 +14,14 @@ import pytest
 from dvae.config import compose as configuration
 from dvae.config import validate
 from dvae.errors import MachineError, UserError
-from dvae.launchers.slurm import Slurm, complaint, minutes, outside_any_job
+from dvae.launchers.slurm import Slurm, hidden_job_environment, minutes, sbatch_error
 from dvae.runs import attempts, manage
 from dvae.runs.attempts import Attempt
-from dvae.runs.manage import State
+from dvae.runs.manage import RunState
 from dvae.runs.records import write_format
 from dvae.runs.slurm import queue, rank, supervisor
-from dvae.runs.slurm.queue import Job, Submitted
-from dvae.runs.slurm.supervisor import Supervisor, in_vain, numbers, status_of
+from dvae.runs.slurm.queue import SlurmJob, SubmittedJob
+from dvae.runs.slurm.supervisor import Supervisor, attempts_without_progress, exit_status_of, task_numbers
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_outside_any_job_slurms_variables_are_hidden(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_CONF", "there")
     monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
     monkeypatch.setenv("MASTER_PORT", "1")
-    with outside_any_job():
+    with hidden_job_environment():
         assert "SLURM_JOB_ID" not in os.environ
         assert "MASTER_PORT" not in os.environ
         assert (os.environ["SLURM_CONF"], os.environ["SBATCH_ACCOUNT"]) == ("there", "mine")
@@ -124,7 +124,7 @@ def test_what_sbatch_says_is_one_line() -> None:
     error = RuntimeError(
         "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: no"
     )
-    assert complaint(error) == "invalid partition specified: x Batch job submission failed: no"
+    assert sbatch_error(error) == "invalid partition specified: x Batch job submission failed: no"
 
 
 def test_a_machine_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,11 +139,11 @@ def test_a_machine_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.Mon
      ("Segmentation fault (core dumped)", -11), ("User defined signal 2", -12), ("Out Of Memory", -9)],
 )  # fmt: skip
 def test_sruns_words_for_an_end(how: str, status: int) -> None:
-    assert status_of(how) == status
+    assert exit_status_of(how) == status
 
 
 def test_sruns_words_for_tasks() -> None:
-    assert [numbers(text) for text in ("3", "0-2,5", "[1,3-4]")] == [[3], [0, 1, 2, 5], [1, 3, 4]]
+    assert [task_numbers(text) for text in ("3", "0-2,5", "[1,3-4]")] == [[3], [0, 1, 2, 5], [1, 3, 4]]
     found = supervisor.FAILED.search("srun: error: node-a12: tasks 0-1,3: Exited with exit code 1")
     assert found is not None
     assert (found["host"], found["tasks"], found["how"]) == ("node-a12", "0-1,3", "Exited with exit code 1")
@@ -167,12 +167,12 @@ def attempt(started: float, job: str = "7", status: int = 1) -> Attempt:
     ],
 )
 def test_attempts_in_vain_begin_with_the_last_that_kept_any(started: list[float], kept: float, times: int) -> None:
-    assert in_vain([attempt(5, job="6"), *(attempt(when) for when in started)], "7", kept) == times
+    assert attempts_without_progress([attempt(5, job="6"), *(attempt(when) for when in started)], "7", kept) == times
 
 
 def test_too_many_attempts_in_vain_end_the_job(tmp_path: Path) -> None:
     attempts.write(tmp_path, [attempt(time.time() - 20), attempt(time.time() - 10)])
-    decide = Supervisor(str(tmp_path)).give_up
+    decide = Supervisor(str(tmp_path)).check_attempts_left
     assert decide("7", 3, MachineError("rank 1 was killed")) == 2
     with pytest.raises(MachineError, match=r"killed; that was attempt 2 of launcher.max_attempts=2 that got no"):
         decide("7", 2, MachineError("rank 1 was killed"))
@@ -195,17 +195,20 @@ def test_a_ranks_variables() -> None:
 def test_jobs_tell_a_runs_state_where_locks_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text("run: x\nstages: [encoder]\ntrain_encoder: {steps: 5, batch: 8}\n")
     write_format(tmp_path)
-    jobs = [Job(id="12", state="PENDING", reason="Priority"), Job(id="13", state="PENDING", reason="Dependency")]
-    status = manage.look(tmp_path, jobs)
-    assert (status.state, status.message) == (State.waiting, "job 12 waits (Priority), 1 more after it")
+    jobs = [
+        SlurmJob(id="12", state="PENDING", reason="Priority"),
+        SlurmJob(id="13", state="PENDING", reason="Dependency"),
+    ]
+    status = manage.run_status(tmp_path, jobs)
+    assert (status.state, status.message) == (RunState.waiting, "job 12 waits (Priority), 1 more after it")
     attempts.write(tmp_path, [attempt(time.time() - 20)])
-    assert manage.look(tmp_path, jobs[:1]).message.startswith("job 12 waits (Priority); last attempt: ")
-    status = manage.look(tmp_path, [Job(id="12", state="RUNNING", reason="None")])
-    assert (status.state, status.message) == (State.running, "job 12 is running")
-    assert manage.look(tmp_path, []).state is State.failed
-    over = Job(id="12", state="COMPLETED", reason="None")
-    assert manage.look(tmp_path, [over]).message == manage.look(tmp_path, []).message
-    monkeypatch.setattr(queue, "active", lambda folder: jobs)
+    assert manage.run_status(tmp_path, jobs[:1]).message.startswith("job 12 waits (Priority); last attempt: ")
+    status = manage.run_status(tmp_path, [SlurmJob(id="12", state="RUNNING", reason="None")])
+    assert (status.state, status.message) == (RunState.running, "job 12 is running")
+    assert manage.run_status(tmp_path, []).state is RunState.failed
+    over = SlurmJob(id="12", state="COMPLETED", reason="None")
+    assert manage.run_status(tmp_path, [over]).message == manage.run_status(tmp_path, []).message
+    monkeypatch.setattr(queue, "active_jobs", lambda folder: jobs)
     with pytest.raises(UserError, match="has a job already, 12, pending"):
         manage.refuse_busy(tmp_path)
 
@@ -214,40 +217,43 @@ def test_jobs_that_end_before_an_attempt_begins_are_a_failure(tmp_path: Path) ->
     (tmp_path / "config.yaml").write_text("run: x\nstages: [shards, encoder]\ntrain_encoder: {steps: 5, batch: 8}\n")
     write_format(tmp_path)
     (tmp_path / queue.FOLDER).mkdir()
-    queue.enter(tmp_path, [Submitted(id="12", stages=["shards"], submitted=time.time() - 9)])
-    tasks = [Job(id="12_0", state="COMPLETED", reason="None"), Job(id="12_1", state="FAILED", reason="NonZeroExitCode")]
-    status = manage.look(tmp_path, tasks)
-    assert (status.state, status.message.partition(",")[0]) == (State.failed, "job 12_1 ended as FAILED")
-    assert manage.look(tmp_path, []).message.startswith("job 12 has gone, and no attempt began after it")
+    queue.record_jobs(tmp_path, [SubmittedJob(id="12", stages=["shards"], submitted=time.time() - 9)])
+    tasks = [
+        SlurmJob(id="12_0", state="COMPLETED", reason="None"),
+        SlurmJob(id="12_1", state="FAILED", reason="NonZeroExitCode"),
+    ]
+    status = manage.run_status(tmp_path, tasks)
+    assert (status.state, status.message.partition(",")[0]) == (RunState.failed, "job 12_1 ended as FAILED")
+    assert manage.run_status(tmp_path, []).message.startswith("job 12 has gone, and no attempt began after it")
     attempts.write(tmp_path, [attempt(time.time(), status=143)])
-    assert manage.look(tmp_path, tasks).state is State.stopped
+    assert manage.run_status(tmp_path, tasks).state is RunState.stopped
 
 
 def test_cancel_cancels_what_waits_and_arrays_and_stops_what_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    monkeypatch.setattr(queue, "cancel", lambda job: done.append(f"cancel {job}"))
-    monkeypatch.setattr(queue, "stop", lambda job: done.append(f"stop {job}"))
-    monkeypatch.setattr(queue, "known", lambda folders: {tmp_path: jobs if not done else []})
+    monkeypatch.setattr(queue, "cancel_job", lambda job: done.append(f"cancel {job}"))
+    monkeypatch.setattr(queue, "terminate", lambda job: done.append(f"stop {job}"))
+    monkeypatch.setattr(queue, "jobs_by_run", lambda folders: {tmp_path: jobs if not done else []})
     states = [("12_0", "RUNNING"), ("12_[1-3%4]", "PENDING"), ("13", "PENDING")]
-    jobs = [Job(id=number, state=state, reason="") for number, state in states]
+    jobs = [SlurmJob(id=number, state=state, reason="") for number, state in states]
     assert list(manage.cancel(tmp_path)) == [f"{tmp_path}: job {number} is canceled" for number in ("12", "13")]
     assert done == ["cancel 12", "cancel 13"]
-    done, jobs = [], [Job(id="14", state="RUNNING", reason="")]
+    done, jobs = [], [SlurmJob(id="14", state="RUNNING", reason="")]
     attempts.write(tmp_path, [attempt(time.time(), status=143)])
     assert len(list(manage.cancel(tmp_path))) == 2
     assert done == ["stop 14"]
 
 
 def test_jobs_are_kept_in_the_run_folder(tmp_path: Path) -> None:
-    assert queue.jobs_of(tmp_path) == []
-    first, second = (Submitted(id=number, stages=["encoder"], submitted=1.0) for number in ("1", "2"))
+    assert queue.submitted_jobs(tmp_path) == []
+    first, second = (SubmittedJob(id=number, stages=["encoder"], submitted=1.0) for number in ("1", "2"))
     (tmp_path / queue.FOLDER).mkdir()
-    queue.enter(tmp_path, [first])
-    queue.enter(tmp_path, [second])
-    assert queue.jobs_of(tmp_path) == [first, second]
-    assert queue.jobs_of(tmp_path / "other") == []
+    queue.record_jobs(tmp_path, [first])
+    queue.record_jobs(tmp_path, [second])
+    assert queue.submitted_jobs(tmp_path) == [first, second]
+    assert queue.submitted_jobs(tmp_path / "other") == []
 
 
 JOB: dict[str, object] = {"id": "12", "stages": ["encoder"], "submitted": 1.0}
@@ -267,7 +273,7 @@ def test_damaged_jobs_are_one_line(tmp_path: Path, text: str) -> None:
     path.parent.mkdir()
     path.write_text(text, encoding="latin-1")
     with pytest.raises(MachineError) as error:
-        queue.jobs_of(tmp_path)
+        queue.submitted_jobs(tmp_path)
     assert str(error.value).startswith(f"{path}: is damaged (")
     assert str(error.value).endswith("; delete it to go on, the run is safe")
     assert len(str(error.value).splitlines()) == 1
@@ -278,7 +284,7 @@ def test_jobs_that_are_no_file_are_one_line(tmp_path: Path, make: Callable[[Path
     (tmp_path / queue.FOLDER).mkdir()
     make(tmp_path / queue.FOLDER / queue.FILE)
     with pytest.raises(MachineError, match=r"jobs\.json: is damaged \(is a \w+, not a file\)"):
-        queue.jobs_of(tmp_path)
+        queue.submitted_jobs(tmp_path)
 
 
 LAUNCHER = "{max_attempts: 3, retry_seconds: 30, start_seconds: 600, signal_seconds: 120, python: '', srun: [], x: y}"

@@ -11,8 +11,8 @@ from dvae.layers.attention import AttentionBackend, attention
 from dvae.layers.recompute import recomputed
 from dvae.models import components
 from dvae.planning import counting, passes
-from dvae.planning.counting import Operations, Pass, Watch
-from dvae.planning.plan_run import recipe
+from dvae.planning.counting import ForwardPass, OperationCounter, Operations
+from dvae.planning.plan_run import compose_recipe
 
 BATCH = 3
 TINY = [
@@ -22,9 +22,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def of(module: nn.Module, *shape: int) -> Pass:
+def of(module: nn.Module, *shape: int) -> ForwardPass:
     """A pass that sums up what a module makes of images (B, *shape)."""
-    return Pass(
+    return ForwardPass(
         module, (), lambda batch: (torch.zeros(batch, *shape),), lambda device, x: (x.to(device),),
         lambda x: module(x).float().sum(),
     )  # fmt: skip
@@ -32,7 +32,7 @@ def of(module: nn.Module, *shape: int) -> Pass:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_linear_layer_is_counted_by_its_formula(bf16: bool) -> None:
-    found = counting.worked(of(nn.Linear(32, 48), 32), BATCH, bf16)
+    found = counting.count_pass(of(nn.Linear(32, 48), 32), BATCH, bf16)
     assert found.trained == Operations(0, 2 * 2 * BATCH * 32 * 48)  # y = x w', and w's gradient; x has none
 
 
@@ -40,7 +40,7 @@ def test_a_linear_layer_is_counted_by_its_formula(bf16: bool) -> None:
 def test_a_convolution_is_counted_by_its_formula(bf16: bool) -> None:
     two = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 6, 3, stride=2, padding=1))
     first, second = 2 * BATCH * 256 * 9 * 4 * 8, 2 * BATCH * 64 * 9 * 8 * 6
-    found = counting.worked(of(two, 4, 16, 16), BATCH, bf16)
+    found = counting.count_pass(of(two, 4, 16, 16), BATCH, bf16)
     assert found.trained == Operations(2 * first + 3 * second, 0)  # the first needs no gradient of its input
 
 
@@ -57,19 +57,23 @@ class Attention(nn.Module):
 
 def test_attention_is_counted_by_its_formula_and_keeps_no_square() -> None:
     product = 2 * BATCH * 4 * 128 * 128 * 16
-    found = counting.worked(of(Attention(), 128, 4, 16), BATCH, False)
+    found = counting.count_pass(of(Attention(), 128, 4, 16), BATCH, False)
     assert found.trained == Operations(0, (2 + 5) * product)  # scores are computed again for the gradient
     for bf16 in (False, True):
-        assert counting.kept(of(Attention(), 128, 4, 16), BATCH, "cuda", bf16) < 4 * BATCH * 4 * 128 * 128
+        assert counting.saved_bytes(of(Attention(), 128, 4, 16), BATCH, "cuda", bf16) < 4 * BATCH * 4 * 128 * 128
 
 
 def test_operations_are_those_of_torchs_own_counter() -> None:
-    made = components.on_meta(recipe([*TINY, "refiner.attention_resolutions=[]"]))
-    refiner = passes.of_refiner(made, encodes=True, decodes=True)
+    made = components.on_meta(compose_recipe([*TINY, "refiner.attention_resolutions=[]"]))
+    refiner = passes.refiner_pass(made, encodes=True, decodes=True)
     drawn = refiner.draw(BATCH)
-    with counting.fake_pass(refiner, "cpu"), counting.arithmetic("cpu", True), FlopCounterMode(display=False) as known:
+    with (
+        counting.fake_pass(refiner, "cpu"),
+        counting.autocast_as_trained("cpu", True),
+        FlopCounterMode(display=False) as known,
+    ):
         refiner.loss(*refiner.prepare("cpu", *drawn)).backward()
-    found = counting.worked(refiner, BATCH, True)
+    found = counting.count_pass(refiner, BATCH, True)
     assert (found.frozen + found.trained).total == known.get_total_flops()
 
 
@@ -77,14 +81,16 @@ def test_operations_are_those_of_torchs_own_counter() -> None:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("stage", ["encoder", "refiner"])
 def test_a_real_forward_pass_keeps_the_counted_bytes(stage: str, again: bool, bf16: bool) -> None:
-    config = recipe([*TINY, f"refiner.checkpoint_blocks={str(again).lower()}"])
+    config = compose_recipe([*TINY, f"refiner.checkpoint_blocks={str(again).lower()}"])
 
-    def one(made: components.Models) -> Pass:
-        return passes.of_encoder(made)["encoder"] if stage == "encoder" else passes.of_refiner(made, True, True)
+    def one(made: components.Models) -> ForwardPass:
+        return passes.encoder_passes(made)["encoder"] if stage == "encoder" else passes.refiner_pass(made, True, True)
 
-    real = counting.kept(one(components.build(config)), BATCH, "cpu", bf16, faked=False)
+    real = counting.saved_bytes(one(components.build(config)), BATCH, "cpu", bf16, faked=False)
     # in bf16 a real CPU's kernels round some small workspaces up
-    assert counting.kept(one(components.on_meta(config)), BATCH, "cpu", bf16) == pytest.approx(real, rel=0.005 * bf16)
+    assert counting.saved_bytes(one(components.on_meta(config)), BATCH, "cpu", bf16) == pytest.approx(
+        real, rel=0.005 * bf16
+    )
 
 
 class Block(nn.Module):
@@ -113,10 +119,10 @@ def test_the_most_that_is_alive_is_that_of_real_tensors(again: bool) -> None:
     module = Blocks(again)
     for weight in module.parameters():
         weight.grad = torch.zeros_like(weight)
-    with Watch() as real:
+    with OperationCounter() as real:
         module(torch.zeros(images, 16)).float().sum().backward()
     with torch.device("meta"):
-        counted = counting.worked(of(Blocks(again), 16), images, False)
+        counted = counting.count_pass(of(Blocks(again), 16), images, False)
     assert counted.peak == pytest.approx(real.peak, abs=unit)  # what the hooks that count keep hold of
     assert counted.kept == (7 if again else 15) * unit + (unit if again else 0) + (0 if again else unit)
     assert counted.peak < (8 + 6) * unit if again else counted.peak > 16 * unit
@@ -124,7 +130,7 @@ def test_the_most_that_is_alive_is_that_of_real_tensors(again: bool) -> None:
 
 def test_computing_again_costs_a_forward_pass() -> None:
     with torch.device("meta"):
-        plain, again = (counting.worked(of(Blocks(way), 16), 512, False).trained.total for way in (False, True))
+        plain, again = (counting.count_pass(of(Blocks(way), 16), 512, False).trained.total for way in (False, True))
     forward = 16 * 2 * 512 * 16 * 16
     assert plain == 3 * forward - forward // 16  # the first layer's input needs no gradient
     # the last layer of a block keeps nothing that only its output would tell, so torch stops short of it
@@ -133,7 +139,7 @@ def test_computing_again_costs_a_forward_pass() -> None:
 
 def test_cudas_autocast_keeps_group_norm_in_fp32() -> None:
     norm = nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 1))
-    there, here = (counting.kept(of(norm, 8, 64, 64), 16, device, True) for device in ("cuda", "cpu"))
+    there, here = (counting.saved_bytes(of(norm, 8, 64, 64), 16, device, True) for device in ("cuda", "cpu"))
     image = 16 * 8 * 64 * 64
     # on both the inputs of the convolutions in bf16; the norm's in bf16 on a CPU, in fp32 on a GPU
     assert there - here == pytest.approx((4 - 2) * image, rel=0.01)
@@ -141,7 +147,7 @@ def test_cudas_autocast_keeps_group_norm_in_fp32() -> None:
 
 def test_arithmetic_is_put_back() -> None:
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    with counting.arithmetic("cuda", True):
+    with counting.autocast_as_trained("cuda", True):
         assert torch.is_autocast_enabled("cuda")
         assert torch.get_autocast_dtype("cuda") is torch.bfloat16
     assert (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")) == before

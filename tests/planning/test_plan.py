@@ -19,8 +19,8 @@ from dvae.planning import plan, plan_report
 from dvae.planning import plan_run as planner
 from dvae.planning.counting import Operations
 from dvae.planning.hardware import GPUS
-from dvae.planning.plan import Activations, Module
-from dvae.planning.plan_settings import PlanConfig, parted
+from dvae.planning.plan import Activations, PlannedModule
+from dvae.planning.plan_settings import PlanConfig, split_arguments
 from dvae.training.engine.footprint import bytes_per_rank, bytes_sent
 
 H100 = GPUS["h100"]
@@ -31,9 +31,9 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def demo() -> plan.Plan:
+def demo() -> plan.ResourcePlan:
     settings = PlanConfig(nodes=2, gpus_per_node=2)
-    return plan.make(planner.recipe(["recipe=demo", *SMALL]), settings)
+    return plan.make_plan(planner.compose_recipe(["recipe=demo", *SMALL]), settings)
 
 
 def test_time_is_operations_over_a_share_of_the_peak() -> None:
@@ -59,7 +59,7 @@ def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
     assert plan.bandwidth(PlanConfig(nodes=2, network=12.5), H100) == 12.5e9
 
 
-def test_states_are_the_formula_that_two_ranks_keep(demo: plan.Plan) -> None:
+def test_states_are_the_formula_that_two_ranks_keep(demo: plan.ResourcePlan) -> None:
     for stage in demo.stages:
         for sharding in stage.shardings:
             training = replace(stage.training, zero_stage=sharding.zero)
@@ -67,9 +67,9 @@ def test_states_are_the_formula_that_two_ranks_keep(demo: plan.Plan) -> None:
             assert (sharding.states.between, sharding.states.full) == known
 
 
-def test_the_demo_adds_up(demo: plan.Plan) -> None:
+def test_the_demo_adds_up(demo: plan.ResourcePlan) -> None:
     assert [stage.name for stage in demo.stages] == ["encoder", "refiner"]
-    counted = components.on_meta(planner.recipe(["recipe=demo", *SMALL])).parameters()
+    counted = components.on_meta(planner.compose_recipe(["recipe=demo", *SMALL])).parameters()
     for stage in demo.stages:
         assert stage.modules[0].parameters == counted[stage.name]
         assert stage.micro_batch * demo.ranks == stage.training.batch
@@ -89,7 +89,7 @@ def test_the_demo_adds_up(demo: plan.Plan) -> None:
 def test_the_largest_micro_batch_just_fits() -> None:
     none = Operations()
     counts = Activations(recomputed=False, kept=80, passing=20, fixed=50, frozen=none, trained=none)
-    module = Module(name="refiner", parameters=1, averages=1, activations=[counts])
+    module = PlannedModule(name="refiner", parameters=1, averages=1, activations=[counts])
     largest = plan._largest(1000.0, [module], lambda one: one.activations[0])
     assert largest == 9
     assert counts.bytes(largest) <= 1000 < counts.bytes(largest + 1)
@@ -98,7 +98,7 @@ def test_the_largest_micro_batch_just_fits() -> None:
 
 def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GPUS, "h100", replace(H100, memory=0.0001))
-    found = plan.make(planner.recipe(["recipe=demo", *SMALL]), PlanConfig(gpus_per_node=1))
+    found = plan.make_plan(planner.compose_recipe(["recipe=demo", *SMALL]), PlanConfig(gpus_per_node=1))
     for stage in found.stages:
         assert not stage.chosen.fits
         assert stage.chosen.largest == 0
@@ -126,7 +126,7 @@ def test_mistakes_are_one_line(word: str, message: str) -> None:
 
 
 def test_words_are_parted() -> None:
-    settings, words = parted(["recipe=x", "nodes=2", "overlap=true", "refiner=dit", "refiner.width=8"])
+    settings, words = split_arguments(["recipe=x", "nodes=2", "overlap=true", "refiner=dit", "refiner.width=8"])
     assert settings == PlanConfig(nodes=2, overlap=True)
     assert words == ["recipe=x", "refiner=dit", "refiner.width=8"]
 
@@ -134,7 +134,7 @@ def test_words_are_parted() -> None:
 @pytest.mark.parametrize("name", compose.recipes())
 def test_every_recipe_composes_for_the_planner(name: str) -> None:
     """No path to images is asked for."""
-    assert planner.recipe([f"recipe={name}"]).recipe == name
+    assert planner.compose_recipe([f"recipe={name}"]).recipe == name
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_every_recipe_composes_for_the_planner(name: str) -> None:
 )
 def test_every_kind_of_recipe_is_planned(words: list[str]) -> None:
     """Points; no encoder; a discriminator and cached latents; a classifier."""
-    composed = planner.recipe(words)
-    found = plan.make(composed, PlanConfig(gpus_per_node=1))
+    composed = planner.compose_recipe(words)
+    found = plan.make_plan(composed, PlanConfig(gpus_per_node=1))
     assert [stage.name for stage in found.stages] == [
         name for name in ("encoder", "refiner", "classifier") if name in composed.stages
     ]
@@ -181,7 +181,7 @@ def test_the_command_prints_and_writes(tool: Tool, tmp_path: Path) -> None:
 
 def test_an_encoder_that_is_taken_over_is_not_planned() -> None:
     words = ["recipe=demo", *SMALL, "encoder_weights=elsewhere", "stages=[encoder]"]
-    found = plan.make(planner.recipe(words), PlanConfig())
+    found = plan.make_plan(planner.compose_recipe(words), PlanConfig())
     assert found.given
     assert not found.stages
     assert "taken over as it is" in plan_report.text(found)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from dvae.errors import MachineError, Stopped, UserError
-from dvae.runs.exit_status import LOST, End, explain, last_step
+from dvae.runs.exit_status import LOST, RankExit, last_step, raise_for
 
 
-def end(number: int, status: int, said: str = "", again: bool = True) -> End:
-    return End(number=number, status=status, said=said, again=again)
+def end(number: int, status: int, message: str = "", retryable: bool = True) -> RankExit:
+    return RankExit(number=number, status=status, message=message, retryable=retryable)
 
 
 def test_the_cause_is_named_and_not_who_lost_it(tmp_path: Path) -> None:
@@ -23,19 +23,19 @@ def test_the_cause_is_named_and_not_who_lost_it(tmp_path: Path) -> None:
         (end(1, 1, "disk full"), "rank 1 failed with exit status 1 after encoder step 12: disk full"),
     ):
         with pytest.raises(MachineError, match=line):
-            explain(tmp_path, [lost, other], [])
+            raise_for(tmp_path, [lost, other], [])
     with pytest.raises(UserError, match=r"^mend this$"):
-        explain(tmp_path, [lost, end(1, 2, "mend this")], [])
+        raise_for(tmp_path, [lost, end(1, 2, "mend this")], [])
     with pytest.raises(Stopped, match="ended by SIGTERM") as caught:
-        explain(tmp_path, [end(0, -15), end(1, -15)], [signal.SIGTERM])
-    assert (caught.value.exit_status, caught.value.why) == (143, "SIGTERM")
+        raise_for(tmp_path, [end(0, -15), end(1, -15)], [signal.SIGTERM])
+    assert (caught.value.exit_status, caught.value.stop_reason) == (143, "SIGTERM")
     with pytest.raises(KeyboardInterrupt):
-        explain(tmp_path, [end(0, 130)], [signal.SIGINT])
+        raise_for(tmp_path, [end(0, 130)], [signal.SIGINT])
     assert last_step(tmp_path / "empty") == "no step on record"
 
 
-@pytest.mark.parametrize("again", [True, False])
-def test_what_would_fail_again_says_so(tmp_path: Path, again: bool) -> None:
+@pytest.mark.parametrize("retryable", [True, False])
+def test_what_would_fail_again_says_so(tmp_path: Path, retryable: bool) -> None:
     with pytest.raises(MachineError, match="no step on record: not finite") as caught:
-        explain(tmp_path, [end(1, 1, "not finite", again)], [])
-    assert caught.value.again is again
+        raise_for(tmp_path, [end(1, 1, "not finite", retryable)], [])
+    assert caught.value.retryable is retryable

@@ -19,7 +19,7 @@ from tests_support import ROOT, Tool, environment
 from dvae.errors import MachineError, UserError
 from dvae.runs import attempts, manage, records
 from dvae.runs.attempts import Attempt
-from dvae.runs.manage import State
+from dvae.runs.manage import RunState
 from dvae.tools.runs import command, parse
 
 CONFIG = """
@@ -32,7 +32,7 @@ train_refiner: {{steps: 50, batch: 8}}
 STAGES = """
 import sys, time
 from pathlib import Path
-from dvae import attempts
+from dvae.runs import attempts
 with attempts.recorded(Path(sys.argv[1]), "local", 1):
     print("begun", flush=True)
     time.sleep(60)
@@ -65,19 +65,19 @@ def begin(folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("done", "last", "state", "said"),
     [
-        ((), {}, State.waiting, "no attempt is on record"),
-        (("shards",), {}, State.stopped, "no attempt is on record"),
-        (("shards", "encoder", "refiner"), {}, State.finished, ""),
-        (("shards", "encoder", "refiner"), {"ended": 1.0, "status": 0}, State.finished, ""),
-        (("shards",), {"ended": 1.0, "status": 0, "message": "finished"}, State.waiting, "stages were added"),
-        (("shards",), {"ended": 1.0, "status": 143, "message": "stopped at 40"}, State.stopped, "stopped at 40"),
-        (("shards",), {"ended": 1.0, "status": 130, "message": "interrupted"}, State.stopped, "interrupted"),
-        (("shards",), {"ended": 1.0, "status": 1, "message": "no space"}, State.failed, "no space"),
-        (("shards",), {"pid": 7}, State.failed, "killed without a word, pid 7"),
+        ((), {}, RunState.waiting, "no attempt is on record"),
+        (("shards",), {}, RunState.stopped, "no attempt is on record"),
+        (("shards", "encoder", "refiner"), {}, RunState.finished, ""),
+        (("shards", "encoder", "refiner"), {"ended": 1.0, "status": 0}, RunState.finished, ""),
+        (("shards",), {"ended": 1.0, "status": 0, "message": "finished"}, RunState.waiting, "stages were added"),
+        (("shards",), {"ended": 1.0, "status": 143, "message": "stopped at 40"}, RunState.stopped, "stopped at 40"),
+        (("shards",), {"ended": 1.0, "status": 130, "message": "interrupted"}, RunState.stopped, "interrupted"),
+        (("shards",), {"ended": 1.0, "status": 1, "message": "no space"}, RunState.failed, "no space"),
+        (("shards",), {"pid": 7}, RunState.failed, "killed without a word, pid 7"),
     ],
 )
-def test_states(done: tuple[str, ...], last: dict[str, Any], state: State, said: str, tmp_path: Path) -> None:
-    status = manage.look(make(tmp_path / "run", done, **last))
+def test_states(done: tuple[str, ...], last: dict[str, Any], state: RunState, said: str, tmp_path: Path) -> None:
+    status = manage.run_status(make(tmp_path / "run", done, **last))
     assert status.state is state
     assert said in status.message
     assert status.eta is None
@@ -86,15 +86,15 @@ def test_states(done: tuple[str, ...], last: dict[str, Any], state: State, said:
 def test_a_run_that_goes_on_has_step_speed_and_time_left(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", ("shards",))
     process = begin(folder)
-    status = manage.look(folder)
-    assert (status.state, status.stage, status.step, status.total) == (State.running, "encoder", 40, 100)
+    status = manage.run_status(folder)
+    assert (status.state, status.stage, status.step, status.total) == (RunState.running, "encoder", 40, 100)
     assert status.images_per_second == 16.0
     assert status.eta == (100 - 40) * 8 / 16.0
     assert status.age == pytest.approx(65, abs=20)
     assert f"pid {process.pid} on {socket.gethostname()} (local)" in status.message
     process.kill()
     process.wait()
-    assert manage.look(folder).state is State.failed
+    assert manage.run_status(folder).state is RunState.failed
 
 
 def test_the_list_has_every_run_and_only_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,20 +185,20 @@ def test_an_attempt_that_dies_of_the_signal_is_recorded_as_stopped(tmp_path: Pat
     assert process.wait(timeout=10) == -signal.SIGTERM
     assert lines[0].endswith(f"SIGTERM to pid {process.pid} (local); waiting for it to save and end")
     assert "ended by SIGTERM outside training" in lines[1]
-    assert manage.look(folder).state is State.stopped
+    assert manage.run_status(folder).state is RunState.stopped
 
 
 def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     many = make(tmp_path / "many", launcher="torchrun", count=2, ended=1.0, status=1)
     with pytest.raises(UserError, match="started by torchrun on 2 ranks: give that command again"):
-        manage.enter(many)
+        manage.enter_start_folder(many)
     make(tmp_path / "here", ended=1.0, status=1).rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"was made as run=.*here in .*give the launch command again"):
-        manage.enter(tmp_path / "moved")
+        manage.enter_start_folder(tmp_path / "moved")
     busy = make(tmp_path / "busy")
     with attempts.hold(busy, attempts.LAUNCHER), pytest.raises(UserError, match="is running already"):
-        manage.enter(busy)
+        manage.enter_start_folder(busy)
 
 
 @pytest.mark.slow
@@ -216,8 +216,8 @@ def test_a_training_is_listed_followed_canceled_and_resumed(tiny: list[str], tmp
         time.sleep(0.02)
     followed = manage.follow(folder)
     assert re.match(rf"encoder: \d+/{steps}  [\d.e+]+ images/s  loss [\d.]+  \d+:\d\d left$", next(followed))
-    status = manage.look(folder)
-    assert (status.state, status.stage, status.total) == (State.running, "encoder", steps)
+    status = manage.run_status(folder)
+    assert (status.state, status.stage, status.total) == (RunState.running, "encoder", steps)
     said = list(manage.cancel(folder))
     assert process.wait(timeout=60) == 143
     assert re.search(r"stopped at encoder step \d+ \(SIGTERM\), saved", said[1])
@@ -225,7 +225,7 @@ def test_a_training_is_listed_followed_canceled_and_resumed(tiny: list[str], tmp
 
     done = tool("runs", "resume", f"run={folder}")
     assert done.returncode == 0, done.stderr
-    assert manage.look(folder).state is State.finished
+    assert manage.run_status(folder).state is RunState.finished
     rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, steps + 1))
     assert [(row.launcher, row.status) for row in attempts.read(folder)] == [("local", 143), ("local", 0)]
@@ -251,11 +251,11 @@ def test_rows_with_odd_figures_are_shown(changed: dict[str, Any], eta: bool, lin
     text = json.dumps(row) + "\n"
     (folder / "metrics.jsonl").write_text(text)
     with attempts.hold(folder, attempts.LAUNCHER):
-        status = manage.look(folder, [])
+        status = manage.run_status(folder, [])
         assert (status.eta is not None) == eta
         assert (status.age is None) == ("time" in changed)
-        assert manage.cells(folder, [])[1] == "running"
-    assert manage.in_line(row, manage._config(folder), folder) == line
+        assert manage.table_cells(folder, [])[1] == "running"
+    assert manage.progress_line(row, manage._config(folder), folder) == line
 
 
 def test_a_row_without_its_time_is_followed(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_row_without_its_time_is_followed(tmp_path: Path) -> None:
 def test_nothing_in_the_table_moves_the_cursor(tmp_path: Path) -> None:
     make(tmp_path / "a\x1b[2Jb", ("shards",), message="\x1b[2J", ended=1.0, status=1)
     (make(tmp_path / "c") / "stages.json").write_text('{"\\u001b[2J": 3}')
-    lines = list(manage.table(tmp_path))
+    lines = list(manage.run_table(tmp_path))
     assert len(lines) == 3
     assert all(line.isprintable() for line in lines)
     assert r"a\x1b[2Jb" in lines[1]
@@ -283,4 +283,4 @@ def test_a_run_that_claims_to_be_elsewhere_is_not_resumed(
     folder = make(tmp_path / "run", ("shards",))
     (folder / "config.yaml").write_text(CONFIG.format(run=made))
     with pytest.raises(UserError, match=r"which is another folder now: give the launch command again"):
-        manage.enter(folder)
+        manage.enter_start_folder(folder)

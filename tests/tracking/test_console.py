@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from dvae.tracking import console
-from dvae.tracking.console import Counted, Progress, clock
+from dvae.tracking.console import CountedProgress, Progress, clock
 
 
 class Clock:
@@ -65,7 +65,7 @@ def test_nothing_done_prints_nothing(capsys):
 
 
 def test_counted_images_go_on_from_what_was_done(time, capsys):
-    with Counted("shards") as progress:
+    with CountedProgress("shards") as progress:
         progress(40, 100)
         time.now += 1000  # processes start
         for done in range(41, 101):
@@ -80,7 +80,7 @@ def test_counted_images_go_on_from_what_was_done(time, capsys):
 
 
 def test_counted_images_that_were_all_there(capsys):
-    with Counted("shards") as progress:
+    with CountedProgress("shards") as progress:
         pass
     assert (progress.images, capsys.readouterr().err) == (0, "")
 

@@ -23,7 +23,7 @@ from dvae.experiments.bench.trainer_bench import WARM_UP
 from dvae.models import components
 from dvae.planning import counting, passes
 from dvae.planning.counting import Operations
-from dvae.planning.plan_run import recipe
+from dvae.planning.plan_run import compose_recipe
 from dvae.stages.latent_sources import Encoded
 from dvae.stages.losses import RefinerStage
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
@@ -115,15 +115,15 @@ def rows(
 
 def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
     """Operations of a step, counted as the planner does."""
-    config = recipe([f"recipe={settings.recipe}", word])
-    one = passes.of_refiner(components.on_meta(config), encodes=True, decodes=True)
-    found = counting.worked(one, settings.batch, config.train_refiner.precision is Precision.bf16)
+    config = compose_recipe([f"recipe={settings.recipe}", word])
+    one = passes.refiner_pass(components.on_meta(config), encodes=True, decodes=True)
+    found = counting.count_pass(one, settings.batch, config.train_refiner.precision is Precision.bf16)
     return found.frozen + found.trained
 
 
 def a_step(settings: PlannerBenchConfig, word: str) -> Callable[[], object]:
     """A step of a refiner as training has it, on noise."""
-    config = recipe([f"recipe={settings.recipe}", word, f"train_refiner.batch={settings.batch}"])
+    config = compose_recipe([f"recipe={settings.recipe}", word, f"train_refiner.batch={settings.batch}"])
     made, training = components.build(config), config.train_refiner
     latents = Encoded(made.encoder)
     stage = RefinerStage(made.encoder, made.denoiser, latents, training, config.seed, torch.device("cpu"))

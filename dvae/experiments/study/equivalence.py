@@ -23,7 +23,7 @@ IMAGES = 16
 
 
 @dataclass(frozen=True)
-class Difference:
+class ImageDifference:
     """Between images drawn by formulation 1 and by formulation 2 with the same weights, in fp32."""
 
     gray_levels: int
@@ -32,7 +32,7 @@ class Difference:
     """Of values that differ at all."""
 
 
-def compare(run: Path, steps: int, seed: int) -> Difference:
+def compare_formulations(run: Path, steps: int, seed: int) -> ImageDifference:
     """Draw the same images by both formulations. Raises UserError where the run is not of formulation 1."""
     config, made = bundle.load(bundle.folder_of(run))
     if config.denoiser.center is not Center.none or not config.denoiser.condition_image:
@@ -43,7 +43,7 @@ def compare(run: Path, steps: int, seed: int) -> Difference:
         pipeline.use_sampler(steps=steps)
         drawn.append(pipeline.generate(IMAGES, seed)[1].int())
     apart = (drawn[0] - drawn[1]).abs()
-    return Difference(int(apart.max()), float((apart > 0).float().mean()))
+    return ImageDifference(int(apart.max()), float((apart > 0).float().mean()))
 
 
 def formulation_2(config: ModelConfig, made: components.Models) -> tuple[ModelConfig, components.Models]:
@@ -53,13 +53,13 @@ def formulation_2(config: ModelConfig, made: components.Models) -> tuple[ModelCo
     for part, module in made.trained().items():
         built.trained()[part].load_state_dict(module.state_dict())
         built.trained()[part].eval().requires_grad_(False)
-    first = first_layer(built.denoiser.refiner)
+    first = first_convolution(built.denoiser.refiner)
     seen = first.in_channels // 2
     with torch.no_grad():
         first.weight[:, seen:] -= first.weight[:, :seen]
     return other, built
 
 
-def first_layer(refiner: torch.nn.Module) -> torch.nn.Conv2d:
+def first_convolution(refiner: torch.nn.Module) -> torch.nn.Conv2d:
     """The convolution that sees the state, and after it as many channels of x_hat."""
     return next(module for module in refiner.modules() if isinstance(module, torch.nn.Conv2d))

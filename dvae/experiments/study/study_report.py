@@ -12,27 +12,27 @@ from matplotlib.figure import Figure
 
 from dvae.evaluation.metrics import packages
 from dvae.evaluation.plots import COLORS, dress
-from dvae.experiments.study.equivalence import Difference
-from dvae.experiments.study.study_runs import KID, VAE, Points
+from dvae.experiments.study.equivalence import ImageDifference
+from dvae.experiments.study.study_runs import KID, VAE, StudyPoints
 from dvae.experiments.study.study_spec import StudyConfig
 from dvae.utils import atomic_files
 from dvae.utils.machine import cores
 
 
 def write(
-    settings: StudyConfig, points: Points, seconds: Mapping[str, float], differences: Mapping[int, Difference]
+    settings: StudyConfig, points: StudyPoints, seconds: Mapping[str, float], differences: Mapping[int, ImageDifference]
 ) -> str:
     """study.png and study.md in the study's folder. Returns the table."""
     out = Path(settings.out)
     floor = next(iter(points[VAE].values()))["floor"]
-    table = rows(settings, points, floor)
+    table = kid_table(settings, points, floor)
     picture(settings, points, floor, out / "study.png")
-    text = "\n\n".join([table, protocol(settings, points), cost(seconds), equal(differences)])
+    text = "\n\n".join([table, protocol(settings, points), cost(seconds), equivalence_text(differences)])
     atomic_files.write_text(out / "study.md", text + "\n")
     return table
 
 
-def rows(settings: StudyConfig, points: Points, floor: Mapping[str, Any]) -> str:
+def kid_table(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any]) -> str:
     """KID-lite0 in thousandths, mean over seeds and its standard error: an arm a row, a number of steps a column."""
     lines = [
         "| | " + " | ".join(f"{steps} steps" for steps in settings.steps) + " |",
@@ -55,7 +55,7 @@ def figure(found: Mapping[str, Any]) -> str:
     return f"{1000 * found['mean']:.1f}{error}"
 
 
-def protocol(settings: StudyConfig, points: Points) -> str:
+def protocol(settings: StudyConfig, points: StudyPoints) -> str:
     """What must agree before another table stands beside this one."""
     about = points[VAE][0]["protocol"]
     versions = ", ".join(f"{name} {version}" for name, version in packages().items())
@@ -69,7 +69,7 @@ def protocol(settings: StudyConfig, points: Points) -> str:
     )
 
 
-def samplers(points: Points) -> str:
+def samplers(points: StudyPoints) -> str:
     """How each arm was drawn."""
     used: dict[str, list[str]] = {}
     for arm, lockstep in points.items():
@@ -89,7 +89,7 @@ def cost(seconds: Mapping[str, float]) -> str:
     return f"Minutes by the clock, all seeds together: {spent}; {sum(seconds.values()) / 60:.0f} in all."
 
 
-def equal(differences: Mapping[int, Difference]) -> str:
+def equivalence_text(differences: Mapping[int, ImageDifference]) -> str:
     """The check of formulation 2."""
     if not differences:
         return "No arm is of formulation 1, so formulation 2 was not compared."
@@ -101,7 +101,7 @@ def equal(differences: Mapping[int, Difference]) -> str:
     )
 
 
-def picture(settings: StudyConfig, points: Points, floor: Mapping[str, Any], path: Path) -> None:
+def picture(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any], path: Path) -> None:
     """KID against steps, a line per arm with the standard error; the VAE alone and the floor as levels."""
     plot = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(plot)

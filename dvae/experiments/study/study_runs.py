@@ -17,14 +17,13 @@ from dvae.data.shards.reader import Shards, spread
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.results import read_result
 from dvae.evaluation.scorer import score
-from dvae.experiments.study.equivalence import Difference, compare
-from dvae.experiments.study.study_spec import GENERATOR, StudyConfig, run_of, shards, stages_of, words_of
+from dvae.experiments.study.equivalence import ImageDifference, compare_formulations
+from dvae.experiments.study.study_spec import GENERATOR, StudyConfig, arm_overrides, arm_stages, run_folder, shards
 from dvae.inference import pipeline as pipelines
 from dvae.inference.generation.task import plain
 from dvae.runs.folder import Run
-from dvae.tools import launch
 from dvae.tracking.console import say
-from dvae.utils import atomic_files
+from dvae.utils import atomic_files, package
 from dvae.utils.fields import Seconds
 from dvae.utils.read import JSON_LIMIT, DamagedFile, check, parse_json, read_bytes
 
@@ -32,36 +31,38 @@ KID = "KID-lite0"
 """The metric of a study."""
 RECORD = "study.json"
 VAE = "VAE alone"
-Points = dict[str, dict[int, dict[str, Any]]]
+StudyPoints = dict[str, dict[int, dict[str, Any]]]
 """By arm and steps: what dvae.evaluation.scorer says of its sets, one per seed. Those of the VAE stand at 0 steps."""
 
 
-def study(settings: StudyConfig) -> tuple[Points, dict[str, float], dict[int, Difference]]:
+def run_study(settings: StudyConfig) -> tuple[StudyPoints, dict[str, float], dict[int, ImageDifference]]:
     """Train and score what is not there yet. Returns points, seconds of training and of scoring, and how far
     formulation 2 is from formulation 1 by seed.
 
     Raises UserError for settings that cannot work or are not those of the folder; MachineError where a run fails.
     """
-    hold(settings)
+    claim_folder(settings)
     for seed in settings.seeds:
-        words = [f"seed={seed}", f"data.shards={shards(settings)}"]
-        train(settings, run_of(settings, GENERATOR, seed), ("shards", "encoder", "prior"), words)
+        overrides = [f"seed={seed}", f"data.shards={shards(settings)}"]
+        train(settings, run_folder(settings, GENERATOR, seed), ("shards", "encoder", "prior"), overrides)
         for arm in settings.arms:
-            train(settings, run_of(settings, arm, seed), stages_of(settings, arm), words_of(settings, arm, seed))
-    points: Points = {VAE: {0: point(settings, VAE, 0)}}
+            train(
+                settings, run_folder(settings, arm, seed), arm_stages(settings, arm), arm_overrides(settings, arm, seed)
+            )
+    points: StudyPoints = {VAE: {0: score_point(settings, VAE, 0)}}
     for arm in settings.arms:
-        points[arm] = {steps: point(settings, arm, steps) for steps in settings.steps}
-    return points, seconds(settings, points), equality(settings)
+        points[arm] = {steps: score_point(settings, arm, steps) for steps in settings.steps}
+    return points, seconds(settings, points), check_equivalence(settings)
 
 
-def hold(settings: StudyConfig) -> None:
+def claim_folder(settings: StudyConfig) -> None:
     """Take the folder for this study, or refuse one of other settings. More seeds, arms and steps may come later."""
     folder = Path(settings.out)
     fixed = {name: value for name, value in asdict(settings).items() if name not in ("out", "seeds", "steps", "batch")}
     record, arms = folder / RECORD, settings.arms
     if record.exists():
         theirs = read_record(record)
-        same = theirs | {"arms": {name: words for name, words in theirs["arms"].items() if name in arms}}
+        same = theirs | {"arms": {name: overrides for name, overrides in theirs["arms"].items() if name in arms}}
         for name, value in (fixed | {"arms": {arm: arms[arm] for arm in same["arms"]}}).items():
             if same.get(name) != value:
                 raise UserError(f"out={folder} is a study with {name}={same.get(name)}, not {value}: name another")
@@ -91,33 +92,38 @@ def read_record(path: Path) -> dict[str, Any]:
     return dict(theirs)
 
 
-def train(settings: StudyConfig, folder: Path, stages: tuple[str, ...], words: list[str]) -> None:
+def train(settings: StudyConfig, folder: Path, stages: tuple[str, ...], overrides: list[str]) -> None:
     """Take one run through its stages, in a process of its own. Raises MachineError where it ends otherwise."""
     run = Run(folder)
     if run.config_file.exists() and run.records().keys() >= set(stages):
         return
     say(f"{folder} ...")
-    command = [sys.executable, str(launch.__file__), f"recipe={settings.recipe}", f"run={folder}"]
+    command = [
+        sys.executable,
+        str(package.FOLDER / "tools" / "launch.py"),
+        f"recipe={settings.recipe}",
+        f"run={folder}",
+    ]
     lists = [f"stages=[{','.join(stages)}]"] + ([f"plugins=[{','.join(settings.plugins)}]"] if settings.plugins else [])
-    done = subprocess.run([*command, *settings.overrides, *lists, *words])
+    done = subprocess.run([*command, *settings.overrides, *lists, *overrides])
     if done.returncode:
         raise MachineError(f"{folder} ended with status {done.returncode}: see above; the same command again goes on")
 
 
-def point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
+def score_point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
     """The sets of an arm at so many steps, one per seed, scored; kept in points/."""
-    kept = Path(settings.out) / "points" / f"{run_of(settings, arm, 0).name}-{steps:04d}.json"
+    kept = Path(settings.out) / "points" / f"{run_folder(settings, arm, 0).name}-{steps:04d}.json"
     if kept.exists():
         found = read_point(kept, arm)
         if found["protocol"]["seeds"] == settings.seeds:
             return found
     began = time.perf_counter()
     say(f"{arm}" + (f" at {steps} steps" if steps else ""))
-    drawn, nfe, samplers = zip(*(draw(settings, arm, seed, steps) for seed in settings.seeds), strict=True)
+    drawn, nfe, samplers = zip(*(generate_set(settings, arm, seed, steps) for seed in settings.seeds), strict=True)
     scored = score(
         {arm: list(drawn)},
-        real(shards(settings), "train", settings.n_reference),
-        real(shards(settings), "heldout", settings.n * len(settings.seeds)),
+        read_images(shards(settings), "train", settings.n_reference),
+        read_images(shards(settings), "heldout", settings.n * len(settings.seeds)),
         seeds=settings.seeds,
         sampler=samplers[0],
         nfe=nfe[0],
@@ -146,16 +152,16 @@ def read_point(path: Path, arm: str) -> dict[str, Any]:
 
 
 @cache
-def real(place: Path, split: str, most: int) -> torch.Tensor:
+def read_images(place: Path, split: str, most: int) -> torch.Tensor:
     """Up to `most` images of a split, (n, C, H, W) uint8: the same for all points."""
     images = Shards(place, split)
     return images.read(spread(len(images), most))
 
 
-def draw(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.Tensor, float, dict[str, Any]]:
+def generate_set(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.Tensor, float, dict[str, Any]]:
     """(images (n, C, H, W) uint8, evaluations of each, sampler): refined ones, or at 0 steps those of the VAE."""
     any_arm = next(iter(settings.arms))
-    pipeline = pipelines.load(run_of(settings, arm if steps else any_arm, seed), settings.batch)
+    pipeline = pipelines.load(run_folder(settings, arm if steps else any_arm, seed), settings.batch)
     pipeline.use_sampler(steps=steps or 1)
     vae, refined = pipeline.generate(settings.n, seed)
     if steps:
@@ -165,23 +171,23 @@ def draw(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.
     return vae, 0.0, {}
 
 
-def equality(settings: StudyConfig) -> dict[int, Difference]:
+def check_equivalence(settings: StudyConfig) -> dict[int, ImageDifference]:
     """For each seed: the first arm with x_hat at the refiner's input as formulation 2 (see equivalence.py)."""
     for arm in settings.arms:
-        run = run_of(settings, arm, settings.seeds[0])
+        run = run_folder(settings, arm, settings.seeds[0])
         if Run(run).config().denoiser.condition_image:
             steps = min(settings.steps)
-            return {seed: compare(run_of(settings, arm, seed), steps, seed) for seed in settings.seeds}
+            return {seed: compare_formulations(run_folder(settings, arm, seed), steps, seed) for seed in settings.seeds}
     return {}
 
 
-def seconds(settings: StudyConfig, points: Points) -> dict[str, float]:
+def seconds(settings: StudyConfig, points: StudyPoints) -> dict[str, float]:
     """Wall-clock seconds of training, by the records of the runs, and of drawing and scoring."""
-    spent = {f"training {name}": sum(trained(settings, name)) for name in [GENERATOR, *settings.arms]}
+    spent = {f"training {name}": sum(training_seconds(settings, name)) for name in [GENERATOR, *settings.arms]}
     return spent | {"scoring": sum(p["seconds"] for arm in points.values() for p in arm.values())}
 
 
-def trained(settings: StudyConfig, name: str) -> list[float]:
+def training_seconds(settings: StudyConfig, name: str) -> list[float]:
     """Wall-clock seconds of each seed's run of an arm, by the records of its stages."""
-    records = [Run(run_of(settings, name, seed)).records() for seed in settings.seeds]
+    records = [Run(run_folder(settings, name, seed)).records() for seed in settings.seeds]
     return [sum(float(found["seconds"]) for stage, found in of.items() if stage in STAGES) for of in records]

@@ -24,13 +24,13 @@ class StudyConfig:
     """What tools/study.py takes."""
 
     out: str = "runs/study"
-    """Folder of the study; made by the same words or none."""
+    """Folder of the study: it must not exist yet, be empty, or hold this same study."""
     recipe: str = "demo"
     """Recipe of every run; it must have an encoder, and refine pixels. Arms are drawn by its sampler or their own."""
     overrides: list[str] = field(default_factory=list)
-    """Words of every run, as tools/launch.py takes them."""
+    """Overrides of every run, as tools/launch.py takes them."""
     arms: dict[str, list[str]] = field(default_factory=dict)
-    """Further words of each arm, which takes a seed's encoder and trains a refiner, or has stages=[...] of its own;
+    """Further overrides of each arm, which takes a seed's encoder and trains a refiner, or has stages=[...] of its own;
     teacher=ARM is the run of an arm before it."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds, of training and of samples both."""
@@ -57,8 +57,8 @@ GENERATOR = "generator"
 """Folder, beside those of the arms, of the run that trains a seed's encoder."""
 
 
-def read(argv: Sequence[str]) -> StudyConfig:
-    """The study of study=NAME (recipes/study) or study=FILE.yaml, with fields set by the other words.
+def read_study(argv: Sequence[str]) -> StudyConfig:
+    """The study of study=NAME (recipes/study) or study=FILE.yaml, with fields set by the other arguments.
 
     Raises UserError for an unknown study or field, or a value of the wrong type.
     """
@@ -67,10 +67,10 @@ def read(argv: Sequence[str]) -> StudyConfig:
     for word in argv:
         if "=" not in word or word.partition("=")[0] not in ("study", *known):
             raise UserError(f"{word}: {suggest(word.partition('=')[0], ['study', *known])}")
-    file = path_of(given.pop("study", "avatars"))
+    file = study_file(given.pop("study", "avatars"))
     try:
-        words = OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()])
-        merged = OmegaConf.merge(OmegaConf.structured(StudyConfig), read_user_yaml(file), words)
+        fields_given = OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()])
+        merged = OmegaConf.merge(OmegaConf.structured(StudyConfig), read_user_yaml(file), fields_given)
         settings: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise mistyped(error) from None
@@ -79,7 +79,7 @@ def read(argv: Sequence[str]) -> StudyConfig:
     return check(settings)
 
 
-def path_of(name: str) -> Path:
+def study_file(name: str) -> Path:
     """The file of a study. Raises UserError where there is none."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
@@ -99,9 +99,9 @@ def check(settings: StudyConfig) -> StudyConfig:
         raise UserError(f"arms: {nameless[0]!r} is no name for a folder: use letters and digits")
     if len({folder_name(arm) for arm in [*settings.arms, GENERATOR]}) <= len(settings.arms):
         raise UserError(f"arms={list(settings.arms)}: two names are too much alike, or one is {GENERATOR!r}")
-    for number, (arm, words) in enumerate(settings.arms.items()):
+    for number, (arm, overrides) in enumerate(settings.arms.items()):
         earlier = list(settings.arms)[:number]
-        for teacher in values_of(words, "teacher"):
+        for teacher in values_of(overrides, "teacher"):
             if teacher not in earlier:
                 raise UserError(f"arm {arm!r}: teacher={teacher} is no arm before it: {suggest(teacher, earlier)}")
     for name in ("seeds", "steps"):
@@ -128,29 +128,29 @@ def shards(settings: StudyConfig) -> Path:
     return Path(settings.out) / "shards"
 
 
-def run_of(settings: StudyConfig, arm: str, seed: int) -> Path:
+def run_folder(settings: StudyConfig, arm: str, seed: int) -> Path:
     """Folder of an arm's run."""
     return Path(settings.out) / f"seed-{seed}" / folder_name(arm)
 
 
-def values_of(words: Sequence[str], name: str) -> list[str]:
-    """What some words set `name` to."""
-    return [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
+def values_of(overrides: Sequence[str], name: str) -> list[str]:
+    """The values that some overrides give to `name`."""
+    return [word.partition("=")[2] for word in overrides if word.partition("=")[0] == name]
 
 
-def stages_of(settings: StudyConfig, arm: str) -> tuple[str, ...]:
+def arm_stages(settings: StudyConfig, arm: str) -> tuple[str, ...]:
     """The stages of an arm's run."""
     own = values_of(settings.arms[arm], "stages")
     return tuple(own[-1].strip("[]").split(",")) if own else STAGES
 
 
-def words_of(settings: StudyConfig, arm: str, seed: int) -> list[str]:
-    """What tools/launch.py takes for an arm's run, besides the words of all runs and the stages."""
-    words = [f"seed={seed}", f"data.shards={shards(settings)}"]
-    if "encoder" in stages_of(settings, arm):
-        words.append(f"encoder_weights={run_of(settings, GENERATOR, seed)}")
+def arm_overrides(settings: StudyConfig, arm: str, seed: int) -> list[str]:
+    """What tools/launch.py takes for an arm's run, besides the overrides of all runs and the stages."""
+    overrides = [f"seed={seed}", f"data.shards={shards(settings)}"]
+    if "encoder" in arm_stages(settings, arm):
+        overrides.append(f"encoder_weights={run_folder(settings, GENERATOR, seed)}")
     for word in settings.arms[arm]:
         name, _, value = word.partition("=")
         if name != "stages":
-            words.append(f"teacher={run_of(settings, value, seed)}" if name == "teacher" else word)
-    return words
+            overrides.append(f"teacher={run_folder(settings, value, seed)}" if name == "teacher" else word)
+    return overrides

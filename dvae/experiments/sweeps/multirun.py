@@ -16,11 +16,11 @@ from dvae.utils import package
 FLAGS = ("--multirun", "-m")
 
 
-def expand(words: list[str]) -> list[list[str]]:
-    """The words of each run. Raises UserError for a word that Hydra does not understand."""
+def expand(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each run. Raises UserError for an override that Hydra does not understand."""
     try:
-        overrides = OverridesParser.create().parse_overrides(words)
-        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except HydraException as error:
         raise UserError(f"--multirun: {fold(error)}") from None
     return [list(job) for job in jobs]
@@ -40,10 +40,10 @@ def with_folders(jobs: list[list[str]]) -> list[list[str]]:
     ]
 
 
-def run(words: list[str]) -> None:
+def run(overrides: list[str]) -> None:
     """Launch the runs one after the other, each in a process of its own. Raises MachineError at the first that fails,
     with its exit status; the same command again passes over those that are finished."""
-    jobs = with_folders(expand(words))
+    jobs = with_folders(expand(overrides))
     program = str(package.FOLDER / "tools" / "launch.py")
     for number, job in enumerate(jobs):
         print(f"dvae: run {number + 1} of {len(jobs)}: {' '.join(job)}", flush=True)

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dvae.experiments.sweeps.sweep_loop import shown
-from dvae.experiments.sweeps.sweep_spec import Spec
+from dvae.experiments.sweeps.sweep_loop import format_value
+from dvae.experiments.sweeps.sweep_spec import SweepSpec
 from dvae.experiments.sweeps.trial_table import ranked
 from dvae.experiments.sweeps.trials import Trial
 from dvae.utils import atomic_files
@@ -32,7 +32,7 @@ FLAT = 0.12
 
 
 @dataclass(frozen=True)
-class Axis:
+class ParallelAxis:
     """Places values on [0, 1], and names some of them."""
 
     name: str
@@ -40,7 +40,7 @@ class Axis:
     ticks: Sequence[tuple[float, str]]
 
 
-def draw(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
+def draw(trials: Sequence[Trial], spec: SweepSpec, path: Path) -> None:
     """Write the picture as PNG, in one rename; trials without a metric are gray, and end before its axis."""
     axes = [
         axis_of(name, [trial.parameters[name] for trial in trials], "log" in str(given.get("distribution", "")))
@@ -48,7 +48,7 @@ def draw(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
         if "value" not in given  # a constant has no axis
     ]
     metrics = [trial.metric for trial in trials if trial.metric is not None]
-    last = axis_of(spec.metric, metrics, spread_out(metrics)) if metrics else None
+    last = axis_of(spec.metric, metrics, needs_log_scale(metrics)) if metrics else None
     width = 2 * SIDE + PER_AXIS * len(axes)
     figure = Figure(figsize=(width, HEIGHT))
     FigureCanvasAgg(figure)
@@ -56,13 +56,13 @@ def draw(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
     for trial in reversed(ranked(trials, spec)):  # the best one is drawn last, on top
         heights = [axis.place(trial.parameters[axis.name]) for axis in axes]
         if last is None or trial.metric is None:
-            curve(plot, heights, SOFT, 1.0, ":")
+            draw_curve(plot, heights, SOFT, 1.0, ":")
         else:
             height = last.place(trial.metric)
             good = 1 - height if spec.minimizes else height
-            curve(plot, [*heights, height], colormaps["viridis"](0.92 * good), 1.0 + 1.6 * (good == 1.0), "-")
+            draw_curve(plot, [*heights, height], colormaps["viridis"](0.92 * good), 1.0 + 1.6 * (good == 1.0), "-")
     for number, axis in enumerate([*axes, last] if last else axes):
-        dress(plot, number, axis)
+        draw_axis(plot, number, axis)
     plot.set_xlim(0, len(axes))
     plot.set_ylim(0, 1)
     plot.axis("off")
@@ -71,13 +71,15 @@ def draw(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
     atomic_files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
 
 
-def axis_of(name: str, values: Sequence[Any], logarithmic: bool) -> Axis:
+def axis_of(name: str, values: Sequence[Any], logarithmic: bool) -> ParallelAxis:
     """An axis over the values that there are: in equal steps for a choice among few, else to scale."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not numbers or any(not math.isfinite(value) for value in values):
-        kinds = sorted({shown(value) for value in values})
+        kinds = sorted({format_value(value) for value in values})
         places = {kind: (number + 0.5) / len(kinds) for number, kind in enumerate(kinds)}
-        return Axis(name, lambda value: places[shown(value)], [(place, kind) for kind, place in places.items()])
+        return ParallelAxis(
+            name, lambda value: places[format_value(value)], [(place, kind) for kind, place in places.items()]
+        )
     scale = math.log if logarithmic and min(values) > 0 else float
     low, high = scale(min(values)), scale(max(values))
 
@@ -88,15 +90,15 @@ def axis_of(name: str, values: Sequence[Any], logarithmic: bool) -> Axis:
     if len(few) > 5:
         between = np.linspace(low, high, 5)
         few = [float(np.exp(value) if scale is math.log else value) for value in between]
-    return Axis(name, place, [(place(value), shown(value)) for value in few])
+    return ParallelAxis(name, place, [(place(value), format_value(value)) for value in few])
 
 
-def spread_out(values: Sequence[float]) -> bool:
+def needs_log_scale(values: Sequence[float]) -> bool:
     """Whether a metric spans so much that only a logarithmic axis shows its small values."""
     return min(values) > 0 and max(values) >= 20 * min(values)
 
 
-def curve(plot: Axes, heights: Sequence[float], color: Any, width: float, style: str) -> None:
+def draw_curve(plot: Axes, heights: Sequence[float], color: Any, width: float, style: str) -> None:
     """A smooth curve through (0, heights[0]), (1, heights[1]), ..., level at each axis."""
     t = np.linspace(0.0, 1.0, 40)
     smooth = (1 - FLAT) * (3 * t**2 - 2 * t**3) + FLAT * t
@@ -104,17 +106,17 @@ def curve(plot: Axes, heights: Sequence[float], color: Any, width: float, style:
         plot.plot(left + t, a + (b - a) * smooth, style, color=color, linewidth=width, alpha=0.9, clip_on=False)
 
 
-def dress(plot: Axes, x: int, axis: Axis) -> None:
+def draw_axis(plot: Axes, x: int, axis: ParallelAxis) -> None:
     """The axis' line, its ticks, and its name above."""
     plot.plot([x, x], [0, 1], color=INK, linewidth=1.0, clip_on=False)
     for place, text in axis.ticks:
         plot.plot([x, x + 0.02], [place, place], color=INK, linewidth=1.0, clip_on=False)
         box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
         plot.text(x + 0.035, place, text, fontsize=8, color=INK, va="center", bbox=box)
-    plot.text(x, 1.04, in_lines(axis.name), fontsize=8.5, color=INK, ha="center", va="bottom")
+    plot.text(x, 1.04, break_name(axis.name), fontsize=8.5, color=INK, ha="center", va="bottom")
 
 
-def in_lines(name: str) -> str:
+def break_name(name: str) -> str:
     """A long name broken after dots and slashes."""
     lines = [""]
     for part in re.findall(r"[^./]*[./]?", name):

@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from dvae.errors import UserError, fold
-from dvae.experiments.sweeps.trials import State, Trial
+from dvae.experiments.sweeps.trials import Trial, TrialState
 
 METHODS = ("grid", "random", "bayes")
 INSTALL = "pip install 'dvae[sweep]' && pip install --no-deps sweeps==0.3.0"
@@ -59,7 +59,7 @@ def propose(sweep: dict[str, Any], trials: Sequence[Trial]) -> dict[str, Any] | 
     return None if run is None else {name: _plain(entry["value"]) for name, entry in run.config.items()}
 
 
-def to_stop(sweep: dict[str, Any], trials: Sequence[Trial], histories: dict[int, list[float]]) -> list[int]:
+def trials_to_stop(sweep: dict[str, Any], trials: Sequence[Trial], histories: dict[int, list[float]]) -> list[int]:
     """Numbers of the running trials that hyperband ends, by all values of the metric so far, one list per trial."""
     if "early_terminate" not in sweep:
         return []
@@ -68,10 +68,10 @@ def to_stop(sweep: dict[str, Any], trials: Sequence[Trial], histories: dict[int,
 
 
 ENGINE_STATES = {
-    State.running: "running",
-    State.finished: "finished",
-    State.stopped: "finished",
-    State.failed: "failed",
+    TrialState.running: "running",
+    TrialState.finished: "finished",
+    TrialState.stopped: "finished",
+    TrialState.failed: "failed",
 }
 """A stopped trial counts with the metric that it had reached; a failed one as if it were the worst."""
 

@@ -18,20 +18,20 @@ from dvae.config.compose import mistyped
 from dvae.errors import MachineError, UserError, suggest
 from dvae.experiments.sweeps import sweep_engine
 from dvae.experiments.sweeps import sweep_spec as spec
-from dvae.experiments.sweeps.sweep_spec import Spec
-from dvae.experiments.sweeps.trial_processes import Processes, Running
-from dvae.experiments.sweeps.trials import DONE, Folder, State, Trial
+from dvae.experiments.sweeps.sweep_spec import SweepSpec
+from dvae.experiments.sweeps.trial_processes import RunningTrial, TrialProcesses
+from dvae.experiments.sweeps.trials import DONE_STATES, SweepFolder, Trial, TrialState
 from dvae.registry.launchers.base import launcher_of
 from dvae.runs.attempts import TERMINATED
 from dvae.tracking import figures
 
-LOOK_EVERY = 1.0
+POLL_SECONDS = 1.0
 """Seconds between two looks at the trials."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SweepToolConfig:
-    """What tools/sweep.py takes, besides words for its trials."""
+    """What tools/sweep.py takes, besides overrides for its trials."""
 
     sweep: str = ""
     """A sweep of recipes/sweep, or a YAML file."""
@@ -45,15 +45,15 @@ class SweepToolConfig:
     """Trials that may fail, in one call, before it gives up."""
 
 
-OWN = tuple(field.name for field in fields(SweepToolConfig))
+OWN_KEYS = tuple(field.name for field in fields(SweepToolConfig))
 
 
-def parted(argv: list[str]) -> tuple[SweepToolConfig, list[str]]:
-    """The sweep's own settings, and the words for its trials. Raises UserError for a value of the wrong type.
+def split_arguments(argv: list[str]) -> tuple[SweepToolConfig, list[str]]:
+    """The sweep's own settings, and the overrides for its trials. Raises UserError for a value of the wrong type.
 
     Hydra composes the trials alone: to it, sweep=NAME would choose a file of recipes/sweep as part of a config.
     """
-    own = [word for word in argv if "=" in word and word.partition("=")[0] in OWN]
+    own = [word for word in argv if "=" in word and word.partition("=")[0] in OWN_KEYS]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SweepToolConfig), OmegaConf.from_dotlist(own))
         settings: Any = OmegaConf.to_object(merged)
@@ -62,7 +62,7 @@ def parted(argv: list[str]) -> tuple[SweepToolConfig, list[str]]:
     return settings, [word for word in argv if word not in own]
 
 
-class Ended(MachineError):
+class SweepStopped(MachineError):
     """The sweep was asked to stop, and its trials have saved."""
 
     exit_status = TERMINATED
@@ -72,10 +72,10 @@ class Ended(MachineError):
 class Sweep:
     """A sweep in progress. `processes` is what starts and watches its trials."""
 
-    spec: Spec
-    folder: Folder
-    words: list[str]
-    processes: Processes
+    spec: SweepSpec
+    folder: SweepFolder
+    overrides: list[str]
+    processes: TrialProcesses
     settings: SweepToolConfig
 
     def __post_init__(self) -> None:
@@ -88,20 +88,22 @@ class Sweep:
         exhausted = False
         while True:
             for number, running in self.processes.ended().items():
-                self.enter(self.trials[number - 1], running)
-            exhausted = exhausted or not self.fill()
+                self.record_end(self.trials[number - 1], running)
+            exhausted = exhausted or not self.start_trials()
             if not self.processes.running:
                 return self.trials
-            self.stop_hopeless()
-            time.sleep(LOOK_EVERY)
+            self.stop_unpromising()
+            time.sleep(POLL_SECONDS)
 
-    def fill(self) -> bool:
+    def start_trials(self) -> bool:
         """Start trials until `parallel` run or `n` are on their way; False where the engine has no more."""
         while len(self.processes.running) < self.settings.parallel:
-            waiting = [t for t in self.trials if t.state is State.running and t.number not in self.processes.running]
+            waiting = [
+                t for t in self.trials if t.state is TrialState.running and t.number not in self.processes.running
+            ]
             if waiting:
                 self.start(waiting[0])
-            elif done(self.trials) + len(self.processes.running) >= self.settings.n:
+            elif count_done(self.trials) + len(self.processes.running) >= self.settings.n:
                 return True
             else:
                 parameters = sweep_engine.propose(self.spec.sweep, self.trials)
@@ -112,28 +114,28 @@ class Sweep:
         return True
 
     def start(self, trial: Trial) -> None:
-        words = [*self.words, f"run={self.folder.run(trial)}"]
-        self.processes.start(trial.number, self.spec.command(trial.parameters, words), self.folder.log(trial))
-        chosen = " ".join(f"{name}={shown(value)}" for name, value in trial.parameters.items())
+        overrides = [*self.overrides, f"run={self.folder.run(trial)}"]
+        self.processes.start(trial.number, self.spec.command(trial.parameters, overrides), self.folder.log(trial))
+        chosen = " ".join(f"{name}={format_value(value)}" for name, value in trial.parameters.items())
         print(f"dvae: {trial.name} {chosen}", flush=True)
 
-    def enter(self, trial: Trial, running: Running) -> None:
+    def record_end(self, trial: Trial, running: RunningTrial) -> None:
         """Enter what has become of a trial whose process has ended."""
         status = running.process.returncode
         trial.seconds = round(trial.seconds + running.seconds(), 1)
-        if status == 0 or running.asked:
-            trial.metric = self.measured(trial)
-            trial.state = State.finished if status == 0 else State.stopped
+        if status == 0 or running.asked_to_stop:
+            trial.metric = self.final_metric(trial)
+            trial.state = TrialState.finished if status == 0 else TrialState.stopped
             if trial.metric is None:
-                trial.state, trial.said = State.failed, f"{self.spec.metric} was not a finite number"
+                trial.state, trial.message = TrialState.failed, f"{self.spec.metric} was not a finite number"
         elif status != TERMINATED:  # one that somebody else asked to stop has saved, and is taken up again
-            trial.state, trial.said = State.failed, f"exit status {status}: {running.last_words()}"
+            trial.state, trial.message = TrialState.failed, f"exit status {status}: {running.last_line()}"
         self.folder.keep(self.trials)
-        reached = "" if trial.metric is None else f", {self.spec.metric} {shown(trial.metric)}"
-        print(f"dvae: {trial.name} {trial.state.value}{reached}{trial.said and f': {trial.said}'}", flush=True)
-        self.give_up(trial)
+        reached = "" if trial.metric is None else f", {self.spec.metric} {format_value(trial.metric)}"
+        print(f"dvae: {trial.name} {trial.state.value}{reached}{trial.message and f': {trial.message}'}", flush=True)
+        self.check_failures(trial)
 
-    def measured(self, trial: Trial) -> float | None:
+    def final_metric(self, trial: Trial) -> float | None:
         """The metric at the end of a trial; None where it is not finite. Raises UserError where there is no such."""
         found = figures.of_run(self.folder.run(trial))
         if self.spec.metric not in found:
@@ -143,58 +145,63 @@ class Sweep:
             )
         return found[self.spec.metric]
 
-    def give_up(self, trial: Trial) -> None:
+    def check_failures(self, trial: Trial) -> None:
         """Raise MachineError where this trial's failure is one too many."""
-        if trial.state is State.failed:
+        if trial.state is TrialState.failed:
             self.failed += 1
             if self.failed >= self.settings.failures:
                 raise MachineError(
-                    f"{self.failed} trials failed, the last of them {trial.name} with {trial.said}; see "
+                    f"{self.failed} trials failed, the last of them {trial.name} with {trial.message}; see "
                     f"{self.folder.log(trial)}; the same command again draws others"
                 )
 
-    def stop_hopeless(self) -> None:
+    def stop_unpromising(self) -> None:
         """Ask those to stop that hyperband gives up."""
         if "early_terminate" not in self.spec.sweep:
             return
         values = {
             trial.number: figures.history(self.folder.run(trial), self.spec.metric)
             for trial in self.trials
-            if trial.state is not State.failed
+            if trial.state is not TrialState.failed
         }
-        for number in sweep_engine.to_stop(self.spec.sweep, self.trials, values):
+        for number in sweep_engine.trials_to_stop(self.spec.sweep, self.trials, values):
             if number in self.processes.running:
                 self.processes.stop(number)
 
 
-def sweep(words: list[str], settings: SweepToolConfig) -> tuple[Spec, Folder, list[Trial]]:
-    """Run the sweep that `settings` names; `words` go to every trial. Raises UserError before anything is written."""
+def sweep(overrides: list[str], settings: SweepToolConfig) -> tuple[SweepSpec, SweepFolder, list[Trial]]:
+    """Run the sweep that `settings` names; every trial gets the `overrides`.
+
+    Raises UserError before anything is written.
+    """
     found = spec.load(settings.sweep)
     for name in ("n", "parallel", "failures"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
-    launcher = launcher_of(spec.preflight(found, words).launcher)
+    launcher = launcher_of(spec.check_first_trial(found, overrides).launcher)
     if launcher.elsewhere:
-        words = [*words, "launcher.wait=true"]
-    folder = Folder(Path(settings.out or f"runs/sweep-{found.name}"))
-    folder.open(found.sweep, words)
-    processes = Processes(settings.parallel, shared=not launcher.elsewhere)
-    with folder.held(), ending(processes):
-        current = Sweep(found, folder, words, processes, settings)
-        if done(current.trials) > settings.n:
+        overrides = [*overrides, "launcher.wait=true"]
+    folder = SweepFolder(Path(settings.out or f"runs/sweep-{found.name}"))
+    folder.open(found.sweep, overrides)
+    processes = TrialProcesses(settings.parallel, shared=not launcher.elsewhere)
+    with folder.held(), stopping_trials(processes):
+        current = Sweep(found, folder, overrides, processes, settings)
+        if count_done(current.trials) > settings.n:
             raise UserError(
-                f"n={settings.n}: {folder.path} holds {done(current.trials)} finished trials already: "
-                f"use n={done(current.trials)} or more, or another out="
+                f"n={settings.n}: {folder.path} holds {count_done(current.trials)} finished trials already: "
+                f"use n={count_done(current.trials)} or more, or another out="
             )
         return found, folder, current.run()
 
 
 @contextmanager
-def ending(processes: Processes) -> Iterator[None]:
+def stopping_trials(processes: TrialProcesses) -> Iterator[None]:
     """Have the trials save and end when the block is left, whatever ends it; SIGTERM ends it."""
 
     def ask(number: int, frame: FrameType | None) -> None:
-        raise Ended(f"stopped ({signal.Signals(number).name}), its trials have saved: the same command again resumes")
+        raise SweepStopped(
+            f"stopped ({signal.Signals(number).name}), its trials have saved: the same command again resumes"
+        )
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
@@ -204,11 +211,11 @@ def ending(processes: Processes) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def done(trials: Sequence[Trial]) -> int:
+def count_done(trials: Sequence[Trial]) -> int:
     """How many trials are at their end, and did not fail."""
-    return sum(trial.state in DONE for trial in trials)
+    return sum(trial.state in DONE_STATES for trial in trials)
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A parameter or a metric, for people."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""A W&B sweep file: found, checked, and its command made into words for tools/launch.py."""
+"""A W&B sweep file: found, checked, and its command made into overrides for tools/launch.py."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dvae.utils.read import DamagedFile
 from dvae.utils.user_yaml import read_user_yaml
 
 SERVER_ONLY = ("run", "tracking.wandb.mode")
-"""Words of a command that suit W&B's agent: here trials have a folder of the sweep's, and need no server."""
+"""Overrides in a command that suit W&B's agent: here trials have a folder of the sweep's, and need no server."""
 PROGRAM = "tools/launch.py"
-MEASURED_ALONG = ("encoder", "refiner", "classifier")
+STAGES_WITH_HISTORY = ("encoder", "refiner", "classifier")
 """Stages whose figures metrics.jsonl holds by step, as hyperband needs them."""
 
 
 @dataclass(frozen=True)
-class Spec:
+class SweepSpec:
     """A sweep file that W&B's schema and the recipe accept."""
 
     name: str
@@ -44,29 +44,29 @@ class Spec:
     def minimizes(self) -> bool:
         return bool(self.sweep["metric"].get("goal", "minimize") == "minimize")  # W&B's default
 
-    def command(self, parameters: Mapping[str, Any], words: Iterable[str]) -> list[str]:
-        """The process of a trial: the file's command with these parameters and further words, which come last.
+    def command(self, parameters: Mapping[str, Any], overrides: Iterable[str]) -> list[str]:
+        """The process of a trial: the file's command with these parameters and further overrides, which come last.
 
         What the file says for W&B's agent alone (SERVER_ONLY) is left out.
         """
         chunks = expand(self.sweep["command"], self.sweep["program"], parameters)
         start = chunks.index(program(self.sweep["program"])) + 1
         given = {key(word): word for word in chunks[start:] if key(word) not in SERVER_ONLY}
-        given |= {key(word): word for word in words}
+        given |= {key(word): word for word in overrides}
         return [*chunks[:start], *given.values()]
 
-    def words(self, parameters: Mapping[str, Any], words: Iterable[str]) -> list[str]:
+    def overrides(self, parameters: Mapping[str, Any], overrides: Iterable[str]) -> list[str]:
         """What `command` gives tools/launch.py."""
-        chunks = self.command(parameters, words)
+        chunks = self.command(parameters, overrides)
         return chunks[chunks.index(program(self.sweep["program"])) + 1 :]
 
 
 def key(word: str) -> str:
-    """The field that a word sets: `+a.b=1` and `~a.b` set a.b."""
+    """The field that an override sets: `+a.b=1` and `~a.b` set a.b."""
     return word.lstrip("+~").partition("=")[0]
 
 
-def load(name: str) -> Spec:
+def load(name: str) -> SweepSpec:
     """The sweep `name` of recipes/sweep, or in a file. Raises UserError where there is none or it cannot work here."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
@@ -81,7 +81,7 @@ def load(name: str) -> Spec:
     except (OSError, DamagedFile) as error:
         reason = fold(error).removeprefix(f"{path}: ")
         raise UserError(f"sweep={name}: not a readable YAML file ({reason})") from None
-    return Spec(Path(name).stem, check(name, sweep))
+    return SweepSpec(Path(name).stem, check(name, sweep))
 
 
 def known() -> list[str]:
@@ -114,24 +114,24 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
     return sweep
 
 
-def preflight(spec: Spec, words: list[str]) -> RunConfig:
+def check_first_trial(spec: SweepSpec, overrides: list[str]) -> RunConfig:
     """The settings of the first trial, before anything is written. Raises UserError where the recipe refuses it."""
-    swept = [word for word in words if key(word) in spec.sweep["parameters"]]
+    swept = [word for word in overrides if key(word) in spec.sweep["parameters"]]
     if swept:
         raise UserError(f"{swept[0]}: the sweep chooses {key(swept[0])}: leave it out")
     parameters = sweep_engine.propose(spec.sweep, [])
     assert parameters is not None  # a grid has a first point
-    settings = configuration.typed(configuration.compose("train", spec.words(parameters, words)))
+    settings = configuration.typed(configuration.compose("train", spec.overrides(parameters, overrides)))
     stage = spec.metric.partition("/")[0]
     if stage not in settings.stages:
         raise UserError(
             f"metric {spec.metric!r} is no figure of the stages {', '.join(settings.stages)}: "
             f"name one like refiner/loss or {EVALUATE}/reconstructions/psnr"
         )
-    if "early_terminate" in spec.sweep and stage not in MEASURED_ALONG:
+    if "early_terminate" in spec.sweep and stage not in STAGES_WITH_HISTORY:
         raise UserError(
             f"early_terminate: {spec.metric!r} is known at a trial's end only: name a metric of "
-            f"{', '.join(MEASURED_ALONG)}, or leave early_terminate out"
+            f"{', '.join(STAGES_WITH_HISTORY)}, or leave early_terminate out"
         )
     return settings
 

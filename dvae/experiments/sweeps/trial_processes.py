@@ -20,26 +20,26 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass
-class Running:
+class RunningTrial:
     """A trial's process."""
 
     process: subprocess.Popen[bytes]
     log: Path
     began: float
     slot: int
-    asked: bool = False
+    asked_to_stop: bool = False
     """Whether it was told to stop."""
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         """The last line of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
         return printable_line(next((line for line in reversed(lines) if line.strip()), "it said nothing"))
 
 
-class Processes:
+class TrialProcesses:
     """Starts at most `parallel` processes side by side, and tells which have ended.
 
     Where they have this machine's cores and GPUs in common (`shared`), each gets its part.
@@ -47,7 +47,7 @@ class Processes:
 
     def __init__(self, parallel: int, shared: bool = True) -> None:
         self.parallel, self.shared = parallel, shared
-        self.running: dict[int, Running] = {}
+        self.running: dict[int, RunningTrial] = {}
 
     def start(self, number: int, command: list[str], log: Path) -> None:
         """Start trial `number`, in the first free slot; what it says is added to its log."""
@@ -63,9 +63,9 @@ class Processes:
                 process_group=0,  # Ctrl-C reaches the sweep alone, which passes it on
                 preexec_fn=end_with_parent(),
             )
-        self.running[number] = Running(process, log, time.monotonic(), slot)
+        self.running[number] = RunningTrial(process, log, time.monotonic(), slot)
 
-    def ended(self) -> dict[int, Running]:
+    def ended(self) -> dict[int, RunningTrial]:
         """Those that have ended since the last call."""
         gone = {number: running for number, running in self.running.items() if running.process.poll() is not None}
         for number in gone:
@@ -75,8 +75,8 @@ class Processes:
     def stop(self, number: int) -> None:
         """Ask a trial to save and end, once: a second signal would end it at once."""
         running = self.running[number]
-        if not running.asked:
-            running.asked = True
+        if not running.asked_to_stop:
+            running.asked_to_stop = True
             running.process.terminate()
 
     def stop_all(self) -> None:

@@ -8,46 +8,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dvae.experiments.sweeps.sweep_loop import done, shown
-from dvae.experiments.sweeps.sweep_spec import Spec
+from dvae.experiments.sweeps.sweep_loop import count_done, format_value
+from dvae.experiments.sweeps.sweep_spec import SweepSpec
 from dvae.experiments.sweeps.trials import Trial
 from dvae.tracking.console import aligned
 from dvae.utils import atomic_files
 
 
-def ranked(trials: Sequence[Trial], spec: Spec) -> list[Trial]:
+def ranked(trials: Sequence[Trial], spec: SweepSpec) -> list[Trial]:
     """Best first; those without a metric last."""
     sign = 1 if spec.minimizes else -1
     return sorted(trials, key=lambda trial: (trial.metric is None, sign * (trial.metric or 0.0)))
 
 
-def rows(trials: Sequence[Trial], spec: Spec) -> list[list[Any]]:
+def rows(trials: Sequence[Trial], spec: SweepSpec) -> list[list[Any]]:
     """A heading, and a row per trial."""
     parameters = list(spec.sweep["parameters"])
-    heading = ["trial", "state", spec.metric, *parameters, "seconds", "said"]
+    heading = ["trial", "state", spec.metric, *parameters, "seconds", "message"]
     return [
         heading,
         *(
-            [t.name, t.state.value, t.metric, *(t.parameters.get(name) for name in parameters), t.seconds, t.said]
+            [t.name, t.state.value, t.metric, *(t.parameters.get(name) for name in parameters), t.seconds, t.message]
             for t in ranked(trials, spec)
         ),
     ]
 
 
-def write(trials: Sequence[Trial], spec: Spec, path: Path) -> None:
+def write(trials: Sequence[Trial], spec: SweepSpec, path: Path) -> None:
     """Write the table as CSV, numbers in full."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows(trials, spec))
     atomic_files.write_text(path, text.getvalue())
 
 
-def text(trials: Sequence[Trial], spec: Spec) -> str:
+def text(trials: Sequence[Trial], spec: SweepSpec) -> str:
     """The table for a terminal, numbers in four digits."""
-    return "\n".join(aligned([["" if cell is None else shown(cell) for cell in row] for row in rows(trials, spec)]))
+    return "\n".join(
+        aligned([["" if cell is None else format_value(cell) for cell in row] for row in rows(trials, spec)])
+    )
 
 
-def ending(trials: Sequence[Trial], count: int, folder: Path) -> str:
+def closing_line(trials: Sequence[Trial], count: int, folder: Path) -> str:
     """How many there are of how many, and where the table is."""
-    finished = done(trials)
+    finished = count_done(trials)
     short = f", fewer than n={count}: the grid has no more" if finished < count else ""
     return f"{finished} of {len(trials)} trials finished{short}; {folder / 'trials.csv'} {folder / 'parallel.png'}"

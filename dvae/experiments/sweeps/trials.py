@@ -1,9 +1,9 @@
 """The folder of a sweep, and what it remembers.
 
-sweep.yaml         the sweep, and the words that all its trials were started with
+sweep.yaml         the sweep, and the overrides that all its trials were started with
 trials.json        every trial that was drawn: parameters, state, metric
 trial-0001/ ...    their run folders
-logs/              what each of them said
+logs/              the output of each of them
 trials.csv parallel.png
 """
 
@@ -25,7 +25,7 @@ from dvae.utils.read import DamagedFile, read_json
 from dvae.utils.user_yaml import read_user_yaml
 
 
-class State(Enum):
+class TrialState(Enum):
     """What has become of a trial."""
 
     running = "running"
@@ -37,7 +37,7 @@ class State(Enum):
     """Its process failed; it is not tried again."""
 
 
-DONE = (State.finished, State.stopped)
+DONE_STATES = (TrialState.finished, TrialState.stopped)
 
 
 @dataclass
@@ -48,12 +48,12 @@ class Trial:
     """From 1."""
     parameters: dict[str, Any]
     """What the engine chose."""
-    state: State = State.running
+    state: TrialState = TrialState.running
     metric: Finite | None = None
     """What the sweep optimizes, at the trial's end."""
     seconds: Seconds = 0.0
     """Time that its processes took, over all attempts."""
-    said: str = ""
+    message: str = ""
     """For a failed one: exit status and last line."""
 
     @property
@@ -61,7 +61,7 @@ class Trial:
         return f"trial-{self.number:04d}"
 
 
-class Folder:
+class SweepFolder:
     """A sweep's folder. Every change is on the disk before the next thing is done."""
 
     def __init__(self, path: Path) -> None:
@@ -70,12 +70,12 @@ class Folder:
         self._sweep = path / "sweep.yaml"
         self._trials = path / "trials.json"
 
-    def open(self, sweep: dict[str, Any], words: list[str]) -> None:
+    def open(self, sweep: dict[str, Any], overrides: list[str]) -> None:
         """Make the folder, or take it up. Raises UserError where it holds something else, or another sweep."""
-        kept = {"sweep": sweep, "words": words}
+        kept = {"sweep": sweep, "overrides": overrides}
         if self._sweep.exists():
             if self._kept() != kept:
-                raise UserError(f"out={self.path} holds a sweep of another file or other words: use another out=")
+                raise UserError(f"out={self.path} holds a sweep of another file or other overrides: use another out=")
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"out={self.path} exists and is not a sweep: use another out=, or remove it")
@@ -105,7 +105,7 @@ class Folder:
         if not self._trials.exists():
             return []
         try:
-            trials = [replace(one, said=printable_line(one.said)) for one in read_json(self._trials, list[Trial])]
+            trials = [replace(one, message=printable_line(one.message)) for one in read_json(self._trials, list[Trial])]
             if [trial.number for trial in trials] != list(range(1, len(trials) + 1)):
                 raise DamagedFile(self._trials, "does not hold the trials 1, 2, ...")
         except DamagedFile as error:

@@ -22,17 +22,17 @@ from dvae.utils.read import DamagedFile, read_json
 FOLDER = "slurm"
 """In the run folder: jobs.json, and a folder by job with its sbatch file and logs."""
 FILE = "jobs.json"
-OVER = {
+FINISHED_STATES = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }  # fmt: skip
 """States of a job that neither waits nor runs."""
-PATIENCE = 60
+ANSWER_TIMEOUT = 60
 """Seconds that SLURM may take for an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submitted:
+class SubmittedJob:
     """A job of a run, as jobs.json holds it."""
 
     id: Annotated[str, Field(pattern="^[0-9]{1,20}$")]
@@ -44,7 +44,7 @@ class Submitted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SlurmJob:
     """A job, or a task of an array, as squeue shows it."""
 
     id: str
@@ -56,7 +56,7 @@ class Job:
     @property
     def active(self) -> bool:
         """Whether it waits or runs."""
-        return self.state not in OVER
+        return self.state not in FINISHED_STATES
 
     @property
     def number(self) -> str:
@@ -69,31 +69,31 @@ class Job:
         return self.id.partition("_")[2]
 
 
-def jobs_of(folder: Path) -> list[Submitted]:
+def submitted_jobs(folder: Path) -> list[SubmittedJob]:
     """All jobs that a run was given, in their order. Raises MachineError where the file is damaged."""
     path = folder / FOLDER / FILE
     if not path.exists():
         return []
     try:
-        return read_json(path, list[Submitted])
+        return read_json(path, list[SubmittedJob])
     except DamagedFile as error:
         raise MachineError(f"{path}: is damaged ({error.reason}); delete it to go on, the run is safe") from None
 
 
-def enter(folder: Path, jobs: Iterable[Submitted]) -> None:
+def record_jobs(folder: Path, jobs: Iterable[SubmittedJob]) -> None:
     """Add jobs to those of a run."""
-    atomic_files.write_json(folder / FOLDER / FILE, [asdict(job) for job in [*jobs_of(folder), *jobs]])
+    atomic_files.write_json(folder / FOLDER / FILE, [asdict(job) for job in [*submitted_jobs(folder), *jobs]])
 
 
-def available() -> bool:
+def is_available() -> bool:
     """Whether this machine can talk to a SLURM."""
     return shutil.which("squeue") is not None
 
 
-def ask(*words: str) -> str:
+def run_slurm_command(*words: str) -> str:
     """What a command of SLURM prints. Raises MachineError where it fails or does not answer."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MachineError(f"{words[0]}: no answer from SLURM ({fold(error)}): try again") from None
     if done.returncode:
@@ -101,62 +101,64 @@ def ask(*words: str) -> str:
     return done.stdout
 
 
-def look(ids: Iterable[str]) -> dict[str, list[Job]]:
+def query_jobs(ids: Iterable[str]) -> dict[str, list[SlurmJob]]:
     """The tasks of each job that SLURM still remembers, by the job's number."""
     wanted = sorted(set(ids))
     if not wanted:
         return {}
     try:
-        text = ask("squeue", "--noheader", "--states=all", f"--jobs={','.join(wanted)}", "--format=%i|%T|%r")
+        text = run_slurm_command(
+            "squeue", "--noheader", "--states=all", f"--jobs={','.join(wanted)}", "--format=%i|%T|%r"
+        )
     except MachineError as error:
         if "Invalid job id" in str(error):  # it has forgotten the only one that was asked for
             return {}
         raise
-    found: dict[str, list[Job]] = {}
+    found: dict[str, list[SlurmJob]] = {}
     for line in text.splitlines():
         number, state, reason = line.split("|", 2)
-        job = Job(id=number, state=state, reason=reason)
+        job = SlurmJob(id=number, state=state, reason=reason)
         found.setdefault(job.number, []).append(job)
     return found
 
 
-def known(folders: Iterable[Path]) -> dict[Path, list[Job]]:
+def jobs_by_run(folders: Iterable[Path]) -> dict[Path, list[SlurmJob]]:
     """What SLURM knows of the jobs of each run, asked once for all; nothing where this machine cannot ask."""
-    numbers = {folder: [job.id for job in jobs_of(folder)] for folder in folders}
-    found = look(number for mine in numbers.values() for number in mine) if available() else {}
+    numbers = {folder: [job.id for job in submitted_jobs(folder)] for folder in folders}
+    found = query_jobs(number for mine in numbers.values() for number in mine) if is_available() else {}
     return {folder: [job for number in mine for job in found.get(number, [])] for folder, mine in numbers.items()}
 
 
-def active(folder: Path) -> list[Job]:
+def active_jobs(folder: Path) -> list[SlurmJob]:
     """The run's jobs that wait or run; none where this machine cannot ask."""
-    return [job for job in known([folder])[folder] if job.active]
+    return [job for job in jobs_by_run([folder])[folder] if job.active]
 
 
-def ends(job: str) -> float | None:
+def end_time(job: str) -> float | None:
     """When the time limit of a running job is over, in seconds since 1970; None where it has none."""
-    text = ask("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
+    text = run_slurm_command("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
     return datetime.fromisoformat(text).timestamp() if text[:1].isdigit() else None
 
 
-def preempted(job: str) -> bool:
+def is_preempted(job: str) -> bool:
     """Whether a running job has to make room for another."""
-    text = ask("scontrol", "show", "job", "--oneliner", job)
+    text = run_slurm_command("scontrol", "show", "job", "--oneliner", job)
     return "PreemptTime=" in text and "PreemptTime=None" not in text
 
 
-def requeue(job: str) -> None:
+def requeue_job(job: str) -> None:
     """Put this job back into the queue, which ends what it runs; does not return where that works."""
-    ask("scontrol", "requeue", job)
-    time.sleep(PATIENCE)
+    run_slurm_command("scontrol", "requeue", job)
+    time.sleep(ANSWER_TIMEOUT)
     raise MachineError(f"SLURM has not requeued job {job}: the same command again resumes")
 
 
-def cancel(job: str, signal: str = "") -> None:
+def cancel_job(job: str, signal: str = "") -> None:
     """Cancel a job or a step ("12.0"), or send a signal to its ranks."""
-    ask("scancel", *([f"--signal={signal}"] if signal else []), job)
+    run_slurm_command("scancel", *([f"--signal={signal}"] if signal else []), job)
 
 
-def stop(job: str) -> None:
+def terminate(job: str) -> None:
     """Ask a job that runs to save and end: its ranks, and its supervisor, which may be waiting to start them."""
-    ask("scancel", "--signal=TERM", "--batch", job)
-    ask("scancel", "--signal=TERM", job)
+    run_slurm_command("scancel", "--signal=TERM", "--batch", job)
+    run_slurm_command("scancel", "--signal=TERM", job)

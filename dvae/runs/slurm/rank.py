@@ -58,8 +58,8 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
     from dvae.runs.job import Job
     from dvae.training.resilience import watchdog
 
-    def on_hang(said: str, speaks: bool) -> None:
-        store.set(f"{BYE} {os.environ['RANK']}", json.dumps({"status": HANGS, "said": said}))
+    def on_hang(message: str, speaks: bool) -> None:
+        store.set(f"{BYE} {os.environ['RANK']}", json.dumps({"status": HANGS, "message": message}))
         watchdog.end(HANGS)
 
     watchdog.on_hang = on_hang
@@ -69,10 +69,12 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
         known = describe(error)
         if known is None:
             traceback.print_exc()
-        said, status = known or (f"{type(error).__name__}: {fold(error)}", CRASHED)
-        print(f"dvae: {said}", file=sys.stderr, flush=True)
-        more = {"why": getattr(error, "why", ""), "again": getattr(error, "again", True)}
-        return {"status": status, "said": said} | more
+        message, status = known or (f"{type(error).__name__}: {fold(error)}", CRASHED)
+        print(f"dvae: {message}", file=sys.stderr, flush=True)
+        return {
+            "status": status, "message": message,
+            "stop_reason": getattr(error, "stop_reason", ""), "retryable": getattr(error, "retryable", True),
+        }  # fmt: skip
     return {"status": 0}
 
 

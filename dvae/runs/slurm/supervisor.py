@@ -26,7 +26,7 @@ from typing import Any
 from dvae.errors import MachineError, Stopped, UserError, describe, fold
 from dvae.runs import attempts
 from dvae.runs.attempts import TERMINATED, Attempt
-from dvae.runs.exit_status import GRACE, End, explain
+from dvae.runs.exit_status import GRACE, RankExit, raise_for
 from dvae.runs.slurm import queue
 from dvae.runs.slurm.rank import ASKS, BYE, HELLO
 from dvae.tracking.console import say
@@ -34,18 +34,18 @@ from dvae.utils.fields import Positive, Seconds
 from dvae.utils.read import check, parse_json, read_yaml
 from dvae.utils.secrets import guard_streams
 
-LOOK_EVERY = 0.2
+POLL_SECONDS = 0.2
 """Seconds between two looks at the ranks."""
-LATE = 1 / 3
+ABANDON_FRACTION = 1 / 3
 """Of the time between the signal and the end of a job, what is left when ranks that have not ended are given up."""
-TIME_IS_OVER = ("SIGUSR1", "SIGUSR2")
+TIME_LIMIT_SIGNALS = ("SIGUSR1", "SIGUSR2")
 """Signals that mean: save and come back."""
 FAILED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[\d,\[\]-]+): (?P<how>.+)")
 """How srun tells of a task that failed."""
 
 
 @dataclass
-class LauncherRecord:
+class SupervisorSettings:
     """What the supervisor uses of the settings in launchers/slurm.py."""
 
     max_attempts: Positive
@@ -85,31 +85,31 @@ class Supervisor:
             settings = self.settings()
             try:
                 with attempts.recorded(folder, "slurm", int(os.environ["SLURM_NTASKS"]), job):
-                    Ranks(self, settings, job).run()
+                    RankStep(self, settings, job).run()
                 return
             except Stopped as error:
-                why = error.why
-                if why not in TIME_IS_OVER and not queue.preempted(job):
+                why = error.stop_reason
+                if why not in TIME_LIMIT_SIGNALS and not queue.is_preempted(job):
                     raise
-                self.give_up(job, settings["max_attempts"], error)
+                self.check_attempts_left(job, settings["max_attempts"], error)
                 say(f"{fold(error)}; job {job} goes back into the queue")
-                queue.requeue(job)
+                queue.requeue_job(job)
             except MachineError as error:
-                if not error.again or asked:
+                if not error.retryable or asked:
                     raise
-                times = self.give_up(job, settings["max_attempts"], error)
+                times = self.check_attempts_left(job, settings["max_attempts"], error)
                 pause = settings["retry_seconds"] * 2 ** (times - 1)
                 say(f"{fold(error)}; attempt {times + 1} of {settings['max_attempts']} begins in {pause:g} s")
-                self.rest(pause, asked)
+                self.pause(pause, asked)
 
     @staticmethod
-    def rest(seconds: float, asked: list[str]) -> None:
+    def pause(seconds: float, asked: list[str]) -> None:
         """Pause between two attempts. Raises Stopped where a signal asks."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if asked:
                 raise Stopped(f"stopped between two attempts ({asked[0]}): the same command again resumes", asked[0])
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_SECONDS)
 
     def settings(self) -> dict[str, Any]:
         """The launcher's settings, as they were when the job was submitted. Raises MachineError if they are damaged."""
@@ -123,13 +123,13 @@ class Supervisor:
             settings: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         except OmegaConfBaseException as error:
             raise MachineError(f"{path}: {fold(error)[:200]}") from None
-        check(LauncherRecord, settings, f"{path}: launcher")
+        check(SupervisorSettings, settings, f"{path}: launcher")
         return dict(settings)
 
-    def give_up(self, job: str, most: int, error: MachineError) -> int:
+    def check_attempts_left(self, job: str, most: int, error: MachineError) -> int:
         """How many attempts in a row have kept nothing, or at most one since something was kept. Raises MachineError
         where they are as many as there may be."""
-        times = in_vain(attempts.read(Path(self.folder)), job, newest(Path(self.folder)))
+        times = attempts_without_progress(attempts.read(Path(self.folder)), job, last_progress_time(Path(self.folder)))
         if times < most:
             return times
         failure = MachineError(
@@ -139,20 +139,20 @@ class Supervisor:
         raise failure from None
 
 
-def in_vain(tried: list[Attempt], job: str, kept: float) -> int:
+def attempts_without_progress(tried: list[Attempt], job: str, kept: float) -> int:
     """Attempts of this job, from the last one back, that began after something was `kept` (seconds since 1970), and the
     one during which it was; at least 1."""
     mine = [attempt for attempt in tried if attempt.job == job]
     return max(1, sum(attempt.started > kept for attempt in mine) + any(attempt.started <= kept for attempt in mine))
 
 
-def newest(folder: Path) -> float:
+def last_progress_time(folder: Path) -> float:
     """When something of the run was kept last: a checkpoint, a finished stage; 0 where nothing was."""
     kept = [folder / "stages.json", *folder.glob("checkpoints/*/step-*")]
     return max((path.stat().st_mtime for path in kept if path.exists()), default=0.0)
 
 
-class Ranks:
+class RankStep:
     """The ranks of one attempt: a step of the job, one task for each."""
 
     def __init__(self, supervisor: Supervisor, settings: dict[str, Any], job: str) -> None:
@@ -164,9 +164,9 @@ class Ranks:
         # here, not in rank 0: no port is guessed, and it outlives every rank
         self.store = dist.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
         self.words = [supervisor.folder, *supervisor.stages]
-        self.killed: dict[int, End] = {}
+        self.killed: dict[int, RankExit] = {}
         """What srun says of tasks that it saw fail."""
-        self.before: list[End] | None = None
+        self.before: list[RankExit] | None = None
         """How those had ended that had when the others were killed."""
 
     def run(self) -> None:
@@ -180,11 +180,11 @@ class Ranks:
         failed = [end for end in ends if end.failed]
         stopped = next((end for end in ends if end.status == TERMINATED), None)
         if failed:
-            explain(self.folder, failed, ASKS)
+            raise_for(self.folder, failed, ASKS)
         if over:
-            raise Stopped(f"{over} ({self.folder})", TIME_IS_OVER[1])
+            raise Stopped(f"{over} ({self.folder})", TIME_LIMIT_SIGNALS[1])
         if stopped:
-            raise Stopped(stopped.said, stopped.why)
+            raise Stopped(stopped.message, stopped.stop_reason)
         if srun.returncode:
             raise MachineError(f"srun ended with exit status {srun.returncode}; see {self.logs()}")
 
@@ -216,21 +216,21 @@ class Ranks:
         for line in srun.stderr:
             print(line, end="", file=sys.stderr, flush=True)
             if found := FAILED.search(line):
-                status = status_of(found["how"])
-                for number in numbers(found["tasks"]):
-                    self.killed.setdefault(number, End(number=number, status=status))
+                status = exit_status_of(found["how"])
+                for number in task_numbers(found["tasks"]):
+                    self.killed.setdefault(number, RankExit(number=number, status=status))
 
     def wait(self, srun: subprocess.Popen[str]) -> str:
         """Wait for all ranks; whoever is left GRACE seconds after one has failed is killed, and all are when the job's
         time is nearly over or none has begun in time. Returns why the job should come back; empty: there is no need."""
-        limit, patience, deadline = queue.ends(self.job), self.settings["start_seconds"], None
+        limit, patience, deadline = queue.end_time(self.job), self.settings["start_seconds"], None
         began = time.monotonic()
         while srun.poll() is None:
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_SECONDS)
             why = ""
             if deadline is None and any(end.failed for end in self.ends()):
                 deadline = time.monotonic() + GRACE
-            if limit is not None and time.time() > limit - LATE * self.settings["signal_seconds"]:
+            if limit is not None and time.time() > limit - ABANDON_FRACTION * self.settings["signal_seconds"]:
                 why = "not at a place to stop before the job's time was over"
             elif time.monotonic() > began + patience and not any(self.said(HELLO)):
                 why = f"no rank has begun within launcher.start_seconds={patience}"
@@ -250,12 +250,12 @@ class Ranks:
             srun.kill()
         else:
             with suppress(MachineError):  # it has just ended by itself
-                queue.cancel(f"{self.job}.{step}", "KILL")
+                queue.cancel_job(f"{self.job}.{step}", "KILL")
         srun.wait()
 
-    def ends(self) -> list[End]:
+    def ends(self) -> list[RankExit]:
         """How ranks have ended so far: those that were killed by something first, since they are why others failed."""
-        told = {row["number"]: End(**row) for row in self.said(BYE)}
+        told = {row["number"]: RankExit(**row) for row in self.said(BYE)}
         return [end for end in self.killed.values() if end.number not in told] + list(told.values())
 
     def said(self, key: str) -> Iterator[dict[str, Any]]:
@@ -264,7 +264,7 @@ class Ranks:
                 yield {"number": number} | parse_json(self.store.get(f"{key} {number}"), f"rank {number}")
 
 
-def numbers(tasks: str) -> list[int]:
+def task_numbers(tasks: str) -> list[int]:
     """Task numbers as srun writes them: "0", "0-2,5", "[1,3]"."""
     found: list[int] = []
     for part in tasks.strip("[]").split(","):
@@ -273,7 +273,7 @@ def numbers(tasks: str) -> list[int]:
     return found
 
 
-def status_of(how: str) -> int:
+def exit_status_of(how: str) -> int:
     """srun's words for the end of a task as an exit status, below 0 for a signal, which above 128 means too."""
     if code := re.search(r"exit code (\d+)", how):
         return int(code[1]) if int(code[1]) <= 128 else 128 - int(code[1])

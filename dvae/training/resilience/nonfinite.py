@@ -42,7 +42,7 @@ WrittenNumber: TypeAlias = Number | Literal["nan", "inf", "-inf"]
 class NonFiniteStep(MachineError):
     """More steps were not finite than the config allows: another attempt would meet them too."""
 
-    again = False
+    retryable = False
 
 
 def skip_step(

@@ -55,22 +55,22 @@ def test_what_cannot_be_compared_is_refused(changed: dict[str, object], words: s
 )
 def test_words_that_mean_nothing_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        study_spec.read(words)
+        study_spec.read_study(words)
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in study_spec.FILES.glob("*.yaml")])
 def test_the_studies_that_are_shipped(name: str) -> None:
-    settings = study_spec.read([f"study={name}", "seeds=[4]", "steps=[3]"])
+    settings = study_spec.read_study([f"study={name}", "seeds=[4]", "steps=[3]"])
     assert (settings.seeds, settings.steps) == ([4], [3])
     for arm in settings.arms:
-        stages = ",".join(study_spec.stages_of(settings, arm))
+        stages = ",".join(study_spec.arm_stages(settings, arm))
         words = [
             f"recipe={settings.recipe}",
             *settings.overrides,
             f"stages=[{stages}]",
-            *study_spec.words_of(settings, arm, 4),
+            *study_spec.arm_overrides(settings, arm, 4),
         ]
         found = compose.typed(compose.compose("train", words))
         assert components.on_meta(found).generates
@@ -80,23 +80,23 @@ def test_the_studies_that_are_shipped(name: str) -> None:
 def test_the_words_of_arms() -> None:
     arms = {"one": [], "two": ["stages=[shards,joint,prior]", "seed=9"], "three": ["stages=[distil]", "teacher=one"]}
     found = settings(arms=arms, out="o")
-    assert study_spec.stages_of(found, "one") == ("shards", "encoder", "prior", "refiner")
-    assert study_spec.words_of(found, "one", 5) == [
+    assert study_spec.arm_stages(found, "one") == ("shards", "encoder", "prior", "refiner")
+    assert study_spec.arm_overrides(found, "one", 5) == [
         "seed=5",
         "data.shards=o/shards",
         "encoder_weights=o/seed-5/generator",
     ]
-    assert study_spec.stages_of(found, "two") == ("shards", "joint", "prior")
-    assert study_spec.words_of(found, "two", 5) == ["seed=5", "data.shards=o/shards", "seed=9"]
-    assert study_spec.stages_of(found, "three") == ("distil",)
-    assert study_spec.words_of(found, "three", 5) == ["seed=5", "data.shards=o/shards", "teacher=o/seed-5/one"]
+    assert study_spec.arm_stages(found, "two") == ("shards", "joint", "prior")
+    assert study_spec.arm_overrides(found, "two", 5) == ["seed=5", "data.shards=o/shards", "seed=9"]
+    assert study_spec.arm_stages(found, "three") == ("distil",)
+    assert study_spec.arm_overrides(found, "three", 5) == ["seed=5", "data.shards=o/shards", "teacher=o/seed-5/one"]
 
 
 def test_the_report_names_the_samplers_of_the_arms() -> None:
     def point(name: str, nfe: float) -> dict[str, object]:
         return {"protocol": {"sampler": {"name": name}, "nfe": nfe}}
 
-    points: study_runs.Points = {study_runs.VAE: {0: {}}, "a": {4: point("ddim", 4)}, "b": {4: point("ddim", 4)}}
+    points: study_runs.StudyPoints = {study_runs.VAE: {0: {}}, "a": {4: point("ddim", 4)}, "b": {4: point("ddim", 4)}}
     assert study_report.samplers(points) == "sampler ddim, 1 evaluation a step"
     points["b"] = {2: point("heun", 3), 4: point("heun", 6)}
     assert (
@@ -106,18 +106,18 @@ def test_the_report_names_the_samplers_of_the_arms() -> None:
 
 def test_a_folder_is_one_study(tmp_path: Path) -> None:
     out = str(tmp_path / "study")
-    study_runs.hold(settings(out=out))
-    study_runs.hold(settings(out=out, seeds=[0, 1, 2, 3], steps=[7]))  # may be added
-    study_runs.hold(settings(out=out, arms={"b": [], "c": ["seed=1"]}))
-    study_runs.hold(settings(out=out))
+    study_runs.claim_folder(settings(out=out))
+    study_runs.claim_folder(settings(out=out, seeds=[0, 1, 2, 3], steps=[7]))  # may be added
+    study_runs.claim_folder(settings(out=out, arms={"b": [], "c": ["seed=1"]}))
+    study_runs.claim_folder(settings(out=out))
     with pytest.raises(UserError, match=r"is a study with arms=.*'c'.*, not .*: name another"):
-        study_runs.hold(settings(out=out, arms={"c": []}))
+        study_runs.claim_folder(settings(out=out, arms={"c": []}))
     with pytest.raises(UserError, match="is a study with n=500, not 600: name another"):
-        study_runs.hold(settings(out=out, n=600))
+        study_runs.claim_folder(settings(out=out, n=600))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match="exists and is not a study"):
-        study_runs.hold(settings(out=str(tmp_path / "other")))
+        study_runs.claim_folder(settings(out=str(tmp_path / "other")))
 
 
 def test_the_table_has_errors_over_seeds() -> None:
@@ -125,11 +125,11 @@ def test_the_table_has_errors_over_seeds() -> None:
     assert study_report.figure(kid) == "21.3 ± 1.2"
     assert study_report.figure(kid | {"se": None}) == "21.3"
     sets = {name: {5: {"sets": {name: {study_report.KID: kid}}}} for name in ("a", "b")}
-    points: study_runs.Points = {
+    points: study_runs.StudyPoints = {
         study_runs.VAE: {0: {"sets": {study_runs.VAE: {study_report.KID: kid | {"mean": 0.3}}}}},
         **sets,
     }
-    rows = study_report.rows(
+    rows = study_report.kid_table(
         settings(steps=[5]), points, {"heldout": {study_report.KID: kid | {"mean": 0.0}}}
     ).splitlines()
     assert rows[2:] == [
@@ -149,9 +149,9 @@ def test_formulation_2_draws_the_same_images(tiny: list[str], tmp_path: Path, im
     bundle.export(tmp_path / "bundle", compose.typed(composed), parts)
     if not image:
         with pytest.raises(UserError, match="is not of formulation 1"):
-            equivalence.compare(tmp_path / "bundle", 3, 0)
+            equivalence.compare_formulations(tmp_path / "bundle", 3, 0)
         return
-    assert equivalence.compare(tmp_path / "bundle", 3, 0).gray_levels <= 1
+    assert equivalence.compare_formulations(tmp_path / "bundle", 3, 0).gray_levels <= 1
     loaded, made = bundle.load(tmp_path / "bundle")
     first = Pipeline(loaded, made).generate(4, 0)[1].int()
     made.denoiser.config = replace(loaded.denoiser, center=Center.input)  # in its coordinates they are another function

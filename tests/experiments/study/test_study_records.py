@@ -40,7 +40,7 @@ def kept(settings: StudyConfig, text: str) -> Path:
 
 def test_a_point_comes_back_as_written(settings: StudyConfig) -> None:
     kept(settings, json.dumps(POINT))
-    assert study_runs.point(settings, "a", 5) == POINT
+    assert study_runs.score_point(settings, "a", 5) == POINT
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_point_comes_back_as_written(settings: StudyConfig) -> None:
 def test_a_damaged_point_is_one_line(settings: StudyConfig, text: str) -> None:
     path = kept(settings, text)
     with pytest.raises(MachineError) as error:
-        study_runs.point(settings, "a", 5)
+        study_runs.score_point(settings, "a", 5)
     assert str(error.value).startswith(f"{path}: damaged (")
     assert str(error.value).endswith("; delete it, it will be made again")
     assert len(str(error.value).splitlines()) == 1
@@ -69,10 +69,10 @@ def test_a_damaged_point_is_one_line(settings: StudyConfig, text: str) -> None:
     ["{", "null", "[]", "{}", '{"arms": []}', '{"arms": {"a": "b"}}', '{"arms": {"a": [1]}}', '{"a": 1, "a": 2}'],
 )
 def test_a_damaged_record_is_one_line(settings: StudyConfig, text: str) -> None:
-    study_runs.hold(settings)
+    study_runs.claim_folder(settings)
     (Path(settings.out) / study_runs.RECORD).write_text(text)
     with pytest.raises(MachineError, match=r"study\.json: .*; its runs beside it are whole, name another out=$"):
-        study_runs.hold(settings)
+        study_runs.claim_folder(settings)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
@@ -80,10 +80,10 @@ def test_what_is_no_file_is_one_line(settings: StudyConfig, make: Any) -> None:
     kept(settings, "").unlink()
     make(Path(settings.out) / study_runs.RECORD)
     with pytest.raises(MachineError, match=r"study\.json: is a \w+, not a file"):
-        study_runs.hold(settings)
+        study_runs.claim_folder(settings)
     make(Path(settings.out) / "points" / "a-0005.json")
     with pytest.raises(MachineError, match=r"a-0005\.json: damaged \(is a \w+, not a file\)"):
-        study_runs.point(settings, "a", 5)
+        study_runs.score_point(settings, "a", 5)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,6 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, said: str) -
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        study_spec.read([f"study={path}"])
+        study_spec.read_study([f"study={path}"])
     assert said in str(error.value)
     assert len(str(error.value).splitlines()) == 1

@@ -12,7 +12,7 @@ from tests_support import ROOT
 
 from dvae.errors import UserError
 from dvae.experiments.sweeps import sweep_engine
-from dvae.experiments.sweeps.trials import State, Trial
+from dvae.experiments.sweeps.trials import Trial, TrialState
 
 METRIC = {"name": "refiner/loss", "goal": "minimize"}
 CHOICES = {"b": {"values": [1, 2, 3]}, "a": {"values": ["x", "y"]}, "c": {"value": 5}}
@@ -27,7 +27,7 @@ def drawn(given: dict[str, Any], count: int) -> list[Trial]:
     for number in range(1, count + 1):
         parameters = sweep_engine.propose(given, trials)
         assert parameters is not None
-        trials.append(Trial(number, parameters, State.finished, metric=float(number)))
+        trials.append(Trial(number, parameters, TrialState.finished, metric=float(number)))
     return trials
 
 
@@ -48,7 +48,7 @@ def test_a_grid_is_every_combination_once_and_then_nothing() -> None:
 
 def test_a_failed_point_of_a_grid_is_not_drawn_again() -> None:
     trials = drawn(sweep("grid", CHOICES), 6)
-    trials[2].state, trials[2].metric = State.failed, None
+    trials[2].state, trials[2].metric = TrialState.failed, None
     assert sweep_engine.propose(sweep("grid", CHOICES), trials) is None
 
 
@@ -73,15 +73,17 @@ def test_bayes_finds_the_best_of_a_parabola(goal: str) -> None:
         parameters = sweep_engine.propose(given, trials)
         assert parameters is not None
         metric = sign * (parameters["x"] - 0.3) ** 2
-        trials.append(Trial(number, parameters, State.finished, metric))
+        trials.append(Trial(number, parameters, TrialState.finished, metric))
     assert min(abs(trial.parameters["x"] - 0.3) for trial in trials) < 0.02
     assert sum(abs(trial.parameters["x"] - 0.3) < 0.1 for trial in trials) > 5  # chance would be 3
 
 
 def test_bayes_keeps_away_from_what_runs_and_from_what_failed() -> None:
     given = sweep("bayes", {"x": {"min": 0.0, "max": 1.0}})
-    trials = [Trial(n, {"x": x}, State.finished, (x - 0.3) ** 2) for n, x in enumerate((0.0, 0.2, 0.5, 0.8), start=1)]
-    for state in (State.running, State.failed):
+    trials = [
+        Trial(n, {"x": x}, TrialState.finished, (x - 0.3) ** 2) for n, x in enumerate((0.0, 0.2, 0.5, 0.8), start=1)
+    ]
+    for state in (TrialState.running, TrialState.failed):
         first = sweep_engine.propose(given, trials)
         assert first is not None
         second = sweep_engine.propose(given, [*trials, Trial(5, first, state)])
@@ -115,24 +117,30 @@ def test_hyperband_ends_the_worse_half_at_each_band() -> None:
     given = sweep("random", CHOICES, **HYPERBAND)
     trials = [Trial(n, {}) for n in range(1, 5)]
     early = histories([9, 1.0], [9, 2.0], [9, 3.0], [9, 4.0])
-    assert sweep_engine.to_stop(given, trials, early) == [4]  # sorted([1, 2, 3, 4])[int(4 / 2)] = 3
-    assert sweep_engine.to_stop(given, trials, histories([9.0], [9.0], [9.0], [9.0])) == []
+    assert sweep_engine.trials_to_stop(given, trials, early) == [4]  # sorted([1, 2, 3, 4])[int(4 / 2)] = 3
+    assert sweep_engine.trials_to_stop(given, trials, histories([9.0], [9.0], [9.0], [9.0])) == []
     later = histories([9, 1, 9, 8.0], [9, 2, 9, 5.0], [9, 3, 9, 6.0], [9, 2, 9])
-    assert sweep_engine.to_stop(given, trials, later) == [
+    assert sweep_engine.trials_to_stop(given, trials, later) == [
         1
     ]  # sorted([5, 6, 8])[1] = 6; the fourth is judged at 2: 2 <= 3
 
 
 def test_hyperband_learns_from_those_that_ended_and_ends_only_those_that_run() -> None:
     given = sweep("random", CHOICES, **HYPERBAND)
-    ended = [Trial(1, {}, State.finished, 1.0), Trial(2, {}, State.stopped, 1.0), Trial(3, {}, State.failed)]
+    ended = [
+        Trial(1, {}, TrialState.finished, 1.0),
+        Trial(2, {}, TrialState.stopped, 1.0),
+        Trial(3, {}, TrialState.failed),
+    ]
     values = histories([9, 1.0], [9, 5.0], [9, 5.0], [9, 6.0])
-    assert sweep_engine.to_stop(given, [*ended, Trial(4, {})], values) == [4]
+    assert sweep_engine.trials_to_stop(given, [*ended, Trial(4, {})], values) == [4]
 
 
 def test_hyperband_stops_nothing_unless_it_is_asked_for() -> None:
     assert (
-        sweep_engine.to_stop(sweep("random", CHOICES), [Trial(1, {}), Trial(2, {})], histories([1.0] * 9, [2.0] * 9))
+        sweep_engine.trials_to_stop(
+            sweep("random", CHOICES), [Trial(1, {}), Trial(2, {})], histories([1.0] * 9, [2.0] * 9)
+        )
         == []
     )
 
@@ -140,4 +148,4 @@ def test_hyperband_stops_nothing_unless_it_is_asked_for() -> None:
 def test_hyperband_knows_when_more_is_better() -> None:
     given = sweep("random", CHOICES, **HYPERBAND) | {"metric": {"name": "refiner/loss", "goal": "maximize"}}
     trials = [Trial(n, {}) for n in range(1, 5)]
-    assert sweep_engine.to_stop(given, trials, histories([0, 1.0], [0, 2.0], [0, 3.0], [0, 4.0])) == [1]
+    assert sweep_engine.trials_to_stop(given, trials, histories([0, 1.0], [0, 2.0], [0, 3.0], [0, 4.0])) == [1]

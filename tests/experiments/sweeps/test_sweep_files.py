@@ -68,7 +68,7 @@ def test_every_parameter_is_an_override_of_its_recipe(path: Path, monkeypatch: p
 def test_a_trial_here_has_the_words_of_the_file_but_for_the_servers(path: Path) -> None:
     loaded = sweep_spec.load(path.stem)
     parameters = {name: ends(given)[0] for name, given in loaded.sweep["parameters"].items()}
-    words = loaded.words(parameters, ["train_refiner.steps=7", "run=out/trial-0001"])
+    words = loaded.overrides(parameters, ["train_refiner.steps=7", "run=out/trial-0001"])
     assert words[-1] == "run=out/trial-0001"
     assert "train_refiner.steps=7" in words
     assert {f"{name}={value}" for name, value in parameters.items()} < set(words)
@@ -172,8 +172,8 @@ def test_what_is_no_yaml_is_one_line(tmp_path: Path) -> None:
 def test_what_the_recipe_refuses_is_said_before_anything_is_written(
     change: dict[str, Any], words: list[str], said: str
 ) -> None:
-    sweep_spec.preflight(sweep_spec.Spec("mine", GOOD), [])
+    sweep_spec.check_first_trial(sweep_spec.SweepSpec("mine", GOOD), [])
     with pytest.raises(UserError) as error:
-        sweep_spec.preflight(sweep_spec.Spec("mine", sweep_spec.check("mine", GOOD | change)), words)
+        sweep_spec.check_first_trial(sweep_spec.SweepSpec("mine", sweep_spec.check("mine", GOOD | change)), words)
     assert str(error.value).startswith(said)
     assert "\n" not in str(error.value)

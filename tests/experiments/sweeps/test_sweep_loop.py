@@ -14,27 +14,27 @@ import pytest
 
 from dvae.errors import MachineError, UserError
 from dvae.experiments.sweeps import sweep_loop
-from dvae.experiments.sweeps.sweep_loop import Sweep, SweepToolConfig, done
-from dvae.experiments.sweeps.sweep_spec import Spec, key
-from dvae.experiments.sweeps.trial_processes import Processes, Running
-from dvae.experiments.sweeps.trials import Folder, State, Trial
+from dvae.experiments.sweeps.sweep_loop import Sweep, SweepToolConfig, count_done
+from dvae.experiments.sweeps.sweep_spec import SweepSpec, key
+from dvae.experiments.sweeps.trial_processes import RunningTrial, TrialProcesses
+from dvae.experiments.sweeps.trials import SweepFolder, Trial, TrialState
 from dvae.tracking.metrics_log import MetricsLog
 
 STEPS = 4
 COMMAND = ["${interpreter}", "${program}", "recipe=demo", "run=somewhere", "${args_no_hyphens}"]
 
 
-def spec_of(method: str = "random", values: tuple[int, ...] = tuple(range(1, 60)), **more: Any) -> Spec:
+def spec_of(method: str = "random", values: tuple[int, ...] = tuple(range(1, 60)), **more: Any) -> SweepSpec:
     parameters = {"seed": {"values": list(values)}}
     metric = {"name": "refiner/loss", "goal": "minimize"}
-    return Spec("made-up", {
+    return SweepSpec("made-up", {
         "method": method, "metric": metric, "parameters": parameters, "program": "tools/launch.py", "command": COMMAND,
         **more,
     })  # fmt: skip
 
 
 @dataclass
-class MadeUp(Processes):
+class MadeUp(TrialProcesses):
     """Trials that take STEPS looks, a row of metrics each: loss = seed / step. `status` says how a trial ends by its
     number, `crash` after how many looks the sweep itself is gone."""
 
@@ -43,7 +43,7 @@ class MadeUp(Processes):
     crash: int = -1
     metric: str = "loss"
     value: float | None = None
-    running: dict[int, Running] = field(default_factory=dict)
+    running: dict[int, RunningTrial] = field(default_factory=dict)
     most: int = 0
     started: list[int] = field(default_factory=list)
 
@@ -53,11 +53,11 @@ class MadeUp(Processes):
         folder.mkdir(exist_ok=True)
         log.write_text("dvae: refiner ...\ndvae: error: made up\n", encoding="utf-8")
         process: Any = SimpleNamespace(returncode=None, folder=folder, seed=int(words["seed"]), terminate=lambda: None)
-        self.running[number] = Running(process, log, 0.0, 0)
+        self.running[number] = RunningTrial(process, log, 0.0, 0)
         self.started.append(number)
         self.most = max(self.most, len(self.running))
 
-    def ended(self) -> dict[int, Running]:
+    def ended(self) -> dict[int, RunningTrial]:
         if self.crash == 0:
             raise KeyboardInterrupt
         self.crash -= 1
@@ -66,8 +66,8 @@ class MadeUp(Processes):
             process: Any = running.process
             metrics = MetricsLog(process.folder / "metrics.jsonl")
             step = len(metrics.rows()) + 1
-            if step > STEPS or running.asked or (number in self.status and step == 2):
-                process.returncode = 143 if running.asked else self.status.pop(number, 0)
+            if step > STEPS or running.asked_to_stop or (number in self.status and step == 2):
+                process.returncode = 143 if running.asked_to_stop else self.status.pop(number, 0)
                 gone[number] = self.running.pop(number)
             else:
                 loss = process.seed / step if self.value is None else self.value
@@ -77,11 +77,11 @@ class MadeUp(Processes):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_loop, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(sweep_loop, "POLL_SECONDS", 0.0)
 
 
-def sweep_in(path: Path, processes: MadeUp, spec: Spec | None = None, **settings: int) -> Sweep:
-    folder = Folder(path / "out")
+def sweep_in(path: Path, processes: MadeUp, spec: SweepSpec | None = None, **settings: int) -> Sweep:
+    folder = SweepFolder(path / "out")
     folder.open((spec or spec_of()).sweep, [])
     given = SweepToolConfig(sweep="made-up", parallel=processes.parallel, **settings)  # type: ignore[arg-type]
     return Sweep(spec or spec_of(), folder, [], processes, given)
@@ -91,10 +91,10 @@ def sweep_in(path: Path, processes: MadeUp, spec: Spec | None = None, **settings
 def test_exactly_count_trials_and_never_more_at_a_time_than_parallel(tmp_path: Path, parallel: int) -> None:
     processes = MadeUp(parallel)
     made = sweep_in(tmp_path, processes, n=7).run()
-    assert [trial.state for trial in made] == [State.finished] * 7
+    assert [trial.state for trial in made] == [TrialState.finished] * 7
     assert processes.most == min(parallel, 7)
     assert all(trial.metric == trial.parameters["seed"] / STEPS for trial in made)
-    assert Folder(tmp_path / "out").trials() == made
+    assert SweepFolder(tmp_path / "out").trials() == made
     assert sorted(path.name for path in (tmp_path / "out").glob("trial-*")) == [f"trial-000{n}" for n in range(1, 8)]
 
 
@@ -103,11 +103,11 @@ def test_killed_at_any_look_it_goes_on_and_ends_with_count(tmp_path: Path, crash
     whole = sweep_in(tmp_path / "whole", MadeUp(2), n=6).run()
     with pytest.raises(KeyboardInterrupt):
         sweep_in(tmp_path, MadeUp(2, crash=crash), n=6).run()
-    unfinished = [trial.number for trial in Folder(tmp_path / "out").trials() if trial.state is State.running]
+    unfinished = [trial.number for trial in SweepFolder(tmp_path / "out").trials() if trial.state is TrialState.running]
     processes = MadeUp(2)
     made = sweep_in(tmp_path, processes, n=6).run()
     assert processes.started[: len(unfinished)] == unfinished  # those first
-    assert [trial.state for trial in made] == [State.finished] * 6
+    assert [trial.state for trial in made] == [TrialState.finished] * 6
     assert [trial.parameters for trial in made] == [trial.parameters for trial in whole]
 
 
@@ -121,8 +121,8 @@ def test_a_larger_count_adds_trials_to_those_that_there_are(tmp_path: Path) -> N
 def test_a_failed_trial_is_recorded_replaced_and_never_tried_again(tmp_path: Path) -> None:
     processes = MadeUp(2, status={2: 1})
     made = sweep_in(tmp_path, processes, n=4).run()
-    assert [trial.state for trial in made] == [State.finished, State.failed, *[State.finished] * 3]
-    assert made[1].said == "exit status 1: dvae: error: made up"
+    assert [trial.state for trial in made] == [TrialState.finished, TrialState.failed, *[TrialState.finished] * 3]
+    assert made[1].message == "exit status 1: dvae: error: made up"
     assert made[1].metric is None
     assert processes.started == [1, 2, 3, 4, 5]
     again = MadeUp(2)
@@ -141,7 +141,7 @@ def test_a_trial_that_somebody_stopped_is_taken_up_again(tmp_path: Path) -> None
     processes = MadeUp(1, status={1: 143})
     made = sweep_in(tmp_path, processes, n=2).run()
     assert processes.started == [1, 1, 2]
-    assert [trial.state for trial in made] == [State.finished, State.finished]
+    assert [trial.state for trial in made] == [TrialState.finished, TrialState.finished]
 
 
 def test_a_metric_that_nobody_measures_ends_the_sweep_with_the_nearest_name(tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_a_metric_that_nobody_measures_ends_the_sweep_with_the_nearest_name(tmp_
 def test_a_metric_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="refiner/loss was not a finite number"):
         sweep_in(tmp_path, MadeUp(1, value=float("nan")), n=2, failures=1).run()
-    (trial,) = Folder(tmp_path / "out").trials()
-    assert (trial.state, trial.metric) == (State.failed, None)
+    (trial,) = SweepFolder(tmp_path / "out").trials()
+    assert (trial.state, trial.metric) == (TrialState.failed, None)
 
 
 def test_hyperband_ends_trials_early_and_they_count(tmp_path: Path) -> None:
@@ -161,16 +161,21 @@ def test_hyperband_ends_trials_early_and_they_count(tmp_path: Path) -> None:
     spec = spec_of("grid", (4, 2, 9, 1), early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2})
     made = sweep_in(tmp_path, MadeUp(1), spec, n=4).run()
     # after two rows: 2; 1 <= 2; 4.5 > sorted(1, 2, 4.5)[1] = 2; 0.5
-    assert [trial.state for trial in made] == [State.finished, State.finished, State.stopped, State.finished]
+    assert [trial.state for trial in made] == [
+        TrialState.finished,
+        TrialState.finished,
+        TrialState.stopped,
+        TrialState.finished,
+    ]
     assert made[2].metric == 9 / 2
-    assert done(made) == 4
+    assert count_done(made) == 4
     assert len(MetricsLog(tmp_path / "out" / "trial-0003" / "metrics.jsonl").rows()) == 2
 
 
 def test_a_grid_ends_when_it_has_no_more(tmp_path: Path) -> None:
     made = sweep_in(tmp_path, MadeUp(2), spec_of("grid", (3, 4, 5)), n=9).run()
     assert [trial.parameters["seed"] for trial in made] == [3, 4, 5]
-    assert done(made) == 3
+    assert count_done(made) == 3
 
 
 def test_the_summarys_figures_come_before_the_rows(tmp_path: Path) -> None:
@@ -179,7 +184,7 @@ def test_the_summarys_figures_come_before_the_rows(tmp_path: Path) -> None:
     sweep.folder.run(trial).mkdir()
     figures = {"figures": {"refiner/loss": 0.125}}
     (sweep.folder.run(trial) / "summary.json").write_text(json.dumps(figures), encoding="utf-8")
-    assert sweep.measured(trial) == 0.125
+    assert sweep.final_metric(trial) == 0.125
 
 
 def test_the_command_of_a_trial(tmp_path: Path) -> None:
@@ -190,24 +195,24 @@ def test_the_command_of_a_trial(tmp_path: Path) -> None:
 
 class TestFolder:
     def test_another_sweep_or_other_words_are_refused(self, tmp_path: Path) -> None:
-        folder = Folder(tmp_path / "out")
+        folder = SweepFolder(tmp_path / "out")
         folder.open({"method": "grid"}, ["a=1"])
         folder.open({"method": "grid"}, ["a=1"])
         for sweep, words in (({"method": "random"}, ["a=1"]), ({"method": "grid"}, [])):
-            with pytest.raises(UserError, match="holds a sweep of another file or other words: use another out="):
+            with pytest.raises(UserError, match="holds a sweep of another file or other overrides: use another out="):
                 folder.open(sweep, words)
 
     def test_a_folder_that_is_no_sweep_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
         with pytest.raises(UserError, match="exists and is not a sweep"):
-            Folder(tmp_path).open({}, [])
+            SweepFolder(tmp_path).open({}, [])
 
     def test_two_sweeps_cannot_share_it(self, tmp_path: Path) -> None:
-        folder = Folder(tmp_path / "out")
+        folder = SweepFolder(tmp_path / "out")
         folder.open({}, [])
         code = (
-            "import sys; from pathlib import Path; from dvae.experiments.sweeps.trials import Folder\n"
-            "with Folder(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
+            "import sys; from pathlib import Path; from dvae.experiments.sweeps.trials import SweepFolder\n"
+            "with SweepFolder(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
         )
         with subprocess.Popen(
             [sys.executable, "-c", code, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -221,18 +226,18 @@ class TestFolder:
             pass
 
     def test_damage_is_named(self, tmp_path: Path) -> None:
-        folder = Folder(tmp_path / "out")
+        folder = SweepFolder(tmp_path / "out")
         folder.open({}, [])
         (folder.path / "trials.json").write_text("[{", encoding="utf-8")
         with pytest.raises(MachineError, match=r"trials\.json: is damaged"):
             folder.trials()
 
     def test_trials_are_kept_whole(self, tmp_path: Path) -> None:
-        folder = Folder(tmp_path / "out")
+        folder = SweepFolder(tmp_path / "out")
         folder.open({}, [])
         kept = [
-            Trial(1, {"a": [1, 2], "b": None}, State.stopped, 0.5, 3.25),
-            Trial(2, {"a": "x"}, State.failed, said="?"),
+            Trial(1, {"a": [1, 2], "b": None}, TrialState.stopped, 0.5, 3.25),
+            Trial(2, {"a": "x"}, TrialState.failed, message="?"),
         ]
         folder.keep(kept)
         assert folder.trials() == kept
@@ -240,23 +245,25 @@ class TestFolder:
 
 class TestSettings:
     def test_words_are_parted(self) -> None:
-        settings, words = sweep_loop.parted(["sweep=demo", "n=3", "seed=4", "train_refiner.steps=2", "~classifier"])
+        settings, words = sweep_loop.split_arguments(
+            ["sweep=demo", "n=3", "seed=4", "train_refiner.steps=2", "~classifier"]
+        )
         assert (settings.sweep, settings.n, settings.parallel) == ("demo", 3, 1)
         assert words == ["seed=4", "train_refiner.steps=2", "~classifier"]
 
     @pytest.mark.parametrize("words", [["n=0"], ["parallel=0"], ["failures=-1"]])
     def test_numbers_below_one_are_refused(self, words: list[str]) -> None:
         with pytest.raises(UserError, match=f"^{words[0]}: use 1 or more"):
-            sweep_loop.sweep([], sweep_loop.parted(["sweep=demo", *words])[0])
+            sweep_loop.sweep([], sweep_loop.split_arguments(["sweep=demo", *words])[0])
 
     def test_a_number_that_is_none_is_one_line(self) -> None:
         with pytest.raises(UserError, match=r"^n: Value 'many'"):
-            sweep_loop.parted(["sweep=demo", "n=many"])
+            sweep_loop.split_arguments(["sweep=demo", "n=many"])
 
     def test_fewer_than_are_finished_are_refused(self, tmp_path: Path) -> None:
         loaded = sweep_loop.spec.load("demo")
-        folder = Folder(tmp_path / "out")
+        folder = SweepFolder(tmp_path / "out")
         folder.open(loaded.sweep, [])
-        folder.keep([Trial(n, {}, State.finished, 1.0) for n in (1, 2, 3)])
+        folder.keep([Trial(n, {}, TrialState.finished, 1.0) for n in (1, 2, 3)])
         with pytest.raises(UserError, match=r"^n=2: .*out holds 3 finished trials already: use n=3 or more"):
             sweep_loop.sweep([], SweepToolConfig(sweep="demo", n=2, out=str(folder.path)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dvae.experiments.sweeps.trial_processes import Processes, cores, share
+from dvae.experiments.sweeps.trial_processes import TrialProcesses, cores, share
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_cores_are_shared_unless_the_user_has_said_how_many() -> None:
     assert share(0, 2, {"OMP_NUM_THREADS": "3"}, []) == {}
 
 
-def wait_for(processes: Processes) -> int:
+def wait_for(processes: TrialProcesses) -> int:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         for running in processes.ended().values():
@@ -49,18 +49,18 @@ def wait_for(processes: Processes) -> int:
 
 def test_what_a_trial_says_is_added_to_its_log(tmp_path: Path) -> None:
     log = tmp_path / "trial-0001.log"
-    processes = Processes(2)
+    processes = TrialProcesses(2)
     for word in ("first", "second"):
         processes.start(1, [sys.executable, "-c", f"import sys; print('{word}'); sys.exit('50%\\r{word}: no\\n')"], log)
         running = processes.running[1]
         assert wait_for(processes) == 1
-        assert running.last_words() == f"{word}: no"
+        assert running.last_line() == f"{word}: no"
     assert log.read_text(encoding="utf-8").count("first") == 2
     assert processes.running == {}
 
 
 def test_slots_are_given_again(tmp_path: Path) -> None:
-    processes = Processes(2)
+    processes = TrialProcesses(2)
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     processes.start(1, sleeping, tmp_path / "1")
     processes.start(2, [sys.executable, "-c", ""], tmp_path / "2")
@@ -76,8 +76,9 @@ def test_slots_are_given_again(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_trials_end_with_the_sweep_even_where_it_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from dvae.experiments.sweeps.trial_processes import Processes\n"
-        "processes = Processes(1)\n"
+        "import sys, time; from pathlib import Path\n"
+        "from dvae.experiments.sweeps.trial_processes import TrialProcesses\n"
+        "processes = TrialProcesses(1)\n"
         "processes.start(1, [sys.executable, '-c', 'import time; time.sleep(60)'], Path(sys.argv[1]))\n"
         "print(processes.running[1].process.pid, flush=True); time.sleep(60)"
     )

@@ -13,29 +13,29 @@ from test_sweep_files import GOOD
 
 from dvae.errors import MachineError, UserError
 from dvae.experiments.sweeps import sweep_spec
-from dvae.experiments.sweeps.trial_processes import Running
-from dvae.experiments.sweeps.trials import Folder, State, Trial
+from dvae.experiments.sweeps.trial_processes import RunningTrial
+from dvae.experiments.sweeps.trials import SweepFolder, Trial, TrialState
 
 ROW: dict[str, Any] = {
-    "number": 1, "parameters": {"lr": 0.1}, "state": "finished", "metric": 0.5, "seconds": 3.0, "said": "",
+    "number": 1, "parameters": {"lr": 0.1}, "state": "finished", "metric": 0.5, "seconds": 3.0, "message": "",
 }  # fmt: skip
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    made = Folder(tmp_path / "sweep")
+def folder(tmp_path: Path) -> SweepFolder:
+    made = SweepFolder(tmp_path / "sweep")
     made.open(GOOD, ["seed=1"])
     return made
 
 
-def trials_file(folder: Folder) -> Path:
+def trials_file(folder: SweepFolder) -> Path:
     return folder.path / "trials.json"
 
 
-def test_trials_come_back_as_written(folder: Folder) -> None:
+def test_trials_come_back_as_written(folder: SweepFolder) -> None:
     trials = [
-        Trial(1, {"lr": 0.1, "name": "a", "on": True, "none": None, "list": [1]}, State.stopped, 0.5, 3.0),
-        Trial(2, {}, State.failed, None, 0.1, "exit status 1: no"),
+        Trial(1, {"lr": 0.1, "name": "a", "on": True, "none": None, "list": [1]}, TrialState.stopped, 0.5, 3.0),
+        Trial(2, {}, TrialState.failed, None, 0.1, "exit status 1: no"),
         Trial(3, {"lr": 2}),
     ]
     folder.keep(trials)
@@ -48,7 +48,7 @@ def test_a_sweep_with_aliases_is_taken_up_again(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(GOOD) + "x: &x {a: 1}\ny: *x\n")
     found = sweep_spec.read_user_yaml(path, "yaml")
     for _ in range(2):
-        Folder(tmp_path / "sweep").open(found, [])
+        SweepFolder(tmp_path / "sweep").open(found, [])
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_a_sweep_with_aliases_is_taken_up_again(tmp_path: Path) -> None:
         json.dumps([ROW | {"number": "1"}]), json.dumps([ROW | {"state": "gone"}]), json.dumps([ROW | {"state": 3}]),
         json.dumps([ROW | {"parameters": [1]}]), json.dumps([ROW | {"metric": "0.5"}]),
         json.dumps([ROW | {"metric": float("nan")}]), json.dumps([ROW | {"seconds": -1}]),
-        json.dumps([ROW | {"said": None}]), json.dumps([{"number": 1}]), '[{"number": 1, "number": 2}]',
+        json.dumps([ROW | {"message": None}]), json.dumps([{"number": 1}]), '[{"number": 1, "number": 2}]',
     ],
 )  # fmt: skip
-def test_damaged_trials_are_one_line(folder: Folder, text: str) -> None:
+def test_damaged_trials_are_one_line(folder: SweepFolder, text: str) -> None:
     trials_file(folder).write_text(text)
     with pytest.raises(MachineError) as error:
         folder.trials()
@@ -71,7 +71,7 @@ def test_damaged_trials_are_one_line(folder: Folder, text: str) -> None:
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_what_is_no_file_is_one_line(folder: Folder, make: Any) -> None:
+def test_what_is_no_file_is_one_line(folder: SweepFolder, make: Any) -> None:
     make(trials_file(folder))
     with pytest.raises(MachineError, match=r"trials\.json: is damaged \(is a \w+, not a file\)"):
         folder.trials()
@@ -82,18 +82,18 @@ def test_what_is_no_file_is_one_line(folder: Folder, make: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "a: 1\na: 2", "a: !!python/object:os.system {}", "\xff"])
-def test_a_damaged_record_is_one_line(folder: Folder, text: str) -> None:
+def test_a_damaged_record_is_one_line(folder: SweepFolder, text: str) -> None:
     (folder.path / "sweep.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(MachineError, match=r"sweep\.yaml: .*: this sweep's record is damaged; use another out=$"):
         folder.open(GOOD, [])
 
 
-def test_control_characters_do_not_reach_a_terminal(folder: Folder, tmp_path: Path) -> None:
-    trials_file(folder).write_text(json.dumps([ROW | {"said": "a\x1b[2J\nb"}]))
-    assert folder.trials()[0].said == r"a\x1b[2J b"
+def test_control_characters_do_not_reach_a_terminal(folder: SweepFolder, tmp_path: Path) -> None:
+    trials_file(folder).write_text(json.dumps([ROW | {"message": "a\x1b[2J\nb"}]))
+    assert folder.trials()[0].message == r"a\x1b[2J b"
     log = tmp_path / "log"
     log.write_bytes(b"fine\nred\x1b[31m\n")
-    assert Running(None, log, 0.0, 0).last_words() == r"red\x1b[31m"  # type: ignore[arg-type]
+    assert RunningTrial(None, log, 0.0, 0).last_line() == r"red\x1b[31m"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

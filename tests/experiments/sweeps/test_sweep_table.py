@@ -11,21 +11,21 @@ from PIL import Image
 
 from dvae.experiments.sweeps import parallel_coordinates, trial_table
 from dvae.experiments.sweeps.parallel_coordinates import axis_of
-from dvae.experiments.sweeps.sweep_spec import Spec
-from dvae.experiments.sweeps.trials import State, Trial
+from dvae.experiments.sweeps.sweep_spec import SweepSpec
+from dvae.experiments.sweeps.trials import Trial, TrialState
 
 PARAMETERS = {"lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}, "kind": {"values": ["a", "b"]}}
 
 
-def spec(goal: str = "minimize", **more: object) -> Spec:
-    return Spec("made-up", {"metric": {"name": "refiner/loss", "goal": goal}, "parameters": PARAMETERS | more})
+def spec(goal: str = "minimize", **more: object) -> SweepSpec:
+    return SweepSpec("made-up", {"metric": {"name": "refiner/loss", "goal": goal}, "parameters": PARAMETERS | more})
 
 
 def trials() -> list[Trial]:
     return [
-        Trial(1, {"lr": 1e-4, "kind": "a"}, State.finished, 0.5, 10.0),
-        Trial(2, {"lr": 1e-3, "kind": "b"}, State.failed, None, 1.0, "exit status 1: no memory"),
-        Trial(3, {"lr": 1e-2, "kind": "a"}, State.stopped, 0.25, 4.0),
+        Trial(1, {"lr": 1e-4, "kind": "a"}, TrialState.finished, 0.5, 10.0),
+        Trial(2, {"lr": 1e-3, "kind": "b"}, TrialState.failed, None, 1.0, "exit status 1: no memory"),
+        Trial(3, {"lr": 1e-2, "kind": "a"}, TrialState.stopped, 0.25, 4.0),
     ]
 
 
@@ -41,8 +41,10 @@ def test_best_first_and_failures_last(goal: str, order: list[int], tmp_path: Pat
 
 
 def test_the_last_line_says_what_lacks() -> None:
-    assert trial_table.ending(trials(), 2, Path("out")) == "2 of 3 trials finished; out/trials.csv out/parallel.png"
-    assert "fewer than n=9: the grid has no more" in trial_table.ending(trials(), 9, Path("out"))
+    assert (
+        trial_table.closing_line(trials(), 2, Path("out")) == "2 of 3 trials finished; out/trials.csv out/parallel.png"
+    )
+    assert "fewer than n=9: the grid has no more" in trial_table.closing_line(trials(), 9, Path("out"))
 
 
 def test_axes_place_and_name_values() -> None:
@@ -77,14 +79,14 @@ def test_the_best_trial_stands_out(goal: str, tmp_path: Path) -> None:
 
 def test_long_names_are_broken_where_they_have_parts() -> None:
     assert (
-        parallel_coordinates.in_lines("evaluate/sets/refined/KID-lite0/mean")
+        parallel_coordinates.break_name("evaluate/sets/refined/KID-lite0/mean")
         == "evaluate/sets/refined/\nKID-lite0/mean"
     )
-    assert parallel_coordinates.in_lines("train_refiner.lr") == "train_refiner.lr"
+    assert parallel_coordinates.break_name("train_refiner.lr") == "train_refiner.lr"
 
 
 def test_no_finished_trial_and_constants_can_be_drawn(tmp_path: Path) -> None:
-    failed = [Trial(1, {"lr": 1e-4, "kind": "a", "c": 5}, State.failed)]
+    failed = [Trial(1, {"lr": 1e-4, "kind": "a", "c": 5}, TrialState.failed)]
     parallel_coordinates.draw(failed, spec(c={"value": 5}), tmp_path / "parallel.png")
     assert colors(tmp_path / "parallel.png").std() > 5
     assert list(tmp_path.iterdir()) == [tmp_path / "parallel.png"]
