@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dvae.diffusion.kernels import Diffusion, Matching, Prediction, Time, apply
-from dvae.registry import PROCESSES, SAMPLERS, SCHEDULES, Shapes
-from dvae.registry.samplers.base import Model, Sampler, Threshold
+from dvae.diffusion.kernels import Diffusion, Matching, Prediction, Time
+from dvae.diffusion.linalg import apply_matrix
+from dvae.diffusion.model import Model, Threshold
+from dvae.registry.core import Shapes
+from dvae.registry.processes.base import PROCESSES
+from dvae.registry.samplers.base import SAMPLERS, Sampler
+from dvae.registry.schedules.base import SCHEDULES
 
 IO = Shapes(image_size=1, channels=1)
 
@@ -18,7 +22,7 @@ IO = Shapes(image_size=1, channels=1)
 class Mixture:
     """E[eps | u_t] where each pixel of x0 is drawn from sum_i weights_i N(means_i, variances_i), apart from others.
 
-    A Model (dvae.registry.samplers.base): counts its calls and keeps the times it was asked for.
+    A Model (dvae.diffusion.model): counts its calls and keeps the times it was asked for.
     """
 
     diffusion: Diffusion
@@ -53,12 +57,12 @@ class Mixture:
         k, logs, x0s, scores = self.diffusion.k, [], [], []
         for weight, mean, variance in zip(self.weights, self.means, self.variances, strict=True):
             Phi, S = self.covariance(t, variance)
-            away = u - apply(Phi, self.diffusion.clean(torch.full_like(u[:, : u.shape[1] // k], mean)))
-            weighed = apply(torch.linalg.inv(S), away)
+            away = u - apply_matrix(Phi, self.diffusion.initial_state(torch.full_like(u[:, : u.shape[1] // k], mean)))
+            weighed = apply_matrix(torch.linalg.inv(S), away)
             square = (away * weighed).unflatten(1, (k, -1)).sum(1)
             constant = math.log(weight) - 0.5 * k * math.log(2 * math.pi) - 0.5 * torch.linalg.slogdet(S)[1]
             logs.append(constant.to(u.dtype)[:, None, None, None] - 0.5 * square)
-            x0s.append(mean + variance * apply(Phi[:, :, :1].mT, weighed))
+            x0s.append(mean + variance * apply_matrix(Phi[:, :, :1].mT, weighed))
             scores.append(-weighed)
         return torch.stack(logs), torch.stack(x0s), torch.stack(scores)
 
@@ -130,7 +134,7 @@ def affine(sampler: Sampler, model: Model, noises: int, at: int = -1) -> tuple[f
         states.append(u[:, 0].flatten())
         return u
 
-    start = model.diffusion.prior(units[:, :k])
+    start = model.diffusion.sample_prior(units[:, :k])
     sampler.sample(model, start, lambda i: units[:, k * (i + 1) : k * (i + 2)], keep)
     x = states[at]
     return x[0].item(), (x[1:] - x[0]).square().sum().item()

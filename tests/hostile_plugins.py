@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 import torch
 from hydra.core.config_store import ConfigStore
 from dvae.errors import MachineError, UserError
-from dvae.registry import KINDS, LAUNCHERS, REFINERS, SCHEDULES, ComponentConfig, Registry, Shapes
-from dvae.registry.schedules.base import Schedule
+from dvae.registry.core import KINDS, ComponentConfig, Registry, Shapes
+from dvae.registry.launchers.base import LAUNCHERS
+from dvae.registry.refiners.base import REFINERS
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 METHODS = {name: lambda self, t: t for name in ("integral", "rate", "inverse", "__init__")}
 Plain = type("Plain", (Schedule,), METHODS)

@@ -9,10 +9,10 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
 from dvae.diffusion.kernels import Diffusion, Factor, Matching
-from dvae.registry import SAMPLERS, SCHEDULES, Shapes
-from dvae.registry.core import ComponentConfig
+from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.processes.base import Process
-from dvae.registry.samplers.base import Sampler
+from dvae.registry.samplers.base import SAMPLERS, Sampler
+from dvae.registry.schedules.base import SCHEDULES
 
 MEAN, VARIANCE = 0.3, 0.25
 

@@ -7,8 +7,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from dvae.errors import UserError, printable_line, run_command, suggest
-from dvae.registry.core import KINDS, Registry, broken_plugins
-from dvae.registry.discovery import discover, load_plugins, origin
+from dvae.registry.core import Registry, broken_plugins
+from dvae.registry.discovery import discover, load_plugins, origin, registries
 
 USAGE = "usage: python tools/components.py [{kinds}] [plugins=[module]]"
 
@@ -16,20 +16,21 @@ USAGE = "usage: python tools/components.py [{kinds}] [plugins=[module]]"
 def command(argv: list[str]) -> None:
     """Print every component of one kind, or of all: name, summary, package, fields with their defaults."""
     discover()
+    known = registries()
     kinds = [word for word in argv if "=" not in word and not word.startswith("-")]
     if any(word in ("-h", "--help") for word in argv):
-        print(USAGE.format(kinds="|".join(KINDS)))
+        print(USAGE.format(kinds="|".join(known)))
         return
     for word in argv:
         if word.startswith("plugins="):
             names = word.removeprefix("plugins=").strip("[]").split(",")
             load_plugins([name.strip() for name in names if name.strip()])
         elif "=" in word or word.startswith("-"):
-            raise UserError(f"unknown word {word!r}: {USAGE.format(kinds='|'.join(KINDS))}")
-    for kind in kinds or KINDS:
-        if kind not in KINDS:
-            raise UserError(f"unknown kind {kind!r}: {suggest(kind, KINDS)}")
-        print_kind(KINDS[kind])
+            raise UserError(f"unknown word {word!r}: {USAGE.format(kinds='|'.join(known))}")
+    for kind in kinds or known:
+        if kind not in known:
+            raise UserError(f"unknown kind {kind!r}: {suggest(kind, known)}")
+        print_kind(known[kind])
     if broken_plugins():
         print(broken_plugins().removeprefix("; "))
 

@@ -42,12 +42,14 @@ def command(argv: list[str]) -> None:
     silence()
     from dvae.config import compose, stored, validate
     from dvae.experiments.sweeps import multirun
-    from dvae.registry.core import KINDS
+    from dvae.registry.discovery import registries
     from dvae.runs import folder as run
 
     if any(word in ("-h", "--help") for word in argv):
         print(
-            USAGE.format(recipes=", ".join(compose.recipes()), stages=", ".join(compose.STAGES), kinds=", ".join(KINDS))
+            USAGE.format(
+                recipes=", ".join(compose.recipes()), stages=", ".join(compose.STAGES), kinds=", ".join(registries())
+            )
         )
         return
     if any(word in multirun.FLAGS for word in argv):

@@ -67,7 +67,7 @@ ConfigStore.instance().store(name="shards_schema", node=ShardsConfig, provider="
 
 def command(argv: list[str]) -> None:
     """Do what the first word says with the words after it."""
-    from dvae.registry import SOURCES
+    from dvae.registry.sources.base import SOURCES
 
     if not argv or any(word in ("-h", "--help") for word in argv):
         print(USAGE.format(sources=", ".join(SOURCES.names())))

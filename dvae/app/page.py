@@ -32,8 +32,7 @@ from dvae.inference.directions import direction_files
 from dvae.inference.noise import Between
 from dvae.inference.pipeline import Pipeline
 from dvae.models import bundle
-from dvae.registry import SAMPLERS
-from dvae.registry.samplers.base import compatible_samplers
+from dvae.registry.samplers.base import SAMPLERS, compatible_samplers
 from dvae.tracking.console import say
 
 FOLDER = Path(tempfile.gettempdir()) / f"dvae-page-{secrets.token_hex(8)}"
@@ -147,14 +146,16 @@ class Player:
         chosen, own_seed = whole("image", image, 0, NUMBERS), whole("seed", seed, 0, SEEDS)
         along = self.known[choice("direction", direction, self.known)]
         wanted = number("strength", strength, -STRENGTH, STRENGTH)
-        given = self.pipeline.drawn_for([chosen], own_seed)
+        conditioning = self.pipeline.drawn_for([chosen], own_seed)
         if isinstance(along, int):
-            own = float(self.pipeline.models.denoiser.whitening(given.z)[0, along - 1])
+            own = float(self.pipeline.models.denoiser.whitening(conditioning.z)[0, along - 1])
             unit = f"as it is, component {along} stands at {own:.2f} standard deviations"
         else:
             own, unit = 0.0, f"strength 1: {along.unit}"
         strengths = [own, wanted]
-        z = editing.along(self.pipeline, along)(given.z.repeat_interleave(2, 0), torch.tensor(strengths).to(given.z))
+        z = editing.along(self.pipeline, along)(
+            conditioning.z.repeat_interleave(2, 0), torch.tensor(strengths).to(conditioning.z)
+        )
         with self._using(sampler, steps):
             refined = self.pipeline.edit([chosen], along, strengths, own_seed)[0]
         return mosaic(torch.cat([to_uint8(self.pipeline.decode(z)).cpu(), refined]), 2), unit

@@ -27,11 +27,10 @@ from dvae.config.schema import (
 )
 from dvae.diffusion.denoiser import Space
 from dvae.errors import UserError, fold, suggest
-from dvae.registry import SOURCES
-from dvae.registry.core import KINDS, broken_plugins
-from dvae.registry.discovery import discover, load_plugins
+from dvae.registry.core import broken_plugins
+from dvae.registry.discovery import discover, load_plugins, registries
 from dvae.registry.launchers.base import launcher_of
-from dvae.registry.sources.base import StreamSource
+from dvae.registry.sources.base import SOURCES, StreamSource
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -57,10 +56,11 @@ def _compose(config_name: str, words: list[str]) -> DictConfig:
 def _without_null(word: str) -> str:
     """Hydra's word `~classifier` for `classifier=null`, which it has no ear for."""
     kind, _, value = word.partition("=")
-    if kind not in KINDS or value != "null":
+    registry = registries().get(kind)
+    if registry is None or value != "null":
         return word
-    if not KINDS[kind].optional:
-        raise UserError(f"{word}: a run needs a {kind}: name one of {', '.join(KINDS[kind].names())}")
+    if not registry.optional:
+        raise UserError(f"{word}: a run needs a {kind}: name one of {', '.join(registry.names())}")
     return f"~{kind}"
 
 
@@ -141,9 +141,9 @@ def typed(config: Any) -> RunConfig:
         OmegaConf.resolve(merged)  # while the components that `run` or `classes` may name are there
         components = {
             kind: None if registry.optional and merged[kind] is None else registry.config(merged[kind])
-            for kind, registry in KINDS.items()
+            for kind, registry in registries().items()
         }
-        for kind in KINDS:
+        for kind in components:
             merged[kind] = None  # made typed above: to_object would fail on a foreign field without saying which
         result: Any = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
@@ -169,7 +169,7 @@ def check_config(config: RunConfig) -> RunConfig:
     wrong = [name for name in config.stages if name not in STAGES]
     if wrong:
         raise UserError(f"unknown stage {wrong[0]!r}: {suggest(wrong[0], STAGES)}")
-    if endless(config):
+    if uses_stream(config):
         shards = [name for name in config.stages if name in ("shards", "encoder", "prior")]
         if shards:
             raise UserError(
@@ -204,7 +204,7 @@ def check_config(config: RunConfig) -> RunConfig:
         check_ema(f"{name}.ema", training.ema)
     if config.evaluate.every_steps < 0:
         raise UserError(f"evaluate.every_steps={config.evaluate.every_steps}: use 0 (none) or a number of steps")
-    images = (config.evaluate.metrics or config.evaluate.every_steps) and not endless(config)
+    images = (config.evaluate.metrics or config.evaluate.every_steps) and not uses_stream(config)
     if images and config.evaluate.kid_subset_size > config.evaluate.n:
         raise UserError(
             f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} is more than evaluate.n={config.evaluate.n}: "
@@ -260,7 +260,7 @@ def check_classes(config: RunConfig) -> None:
     twice = sorted({name for name in config.classes if config.classes.count(name) > 1})
     if twice:
         raise UserError(f"classes: {twice[0]!r} is there more than once: name each class once")
-    if config.classes and not config.data.label and not endless(config):
+    if config.classes and not config.data.label and not uses_stream(config):
         raise UserError("classes need the attribute of the images that they are values of: set data.label=NAME")
     if config.data.label and not config.classes:
         raise UserError(f"data.label={config.data.label} needs its values, in the order of their numbers: set classes")
@@ -270,7 +270,7 @@ def check_classes(config: RunConfig) -> None:
         raise UserError("stages: classifier trains a classifier, and classifier=null: set classifier=half_unet")
 
 
-def endless(config: RunConfig) -> bool:
+def uses_stream(config: RunConfig) -> bool:
     """Whether the source draws samples without end, so that there are neither shards nor held-out images."""
     return issubclass(SOURCES.get(config.source.name), StreamSource)
 

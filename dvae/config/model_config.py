@@ -20,7 +20,8 @@ from dvae.config.schema import ModelConfig, Precision, RunConfig
 from dvae.data.images import Crop, Resize
 from dvae.diffusion.denoiser import DenoiserConfig
 from dvae.errors import UserError, fold, suggest
-from dvae.registry.core import KINDS, ComponentConfig, Registry
+from dvae.registry.core import ComponentConfig, Registry
+from dvae.registry.discovery import registries
 from dvae.utils.read import DamagedFile, check, forbid_extra, read_yaml
 
 T = TypeVar("T")
@@ -125,7 +126,7 @@ def read_model_config(path: Path, components: Mapping[str, ComponentInfo]) -> Mo
         raise UserError(f"{error}: {AGAIN}") from None
     for kind in COMPONENT_KINDS:
         if plain.get(kind) is not None:
-            _require_registered(kind, KINDS[kind], plain[kind], components.get(kind), path)
+            _require_registered(kind, registries()[kind], plain[kind], components.get(kind), path)
     if not SIZES[0] <= stored.image_size <= SIZES[1] or stored.channels not in (1, 2, 3):
         size = f"image_size={stored.image_size} channels={stored.channels}"
         raise UserError(f"{path}: {size}: a bundle has images of {SIZES[0]} to {SIZES[1]} pixels, 1 to 3 channels")
@@ -197,12 +198,13 @@ def _require_registered(
 
 
 def _component(kind: str, node: dict[str, Any] | None, path: Path) -> ComponentConfig | None:
+    registry = registries()[kind]
     if node is None:
-        if not KINDS[kind].optional:
+        if not registry.optional:
             raise UserError(f"{path}: {kind} is missing: {AGAIN}")
         return None
     try:
-        config = KINDS[kind].config(node)
+        config = registry.config(node)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for name, default in places(type(config)).items():

@@ -19,9 +19,10 @@ from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.remote import is_remote, read_manifest
 from dvae.errors import UserError, fold
 from dvae.models import bundle, components
-from dvae.registry import DISTILLERS, SOURCES, Shapes
+from dvae.registry.core import Shapes
+from dvae.registry.distillers.base import DISTILLERS
 from dvae.registry.launchers.base import launcher_of
-from dvae.registry.sources.base import Item, Source
+from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.runs.folder import Run
 from dvae.toy2d import points
 
@@ -56,7 +57,7 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[components.Models, dict[st
     if "distil" in config.stages:
         DISTILLERS.build(config.distiller, made.denoiser.io).check(made.denoiser)
         bundle.teacher_of(config)  # refuses what is not there, or other networks
-    if configuration.endless(config):
+    if configuration.uses_stream(config):
         _check_classes(config)
         return made, {}
     counts = images(config)

@@ -22,16 +22,15 @@ from enum import Enum
 import torch
 from torch import nn
 
-from dvae.diffusion.kernels import Diffusion, Factor, Matching, apply
+from dvae.diffusion.conditioning import NO_LABEL, Conditioning, NoiseSample
+from dvae.diffusion.kernels import Diffusion, Factor, Matching
+from dvae.diffusion.linalg import apply_matrix, per_sample
 from dvae.diffusion.objective import LossConfig, Objective, PredictionType
 from dvae.errors import UserError
 from dvae.layers.whitening import Whitening
 from dvae.registry.core import Shapes
 from dvae.registry.refiners.base import Condition, Refiner
 from dvae.utils import rng
-
-NO_LABEL = -1
-"""The label of a sample whose class is not given, or dropped."""
 
 
 class Center(Enum):
@@ -85,73 +84,6 @@ class DenoiserConfig:
     """The objective over time."""
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What a batch of images is refined from."""
-
-    x_hat: torch.Tensor
-    """(B, C, H, W) in [-1, 1]."""
-    z: torch.Tensor
-    """(B, *latent)."""
-    label: torch.Tensor | None = None
-    """Class (B,), int64, -1 where it is not given; None: for no sample."""
-    pca: torch.Tensor | None = None
-    """(B,) bool: principal coordinates are given; None: of all samples."""
-
-    @classmethod
-    def nothing(cls, x: torch.Tensor, label: torch.Tensor | None) -> Conditioning:
-        """Of states like x (B, C, H, W) nothing is known but perhaps the class."""
-        return cls(torch.zeros_like(x), x.new_zeros(len(x), 0), label)
-
-    def __getitem__(self, chosen: slice | torch.Tensor) -> Conditioning:
-        """Some of the samples."""
-        label, pca = (None if part is None else part[chosen] for part in (self.label, self.pca))
-        return Conditioning(self.x_hat[chosen], self.z[chosen], label, pca)
-
-    def drop(self, keep: torch.Tensor) -> Conditioning:
-        """x_hat, z, its coordinates and class dropped where keep (B,) is false."""
-        dropped = self.drop_label(keep).drop_pca(keep)
-        x_hat, z = self.x_hat * _column(keep, self.x_hat), self.z * _column(keep, self.z)
-        return Conditioning(x_hat, z, dropped.label, dropped.pca)
-
-    def drop_label(self, keep: torch.Tensor) -> Conditioning:
-        """The class alone dropped where keep (B,) is false."""
-        if self.label is None:
-            return self
-        label = self.label.masked_fill(~keep.to(self.label.device), NO_LABEL)
-        return Conditioning(self.x_hat, self.z, label, self.pca)
-
-    def drop_pca(self, keep: torch.Tensor) -> Conditioning:
-        """The principal coordinates alone dropped where keep (B,) is false."""
-        keep = keep.to(self.z.device)
-        return Conditioning(self.x_hat, self.z, self.label, keep if self.pca is None else self.pca & keep)
-
-
-@dataclass(frozen=True)
-class NoiseSample:
-    """The random numbers of one training batch, each keyed by its global sample number."""
-
-    t: torch.Tensor
-    """(B,) float64 in (0, 1]."""
-    eps: torch.Tensor
-    """(B, k*C, H, W), standard normal."""
-    keep: torch.Tensor
-    """(B,) bool: the conditions are kept."""
-    keep_label: torch.Tensor | None = None
-    """(B,) bool: the class is kept; None: wherever the conditions are."""
-    keep_pca: torch.Tensor | None = None
-    """(B,) bool: the principal coordinates are kept; None: wherever the conditions are."""
-    weight: torch.Tensor | None = None
-    """(B, p, p) float64: weight of the squared error of the p predicted components; None: 1."""
-    start: torch.Tensor | None = None
-    """(B, k*C, H, W), standard normal: draws the components of u_0 beside the image (denoising score matching)."""
-
-
-def _column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B, 1, 1, 1) of like's dtype and device, to scale the samples of a batch."""
-    return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
-
-
 class Denoiser(nn.Module):
     """Loss and prediction of a conditional refiner. Everything but the network itself runs in fp32."""
 
@@ -173,19 +105,19 @@ class Denoiser(nn.Module):
             self.pca_projection = nn.Parameter(torch.zeros(size, config.pca_components))
         self.register_buffer("data_scale", torch.tensor(config.data_scale or 1.0, dtype=torch.float32))
 
-    def shift(self, given: Conditioning) -> torch.Tensor:
+    def shift(self, conditioning: Conditioning) -> torch.Tensor:
         """Center of the state, (B, C, H, W)."""
-        return given.x_hat if self.config.center is Center.residual else torch.zeros_like(given.x_hat)
+        return conditioning.x_hat if self.config.center is Center.residual else torch.zeros_like(conditioning.x_hat)
 
-    def to_state(self, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
+    def to_state(self, x: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Clean state y_0 of images x (B, C, H, W)."""
-        return self.data_scale * (x - self.shift(given))
+        return self.data_scale * (x - self.shift(conditioning))
 
-    def to_image(self, state: torch.Tensor, given: Conditioning) -> torch.Tensor:
+    def to_image(self, state: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Images of clean states (B, C, H, W)."""
-        return state / self.data_scale + self.shift(given)
+        return state / self.data_scale + self.shift(conditioning)
 
-    def draw(self, seed: int, keys: torch.Tensor) -> NoiseSample:
+    def sample_noise(self, seed: int, keys: torch.Tensor) -> NoiseSample:
         """Times, noise and the dropping of conditions for the sample numbers keys (B,)."""
         numbers, config = keys.tolist(), self.config
         t, weight = self.objective.times(rng.uniform(seed, "time", numbers))
@@ -200,64 +132,70 @@ class Denoiser(nn.Module):
             start = rng.normal(seed, "start", numbers, shape)
         return NoiseSample(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, start)
 
-    def condition(self, given: Conditioning) -> Condition:
+    def condition(self, conditioning: Conditioning) -> Condition:
         """What the refiner is told besides state and time."""
         label = None
         if self.config.condition_label:
-            none = torch.full((len(given.z),), NO_LABEL, device=given.z.device)
-            label = none if given.label is None else given.label
+            none = torch.full((len(conditioning.z),), NO_LABEL, device=conditioning.z.device)
+            label = none if conditioning.label is None else conditioning.label
             label = torch.where(label == NO_LABEL, self.io.labels, label)
         return Condition(
-            image=given.x_hat if self.config.condition_image else None,
-            latent=self._latent(given) if self.config.condition_latent else None,
+            image=conditioning.x_hat if self.config.condition_image else None,
+            latent=self._latent(conditioning) if self.config.condition_latent else None,
             label=label,
         )
 
-    def _latent(self, given: Conditioning) -> torch.Tensor:
+    def _latent(self, conditioning: Conditioning) -> torch.Tensor:
         """z, and what is made of its principal coordinates where these are given."""
         if not self.config.pca_components:
-            return given.z
-        coordinates = self.whitening(given.z)
-        if given.pca is not None:
-            coordinates = coordinates * _column(given.pca, coordinates)
-        return given.z + (coordinates @ self.pca_projection.T).view_as(given.z)
+            return conditioning.z
+        coordinates = self.whitening(conditioning.z)
+        if conditioning.pca is not None:
+            coordinates = coordinates * per_sample(conditioning.pca, coordinates)
+        return conditioning.z + (coordinates @ self.pca_projection.T).view_as(conditioning.z)
 
-    def output(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> torch.Tensor:
+    def network_output(self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The refiner's raw output (B, io.output_channels, H, W), fp32, for states u at times t (B,)."""
         seen = u
         if self.config.center is Center.input:
-            seen = u + self.diffusion.clean(given.x_hat)
+            seen = u + self.diffusion.initial_state(conditioning.x_hat)
         feature = self.diffusion.schedule.feature(t).to(u.device, torch.float32)
-        return self.refiner(seen, feature, self.condition(given)).float()
+        return self.refiner(seen, feature, self.condition(conditioning)).float()
 
-    def add_noise(self, x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
+    def add_noise(self, x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
         """The state u_t (B, k*C, H, W) of images x (B, C, H, W)."""
-        u0 = self.diffusion.clean(self.to_state(x, given), draws.start)
-        return self.diffusion.perturb(u0, draws.t, draws.eps)
+        u0 = self.diffusion.initial_state(self.to_state(x, conditioning), noise_sample.start)
+        return self.diffusion.perturb(u0, noise_sample.t, noise_sample.eps)
 
-    def forward(self, x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
         """Per-sample loss (B,): weighted mean squared error of the predicted quantity."""
-        given = given.drop(draws.keep)
-        if draws.keep_label is not None:
-            given = given.drop_label(draws.keep_label)
-        if draws.keep_pca is not None:
-            given = given.drop_pca(draws.keep_pca)
-        u = self.add_noise(x, given, draws)
-        error = self.output(u, draws.t, given) - self._target(x, u, given, draws)
-        weighted = error if draws.weight is None else apply(draws.weight, error)
+        conditioning = conditioning.drop(noise_sample.keep)
+        if noise_sample.keep_label is not None:
+            conditioning = conditioning.drop_label(noise_sample.keep_label)
+        if noise_sample.keep_pca is not None:
+            conditioning = conditioning.drop_pca(noise_sample.keep_pca)
+        u = self.add_noise(x, conditioning, noise_sample)
+        error = self.network_output(u, noise_sample.t, conditioning) - self._target(x, u, conditioning, noise_sample)
+        weighted = error if noise_sample.weight is None else apply_matrix(noise_sample.weight, error)
         return (error * weighted).flatten(1).mean(1)
 
-    def _target(self, x: torch.Tensor, u: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
+    def _target(
+        self, x: torch.Tensor, u: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample
+    ) -> torch.Tensor:
         """What the refiner should put out for u, (B, io.output_channels, H, W)."""
         match self.config.prediction:
             case PredictionType.eps:
-                eps = draws.eps - self.diffusion.eps_of_normal(u, draws.t) if self.config.mixed else draws.eps
+                eps = (
+                    noise_sample.eps - self.diffusion.eps_of_normal(u, noise_sample.t)
+                    if self.config.mixed
+                    else noise_sample.eps
+                )
                 return self._predicted(eps)
             case PredictionType.x0:
-                return self.to_state(x, given)
+                return self.to_state(x, conditioning)
             case PredictionType.v:  # v = alpha eps - sigma x0
-                alpha, sigma = self._scales(draws.t, u)
-                return alpha * draws.eps - sigma * self.to_state(x, given)
+                alpha, sigma = self._scales(noise_sample.t, u)
+                return alpha * noise_sample.eps - sigma * self.to_state(x, conditioning)
 
     def _predicted(self, eps: torch.Tensor) -> torch.Tensor:
         """The components of eps (B, k*C, H, W) that the refiner predicts."""
@@ -267,11 +205,13 @@ class Denoiser(nn.Module):
         return eps.unflatten(1, (self.diffusion.k, -1))[:, list(chosen)].flatten(1, 2)
 
     def _scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _column(self.diffusion.alpha(t), like), _column(self.diffusion.sigma(t), like)
+        return per_sample(self.diffusion.alpha(t), like), per_sample(self.diffusion.sigma(t), like)
 
-    def predict(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(
+        self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(eps (B, k*C, H, W), y_0 (B, C, H, W)) from states u at times t (B,)."""
-        output = self.output(u, t, given)
+        output = self.network_output(u, t, conditioning)
         if self.config.prediction is PredictionType.x0:
             return self.diffusion.eps_from_x0(u, t, output), output
         if self.config.prediction is PredictionType.v:
@@ -279,7 +219,7 @@ class Denoiser(nn.Module):
             return sigma * u + alpha * output, alpha * u - sigma * output
         if self.config.mixed:
             output = output + self._predicted(self.diffusion.eps_of_normal(u, t))
-        eps = self.diffusion.consistent(u, t, self.diffusion.complete(u, t, output))
+        eps = self.diffusion.project_eps(u, t, self.diffusion.complete_eps(u, t, output))
         return eps, self.diffusion.x0_from_eps(u, t, eps)
 
 
@@ -302,7 +242,7 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, io: Shapes) -> None:
         raise UserError(f"denoiser.data_scale={config.data_scale} must be above 0, or null to measure it")
     if diffusion.k != 1 and config.prediction is not PredictionType.eps:
         raise UserError(f"denoiser.prediction={prediction} is defined for k = 1 only: use eps")
-    if diffusion.schedule.endless and config.prediction is PredictionType.eps:
+    if diffusion.schedule.zero_terminal_snr and config.prediction is PredictionType.eps:
         raise UserError(
             "denoiser.prediction=eps says nothing of the image where B is infinite, at t = 1 of this schedule: "
             "use v or x0"

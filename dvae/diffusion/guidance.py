@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion.denoiser import Conditioning, Denoiser, Space
-from dvae.diffusion.kernels import Diffusion, Prediction, Time, apply
+from dvae.diffusion.conditioning import Conditioning
+from dvae.diffusion.denoiser import Denoiser, Space
+from dvae.diffusion.kernels import Diffusion, Prediction, Time
+from dvae.diffusion.linalg import apply_matrix
+from dvae.diffusion.model import Threshold
 from dvae.errors import UserError
-from dvae.registry.samplers.base import Threshold
-
-if TYPE_CHECKING:
-    from dvae.registry.classifiers.base import Classifier
+from dvae.registry.classifiers.base import Classifier
 
 QUANTILE = 0.995
 """Of the absolute pixel values of an image, for dynamic thresholding (Saharia et al. 2022, appendix E)."""
@@ -35,7 +34,7 @@ class Guidance:
 
 
 class GuidedDenoiser:
-    """A denoiser with its condition and guidance: a Model (dvae.registry.samplers.base).
+    """A denoiser with its condition and guidance: a Model (dvae.diffusion.model).
 
     Raises UserError where the denoiser was not trained for the guidance.
     """
@@ -43,14 +42,20 @@ class GuidedDenoiser:
     def __init__(
         self,
         denoiser: Denoiser,
-        given: Conditioning,
+        conditioning: Conditioning,
         guidance: Guidance = Guidance(),
         classifier: Classifier | None = None,
     ) -> None:
-        _check(denoiser, given, guidance, classifier)
-        self.denoiser, self.given, self.guidance, self.classifier = denoiser, given, guidance, classifier
-        nothing = torch.zeros(len(given.z), dtype=torch.bool)
-        self._views = _views(guidance, given, given.drop_pca(nothing), given.drop_label(nothing), given.drop(nothing))
+        _check(denoiser, conditioning, guidance, classifier)
+        self.denoiser, self.conditioning, self.guidance, self.classifier = denoiser, conditioning, guidance, classifier
+        nothing = torch.zeros(len(conditioning.z), dtype=torch.bool)
+        self._views = _views(
+            guidance,
+            conditioning,
+            conditioning.drop_pca(nothing),
+            conditioning.drop_label(nothing),
+            conditioning.drop(nothing),
+        )
 
     @property
     def diffusion(self) -> Diffusion:
@@ -62,43 +67,50 @@ class GuidedDenoiser:
         return len(self._views)
 
     def __getitem__(self, rows: torch.Tensor) -> GuidedDenoiser:
-        return GuidedDenoiser(self.denoiser, self.given[rows], self.guidance, self.classifier)
+        return GuidedDenoiser(self.denoiser, self.conditioning[rows], self.guidance, self.classifier)
 
     def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:
         times = torch.as_tensor(t, dtype=torch.float64).expand(len(u))
-        views = [(weight, self._predict(u, times, given)) for weight, given in self._views]
+        views = [(weight, self._predict(u, times, conditioning)) for weight, conditioning in self._views]
         eps, x0 = views[0][1]
         if len(views) > 1:
             eps = sum((weight * view[0] for weight, view in views), torch.zeros_like(eps))
             x0 = sum((weight * view[1] for weight, view in views), torch.zeros_like(x0))
         if self.guidance.classifier:
-            eps = eps - apply(self.diffusion.marginal(times)[1].mT, self.guidance.classifier * self._gradient(u, times))
-            eps = self.diffusion.consistent(u, times, eps)
+            eps = eps - apply_matrix(
+                self.diffusion.marginal(times)[1].mT, self.guidance.classifier * self._gradient(u, times)
+            )
+            eps = self.diffusion.project_eps(u, times, eps)
             x0 = self.diffusion.x0_from_eps(u, times, eps)
         if threshold is not Threshold.none and self.denoiser.config.space is Space.pixel:  # latents have no range
-            image = limited(self.denoiser.to_image(x0, self.given), threshold)
-            kept = self.denoiser.to_state(image, self.given)
+            image = limited(self.denoiser.to_image(x0, self.conditioning), threshold)
+            kept = self.denoiser.to_state(image, self.conditioning)
             eps, x0 = self.diffusion.eps_after(kept - x0, times, eps), kept
         return Prediction(eps=eps, x0=x0, score=self.diffusion.score_from_eps(eps, times))
 
-    def _predict(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
-        """(eps, x0) under `given`. Where x_hat was dropped so was its shift: the same noisy image is another state."""
-        if given.x_hat is self.given.x_hat:
-            return self.denoiser.predict(u, t, given)
-        moved = self.denoiser.data_scale * (self.denoiser.shift(self.given) - self.denoiser.shift(given))
-        mean = apply(self.diffusion.marginal(t)[0], self.diffusion.clean(moved))
-        eps, x0 = self.denoiser.predict(u + mean, t, given)
+    def _predict(
+        self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(eps, x0) under `conditioning`.
+
+        If x_hat was dropped, so was its shift: the same noisy image is another state.
+        """
+        if conditioning.x_hat is self.conditioning.x_hat:
+            return self.denoiser.predict(u, t, conditioning)
+        moved = self.denoiser.data_scale * (self.denoiser.shift(self.conditioning) - self.denoiser.shift(conditioning))
+        mean = apply_matrix(self.diffusion.marginal(t)[0], self.diffusion.initial_state(moved))
+        eps, x0 = self.denoiser.predict(u + mean, t, conditioning)
         return eps, x0 - moved
 
     def _gradient(self, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """grad_u log p(class | u_t), (B, k*C, H, W), of the classifier at the physical time t (B,)."""
         assert self.classifier is not None
-        assert self.given.label is not None
+        assert self.conditioning.label is not None
         feature = self.diffusion.schedule.feature(t).to(u.device, torch.float32)
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            logits = self.classifier(u, feature, self.denoiser.condition(self.given)).float()
-            chosen = torch.log_softmax(logits, 1).gather(1, self.given.label[:, None].to(u.device))
+            logits = self.classifier(u, feature, self.denoiser.condition(self.conditioning)).float()
+            chosen = torch.log_softmax(logits, 1).gather(1, self.conditioning.label[:, None].to(u.device))
             return torch.autograd.grad(chosen.sum(), u)[0]
 
 
@@ -114,7 +126,7 @@ def _views(
         (w * (1.0 - label), unlabeled),
         (1.0 - w, nothing),
     ]
-    return [(weight, given) for weight, given in weighted if weight]
+    return [(weight, conditioning) for weight, conditioning in weighted if weight]
 
 
 def limited(images: torch.Tensor, threshold: Threshold) -> torch.Tensor:
@@ -126,7 +138,7 @@ def limited(images: torch.Tensor, threshold: Threshold) -> torch.Tensor:
     return torch.maximum(torch.minimum(images, limit), -limit) / limit
 
 
-def _check(denoiser: Denoiser, given: Conditioning, guidance: Guidance, classifier: Classifier | None) -> None:
+def _check(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, classifier: Classifier | None) -> None:
     config = denoiser.config
     if guidance.condition != 1.0 and not config.condition_dropout:
         raise UserError(
@@ -150,9 +162,9 @@ def _check(denoiser: Denoiser, given: Conditioning, guidance: Guidance, classifi
             f"classifier_guidance={guidance.classifier} needs a run with a trained classifier: "
             "add classifier=half_unet and the stage classifier"
         )
-    if given.label is None or bool((given.label < 0).any()):
+    if conditioning.label is None or bool((conditioning.label < 0).any()):
         raise UserError(f"classifier_guidance={guidance.classifier} needs a class: give label=NAME")
-    if denoiser.diffusion.schedule.endless:
+    if denoiser.diffusion.schedule.zero_terminal_snr:
         raise UserError(
             f"classifier_guidance={guidance.classifier} is not defined at t = 1 of a schedule whose B is infinite there"
         )

@@ -21,6 +21,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from dvae.diffusion.linalg import apply_matrix, matrix_exp_and_expm1
 from dvae.errors import UserError
 from dvae.registry.processes.base import PROCESSES, Process
 from dvae.registry.schedules.base import SCHEDULES, Schedule
@@ -74,7 +75,7 @@ class Diffusion:
         factor: Factor = Factor.lower,
     ) -> None:
         _check(process)
-        if process.k > 1 and schedule.endless:
+        if process.k > 1 and schedule.zero_terminal_snr:
             raise UserError(
                 f"process={PROCESSES.name_of(process)} (k = {process.k}) predicts eps, which says nothing at t = 1 of "
                 f"schedule={SCHEDULES.name_of(schedule)}, where B is infinite: use another schedule, such as constant"
@@ -111,7 +112,7 @@ class Diffusion:
         """(Phi, S), each (B, k, k), of q(u_t | u_s) = N(Phi u_s, S) for t > s."""
         return self._kernel(self.A, self.elapsed(s, t), torch.zeros_like(self.S_inf))
 
-    def backward(self, s: Time, t: Time) -> tuple[torch.Tensor, torch.Tensor]:
+    def stationary_reverse_kernel(self, s: Time, t: Time) -> tuple[torch.Tensor, torch.Tensor]:
         """(Phi, S), each (B, k, k), of q(u_s | u_t) = N(Phi u_t, S) for s < t, were u stationary, u ~ N(0, S_inf).
 
         That is the process with Q of the other sign: it keeps N(0, S_inf) as well.
@@ -162,13 +163,13 @@ class Diffusion:
     def perturb(self, u0: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
         """u_t = Phi u0 + L eps, all (B, k*C, H, W), with eps ~ N(0, I)."""
         Phi, L = self.marginal(t)
-        return apply(Phi, u0) + apply(L, eps)
+        return apply_matrix(Phi, u0) + apply_matrix(L, eps)
 
-    def prior(self, eps: torch.Tensor) -> torch.Tensor:
+    def sample_prior(self, eps: torch.Tensor) -> torch.Tensor:
         """u_1 ~ N(0, S_inf) from eps ~ N(0, I), (B, k*C, H, W)."""
-        return apply(torch.linalg.cholesky(self.S_inf), eps)
+        return apply_matrix(torch.linalg.cholesky(self.S_inf), eps)
 
-    def clean(self, x0: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def initial_state(self, x0: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """u_0 (B, k*C, H, W) of images x0 (B, C, H, W): the other components zero, or drawn from `noise`.
 
         Give noise ~ N(0, I), (B, k*C, H, W), for denoising score matching, none for hybrid score matching.
@@ -178,15 +179,15 @@ class Diffusion:
             return u0
         spread = torch.zeros_like(self._aside)
         spread[1:, 1:] = torch.linalg.cholesky(self._aside[1:, 1:])
-        return u0 + apply(spread, noise)
+        return u0 + apply_matrix(spread, noise)
 
     def score_from_eps(self, eps: torch.Tensor, t: Time) -> torch.Tensor:
         """-L^-T eps, (B, k*C, H, W); t above 0."""
-        return -apply(torch.linalg.inv(self.marginal(t)[1]).mT, eps)
+        return -apply_matrix(torch.linalg.inv(self.marginal(t)[1]).mT, eps)
 
     def eps_from_score(self, score: torch.Tensor, t: Time) -> torch.Tensor:
         """-L^T score, (B, k*C, H, W); t above 0."""
-        return -apply(self.marginal(t)[1].mT, score)
+        return -apply_matrix(self.marginal(t)[1].mT, score)
 
     def x0_from_eps(self, u: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
         """x0 (B, C, H, W) for the expected eps given u; t above 0. Not where B is infinite.
@@ -200,9 +201,9 @@ class Diffusion:
         column, seen, _ = self._seen(t)
         snr = seen @ column
         part = torch.linalg.inv(self.marginal(t)[1]) @ column
-        return apply(seen / snr, u) - apply(part.mT / snr, eps)
+        return apply_matrix(seen / snr, u) - apply_matrix(part.mT / snr, eps)
 
-    def consistent(self, u: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
+    def project_eps(self, u: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
         """L^T S^-1 (u - p x0) with the x0 of x0_from_eps, (B, k*C, H, W): what some image explains; t above 0.
 
         u alone tells all but one of the k components that the expected eps has: what is wrong in them is mended. For
@@ -212,24 +213,24 @@ class Diffusion:
             return eps
         column, seen, S = self._seen(t)
         L, snr = self.marginal(t)[1], seen @ column
-        known = torch.linalg.solve(S, torch.eye(self.k, dtype=S.dtype, device=S.device) - column @ (seen / snr))
+        projection = torch.linalg.solve(S, torch.eye(self.k, dtype=S.dtype, device=S.device) - column @ (seen / snr))
         kept = seen.mT @ (torch.linalg.inv(L) @ column).mT / snr
-        return apply(L.mT @ known, u) + apply(L.mT @ kept, eps)
+        return apply_matrix(L.mT @ projection, u) + apply_matrix(L.mT @ kept, eps)
 
     def eps_from_x0(self, u: torch.Tensor, t: Time, x0: torch.Tensor) -> torch.Tensor:
         """eps = (u - alpha x0) / sigma, (B, C, H, W); t above 0. k = 1 only, else ValueError."""
         self._one_component("eps_from_x0")
         Phi, L = self.marginal(t)
-        return apply(1.0 / L, u - apply(Phi, x0))
+        return apply_matrix(1.0 / L, u - apply_matrix(Phi, x0))
 
     def eps_after(self, change: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
         """eps where x0 is changed by `change` (B, C, H, W) and u is not: eps - L^T S^-1 p change; t above 0.
 
         p and S as in x0_from_eps. L^T S^-1 is L^-1 but for denoising score matching with k > 1.
         """
-        return eps - apply(self.marginal(t)[1].mT @ self._seen(t)[1].mT, change)
+        return eps - apply_matrix(self.marginal(t)[1].mT @ self._seen(t)[1].mT, change)
 
-    def complete(self, u: torch.Tensor, t: Time, part: torch.Tensor) -> torch.Tensor:
+    def complete_eps(self, u: torch.Tensor, t: Time, part: torch.Tensor) -> torch.Tensor:
         """eps (B, k*C, H, W) from its `predicted` components (B, C * number of them, H, W).
 
         With hybrid score matching u = Phi (x0, 0, ...) + L eps are k equations for x0 and the k - 1 missing components.
@@ -237,12 +238,12 @@ class Diffusion:
         if len(self.predicted) == self.k:
             return part
         Phi, L = self.marginal(t)
-        (given,) = self.predicted
-        missing = [i for i in range(self.k) if i != given]
+        (known,) = self.predicted
+        missing = [i for i in range(self.k) if i != known]
         unknown = torch.linalg.inv(torch.cat([Phi[:, :, :1], L[:, :, missing]], dim=2))[:, 1:]
-        found = apply(unknown, u - apply(L[:, :, given : given + 1], part)).unflatten(1, (self.k - 1, -1))
+        found = apply_matrix(unknown, u - apply_matrix(L[:, :, known : known + 1], part)).unflatten(1, (self.k - 1, -1))
         whole = list(found.unbind(1))
-        whole.insert(given, part)
+        whole.insert(known, part)
         return torch.cat(whole, dim=1)
 
     def eps_of_normal(self, u: torch.Tensor, t: Time) -> torch.Tensor:
@@ -251,7 +252,7 @@ class Diffusion:
         start = self._aside - self._S_0  # what denoising score matching draws besides x0
         start[0, 0] = 1.0
         covariance = Phi @ start @ Phi.mT + L @ L.mT
-        return apply(L.mT @ torch.linalg.inv(covariance), u)
+        return apply_matrix(L.mT @ torch.linalg.inv(covariance), u)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class Diffusion:
 
     def _kernel(self, A: torch.Tensor, elapsed: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(Phi, S), each (B, k, k), `elapsed` (B,) later on the clock B, from covariance `start` (k, k)."""
-        Phi, E = _exp_and_expm1(elapsed[:, None, None] * A)
+        Phi, E = matrix_exp_and_expm1(elapsed[:, None, None] * A)
         # S_inf + Phi (start - S_inf) Phi^T with Phi = 1 + E: nothing cancels to first order where little time elapsed
         X = E @ (start - self.S_inf)
         return Phi, start + X + X.mT + X @ E.mT
@@ -280,21 +281,6 @@ class Diffusion:
             raise ValueError(f"{what} is defined for one component per channel, this process has k = {self.k}")
 
 
-def apply(matrix: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """matrix (j, k), or (B, j, k), on the components of u (B, k*C, H, W): (B, j*C, H, W) in u's dtype and device."""
-    matrix = matrix.to(u.device, u.dtype).reshape(-1, *matrix.shape[-2:])[..., None, None, None]
-    if matrix.shape[1] == matrix.shape[2] == 1:
-        return matrix[:, 0, 0] * u
-    # written out, because autocast would run a matrix product in bfloat16
-    return (matrix * u.unflatten(1, (matrix.shape[2], -1))[:, None]).sum(2).flatten(1, 2)
-
-
-def square_root(S: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of S (B, k, k), positive semi-definite: S may be singular, as D often is."""
-    values, vectors = torch.linalg.eigh(S)
-    return (vectors * values.clamp(min=0.0).sqrt()[:, None, :]) @ vectors.mT
-
-
 def _matrix(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float64))
 
@@ -302,40 +288,6 @@ def _matrix(values: np.ndarray) -> torch.Tensor:
 def _scalars(t: Time) -> torch.Tensor:
     """t as (B,) float64 on the CPU; B = 1 for a float."""
     return torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1)
-
-
-def _exp_and_expm1(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(expm(X), expm(X) - I), each (B, k, k); every entry of the second keeps its digits where X is small."""
-    if X.shape[-1] == 1:
-        return torch.exp(X), torch.expm1(X)
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    exp = _exp_2x2(X) if X.shape[-1] == 2 else torch.linalg.matrix_exp(X)
-    small = X.abs().sum(-1).amax(-1)[:, None, None] < 1.0
-    suggest = torch.where(small, X, 0.0)
-    series = eye.expand_as(X)
-    for n in range(20, 1, -1):  # I + X/2! + X^2/3! + ..., and X times that is expm(X) - I
-        series = eye + suggest @ series / n
-    return exp, torch.where(small, suggest @ series, exp - eye)
-
-
-def _exp_2x2(X: torch.Tensor) -> torch.Tensor:
-    """expm(X) = e^h (cosh(d) I + sinh(d)/d N) with h = tr(X)/2, N = X - h I, N^2 = d^2 I; (B, 2, 2).
-
-    d^2 < 0 is underdamped, d = 0 critically damped (CLD, PSLD: e^h (I + N)), d^2 > 0 overdamped.
-    """
-    eye = torch.eye(2, dtype=X.dtype, device=X.device)
-    h = 0.5 * X.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    N = X - h * eye
-    d2 = -torch.linalg.det(N)[:, None, None]
-    cosh = 1.0 + 0.5 * d2 * _sinhc(0.25 * d2) ** 2
-    return torch.exp(h) * (cosh * eye + _sinhc(d2) * N)
-
-
-def _sinhc(d2: torch.Tensor) -> torch.Tensor:
-    """sinh(d)/d as a function of d^2 of either sign; by its series where |d^2| is small."""
-    d = d2.abs().sqrt().clamp(min=1e-3)
-    far = torch.where(d2 > 0, torch.sinh(d), torch.sin(d)) / d
-    return torch.where(d2.abs() < 1e-2, 1 + d2 / 6 * (1 + d2 / 20 * (1 + d2 / 42 * (1 + d2 / 72))), far)
 
 
 def _check(process: Process) -> None:

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 
 import torch
 
-from dvae.diffusion.denoiser import Conditioning, Denoiser
+from dvae.diffusion.conditioning import Conditioning
+from dvae.diffusion.denoiser import Denoiser
 from dvae.diffusion.guidance import GuidedDenoiser
-from dvae.diffusion.kernels import apply
+from dvae.diffusion.linalg import apply_matrix
+from dvae.diffusion.model import Model
+from dvae.diffusion.probability_flow import MIN_SQRT_CLOCK, sqrt_clock
 from dvae.diffusion.rk45 import Velocity, integrate
 from dvae.errors import UserError
-from dvae.registry.samplers.base import Model
-from dvae.registry.samplers.ode import LEAST_ROOT, root_of
 from dvae.utils import rng
 
 
@@ -49,20 +50,25 @@ def dequantized(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def of_images(
-    denoiser: Denoiser, given: Conditioning, images: torch.Tensor, numbers: Sequence[int], seed: int, tolerance: float
+    denoiser: Denoiser,
+    conditioning: Conditioning,
+    images: torch.Tensor,
+    numbers: Sequence[int],
+    seed: int,
+    tolerance: float,
 ) -> Likelihood:
-    """Likelihood of images (B, C, H, W) uint8 under the refiner, `given` what it is told of each.
+    """Likelihood of images (B, C, H, W) uint8 under the refiner, `conditioning` what it is told of each.
 
     One draw of dequantization, of the momentum where k > 1, and of the probe of the divergence per image, keyed by the
     image's number.
     """
-    io, device = denoiser.io, given.z.device
+    io, device = denoiser.io, conditioning.z.device
     shape = (io.k * io.channels, io.image_size, io.image_size)
     x = dequantized(images, rng.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
     probes = rng.uniform(seed, "probe", numbers, shape).sub(0.5).sign().float()
     return bits_per_dim(
-        GuidedDenoiser(denoiser, given),
-        denoiser.to_state(x.to(device), given),
+        GuidedDenoiser(denoiser, conditioning),
+        denoiser.to_state(x.to(device), conditioning),
         noise=rng.normal(seed, "momentum", numbers, shape).to(device),
         probes=probes.to(device),
         data_scale=float(denoiser.data_scale),
@@ -94,18 +100,18 @@ def bits_per_dim(
     differentiable in u (not with classifier guidance).
     """
     diffusion, n = model.diffusion, x[0].numel()
-    if diffusion.schedule.endless:
+    if diffusion.schedule.zero_terminal_snr:
         raise UserError(
             f"likelihood: schedule {type(diffusion.schedule).__name__} has no finite end at t = 1: evaluate a run with "
             "another schedule, such as linear"
         )
     if diffusion.k > 1 and noise is None:
         raise ValueError(f"the components beside the image (k = {diffusion.k}) need noise to be drawn from")
-    u = diffusion.clean(x, noise)
+    u = diffusion.initial_state(x, noise)
     state = torch.cat([u.flatten(1), u.new_zeros(len(u), 1)], dim=1)
     flow = _flow_and_divergence(model, u.shape[1:], probes)
-    start = max(root_of(diffusion, t_min), LEAST_ROOT)
-    end = integrate(flow, state, start, root_of(diffusion, 1.0), tolerance)
+    start = max(sqrt_clock(diffusion, t_min), MIN_SQRT_CLOCK)
+    end = integrate(flow, state, start, sqrt_clock(diffusion, 1.0), tolerance)
     u_1, change = end.y[:, :-1].view_as(u), end.y[:, -1].double().cpu()
     log_density = _log_normal(u_1, diffusion.S_inf) + change
     if diffusion.k > 1:
@@ -123,9 +129,9 @@ def _flow_and_divergence(model: Model, shape: torch.Size, probes: torch.Tensor |
         t = diffusion.schedule.inverse(r**2).clamp(max=1.0)
         with torch.enable_grad():
             u = state[:, :-1].view(-1, *shape).detach().requires_grad_()
-            pull = apply(diffusion.D, model[rows](u, t).score)
+            pull = apply_matrix(diffusion.D, model[rows](u, t).score)
             trace = _exact_trace(pull, u) if probes is None else _estimated_trace(pull, u, probes[rows])
-        drift = apply(diffusion.A, u.detach()) - pull.detach()
+        drift = apply_matrix(diffusion.A, u.detach()) - pull.detach()
         rate = torch.cat([drift.flatten(1), (trace_A - trace)[:, None]], dim=1)
         return (2.0 * r).to(rate.device, rate.dtype)[:, None] * rate
 
@@ -150,5 +156,5 @@ def _exact_trace(f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 def _log_normal(u: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
     """log N(u; 0, S), summed over channels and pixels, (B,), float64."""
     u = u.double().cpu()
-    square = (u * apply(torch.linalg.inv(S), u)).flatten(1).sum(1)
+    square = (u * apply_matrix(torch.linalg.inv(S), u)).flatten(1).sum(1)
     return -0.5 * (square + u[0].numel() / len(S) * torch.logdet(2.0 * math.pi * S))

@@ -194,7 +194,7 @@ def _check(config: LossConfig, diffusion: Diffusion) -> None:
             "denoiser.loss.times=log_normal is a draw of one signal-to-noise ratio, a process with k = "
             f"{diffusion.k} has none: use uniform or importance"
         )
-    if diffusion.schedule.endless and (weighting is Weighting.likelihood or times is TimeDraw.importance):
+    if diffusion.schedule.zero_terminal_snr and (weighting is Weighting.likelihood or times is TimeDraw.importance):
         raise UserError(
             f"denoiser.loss: weighting={weighting.name} with times={times.name} has no finite mean on a schedule whose "
             "B is infinite at t = 1: use another weighting, times=uniform, or another schedule"

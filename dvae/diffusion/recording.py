@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dvae.diffusion.kernels import Diffusion, Prediction, Time
-from dvae.registry.samplers.base import Model, Threshold
+from dvae.diffusion.model import Model, Threshold
 
 
 class RecordingDenoiser:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
 from dvae.errors import UserError
-
-if TYPE_CHECKING:  # the samplers of the registry import this module
-    from dvae.registry.schedules.base import Schedule
+from dvae.registry.schedules.base import Schedule
 
 NOISE_LEVEL = 160.0
 """sigma/alpha from which log_snr and karras count on a schedule that ends beyond it, or without end.

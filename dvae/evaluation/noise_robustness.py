@@ -43,9 +43,9 @@ class NoisySamples(Samples):
 
     def draw(self, numbers: range) -> dict[str, np.ndarray]:
         pipeline, settings = self.pipeline, self.settings
-        given = pipeline.drawn_for(numbers, settings.seed)
-        eps = rng.normal(settings.seed, "noise on x_hat", numbers, given.x_hat.shape[1:]).to(pipeline.device)
-        noisy = replace(given, x_hat=given.x_hat + settings.noise * eps)
+        conditioning = pipeline.drawn_for(numbers, settings.seed)
+        eps = rng.normal(settings.seed, "noise on x_hat", numbers, conditioning.x_hat.shape[1:]).to(pipeline.device)
+        noisy = replace(conditioning, x_hat=conditioning.x_hat + settings.noise * eps)
         refined, nfe = pipeline.refined(noisy, Noise(settings.seed, numbers), guidance=self.guidance)
         arrays = {"pixels": side_by_side([[to_uint8(refined)]]), "nfe": nfe.numpy()}
-        return arrays if given.label is None else arrays | {"label": given.label.cpu().numpy()}
+        return arrays if conditioning.label is None else arrays | {"label": conditioning.label.cpu().numpy()}

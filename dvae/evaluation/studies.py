@@ -14,7 +14,7 @@ from dvae.evaluation import memorization, plots, tables
 from dvae.evaluation.benchmark import Bench, Drawing, Result, point, score
 from dvae.evaluation.evaluation_settings import EvaluateToolConfig
 from dvae.evaluation.image_sets import open_set
-from dvae.registry import SAMPLERS
+from dvae.registry.samplers.base import SAMPLERS
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.data.images import to_uint8
-from dvae.diffusion.denoiser import Conditioning
+from dvae.diffusion.conditioning import Conditioning
 from dvae.errors import UserError
 from dvae.inference.batching import GeneratedImages, mean, together
 from dvae.inference.noise import Between, Noise, linear, spherical
@@ -36,7 +36,7 @@ Move = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Start:
     """Images to begin with."""
 
-    given: Conditioning
+    conditioning: Conditioning
     """z is the posterior mean, or drawn from the prior."""
     numbers: Sequence[int]
     """Whose noise of the seed each has."""
@@ -58,9 +58,10 @@ def start(
     if "encoder" not in pipeline.models.trained():
         raise UserError("this run has no encoder, which finds the z of an image: use numbers of images of a seed")
     images = checked(pipeline, images)
-    given = pipeline.encode(images)
+    conditioning = pipeline.encode(images)
     return Start(
-        Conditioning(given.x_hat, given.z, pipeline.classes(label, len(images))), numbers or range(len(images))
+        Conditioning(conditioning.x_hat, conditioning.z, pipeline.classes(label, len(images))),
+        numbers or range(len(images)),
     )
 
 
@@ -86,7 +87,7 @@ def checked(pipeline: Pipeline, images: torch.Tensor) -> torch.Tensor:
 
 def reconstruct(pipeline: Pipeline, start: Start, seed: int, guidance: Guidance | float = 1.0) -> GeneratedImages:
     """The images themselves, through z."""
-    return _drawn(pipeline, start.given.z, start.given.label, Noise(seed, start.numbers), 1, guidance)
+    return _drawn(pipeline, start.conditioning.z, start.conditioning.label, Noise(seed, start.numbers), 1, guidance)
 
 
 def along(pipeline: Pipeline, direction: Direction | torch.Tensor | int) -> Move:
@@ -116,13 +117,13 @@ def edit(
 
     Raises UserError where images of a seed have no z of their own.
     """
-    if not start.given.z.numel():
+    if not start.conditioning.z.numel():
         raise UserError("edit: this run draws no z besides its noise, and so has nothing to move: give images=")
     rows = len(strengths)
     by = torch.tensor(strengths, device=pipeline.device).repeat(len(start))
-    z = move(start.given.z.repeat_interleave(rows, 0), by)
+    z = move(start.conditioning.z.repeat_interleave(rows, 0), by)
     noise = Noise(seed, start.numbers)[[row // rows for row in range(len(start) * rows)]]
-    return _drawn(pipeline, z, _repeated(start.given.label, rows), noise, rows, guidance)
+    return _drawn(pipeline, z, _repeated(start.conditioning.label, rows), noise, rows, guidance)
 
 
 def interpolate(
@@ -144,7 +145,7 @@ def interpolate(
         raise UserError(f"steps={steps}: use 2 or more, both ends are among them")
     if len(a) != len(b):
         raise UserError(f"{len(a)} and {len(b)} images: interpolation goes from each of the first to one of the others")
-    latent, drawn = pipeline.models.latent_space, not a.given.z.numel()
+    latent, drawn = pipeline.models.latent_space, not a.conditioning.z.numel()
     if latent and not drawn:
         raise UserError(
             "in latent space a given image has no noise to interpolate: use images of a seed (images=drawn)"
@@ -153,7 +154,7 @@ def interpolate(
         raise UserError("space=z: this run draws no z besides its noise: use space=noise")
     weights = torch.linspace(0.0, 1.0, steps, dtype=torch.float64).repeat(len(a))
     rows = torch.arange(len(a)).repeat_interleave(steps)
-    here, there = a.given[rows], b.given[rows]
+    here, there = a.conditioning[rows], b.conditioning[rows]
     moves_z = space is not Between.noise and not drawn
     path = spherical if isinstance(pipeline.prior, Normal) else linear
     z = path(here.z, there.z, weights) if moves_z else here.z
@@ -197,12 +198,12 @@ def _drawn(
     for part in torch.arange(len(noise)).split(together(rows) * rows if pipeline.batch is None else len(noise)):
         mine = None if label is None else label[part]
         if pipeline.models.latent_space and refines:
-            given = Conditioning.nothing(z.new_empty(len(part), *pipeline.models.io.latent), mine)
+            conditioning = Conditioning.nothing(z.new_empty(len(part), *pipeline.models.io.latent), mine)
         else:
-            given = Conditioning(pipeline.decode(z[part]), z[part], mine)
-            vae.append(to_uint8(given.x_hat).cpu())
+            conditioning = Conditioning(pipeline.decode(z[part]), z[part], mine)
+            vae.append(to_uint8(conditioning.x_hat).cpu())
         if refines:
-            images, counted = pipeline.refined(given, noise[part.tolist()], guidance=guidance)
+            images, counted = pipeline.refined(conditioning, noise[part.tolist()], guidance=guidance)
             refined.append(to_uint8(images))
             nfe.append(counted)
     shown = torch.cat(vae) if vae else None

@@ -30,7 +30,7 @@ from omegaconf import MISSING
 from dvae.data.images import to_float
 from dvae.data.shards.manifest import HELDOUT
 from dvae.diffusion import likelihood
-from dvae.diffusion.denoiser import NO_LABEL, Conditioning
+from dvae.diffusion.conditioning import NO_LABEL, Conditioning
 from dvae.errors import UserError
 from dvae.inference import pipeline as pipelines
 from dvae.inference.batching import CHUNK, calls, mean, one_thread
@@ -138,7 +138,7 @@ def score(settings: LikelihoodConfig) -> Scored:
     _check(settings)
     pipeline = pipelines.load(settings.run, settings.batch)
     pipeline.need_pixels("likelihood")
-    if pipeline.models.denoiser.diffusion.schedule.endless:
+    if pipeline.models.denoiser.diffusion.schedule.zero_terminal_snr:
         name = pipeline.config.schedule.name
         raise UserError(f"likelihood: schedule={name} has no finite end at t = 1: name a run with another, as linear")
     if settings.z is Latent.draw and "encoder" not in pipeline.models.trained():
@@ -187,8 +187,8 @@ def score_chunk(
         z = posterior.mean
         if settings.z is Latent.draw:
             z = posterior.sample(rng.normal(seed, "posterior", numbers, models.io.latent).to(z.device))
-        given = Conditioning(pipeline.decode(z), z, pipeline.classes(labels, len(images)))
-        found = likelihood.of_images(models.denoiser, given, images, list(numbers), seed, settings.tolerance)
+        conditioning = Conditioning(pipeline.decode(z), z, pipeline.classes(labels, len(images)))
+        found = likelihood.of_images(models.denoiser, conditioning, images, list(numbers), seed, settings.tolerance)
         bits, kl = found.bits_per_dim, posterior.kl().double().cpu()
         values = {
             "bits_per_dim": bits,

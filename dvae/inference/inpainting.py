@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from dvae.data.images import to_float, to_uint8
-from dvae.diffusion.denoiser import Conditioning
+from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.kernels import Diffusion, Matching
+from dvae.diffusion.model import OnStep
 from dvae.errors import UserError, suggest
 from dvae.inference.batching import GeneratedImages
 from dvae.inference.noise import Noise
-from dvae.registry.samplers.base import OnStep
 
 if TYPE_CHECKING:
     from dvae.diffusion.guidance import Guidance
@@ -43,9 +43,9 @@ def keep_known(
 
     def on_step(i: int, t: float, u: torch.Tensor) -> torch.Tensor:
         if t == 0.0:
-            return torch.where(known, diffusion.clean(x0).to(u.dtype), u)
+            return torch.where(known, diffusion.initial_state(x0).to(u.dtype), u)
         start = noise(2 * i + 1) if diffusion.matching is Matching.dsm else None
-        return torch.where(known, diffusion.perturb(diffusion.clean(x0, start), t, noise(2 * i)).to(u.dtype), u)
+        return torch.where(known, diffusion.perturb(diffusion.initial_state(x0, start), t, noise(2 * i)).to(u.dtype), u)
 
     return on_step
 
@@ -93,8 +93,8 @@ def inpaint(
     for _ in range(IMPUTATIONS):
         found = pipeline.encode(filled)
         filled = torch.where(mask_there, known, found.x_hat)
-    given = Conditioning(found.x_hat, found.z, pipeline.classes(label, len(images)))
-    drawn, nfe = pipeline.refined(given, Noise(seed, numbers), guidance=guidance, known=(known, mask_there))
-    vae = to_uint8(given.x_hat).cpu() if pipeline.models.generates else None
-    classes = None if given.label is None else given.label.cpu()
+    conditioning = Conditioning(found.x_hat, found.z, pipeline.classes(label, len(images)))
+    drawn, nfe = pipeline.refined(conditioning, Noise(seed, numbers), guidance=guidance, known=(known, mask_there))
+    vae = to_uint8(conditioning.x_hat).cpu() if pipeline.models.generates else None
+    classes = None if conditioning.label is None else conditioning.label.cpu()
     return GeneratedImages(vae, torch.where(mask, images, to_uint8(drawn)), nfe, classes)

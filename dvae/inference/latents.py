@@ -28,9 +28,8 @@ from dvae.inference.pipeline import Pipeline
 from dvae.inference.run_images import open_split
 from dvae.models import bundle
 from dvae.models.components import Models
-from dvae.registry import PRIORS
 from dvae.registry.encoders.base import Posterior
-from dvae.registry.priors.base import Prior
+from dvae.registry.priors.base import PRIORS, Prior
 from dvae.tracking.console import Progress
 from dvae.utils import atomic_files, rng
 

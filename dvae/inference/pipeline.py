@@ -12,7 +12,7 @@ import torch
 from dvae.config.schema import ModelConfig
 from dvae.data.images import to_float, to_uint8
 from dvae.diffusion import likelihood
-from dvae.diffusion.denoiser import NO_LABEL, Conditioning
+from dvae.diffusion.conditioning import NO_LABEL, Conditioning
 from dvae.diffusion.guidance import Guidance
 from dvae.errors import UserError, suggest
 from dvae.inference import editing, inpainting
@@ -24,8 +24,8 @@ from dvae.inference.refine import check_drawing, refine_batch
 from dvae.models import bundle
 from dvae.models.components import Models, build_sampler
 from dvae.models.quantization import layer_plan
-from dvae.registry import PRIORS, SAMPLERS
-from dvae.registry.priors.base import Prior
+from dvae.registry.priors.base import PRIORS, Prior
+from dvae.registry.samplers.base import SAMPLERS
 from dvae.utils import rng
 
 Advance = Callable[[int], None]
@@ -190,13 +190,13 @@ class Pipeline:
         if z is None and self.models.denoiser.config.condition_latent:
             raise UserError("refine: this refiner is given z besides x_hat (denoiser.condition_latent=true): give both")
         z = x_hat.new_zeros(len(x_hat), 0) if z is None else z.to(self.device)
-        given = Conditioning(x_hat, z, self.classes(label, len(x_hat)))
-        return to_uint8(self.refined(given, Noise(seed, range(len(z))), guidance=guidance)[0])
+        conditioning = Conditioning(x_hat, z, self.classes(label, len(x_hat)))
+        return to_uint8(self.refined(conditioning, Noise(seed, range(len(z))), guidance=guidance)[0])
 
     @torch.no_grad()
     def refined(
         self,
-        given: Conditioning,
+        conditioning: Conditioning,
         noise: Noise,
         *,
         guidance: Guidance | float = PLAIN,
@@ -214,7 +214,7 @@ class Pipeline:
         with self._same_bits():
             for rows, count in self._rows(len(noise), size):
                 kept = None if known is None else (known[0][rows], known[1][rows])
-                refined, nfe, _ = refine_batch(self, given[rows], noise[rows.tolist()], guidance, kept)
+                refined, nfe, _ = refine_batch(self, conditioning[rows], noise[rows.tolist()], guidance, kept)
                 images.append(refined[:count].cpu())
                 evaluations.append(nfe[:count].cpu())
                 if advance:
@@ -241,12 +241,12 @@ class Pipeline:
         check_drawing(self, shared, intermediate)
         same = [0] * len(numbers)
         with self._same_bits():
-            given = self.drawn_for(same if shared is Shared.z else numbers, seed, label)
+            conditioning = self.drawn_for(same if shared is Shared.z else numbers, seed, label)
             noise = Noise(seed, same if shared is Shared.noise else numbers)
-            refined, nfe, estimates = refine_batch(self, given, noise, guidance, estimates=intermediate)
-            vae = to_uint8(given.x_hat).cpu() if self.models.generates else None
+            refined, nfe, estimates = refine_batch(self, conditioning, noise, guidance, estimates=intermediate)
+            vae = to_uint8(conditioning.x_hat).cpu() if self.models.generates else None
             on_the_way = torch.stack([to_uint8(each).cpu() for each in estimates], 1) if estimates else None
-            classes = None if given.label is None else given.label.cpu()
+            classes = None if conditioning.label is None else conditioning.label.cpu()
             return GeneratedImages(vae, to_uint8(refined).cpu(), nfe.cpu(), classes, on_the_way)
 
     def generate(
@@ -379,8 +379,8 @@ class Pipeline:
         parts = []
         for numbers in torch.arange(len(images)).split(self.batch or CHUNK):
             chosen = images[numbers]
-            given = self.encode(to_float(chosen).to(self.device))
-            found = likelihood.of_images(self.models.denoiser, given, chosen, numbers.tolist(), seed, tolerance)
+            conditioning = self.encode(to_float(chosen).to(self.device))
+            found = likelihood.of_images(self.models.denoiser, conditioning, chosen, numbers.tolist(), seed, tolerance)
             parts.append(found.bits_per_dim)
         return torch.cat(parts)
 

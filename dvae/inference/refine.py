@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion.denoiser import Conditioning
+from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.guidance import Guidance, GuidedDenoiser
+from dvae.diffusion.model import Model, OnStep
 from dvae.diffusion.recording import RecordingDenoiser, spread
 from dvae.errors import UserError
 from dvae.inference import inpainting
 from dvae.inference.noise import Noise, Shared
-from dvae.registry.samplers.base import Model, OnStep
 
 if TYPE_CHECKING:
     from dvae.inference.pipeline import Pipeline
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def refine_batch(
     pipeline: Pipeline,
-    given: Conditioning,
+    conditioning: Conditioning,
     noise: Noise,
     guidance: Guidance | float,
     known: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -37,26 +37,28 @@ def refine_batch(
     def normal(purpose: str) -> torch.Tensor:
         return noise.draw(purpose, shape).to(pipeline.device, memory_format=torch.channels_last)
 
-    given = Conditioning(given.x_hat.contiguous(memory_format=torch.channels_last), given.z, given.label)
+    conditioning = Conditioning(
+        conditioning.x_hat.contiguous(memory_format=torch.channels_last), conditioning.z, conditioning.label
+    )
     weights = guidance if isinstance(guidance, Guidance) else Guidance(condition=guidance)
-    model: Model = GuidedDenoiser(denoiser, given, weights, pipeline.models.classifier)
+    model: Model = GuidedDenoiser(denoiser, conditioning, weights, pipeline.models.classifier)
     on_step: OnStep | None = None
     watched: RecordingDenoiser | None = None
     if known is not None:
         x, mask = (part.to(pipeline.device) for part in known)
         on_step = inpainting.keep_known(
-            denoiser.diffusion, denoiser.to_state(x, given), mask, lambda i: normal(f"known pixels {i}")
+            denoiser.diffusion, denoiser.to_state(x, conditioning), mask, lambda i: normal(f"known pixels {i}")
         )
     elif estimates:
         model = watched = RecordingDenoiser(model, spread(estimates, steps_of(pipeline)))
         on_step = watched.on_step
     bf16 = pipeline.config.precision.name == "bf16"
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=bf16):
-        start = denoiser.diffusion.prior(normal("x_T"))
+        start = denoiser.diffusion.sample_prior(normal("x_T"))
         sampled = pipeline.sampler.sample(model, start, lambda i: normal(f"sampler {i}"), on_step)
 
     def shown(state: torch.Tensor) -> torch.Tensor:
-        drawn = denoiser.to_image(state, given)
+        drawn = denoiser.to_image(state, conditioning)
         return pipeline.decode(drawn) if pipeline.models.latent_space else drawn
 
     on_the_way = [shown(state) for state in watched.x0] if watched else []

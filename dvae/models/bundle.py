@@ -25,8 +25,7 @@ from dvae.errors import UserError, printable_line
 from dvae.models import components
 from dvae.models.components import Models
 from dvae.models.quantization import layer_plan as quantization
-from dvae.registry.core import KINDS
-from dvae.registry.discovery import origin
+from dvae.registry.discovery import origin, registries
 from dvae.registry.encoders.base import Encoder
 from dvae.tracking.console import say
 from dvae.utils import atomic_files, package
@@ -99,7 +98,7 @@ def component_infos(config: ModelConfig) -> dict[str, ComponentInfo]:
     for kind in COMPONENT_KINDS:
         component = getattr(config, kind)
         if component is not None:
-            cls = KINDS[kind].get(component.name)
+            cls = registries()[kind].get(component.name)
             package, release = origin(cls)
             found[kind] = ComponentInfo(component.name, f"{cls.__module__}.{cls.__qualname__}", package, release)
     return found

@@ -15,11 +15,14 @@ from dvae.diffusion.denoiser import Denoiser, DenoiserConfig, Space
 from dvae.diffusion.kernels import Diffusion
 from dvae.diffusion.time_grid import Spacing
 from dvae.errors import UserError, fold
-from dvae.registry import CLASSIFIERS, ENCODERS, PRIORS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Shapes
-from dvae.registry.classifiers.base import Classifier
-from dvae.registry.encoders.base import Encoder
-from dvae.registry.priors.base import Prior
-from dvae.registry.samplers.base import Sampler
+from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
+from dvae.registry.core import Shapes
+from dvae.registry.encoders.base import ENCODERS, Encoder
+from dvae.registry.priors.base import PRIORS, Prior
+from dvae.registry.processes.base import PROCESSES
+from dvae.registry.refiners.base import REFINERS
+from dvae.registry.samplers.base import SAMPLERS, Sampler
+from dvae.registry.schedules.base import SCHEDULES
 
 MOST_LAYERS = 100_000
 """Layers and tensors that networks may be built of; the largest published ones have some thousand."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dvae.diffusion.denoiser import Conditioning, NoiseSample
+from dvae.diffusion.conditioning import Conditioning, NoiseSample
 from dvae.layers.adversarial import discriminator_loss, generator_loss
 from dvae.models.components import Models
 from dvae.planning.counting import ForwardPass
@@ -63,8 +63,8 @@ def encoder_passes(made: Models) -> dict[str, ForwardPass]:
 def refiner_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
     denoiser = made.denoiser
 
-    def loss(x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
-        return denoiser(x, given, draws).mean()
+    def loss(x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
+        return denoiser(x, conditioning, noise_sample).mean()
 
     return _noisy_state_pass(made, denoiser, (), encodes, decodes, loss)
 
@@ -74,13 +74,13 @@ def classifier_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
     assert made.classifier is not None
     classifier, denoiser = made.classifier, made.denoiser
 
-    def loss(x: torch.Tensor, given: Conditioning, draws: NoiseSample) -> torch.Tensor:
+    def loss(x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
         with torch.no_grad():
-            u = denoiser.add_noise(x, given, draws)
-            feature = denoiser.diffusion.schedule.feature(draws.t).to(u.device, torch.float32)
-        logits = classifier(u, feature, denoiser.condition(given))
-        assert given.label is not None
-        return F.cross_entropy(logits, given.label)
+            u = denoiser.add_noise(x, conditioning, noise_sample)
+            feature = denoiser.diffusion.schedule.feature(noise_sample.t).to(u.device, torch.float32)
+        logits = classifier(u, feature, denoiser.condition(conditioning))
+        assert conditioning.label is not None
+        return F.cross_entropy(logits, conditioning.label)
 
     return _noisy_state_pass(made, classifier, (denoiser,), encodes, decodes, loss)
 
@@ -94,22 +94,22 @@ def _noisy_state_pass(
     def draw(batch: int) -> tuple[Any, ...]:
         label = torch.zeros(batch, dtype=torch.int64) if made.io.labels else None
         noise = torch.zeros(batch, *encoder.latent_shape)
-        return images(made, batch), noise, label, made.denoiser.draw(0, torch.arange(batch))
+        return images(made, batch), noise, label, made.denoiser.sample_noise(0, torch.arange(batch))
 
     def prepare(
-        device: str, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, draws: NoiseSample
+        device: str, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, noise_sample: NoiseSample
     ) -> tuple[Any, ...]:
         x, z = place(x, device), place(noise, device)
         label = None if label is None else label.to(device)
         if encodes:
             z = encoder.encode(x).sample(z)
-        start = None if draws.start is None else place(draws.start, device)
-        draws = replace(draws, eps=place(draws.eps, device), start=start)
+        start = None if noise_sample.start is None else place(noise_sample.start, device)
+        noise_sample = replace(noise_sample, eps=place(noise_sample.eps, device), start=start)
         if made.latent_space:
             z = place(z.float(), device)
-            return z, Conditioning.nothing(z, label), draws
+            return z, Conditioning.nothing(z, label), noise_sample
         x_hat = _decoded(encoder, z, device) if decodes else torch.zeros_like(x)
-        return x, Conditioning(x_hat, z.float(), label), draws
+        return x, Conditioning(x_hat, z.float(), label), noise_sample
 
     return ForwardPass(trained, (encoder, *beside), draw, prepare, loss)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from dvae.config.compose import endless
+from dvae.config.compose import uses_stream
 from dvae.config.schema import CacheContents, Precision, RunConfig, TrainingConfig
 from dvae.config.stage_names import settings_of
 from dvae.data.loading.loader import check_batch
@@ -184,7 +184,8 @@ def _stage(
     step = shardings[training.zero_stage].step
     size = manifest_bytes(manifest) if manifest else config.channels * config.image_size**2 * settings.packing + HEADERS
     known = name != "encoder" and made.latent_space and not encoder_use(config, made, manifest)[0]
-    reads = not known and not endless(config)  # where latents alone are diffused, and are known, no image is looked at
+    # no image is read if latents alone are diffused and they are known
+    reads = not known and not uses_stream(config)
     return StagePlan(
         name=name, modules=modules, training=training, micro_batch=micro, frozen=frozen, computing=computing,
         optimizer=_optimizer(modules, training, ranks, gpu), shardings=shardings,

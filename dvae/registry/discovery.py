@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
+import pkgutil
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from dvae.errors import UserError, printable_line
 from dvae.registry import plugins
-from dvae.registry.core import BEFORE_LOOKUP, BROKEN_PLUGINS, KINDS
+from dvae.registry.core import BEFORE_LOOKUP, BROKEN_PLUGINS, KINDS, Registry
 from dvae.utils.package import VERSION
 
 ENTRY_POINT_GROUP = "dvae.plugins"
 _imported_installed = False
 
 
+def registries() -> dict[str, Registry[Any]]:
+    """The registry of every kind, by kind, in alphabetical order."""
+    _import_kinds()
+    return dict(sorted(KINDS.items()))
+
+
+@functools.cache
+def _import_kinds() -> None:
+    """Import the base class of every kind, which enters its registry in KINDS; no component is imported."""
+    for folder in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if folder.ispkg:
+            importlib.import_module(f"{__package__}.{folder.name}.base")
+
+
 def discover() -> None:
     """Import every component that dvae brings, then every installed plug-in (entry points `dvae.plugins`), once."""
-    for registry in list(KINDS.values()):
-        registry.import_builtins()
+    _import_builtins()
     import_installed_plugins()
+
+
+def _import_builtins() -> None:
+    for registry in registries().values():
+        registry.import_builtins()
 
 
 def import_installed_plugins() -> None:
@@ -33,8 +55,7 @@ def import_installed_plugins() -> None:
         return
     _imported_installed = True  # first, because a plug-in may ask a registry while it is imported
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        for registry in list(KINDS.values()):
-            registry.import_builtins()
+        _import_builtins()
         try:
             with plugins.all_or_nothing(entry.value.partition(":")[0].strip(), KINDS):
                 entry.load()

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dvae.config.compose import endless
+from dvae.config.compose import uses_stream
 from dvae.config.model_config import model_config
 from dvae.config.schema import RunConfig
 from dvae.data.building.shard_build import build as build_shards
@@ -166,7 +166,7 @@ def evaluate_stage(run: Run, config: RunConfig) -> None:
     summary: dict[str, Any] = {"recipe": config.recipe, "stages": run.records()}
     began = time.perf_counter()
     pipeline = Pipeline(model_config(config), made, config.evaluate.batch)
-    if endless(config):
+    if uses_stream(config):
         summary["evaluation"] = evaluate_points(run, config, pipeline)
     else:
         summary["evaluation"] = evaluate(

@@ -9,10 +9,10 @@ from torch import nn
 
 from dvae.config.schema import RunConfig, TrainingConfig
 from dvae.data.loading.loader import Batch
-from dvae.diffusion.denoiser import Conditioning, Denoiser
+from dvae.diffusion.conditioning import Conditioning
+from dvae.diffusion.denoiser import Denoiser
 from dvae.models import bundle, components
-from dvae.registry import DISTILLERS
-from dvae.registry.distillers.base import Distiller
+from dvae.registry.distillers.base import DISTILLERS, Distiller
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
 from dvae.stages.cache import open_latents
@@ -41,7 +41,7 @@ class Student(nn.Module):
         eps: torch.Tensor,
         t: torch.Tensor,
         s: torch.Tensor,
-        given: Conditioning,
+        conditioning: Conditioning,
         target: torch.Tensor | None,
     ) -> torch.Tensor:
         """Per-sample loss (B,) at u_t = alpha_t y0 + sigma_t eps, (B, C, H, W); without a target it is the student's
@@ -49,8 +49,8 @@ class Student(nn.Module):
         diffusion = self.denoiser.diffusion
         if target is None:
             with torch.no_grad(), torch.random.fork_rng():
-                target = self.distiller.target(self.denoiser, y0, eps, t, s, given)
-        seen = self.denoiser.predict(diffusion.perturb(y0, t, eps), t, given)[1]
+                target = self.distiller.target(self.denoiser, y0, eps, t, s, conditioning)
+        seen = self.denoiser.predict(diffusion.perturb(y0, t, eps), t, conditioning)[1]
         return self.distiller.loss(diffusion, seen - target, t, s)
 
 
@@ -76,17 +76,17 @@ class DistilStage(NoisyStage):
         return {self.name: self.student}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        x, given = self.example(batch)
+        x, conditioning = self.example(batch)
         teacher, distiller, numbers = self.denoiser, self.student.distiller, batch.keys.tolist()
-        y0 = teacher.to_state(x, given)
+        y0 = teacher.to_state(x, conditioning)
         eps = self.place(rng.normal(self.seed, "noise", numbers, tuple(y0.shape[1:])))
         done = (batch.keys // self.config.batch).double() / self.config.steps
         t, s = distiller.times(teacher.diffusion, self.steps, rng.uniform(self.seed, "time", numbers), done)
         target = None
         if not distiller.by_itself:
             with torch.no_grad(), self.autocast():
-                target = distiller.target(teacher, y0, eps, t, s, given)
-        losses = engines[name](y0, eps, t, s, given, target)
+                target = distiller.target(teacher, y0, eps, t, s, conditioning)
+        losses = engines[name](y0, eps, t, s, conditioning, target)
         return StepOutput(losses.mean(), sums({"loss": losses}) | by_time("loss", losses, t))
 
 

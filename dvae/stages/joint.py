@@ -11,7 +11,8 @@ from torch import nn
 from dvae.config.model_config import model_config
 from dvae.config.schema import GradientTo, JointConfig, RunConfig, TrainingConfig
 from dvae.data.loading.loader import Batch
-from dvae.diffusion.denoiser import Conditioning, Denoiser, NoiseSample
+from dvae.diffusion.conditioning import Conditioning, NoiseSample
+from dvae.diffusion.denoiser import Denoiser
 from dvae.inference.pipeline import Pipeline
 from dvae.models import components
 from dvae.registry.encoders.base import Encoder
@@ -32,18 +33,18 @@ class Joint(nn.Module):
         self.encoder, self.denoiser, self.config = encoder, denoiser, config
 
     def forward(
-        self, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, draws: NoiseSample, step: int
+        self, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, noise_sample: NoiseSample, step: int
     ) -> dict[str, torch.Tensor]:
         """Per-sample terms (B,): "loss", the encoder's own, and "refiner"; of images x (B, C, H, W) in step `step`."""
         terms = self.encoder(x, noise)
         x_hat, z = terms["x_hat"].float(), terms["z"].float()
         reaches = self.config.gradient_to if step >= self.config.start else GradientTo.nothing
-        given = Conditioning(
+        conditioning = Conditioning(
             x_hat if reaches in (GradientTo.x_hat, GradientTo.both) else x_hat.detach(),
             z if reaches in (GradientTo.z, GradientTo.both) else z.detach(),
             label,
         )
-        refiner = self.denoiser(x, given, draws)
+        refiner = self.denoiser(x, conditioning, noise_sample)
         own = encoder_figures(terms)
         return own | {"encoder": own["loss"], "refiner": refiner, "loss": own["loss"] + self.config.weight * refiner}
 
@@ -61,11 +62,11 @@ class JointStage(Stage):
         return {self.name: self.joint}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        draws = self.draws(batch, self.joint.denoiser)
+        noise_sample = self.sample_noise(batch, self.joint.denoiser)
         noise = self.posterior_noise(batch, self.joint.encoder)
         step = int(batch.keys[0]) // self.config.batch
-        terms = engines[name](self.images(batch), noise, self.labels(batch), draws, step)
-        return StepOutput(terms["loss"].mean(), sums(terms) | by_time("loss", terms["refiner"], draws.t))
+        terms = engines[name](self.images(batch), noise, self.labels(batch), noise_sample, step)
+        return StepOutput(terms["loss"].mean(), sums(terms) | by_time("loss", terms["refiner"], noise_sample.t))
 
 
 def joint_stage(run: Run, config: RunConfig) -> None:

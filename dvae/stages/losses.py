@@ -13,7 +13,8 @@ from torch import nn
 
 from dvae.config.schema import Precision, TrainingConfig
 from dvae.data.loading.loader import Batch
-from dvae.diffusion.denoiser import Conditioning, Denoiser, NoiseSample, Space
+from dvae.diffusion.conditioning import Conditioning, NoiseSample
+from dvae.diffusion.denoiser import Denoiser, Space
 from dvae.layers.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from dvae.registry.classifiers.base import Classifier
 from dvae.registry.encoders.base import Adversary, Encoder
@@ -89,9 +90,9 @@ class Stage(ABC):
         """What q(z | x) is sampled with, (B, *latent)."""
         return self.place(rng.normal(self.seed, "posterior", batch.keys.tolist(), encoder.latent_shape))
 
-    def draws(self, batch: Batch, denoiser: Denoiser) -> NoiseSample:
+    def sample_noise(self, batch: Batch, denoiser: Denoiser) -> NoiseSample:
         """Times and noise of the batch, keyed by its sample numbers."""
-        drawn = denoiser.draw(self.seed, batch.keys)
+        drawn = denoiser.sample_noise(self.seed, batch.keys)
         start = None if drawn.start is None else self.place(drawn.start)
         return replace(drawn, eps=self.place(drawn.eps), start=start)
 
@@ -243,10 +244,10 @@ class RefinerStage(NoisyStage):
         return {"refiner": self.denoiser}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        x, given = self.example(batch)
-        draws = self.draws(batch, self.denoiser)
-        losses = engines[name](x, given, draws)
-        return StepOutput(losses.mean(), sums({"loss": losses}) | by_time("loss", losses, draws.t))
+        x, conditioning = self.example(batch)
+        noise_sample = self.sample_noise(batch, self.denoiser)
+        losses = engines[name](x, conditioning, noise_sample)
+        return StepOutput(losses.mean(), sums({"loss": losses}) | by_time("loss", losses, noise_sample.t))
 
 
 class ClassifierStage(NoisyStage):
@@ -271,18 +272,18 @@ class ClassifierStage(NoisyStage):
         return {"classifier": self.classifier}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        x, given = self.example(batch)
-        draws = self.draws(batch, self.denoiser)
-        assert given.label is not None
+        x, conditioning = self.example(batch)
+        noise_sample = self.sample_noise(batch, self.denoiser)
+        assert conditioning.label is not None
         with torch.no_grad():
-            u = self.denoiser.add_noise(x, given, draws)  # the condition is never dropped here
-            feature = self.denoiser.diffusion.schedule.feature(draws.t).to(self.device, torch.float32)
-        logits = engines[name](u, feature, self.denoiser.condition(given))
-        losses = F.cross_entropy(logits, given.label, reduction="none")
-        figures = {"loss": losses, "accuracy": (logits.argmax(1) == given.label).float()}
+            u = self.denoiser.add_noise(x, conditioning, noise_sample)  # the condition is never dropped here
+            feature = self.denoiser.diffusion.schedule.feature(noise_sample.t).to(self.device, torch.float32)
+        logits = engines[name](u, feature, self.denoiser.condition(conditioning))
+        losses = F.cross_entropy(logits, conditioning.label, reduction="none")
+        figures = {"loss": losses, "accuracy": (logits.argmax(1) == conditioning.label).float()}
         metrics = sums(figures)
         for figure, values in figures.items():
-            metrics |= by_time(figure, values, draws.t)
+            metrics |= by_time(figure, values, noise_sample.t)
         return StepOutput(losses.mean(), metrics)
 
 

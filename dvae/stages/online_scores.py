@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from dvae.config.compose import endless
+from dvae.config.compose import uses_stream
 from dvae.config.schema import RunConfig
 from dvae.data.shards.reader import Shards, spread
 from dvae.evaluation.sliced_wasserstein import sliced_wasserstein
@@ -50,4 +50,4 @@ def scorer(run: Run, config: RunConfig, shards: Callable[[str], Shards]) -> Call
             )
         }
 
-    return of_points if endless(config) else of_images
+    return of_points if uses_stream(config) else of_images

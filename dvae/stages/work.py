@@ -198,7 +198,7 @@ def refiner_stage(run: Run, config: RunConfig, score: Callable[[Pipeline], dict[
 
     def preview(step: int, averaged: Weights) -> Path:
         pipeline, name = pipeline_of(run, config, averaged), f"refiner-{step:08d}.png"
-        if configuration.endless(config):
+        if configuration.uses_stream(config):
             return preview_points(run, config, pipeline, name)
         return preview_samples(run, pipeline, name)
 

@@ -14,8 +14,9 @@ from dvae.errors import UserError, suggest
 from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein, two_sample_floor
 from dvae.inference import pipeline as pipelines
 from dvae.inference.pipeline import Pipeline
-from dvae.registry import PROCESSES, SAMPLERS, SCHEDULES
-from dvae.registry.samplers.base import compatible_samplers
+from dvae.registry.processes.base import PROCESSES
+from dvae.registry.samplers.base import SAMPLERS, compatible_samplers
+from dvae.registry.schedules.base import SCHEDULES
 from dvae.runs.folder import Run
 from dvae.toy2d import points
 from dvae.toy2d.point_scores import figure

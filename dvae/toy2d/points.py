@@ -7,8 +7,8 @@ import torch
 from dvae.config.schema import RunConfig
 from dvae.inference.noise import Noise
 from dvae.inference.pipeline import Advance, Pipeline
-from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources.base import StreamSource
+from dvae.registry.core import Shapes
+from dvae.registry.sources.base import SOURCES, StreamSource
 from dvae.utils import rng
 
 

@@ -41,7 +41,7 @@ def open_loader(
 ) -> Loader | StreamLoader | Feed:
     """Batches of a stage: this rank's share, or all of them (`whole`); without `images` where it can do without."""
     rank, world = (0, 1) if whole else (ranks.rank(), ranks.world_size())
-    if configuration.endless(config):
+    if configuration.uses_stream(config):
         shards = None
         loader: Loader | StreamLoader = StreamLoader(
             points.open_source(config),

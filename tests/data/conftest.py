@@ -8,7 +8,7 @@ import pytest
 from patterns import Patterns
 
 from dvae.data.building.shard_build import build
-from dvae.registry import SOURCES
+from dvae.registry.sources.base import SOURCES
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvae.data.images import DamagedImage
-from dvae.registry import ComponentConfig, Shapes
+from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources.base import Item, Source
 
 

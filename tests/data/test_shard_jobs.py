@@ -22,7 +22,7 @@ from dvae.data.building.shard_build import build, build_part
 from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.verify import verify
 from dvae.errors import MachineError, UserError
-from dvae.registry import SOURCES
+from dvae.registry.sources.base import SOURCES
 
 PATTERNS: dict[str, Any] = {"name": "test_patterns"}
 SHARD, UNITS = 7, 8  # of 50 images

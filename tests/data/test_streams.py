@@ -7,7 +7,8 @@ import torch
 
 from dvae.data.loading.streams import StreamLoader
 from dvae.errors import UserError
-from dvae.registry import SOURCES, Shapes
+from dvae.registry.core import Shapes
+from dvae.registry.sources.base import SOURCES
 
 SOURCE = SOURCES.build({"name": "toy2d"}, Shapes(image_size=1, channels=2))
 

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dvae.diffusion.denoiser import Center, Conditioning, Denoiser, DenoiserConfig, NoiseSample
+from dvae.diffusion.conditioning import Conditioning, NoiseSample
+from dvae.diffusion.denoiser import Center, Denoiser, DenoiserConfig
 from dvae.diffusion.kernels import Diffusion, Factor, Matching
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
-from dvae.registry import PROCESSES, REFINERS, SCHEDULES, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.core import Shapes
+from dvae.registry.processes.base import PROCESSES
+from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.schedules.base import SCHEDULES
 
 IO = Shapes(image_size=8, latent=(5,), condition_channels=3, condition_latent=True)
 UNET = {"name": "unet", "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": []}
@@ -56,11 +59,20 @@ def test_formulation_2_is_formulation_1_with_mapped_weights() -> None:
     w1, w2 = second.state_dict()[stem].split([3, 3], dim=1)
     state[stem] = torch.cat([w1, w1 + w2], dim=1)
     first.load_state_dict(state)
-    x, given, draws = batch()
-    u = first.diffusion.perturb(x, draws.t, draws.eps)
-    torch.testing.assert_close(second.output(u, draws.t, given), first.output(u, draws.t, given), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(second(x, given, draws), first(x, given, draws), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(make(center=Center.input)(x, given, draws), make()(x, given, draws), atol=1e-3)
+    x, conditioning, noise_sample = batch()
+    u = first.diffusion.perturb(x, noise_sample.t, noise_sample.eps)
+    torch.testing.assert_close(
+        second.network_output(u, noise_sample.t, conditioning),
+        first.network_output(u, noise_sample.t, conditioning),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    torch.testing.assert_close(
+        second(x, conditioning, noise_sample), first(x, conditioning, noise_sample), atol=1e-5, rtol=1e-5
+    )
+    assert not torch.allclose(
+        make(center=Center.input)(x, conditioning, noise_sample), make()(x, conditioning, noise_sample), atol=1e-3
+    )
 
 
 class Perfect(torch.nn.Module):
@@ -85,19 +97,19 @@ KINDS_OF_PREDICTION = [
 @pytest.mark.parametrize(("process", "config"), KINDS_OF_PREDICTION)
 def test_a_perfect_refiner_has_no_loss_and_gives_back_the_image(process: str, config: dict) -> None:
     denoiser = make(schedule="linear", process=process, center=Center.residual, data_scale=3.0, **config)
-    x, given, draws = batch(k=denoiser.diffusion.k)
+    x, conditioning, noise_sample = batch(k=denoiser.diffusion.k)
     if denoiser.config.matching is not Matching.dsm:
-        draws = replace(draws, start=None)
-    u = denoiser.add_noise(x, given, draws)
-    denoiser.refiner = Perfect(denoiser._target(x, u, given, draws))
-    assert denoiser(x, given, draws).max() == 0.0
-    eps, y0 = denoiser.predict(u, draws.t, given)
-    explained = denoiser.diffusion.consistent(u, draws.t, draws.eps)
+        noise_sample = replace(noise_sample, start=None)
+    u = denoiser.add_noise(x, conditioning, noise_sample)
+    denoiser.refiner = Perfect(denoiser._target(x, u, conditioning, noise_sample))
+    assert denoiser(x, conditioning, noise_sample).max() == 0.0
+    eps, y0 = denoiser.predict(u, noise_sample.t, conditioning)
+    explained = denoiser.diffusion.project_eps(u, noise_sample.t, noise_sample.eps)
     torch.testing.assert_close(eps, explained, atol=3e-3, rtol=1e-3)
     if denoiser.config.matching is not Matching.dsm:  # else only the expected eps, given u, tells of y_0
-        torch.testing.assert_close(eps, draws.eps, atol=3e-3, rtol=1e-3)
+        torch.testing.assert_close(eps, noise_sample.eps, atol=3e-3, rtol=1e-3)
         inner = slice(0, 3)  # at t = 1 eps says next to nothing of y_0
-        torch.testing.assert_close(denoiser.to_image(y0, given)[inner], x[inner], atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(denoiser.to_image(y0, conditioning)[inner], x[inner], atol=2e-3, rtol=1e-3)
 
 
 def test_the_mixed_part_alone_is_right_for_standard_normal_data() -> None:
@@ -105,92 +117,102 @@ def test_the_mixed_part_alone_is_right_for_standard_normal_data() -> None:
     denoiser.refiner = Perfect(torch.zeros(2, 3, 8, 8))
     u = torch.randn(2, 6, 8, 8)
     t = torch.tensor([0.2, 0.9], dtype=torch.float64)
-    _, given, _ = batch(2)
-    eps = denoiser.predict(u, t, given)[0]
+    _, conditioning, _ = batch(2)
+    eps = denoiser.predict(u, t, conditioning)[0]
     torch.testing.assert_close(eps, denoiser.diffusion.eps_of_normal(u, t), atol=1e-4, rtol=1e-4)
 
 
 def test_one_noise_component_needs_half_the_outputs() -> None:
-    x, given, draws = batch(k=2)
-    assert make("linear", "cld").output(draws.eps, draws.t, given).shape == x.shape
-    assert make("linear", "psld").output(draws.eps, draws.t, given).shape == draws.eps.shape
+    x, conditioning, noise_sample = batch(k=2)
+    assert make("linear", "cld").network_output(noise_sample.eps, noise_sample.t, conditioning).shape == x.shape
+    assert (
+        make("linear", "psld").network_output(noise_sample.eps, noise_sample.t, conditioning).shape
+        == noise_sample.eps.shape
+    )
 
 
 @pytest.mark.parametrize("center", list(Center))
 def test_image_and_state_are_inverse(center: Center) -> None:
     denoiser = make(center=center, data_scale=2.5)
-    x, given, _ = batch()
-    torch.testing.assert_close(denoiser.to_image(denoiser.to_state(x, given), given), x, atol=1e-5, rtol=1e-5)
+    x, conditioning, _ = batch()
+    torch.testing.assert_close(
+        denoiser.to_image(denoiser.to_state(x, conditioning), conditioning), x, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("center", list(Center))
 def test_a_dropped_condition_takes_its_shift_along(center: Center) -> None:
     """With every condition dropped, x_hat and z are without influence on the loss, whatever the center."""
     denoiser = make(center=center)
-    x, given, draws = batch()
-    dropped = NoiseSample(draws.t, draws.eps, torch.zeros(4, dtype=torch.bool))
-    other = Conditioning(torch.randn_like(given.x_hat), torch.randn_like(given.z))
-    torch.testing.assert_close(denoiser(x, given, dropped), denoiser(x, other, dropped))
-    half = NoiseSample(draws.t, draws.eps, torch.tensor([True, False, True, False]))
-    mixed = denoiser(x, given, half)
-    torch.testing.assert_close(mixed[1::2], denoiser(x, given, dropped)[1::2])
-    torch.testing.assert_close(mixed[::2], denoiser(x, given, draws)[::2])
+    x, conditioning, noise_sample = batch()
+    dropped = NoiseSample(noise_sample.t, noise_sample.eps, torch.zeros(4, dtype=torch.bool))
+    other = Conditioning(torch.randn_like(conditioning.x_hat), torch.randn_like(conditioning.z))
+    torch.testing.assert_close(denoiser(x, conditioning, dropped), denoiser(x, other, dropped))
+    half = NoiseSample(noise_sample.t, noise_sample.eps, torch.tensor([True, False, True, False]))
+    mixed = denoiser(x, conditioning, half)
+    torch.testing.assert_close(mixed[1::2], denoiser(x, conditioning, dropped)[1::2])
+    torch.testing.assert_close(mixed[::2], denoiser(x, conditioning, noise_sample)[::2])
 
 
 def test_a_dropped_label_is_the_class_past_the_last() -> None:
     denoiser = make(condition_label=True)
-    x, given, draws = batch()
+    x, conditioning, noise_sample = batch()
     keep = torch.tensor([True, False, True, False])
-    assert denoiser.condition(given.drop_label(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
-    assert denoiser.condition(given.drop(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
-    assert denoiser.condition(Conditioning(given.x_hat, given.z)).label.tolist() == [CLASSES] * 4
-    assert make().condition(given).label is None
+    assert denoiser.condition(conditioning.drop_label(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
+    assert denoiser.condition(conditioning.drop(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
+    assert denoiser.condition(Conditioning(conditioning.x_hat, conditioning.z)).label.tolist() == [CLASSES] * 4
+    assert make().condition(conditioning).label is None
     # the class alone is dropped: x_hat stays, and the class is without influence
-    dropped = replace(draws, keep_label=torch.zeros(4, dtype=torch.bool))
-    other = Conditioning(given.x_hat, given.z, (given.label + 1) % CLASSES)
-    torch.testing.assert_close(denoiser(x, given, dropped), denoiser(x, other, dropped))
-    assert not torch.equal(denoiser(x, given, draws), denoiser(x, other, draws))
+    dropped = replace(noise_sample, keep_label=torch.zeros(4, dtype=torch.bool))
+    other = Conditioning(conditioning.x_hat, conditioning.z, (conditioning.label + 1) % CLASSES)
+    torch.testing.assert_close(denoiser(x, conditioning, dropped), denoiser(x, other, dropped))
+    assert not torch.equal(denoiser(x, conditioning, noise_sample), denoiser(x, other, noise_sample))
 
 
 def test_labels_are_dropped_with_the_conditions_and_alone() -> None:
-    drawn = make(condition_label=True, condition_dropout=0.3, label_dropout=0.5).draw(0, torch.arange(4000))
+    drawn = make(condition_label=True, condition_dropout=0.3, label_dropout=0.5).sample_noise(0, torch.arange(4000))
     assert not drawn.keep_label[~drawn.keep].any()
     assert drawn.keep_label[drawn.keep].float().mean().item() == pytest.approx(0.5, abs=0.04)
-    assert make().draw(0, torch.arange(4)).keep_label is None
+    assert make().sample_noise(0, torch.arange(4)).keep_label is None
 
 
 def test_the_loss_is_weighted_per_sample() -> None:
     denoiser = make("linear", "psld")
-    x, given, draws = batch(k=2)
-    draws = replace(draws, start=None)
+    x, conditioning, noise_sample = batch(k=2)
+    noise_sample = replace(noise_sample, start=None)
     W = torch.randn(4, 2, 2, dtype=torch.float64)
-    error = denoiser.output(denoiser.add_noise(x, given, draws), draws.t, given) - draws.eps
+    error = (
+        denoiser.network_output(denoiser.add_noise(x, conditioning, noise_sample), noise_sample.t, conditioning)
+        - noise_sample.eps
+    )
     parts = error.unflatten(1, (2, 3))
     expected = torch.einsum("bichw,bij,bjchw->b", parts, W.float(), parts) / error[0].numel()
-    torch.testing.assert_close(denoiser(x, given, replace(draws, weight=W)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        denoiser(x, conditioning, replace(noise_sample, weight=W)), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_draws_are_keyed_by_sample_number() -> None:
     denoiser = make(condition_dropout=0.5)
-    whole = denoiser.draw(7, torch.arange(100, 164))
-    part = denoiser.draw(7, torch.arange(120, 130))
+    whole = denoiser.sample_noise(7, torch.arange(100, 164))
+    part = denoiser.sample_noise(7, torch.arange(120, 130))
     assert torch.equal(whole.t[20:30], part.t)
     assert torch.equal(whole.eps[20:30], part.eps)
     assert torch.equal(whole.keep[20:30], part.keep)
-    assert not torch.equal(whole.eps, denoiser.draw(8, torch.arange(100, 164)).eps)
+    assert not torch.equal(whole.eps, denoiser.sample_noise(8, torch.arange(100, 164)).eps)
     assert 0.2 < whole.keep.float().mean() < 0.8
 
 
 def test_discrete_schedules_train_on_their_table() -> None:
-    t = make("ddpm_linear").draw(0, torch.arange(5000)).t
+    t = make("ddpm_linear").sample_noise(0, torch.arange(5000)).t
     assert torch.equal(torch.round(t * 1000) / 1000, t)
     assert t.min() >= 1 / 1000
     assert t.max() == 1.0
 
 
 def test_denoising_score_matching_draws_the_momentum() -> None:
-    assert make("linear", "psld").draw(0, torch.arange(3)).start is None
-    assert make("linear", "psld", matching=Matching.dsm).draw(0, torch.arange(3)).start.shape == (3, 6, 8, 8)
+    assert make("linear", "psld").sample_noise(0, torch.arange(3)).start is None
+    assert make("linear", "psld", matching=Matching.dsm).sample_noise(0, torch.arange(3)).start.shape == (3, 6, 8, 8)
 
 
 @pytest.mark.parametrize(

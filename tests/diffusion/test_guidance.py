@@ -9,13 +9,15 @@ import torch
 from closed_forms import IO as PIXEL
 from closed_forms import Mixture, diffusion, integrable, normal
 
-from dvae.diffusion.denoiser import Center, Conditioning, Denoiser, DenoiserConfig
+from dvae.diffusion.conditioning import Conditioning
+from dvae.diffusion.denoiser import Center, Denoiser, DenoiserConfig
 from dvae.diffusion.guidance import Guidance, GuidedDenoiser, limited
+from dvae.diffusion.model import Threshold
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
-from dvae.registry import REFINERS, SAMPLERS, Shapes
-from dvae.registry.refiners.base import Condition
-from dvae.registry.samplers.base import Threshold
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.samplers.base import SAMPLERS
 
 CLASSES = 3
 UNET = {"name": "unet", "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": []}
@@ -37,7 +39,7 @@ def make(process: str = "vp", **config: object) -> Denoiser:
     return Denoiser(refiner, d, settings, io).eval()
 
 
-def given(n: int = 2) -> Conditioning:
+def conditioning(n: int = 2) -> Conditioning:
     return Conditioning(normal(1, n, 3, 8, 8).float(), normal(2, n, 5).float(), torch.arange(n) % CLASSES)
 
 
@@ -47,7 +49,7 @@ def states(denoiser: Denoiser, condition: Conditioning, t: float) -> tuple[torch
     nothing = condition.drop(torch.zeros(2, dtype=torch.bool))
 
     def add_noise(c: Conditioning) -> torch.Tensor:
-        return denoiser.diffusion.perturb(denoiser.diffusion.clean(denoiser.to_state(x, c)), t, eps)
+        return denoiser.diffusion.perturb(denoiser.diffusion.initial_state(denoiser.to_state(x, c)), t, eps)
 
     return add_noise(condition), add_noise(nothing)
 
@@ -59,7 +61,7 @@ CENTERS = [(process, center) for process in ("vp", "psld") for center in Center]
 @torch.no_grad()
 def test_weight_1_is_the_conditional_model_and_0_the_unconditional(process: str, center: Center) -> None:
     denoiser = make(process, center=center, data_scale=2.0)
-    full, t = given(), torch.full((2,), 0.5, dtype=torch.float64)
+    full, t = conditioning(), torch.full((2,), 0.5, dtype=torch.float64)
     u, bare = states(denoiser, full, 0.5)
     nothing = full.drop(torch.zeros(2, dtype=torch.bool))
     conditional = GuidedDenoiser(denoiser, full)
@@ -78,7 +80,7 @@ def test_weight_1_is_the_conditional_model_and_0_the_unconditional(process: str,
 
 @torch.no_grad()
 def test_label_weight_1_is_the_conditional_model_and_0_that_without_a_class() -> None:
-    denoiser, full, t = make(), given(), torch.full((2,), 0.5, dtype=torch.float64)
+    denoiser, full, t = make(), conditioning(), torch.full((2,), 0.5, dtype=torch.float64)
     u, _ = states(denoiser, full, 0.5)
     without = full.drop_label(torch.zeros(2, dtype=torch.bool))
     eps, unlabeled = denoiser.predict(u, t, full)[0], denoiser.predict(u, t, without)[0]
@@ -114,7 +116,7 @@ class Exact(Denoiser):
         super().__init__(torch.nn.Identity(), mixture.diffusion, config, io)
         self.mixture = mixture
 
-    def output(self, u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> torch.Tensor:
+    def network_output(self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         d, k = self.diffusion, self.diffusion.k
         if k > 1 or self.config.prediction is PredictionType.eps:
             return self._predicted(self.mixture(u, t).eps)
@@ -154,7 +156,7 @@ def test_classifier_guidance_adds_its_gradient_to_the_score_at_the_physical_time
     expected = mixture.score(u, t) + 3.0 * gradient
     if not explained:
         d = mixture.diffusion
-        expected = d.score_from_eps(d.consistent(u, t, d.eps_from_score(expected, t)), t)
+        expected = d.score_from_eps(d.project_eps(u, t, d.eps_from_score(expected, t)), t)
     torch.testing.assert_close(model(u, t).score, expected, rtol=1e-6, atol=1e-6)
     feature = mixture.diffusion.schedule.feature(torch.tensor(t, dtype=torch.float64)).float()
     assert torch.equal(classifier.features[0], feature.expand(5))
@@ -223,7 +225,7 @@ def test_all_prediction_types_give_the_same_samples(name: str, process: str, sch
 def test_thresholds_keep_the_image_in_range_and_eps_consistent(
     process: str, center: Center, threshold: Threshold
 ) -> None:
-    denoiser, full = make(process, center=center, data_scale=4.0), given()
+    denoiser, full = make(process, center=center, data_scale=4.0), conditioning()
     u, _ = states(denoiser, full, 0.6)
     model = GuidedDenoiser(denoiser, full)
     free, kept = model(u, 0.6), model(u, 0.6, threshold=threshold)
@@ -232,7 +234,7 @@ def test_thresholds_keep_the_image_in_range_and_eps_consistent(
     assert image.abs().max() <= 1.0 + 1e-5
     # u is what it was: what x0 lost, eps gained
     d = denoiser.diffusion
-    expected = d.perturb(d.clean(kept.x0 - free.x0), 0.6, kept.eps - free.eps)
+    expected = d.perturb(d.initial_state(kept.x0 - free.x0), 0.6, kept.eps - free.eps)
     torch.testing.assert_close(expected, torch.zeros_like(u), atol=1e-4, rtol=0)
 
 
@@ -260,13 +262,13 @@ def test_dynamic_thresholding() -> None:
 )
 def test_guidance_needs_its_training(guidance: dict, config: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        GuidedDenoiser(make(**config), given(), Guidance(**guidance))
+        GuidedDenoiser(make(**config), conditioning(), Guidance(**guidance))
 
 
 def test_classifier_guidance_needs_a_class_and_an_end() -> None:
     classifier = LinearClassifier(torch.ones(1))
     with pytest.raises(UserError, match="needs a class"):
-        GuidedDenoiser(make(), replace(given(), label=None), Guidance(classifier=1.0), classifier)
+        GuidedDenoiser(make(), replace(conditioning(), label=None), Guidance(classifier=1.0), classifier)
     flow = Exact(Mixture(diffusion("vp", "flow")), PredictionType.v, labels=2)
     with pytest.raises(UserError, match="not defined at t = 1"):
         GuidedDenoiser(flow, plain(1, torch.tensor([0])), Guidance(classifier=1.0), classifier)
@@ -278,7 +280,7 @@ def test_classifier_guidance_needs_a_class_and_an_end() -> None:
 @pytest.mark.parametrize("process", ["vp", "psld"])
 @torch.no_grad()
 def test_some_of_the_images_have_their_own_conditions(process: str) -> None:
-    denoiser, full = make(process), given(3)
+    denoiser, full = make(process), conditioning(3)
     u = normal(5, 3, 3 * denoiser.diffusion.k, 8, 8).float()
     t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     bound, rows = GuidedDenoiser(denoiser, full, Guidance(condition=2.0, label=3.0)), torch.tensor([2, 0])
@@ -288,7 +290,7 @@ def test_some_of_the_images_have_their_own_conditions(process: str) -> None:
 
 @pytest.mark.parametrize("process", ["vp", "psld"])
 def test_the_score_is_differentiable_in_the_state(process: str) -> None:
-    bound = GuidedDenoiser(make(process), given())
+    bound = GuidedDenoiser(make(process), conditioning())
     u, way = (normal(seed, 2, 3 * bound.diffusion.k, 8, 8).float() for seed in (6, 7))
 
     def along(step: float) -> torch.Tensor:

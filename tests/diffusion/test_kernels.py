@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from tests_support import ROOT
 
-from dvae.diffusion.kernels import Diffusion, Factor, Matching, apply
+from dvae.diffusion.kernels import Diffusion, Factor, Matching
+from dvae.diffusion.linalg import apply_matrix
 from dvae.errors import UserError
-from dvae.registry import PROCESSES, SCHEDULES, ComponentConfig, Shapes
-from dvae.registry.processes.base import Process
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.processes.base import PROCESSES, Process
+from dvae.registry.schedules.base import SCHEDULES
 
 IO = Shapes(image_size=4)
 SCHEDULE_NAMES = ["ddpm_linear", "cosine", "linear", "geometric"]
@@ -185,7 +187,7 @@ def test_state_dtype_is_kept() -> None:
     x0, eps = draw(0, 2, 3, 2, 4, 4).float()
     t = torch.tensor([0.1, 0.5, 0.9])
     u = diffusion.perturb(x0, t, eps)
-    for value in (u, diffusion.x0_from_eps(u, t, eps), diffusion.score_from_eps(eps, t), diffusion.prior(eps)):
+    for value in (u, diffusion.x0_from_eps(u, t, eps), diffusion.score_from_eps(eps, t), diffusion.sample_prior(eps)):
         assert value.dtype == torch.float32
     assert diffusion.alpha(t).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):  # kernels stay exact inside a mixed-precision step
@@ -276,22 +278,6 @@ def test_psld_has_the_papers_closed_form(gamma: float, nu: float) -> None:
         np.testing.assert_allclose(diffusion.marginal(t)[0][0], Phi, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("damping", [-1.0, -1e-3, 0.0, 1e-3, 1.0])
-def test_the_closed_form_of_2x2_exponentials(damping: float) -> None:
-    """Under-, critically and overdamped, against 40 digits; expm1 keeps its digits for small arguments."""
-    from dvae.diffusion.kernels import _exp_and_expm1
-
-    X = np.array([[-0.7, 1.3], [damping / 1.3, -0.7]])
-    for scale in (1e-8, 1e-3, 1.0, 7.0):
-        exp, expm1 = (m[0].numpy() for m in _exp_and_expm1(torch.from_numpy(scale * X)[None]))
-        with mpmath.workdps(40):
-            exact = mpmath.expm(mpmath.matrix((scale * X).tolist()))
-            less_one = np.array((exact - mpmath.eye(2)).tolist(), dtype=float)
-            exact = np.array(exact.tolist(), dtype=float)
-        np.testing.assert_allclose(exp, exact, rtol=1e-13, atol=1e-15)
-        np.testing.assert_allclose(expm1, less_one, rtol=2e-13, atol=1e-15 * scale)
-
-
 @pytest.mark.parametrize("name", ["psld", "cld"])
 @pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
 def test_hsm_is_dsm_marginalized_over_the_momentum(name: str, t: float) -> None:
@@ -304,14 +290,14 @@ def test_hsm_is_dsm_marginalized_over_the_momentum(name: str, t: float) -> None:
     # and the momentum that dsm starts from has that covariance
     dsm = Diffusion(process, schedule, matching=Matching.dsm)
     x0 = torch.zeros(1, 50_000, 1, 1, dtype=torch.float64)
-    m0 = dsm.clean(x0, draw(0, 1, 100_000, 1, 1))[:, 50_000:]
+    m0 = dsm.initial_state(x0, draw(0, 1, 100_000, 1, 1))[:, 50_000:]
     assert m0.var().item() == pytest.approx(process.S_0[1, 1], rel=0.03)
 
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_backward_is_bayes_rule_for_stationary_states(k: int) -> None:
     diffusion = momentum(1, k)
-    (Phi, S), (back, S_back) = diffusion.transition(0.2, 0.6), diffusion.backward(0.2, 0.6)
+    (Phi, S), (back, S_back) = diffusion.transition(0.2, 0.6), diffusion.stationary_reverse_kernel(0.2, 0.6)
     gain = diffusion.S_inf @ Phi.mT @ torch.linalg.inv(Phi @ diffusion.S_inf @ Phi.mT + S)
     torch.testing.assert_close(back, gain, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(S_back, diffusion.S_inf - gain @ Phi @ diffusion.S_inf, rtol=1e-9, atol=1e-11)
@@ -345,8 +331,8 @@ def test_noise_on_x_alone_needs_its_component_alone() -> None:
     assert diffusion.predicted == (0,)
     x0, eps = draw(0, 3, 2, 2, 2), draw(1, 3, 4, 2, 2)
     t = torch.tensor([0.01, 0.4, 1.0], dtype=torch.float64)
-    u = diffusion.perturb(diffusion.clean(x0), t, eps)
-    torch.testing.assert_close(diffusion.complete(u, t, eps[:, :2]), eps, rtol=0, atol=1e-9)
+    u = diffusion.perturb(diffusion.initial_state(x0), t, eps)
+    torch.testing.assert_close(diffusion.complete_eps(u, t, eps[:, :2]), eps, rtol=0, atol=1e-9)
 
 
 def test_the_missing_component_follows_from_the_predicted_one() -> None:
@@ -354,8 +340,8 @@ def test_the_missing_component_follows_from_the_predicted_one() -> None:
     diffusion = Diffusion(process, schedule)
     x0, eps = draw(0, 4, 3, 2, 2), draw(1, 4, 6, 2, 2)
     t = torch.tensor([1e-4, 0.01, 0.4, 1.0], dtype=torch.float64)
-    u = diffusion.perturb(diffusion.clean(x0), t, eps)
-    torch.testing.assert_close(diffusion.complete(u, t, eps[:, 3:]), eps, rtol=0, atol=1e-8)
+    u = diffusion.perturb(diffusion.initial_state(x0), t, eps)
+    torch.testing.assert_close(diffusion.complete_eps(u, t, eps[:, 3:]), eps, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -363,9 +349,9 @@ def test_eps_follows_a_change_of_x0(k: int) -> None:
     diffusion = momentum(k=k) if k > 1 else vp("cosine")
     t, x0, change = torch.tensor([0.1, 0.8], dtype=torch.float64), *draw(3, 2, 2, 1, 2, 2)
     eps = draw(4, 2, k, 2, 2)
-    u = diffusion.perturb(diffusion.clean(x0), t, eps)
+    u = diffusion.perturb(diffusion.initial_state(x0), t, eps)
     moved = diffusion.eps_after(change, t, eps)
-    torch.testing.assert_close(diffusion.perturb(diffusion.clean(x0 + change), t, moved), u, rtol=0, atol=1e-11)
+    torch.testing.assert_close(diffusion.perturb(diffusion.initial_state(x0 + change), t, moved), u, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("matching", list(Matching))
@@ -451,7 +437,7 @@ def test_k2_score_is_the_gradient_of_the_log_density(factor: Factor) -> None:
 
 def test_k2_x0_is_the_first_component() -> None:
     diffusion, t = momentum(), torch.tensor([0.2, 0.7], dtype=torch.float64)
-    u0, eps = diffusion.clean(draw(2, 2, 3, 2, 2)), draw(3, 2, 6, 2, 2)
+    u0, eps = diffusion.initial_state(draw(2, 2, 3, 2, 2)), draw(3, 2, 6, 2, 2)
     x0 = diffusion.x0_from_eps(diffusion.perturb(u0, t, eps), t, eps)
     torch.testing.assert_close(x0, u0[:, :3], rtol=0, atol=1e-10)
 
@@ -463,7 +449,7 @@ def test_k2_x0_of_the_expected_noise_is_the_expected_image(matching: Matching, f
     diffusion, t = momentum(matching=matching, factor=factor), torch.tensor([0.02, 0.3, 1.0], dtype=torch.float64)
     u, change = draw(4, 3, 2, 2, 2), draw(5, 3, 1, 2, 2)
     column, S = hybrid(diffusion, t)
-    expected = apply((torch.linalg.inv(S + column @ column.mT) @ column).mT, u)
+    expected = apply_matrix((torch.linalg.inv(S + column @ column.mT) @ column).mT, u)
     eps = diffusion.eps_of_normal(u, t)
     torch.testing.assert_close(diffusion.x0_from_eps(u, t, eps), expected, rtol=0, atol=1e-10)
     moved = diffusion.x0_from_eps(u, t, diffusion.eps_after(change, t, eps))
@@ -477,11 +463,11 @@ def test_k2_eps_is_mended_where_no_image_explains_it(matching: Matching, factor:
     diffusion, t = momentum(matching=matching, factor=factor), torch.tensor([0.02, 0.3, 1.0], dtype=torch.float64)
     u, error = draw(6, 3, 2, 2, 2), draw(7, 3, 2, 2, 2)
     eps = diffusion.eps_of_normal(u, t)
-    torch.testing.assert_close(diffusion.consistent(u, t, eps), eps, rtol=0, atol=1e-9)
-    mended, x0 = diffusion.consistent(u, t, eps + error), diffusion.x0_from_eps(u, t, eps + error)
+    torch.testing.assert_close(diffusion.project_eps(u, t, eps), eps, rtol=0, atol=1e-9)
+    mended, x0 = diffusion.project_eps(u, t, eps + error), diffusion.x0_from_eps(u, t, eps + error)
     torch.testing.assert_close(diffusion.x0_from_eps(u, t, mended), x0, rtol=1e-7, atol=1e-7)
     column, S = hybrid(diffusion, t)
-    score = apply(torch.linalg.inv(S), apply(column, x0) - u)
+    score = apply_matrix(torch.linalg.inv(S), apply_matrix(column, x0) - u)
     torch.testing.assert_close(diffusion.score_from_eps(mended, t), score, rtol=1e-7, atol=1e-7)
     if matching is Matching.hsm:  # eps is white given x0: the nearest one is taken
         assert torch.all((mended - eps).flatten(1).norm(dim=1) < error.flatten(1).norm(dim=1))
@@ -511,7 +497,7 @@ def test_k2_x0_bears_errors_of_eps_as_well_as_any_estimate_can(name: str) -> Non
 
 def test_k2_prior_has_the_stationary_covariance() -> None:
     process = random_process(3)
-    u = momentum(3).prior(draw(3, 1, 2 * 50_000, 1, 1)).reshape(2, -1)
+    u = momentum(3).sample_prior(draw(3, 1, 2 * 50_000, 1, 1)).reshape(2, -1)
     np.testing.assert_allclose(np.cov(u.numpy()), process.S_inf, rtol=0, atol=0.03 * process.S_inf.max())
 
 

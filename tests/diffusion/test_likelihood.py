@@ -12,8 +12,8 @@ from scipy.linalg import expm
 
 from dvae.diffusion.kernels import Diffusion, Prediction, Time
 from dvae.diffusion.likelihood import bits_per_dim, dequantized
+from dvae.diffusion.model import Threshold
 from dvae.errors import UserError
-from dvae.registry.samplers.base import Threshold
 
 MEAN, VARIANCE = 0.3, 0.25
 BITS = math.log2(127.5)

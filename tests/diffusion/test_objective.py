@@ -9,10 +9,11 @@ import pytest
 import torch
 from closed_forms import diffusion, normal
 
-from dvae.diffusion.denoiser import Conditioning, Denoiser, DenoiserConfig, NoiseSample
+from dvae.diffusion.conditioning import Conditioning, NoiseSample
+from dvae.diffusion.denoiser import Denoiser, DenoiserConfig
 from dvae.diffusion.objective import LossConfig, Objective, PredictionType, TimeDraw, Weighting
 from dvae.errors import UserError
-from dvae.registry import Shapes
+from dvae.registry.core import Shapes
 from dvae.registry.refiners.base import Condition
 
 T = torch.tensor([0.003, 0.1, 0.5, 0.93], dtype=torch.float64)
@@ -94,7 +95,7 @@ def sample(seed: int = 0) -> tuple[torch.Tensor, Conditioning, torch.Tensor, tor
 
 def test_edm_is_v_on_its_clock() -> None:
     """Karras et al. 2022, table 1 and equation 8: the denoiser D(y; sigma) and its weighted loss, sigma_data = 0.5."""
-    x, given, eps, F = sample()
+    x, conditioning, eps, F = sample()
     T = torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
     sigma_data, scale = 0.5, 2.0
     made = denoiser("edm", -F, "edm", scale)  # our v is minus their F
@@ -105,26 +106,28 @@ def test_edm_is_v_on_its_clock() -> None:
     c_out = s * sigma_data / (s**2 + sigma_data**2).sqrt()
     D = c_skip * noisy + c_out * F
     loss = ((s**2 + sigma_data**2) / (s * sigma_data) ** 2 * (D - x) ** 2).flatten(1).mean(1)
-    draws = NoiseSample(T, eps, torch.ones(4, dtype=torch.bool), weight=made.objective.weight(T))
-    u = made.add_noise(x, given, draws)
+    noise_sample = NoiseSample(T, eps, torch.ones(4, dtype=torch.bool), weight=made.objective.weight(T))
+    u = made.add_noise(x, conditioning, noise_sample)
     torch.testing.assert_close(u, noisy / (s**2 + sigma_data**2).sqrt(), rtol=1e-5, atol=1e-5)  # c_in
-    torch.testing.assert_close(made.to_image(made.predict(u, T, given)[1], given), D, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        made.to_image(made.predict(u, T, conditioning)[1], conditioning), D, rtol=1e-4, atol=1e-4
+    )
     # ours is the loss of x / sigma_data, which theirs is too: lambda carries 1 / sigma_data^2
-    torch.testing.assert_close(made(x, given, draws), loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made(x, conditioning, noise_sample), loss, rtol=1e-4, atol=1e-5)
 
 
 def test_flow_matching_is_v_on_its_clock() -> None:
     """Lipman et al. 2023, equation 23, on x_t = (1 - t) x0 + t eps: the error of the velocity eps - x0."""
-    x, given, eps, output = sample(5)
+    x, conditioning, eps, output = sample(5)
     made = denoiser("flow", output, "flow")
     t = T.float().view(-1, 1, 1, 1)
     length = (t**2 + (1 - t) ** 2).sqrt()
     u = ((1 - t) * x + t * eps) / length
     velocity = (output + (2 * t - 1) * u) / length
-    draws = NoiseSample(T, eps, torch.ones(4, dtype=torch.bool), weight=made.objective.weight(T))
-    torch.testing.assert_close(made.add_noise(x, given, draws), u, rtol=1e-5, atol=1e-5)
+    noise_sample = NoiseSample(T, eps, torch.ones(4, dtype=torch.bool), weight=made.objective.weight(T))
+    torch.testing.assert_close(made.add_noise(x, conditioning, noise_sample), u, rtol=1e-5, atol=1e-5)
     expected = (velocity - (eps - x)).square().flatten(1).mean(1)
-    torch.testing.assert_close(made(x, given, draws), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made(x, conditioning, noise_sample), expected, rtol=1e-4, atol=1e-5)
 
 
 # -- times --

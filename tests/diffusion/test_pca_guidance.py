@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from tests_support import environment
 
 import dvae
-from dvae.diffusion.denoiser import Conditioning, Denoiser, DenoiserConfig
+from dvae.diffusion.conditioning import Conditioning
+from dvae.diffusion.denoiser import Denoiser, DenoiserConfig
 from dvae.diffusion.guidance import Guidance, GuidedDenoiser
 from dvae.errors import UserError
 from dvae.layers.whitening import Moments, Whitening
-from dvae.registry import REFINERS, Shapes
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS
 
 D = 6
 UNET = {"name": "unet", "width": 64, "multipliers": [1], "blocks": 1, "attention_resolutions": []}
@@ -107,9 +109,11 @@ def inputs(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
 @pytest.mark.parametrize("components", [1, D])
 @torch.no_grad()
 def test_before_anything_is_learned_it_is_the_refiner_without(components: int, bf16: bool) -> None:
-    u, t, given = inputs()
+    u, t, conditioning = inputs()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        assert torch.equal(make(components).output(u, t, given), make().output(u, t, given))
+        assert torch.equal(
+            make(components).network_output(u, t, conditioning), make().network_output(u, t, conditioning)
+        )
 
 
 def learned(components: int = 3) -> Denoiser:
@@ -120,29 +124,28 @@ def learned(components: int = 3) -> Denoiser:
 
 @torch.no_grad()
 def test_dropped_per_sample_it_is_the_refiner_without() -> None:
-    u, t, given = inputs()
+    u, t, conditioning = inputs()
     keep = torch.tensor([True, False, True, False])
-    dropped, kept, without = (
-        learned().output(u, t, given.drop_pca(keep)), learned().output(u, t, given), make().output(u, t, given)
-    )  # fmt: skip
+    dropped, kept = (learned().network_output(u, t, views) for views in (conditioning.drop_pca(keep), conditioning))
+    without = make().network_output(u, t, conditioning)
     torch.testing.assert_close(dropped[keep], kept[keep], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dropped[~keep], without[~keep], rtol=1e-4, atol=1e-4)
     assert (kept - without).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 def test_training_drops_it_as_often_as_it_says() -> None:
-    keep = make(3, pca_dropout=0.25).draw(0, torch.arange(4000)).keep_pca
+    keep = make(3, pca_dropout=0.25).sample_noise(0, torch.arange(4000)).keep_pca
     assert keep is not None
     assert keep.double().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
 @torch.no_grad()
 def test_guidance_goes_on_from_without_to_with() -> None:
-    u, _, given = inputs()
+    u, _, conditioning = inputs()
     denoiser = learned()
-    eps = {w: GuidedDenoiser(denoiser, given, Guidance(pca=w))(u, 0.5).eps for w in (0.0, 1.0, 2.5)}
+    eps = {w: GuidedDenoiser(denoiser, conditioning, Guidance(pca=w))(u, 0.5).eps for w in (0.0, 1.0, 2.5)}
     torch.testing.assert_close(eps[2.5], eps[0.0] + 2.5 * (eps[1.0] - eps[0.0]), rtol=1e-3, atol=1e-3)
-    assert GuidedDenoiser(denoiser, given, Guidance(pca=2.5)).passes == 2
+    assert GuidedDenoiser(denoiser, conditioning, Guidance(pca=2.5)).passes == 2
     assert (eps[1.0] - eps[0.0]).abs().max() > 1e-2
 
 

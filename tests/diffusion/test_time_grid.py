@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dvae.diffusion.time_grid import NOISE_LEVEL, Spacing, time_grid
 from dvae.errors import UserError
-from dvae.registry import SCHEDULES, Shapes
-from dvae.registry.schedules.base import Schedule
+from dvae.registry.core import Shapes
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 IO = Shapes(image_size=1, channels=1)
 

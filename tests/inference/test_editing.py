@@ -11,12 +11,12 @@ import torch
 from test_pipeline import LATENT, WORDS, pipeline
 
 import dvae
-from dvae.diffusion.denoiser import Conditioning
+from dvae.diffusion.conditioning import Conditioning
 from dvae.errors import UserError
 from dvae.inference import editing
 from dvae.inference.noise import Between, Noise, Shared, linear, spherical
 from dvae.inference.pipeline import Classes
-from dvae.registry import PRIORS
+from dvae.registry.priors.base import PRIORS
 
 
 def faces(n: int) -> torch.Tensor:
@@ -67,17 +67,17 @@ def test_a_direction_moves_z_by_so_much_and_nothing_else(tiny: list[str]) -> Non
     seen: list[Conditioning] = []
     refined = made.refined
 
-    def watched(given: Conditioning, noise: Noise, **words: object) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append(given)
+    def watched(conditioning: Conditioning, noise: Noise, **words: object) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(conditioning)
         assert list(noise.numbers) == [0, 0, 1, 1, 2, 2]
-        return refined(given, noise, **words)  # type: ignore[arg-type]
+        return refined(conditioning, noise, **words)  # type: ignore[arg-type]
 
     made.refined = watched  # type: ignore[method-assign]
     strips = made.edit(images, vector, [0.0, 1.5], seed=4)
     z = made.encode(images).z
-    (given,) = seen
-    assert torch.equal(given.z[0::2], z)
-    assert torch.equal(given.z[1::2], z + 1.5 * vector)
+    (conditioning,) = seen
+    assert torch.equal(conditioning.z[0::2], z)
+    assert torch.equal(conditioning.z[1::2], z + 1.5 * vector)
     assert strips.shape == (3, 2, 3, 16, 16)
     made.refined = refined  # type: ignore[method-assign]
     assert torch.equal(strips[:, 0], made.reconstruct(images, seed=4)[1])
@@ -161,9 +161,9 @@ def test_words_of_one_call_leave_the_pipeline_as_it_was(tiny: list[str]) -> None
 def test_refine_takes_what_decode_and_encode_give(tiny: list[str]) -> None:
     made = pipeline(tiny, "train_refiner.precision=fp32", batch=None)
     images = faces(3)
-    given = made.encode(images)
-    assert torch.equal(made.decode(given.z), given.x_hat)
-    assert torch.equal(made.refine(given.x_hat, given.z, seed=1), made.reconstruct(images, 1)[1])
+    conditioning = made.encode(images)
+    assert torch.equal(made.decode(conditioning.z), conditioning.x_hat)
+    assert torch.equal(made.refine(conditioning.x_hat, conditioning.z, seed=1), made.reconstruct(images, 1)[1])
     with pytest.raises(
         UserError, match=r"images are \(3, 3, 8, 8\) torch.uint8: this run takes \(n, 3, 16, 16\) uint8"
     ):
@@ -177,10 +177,10 @@ def test_classes_by_name_one_for_each(tiny: list[str]) -> None:
     drawn_for = made.drawn_for
 
     def watched(numbers: Sequence[int], seed: int, label: Classes = None) -> Conditioning:
-        given = drawn_for(numbers, seed, label)
-        assert given.label is not None
-        told.update(zip(numbers, given.label.tolist(), strict=True))
-        return given
+        conditioning = drawn_for(numbers, seed, label)
+        assert conditioning.label is not None
+        told.update(zip(numbers, conditioning.label.tolist(), strict=True))
+        return conditioning
 
     made.drawn_for = watched  # type: ignore[method-assign]
     made.generate(3, 0, first=15, label=["a", 1, "c"])
@@ -192,9 +192,9 @@ def test_classes_by_name_one_for_each(tiny: list[str]) -> None:
     with pytest.raises(UserError, match="label=3: the run has 3 classes"):
         made.generate(1, 0, label=3)
     for label, numbers in ((None, [-1, -1]), ("c", [2, 2]), (["b", 0], [1, 0])):
-        given = editing.start(made, faces(2), 0, label).given
-        assert given.label is not None
-        assert given.label.tolist() == numbers
+        conditioning = editing.start(made, faces(2), 0, label).conditioning
+        assert conditioning.label is not None
+        assert conditioning.label.tolist() == numbers
     always = pipeline(tiny, *words)
     with pytest.raises(UserError, match="the refiner has seen no image without a class: give label=NAME"):
         always.reconstruct(faces(1))

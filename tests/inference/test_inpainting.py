@@ -8,7 +8,7 @@ from closed_forms import IO, Mixture, diffusion, integrable, normal
 
 from dvae.diffusion.kernels import Diffusion, Matching
 from dvae.inference.inpainting import keep_known
-from dvae.registry import SAMPLERS
+from dvae.registry.samplers.base import SAMPLERS
 
 STEPWISE = [case for case in integrable(("vp", "psld", "cld"), ("constant",)) if SAMPLERS.get(case[0]).lockstep]
 

@@ -12,7 +12,7 @@ import webdataset
 
 from dvae.config import compose
 from dvae.data import latent_cache
-from dvae.diffusion.denoiser import Conditioning
+from dvae.diffusion.conditioning import Conditioning
 from dvae.errors import MachineError, UserError
 from dvae.inference.noise import Noise
 from dvae.inference.pipeline import Pipeline
@@ -75,8 +75,8 @@ def test_what_is_drawn_is_decoded_from_latents_of_the_measured_scale(run: Run) -
     assert denoiser.io.image_size == 8
     latents = torch.randn(2, 4, 8, 8) * 0.3
 
-    def of_a_point(u: torch.Tensor, t: torch.Tensor, given: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
-        x0 = denoiser.to_state(latents, given)
+    def of_a_point(u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        x0 = denoiser.to_state(latents, conditioning)
         return denoiser.diffusion.eps_from_x0(u, t, x0), x0
 
     denoiser.predict = of_a_point  # type: ignore[method-assign]

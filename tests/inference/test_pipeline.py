@@ -19,7 +19,7 @@ from dvae.inference.batching import calls
 from dvae.inference.noise import Noise
 from dvae.inference.pipeline import Pipeline
 from dvae.models import components
-from dvae.registry import SAMPLERS
+from dvae.registry.samplers.base import SAMPLERS
 
 PHASE_SPACE = ["schedule=constant", "denoiser.prediction=eps", "sampler=em"]
 WORDS = {"vp": [], "psld": ["process=psld", *PHASE_SPACE], "cld": ["process=cld", *PHASE_SPACE]}

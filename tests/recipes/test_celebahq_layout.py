@@ -17,7 +17,8 @@ from tests_support import environment
 
 from dvae.config import compose
 from dvae.data.shards.verify import verify
-from dvae.registry import SOURCES, Shapes
+from dvae.registry.core import Shapes
+from dvae.registry.sources.base import SOURCES
 from dvae.runs.folder import submit
 
 FACES = 60

@@ -24,8 +24,12 @@ from dvae.errors import UserError
 from dvae.inference.noise import Noise
 from dvae.inference.pipeline import Pipeline
 from dvae.models import components
-from dvae.registry import ENCODERS, PROCESSES, REFINERS, SAMPLERS, SCHEDULES, Registry, Shapes
-from dvae.registry.core import ComponentConfig
+from dvae.registry.core import ComponentConfig, Registry, Shapes
+from dvae.registry.encoders.base import ENCODERS
+from dvae.registry.processes.base import PROCESSES
+from dvae.registry.refiners.base import REFINERS
+from dvae.registry.samplers.base import SAMPLERS
+from dvae.registry.schedules.base import SCHEDULES
 from dvae.stages.latent_sources import Encoded
 from dvae.stages.losses import RefinerStage, Stage
 from dvae.stages.work import new_encoder_stage
@@ -56,8 +60,8 @@ def latent_shape(encoder: str) -> tuple[int, ...]:
 
 
 @cache
-def endless(schedule: str) -> bool:
-    return SCHEDULES.build({"name": schedule}, SHAPES).endless
+def zero_terminal_snr(schedule: str) -> bool:
+    return SCHEDULES.build({"name": schedule}, SHAPES).zero_terminal_snr
 
 
 def settings_of(row: Row) -> RunConfig:
@@ -71,7 +75,7 @@ def settings_of(row: Row) -> RunConfig:
     types = [PredictionType.v, PredictionType.x0, PredictionType.eps]
     if process != "vp":
         types = [PredictionType.eps]
-    elif endless(schedule):
+    elif zero_terminal_snr(schedule):
         types.remove(PredictionType.eps)
     denoiser = replace(
         plain().denoiser,

@@ -14,7 +14,9 @@ from dvae.config import compose as config
 from dvae.config import validate
 from dvae.errors import UserError
 from dvae.models import components
-from dvae.registry import REFINERS, SAMPLERS, SCHEDULES
+from dvae.registry.refiners.base import REFINERS
+from dvae.registry.samplers.base import SAMPLERS
+from dvae.registry.schedules.base import SCHEDULES
 
 RECIPES = config.recipes()
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)

@@ -54,7 +54,7 @@ def test_a_shrunk_recipe_trains_and_samples(
     assert json.loads(done.summary.read_text(encoding="utf-8"))["recipe"] == recipe
     made = pipeline.load(done.path)
     assert made.config.recipe == recipe
-    given = made.draw(2, 7)
-    x = made.refined(given, Noise(7, range(2)))[0]
+    conditioning = made.draw(2, 7)
+    x = made.refined(conditioning, Noise(7, range(2)))[0]
     assert x.shape == (2, small.channels, small.image_size, small.image_size)
     assert x.isfinite().all()

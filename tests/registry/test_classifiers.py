@@ -14,9 +14,11 @@ from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.pooling import AttentionPool
-from dvae.registry import CLASSIFIERS, PROCESSES, SCHEDULES, Shapes
-from dvae.registry.classifiers.base import Classifier
+from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
+from dvae.registry.core import Shapes
+from dvae.registry.processes.base import PROCESSES
 from dvae.registry.refiners.base import Condition
+from dvae.registry.schedules.base import SCHEDULES
 
 IO = Shapes(image_size=8, channels=1, labels=2)
 SMALL = {"name": "half_unet", "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": [], "patch": 2}

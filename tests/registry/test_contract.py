@@ -14,9 +14,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import nn
 
-from dvae.registry import CLASSIFIERS, ENCODERS, KINDS, REFINERS, SCHEDULES, ComponentConfig, Registry, Shapes
-from dvae.registry.refiners.base import Condition
-from dvae.registry.schedules.base import Schedule
+from dvae.registry.classifiers.base import CLASSIFIERS
+from dvae.registry.core import ComponentConfig, Registry, Shapes
+from dvae.registry.discovery import registries
+from dvae.registry.encoders.base import ENCODERS
+from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 SHAPES = {
     "encoder": Shapes(image_size=32),
@@ -116,7 +119,7 @@ def test_state_dict_restores_the_function(registry, name):
 
 @pytest.mark.parametrize(
     ("registry", "name"),
-    [pytest.param(one, name, id=f"{kind}-{name}") for kind, one in KINDS.items() for name in one.names()],
+    [pytest.param(one, name, id=f"{kind}-{name}") for kind, one in registries().items() for name in one.names()],
 )
 def test_every_component_may_be_registered(registry, name):
     cls = registry.get(name)

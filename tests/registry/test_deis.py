@@ -60,7 +60,7 @@ def test_order_1_is_ddim_on_vp(schedule: str, steps: int, tolerance: float) -> N
 @pytest.mark.parametrize("case", ["psld", "cld", "underdamped", "third order"])
 def test_order_1_is_exact_for_one_image(case: str) -> None:
     """As ddim is. Variance 1e-20 stands for none, from t = 1 to 0.05 in a single step."""
-    d, u = CASES[case], CASES[case].prior(normal(0, 5, CASES[case].k, 1, 1))
+    d, u = CASES[case], CASES[case].sample_prior(normal(0, 5, CASES[case].k, 1, 1))
     eps = Mixture(d, (MEAN,), (1e-20,))(u, 1.0).eps
     C, _ = coefficients(d, 1.0, 0.05, (1.0,))
     found = (expm(-d.A.numpy() * d.elapsed(0.05, 1.0).item()) @ u[..., 0, 0].numpy()[..., None])[..., 0]
@@ -73,7 +73,7 @@ def test_order_1_is_exact_for_one_image(case: str) -> None:
 def test_a_long_first_step_is_taken_in_single_precision(process: str, matching: Matching) -> None:
     """On cosine B falls from 20 to 6 in the first of 25 steps, over which Phi(s, t) is 1e6 and more."""
     d = diffusion(process, "cosine", matching=matching)
-    model, u = Mixture(d, (MEAN,), (1e-6,)), d.prior(normal(0, 64, d.k, 1, 1)).float()
+    model, u = Mixture(d, (MEAN,), (1e-6,)), d.sample_prior(normal(0, 64, d.k, 1, 1)).float()
     end = build("deis", d.k, steps=25, t_min=1e-3, spacing="uniform").sample(model, u, normal).u
     torch.testing.assert_close(end[:, :1], torch.full_like(end[:, :1], MEAN), rtol=0, atol=0.01)
 
@@ -89,7 +89,7 @@ def test_a_long_first_step_is_taken_in_single_precision(process: str, matching: 
 def test_converges_at_its_order(case: str, order: int, found: float) -> None:
     """On the quadratic grid, t_min = 1e-3, from 40 to 80 steps (from 80 to 160, on psld: 0.97, 1.93, 2.94)."""
     d = CASES[case]
-    u = d.prior(normal(0, 8, d.k, 1, 1))
+    u = d.sample_prior(normal(0, 8, d.k, 1, 1))
     exact, error = exact_images(d, u, 1e-3), []
     for n in (40, 80):
         end = build("deis", d.k, order=order, steps=n, t_min=1e-3).sample(Mixture(d, (MEAN,), (VARIANCE,)), u, normal)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dvae.errors import UserError
-from dvae.registry import ENCODERS, Shapes
-from dvae.registry.encoders.base import Posterior
+from dvae.registry.core import Shapes
+from dvae.registry.encoders.base import ENCODERS, Posterior
 from dvae.registry.encoders.conv_vae import ConvVAE
 
 SMALL = {

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load, save_file
 
 from dvae.errors import UserError
-from dvae.registry import ENCODERS, Shapes
-from dvae.registry.encoders.base import Encoder
+from dvae.registry.core import Shapes
+from dvae.registry.encoders.base import ENCODERS, Encoder
 from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS, DiffusersKL
 
 KL_GAN = {"name": "kl_gan", "channels": [8, 8, 16], "groups": 4, "latent_channels": 2, "discriminator_layers": 2}

@@ -10,8 +10,8 @@ from tests_support import ROOT
 from torch import nn
 
 from dvae.config import compose
-from dvae.registry import ENCODERS, Shapes
-from dvae.registry.encoders.base import Encoder
+from dvae.registry.core import Shapes
+from dvae.registry.encoders.base import ENCODERS, Encoder
 
 DIFFUSEVAE = {  # preset: (image size, latent length, millions in encoder and decoder as published)
     "conv_vae_cifar10": (32, 512, "5.8", "3.4"),

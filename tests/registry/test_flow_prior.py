@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
 from dvae.errors import UserError
-from dvae.registry import PRIORS, Shapes
-from dvae.registry.priors.base import Prior
+from dvae.registry.core import Shapes
+from dvae.registry.priors.base import PRIORS, Prior
 
 SMALL = {"couplings": 4, "width": 32, "steps": 400, "lr": 5e-3, "check_every": 50, "batch": 128}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dvae.errors import UserError
-from dvae.registry import REFINERS, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS, Condition
 from dvae.registry.refiners.mlp import time_features
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dvae.errors import MachineError, UserError
-from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources.base import Source
+from dvae.registry.core import Shapes
+from dvae.registry.sources.base import SOURCES, Source
 from dvae.registry.sources.mnist_5k import FILE
 
 

@@ -12,13 +12,13 @@ from linear_gaussian import CASES, MEAN, VARIANCE, build, exact_images
 @pytest.mark.parametrize("case", ["vp linear", "vp ddpm_linear", "psld", "cld", "underdamped", "third order"])
 def test_ode_is_the_exact_flow(case: str) -> None:
     d = CASES[case]
-    u = d.prior(normal(0, 6, d.k, 1, 1))
+    u = d.sample_prior(normal(0, 6, d.k, 1, 1))
     end = build("ode", d.k, tolerance=1e-5).sample(Mixture(d, (MEAN,), (VARIANCE,)), u, normal)
     np.testing.assert_allclose(end.u[:, 0, 0, 0], exact_images(d, u, 1e-3), atol=1e-4)
 
 
 def test_nfe_falls_with_the_tolerance() -> None:
-    d, u = CASES["psld"], CASES["psld"].prior(normal(0, 4, 2, 1, 1))
+    d, u = CASES["psld"], CASES["psld"].sample_prior(normal(0, 4, 2, 1, 1))
     exact, nfe, error = exact_images(d, u, 1e-3), [], []
     for tolerance in (1e-6, 1e-4, 1e-2):
         end = build("ode", 2, tolerance=tolerance).sample(Mixture(d, (MEAN,), (VARIANCE,)), u, normal)
@@ -52,7 +52,9 @@ def test_a_sample_does_not_feel_its_batch(case: str) -> None:
     """Result and NFE are the same to the last bit; a sample that has arrived is evaluated no more."""
     d, shape = CASES[case], (3 * CASES[case].k, 2, 2)
     # of different difficulty: starts far out take more steps
-    u = d.prior(normal(0, 5, *shape) * torch.tensor([0.1, 1.0, 1.0, 4.0, 40.0], dtype=torch.float64).view(-1, 1, 1, 1))
+    u = d.sample_prior(
+        normal(0, 5, *shape) * torch.tensor([0.1, 1.0, 1.0, 4.0, 40.0], dtype=torch.float64).view(-1, 1, 1, 1)
+    )
     two_modes = (d, (-0.6, 0.5), (0.001, 0.04), (0.4, 0.6))
     watched = RecordingDenoiser(*two_modes)
     watched.rows, watched.evaluated = torch.arange(5), torch.zeros(5, dtype=torch.int64)

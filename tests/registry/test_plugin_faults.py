@@ -16,8 +16,10 @@ from hostile_plugins import GOOD, HEADER, HostilePlugin, hostile_plugins, plugin
 from hydra.core.config_store import ConfigStore
 
 from dvae.errors import UserError, run_command
-from dvae.registry import KINDS, SCHEDULES, discovery
+from dvae.registry import discovery
+from dvae.registry.core import KINDS
 from dvae.registry.plugins import _leaves
+from dvae.registry.schedules.base import SCHEDULES
 from dvae.tools import components
 
 PLUGINS = hostile_plugins()

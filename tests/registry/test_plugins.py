@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from tests_support import ROOT
 
 
 def launch(*words: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from scipy.stats import multivariate_normal
 
 from dvae.errors import UserError
-from dvae.registry import PRIORS, Shapes
-from dvae.registry.priors.base import Prior
+from dvae.registry.core import Shapes
+from dvae.registry.priors.base import PRIORS, Prior
 
 MEANS = torch.tensor([[-4.0, 0.0], [4.0, 1.0]])
 FACTORS = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.3, 0.0], [-0.2, 1.0]]])  # Cholesky factors

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dvae.errors import UserError
-from dvae.registry import REFINERS, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS, Condition
 from dvae.registry.refiners.unet import UNet
 
 # The authors compare their list [16] with the downsampling factor, so attention is at image_size / 16 where the net

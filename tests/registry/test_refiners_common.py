@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dvae.errors import UserError
-from dvae.registry import REFINERS, Shapes
-from dvae.registry.refiners.base import Condition, Refiner
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
 LEVELS = {"width": 32, "multipliers": [1, 2], "blocks": 1}
 SMALL = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dvae.registry import REFINERS, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS, Condition
 from dvae.registry.refiners.dit import DiT
 
 NODE = {"name": "dit", "patch": 2, "width": 16, "depth": 2, "heads": 2}

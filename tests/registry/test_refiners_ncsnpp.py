@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dvae.registry import CLASSIFIERS, REFINERS, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.classifiers.base import CLASSIFIERS
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS, Condition
 
 BEST = {"multipliers": [2, 2, 2], "blocks": 8, "fir": True, "progressive_input": True, "time": "fourier"}
 

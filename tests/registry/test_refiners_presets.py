@@ -7,7 +7,9 @@ import torch
 from tests_support import ROOT
 
 from dvae.config import compose
-from dvae.registry import CLASSIFIERS, REFINERS, Shapes
+from dvae.registry.classifiers.base import CLASSIFIERS
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS
 
 
 def given_x_hat(size: int) -> Shapes:

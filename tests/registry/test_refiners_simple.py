@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from dvae.layers.blocks import AttentionBlock
 from dvae.layers.embeddings import time_features
-from dvae.registry import REFINERS, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.core import Shapes
+from dvae.registry.refiners.base import REFINERS, Condition
 
 
 def build(io: Shapes, **node: object) -> torch.nn.Module:

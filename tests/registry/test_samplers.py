@@ -13,11 +13,12 @@ from closed_forms import IO, Mixture, affine, diffusion, integrable, normal
 from scipy.stats import norm
 
 from dvae.diffusion.kernels import Diffusion, Prediction, Time
+from dvae.diffusion.model import Threshold
 from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
 from dvae.models.components import build_sampler
-from dvae.registry import SAMPLERS, SCHEDULES
-from dvae.registry.samplers.base import Sampler, Threshold
+from dvae.registry.samplers.base import SAMPLERS, Sampler
+from dvae.registry.schedules.base import SCHEDULES
 
 MEAN, VARIANCE = 0.3, 0.25
 THREE = {"means": (-0.8, 0.1, 0.7), "variances": (0.02, 0.05, 0.03), "weights": (0.3, 0.5, 0.2)}
@@ -38,7 +39,7 @@ def sampler(name: str, k: int = 1, **fields) -> Sampler:
 
 
 def start(made: Diffusion, n: int, seed: int = 0) -> torch.Tensor:
-    return made.prior(normal(seed, n, made.k, 1, 1))
+    return made.sample_prior(normal(seed, n, made.k, 1, 1))
 
 
 def noises(made: Diffusion, n: int):
@@ -126,7 +127,7 @@ def test_one_step_returns_x0(name: str, process: str, schedule: str) -> None:
     made = diffusion(process, schedule)
     model, u = Mixture(made, **THREE), start(made, 4)
     end = sampler(name, made.k, steps=1).sample(model, u, lambda i: pytest.fail("the last step adds no noise"))
-    assert torch.equal(end.u, made.clean(model(u, 1.0).x0))
+    assert torch.equal(end.u, made.initial_state(model(u, 1.0).x0))
 
 
 @every_stepwise

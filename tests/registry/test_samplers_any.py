@@ -29,7 +29,7 @@ def affine(name: str, d: Diffusion, **fields) -> tuple[float, float]:
         unit[1 + d.k * (1 + i) :, :, 0, 0][: d.k] = torch.eye(d.k, dtype=torch.float64)
         return unit
 
-    end = build(name, d.k, **fields).sample(Mixture(d, (MEAN,), (VARIANCE,)), d.prior(starts), noise).u
+    end = build(name, d.k, **fields).sample(Mixture(d, (MEAN,), (VARIANCE,)), d.sample_prior(starts), noise).u
     assert not end[:, 1:].any()
     response = (end[1:] - end[0])[:, 0]
     return end[0, 0].item(), response.square().sum().item()
@@ -157,7 +157,7 @@ def test_monte_carlo_of_two_modes(name: str) -> None:
     d, n = CASES["psld"], 4000
     model = Mixture(d, (-0.6, 0.5), (0.01, 0.04), (0.4, 0.6))
     end = build(name, 2, steps=60, spacing="quadratic").sample(
-        model, d.prior(normal(0, n, 2, 1, 1)), lambda i: normal(1 + i, n, 2, 1, 1)
+        model, d.sample_prior(normal(0, n, 2, 1, 1)), lambda i: normal(1 + i, n, 2, 1, 1)
     )
     x = end.u[:, 0]
     assert x.mean().item() == pytest.approx(model.mean, abs=0.04)

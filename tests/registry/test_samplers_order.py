@@ -18,7 +18,7 @@ from scipy.special import ndtr
 from scipy.stats import norm
 
 from dvae.diffusion.time_grid import Spacing, time_grid
-from dvae.registry import SAMPLERS
+from dvae.registry.samplers.base import SAMPLERS
 from dvae.registry.samplers.unipc import weights
 
 ONE = {"means": (0.3,), "variances": (0.25,), "weights": (1.0,)}

@@ -14,7 +14,8 @@ import torch
 
 from dvae.config import compose
 from dvae.errors import UserError
-from dvae.registry import SCHEDULES, Shapes
+from dvae.registry.core import Shapes
+from dvae.registry.schedules.base import SCHEDULES
 
 IO = Shapes(image_size=8)
 INDICES = [0, 1, 500, 999]
@@ -58,7 +59,7 @@ def test_b_starts_at_zero_increases_and_is_infinite_only_at_a_declared_end(sched
     B = schedule.integral(torch.linspace(0, 1, 20_001, dtype=torch.float64))
     assert B[0] == 0.0
     assert torch.isfinite(B[:-1]).all()
-    assert B[-1].isinf() == schedule.rate(tensor(1.0)).isinf() == schedule.endless
+    assert B[-1].isinf() == schedule.rate(tensor(1.0)).isinf() == schedule.zero_terminal_snr
     assert (B.diff() > 0).all()
 
 

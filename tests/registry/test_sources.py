@@ -15,9 +15,9 @@ from PIL import Image
 
 from dvae.data.images import DamagedImage
 from dvae.errors import UserError
-from dvae.registry import SOURCES, Shapes
+from dvae.registry.core import Shapes
 from dvae.registry.sources.avatars import Look, _definition
-from dvae.registry.sources.base import Source
+from dvae.registry.sources.base import SOURCES, Source
 
 LOOKS = [look.name for look in Look]
 

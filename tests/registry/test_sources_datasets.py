@@ -26,8 +26,8 @@ from dvae.data.images import DamagedImage, encode_png
 from dvae.data.shards.reader import Shards
 from dvae.data.shards.verify import verify
 from dvae.errors import UserError
-from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources.base import Source
+from dvae.registry.core import Shapes
+from dvae.registry.sources.base import SOURCES, Source
 from dvae.registry.sources.cifar10 import CLASSES
 from dvae.tools import shards as _shards_tool  # noqa: F401 stores the schema that presets are composed into
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvae.errors import UserError
-from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources.base import StreamSource
+from dvae.registry.core import Shapes
+from dvae.registry.sources.base import SOURCES, StreamSource
 from dvae.registry.sources.toy2d import CUT, DENSITIES
 
 POINT = Shapes(image_size=1, channels=2)
@@ -71,8 +71,8 @@ def test_moons_are_two_half_circles() -> None:
     across = np.linalg.norm(p[:, None] - centers, axis=2) - 0.55
     above = p[:, None, 1] - centers[None, :, 1] >= 0  # the second moon is the lower half of a circle about the first
     right_half = np.stack([~above[:, 0], above[:, 1]], 1) | (np.abs(p[:, None, 1] - centers[None, :, 1]) < CUT * 0.03)
-    suggest = np.where(right_half, np.abs(across), np.inf).min(1)
-    assert suggest.max() <= CUT * 0.03 * math.sqrt(2)
+    nearest = np.where(right_half, np.abs(across), np.inf).min(1)
+    assert nearest.max() <= CUT * 0.03 * math.sqrt(2)
 
 
 def test_the_checkerboard_is_uniform_on_its_dark_squares() -> None:

@@ -19,10 +19,11 @@ from tests_support import environment
 from dvae.config import compose as configuration
 from dvae.config import validate
 from dvae.diffusion.kernels import Diffusion, Prediction
+from dvae.diffusion.model import Threshold
 from dvae.errors import UserError
 from dvae.inference import pipeline
-from dvae.registry import DISTILLERS, SAMPLERS
-from dvae.registry.samplers.base import SamplerState, Threshold
+from dvae.registry.distillers.base import DISTILLERS
+from dvae.registry.samplers.base import SAMPLERS, SamplerState
 
 VP = diffusion("vp", "cosine")
 every_distiller = pytest.mark.parametrize("name", DISTILLERS.names())
@@ -36,7 +37,7 @@ class Gaussian:
     mean: float = 0.3
     variance: float = 0.25
 
-    def predict(self, u: torch.Tensor, t: torch.Tensor, given: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, u: torch.Tensor, t: torch.Tensor, conditioning: object) -> tuple[torch.Tensor, torch.Tensor]:
         alpha, sigma = (getattr(self.diffusion, name)(t).view(-1, 1, 1, 1) for name in ("alpha", "sigma"))
         share = alpha * self.variance / (alpha**2 * self.variance + sigma**2)
         x0 = self.mean + share * (u - alpha * self.mean)
@@ -61,8 +62,8 @@ def ddim(teacher: Gaussian, u: torch.Tensor, t: float, s: float) -> torch.Tensor
             eps, x0 = teacher.predict(state, torch.tensor([time], dtype=torch.float64), None)
             return Prediction(eps, x0, VP.score_from_eps(eps, time))
 
-    walk = SamplerState(AtOneTime(), Threshold.none, lambda i: torch.zeros_like(u), [])
-    return SAMPLERS.build({"name": "ddim"}, IO).step(walk, u, t, s) if s > 0 else walk.predict(u, t).x0
+    state = SamplerState(AtOneTime(), Threshold.none, lambda i: torch.zeros_like(u), [])
+    return SAMPLERS.build({"name": "ddim"}, IO).step(state, u, t, s) if s > 0 else state.predict(u, t).x0
 
 
 def test_a_progressive_step_is_two_of_the_teachers_ddim() -> None:

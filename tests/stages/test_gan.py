@@ -12,8 +12,8 @@ from torch import nn
 from dvae.config.schema import EmaConfig, Precision, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.layers.adversarial import GanLoss, generator_loss
-from dvae.registry import ENCODERS, Shapes
-from dvae.registry.encoders.base import Adversary, Encoder, Posterior
+from dvae.registry.core import Shapes
+from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior
 from dvae.registry.encoders.kl_gan import squared_error
 from dvae.stages.losses import GanStage
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed

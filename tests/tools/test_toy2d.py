@@ -17,7 +17,7 @@ from dvae.config import compose, validate
 from dvae.errors import UserError
 from dvae.inference import pipeline
 from dvae.models import components
-from dvae.registry import SAMPLERS
+from dvae.registry.samplers.base import SAMPLERS
 from dvae.tools import gallery as gallery_tool
 from dvae.tools import sample as sample_tool
 from dvae.toy2d import gallery, points

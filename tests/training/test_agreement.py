@@ -14,7 +14,8 @@ from dvae.config import compose as configuration
 from dvae.config.schema import Precision, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.models import components
-from dvae.registry import ENCODERS, Shapes
+from dvae.registry.core import Shapes
+from dvae.registry.encoders.base import ENCODERS
 from dvae.stages.latent_sources import Encoded
 from dvae.stages.losses import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed

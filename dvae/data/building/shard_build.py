@@ -19,8 +19,8 @@ from dvae.data.building.shard_jobs import Progress, Unit, Units
 from dvae.data.building.staging import at_work, faults
 from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest
 from dvae.errors import MachineError, UserError, fold
-from dvae.registry import SOURCES, Shapes
-from dvae.registry.sources.base import Source
+from dvae.registry.core import Shapes
+from dvae.registry.sources.base import SOURCES, Source
 
 NAMED = 20  # damaged images that are named; the others are only counted
 

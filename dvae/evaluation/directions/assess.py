@@ -9,7 +9,7 @@ import torch
 from dvae.data.images import to_uint8
 from dvae.data.shards.manifest import HELDOUT, TRAIN
 from dvae.data.shards.reader import Shards
-from dvae.diffusion.denoiser import Conditioning
+from dvae.diffusion.conditioning import Conditioning
 from dvae.errors import UserError
 from dvae.evaluation.directions import direction_report
 from dvae.evaluation.directions.direction_scores import Faces, Target, score
@@ -38,10 +38,10 @@ class Editor:
     def images(self, z: torch.Tensor, numbers: list[int]) -> dict[str, torch.Tensor]:
         """x_hat, and refined where the refiner draws pixels, (n, C, H, W) uint8, of latents z (n, *latent)."""
         z = z.to(self.pipeline.device)
-        given = Conditioning(self.pipeline.decode(z), z, self.pipeline.classes(None, len(z)))
-        made = {"x_hat": to_uint8(given.x_hat).cpu()}
+        conditioning = Conditioning(self.pipeline.decode(z), z, self.pipeline.classes(None, len(z)))
+        made = {"x_hat": to_uint8(conditioning.x_hat).cpu()}
         if not self.pipeline.models.latent_space:
-            refined, _ = self.pipeline.refined(given, Noise(self.seed, numbers))
+            refined, _ = self.pipeline.refined(conditioning, Noise(self.seed, numbers))
             made["refined"] = to_uint8(refined)
         return made
 

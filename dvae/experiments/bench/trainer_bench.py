@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from torch import nn
 
 from dvae.data.loading.loader import Batches
-from dvae.diffusion.denoiser import Conditioning, NoiseSample
+from dvae.diffusion.conditioning import Conditioning, NoiseSample
 from dvae.errors import UserError
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
@@ -59,11 +59,11 @@ def bare_loss(stage: RefinerStage, network: Callable[..., torch.Tensor], x: torc
     encoder: Encoder = stage.encoder
     with torch.no_grad(), stage.autocast():
         z = encoder.encode(x).sample(torch.randn(len(x), *encoder.latent_shape, device=x.device))
-        given = Conditioning(stage.place(encoder.decode(z).float()), z.float(), None)
-    draws = NoiseSample(
+        conditioning = Conditioning(stage.place(encoder.decode(z).float()), z.float(), None)
+    noise_sample = NoiseSample(
         torch.rand(len(x), dtype=torch.float64), torch.randn_like(x), torch.ones(len(x), dtype=torch.bool)
     )
-    return network(x, given, draws).mean()
+    return network(x, conditioning, noise_sample).mean()
 
 
 def bare_torch(stage: RefinerStage, x: torch.Tensor) -> Step:

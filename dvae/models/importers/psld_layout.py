@@ -13,7 +13,8 @@ from dvae.errors import UserError
 from dvae.models.importers.checkpoint_file import Checkpoint, Stored
 from dvae.models.importers.found import Found, check_averaged, check_levels, index, network, under
 from dvae.models.importers.quoting import quoted
-from dvae.registry import PROCESSES, Shapes
+from dvae.registry.core import Shapes
+from dvae.registry.processes.base import PROCESSES
 
 PREFIXES = {True: "ema_score_fn.", False: "score_fn."}
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.conditioning import Conditioning
+from dvae.diffusion.denoiser import Denoiser
+from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
-
-if TYPE_CHECKING:
-    from dvae.diffusion.denoiser import Conditioning, Denoiser
-    from dvae.diffusion.kernels import Diffusion
 
 
 class Distiller(ABC):
@@ -48,7 +46,7 @@ class Distiller(ABC):
         eps: torch.Tensor,
         t: torch.Tensor,
         s: torch.Tensor,
-        given: Conditioning,
+        conditioning: Conditioning,
     ) -> torch.Tensor:
         """The clean state (B, C, H, W) that the student is to see in u_t = alpha_t y0 + sigma_t eps."""
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.conditioning import Conditioning
+from dvae.diffusion.denoiser import Denoiser
+from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.distillers.base import DISTILLERS, Distiller
-
-if TYPE_CHECKING:
-    from dvae.diffusion.denoiser import Conditioning, Denoiser
-    from dvae.diffusion.kernels import Diffusion
 
 
 @DISTILLERS.register("consistency")
@@ -66,8 +64,8 @@ class Consistency(Distiller):
         last = schedule.integral(torch.ones(1, dtype=torch.float64))
         r = torch.minimum(torch.exp(config.log_mean + config.log_std * normal), torch.expm1(last).sqrt())
         gap = (1.0 + config.k * torch.sigmoid(-config.b * r)) / config.q ** (1.0 + (done * config.doublings).floor())
-        suggest = (r * (1.0 - gap)).clamp(min=0.0)
-        return schedule.inverse(torch.log1p(r**2)), schedule.inverse(torch.log1p(suggest**2))
+        lower = (r * (1.0 - gap)).clamp(min=0.0)
+        return schedule.inverse(torch.log1p(r**2)), schedule.inverse(torch.log1p(lower**2))
 
     def target(
         self,
@@ -76,12 +74,12 @@ class Consistency(Distiller):
         eps: torch.Tensor,
         t: torch.Tensor,
         s: torch.Tensor,
-        given: Conditioning,
+        conditioning: Conditioning,
     ) -> torch.Tensor:
         clean = (s <= 0.0).to(y0.device).view(-1, 1, 1, 1)
         # predicted at some time above 0 where nothing of it is used
         s = torch.where(s <= 0.0, t, s)
-        return torch.where(clean, y0, denoiser.predict(denoiser.diffusion.perturb(y0, s, eps), s, given)[1])
+        return torch.where(clean, y0, denoiser.predict(denoiser.diffusion.perturb(y0, s, eps), s, conditioning)[1])
 
     def loss(self, diffusion: Diffusion, error: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """The error's Euclidean norm, over r_t - r_s (their adaptive weighting without an offset)."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.conditioning import Conditioning
+from dvae.diffusion.denoiser import Denoiser
+from dvae.diffusion.kernels import Diffusion
 from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.distillers.base import DISTILLERS, Distiller
-
-if TYPE_CHECKING:
-    from dvae.diffusion.denoiser import Conditioning, Denoiser
-    from dvae.diffusion.kernels import Diffusion
 
 
 @DISTILLERS.register("progressive")
@@ -61,14 +59,14 @@ class Progressive(Distiller):
         eps: torch.Tensor,
         t: torch.Tensor,
         s: torch.Tensor,
-        given: Conditioning,
+        conditioning: Conditioning,
     ) -> torch.Tensor:
         """Where the teacher's two steps from t over the middle to s lead, as one step of DDIM would get there."""
         diffusion = denoiser.diffusion
         u = diffusion.perturb(y0, t, eps)
         end = u
         for now, then in ((t, (t + s) / 2), ((t + s) / 2, s)):
-            noise, clean = denoiser.predict(end, now, given)
+            noise, clean = denoiser.predict(end, now, conditioning)
             end = diffusion.perturb(clean, then, noise)
         sigma_t, sigma_s = diffusion.sigma(t), diffusion.sigma(s)
         of_u = sigma_s / sigma_t

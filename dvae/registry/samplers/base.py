@@ -3,59 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from dvae.diffusion.kernels import Diffusion, Prediction
+from dvae.diffusion.model import Model, NoiseFn, OnStep, Threshold
 from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion, Prediction, Time
-
-
-class Threshold(Enum):
-    """What is done to the predicted image at each step, where it leaves the range of images."""
-
-    none = "none"
-    """Nothing."""
-    clamp = "clamp"
-    """Cut at -1 and 1."""
-    dynamic = "dynamic"
-    """Cut at the 99.5% quantile of its own absolute values and scaled back to it (Saharia et al. 2022, section 2.3)."""
-
-
-class Model(Protocol):
-    """What a sampler integrates: a denoiser bound to its condition and guidance, or a closed form in a test."""
-
-    @property
-    def diffusion(self) -> Diffusion: ...
-
-    @property
-    def passes(self) -> int:
-        """Network evaluations per call: 2 with classifier-free guidance."""
-        ...
-
-    def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:
-        """Prediction for u (B, k*C, H, W) at one time t, or at a time per image (B,)."""
-        ...
-
-    def __getitem__(self, rows: torch.Tensor) -> Model:
-        """The model of some images of its batch, rows (n,) int64: for samplers in which images go their own ways."""
-        ...
-
-
-Noise = Callable[[int], torch.Tensor]
-"""noise(i): standard normal noise number i of u's shape; keyed per image, so it does not depend on the batch."""
-
-OnStep = Callable[[int, float, torch.Tensor], torch.Tensor]
-"""on_step(i, t, u) -> u: called with each state reached, i = 0 for the start; may replace it (inpainting, previews)."""
-
 
 MOST_STEPS = 10_000
 """Steps of a sampler; published ones take 1,000 to 4,000 at most."""
@@ -77,7 +35,7 @@ class SamplerState:
 
     model: Model
     threshold: Threshold
-    noise: Noise
+    noise: NoiseFn
     times: list[float]
     """The grid, from 1 down to 0."""
     i: int = 0
@@ -134,23 +92,23 @@ class Sampler(ABC):
         return True
 
     @abstractmethod
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         """u at s from u at t, 0 < s < t <= 1."""
 
     @torch.no_grad()
-    def sample(self, model: Model, u: torch.Tensor, noise: Noise, on_step: OnStep | None = None) -> Sampled:
+    def sample(self, model: Model, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None) -> Sampled:
         """Integrate from u at t = 1 to t = 0."""
         config = self.config
         times = time_grid(model.diffusion.schedule, config.steps, config.spacing, config.t_min, config.sigma_min)
-        walk = SamplerState(model, config.threshold, noise, times)
+        state = SamplerState(model, config.threshold, noise, times)
         u = config.temperature * u
         if on_step is not None:
             u = on_step(0, times[0], u)
-        for walk.i, (t, s) in enumerate(pairwise(times)):
-            u = self.step(walk, u, t, s) if s > 0.0 else model.diffusion.clean(walk.predict(u, t).x0)
+        for state.i, (t, s) in enumerate(pairwise(times)):
+            u = self.step(state, u, t, s) if s > 0.0 else model.diffusion.initial_state(state.predict(u, t).x0)
             if on_step is not None:
-                u = on_step(walk.i + 1, s, u)
-        return Sampled(u, torch.full((len(u),), walk.calls * model.passes))
+                u = on_step(state.i + 1, s, u)
+        return Sampled(u, torch.full((len(u),), state.calls * model.passes))
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler", __package__, Sampler)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.kernels import Diffusion
 from dvae.diffusion.time_grid import Spacing
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("consistency")
@@ -31,5 +28,5 @@ class ConsistencySampler(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        return walk.diffusion.perturb(walk.predict(u, t).x0, s, walk.noise(walk.i))
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        return state.diffusion.perturb(state.predict(u, t).x0, s, state.noise(state.i))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("ddim")
@@ -34,9 +31,9 @@ class DDIM(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion, prediction = walk.diffusion, walk.predict(u, t)
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        diffusion, prediction = state.diffusion, state.predict(u, t)
         added = self.config.eta**2 * diffusion.posterior(s, t)[2].item()
         kept = max(diffusion.sigma(s).item() ** 2 - added, 0.0)
         u = diffusion.alpha(s).item() * prediction.x0 + kept**0.5 * prediction.eps
-        return u + added**0.5 * walk.noise(walk.i) if added > 0.0 else u
+        return u + added**0.5 * state.noise(state.i) if added > 0.0 else u

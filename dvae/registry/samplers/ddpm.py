@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 
 class Variance(Enum):
@@ -52,9 +49,9 @@ class DDPM(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        x0 = walk.predict(u, t).x0
-        c_x0, c_u, variance = (value.item() for value in walk.diffusion.posterior(s, t))
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        x0 = state.predict(u, t).x0
+        c_x0, c_u, variance = (value.item() for value in state.diffusion.posterior(s, t))
         if self.config.variance is Variance.fixedlarge:
-            variance = walk.diffusion.transition(s, t)[1].item()
-        return c_x0 * x0 + c_u * u + self.config.sigma_scale * variance**0.5 * walk.noise(walk.i)
+            variance = state.diffusion.transition(s, t)[1].item()
+        return c_x0 * x0 + c_u * u + self.config.sigma_scale * variance**0.5 * state.noise(state.i)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.polynomial import legendre
 
-from dvae.diffusion.kernels import Factor, apply
+from dvae.diffusion.kernels import Diffusion, Factor
+from dvae.diffusion.linalg import apply_matrix
 from dvae.diffusion.time_grid import Spacing
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 NODES, WEIGHTS = legendre.leggauss(48)
 # row n: weights of the integral from -1 to NODES[n], exact for the polynomials that the nodes can tell apart
@@ -52,19 +49,19 @@ class DEIS(Sampler):
             raise UserError(f"sampler.order={config.order}: must be 1, 2 or 3")
 
     def supports(self, diffusion: Diffusion) -> bool:
-        return not diffusion.schedule.endless
+        return not diffusion.schedule.zero_terminal_snr
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion, said = walk.diffusion.hybrid, walk.predict(u, t)
-        eps = said.eps if diffusion is walk.diffusion else diffusion.eps_from_score(said.score, t)
-        past = [*walk.past, (t, eps)][-self.config.order :]
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        diffusion, said = state.diffusion.hybrid, state.predict(u, t)
+        eps = said.eps if diffusion is state.diffusion else diffusion.eps_from_score(said.score, t)
+        past = [*state.past, (t, eps)][-self.config.order :]
         C, turn = coefficients(diffusion, t, s, tuple(time for time, _ in past))
         # the C_j add up to R_s - Phi(s, t) R_t, and u_t is p x0 + R_t eps: so Phi(s, t), up to 1e6 and more, drops out
         Phi, L = diffusion.marginal(s)
-        u = apply(Phi[:, :, :1], said.x0) + apply(L @ turn, eps)
+        u = apply_matrix(Phi[:, :, :1], said.x0) + apply_matrix(L @ turn, eps)
         for C_j, (_, before) in zip(C[:-1], past[:-1], strict=True):
-            u = u + apply(C_j, before - eps)
-        walk.past = [(time, apply(turn, before)) for time, before in past]  # in the basis in which O(s) = I
+            u = u + apply_matrix(C_j, before - eps)
+        state.past = [(time, apply_matrix(turn, before)) for time, before in past]  # in the basis in which O(s) = I
         return u
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("dpmpp_2m")
@@ -39,15 +36,15 @@ class DPMSolverPP2M(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion, x0 = walk.diffusion, walk.predict(u, t).x0
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        diffusion, x0 = state.diffusion, state.predict(u, t).x0
         now, then = diffusion.log_snr(t).item(), diffusion.log_snr(s).item()
         h, middle = then - now, x0  # h is infinite where alpha(t) = 0
-        if walk.past:
-            before, x0_before = walk.past[-1]
+        if state.past:
+            before, x0_before = state.past[-1]
             middle = x0 + 0.5 * (h / (now - before)) * (x0 - x0_before)
-        walk.past = [(now, x0)]
+        state.past = [(now, x0)]
         alpha, sigma, sigma_t = (value.item() for value in (diffusion.alpha(s), diffusion.sigma(s), diffusion.sigma(t)))
         turned = self.config.eta * h if self.config.eta > 0.0 else 0.0  # over to new noise; 0 times infinity is nan
         u = sigma / sigma_t * math.exp(-turned) * u - alpha * math.expm1(-h - turned) * middle
-        return u + sigma * math.sqrt(-math.expm1(-2.0 * turned)) * walk.noise(walk.i) if turned > 0.0 else u
+        return u + sigma * math.sqrt(-math.expm1(-2.0 * turned)) * state.noise(state.i) if turned > 0.0 else u

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion.kernels import apply, square_root
+from dvae.diffusion.kernels import Diffusion
+from dvae.diffusion.linalg import apply_matrix, matrix_sqrt
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("em")
@@ -26,10 +23,10 @@ class EulerMaruyama(Sampler):
         pass
 
     def supports(self, diffusion: Diffusion) -> bool:
-        return not diffusion.schedule.endless
+        return not diffusion.schedule.zero_terminal_snr
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion = walk.diffusion
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        diffusion = state.diffusion
         dB = diffusion.elapsed(s, t)[:, None, None]
-        drift = apply(-diffusion.A * dB, u) + apply(2.0 * diffusion.D * dB, walk.predict(u, t).score)
-        return u + drift + apply(square_root(2.0 * diffusion.D * dB), walk.noise(walk.i))
+        drift = apply_matrix(-diffusion.A * dB, u) + apply_matrix(2.0 * diffusion.D * dB, state.predict(u, t).score)
+        return u + drift + apply_matrix(matrix_sqrt(2.0 * diffusion.D * dB), state.noise(state.i))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from dvae.diffusion.kernels import Diffusion
 from dvae.diffusion.time_grid import Spacing
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("heun")
@@ -30,11 +27,11 @@ class Heun(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion, prediction = walk.diffusion, walk.predict(u, t)
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        diffusion, prediction = state.diffusion, state.predict(u, t)
         alpha_s, sigma_s, alpha_t = diffusion.alpha(s).item(), diffusion.sigma(s).item(), diffusion.alpha(t).item()
         euler = alpha_s * prediction.x0 + sigma_s * prediction.eps  # = alpha_s (w + (r_s - r_t) eps)
         if alpha_t == 0.0:
             return euler
         change = sigma_s - alpha_s * (diffusion.sigma(t).item() / alpha_t)  # alpha_s (r_s - r_t)
-        return euler + 0.5 * change * (walk.predict(euler, s).eps - prediction.eps)
+        return euler + 0.5 * change * (state.predict(euler, s).eps - prediction.eps)

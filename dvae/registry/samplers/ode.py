@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion.kernels import apply
-from dvae.diffusion.rk45 import Velocity, integrate
+from dvae.diffusion.kernels import Diffusion
+from dvae.diffusion.model import Model, NoiseFn, OnStep, Threshold
+from dvae.diffusion.probability_flow import MIN_SQRT_CLOCK, flow_velocity, sqrt_clock
+from dvae.diffusion.rk45 import integrate
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers.base import SAMPLERS, Model, Noise, OnStep, Sampled, Sampler, SamplerState, Threshold
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
-
-
-LEAST_ROOT = 1e-3
-"""sqrt(B) below which nothing is integrated: there on a clock like edm t_min is as good as 0, where the score ends."""
+from dvae.registry.samplers.base import SAMPLERS, Sampled, Sampler, SamplerState
 
 
 @SAMPLERS.register("ode")
@@ -51,45 +45,23 @@ class ProbabilityFlow(Sampler):
             raise UserError(f"sampler.t_min={config.t_min}: must be above 0 and below 1; 1e-3 is usual")
 
     def supports(self, diffusion: Diffusion) -> bool:
-        return not diffusion.schedule.endless
+        return not diffusion.schedule.zero_terminal_snr
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         raise AssertionError("the samples of this sampler stand at times of their own: see `sample`")
 
     @torch.no_grad()
-    def sample(self, model: Model, u: torch.Tensor, noise: Noise, on_step: OnStep | None = None) -> Sampled:
+    def sample(self, model: Model, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None) -> Sampled:
         """Integrate from u at t = 1 to t = 0; on_step sees these two states only."""
         config, diffusion = self.config, model.diffusion
         u = config.temperature * u
         if on_step is not None:
             u = on_step(0, 1.0, u)
-        flow, last = flow_by_root(model, config.threshold), config.t_min
-        if root_of(diffusion, last) < LEAST_ROOT:
-            last = diffusion.schedule.inverse(torch.tensor(LEAST_ROOT**2, dtype=torch.float64, device="cpu")).item()
-        end = integrate(flow, u, root_of(diffusion, 1.0), root_of(diffusion, last), config.tolerance)
-        u = diffusion.clean(model(end.y, last, threshold=config.threshold).x0)
+        flow, last = flow_velocity(model, config.threshold), config.t_min
+        if sqrt_clock(diffusion, last) < MIN_SQRT_CLOCK:
+            last = diffusion.schedule.inverse(torch.tensor(MIN_SQRT_CLOCK**2, dtype=torch.float64, device="cpu")).item()
+        end = integrate(flow, u, sqrt_clock(diffusion, 1.0), sqrt_clock(diffusion, last), config.tolerance)
+        u = diffusion.initial_state(model(end.y, last, threshold=config.threshold).x0)
         if on_step is not None:
             u = on_step(1, 0.0, u)
         return Sampled(u, (end.evaluations + 1) * model.passes)
-
-
-def root_of(diffusion: Diffusion, t: float) -> float:
-    """r = sqrt(B(t)), the variable that the flow is integrated in.
-
-    Near the data D score goes like B^(-1/2), so u is smooth in r but not in B; nor in t, where the clock is a table and
-    its rate jumps.
-    """
-    return float(diffusion.elapsed(0.0, t).sqrt())
-
-
-def flow_by_root(model: Model, threshold: Threshold = Threshold.none) -> Velocity:
-    """du/dr = 2 r (A u - D score) of states u (n, k*C, H, W) at r (n,), for the samples `rows` of the model's batch."""
-    diffusion = model.diffusion
-
-    def velocity(u: torch.Tensor, r: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        t = diffusion.schedule.inverse(r**2).clamp(max=1.0)
-        score = model[rows](u, t, threshold=threshold).score
-        twice = 2.0 * r[:, None, None]
-        return apply(twice * diffusion.A, u) - apply(twice * diffusion.D, score)
-
-    return velocity

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from dvae.diffusion.kernels import apply, square_root
+from dvae.diffusion.kernels import Diffusion
+from dvae.diffusion.linalg import apply_matrix, matrix_sqrt
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("sscs")
@@ -29,17 +26,21 @@ class SSCS(Sampler):
         pass
 
     def supports(self, diffusion: Diffusion) -> bool:
-        return not diffusion.schedule.endless
+        return not diffusion.schedule.zero_terminal_snr
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion, middle = walk.diffusion, 0.5 * (t + s)
-        u = _relax(diffusion, u, t, middle, walk.noise(2 * walk.i))
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        diffusion, middle = state.diffusion, 0.5 * (t + s)
+        u = _relax(diffusion, u, t, middle, state.noise(2 * state.i))
         push = 2.0 * diffusion.D * diffusion.elapsed(s, t)[:, None, None]
-        u = u + apply(push, walk.predict(u, t).score) + apply(push @ torch.linalg.inv(diffusion.S_inf), u)
-        return _relax(diffusion, u, middle, s, walk.noise(2 * walk.i + 1))
+        u = (
+            u
+            + apply_matrix(push, state.predict(u, t).score)
+            + apply_matrix(push @ torch.linalg.inv(diffusion.S_inf), u)
+        )
+        return _relax(diffusion, u, middle, s, state.noise(2 * state.i + 1))
 
 
 def _relax(diffusion: Diffusion, u: torch.Tensor, t: float, s: float, noise: torch.Tensor) -> torch.Tensor:
     """A draw of u_s given u_t under the backward process that keeps N(0, S_inf)."""
-    Phi, S = diffusion.backward(s, t)
-    return apply(Phi, u) + apply(square_root(S), noise)
+    Phi, S = diffusion.stationary_reverse_kernel(s, t)
+    return apply_matrix(Phi, u) + apply_matrix(matrix_sqrt(S), noise)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy.special import hyp1f1
 
+from dvae.diffusion.kernels import Diffusion
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
-
-if TYPE_CHECKING:
-    from dvae.diffusion.kernels import Diffusion
 
 
 @SAMPLERS.register("unipc")
@@ -43,13 +40,13 @@ class UniPC(Sampler):
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1
 
-    def step(self, walk: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion, x0 = walk.diffusion, walk.predict(u, t).x0
+    def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        diffusion, x0 = state.diffusion, state.predict(u, t).x0
         now, then = diffusion.log_snr(t).item(), diffusion.log_snr(s).item()
-        if walk.past:  # added to u, so that what on_step put into u stays
-            u = u + diffusion.alpha(t).item() * (curvature(walk.past, now, x0) - curvature(walk.past, now))
-        walk.past = [*walk.past, (now, x0)][-self.config.order :]
-        bent = x0 * -math.expm1(now - then) + curvature(walk.past, then)
+        if state.past:  # added to u, so that what on_step put into u stays
+            u = u + diffusion.alpha(t).item() * (curvature(state.past, now, x0) - curvature(state.past, now))
+        state.past = [*state.past, (now, x0)][-self.config.order :]
+        bent = x0 * -math.expm1(now - then) + curvature(state.past, then)
         return diffusion.sigma(s).item() / diffusion.sigma(t).item() * u + diffusion.alpha(s).item() * bent
 
 

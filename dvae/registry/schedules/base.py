@@ -15,7 +15,7 @@ class Schedule(ABC):
     Config: type[ComponentConfig]
     steps: int | None = None
     """Number of discrete times i/steps (i = 1..steps) that training draws from; None: t is continuous."""
-    endless: bool = False
+    zero_terminal_snr: bool = False
     """Whether B(1) is infinite: at t = 1 nothing is left of the data, and eps says nothing of x0."""
 
     @abstractmethod

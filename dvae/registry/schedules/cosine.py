@@ -38,7 +38,7 @@ class Cosine(Schedule):
             raise UserError(f"schedule.offset={config.offset}: must be above 0; the paper has 0.008")
         self._speed = 0.5 * math.pi / (1.0 + config.offset)  # of the angle, in radians per unit of time
         self._start = self._speed * config.offset  # the angle at t = 0
-        self.endless: bool = config.zero_terminal_snr
+        self.zero_terminal_snr: bool = config.zero_terminal_snr
         self._cap = 1.0 if config.zero_terminal_snr else CAP_FROM
         # the device is named, since models are also built on the meta device
         self._B_cap = self._uncapped(torch.tensor(self._cap, dtype=torch.float64, device="cpu")).item()

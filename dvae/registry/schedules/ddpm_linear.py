@@ -51,7 +51,7 @@ class DDPMLinear(Schedule):
         self._table = torch.cat([torch.zeros_like(increments[:1]), increments.cumsum(0)])  # B at i/steps, i = 0..steps
         self._slopes = increments * config.steps
         self.abar = torch.exp(-self._table[1:])
-        self.endless: bool = config.zero_terminal_snr
+        self.zero_terminal_snr: bool = config.zero_terminal_snr
         self._rescaled: ZeroTerminal | None = None
         if config.zero_terminal_snr:
             times = self._time(torch.arange(config.steps + 1, device="cpu"))

@@ -26,7 +26,7 @@ class Flow(Schedule):
         shift: float = 1.0
         """Factor on sigma/alpha, above 0: more than 1 spends more time at high noise, as large images need (SD3: 3)."""
 
-    endless: bool = True
+    zero_terminal_snr: bool = True
 
     def __init__(self, config: Config, io: Shapes) -> None:
         if not 0.0 < config.shift < math.inf:

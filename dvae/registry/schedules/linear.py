@@ -36,7 +36,7 @@ class Linear(Schedule):
             )
         self._low, self._rise = config.beta_min, config.beta_max - config.beta_min
         self._rescaled = ZeroTerminal(self._low + 0.5 * self._rise) if config.zero_terminal_snr else None
-        self.endless: bool = config.zero_terminal_snr
+        self.zero_terminal_snr: bool = config.zero_terminal_snr
 
     def _plain(self, t: torch.Tensor) -> torch.Tensor:
         """B without the rescaling."""

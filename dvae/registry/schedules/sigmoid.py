@@ -43,7 +43,7 @@ class Sigmoid(Schedule):
                 f"schedule.start={start}, end={end}, tau={tau}: need tau > 0 and "
                 f"-{WIDEST:g} <= start / tau < end / tau <= {WIDEST:g}"
             )
-        self.endless: bool = config.zero_terminal_snr
+        self.zero_terminal_snr: bool = config.zero_terminal_snr
         self._floor = 0.0 if config.zero_terminal_snr else FLOOR
         self._y0, self._width = start / tau, (end - start) / tau
         self._v0, self._below_1 = _sigmoid(self._y0), _sigmoid(-end / tau)  # v_start and 1 - v_end

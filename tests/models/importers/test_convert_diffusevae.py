@@ -121,7 +121,7 @@ def test_the_whole_of_formulation_2_is_wired_as_in_the_public_code(tmp_path, vae
     with torch.no_grad():
         y = u - x_hat  # our coordinate: the public code's state less x_hat
         t = torch.tensor([0.5], dtype=torch.float64)  # index 249 of a table of 500
-        ours = loaded.models.denoiser.output(y, t, pipeline.Conditioning(x_hat, z))
+        ours = loaded.models.denoiser.network_output(y, t, pipeline.Conditioning(x_hat, z))
         # our time feature counts to 1000 in tables of any length; the public code feeds the index
         torch.testing.assert_close(ours, network(u, torch.tensor([2 * 249]), x_hat, z), atol=1e-5, rtol=1e-5)
         betas = torch.linspace(1e-4, 0.02, 500, dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from public_psld import PublicNCSNpp
 
-from dvae.diffusion.denoiser import Conditioning
+from dvae.diffusion.conditioning import Conditioning
 from dvae.errors import UserError
 from dvae.inference import pipeline
 from dvae.models.importers import convert_checkpoint
@@ -75,7 +75,7 @@ def test_networks_compute_what_the_public_code_does(tmp_path, settings, words):
     nothing = Conditioning(torch.zeros(3, 3, SIZE, SIZE), torch.zeros(3, 0))
     with torch.no_grad():
         wanted = (online if "weights=online" in words else average)(u, t.float())
-        torch.testing.assert_close(denoiser.output(u, t, nothing), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(denoiser.network_output(u, t, nothing), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_two_images_at_two_evaluations(tmp_path):

@@ -12,7 +12,9 @@ from tests_support import ROOT
 from dvae.models.importers import diffusevae_layout, psld_layout
 from dvae.models.importers.checkpoint_file import Checkpoint, Stored
 from dvae.models.importers.unpickle import Storage, TensorRef
-from dvae.registry import ENCODERS, REFINERS, Shapes
+from dvae.registry.core import Shapes
+from dvae.registry.encoders.base import ENCODERS
+from dvae.registry.refiners.base import REFINERS
 
 SIZES = {"cifar10": 32, "celeba64": 64, "celebamaskhq128": 128, "ffhq128": 128, "afhqv2": 128, "128": 128, "256": 256}
 FILE = Checkpoint.__new__(Checkpoint)  # stands for a file, in messages alone

@@ -11,8 +11,10 @@ from dvae.models.quantization import trace
 from dvae.models.quantization.integer import Clock
 from dvae.models.quantization.layer_plan import replace_in
 from dvae.models.quantization.quantized_layers import Store, StoredLayer
-from dvae.registry import CLASSIFIERS, ENCODERS, REFINERS, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.classifiers.base import CLASSIFIERS
+from dvae.registry.core import Shapes
+from dvae.registry.encoders.base import ENCODERS
+from dvae.registry.refiners.base import REFINERS, Condition
 
 LEVELS = {"width": 32, "multipliers": [1, 2], "blocks": 1}
 SMALL: dict[str, dict[str, Any]] = {

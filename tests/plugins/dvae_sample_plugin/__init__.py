@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dvae.registry import SCHEDULES, ComponentConfig, Shapes
-from dvae.registry.schedules.base import Schedule
+from dvae.registry.core import ComponentConfig, Shapes
+from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 
 @SCHEDULES.register("sigmoid_sample")
