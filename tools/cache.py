@@ -34,7 +34,9 @@ def command(argv: list[str]) -> None:
     shard_request.check_part(words.part, words.parts)
     run = Run(Path(words.run))
     settings = run.config()
-    components.on_meta(settings)  # the settings may be a stranger's: their size is checked before memory is taken
+    components.build_models_on_meta(
+        settings
+    )  # the settings may be a stranger's: their size is checked before memory is taken
     settings.cache = words
     if words.shards:
         settings.data.shards = words.shards

@@ -24,8 +24,9 @@ def command(argv: list[str]) -> None:
         return
     from dvae.config import compose
     from dvae.evaluation.quantization import quantize_bundle
+    from dvae.evaluation.quantization.quantize_settings import QuantizeConfig
 
-    settings: quantize_bundle.QuantizeConfig = compose.words_of_a_tool(compose.compose("quantize", argv))
+    settings: QuantizeConfig = compose.words_of_a_tool(compose.compose("quantize", argv))
     made = quantize_bundle.quantize(settings)
     counts: dict[str, int] = {}
     for stores in made.layers.values():

@@ -129,7 +129,7 @@ class Player:
         self.known |= {f"component {k}": k for k in range(1, denoiser.config.pca_components + 1)}
         self.samplers = sorted({own, *compatible_samplers(denoiser.diffusion, denoiser.io)})
         self.most_steps = max(STEPS, pipeline.models.sampler.config.steps)
-        self.spaces = [each.name for each in Between] if pipeline.models.generates else [Between.noise.name]
+        self.spaces = [each.name for each in Between] if pipeline.models.has_generator else [Between.noise.name]
 
     def draw(self, seed: object, sampler: object, steps: object) -> tuple[np.ndarray | None, np.ndarray, str]:
         """SHOWN images of a seed: before refinement, if there is such a thing, and refined; and what they took."""
@@ -204,7 +204,7 @@ def told(act: Callable[..., Any]) -> Callable[..., Any]:
 def build(player: Player, title: str) -> gradio.Blocks:
     """The page: new images, one image edited, the way between two."""
     own = player.pipeline.models.sampler
-    drawn, latent = player.pipeline.models.generates, player.pipeline.models.latent_space
+    drawn, latent = player.pipeline.models.has_generator, player.pipeline.models.latent_space
 
     def picture(label: str, visible: bool = True) -> gradio.Image:
         return gradio.Image(label=label, format="png", interactive=False, visible=visible, buttons=["download"])
@@ -301,8 +301,8 @@ def serve(settings: PageConfig) -> None:
     """Serve the page until the process is ended. Raises UserError if the port is taken, or the run draws points."""
     pipeline = pipelines.load(settings.run)
     configuration.refuse_points(pipeline.config, settings.run)
-    vector = "encoder" in pipeline.models.trained() and not pipeline.models.latent_space
-    known = direction_files.load_all(bundle.folder_of(settings.run)) if vector else {}
+    vector = "encoder" in pipeline.models.trained_parts() and not pipeline.models.latent_space
+    known = direction_files.load_all(bundle.find_bundle(settings.run)) if vector else {}
     title = f"{pipeline.config.recipe}: {Path(settings.run).resolve().name}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed
     with listen(settings) as listener, own_folder():

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dvae.config.compose import typed
 from dvae.config.model_config import COMPONENT_KINDS, refuse_unplain
 from dvae.config.schema import RunConfig
-from dvae.data.shards.remote import UnnamedPlace, is_remote
+from dvae.data.shards.remote import UntrustedLocation, is_remote
 from dvae.errors import UserError, fold
 from dvae.registry.discovery import load_plugins
 from dvae.utils import secrets
@@ -78,7 +78,7 @@ def load(path: Path) -> RunConfig:
         refuse_unplain(plain.get(kind), path, kind)
     config = typed(plain)
     if is_remote(config.data.shards):
-        config.data.shards = UnnamedPlace(config.data.shards)
+        config.data.shards = UntrustedLocation(config.data.shards)
     return config
 
 

@@ -18,7 +18,7 @@ from dvae.data.loading.loader import check_batch
 from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.remote import is_remote, read_manifest
 from dvae.errors import UserError, fold
-from dvae.models import bundle, components
+from dvae.models import bundle_reuse, components
 from dvae.registry.core import Shapes
 from dvae.registry.distillers.base import DISTILLERS
 from dvae.registry.launchers.base import launcher_of
@@ -37,7 +37,7 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[components.Models, dict[st
 
     Returns the models, on meta, and the number of images by split (none where the source is endless).
     """
-    made = components.on_meta(config)
+    made = components.build_models_on_meta(config)
     if "encoder" in config.stages and not made.parameters()["encoder"]:
         raise UserError(f"stages: encoder={config.encoder.name} has nothing to train: leave encoder and prior out")
     if "cache" in config.stages and not made.parameters()["encoder"]:
@@ -51,12 +51,12 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[components.Models, dict[st
             "add encoder to stages=[...]"
         )
     if "encoder" in config.stages:
-        bundle.given_encoder(config, made.encoder)  # refuses weights that do not fit
+        bundle_reuse.adopted_encoder_weights(config, made.encoder)  # refuses weights that do not fit
     for training in (getattr(config, settings_of(stage)) for stage in [*made.parameters(), "joint", "distil"]):
         check_batch(training.batch, ranks, training.micro_batches)
     if "distil" in config.stages:
         DISTILLERS.build(config.distiller, made.denoiser.io).check(made.denoiser)
-        bundle.teacher_of(config)  # refuses what is not there, or other networks
+        bundle_reuse.load_teacher(config)  # refuses what is not there, or other networks
     if configuration.uses_stream(config):
         _check_classes(config)
         return made, {}
@@ -130,7 +130,7 @@ def describe(config: DictConfig) -> str:
     for stage, parameters in made.parameters().items():
         training = getattr(settings, f"train_{stage}")
         if stage in settings.stages:
-            given = stage == "encoder" and bundle.given_encoder(settings, made.encoder) is not None
+            given = stage == "encoder" and bundle_reuse.adopted_encoder_weights(settings, made.encoder) is not None
             work = "taken over as they are" if given else f"{training.steps} steps of {training.batch} images"
             lines.append(f"{stage}: {parameters / 1e6:.1f}M parameters, {work}")
     if "joint" in settings.stages:

@@ -17,7 +17,7 @@ LIMIT = 256 * 2**20
 """Bytes of a list of attributes, at most; CelebA's has 27 million."""
 
 
-class Split(Enum):
+class PublishedSplit(Enum):
     """Part of a data set, as its authors split it."""
 
     train = "train"
@@ -25,7 +25,7 @@ class Split(Enum):
     all = "all"
 
 
-def whole_square(image: Image.Image, name: str, size: int) -> Image.Image:
+def require_square(image: Image.Image, name: str, size: int) -> Image.Image:
     """`image`, where it is square and no smaller than `size` pixels.
 
     Raises DamagedImage otherwise: such a file is not of the data set, or would have to be enlarged.
@@ -38,7 +38,7 @@ def whole_square(image: Image.Image, name: str, size: int) -> Image.Image:
     return image
 
 
-class Attributes:
+class AttributeList:
     """Binary attributes of images, from a list as CelebA and CelebAMask-HQ have it.
 
     The file holds the number of images, a line of attribute names, then for each image its file name and a 1 or -1

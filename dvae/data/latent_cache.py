@@ -29,7 +29,7 @@ AGAIN = "remove the folder and run the cache stage again"
 
 @forbid_extra
 @dataclass(frozen=True)
-class About:
+class CacheInfo:
     """What a cache holds, and of what."""
 
     images: int
@@ -57,14 +57,14 @@ class About:
 
 @forbid_extra
 @dataclass(frozen=True)
-class _Record(About):
+class _CacheRecord(CacheInfo):
     """cache.json."""
 
     shards: list[Shard]
 
 
 @dataclass(frozen=True)
-class Sample:
+class CachedSample:
     """One image's share of the cache."""
 
     numbers: np.ndarray
@@ -79,15 +79,15 @@ class Sample:
         return {"npy": file.getvalue(), **drawn}
 
 
-class Cache:
+class LatentCache:
     """A written cache, by index of the image. Thread-safe.
 
     Raises UserError if it is not that of `about`, MachineError if a file is missing or damaged. Pictures have the
     `shape` (C, H, W); None: that of the first one.
     """
 
-    def __init__(self, folder: Path, about: About, shape: tuple[int, int, int] | None = None) -> None:
-        shards = shards_of(folder, about)
+    def __init__(self, folder: Path, about: CacheInfo, shape: tuple[int, int, int] | None = None) -> None:
+        shards = read_shard_list(folder, about)
         self.folder, self.about = folder, about
         self.members = Members(folder, shards, AGAIN, members=len(about.members()))
         for shard in shards:
@@ -136,7 +136,7 @@ class Cache:
         return MachineError(f"cache shard {shard} is damaged ({error}): {AGAIN}")
 
 
-def shards_of(folder: Path, about: About) -> list[Shard]:
+def read_shard_list(folder: Path, about: CacheInfo) -> list[Shard]:
     """The shards of the cache in `folder`, not looked at.
 
     Raises UserError if it is not that of `about`, MachineError if its record is damaged.
@@ -157,10 +157,10 @@ def shards_of(folder: Path, about: About) -> list[Shard]:
     return found.shards
 
 
-def _load(folder: Path) -> _Record:
+def _load(folder: Path) -> _CacheRecord:
     path = folder / FILE
     try:
-        return read_json(path, _Record, LIMIT)
+        return read_json(path, _CacheRecord, LIMIT)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"cache.folder={folder} holds no finished cache: run the cache stage") from None
     except DamagedFile as error:

@@ -15,7 +15,7 @@ from dvae.errors import MachineError, UserError
 from dvae.evaluation import features, metrics
 from dvae.evaluation.evaluation_settings import EvaluateToolConfig, check, computed
 from dvae.evaluation.features import Way
-from dvae.evaluation.image_sets import Array, ImageSet, check_alike, open_set
+from dvae.evaluation.image_sets import ImageArray, ImageSet, open_image_set, require_same_size
 from dvae.evaluation.measures import Measures, Metric
 from dvae.evaluation.metrics import Features
 from dvae.evaluation.noise_robustness import NoisyConfig, NoisySamples
@@ -53,13 +53,13 @@ class Bench:
         self.cache = Path(settings.cache) if settings.cache else Path(settings.out).parent / "evaluation-cache"
         self.pipeline = _pipeline(settings) if settings.run else None
         place = settings.reference or self._trained_on()
-        self.reference = open_set("reference", place, settings.split, settings.n_reference)
+        self.reference = open_image_set("reference", place, settings.split, settings.n_reference)
         self.measures.check("the reference", len(self.reference))
         shards = (Path(place) / MANIFEST).exists()
         self.reference_split = settings.split if shards else "all"
         unseen = Manifest.load(Path(place)).count("heldout") if shards and settings.split == "train" else 0
         most = min(unseen, settings.n * len(settings.seeds))
-        self.heldout: ImageSet | None = open_set("reference", place, "heldout", most) if unseen else None
+        self.heldout: ImageSet | None = open_image_set("reference", place, "heldout", most) if unseen else None
         """Real images that the reference has not, for the floor."""
         self.reference_sha256 = self.reference.sha256()
 
@@ -134,7 +134,7 @@ class Drawing:
     def made(self) -> dict[str, Any]:
         """What else decides the samples, for the protocol."""
         settings = self.bench.settings
-        hashes = bundle.hashes(settings.run)
+        hashes = bundle.read_hashes(settings.run)
         found = {"run": settings.run, "weights_sha256": hashes["weights"], "config_sha256": hashes["config"],
                  "guidance": settings.guidance, "label_guidance": settings.label_guidance,
                  "pca_guidance": settings.pca_guidance}  # fmt: skip
@@ -146,7 +146,7 @@ class Drawing:
         found = {"sampler": self.used(), "n": settings.n, "vae": settings.vae, **self.made()}
         return {name: value for name, value in found.items() if name != "run"}
 
-    def draw(self, seed: int) -> tuple[dict[str, Array], float]:
+    def draw(self, seed: int) -> tuple[dict[str, ImageArray], float]:
         """The sets of a seed by name, drawn into the cache unless they are there, and evaluations per image."""
         settings, bench = self.bench.settings, self.bench
         out = bench.cache / f"samples-{key_of(self.request() | {'seed': seed})}.npy"
@@ -161,7 +161,7 @@ class Drawing:
         else:
             done = generate.draw(NoisyConfig(**words, noise=self.noise), NoisySamples)
         names = ["vae", "refined"] if settings.vae else ["refined"]
-        return {name: Array(str(out), len(names), which) for which, name in enumerate(names)}, done.nfe
+        return {name: ImageArray(str(out), len(names), which) for which, name in enumerate(names)}, done.nfe
 
 
 def point(how: Drawing) -> Result:
@@ -169,7 +169,7 @@ def point(how: Drawing) -> Result:
     bench, used = how.bench, how.used()
     settings = bench.settings
     bench.measures.check("a set", settings.n)
-    if settings.vae and bench.pipeline and not bench.pipeline.models.generates:
+    if settings.vae and bench.pipeline and not bench.pipeline.models.has_generator:
         raise UserError(f"vae=true: run={settings.run} draws nothing before refinement: leave it out")
     protocol = asdict(bench.protocol(settings.n, used, 0, how.made()))
     asked = {name: value for name, value in protocol.items() if name not in ("packages", "nfe", "made")}
@@ -193,7 +193,7 @@ def score(
     bench.measures.check("a set" if bench.settings.run else f"images={bench.settings.images}", n)
     for images in every:
         images.sha256()  # refuses images of unlike size before anything takes long
-        check_alike(images, bench.reference)
+        require_same_size(images, bench.reference)
     real, unseen = bench.real()
     with Progress("samples", sum(map(len, every))) as bar:
         made_features = {

@@ -21,9 +21,9 @@ from dvae.data.shards.reader import Shards
 from dvae.errors import UserError, fold
 from dvae.utils.read import DamagedFile, map_npy, read_bytes, read_member
 
-READ = (".png", ".jpg", ".jpeg")
+READABLE_SUFFIXES = (".png", ".jpg", ".jpeg")
 """Suffixes that torch-fidelity's command line reads."""
-HASHED = 256
+HASH_BATCH = 256
 """Images that are read together to be hashed."""
 
 
@@ -49,8 +49,8 @@ class ImageSet(ABC):
     def sha256(self) -> str:
         """Hash of all pixels. Raises UserError where the images are of more than one size."""
         digest, size = hashlib.sha256(str((len(self), *self.size())).encode()), self.size()
-        for start in range(0, len(self), HASHED):
-            images = self.read(start, min(start + HASHED, len(self)))
+        for start in range(0, len(self), HASH_BATCH):
+            images = self.read(start, min(start + HASH_BATCH, len(self)))
             if tuple(images.shape[2:]) != size:
                 raise UserError(f"{self.place}: images of unlike size, {_by(images.shape[2:])} and {_by(size)}")
             digest.update(images.numpy().tobytes())
@@ -58,7 +58,7 @@ class ImageSet(ABC):
 
 
 @dataclass(frozen=True)
-class Files(ImageSet):
+class ImageFiles(ImageSet):
     """Files of a folder, or members of a zip or tar file."""
 
     place: str
@@ -117,7 +117,7 @@ class Files(ImageSet):
 
 
 @dataclass(frozen=True)
-class Array(ImageSet):
+class ImageArray(ImageSet):
     """A .npy file (n, H, W, C), uint8; or one of `shown` images that each row of it has side by side."""
 
     place: str
@@ -147,7 +147,7 @@ class Array(ImageSet):
 
 
 @dataclass(frozen=True)
-class Split(ImageSet):
+class ShardImages(ImageSet):
     """Images of a split of shards, by index."""
 
     place: str
@@ -167,7 +167,7 @@ def _shards(place: str, split: str) -> Shards:
 
 
 @dataclass(frozen=True)
-class Part(ImageSet):
+class ImageSubset(ImageSet):
     """Some images of a set, by index."""
 
     whole: ImageSet
@@ -184,7 +184,7 @@ class Part(ImageSet):
         return torch.cat([self.whole.read(i, i + 1) for i in self.indices[start:stop]])
 
 
-def open_set(word: str, place: str, split: str = "train", most: int = 0) -> ImageSet:
+def open_image_set(word: str, place: str, split: str = "train", most: int = 0) -> ImageSet:
     """The images at `place`, which the user gave as `word`: evenly spread, no more than `most` (0: all).
 
     Shards, a folder of PNG and JPEG files (not of its subfolders) in the order of their names, a zip or tar file of
@@ -194,18 +194,18 @@ def open_set(word: str, place: str, split: str = "train", most: int = 0) -> Imag
     if not path.exists():
         raise UserError(f"{word}={place}: no such file or folder")
     if path.is_dir() and (path / MANIFEST).exists():
-        return Split(place, split, spread(len(_shards(place, split)), most))
+        return ShardImages(place, split, chosen_indices(len(_shards(place, split)), most))
     if path.is_dir():
-        found: ImageSet = Files(place, _listed(word, place, [_resolved(item) for item in path.iterdir()]))
+        found: ImageSet = ImageFiles(place, _listed(word, place, [_resolved(item) for item in path.iterdir()]))
     elif path.suffix.lower() == ".npy":
-        found = Array(place)
+        found = ImageArray(place)
     elif path.suffix.lower() in (".zip", ".tar"):
         found = _archive(word, place)
     else:
         raise UserError(f"{word}={place}: name shards, a folder of PNG or JPEG files, or a .zip, .tar or .npy file")
     if not len(found):
         raise UserError(f"{word}={place}: holds no image")
-    return Part(found, spread(len(found), most)) if 0 < most < len(found) else found
+    return ImageSubset(found, chosen_indices(len(found), most)) if 0 < most < len(found) else found
 
 
 def _resolved(item: Path) -> str:
@@ -216,13 +216,13 @@ def _resolved(item: Path) -> str:
         return str(item.absolute())
 
 
-def _archive(word: str, place: str) -> Files:
+def _archive(word: str, place: str) -> ImageFiles:
     try:
         if place.lower().endswith(".zip"):
             with open_zip(place) as archive:
                 found = archive.namelist()
             refuse_duplicates(place, found)
-            return Files(place, _listed(word, place, found))
+            return ImageFiles(place, _listed(word, place, found))
         with open_tar(place) as tar:
             items = files_of(tar)
     except DamagedFile as error:
@@ -235,26 +235,28 @@ def _archive(word: str, place: str) -> Files:
             raise UserError(
                 f"{word}={place}: {name[:200]} has more than {FILE_LIMIT} bytes or is sparse: pack it again"
             )
-    return Files(place, names, tuple((items[name].offset_data, items[name].size) for name in names))
+    return ImageFiles(place, names, tuple((items[name].offset_data, items[name].size) for name in names))
 
 
 def _listed(word: str, place: str, names: list[str]) -> tuple[str, ...]:
     """The images among the names, in order. Raises UserError where there are none, or some would be passed over."""
     suffixes = {name: os.path.splitext(name)[1].lower() for name in names}
-    if other := sorted(name for name, suffix in suffixes.items() if suffix in SUFFIXES and suffix not in READ):
+    if other := sorted(
+        name for name, suffix in suffixes.items() if suffix in SUFFIXES and suffix not in READABLE_SUFFIXES
+    ):
         raise UserError(f"{word}={place}: {os.path.basename(other[0])} would be passed over: save it as PNG")
-    found = tuple(sorted(name for name, suffix in suffixes.items() if suffix in READ))
+    found = tuple(sorted(name for name, suffix in suffixes.items() if suffix in READABLE_SUFFIXES))
     if not found:
         raise UserError(f"{word}={place}: holds no PNG or JPEG file")
     return found
 
 
-def spread(count: int, most: int) -> tuple[int, ...]:
+def chosen_indices(count: int, most: int) -> tuple[int, ...]:
     """Up to `most` (0: all) indices, evenly spread over `count`."""
-    return tuple(map(int, reader.spread(count, most or count)))
+    return tuple(map(int, reader.evenly_spaced(count, most or count)))
 
 
-def check_alike(a: ImageSet, b: ImageSet) -> None:
+def require_same_size(a: ImageSet, b: ImageSet) -> None:
     """Raise UserError where two sets are of images of unlike size: their features would differ by the scaling alone."""
     if a.size() != b.size():
         raise UserError(

@@ -35,7 +35,7 @@ class NoisySamples(Samples):
 
     def __init__(self, settings: NoisyConfig, device: str | None = None) -> None:
         super().__init__(settings, device)
-        if not self.pipeline.models.generates:
+        if not self.pipeline.models.has_generator:
             raise UserError(f"noise=: run={settings.run} has no x_hat that noise could be added to")
 
     def request(self) -> dict[str, Any]:

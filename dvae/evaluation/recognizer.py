@@ -1,9 +1,9 @@
-"""The judge: a small network that learns the classes of real images and says which of them a run's samples show.
+"""The recognizer: a small network that learns the classes of real images and says which of them a run's samples show.
 
 It answers two questions that a distance between sets leaves open: is each sample plainly one thing, and does every
 class occur? Salimans et al. 2016, section 4, ask the same of a network trained on ImageNet (the Inception score).
 A plain classifier is sure of anything, noise and blank images too (all 500 of 500 were an 8, in a trial on digits), so
-this one has one class more, "nothing", which it learns from real images that were spoilt.
+this one has one class more, "nothing", which it learns from corrupted real images.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from dvae.tracking.console import Progress
 from dvae.utils import atomic_files, rng
 
 WIDTH = 16
-"""Channels of the judge's first layer."""
-COARSEST = 4
+"""Channels of the recognizer's first layer."""
+SMALLEST_MAP = 4
 """Side of the maps that its last layer sees, in pixels."""
 LEARNING_RATE = 2e-3
 CORRUPT = 4
-"""Of so many images in training one is shown a second time, spoilt."""
-SHOWN = 16
+"""Of so many images in training one is shown a second time, corrupted."""
+SAMPLES_PER_ROW = 16
 """Samples of each class in the picture."""
 
 
@@ -53,13 +53,13 @@ class RecognizeConfig:
     label: str = ""
     """Attribute of the images that is their class (empty: the run's data.label, or the only one that there is)."""
     n: int = 1000
-    """Samples that are judged."""
+    """Samples that are classified."""
     seed: int = 0
-    """Seed of the samples and of the judge."""
+    """Seed of the samples and of the recognizer."""
     confidence: float = 0.9
     """Probability of its class above which a sample counts as recognized."""
     steps: int = 1500
-    """Training steps of the judge."""
+    """Training steps of the recognizer."""
     batch: int = 64
     """Images per step and per forward pass."""
     out: str = "recognized.png"
@@ -72,42 +72,44 @@ class RecognizeConfig:
 
 ConfigStore.instance().store(name="recognize_schema", node=RecognizeConfig, provider="dvae")
 
-Draw = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
+ReadLabeled = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 """Indices (B,) -> real images (B, C, H, W) uint8 and their classes (B,) int64, or (B, A) of A attributes."""
 
 
-def network(channels: int, size: int, outputs: int) -> nn.Sequential:
+def build_network(channels: int, size: int, outputs: int) -> nn.Sequential:
     """Convolutions that halve images (B, channels, size, size) until they are small, and a layer to (B, outputs)."""
     layers: list[nn.Module] = []
     inputs, width = channels, WIDTH
     while True:
         layers += [nn.Conv2d(inputs, width, 3, 1 if inputs == channels else 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
         size = size if inputs == channels else -(-size // 2)
-        if size <= COARSEST:
+        if size <= SMALLEST_MAP:
             break
         inputs, width = width, min(2 * width, 4 * WIDTH)
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(width * size * size, outputs))
 
 
-Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+NetworkLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """Of the network, images (B, C, H, W) in [-1, 1] and what is known of them (B, ...): a scalar."""
 
 
-def train(draw: Draw, count: int, classes: int, *, steps: int, batch: int, seed: int) -> nn.Module:
-    """A judge trained on `count` real images, fp32: images (B, C, H, W) in [-1, 1] to logits (B, classes + 1).
+def train(draw: ReadLabeled, count: int, classes: int, *, steps: int, batch: int, seed: int) -> nn.Module:
+    """A recognizer trained on `count` real images, fp32: images (B, C, H, W) in [-1, 1] to logits (B, classes + 1).
 
-    The last logit is "nothing". The same seed and images give the same judge.
+    The last logit is "nothing". The same seed and images give the same recognizer.
     """
 
-    def loss(judge: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(network: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         bad = corrupt(x[: -(-len(x) // CORRUPT)])
         labels = torch.cat([labels, torch.full((len(bad),), classes)])
-        return F.cross_entropy(judge(torch.cat([x, bad])), labels)
+        return F.cross_entropy(network(torch.cat([x, bad])), labels)
 
-    return learn(draw, count, classes + 1, loss, steps=steps, batch=batch, seed=seed)
+    return fit_network(draw, count, classes + 1, loss, steps=steps, batch=batch, seed=seed)
 
 
-def learn(draw: Draw, count: int, outputs: int, loss: Loss, *, steps: int, batch: int, seed: int) -> nn.Module:
+def fit_network(
+    draw: ReadLabeled, count: int, outputs: int, loss: NetworkLoss, *, steps: int, batch: int, seed: int
+) -> nn.Module:
     """A network of `outputs` logits that minimizes `loss` over `count` real images, fp32, in evaluation mode.
 
     Images are shifted by up to a fourteenth of their size, so that a few pixels more to one side do not matter. The
@@ -117,22 +119,22 @@ def learn(draw: Draw, count: int, outputs: int, loss: Loss, *, steps: int, batch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.child(seed, "judge"))
         images, _ = draw(order.indices(0, 1))
-        judge = network(images.shape[1], images.shape[2], outputs).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+        network = build_network(images.shape[1], images.shape[2], outputs).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
         with Progress("judge", steps) as progress:
             for step in range(steps):
                 images, known = draw(order.indices(step * batch, (step + 1) * batch))
-                found = loss(judge, shifted(to_float(images)), known)
+                found = loss(network, random_shift(to_float(images)), known)
                 optimizer.zero_grad()
                 found.backward()
                 optimizer.step()
                 schedule.step()
                 progress.update(step + 1, len(images), {"loss": float(found.detach())})
-    return judge.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
-def shifted(x: torch.Tensor) -> torch.Tensor:
+def random_shift(x: torch.Tensor) -> torch.Tensor:
     """Images x (B, C, S, S), moved together by up to S // 14 pixels in each direction; their border is repeated."""
     most, size = x.shape[2] // 14, x.shape[2]
     if most == 0:
@@ -153,12 +155,12 @@ def corrupt(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def probabilities(judge: nn.Module, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    """The judge's probability of each class and of nothing, (N, K + 1) float32, for images (N, C, H, W) uint8."""
-    return torch.cat([judge(to_float(part)).softmax(1) for part in images.split(batch)])
+def probabilities(network: nn.Module, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
+    """The recognizer's probability of each class and of nothing, (N, K + 1) float32, for images (N, C, H, W) uint8."""
+    return torch.cat([network(to_float(part)).softmax(1) for part in images.split(batch)])
 
 
-def verdict(found: torch.Tensor, classes: list[str], confidence: float) -> dict[str, Any]:
+def summary(found: torch.Tensor, classes: list[str], confidence: float) -> dict[str, Any]:
     """Figures of probabilities (N, K + 1): the share recognized, and the number of recognized samples by class."""
     certainty, chosen = found[:, :-1].max(1)
     recognized = certainty > confidence
@@ -172,15 +174,15 @@ def verdict(found: torch.Tensor, classes: list[str], confidence: float) -> dict[
     }
 
 
-def blended(images: torch.Tensor) -> torch.Tensor:
+def blend_pairs(images: torch.Tensor) -> torch.Tensor:
     """Each image (N, C, H, W) uint8 laid over another, half and half: strokes of two things, which are neither."""
     return ((images.int() + images.roll(len(images) // 2, 0).int()) // 2).to(torch.uint8)
 
 
-def assess(settings: RecognizeConfig) -> dict[str, Any]:
-    """Train a judge on a run's real images, judge its samples, write the picture and the figures; returns the figures.
+def recognize_samples(settings: RecognizeConfig) -> dict[str, Any]:
+    """Train a recognizer on a run's real images, classify its samples, write picture and figures; returns the figures.
 
-    Held-out images are judged too: as they are, what a perfect model would score, and blended, what a poor one may.
+    Held-out images are classified too: as they are, what a perfect model would score, and blended, what a poor one may.
     Raises UserError where the run, its images or their labels are not to be had.
     """
     _check(settings)
@@ -191,29 +193,29 @@ def assess(settings: RecognizeConfig) -> dict[str, Any]:
     train_set, heldout_set = (
         open_split(settings.run, pipeline.config, split, settings.shards) for split in ("train", "heldout")
     )
-    attribute, classes = attribute_of(settings, pipeline.config.label, train_set)
-    judge = train(
-        labeled(train_set, attribute, classes), len(train_set), len(classes),
+    attribute, classes = choose_attribute(settings, pipeline.config.label, train_set)
+    network = train(
+        labeled_reader(train_set, attribute, classes), len(train_set), len(classes),
         steps=settings.steps, batch=settings.batch, seed=settings.seed,
     )  # fmt: skip
-    heldout, truth = labeled(heldout_set, attribute, classes)(np.arange(len(heldout_set)))
-    opinion = probabilities(judge, heldout, settings.batch)
+    heldout, truth = labeled_reader(heldout_set, attribute, classes)(np.arange(len(heldout_set)))
+    opinion = probabilities(network, heldout, settings.batch)
     with Progress("samples", settings.n) as progress:
         _, samples = pipeline.generate(
             settings.n, settings.seed, advance=lambda count: progress.update(progress.step + count, count)
         )
-    found = probabilities(judge, samples, settings.batch)
-    show(samples, found, settings)
+    found = probabilities(network, samples, settings.batch)
+    save_picture(samples, found, settings)
     figures = {
         "run": settings.run,
         "label": attribute,
         "confidence": settings.confidence,
         "nfe": pipeline.nfe,
         "accuracy_heldout": float((opinion.argmax(1) == truth).float().mean()),
-        "samples": verdict(found, classes, settings.confidence),
-        "heldout": verdict(opinion, classes, settings.confidence),
-        "heldout_blended": verdict(
-            probabilities(judge, blended(heldout), settings.batch), classes, settings.confidence
+        "samples": summary(found, classes, settings.confidence),
+        "heldout": summary(opinion, classes, settings.confidence),
+        "heldout_blended": summary(
+            probabilities(network, blend_pairs(heldout), settings.batch), classes, settings.confidence
         ),
     }
     atomic_files.write_json(Path(settings.out).with_suffix(".json"), figures)
@@ -228,7 +230,7 @@ def _check(settings: RecognizeConfig) -> None:
         raise UserError(f"confidence={settings.confidence} is no probability below 1: use 0.9")
 
 
-def attribute_of(settings: RecognizeConfig, learned: str, shards: Shards) -> tuple[str, list[str]]:
+def choose_attribute(settings: RecognizeConfig, learned: str, shards: Shards) -> tuple[str, list[str]]:
     """The attribute that is the class, and its values; `learned` is the one that the run was told, or empty.
 
     Raises UserError where none is named and there are several or none.
@@ -247,26 +249,26 @@ def attribute_of(settings: RecognizeConfig, learned: str, shards: Shards) -> tup
     return attribute, classes
 
 
-def labeled(shards: Shards, attribute: str, classes: list[str]) -> Draw:
+def labeled_reader(shards: Shards, attribute: str, classes: list[str]) -> ReadLabeled:
     """Images of a split with their classes."""
     numbers = shards.classes(attribute, classes)
 
     def draw(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         images = shards.read(indices)
-        return images, numbers[torch.from_numpy(shards.shown(indices))]
+        return images, numbers[torch.from_numpy(shards.substituted(indices))]
 
     return draw
 
 
-def show(samples: torch.Tensor, found: torch.Tensor, settings: RecognizeConfig) -> None:
+def save_picture(samples: torch.Tensor, found: torch.Tensor, settings: RecognizeConfig) -> None:
     """The picture: the first recognized samples of each class, a row each, then the first that were not recognized."""
     certainty, chosen = found[:, :-1].max(1)
     recognized = certainty > settings.confidence
     groups = [recognized & (chosen == number) for number in range(found.shape[1] - 1)] + [~recognized]
     rows = []
     for group in groups:
-        row = torch.full((SHOWN, *samples.shape[1:]), 128, dtype=torch.uint8)  # gray: there are no more
-        first = samples[group][:SHOWN]
+        row = torch.full((SAMPLES_PER_ROW, *samples.shape[1:]), 128, dtype=torch.uint8)  # gray: there are no more
+        first = samples[group][:SAMPLES_PER_ROW]
         row[: len(first)] = first
         rows.append(row)
-    pictures.grid(torch.cat(rows), Path(settings.out), columns=SHOWN, scale=max(1, 56 // samples.shape[2]))
+    pictures.grid(torch.cat(rows), Path(settings.out), columns=SAMPLES_PER_ROW, scale=max(1, 56 // samples.shape[2]))

@@ -13,7 +13,7 @@ from dvae.errors import UserError
 from dvae.evaluation import memorization, plots, tables
 from dvae.evaluation.benchmark import Bench, Drawing, Result, point, score
 from dvae.evaluation.evaluation_settings import EvaluateToolConfig
-from dvae.evaluation.image_sets import open_set
+from dvae.evaluation.image_sets import open_image_set
 from dvae.registry.samplers.base import SAMPLERS
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
@@ -32,7 +32,7 @@ def assess(settings: EvaluateToolConfig) -> Result:
             picture = Path(settings.out).with_suffix(".memorization.png")
             result |= {"memorization": memorization.check(bench, sets["refined"], picture)}
     else:
-        images = open_set("images", settings.images)
+        images = open_image_set("images", settings.images)
         result = score(bench, {"images": [images]}, {}, 0, {"images": settings.images, "sha256": images.sha256()})
     atomic_files.write_json(Path(settings.out), result)
     return result

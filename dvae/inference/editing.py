@@ -55,7 +55,7 @@ def start(
     if not isinstance(images, torch.Tensor):
         own = [images] if isinstance(images, int) else list(images)
         return Start(pipeline.drawn_for(own, seed, label), own)
-    if "encoder" not in pipeline.models.trained():
+    if "encoder" not in pipeline.models.trained_parts():
         raise UserError("this run has no encoder, which finds the z of an image: use numbers of images of a seed")
     images = checked(pipeline, images)
     conditioning = pipeline.encode(images)
@@ -213,7 +213,7 @@ def _drawn(
     if not refines:
         assert shown is not None
         return GeneratedImages(None, shown, counts, classes)
-    return GeneratedImages(shown if pipeline.models.generates else None, torch.cat(refined), counts, classes)
+    return GeneratedImages(shown if pipeline.models.has_generator else None, torch.cat(refined), counts, classes)
 
 
 def fingerprint(values: torch.Tensor) -> str:

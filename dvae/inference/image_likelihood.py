@@ -141,7 +141,7 @@ def score(settings: LikelihoodConfig) -> Scored:
     if pipeline.models.denoiser.diffusion.schedule.zero_terminal_snr:
         name = pipeline.config.schedule.name
         raise UserError(f"likelihood: schedule={name} has no finite end at t = 1: name a run with another, as linear")
-    if settings.z is Latent.draw and "encoder" not in pipeline.models.trained():
+    if settings.z is Latent.draw and "encoder" not in pipeline.models.trained_parts():
         raise UserError(f"z=draw: run={settings.run} has no encoder, and so no z: leave it out")
     given = GivenConfig(run=settings.run, images=settings.images, resize=settings.resize, shards=settings.shards)
     images, labels = _images(settings, open_inputs(given, pipeline.config))
@@ -170,7 +170,7 @@ def score(settings: LikelihoodConfig) -> Scored:
 def score_names(pipeline: Pipeline, settings: LikelihoodConfig) -> list[str]:
     """What is found of each image."""
     names = ["bits_per_dim", "nfe"]
-    if "encoder" in pipeline.models.trained():
+    if "encoder" in pipeline.models.trained_parts():
         names += ["kl_nats", "kl_bits_per_dim"]
     return names + (["total_bits_per_dim"] if settings.z is Latent.draw else [])
 
@@ -220,7 +220,7 @@ def _request(settings: LikelihoodConfig, images: torch.Tensor) -> dict[str, Any]
     """What decides every figure, ready for JSON."""
     asked = {name: getattr(settings, name) for name in ("n", "seed", "images", "label", "tolerance", "batch")}
     pixels = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-    return bundle.hashes(settings.run) | asked | {"z": settings.z.name, "pixels": pixels}
+    return bundle.read_hashes(settings.run) | asked | {"z": settings.z.name, "pixels": pixels}
 
 
 def _record(request: dict[str, Any], values: dict[str, np.ndarray]) -> ScoredRecord:

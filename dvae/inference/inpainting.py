@@ -95,6 +95,6 @@ def inpaint(
         filled = torch.where(mask_there, known, found.x_hat)
     conditioning = Conditioning(found.x_hat, found.z, pipeline.classes(label, len(images)))
     drawn, nfe = pipeline.refined(conditioning, Noise(seed, numbers), guidance=guidance, known=(known, mask_there))
-    vae = to_uint8(conditioning.x_hat).cpu() if pipeline.models.generates else None
+    vae = to_uint8(conditioning.x_hat).cpu() if pipeline.models.has_generator else None
     classes = None if conditioning.label is None else conditioning.label.cpu()
     return GeneratedImages(vae, torch.where(mask, images, to_uint8(drawn)), nfe, classes)

@@ -26,7 +26,7 @@ from dvae.inference.generation.generation_settings import GivenConfig
 from dvae.inference.generation.input_images import open_inputs
 from dvae.inference.pipeline import Pipeline
 from dvae.inference.run_images import open_split
-from dvae.models import bundle
+from dvae.models import bundle, bundle_export
 from dvae.models.components import Models
 from dvae.registry.encoders.base import Posterior
 from dvae.registry.priors.base import PRIORS, Prior
@@ -137,7 +137,7 @@ def extract(settings: LatentsConfig, pipeline: Pipeline) -> int:
         values = {name: [str(value) for value in known] for name, known in shards.labels.items()}
         tensors |= {f"label.{name}": codes for name, codes in label_codes(shards, count, values).items()}
     about = {
-        "weights": bundle.hashes(settings.run)["weights"],
+        "weights": bundle.read_hashes(settings.run)["weights"],
         "images": settings.images or settings.split,
         "labels": values,
     }
@@ -163,8 +163,8 @@ def label_codes(shards: Shards, count: int, values: dict[str, list[str]]) -> dic
     """For each attribute the number, among its values, of that of each image; -1 where it has none."""
     codes = {name: torch.full((count,), NO_VALUE) for name in values}
     numbers = {name: {value: number for number, value in enumerate(known)} for name, known in values.items()}
-    for row, index in enumerate(shards.shown(np.arange(count)) if values else []):
-        labels = shards.about(int(index))["labels"]
+    for row, index in enumerate(shards.substituted(np.arange(count)) if values else []):
+        labels = shards.info(int(index))["labels"]
         for name, known in numbers.items():
             codes[name][row] = known.get(str(labels.get(name)), NO_VALUE)
     return codes
@@ -221,10 +221,10 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 
 def write_bundle(settings: LatentsConfig, config: ModelConfig, models: Models, prior_config: Any, prior: Prior) -> None:
     """The run's bundle with another prior, in `settings.bundle`."""
-    parts = {name: part.state_dict() for name, part in models.trained().items() if name != "prior"}
+    parts = {name: part.state_dict() for name, part in models.trained_parts().items() if name != "prior"}
     if prior.state_dict():
         parts["prior"] = prior.state_dict()
-    bundle.export(Path(settings.bundle), replace(config, prior=prior_config), parts)
+    bundle_export.export(Path(settings.bundle), replace(config, prior=prior_config), parts)
 
 
 def _name(prior: Any) -> str:

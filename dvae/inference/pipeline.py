@@ -244,7 +244,7 @@ class Pipeline:
             conditioning = self.drawn_for(same if shared is Shared.z else numbers, seed, label)
             noise = Noise(seed, same if shared is Shared.noise else numbers)
             refined, nfe, estimates = refine_batch(self, conditioning, noise, guidance, estimates=intermediate)
-            vae = to_uint8(conditioning.x_hat).cpu() if self.models.generates else None
+            vae = to_uint8(conditioning.x_hat).cpu() if self.models.has_generator else None
             on_the_way = torch.stack([to_uint8(each).cpu() for each in estimates], 1) if estimates else None
             classes = None if conditioning.label is None else conditioning.label.cpu()
             return GeneratedImages(vae, to_uint8(refined).cpu(), nfe.cpu(), classes, on_the_way)
@@ -390,11 +390,11 @@ def load(path: str | Path, batch: int | None = None, device: str | torch.device 
 
     Raises UserError where there is none or it is not whole, or its int8 kernels are asked onto a GPU.
     """
-    config, models = bundle.load(bundle.folder_of(path))
-    bound = layer_plan.cpu_only(models)
+    config, models = bundle.load(bundle.find_bundle(path))
+    bound = layer_plan.requires_cpu(models)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() and not bound else "cpu"))
     if bound and device.type != "cpu":
         raise UserError(f"{path} is quantized by method=int8, whose kernels are for CPUs: leave device={device} out")
-    for module in models.trained().values():
+    for module in models.trained_parts().values():
         module.to(device)
     return Pipeline(config, models, batch)

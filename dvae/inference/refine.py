@@ -73,7 +73,7 @@ def steps_of(pipeline: Pipeline) -> int:
 
 def check_drawing(pipeline: Pipeline, shared: Shared | None, intermediate: int) -> None:
     """Raise UserError where images cannot share what they are to share, or there are no such estimates."""
-    if shared is not None and not pipeline.models.generates:
+    if shared is not None and not pipeline.models.has_generator:
         raise UserError(f"shared={shared.name}: this run draws no z besides its noise: leave shared out")
     if intermediate < 0:
         raise UserError(f"intermediate={intermediate}: use 0 (none) or more")

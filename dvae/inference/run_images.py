@@ -10,7 +10,7 @@ from dvae.config.compose import refuse_points
 from dvae.config.schema import DataConfig, ModelConfig
 from dvae.data.shards.manifest import FILE as MANIFEST
 from dvae.data.shards.reader import Shards
-from dvae.data.shards.remote import Remote, is_remote, place_of
+from dvae.data.shards.remote import RemoteShards, is_remote, locate_shards
 from dvae.errors import UserError
 from dvae.models import bundle
 from dvae.runs.folder import Run
@@ -20,7 +20,7 @@ from dvae.tracking.console import say
 def data_of(run: str) -> DataConfig | None:
     """How the run folder `run` reads its images; None for a bundle, which does not say."""
     folder = Path(run)
-    if not (folder / "config.yaml").exists() or (folder / bundle.ABOUT).exists():
+    if not (folder / "config.yaml").exists() or (folder / bundle.INFO).exists():
         return None
     return Run(folder).config().data
 
@@ -39,20 +39,20 @@ def run_shards(run: str, config: ModelConfig, word: str = "shards") -> Path:
         return Path(data.shards)
     if (inside / MANIFEST).exists():
         return inside
-    place_of(data)  # says what to do about a place elsewhere
+    locate_shards(data.shards, data.download_to, data.download_gib)  # says what to do about a place elsewhere
     raise UserError(
         f"run={run} was trained on shards at {data.shards}, which are not there: name them with {word}=FOLDER"
     )
 
 
-def named_place(shards: str, run: str) -> Path | Remote:
+def named_place(shards: str, run: str) -> Path | RemoteShards:
     """The place that the user's own command names, a folder or an address; what is fetched is kept beside the run."""
     if not is_remote(shards):
         return Path(shards)
     if (Path(run) / "remote").is_symlink():
         raise UserError(f"{Path(run) / 'remote'} is a link to another folder: remove it")
     kept = Path(run) / "remote" if data_of(run) else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dvae/remote"
-    return place_of(DataConfig(shards=shards, download_to=str(kept.expanduser())))
+    return locate_shards(shards, str(kept.expanduser()), DataConfig().download_gib)
 
 
 def open_split(run: str, config: ModelConfig, split: str, shards: str = "") -> Shards:

@@ -24,7 +24,7 @@ from dvae.registry.refiners.base import REFINERS
 from dvae.registry.samplers.base import SAMPLERS, Sampler
 from dvae.registry.schedules.base import SCHEDULES
 
-MOST_LAYERS = 100_000
+MAX_LAYERS = 100_000
 """Layers and tensors that networks may be built of; the largest published ones have some thousand."""
 
 
@@ -46,11 +46,11 @@ class Models:
         return self.denoiser.config.space is Space.latent
 
     @property
-    def generates(self) -> bool:
+    def has_generator(self) -> bool:
         """Whether there are samples before refinement: x_hat of a z from the prior."""
-        return "encoder" in self.trained() and not self.latent_space
+        return "encoder" in self.trained_parts() and not self.latent_space
 
-    def trained(self) -> dict[str, nn.Module]:
+    def trained_parts(self) -> dict[str, nn.Module]:
         """The parts that hold weights or fitted figures, by the name they have in a bundle."""
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "prior": self.prior, "denoiser": self.denoiser}
         if self.classifier is not None:
@@ -65,7 +65,7 @@ class Models:
         return {stage: sum(p.numel() for p in module.parameters()) for stage, module in stages.items()}
 
 
-def build(config: RunConfig | ModelConfig, seed_weights: bool = True) -> Models:
+def build_models(config: RunConfig | ModelConfig, seed_weights: bool = True) -> Models:
     """All components of `config`. Raises UserError where they do not fit each other.
 
     Initial weights are keyed by the run's seed, so that they do not depend on what was built before.
@@ -85,8 +85,8 @@ def build(config: RunConfig | ModelConfig, seed_weights: bool = True) -> Models:
         if config.denoiser.space is Space.latent:
             _check_latent_space(config, io, prior)
         state = _state_shapes(config.denoiser, diffusion, io)
-        told = state if config.denoiser.condition_label else replace(state, labels=0)
-        refiner = REFINERS.build(config.refiner, told)
+        refiner_shapes = state if config.denoiser.condition_label else replace(state, labels=0)
+        refiner = REFINERS.build(config.refiner, refiner_shapes)
         denoiser = Denoiser(refiner, diffusion, config.denoiser, state)
         classifier = None if config.classifier is None else CLASSIFIERS.build(config.classifier, state)
         sampler = build_sampler(config.sampler, diffusion, state)
@@ -142,22 +142,22 @@ def build_sampler(node: object, diffusion: Diffusion, io: Shapes) -> Sampler:
     return sampler
 
 
-def on_meta(config: RunConfig | ModelConfig) -> Models:
+def build_models_on_meta(config: RunConfig | ModelConfig) -> Models:
     """The components without memory for their weights: to check that they fit, and to count parameters.
 
     Raises UserError if they do not fit each other, or describe no network.
     """
-    with on_meta_device(MOST_LAYERS):
-        return build(config, seed_weights=False)
+    with meta_device(MAX_LAYERS):
+        return build_models(config, seed_weights=False)
 
 
 @contextmanager
-def on_meta_device(tensors: int) -> Iterator[None]:
+def meta_device(tensors: int) -> Iterator[None]:
     """While the block runs, networks are built on the meta device, which takes no memory for their weights.
 
     Raises UserError if far more layers are built than so many weights need, and if building them fails.
     """
-    left = min(2000 + 10 * tensors, MOST_LAYERS)
+    left = min(2000 + 10 * tensors, MAX_LAYERS)
 
     def count(*_: object) -> None:
         nonlocal left

@@ -139,7 +139,7 @@ class ResourcePlan:
 def make_plan(config: RunConfig, settings: PlanConfig) -> ResourcePlan:
     """Plan the recipe's trainings. Raises UserError for a GPU that is not known, or a batch that does not divide."""
     gpu, ranks = gpu_of(settings.gpu), settings.nodes * settings.gpus_per_node
-    made = components.on_meta(config)
+    made = components.build_models_on_meta(config)
     given = bool(config.encoder_weights) or type(made.encoder).pretrained is not Encoder.pretrained
     stages = [name for name in FROZEN_MODELS if name in config.stages]
     left_out = [name for name in config.stages if hasattr(config, settings_of(name)) and name not in FROZEN_MODELS]
@@ -172,7 +172,7 @@ def _stage(
     config: RunConfig, settings: PlanConfig, gpu: GPU, manifest: Manifest | None, name: str, micro: int
 ) -> StagePlan:
     training, ranks = training_of(config, name), settings.nodes * settings.gpus_per_node
-    made = components.on_meta(config)
+    made = components.build_models_on_meta(config)
     frozen = FLOAT * sum(made.parameters()[part] for part in FROZEN_MODELS[name])
     modules = modules_of(config, name, manifest)
     operations = sum((m.activations[0].frozen + m.activations[0].trained for m in modules), Operations())
@@ -206,7 +206,7 @@ def encoder_use(config: RunConfig, made: Models, manifest: Manifest | None) -> t
     """
     if "cache" in config.stages:
         return False, config.cache.contents is CacheContents.posteriors
-    if config.data.flip or "encoder" not in made.trained() or manifest is None:
+    if config.data.flip or "encoder" not in made.trained_parts() or manifest is None:
         return True, True
     size = 2 * FLOAT * manifest.count(TRAIN) * math.prod(made.io.latent)
     return size > config.data.cache_gib * 2**30, True
@@ -214,7 +214,7 @@ def encoder_use(config: RunConfig, made: Models, manifest: Manifest | None) -> t
 
 def passes_of(config: RunConfig, stage: str, manifest: Manifest | None) -> dict[str, ForwardPass]:
     """The passes of a stage, by the module that each trains, on meta."""
-    made = components.on_meta(config)
+    made = components.build_models_on_meta(config)
     if stage == "encoder":
         return passes.encoder_passes(made)
     of = passes.refiner_pass if stage == "refiner" else passes.classifier_pass

@@ -161,7 +161,7 @@ def evaluate_stage(run: Run, config: RunConfig) -> None:
     if not run.has_weights("classifier"):
         config = replace(config, classifier=None)  # not trained yet: all else works without it
     made = load_models(run, config, *PARTS)
-    for module in made.trained().values():
+    for module in made.trained_parts().values():
         module.eval().requires_grad_(False)
     summary: dict[str, Any] = {"recipe": config.recipe, "stages": run.records()}
     began = time.perf_counter()

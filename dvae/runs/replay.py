@@ -88,7 +88,9 @@ def replay(folder: str, shards: str = "") -> Replayed:
     start_distributed()
     run = Run(path.absolute().parent)
     config = run.config()
-    components.on_meta(config)  # the settings may be a stranger's: their size is checked before memory is taken
+    components.build_models_on_meta(
+        config
+    )  # the settings may be a stranger's: their size is checked before memory is taken
     if shards:
         config.data.shards = shards
     refuse_other_run(config, record, path)

@@ -62,9 +62,9 @@ def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
     """Where the refiner's training has z from: the cache where that stage was run, else memory where that suffices."""
     if "cache" in run.records():
         shape = (config.channels, config.image_size, config.image_size)
-        opened = latent_cache.Cache(Path(config.cache.folder), about(run, config, made), shape)
+        opened = latent_cache.LatentCache(Path(config.cache.folder), about(run, config, made), shape)
         return Reconstructions(opened, config.seed) if opened.about.draws else Posteriors(opened.posteriors)
-    if config.data.flip or "encoder" not in made.trained():
+    if config.data.flip or "encoder" not in made.trained_parts():
         return Encoded(made.encoder)
     size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(made.io.latent)
     if size > config.data.cache_gib * 2**30:
@@ -74,7 +74,7 @@ def open_latents(run: Run, config: RunConfig, made: Models) -> Latents:
     return Posteriors(lambda indices: (known.mean[indices], known.logvar[indices]))
 
 
-def about(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
+def about(run: Run, config: RunConfig, made: Models) -> latent_cache.CacheInfo:
     """What the run's cache must be.
 
     Raises UserError where the stage encoder is not finished, and where no cache can serve the run.
@@ -91,7 +91,7 @@ def about(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
     if reconstructions and config.cache.draws < 1:
         raise UserError(f"cache.draws={config.cache.draws}: use 1 or more")
     shards = open_shards(config, "train")
-    return latent_cache.About(
+    return latent_cache.CacheInfo(
         images=len(shards),
         draws=config.cache.draws if reconstructions else 0,
         latent=list(made.io.latent),
@@ -102,7 +102,7 @@ def about(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
     )
 
 
-def write_cache(run: Run, config: RunConfig, made: Models) -> latent_cache.About:
+def write_cache(run: Run, config: RunConfig, made: Models) -> latent_cache.CacheInfo:
     """The run's cache, written where it is not there yet. `made` holds the trained encoder."""
     work = _work(run, config, made)
     with CountedProgress("cache") as progress:
@@ -125,7 +125,7 @@ def write_cache_part(run: Run, config: RunConfig, made: Models, part: int, parts
 def _work(run: Run, config: RunConfig, made: Models) -> cache_build.Work:
     wanted, shards = about(run, config, made), open_shards(config, "train")
 
-    def samples(start: int, stop: int) -> Iterator[latent_cache.Sample]:
+    def samples(start: int, stop: int) -> Iterator[latent_cache.CachedSample]:
         index = start
         for posterior in encode(config, made.encoder, shards, start, stop):
             for mean, logvar in zip(posterior.mean, posterior.logvar, strict=True):
@@ -137,16 +137,16 @@ def _work(run: Run, config: RunConfig, made: Models) -> cache_build.Work:
 
 @torch.no_grad()
 def sample(
-    config: RunConfig, made: Models, wanted: latent_cache.About, index: int, posterior: Posterior
-) -> latent_cache.Sample:
+    config: RunConfig, made: Models, wanted: latent_cache.CacheInfo, index: int, posterior: Posterior
+) -> latent_cache.CachedSample:
     """What is kept of one image, whose posterior is (1, *latent)."""
     if not wanted.draws:
-        return latent_cache.Sample(torch.cat([posterior.mean, posterior.logvar]).cpu().numpy(), [])
+        return latent_cache.CachedSample(torch.cat([posterior.mean, posterior.logvar]).cpu().numpy(), [])
     noise = [rng.normal(config.seed, f"cached draw {draw}", [index], made.io.latent) for draw in range(wanted.draws)]
     z = posterior.sample(torch.cat(noise).to(posterior.mean.device))
     with torch.autocast(z.device.type, torch.bfloat16, enabled=wanted.precision == Precision.bf16.name):
         x_hat = to_uint8(made.encoder.decode(z).float())
-    return latent_cache.Sample(z.cpu().numpy(), list(x_hat.permute(0, 2, 3, 1).cpu().contiguous().numpy()))
+    return latent_cache.CachedSample(z.cpu().numpy(), list(x_hat.permute(0, 2, 3, 1).cpu().contiguous().numpy()))
 
 
 def cache_record(run: Run, config: RunConfig, made: Models) -> dict[str, float]:

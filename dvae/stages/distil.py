@@ -11,7 +11,7 @@ from dvae.config.schema import RunConfig, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.denoiser import Denoiser
-from dvae.models import bundle, components
+from dvae.models import bundle_reuse, components
 from dvae.registry.distillers.base import DISTILLERS, Distiller
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
@@ -113,13 +113,13 @@ def take_teacher(run: Run, config: RunConfig) -> None:
     """Keep what the run shares with its teacher, and the teacher's refiner."""
     if run.has_weights("teacher"):  # the last that is kept
         return
-    for part, module in bundle.teacher_of(config).trained().items():
+    for part, module in bundle_reuse.load_teacher(config).trained_parts().items():
         run.save_weights("teacher" if part == "denoiser" else part, module.state_dict())
 
 
 def round_names(config: RunConfig) -> dict[str, int]:
     """The rounds' names, and the steps that the student of each is for."""
-    rounds = DISTILLERS.build(config.distiller, components.on_meta(config).denoiser.io).rounds
+    rounds = DISTILLERS.build(config.distiller, components.build_models_on_meta(config).denoiser.io).rounds
     return {f"distil-{steps}": steps for steps in rounds}
 
 
@@ -129,7 +129,7 @@ def open_distil(run: Run, config: RunConfig, name: str) -> DistilStage:
     steps, before = rounds[name], ["teacher", *rounds][list(rounds).index(name)]
     distiller = DISTILLERS.build(config.distiller, made.denoiser.io)
     weights = run.load_weights(before)
-    teacher = components.build(config).denoiser
+    teacher = components.build_models(config).denoiser
     for denoiser in (made.denoiser, teacher):
         distiller.check(denoiser)
         fit_weights(denoiser, weights, str(run.weights(before)))

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dvae.config.schema import RunConfig
 from dvae.data.images import to_float, to_uint8
-from dvae.data.shards.reader import Shards, spread
+from dvae.data.shards.reader import Shards, evenly_spaced
 from dvae.inference.pipeline import Pipeline
 from dvae.runs.folder import Run
 from dvae.tracking import pictures
@@ -29,9 +29,9 @@ def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, hel
     sampler: Any = OmegaConf.to_container(OmegaConf.structured(config.sampler), enum_to_str=True)
     drawn: dict[str, Any] = {"sampler": sampler}
     x_hat = None
-    if "encoder" in pipeline.models.trained():
+    if "encoder" in pipeline.models.trained_parts():
         show_reconstructions(run, pipeline, heldout)
-        images = heldout.read(spread(len(heldout), config.evaluate.n))
+        images = heldout.read(evenly_spaced(len(heldout), config.evaluate.n))
         x_hat = to_uint8(pipeline.encode(to_float(images).to(pipeline.device)).x_hat).cpu()
         drawn["reconstructions"] = {
             "n": len(images),
@@ -48,8 +48,8 @@ def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, hel
     settings = config.evaluate
     scored = score(
         sets,
-        train.read(spread(len(train), settings.n_reference)),
-        heldout.read(spread(len(heldout), settings.n * len(settings.seeds))),
+        train.read(evenly_spaced(len(train), settings.n_reference)),
+        heldout.read(evenly_spaced(len(heldout), settings.n * len(settings.seeds))),
         seeds=settings.seeds,
         sampler=sampler,
         nfe=pipeline.nfe,
@@ -71,7 +71,7 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 def draw(config: RunConfig, pipeline: Pipeline) -> tuple[Sets, float]:
     """VAE samples (where there is a VAE) and refined samples of the same z by seed, and refined images per second."""
     settings = config.evaluate
-    sets: Sets = {name: [] for name in (["vae", "refined"] if pipeline.models.generates else ["refined"])}
+    sets: Sets = {name: [] for name in (["vae", "refined"] if pipeline.models.has_generator else ["refined"])}
     began = time.perf_counter()
     with Progress("samples", settings.n * len(settings.seeds)) as progress:
         for seed in settings.seeds:

@@ -86,9 +86,9 @@ def previews(run: Run, config: RunConfig) -> Callable[[int, Weights], Path]:
     shown = preview_images(config)
 
     def preview(step: int, averaged: Weights) -> Path:
-        copy = components.build(config)
+        copy = components.build_models(config)
         for name, prefix in PREFIXES.items():
-            part = copy.trained()[name]
+            part = copy.trained_parts()[name]
             part.load_state_dict(part_of(averaged, prefix))
             part.eval().requires_grad_(False)
         x_hat, refined = Pipeline(model_config(config), copy, config.evaluate.batch).reconstruct(shown)

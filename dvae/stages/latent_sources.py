@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from dvae.data.latent_cache import Cache
+from dvae.data.latent_cache import LatentCache
 from dvae.data.loading.loader import Batch
 from dvae.registry.encoders.base import Encoder, Posterior
 from dvae.utils import rng
@@ -57,7 +57,7 @@ class Reconstructions:
 
     encodes = False
 
-    def __init__(self, cache: Cache, seed: int) -> None:
+    def __init__(self, cache: LatentCache, seed: int) -> None:
         self.cache, self.seed = cache, seed
 
     def draw(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

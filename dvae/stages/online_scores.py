@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from dvae.config.compose import uses_stream
 from dvae.config.schema import RunConfig
-from dvae.data.shards.reader import Shards, spread
+from dvae.data.shards.reader import Shards, evenly_spaced
 from dvae.evaluation.sliced_wasserstein import sliced_wasserstein
 from dvae.inference.pipeline import Pipeline
 from dvae.runs.folder import Run
@@ -29,8 +29,8 @@ def scorer(run: Run, config: RunConfig, shards: Callable[[str], Shards]) -> Call
         train, heldout = shards("train"), shards("heldout")
         found = score(
             {"refined": [pipeline.generate(settings.n, seed)[1]]},
-            train.read(spread(len(train), settings.n_reference)),
-            heldout.read(spread(len(heldout), settings.n)),
+            train.read(evenly_spaced(len(train), settings.n_reference)),
+            heldout.read(evenly_spaced(len(heldout), settings.n)),
             seeds=[seed],
             sampler={},
             nfe=pipeline.nfe,

@@ -16,7 +16,7 @@ from dvae.data.images import to_float, to_uint8
 from dvae.data.loading.loader import Batches
 from dvae.inference.pipeline import Pipeline
 from dvae.layers.whitening import Moments
-from dvae.models import bundle, components
+from dvae.models import bundle_export, bundle_reuse, components
 from dvae.models.components import Models
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
@@ -50,12 +50,12 @@ def device() -> torch.device:
 
 def load_models(run: Run, config: RunConfig, *parts: str) -> Models:
     """The run's models, with the weights of the finished stages `parts`. Raises UserError where one is not finished."""
-    made = components.build(config)
+    made = components.build_models(config)
     for part in parts:
-        if part not in made.trained():  # it has nothing to learn
+        if part not in made.trained_parts():  # it has nothing to learn
             continue
-        fit_weights(made.trained()[part], run.load_weights(part), str(run.weights(part)))
-    for module in made.trained().values():
+        fit_weights(made.trained_parts()[part], run.load_weights(part), str(run.weights(part)))
+    for module in made.trained_parts().values():
         module.to(device())
     return made
 
@@ -104,7 +104,7 @@ def part_of(weights: Weights, prefix: str) -> Weights:
 def export(run: Run, config: RunConfig) -> None:
     """The bundle of all parts that are trained so far."""
     parts = {part: run.load_weights(part) for part in PARTS if run.has_weights(part)}
-    bundle.export(run.bundle, config, parts)
+    bundle_export.export(run.bundle, config, parts)
 
 
 def preview_images(config: RunConfig) -> torch.Tensor:
@@ -114,7 +114,7 @@ def preview_images(config: RunConfig) -> torch.Tensor:
 
 def encoder_stage(run: Run, config: RunConfig) -> None:
     made = load_models(run, config)
-    given = bundle.given_encoder(config, made.encoder)
+    given = bundle_reuse.adopted_encoder_weights(config, made.encoder)
     if given is not None:
         ranks.on_rank_zero(adopt_encoder, run, config, made.encoder, given)
         return
@@ -122,7 +122,7 @@ def encoder_stage(run: Run, config: RunConfig) -> None:
     shown = preview_images(config)
 
     def preview(step: int, averaged: Weights) -> Path:
-        copy = components.build(config)
+        copy = components.build_models(config)
         copy.encoder.load_state_dict(averaged)
         copy.encoder.eval().requires_grad_(False)
         x_hat = copy.encoder.decode(copy.encoder.encode(to_float(shown)).mean)

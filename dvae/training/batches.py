@@ -10,7 +10,7 @@ from dvae.data.loading.loader import Loader
 from dvae.data.loading.order import Order
 from dvae.data.loading.streams import StreamLoader
 from dvae.data.shards.reader import Shards
-from dvae.data.shards.remote import place_of
+from dvae.data.shards.remote import locate_shards
 from dvae.toy2d import points
 from dvae.tracking.console import say
 from dvae.training.resilience import ranks
@@ -21,13 +21,13 @@ from dvae.utils import rng
 def open_shards(config: RunConfig, split: str) -> Shards:
     """A split of the run's shards; what the run has found damaged is passed over from the start."""
     shards = Shards(
-        place_of(config.data),
+        locate_shards(config.data.shards, config.data.download_to, config.data.download_gib),
         split,
         cache_bytes=int(config.data.cache_gib * 2**30),
         max_bad_fraction=config.data.max_bad_fraction,
         report=say,
     )
-    shards.know(load_damaged(Path(config.run), split))
+    shards.add_damaged(load_damaged(Path(config.run), split))
     return shards
 
 

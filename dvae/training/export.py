@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from dvae.config.schema import RunConfig
 from dvae.errors import UserError, suggest
-from dvae.models import bundle, components
+from dvae.models import bundle, bundle_export, components
 from dvae.runs.folder import Run
 from dvae.stages.work import Weights
 from dvae.training.engine.ema import MAIN
@@ -73,9 +73,9 @@ def checked(word: str, folder: str, stage: str, run: str) -> Run:
 
 def with_part(run: Run, config: RunConfig, part: str, weights: Weights, folder: Path) -> None:
     """Write a bundle of the run's finished parts with these weights as one of them. Raises UserError if one lacks."""
-    trained = components.on_meta(config).trained()
+    trained = components.build_models_on_meta(config).trained_parts()
     kept = [name for name in trained if name != part and run.has_weights(name)]
     lacking = sorted(trained.keys() - {*kept, part, bundle.CLASSIFIER})
     if lacking:
         raise UserError(f"run={run.path} has no trained {lacking[0]} yet, which a bundle needs: train that first")
-    bundle.export(folder, config, {name: run.load_weights(name) for name in kept} | {part: weights})
+    bundle_export.export(folder, config, {name: run.load_weights(name) for name in kept} | {part: weights})

@@ -142,7 +142,7 @@ def make(settings: EmaToolConfig) -> Fit:
             ".ema.snapshot_every=1000 and .extra_widths=[0.05,0.1]"
         )
     found = _kept(snapshots, settings) if settings.width is None else _fitted(snapshots, settings, settings.width)
-    part, trained = PARTS[settings.stage], components.on_meta(config).trained()
+    part, trained = PARTS[settings.stage], components.build_models_on_meta(config).trained_parts()
     if part not in trained:
         raise UserError(f"stage={settings.stage}: by its config, run={settings.run} has none with weights")
     weights = combine(found, trained[part])

@@ -27,7 +27,7 @@ from dvae.config.model_config import model_config
 from dvae.inference import directions
 from dvae.inference.directions import Direction, Method
 from dvae.inference.pipeline import Pipeline
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -39,11 +39,13 @@ WAIT = 60
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """The bundle of a run that was never trained, with a direction."""
     composed = compose.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
-    made = components.build(compose.typed(composed))
+    made = components.build_models(compose.typed(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     folder = tmp_path_factory.mktemp("page") / "bundle"
-    bundle.export(folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle_export.export(
+        folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
+    )
     directions.save(folder, [Direction("wide", torch.linspace(-1, 1, 8), Method.pca, "one standard deviation")])
     return folder
 
@@ -169,7 +171,7 @@ def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: lis
 
     words = [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32", "denoiser.pca_components=2"]
     made = compose.typed(compose.compose("train", words))
-    player = Player(Pipeline(model_config(made), components.build(made)), {})
+    player = Player(Pipeline(model_config(made), components.build_models(made)), {})
     assert list(player.known) == ["component 1", "component 2"]
     assert "ddim" in player.samplers
     assert "consistency" not in player.samplers  # for refiners that were distilled for it
@@ -192,7 +194,7 @@ def test_a_latent_that_is_a_map_is_edited() -> None:
         "denoiser.condition_latent=false", "denoiser.data_scale=1",
     ]  # fmt: skip
     made = compose.typed(compose.compose("train", words))
-    pipeline = Pipeline(model_config(made), components.build(made))
+    pipeline = Pipeline(model_config(made), components.build_models(made))
     shape = pipeline.models.io.latent
     assert len(shape) == 3
     wide = Direction("wide", torch.ones(shape), Method.pca, "one standard deviation")

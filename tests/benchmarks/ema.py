@@ -91,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for title, words in NETWORKS.items():
         settings = compose.typed(compose.compose("train", words))
-        weights = [parameter.detach() for parameter in components.build(settings).denoiser.parameters()]
+        weights = [parameter.detach() for parameter in components.build_models(settings).denoiser.parameters()]
         count = sum(weight.numel() for weight in weights)
         print(f"{title}: {count / 1e6:.1f}M parameters in {len(weights)} tensors")
         for costs in (average_costs(weights), step_costs(weights)):

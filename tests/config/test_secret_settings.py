@@ -16,7 +16,7 @@ from tests_support import ROOT, Tool, environment
 
 from dvae.config import compose, stored
 from dvae.data.building.shard_build import build
-from dvae.data.shards.remote import Remote
+from dvae.data.shards.remote import RemoteShards
 from dvae.errors import UserError, printable_line
 from dvae.utils import secrets
 from dvae.utils.secrets import scrub
@@ -195,6 +195,6 @@ def test_fetched_shards_lie_in_no_folder_named_by_the_secret(tmp_path: Path, mon
     names = set()
     for token in (TOKEN, "another-token-1234"):
         secrets.remember(token)
-        names.add(Remote(f"http://host/{token}/faces", tmp_path, 1.0).folder.name)
+        names.add(RemoteShards(f"http://host/{token}/faces", tmp_path, 1.0).folder.name)
     assert len(names) == 1
-    assert Remote("http://host/other/faces", tmp_path, 1.0).folder.name not in names
+    assert RemoteShards("http://host/other/faces", tmp_path, 1.0).folder.name not in names

@@ -306,7 +306,7 @@ def read_shards(place: Path) -> np.ndarray:
         data = Shards(place, split)
         found.append(data.read(range(len(data))).permute(0, 2, 3, 1).numpy())
         data.classes("kind", ["cat"])
-        assert [data.about(number)["key"] for number in range(len(data))]
+        assert [data.info(number)["key"] for number in range(len(data))]
     return np.concatenate(found)
 
 
@@ -323,9 +323,9 @@ def read_tree(place: Path) -> np.ndarray:
 
 
 def read_images(place: Path) -> np.ndarray:
-    from dvae.evaluation.image_sets import open_set
+    from dvae.evaluation.image_sets import open_image_set
 
-    images = open_set("images", str(place))
+    images = open_image_set("images", str(place))
     return images.read(0, len(images)).permute(0, 2, 3, 1).numpy()
 
 

@@ -16,7 +16,7 @@ from webdataset import TarWriter
 
 from dvae.data.building import cache_build
 from dvae.data.building.cache_build import Work, write, write_part
-from dvae.data.latent_cache import About, Cache, Sample
+from dvae.data.latent_cache import CachedSample, CacheInfo, LatentCache
 from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, UserError
 
@@ -32,14 +32,14 @@ def work(shards: Path, batch: int = BATCH, act: Callable[[int], None] = lambda i
     """A cache of the mean and the first pixel of each image; `act` is called with each index before it is made."""
     images = Shards(shards, cache_bytes=0, max_bad_fraction=0.05)
 
-    def samples(start: int, stop: int) -> Iterator[Sample]:
+    def samples(start: int, stop: int) -> Iterator[CachedSample]:
         for index in range(start, stop):
             act(index)
             pixels = images.read([index])[0].numpy()
             numbers = np.array([[pixels.mean(), index], [pixels[0, 0, 0], 0]], np.float32)
-            yield Sample(numbers[: made.draws or 2], [pixels.transpose(1, 2, 0)] * made.draws)
+            yield CachedSample(numbers[: made.draws or 2], [pixels.transpose(1, 2, 0)] * made.draws)
 
-    made = About(**{"images": len(images), "draws": 1, "latent": [2], "encoder_sha256": "e", "images_sha256": "i",
+    made = CacheInfo(**{"images": len(images), "draws": 1, "latent": [2], "encoder_sha256": "e", "images_sha256": "i",
                     "precision": "fp32", "seed": 0, **about})  # fmt: skip
     return Work(made, batch, images, samples)
 
@@ -89,7 +89,7 @@ def test_a_part_again_makes_nothing_and_a_write_makes_what_is_missing(
     assert [part(folder, wanted, 1, 3), part(folder, wanted, 1, 3)] == [0, 14]
     assert made == list(range(14, 28))
     with pytest.raises(UserError, match="no finished cache"):
-        Cache(folder, wanted.about)
+        LatentCache(folder, wanted.about)
     assert publish(folder, wanted) == 14
     assert sorted(made) == list(range(wanted.about.images))
     assert content(folder) == whole
@@ -208,7 +208,7 @@ def test_damaged_images_that_parts_met_are_known_in_the_end(shards: Path, tmp_pa
         part(folder, work(shards), number, 3)
     assert publish(folder, last) == len(sound)
     assert list(last.images.damaged) == [16]
-    _, pictures = Cache(folder, last.about).reconstructions(torch.tensor([16, 17]), torch.tensor([0, 0]))
+    _, pictures = LatentCache(folder, last.about).reconstructions(torch.tensor([16, 17]), torch.tensor([0, 0]))
     assert torch.equal(pictures[0], pictures[1])  # the next good one, as everywhere
 
 

@@ -56,7 +56,7 @@ def flip_bit(shards: Path, index: int) -> str:
         (byte,) = file.read(1)
         file.seek(offset + size // 2)
         file.write(bytes([byte ^ 16]))
-    return str(data.about(index)["key"])
+    return str(data.info(index)["key"])
 
 
 def test_a_flipped_bit_is_named_once_and_passed_over(shards: Path):
@@ -166,10 +166,10 @@ def test_ranks_agree_about_damage(shards: Path, world: int):
 def test_damage_that_others_met_counts(shards: Path):
     data = Shards(shards, max_bad_fraction=0.06)  # 2 of 39
     whole = data.read(range(6))
-    data.know({1: "train-000000.tar:a (x)", 2: "train-000000.tar:b (x)"})
-    assert np.array_equal(data.shown(np.arange(6)), [0, 3, 3, 3, 4, 5])
+    data.add_damaged({1: "train-000000.tar:a (x)", 2: "train-000000.tar:b (x)"})
+    assert np.array_equal(data.substituted(np.arange(6)), [0, 3, 3, 3, 4, 5])
     again = Shards(shards, cache_bytes=0, max_bad_fraction=0.06)
-    again.know(data.damaged)
+    again.add_damaged(data.damaged)
     assert torch.equal(again.read(range(6)), whole[[0, 3, 3, 3, 4, 5]])
     with pytest.raises(MachineError, match=r"damaged image train-000000\.tar:c .*; 3 of .* so far, more than"):
-        data.know({3: "train-000000.tar:c (x)"})
+        data.add_damaged({3: "train-000000.tar:c (x)"})

@@ -16,7 +16,7 @@ from memory_support import little_memory
 from dvae.data.shards import remote as remotes
 from dvae.data.shards.manifest import LIMIT, Manifest
 from dvae.data.shards.reader import Shards
-from dvae.data.shards.remote import Remote, read_manifest, url_of
+from dvae.data.shards.remote import RemoteShards, file_url, read_manifest
 from dvae.data.shards.shard_index import index_limit
 from dvae.errors import MachineError, UserError
 
@@ -37,14 +37,14 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_that_is_not_plain_is_never_put_into_a_place(name: str):
     for place in PLACES:
         with pytest.raises(MachineError, match=f"the manifest at {re.escape(place)} names a file "):
-            url_of(place, name)
+            file_url(place, name)
 
 
 def test_a_plain_name_is_one_word_of_a_command():
     for name in ("train-000000.tar", "_x.npy", "A.b-c_9", "x" * 200):
         (word,) = subprocess.run(["sh", "-c", f"printf '%s\\n' {name}"], capture_output=True, text=True).stdout.split()
         assert word == name
-        assert url_of("pipe:cat %s %s", name) == f"pipe:cat {name} {name}"
+        assert file_url("pipe:cat %s %s", name) == f"pipe:cat {name} {name}"
 
 
 def endless(folder: Path, name: str) -> str:
@@ -60,7 +60,7 @@ def test_a_manifest_without_end(tmp_path: Path):
         little_memory(),
         pytest.raises(MachineError, match=f"manifest.json cannot be fetched .* than the {LIMIT} bytes"),
     ):
-        Shards(Remote(location, tmp_path / "to", 1.0))
+        Shards(RemoteShards(location, tmp_path / "to", 1.0))
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -74,14 +74,14 @@ def test_an_index_or_a_shard_without_end(tmp_path: Path, file: str):
         little_memory(),
         pytest.raises(MachineError, match=rf"{file} cannot be fetched .*more came than the {limit} b"),
     ):
-        Shards(Remote(location, tmp_path / "to", 1.0)).read([0])
+        Shards(RemoteShards(location, tmp_path / "to", 1.0)).read([0])
     assert sum(path.stat().st_size for path in (tmp_path / "to").rglob("*")) < 2**20
 
 
 def test_a_damaged_manifest_is_not_kept(tmp_path: Path):
     (tmp_path / "there").mkdir()
     change(write_shards(tmp_path / "there"), its_file="../x.tar")
-    remote = Remote(f"pipe:cat {tmp_path}/there/%s", tmp_path / "to", 1.0)
+    remote = RemoteShards(f"pipe:cat {tmp_path}/there/%s", tmp_path / "to", 1.0)
     for _ in range(2):
         with pytest.raises(UserError, match=r"manifest\.json: names a file '\.\./x\.tar'"):
             Shards(remote)
@@ -94,7 +94,7 @@ def test_an_index_that_would_fill_the_disk(tmp_path: Path):
     (tmp_path / "there").mkdir()
     change(write_shards(tmp_path / "there"), its_count=10**9)
     with pytest.raises(UserError, match="1000000000 samples in"):
-        Shards(Remote(f"pipe:cat {tmp_path}/there/%s", tmp_path / "to", 1.0))
+        Shards(RemoteShards(f"pipe:cat {tmp_path}/there/%s", tmp_path / "to", 1.0))
 
 
 def test_a_pipe_in_a_folder_with_an_address(tmp_path: Path):
@@ -105,7 +105,7 @@ def test_a_pipe_in_a_folder_with_an_address(tmp_path: Path):
 
 def test_a_pipe_in_the_folder_here_is_replaced(tmp_path: Path):
     (tmp_path / "there").mkdir()
-    remote = Remote(f"pipe:cat {write_shards(tmp_path / 'there')}/%s", tmp_path / "to", 1.0)
+    remote = RemoteShards(f"pipe:cat {write_shards(tmp_path / 'there')}/%s", tmp_path / "to", 1.0)
     expected = Shards(remote, cache_bytes=0).read([0, 1])
     (remote.folder / "train-000000.tar").unlink()
     os.mkfifo(remote.folder / "train-000000.tar")
@@ -115,7 +115,7 @@ def test_a_pipe_in_the_folder_here_is_replaced(tmp_path: Path):
 def test_the_manifest_of_a_run_is_the_one_that_it_began_with(tmp_path: Path):
     """A damaged one is removed, a sound one never is."""
     (tmp_path / "there").mkdir()
-    remote = Remote(f"pipe:cat {write_shards(tmp_path / 'there')}/%s", tmp_path / "to", 1.0)
+    remote = RemoteShards(f"pipe:cat {write_shards(tmp_path / 'there')}/%s", tmp_path / "to", 1.0)
     first = remote.manifest()
     change(tmp_path / "there", protocol="another")
     assert remote.manifest() == first

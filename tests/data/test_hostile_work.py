@@ -21,7 +21,7 @@ from memory_support import little_memory
 from dvae.data.building.cache_build import Work, write
 from dvae.data.building.shard_build import build
 from dvae.data.building.staging import Unfinished
-from dvae.data.latent_cache import About, Cache, Sample
+from dvae.data.latent_cache import CachedSample, CacheInfo, LatentCache
 from dvae.data.shards.reader import Shards
 from dvae.data.shards.tar_files import ShardWriter, seal
 from dvae.data.shards.verify import verify
@@ -29,16 +29,16 @@ from dvae.errors import MachineError, UserError
 
 pytestmark = pytest.mark.timeout(30)
 PATTERNS = {"name": "test_patterns"}
-ABOUT = About(images=2, draws=1, latent=[2], encoder_sha256="e", images_sha256="i", precision="fp32", seed=0)
+ABOUT = CacheInfo(images=2, draws=1, latent=[2], encoder_sha256="e", images_sha256="i", precision="fp32", seed=0)
 
 
 def written(folder: Path) -> Path:
     """A cache of two images."""
     images = Shards(write_shards(folder.parent), cache_bytes=0)
 
-    def samples(start: int, stop: int) -> Iterator[Sample]:
+    def samples(start: int, stop: int) -> Iterator[CachedSample]:
         for index in range(start, stop):
-            yield Sample(np.float32([[index, 1]]), [images.read([index])[0].permute(1, 2, 0).numpy()])
+            yield CachedSample(np.float32([[index, 1]]), [images.read([index])[0].permute(1, 2, 0).numpy()])
 
     write(folder, Work(ABOUT, 2, images, samples), lambda done, total: None)
     return folder
@@ -74,7 +74,7 @@ def test_a_damaged_record_of_a_cache(tmp_path: Path, name: str):
     folder = written(tmp_path / "cache")
     changed(folder, RECORDS[name])
     with pytest.raises(MachineError, match="run the cache stage again") as error:
-        Cache(folder, ABOUT)
+        LatentCache(folder, ABOUT)
     assert "\n" not in str(error.value)
 
 
@@ -85,13 +85,13 @@ def test_special_files_in_a_cache(tmp_path: Path, file: str, name: str):
     (folder / file).unlink()
     SPECIAL[name](folder / file)
     with pytest.raises((MachineError, UserError), match="run the cache stage") as error:
-        Cache(folder, ABOUT)
+        LatentCache(folder, ABOUT)
     assert "\n" not in str(error.value)
 
 
 def rewritten(folder: Path, members: dict[str, bytes]) -> None:
     """The cache's shard with other members of image 0, and its right hashes in the record."""
-    cache = Cache(folder, ABOUT)
+    cache = LatentCache(folder, ABOUT)
     old = {f"{kind}": cache.members.read(1, number, 10**6) for number, kind in enumerate(ABOUT.members())}
     writer = ShardWriter(folder / "latents-000000.tar")
     for number, each in enumerate((old | members, old)):
@@ -122,7 +122,7 @@ def test_damaged_numbers_of_a_cache(tmp_path: Path, name: str, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     folder = written(tmp_path / "cache")
     rewritten(folder, {"npy": NUMBERS[name]})
-    cache = Cache(folder, ABOUT)
+    cache = LatentCache(folder, ABOUT)
     zero = torch.tensor([0])
     with little_memory(), pytest.raises(MachineError, match=r"cache shard .*latents-000000\.tar is damaged"):
         cache.reconstructions(zero, zero)
@@ -137,9 +137,9 @@ def test_damaged_pictures_of_a_cache(tmp_path: Path, name: str):
     rewritten(folder, {"0.png": PNGS[name] or b" "})
     zero = torch.tensor([0])
     with little_memory(), pytest.raises(MachineError, match=r"cache shard .*latents-000000\.tar is damaged"):
-        Cache(folder, ABOUT, (3, 8, 8)).reconstructions(zero, zero)
+        LatentCache(folder, ABOUT, (3, 8, 8)).reconstructions(zero, zero)
     with little_memory(), pytest.raises(MachineError, match=r"cache shard .*latents-000000\.tar is damaged"):
-        Cache(folder, ABOUT).reconstructions(torch.tensor([0, 1]), torch.tensor([0, 0]))
+        LatentCache(folder, ABOUT).reconstructions(torch.tensor([0, 1]), torch.tensor([0, 0]))
 
 
 def begun(out: Path) -> Unfinished:
@@ -262,7 +262,7 @@ def test_a_shard_that_became_a_pipe_after_it_was_opened(tmp_path: Path):
 def test_text_beside_an_image_that_cannot_be_read_is_named(tmp_path: Path):
     data = Shards(write_shards(tmp_path, about=b"{"))
     with pytest.raises(MachineError, match=r"train-000000\.tar: key and labels of image 0 cannot be read"):
-        data.about(0)
+        data.info(0)
     with pytest.raises(MachineError, match="labels of image 0"):
         READERS["shards"](tmp_path)
 
@@ -271,4 +271,4 @@ def test_damage_recorded_for_other_shards_is_named(tmp_path: Path):
     data = Shards(write_shards(tmp_path), max_bad_fraction=0.9)
     for index in (-1, 2, 10**12):
         with pytest.raises(MachineError, match=f"image {index} is recorded as damaged, but .* has 2 images"):
-            data.know({index: "x"})
+            data.add_damaged({index: "x"})

@@ -94,7 +94,7 @@ def test_labels_stay_with_their_images(data: Shards, world: int, accumulate: int
             labels=labels,
         ) as loader:
             for batch in loader.step(0) + loader.step(48):
-                keys = [int(data.about(int(i))["key"].removeprefix("pattern.")) for i in batch.indices]
+                keys = [int(data.info(int(i))["key"].removeprefix("pattern.")) for i in batch.indices]
                 assert batch.labels is not None
                 assert [int(names[label]) for label in batch.labels] == [key % 3 for key in keys]
                 for key, image in zip(keys, batch.images.numpy(), strict=True):

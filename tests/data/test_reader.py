@@ -20,7 +20,7 @@ from dvae.errors import MachineError, UserError
 
 
 def number(shards: Shards, index: int) -> int:
-    return int(shards.about(index)["key"].removeprefix("pattern."))
+    return int(shards.info(index)["key"].removeprefix("pattern."))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
@@ -50,7 +50,7 @@ def test_what_is_read_is_the_callers_to_change(shards: Path):
 
 def test_about_and_labels(shards: Path):
     data = Shards(shards)
-    about = data.about(5)
+    about = data.info(5)
     assert about["labels"]["parity"] == ("odd" if number(data, 5) % 2 else "even")
     assert data.labels["parity"] == ["even", "odd"]
 
@@ -76,7 +76,7 @@ def test_unknown_attributes_and_values(shards: Path, attribute: str, names: list
 
 def test_an_image_without_the_attribute_is_named(shards: Path):
     data = Shards(shards)
-    key = data.about(3)["key"]
+    key = data.info(3)["key"]
     name, offset, size = data.members.where(3, JSON)
     with (shards / name).open("r+b") as file:
         file.seek(offset)
@@ -98,7 +98,7 @@ def test_damage_does_not_part_images_from_their_classes(shards: Path):
     data = Shards(shards, max_bad_fraction=0.1)
     found = data.classes("parity", ["odd", "even"])
     images = data.read(range(10))
-    shown = data.shown(np.arange(10))
+    shown = data.substituted(np.arange(10))
     assert shown.tolist() == [0, 1, 2, 3, 5, 5, 6, 8, 8, 9]
     assert torch.equal(images, whole.read(shown))
     assert torch.equal(found[shown], classes[shown])
@@ -135,7 +135,7 @@ def test_files_are_closed(shards: Path):
 def damage(shards: Path, index: int) -> str:
     """Overwrite the PNG of one training image; returns its key."""
     data = Shards(shards)
-    key = data.about(index)["key"]
+    key = data.info(index)["key"]
     name, offset, size = data.members.where(index, PNG)
     with (shards / name).open("r+b") as file:
         file.seek(offset)

@@ -23,7 +23,7 @@ from dvae.data.loading.prefetch import Prefetcher
 from dvae.data.shards import remote as remotes
 from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.reader import Shards
-from dvae.data.shards.remote import Remote, is_remote, read_manifest, url_of
+from dvae.data.shards.remote import RemoteShards, file_url, is_remote, read_manifest
 from dvae.errors import MachineError, UserError
 
 
@@ -47,11 +47,11 @@ def everything(data: Shards) -> torch.Tensor:
     return data.read(range(len(data)))
 
 
-def tars(remote: Remote) -> list[Path]:
+def tars(remote: RemoteShards) -> list[Path]:
     return sorted(remote.folder.glob("*.tar"))
 
 
-def stored(remote: Remote) -> int:
+def stored(remote: RemoteShards) -> int:
     """Bytes of the shards that are there; the listing and the sizes are of one moment, held by the folder's lock."""
     with remote._room():
         return sum(path.stat().st_size for path in tars(remote))
@@ -84,23 +84,23 @@ def test_the_same_images_from_everywhere(
     location = PLACES[place](server, shards, tmp_path, monkeypatch)
     assert is_remote(location)
     assert not is_remote(str(shards))
-    here, there = Shards(shards, split), Shards(Remote(location, tmp_path / "to", 1.0), split, cache_bytes=0)
+    here, there = Shards(shards, split), Shards(RemoteShards(location, tmp_path / "to", 1.0), split, cache_bytes=0)
     assert torch.equal(everything(there), everything(here))
-    assert there.about(3) == here.about(3)
+    assert there.info(3) == here.info(3)
     assert torch.equal(there.classes("parity", ["odd", "even"]), here.classes("parity", ["odd", "even"]))
     assert Manifest.parse(read_manifest(location), location) == here.manifest
 
 
 def test_a_file_is_fetched_once(server: Server, tmp_path: Path):
     for _ in range(2):  # the second time as a run that is resumed
-        everything(Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0))
+        everything(Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0))
     assert set(server.asked.values()) == {1}
-    names = {path.name for path in (Remote(server.url, tmp_path / "to", 1.0)).folder.iterdir()}
+    names = {path.name for path in (RemoteShards(server.url, tmp_path / "to", 1.0)).folder.iterdir()}
     assert names == server.asked.keys() | {".room"}
 
 
 def read_all(url: str, to: Path, sums: multiprocessing.Queue[int]) -> None:
-    data = Shards(Remote(url, to, 1.0), cache_bytes=0)
+    data = Shards(RemoteShards(url, to, 1.0), cache_bytes=0)
     threads = [threading.Thread(target=everything, args=[data]) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -125,14 +125,14 @@ def test_processes_and_threads_fetch_a_file_once(server: Server, shards: Path, t
 
 @pytest.mark.parametrize("fault", ["cut", "missing"])
 def test_what_fails_is_asked_for_again(fault: str, server: Server, shards: Path, tmp_path: Path):
-    data = Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0)
+    data = Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0)
     setattr(server, fault, remotes.ATTEMPTS - 1)
     assert torch.equal(everything(data), everything(Shards(shards)))
     assert server.asked["train-000000.tar"] == remotes.ATTEMPTS
 
 
 def test_a_shard_that_vanishes_for_good_is_named(server: Server, shards: Path, tmp_path: Path):
-    data = Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0)
+    data = Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0)
     (shards / "train-000001.tar").unlink()
     with pytest.raises(MachineError) as error:
         everything(data)
@@ -148,7 +148,7 @@ def test_a_server_that_falls_silent_is_given_up(
     server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(remotes, "STALL", 0.1)
-    data = Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0)
+    data = Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0)
     server.silent = True
     began = time.monotonic()
     with pytest.raises(MachineError, match=r"nothing came for 0\.1 seconds"):
@@ -157,17 +157,17 @@ def test_a_server_that_falls_silent_is_given_up(
 
 
 def test_a_flipped_bit_on_the_way_is_never_accepted(server: Server, shards: Path, tmp_path: Path):
-    data = Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0)
+    data = Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0)
     flipped = bytearray((shards / "train-000000.tar").read_bytes())
     flipped[1500] ^= 1
     (shards / "train-000000.tar").write_bytes(flipped)
     with pytest.raises(MachineError, match=r"train-000000\.tar cannot be fetched .* is not what the manifest names"):
         data.read([0])
-    assert not tars(Remote(server.url, tmp_path / "to", 1.0))
+    assert not tars(RemoteShards(server.url, tmp_path / "to", 1.0))
 
 
 def test_a_shard_or_index_that_was_cut_here_is_fetched_again(server: Server, shards: Path, tmp_path: Path):
-    remote = Remote(server.url, tmp_path / "to", 1.0)
+    remote = RemoteShards(server.url, tmp_path / "to", 1.0)
     expected = everything(Shards(remote, cache_bytes=0))
     os.truncate(remote.folder / "train-000001.tar", 100)
     (remote.folder / "train-000002.npy").write_bytes(b"nonsense")
@@ -192,20 +192,20 @@ def test_a_manifest_that_names_foreign_files_is_refused(shards: Path, tmp_path: 
     manifest["splits"]["train"][0]["file"] = "../../x; touch y"
     (shards / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"names a file '\.\./\.\./x; touch y'"):
-        Shards(Remote(f"pipe:cat {shards}/%s", tmp_path / "to", 1.0))
+        Shards(RemoteShards(f"pipe:cat {shards}/%s", tmp_path / "to", 1.0))
 
 
 def test_addresses():
-    assert url_of("http://h/a/", "x.tar") == "http://h/a/x.tar"
-    assert url_of("https://h/a/%s?key=1", "x.tar") == "https://h/a/x.tar?key=1"
-    assert url_of("pipe:ssh h cat /a", "x.tar") == "pipe:ssh h cat /a/x.tar"
-    assert url_of("s3://b/a b", "x.tar") == "pipe:aws s3 cp 's3://b/a b/x.tar' -"
+    assert file_url("http://h/a/", "x.tar") == "http://h/a/x.tar"
+    assert file_url("https://h/a/%s?key=1", "x.tar") == "https://h/a/x.tar?key=1"
+    assert file_url("pipe:ssh h cat /a", "x.tar") == "pipe:ssh h cat /a/x.tar"
+    assert file_url("s3://b/a b", "x.tar") == "pipe:aws s3 cp 's3://b/a b/x.tar' -"
 
 
 def test_the_limit_is_kept_and_old_shards_go_first(server: Server, shards: Path, tmp_path: Path):
     sizes = [shard.bytes for shard in Manifest.load(shards).splits["train"]]
     limit = 3 * max(sizes)
-    remote = Remote(server.url, tmp_path / "to", gib(limit))
+    remote = RemoteShards(server.url, tmp_path / "to", gib(limit))
     data = Shards(remote, cache_bytes=0)
     expected = everything(Shards(shards))
     for index in range(len(data)):
@@ -218,7 +218,7 @@ def test_the_limit_is_kept_and_old_shards_go_first(server: Server, shards: Path,
 
 def test_a_limit_below_the_largest_shard_is_refused(server: Server, tmp_path: Path):
     with pytest.raises(UserError, match=r"data\.download_gib=9\.3.*: the largest shard at http.* use that or more"):
-        Shards(Remote(server.url, tmp_path / "to", 1e-8))
+        Shards(RemoteShards(server.url, tmp_path / "to", 1e-8))
 
 
 def loader(data: Shards, rank: int = 0, world: int = 1, **options: int) -> Loader:
@@ -227,7 +227,7 @@ def loader(data: Shards, rank: int = 0, world: int = 1, **options: int) -> Loade
 
 def test_a_limit_below_a_window_is_refused(server: Server, shards: Path, tmp_path: Path):
     largest = max(shard.bytes for shard in Manifest.load(shards).splits["train"])
-    data = Shards(Remote(server.url, tmp_path / "to", gib(largest)), cache_bytes=0)
+    data = Shards(RemoteShards(server.url, tmp_path / "to", gib(largest)), cache_bytes=0)
     with pytest.raises(UserError, match=r"a window of 2 blocks may read 4 of 8 shards .* use data\.download_gib="):
         loader(data)
 
@@ -235,7 +235,7 @@ def test_a_limit_below_a_window_is_refused(server: Server, shards: Path, tmp_pat
 @pytest.mark.parametrize("threads", [0, 2])
 def test_training_reads_on_while_shards_come_and_go(threads: int, server: Server, shards: Path, tmp_path: Path):
     sizes = sorted(shard.bytes for shard in Manifest.load(shards).splits["train"])
-    remote = Remote(server.url, tmp_path / "to", gib(sum(sizes[-5:])))
+    remote = RemoteShards(server.url, tmp_path / "to", gib(sum(sizes[-5:])))
     here = loader(Shards(shards))
     with loader(Shards(remote, cache_bytes=0), threads=threads) as there:
         for sample in [*range(0, 160, 8), 800, 8]:
@@ -246,7 +246,7 @@ def test_training_reads_on_while_shards_come_and_go(threads: int, server: Server
 
 def test_a_shard_is_published_while_nobody_counts(server: Server, shards: Path, tmp_path: Path):
     """Renamed between the listing and the sizes it would count for nothing, and another would come too many."""
-    remote = Remote(server.url, tmp_path / "to", 1.0)
+    remote = RemoteShards(server.url, tmp_path / "to", 1.0)
     (shard, *_) = remote.manifest().splits["train"]
     fetch = threading.Thread(target=lambda: os.close(remote.open(shard)))
     with remote._room():
@@ -260,7 +260,7 @@ def test_a_shard_is_published_while_nobody_counts(server: Server, shards: Path, 
 
 
 def test_what_will_be_read_is_fetched_ahead_in_that_order(server: Server, shards: Path, tmp_path: Path):
-    data = Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0)
+    data = Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0)
     order = Order(len(data), 3, block=4, window=2)
     assert data.remote is not None
     ahead = Prefetcher(data.remote, data.shards, order)
@@ -283,7 +283,7 @@ def test_what_will_be_read_is_fetched_ahead_in_that_order(server: Server, shards
 
 def test_only_what_fits_is_fetched_ahead(server: Server, shards: Path, tmp_path: Path):
     sizes = sorted(shard.bytes for shard in Manifest.load(shards).splits["train"])
-    data = Shards(Remote(server.url, tmp_path / "to", gib(sum(sizes[-5:]))), cache_bytes=0)
+    data = Shards(RemoteShards(server.url, tmp_path / "to", gib(sum(sizes[-5:]))), cache_bytes=0)
     assert data.remote is not None
     ahead = Prefetcher(data.remote, data.shards, Order(len(data), 3, block=4, window=2))
     for sample in range(0, 200, 7):
@@ -294,7 +294,7 @@ def test_only_what_fits_is_fetched_ahead(server: Server, shards: Path, tmp_path:
 def test_two_ranks_fetch_each_shard_once(server: Server, shards: Path, tmp_path: Path):
     server.delay = 0.01
     expected = loader(Shards(shards))
-    ranks = [loader(Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0), r, 2) for r in range(2)]
+    ranks = [loader(Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0), r, 2) for r in range(2)]
     for sample in range(0, 80, 8):
         (whole,) = expected.step(sample)
         parts = [rank.step(sample)[0].images for rank in ranks]
@@ -305,7 +305,7 @@ def test_two_ranks_fetch_each_shard_once(server: Server, shards: Path, tmp_path:
 
 
 def test_closing_ends_a_fetch_that_hangs(server: Server, shards: Path, tmp_path: Path):
-    data = Shards(Remote(server.url, tmp_path / "to", 1.0), cache_bytes=0)
+    data = Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0)
     assert data.remote is not None
     ahead = Prefetcher(data.remote, data.shards, Order(len(data), 3, block=4, window=2))
     server.silent = True
@@ -321,10 +321,10 @@ def test_closing_ends_a_fetch_that_hangs(server: Server, shards: Path, tmp_path:
 def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.download_to: .* cannot be written"):
-        Shards(Remote(server.url, tmp_path / "file", 1.0))
+        Shards(RemoteShards(server.url, tmp_path / "file", 1.0))
 
 
 def test_an_index_that_lies_elsewhere_is_the_same(server: Server, shards: Path, tmp_path: Path):
-    data = Shards(Remote(server.url, tmp_path / "to", 1.0))
+    data = Shards(RemoteShards(server.url, tmp_path / "to", 1.0))
     for shard in data.shards:
         assert np.array_equal(np.load(data.folder / shard.index), np.load(shards / shard.index))

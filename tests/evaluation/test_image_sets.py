@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dvae.errors import UserError
-from dvae.evaluation.image_sets import Array, check_alike, open_set, spread
+from dvae.evaluation.image_sets import ImageArray, chosen_indices, open_image_set, require_same_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)
 
@@ -47,42 +47,42 @@ def forms(tmp_path: Path) -> list[Path]:
 
 def test_every_form_holds_the_same_images(forms: list[Path]) -> None:
     expected = torch.from_numpy(PIXELS).permute(0, 3, 1, 2)
-    sets = [open_set("images", str(path)) for path in forms]
+    sets = [open_image_set("images", str(path)) for path in forms]
     for images in sets:
         assert len(images) == 5
         assert images.size() == (6, 8)
         assert torch.equal(images.read(0, 5), expected)
         assert torch.equal(images.read(2, 4), expected[2:4])
     assert len({images.sha256() for images in sets}) == 1
-    some = open_set("images", str(forms[0]), most=3)
+    some = open_image_set("images", str(forms[0]), most=3)
     assert torch.equal(some.read(0, 3), expected[[0, 2, 4]])
     assert some.sha256() != sets[0].sha256()
 
 
 def test_one_of_two_images_side_by_side(tmp_path: Path) -> None:
     np.save(tmp_path / "wide.npy", np.concatenate([PIXELS, 255 - PIXELS], 2))
-    left, right = (Array(str(tmp_path / "wide.npy"), 2, which).read(0, 5) for which in (0, 1))
+    left, right = (ImageArray(str(tmp_path / "wide.npy"), 2, which).read(0, 5) for which in (0, 1))
     assert torch.equal(left, torch.from_numpy(PIXELS).permute(0, 3, 1, 2))
     assert torch.equal(right, 255 - left)
 
 
 def test_gray_images_are_three_times_over(tmp_path: Path) -> None:
     np.save(tmp_path / "gray.npy", PIXELS[..., :1])
-    images = open_set("images", str(tmp_path / "gray.npy")).read(0, 2)
+    images = open_image_set("images", str(tmp_path / "gray.npy")).read(0, 2)
     assert images.shape == (2, 3, 6, 8)
     assert torch.equal(images[:, 0], images[:, 2])
 
 
 def test_spread() -> None:
-    assert spread(5, 0) == (0, 1, 2, 3, 4)
-    assert spread(9, 3) == (0, 4, 8)
-    assert spread(3, 9) == (0, 1, 2)
+    assert chosen_indices(5, 0) == (0, 1, 2, 3, 4)
+    assert chosen_indices(9, 3) == (0, 4, 8)
+    assert chosen_indices(3, 9) == (0, 1, 2)
 
 
 def test_mistakes(tmp_path: Path) -> None:
     def refused(place: Path, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            open_set("images", str(place)).sha256()
+            open_image_set("images", str(place)).sha256()
 
     refused(tmp_path / "nowhere", "images=.*nowhere: no such file or folder")
     folder = tmp_path / "folder"
@@ -108,7 +108,7 @@ def test_mistakes(tmp_path: Path) -> None:
 def test_two_sets_of_unlike_size(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", PIXELS)
     np.save(tmp_path / "b.npy", PIXELS[:, :4])
-    a, b = (open_set("images", str(tmp_path / name)) for name in ("a.npy", "b.npy"))
-    check_alike(a, a)
+    a, b = (open_image_set("images", str(tmp_path / name)) for name in ("a.npy", "b.npy"))
+    require_same_size(a, a)
     with pytest.raises(UserError, match=r"has images of 6x8, .*b\.npy of 4x8: bring both to one size first"):
-        check_alike(a, b)
+        require_same_size(a, b)

@@ -36,7 +36,7 @@ def test_classes_apart_are_all_recognized(trained: nn.Module) -> None:
     found = recognizer.probabilities(trained, images, 64)
     assert found.shape == (300, 4)
     assert (found.argmax(1) == labels).all()
-    figures = recognizer.verdict(found, CLASSES, 0.9)
+    figures = recognizer.summary(found, CLASSES, 0.9)
     assert figures["recognized"] > 0.97
     assert figures["classes_present"] == 3
 
@@ -47,7 +47,7 @@ def test_images_that_show_nothing_are_not_recognized(trained: nn.Module) -> None
     pixels = bars(200, 3)[0].flatten(1)
     mixed = pixels[:, torch.randperm(144, generator=torch.Generator().manual_seed(4))].view(-1, 1, 12, 12)
     for images in (noise, gray, mixed):
-        figures = recognizer.verdict(recognizer.probabilities(trained, images), CLASSES, 0.9)
+        figures = recognizer.summary(recognizer.probabilities(trained, images), CLASSES, 0.9)
         assert figures["recognized"] < 0.1
         assert figures["nothing"] > 0.8
 
@@ -70,7 +70,7 @@ def test_any_size_of_image(size: int, channels: int) -> None:
 
 def test_verdict_by_hand() -> None:
     found = torch.tensor([[0.95, 0.05, 0.0], [0.91, 0.0, 0.09], [0.5, 0.5, 0.0], [0.1, 0.3, 0.6]])
-    assert recognizer.verdict(found, ["a", "b"], 0.9) == {
+    assert recognizer.summary(found, ["a", "b"], 0.9) == {
         "n": 4,
         "recognized": 0.5,
         "nothing": 0.25,
@@ -95,17 +95,17 @@ def test_spoilt_images_keep_their_pixels_or_show_one() -> None:
 
 def test_blended_is_the_mean_of_two() -> None:
     images = torch.tensor([0, 255, 100, 201], dtype=torch.uint8).view(4, 1, 1, 1)
-    assert recognizer.blended(images).flatten().tolist() == [50, 228, 50, 228]
+    assert recognizer.blend_pairs(images).flatten().tolist() == [50, 228, 50, 228]
 
 
 def test_shifts_move_the_whole_batch_and_no_further_than_two_of_28() -> None:
     torch.manual_seed(0)
     x = torch.zeros(2, 1, 28, 28)
     x[:, :, 14, 14] = 1.0
-    places = {tuple(recognizer.shifted(x)[1, 0].nonzero()[0].tolist()) for _ in range(300)}
+    places = {tuple(recognizer.random_shift(x)[1, 0].nonzero()[0].tolist()) for _ in range(300)}
     assert places == {(row, column) for row in range(12, 17) for column in range(12, 17)}
     small = x[..., 8:21, 8:21]
-    assert torch.equal(recognizer.shifted(small), small)  # less than 14 pixels wide
+    assert torch.equal(recognizer.random_shift(small), small)  # less than 14 pixels wide
 
 
 class Labeled:
@@ -127,23 +127,26 @@ class Labeled:
     ],
 )
 def test_labels_that_cannot_be(labels: dict[str, list[str | int]], word: str, says: str) -> None:
-    settings = recognizer.JudgeConfig(run="r", label=word)
+    settings = recognizer.RecognizeConfig(run="r", label=word)
     with pytest.raises(UserError, match=says):
-        recognizer.attribute_of(settings, "", Labeled(**labels))  # type: ignore[arg-type]
+        recognizer.choose_attribute(settings, "", Labeled(**labels))  # type: ignore[arg-type]
 
 
 def test_the_label_is_the_word_or_the_runs_or_the_only_one() -> None:
     two: Shards = Labeled(hair=["red", "gray"], eyes=[0, 1])  # type: ignore[assignment]
-    assert recognizer.attribute_of(recognizer.JudgeConfig(run="r", label="eyes"), "hair", two) == ("eyes", ["0", "1"])
-    assert recognizer.attribute_of(recognizer.JudgeConfig(run="r"), "hair", two) == ("hair", ["red", "gray"])
+    assert recognizer.choose_attribute(recognizer.RecognizeConfig(run="r", label="eyes"), "hair", two) == (
+        "eyes",
+        ["0", "1"],
+    )
+    assert recognizer.choose_attribute(recognizer.RecognizeConfig(run="r"), "hair", two) == ("hair", ["red", "gray"])
     one: Shards = Labeled(eyes=[0, 1])  # type: ignore[assignment]
-    assert recognizer.attribute_of(recognizer.JudgeConfig(run="r"), "", one) == ("eyes", ["0", "1"])
+    assert recognizer.choose_attribute(recognizer.RecognizeConfig(run="r"), "", one) == ("eyes", ["0", "1"])
 
 
 @pytest.mark.parametrize(("field", "value"), [("n", 0), ("steps", 0), ("batch", 0), ("confidence", 1.0)])
 def test_settings_that_cannot_be(field: str, value: float) -> None:
     with pytest.raises(UserError, match=field):
-        recognizer.assess(recognizer.JudgeConfig(run="r", **{field: value}))  # type: ignore[arg-type]
+        recognizer.recognize_samples(recognizer.RecognizeConfig(run="r", **{field: value}))  # type: ignore[arg-type]
 
 
 def test_damaged_images_take_the_label_of_what_is_shown_instead() -> None:
@@ -154,8 +157,8 @@ def test_damaged_images_take_the_label_of_what_is_shown_instead() -> None:
         def read(self, indices: np.ndarray) -> torch.Tensor:
             return torch.zeros(len(indices), 1, 2, 2, dtype=torch.uint8)
 
-        def shown(self, indices: np.ndarray) -> np.ndarray:
+        def substituted(self, indices: np.ndarray) -> np.ndarray:
             return np.where(indices == 0, 1, indices)  # image 0 is damaged
 
-    _, labels = recognizer.labeled(Damaged(), "digit", ["0", "1"])(np.array([0, 2]))  # type: ignore[arg-type]
+    _, labels = recognizer.labeled_reader(Damaged(), "digit", ["0", "1"])(np.array([0, 2]))  # type: ignore[arg-type]
     assert labels.tolist() == [1, 1]

@@ -17,7 +17,7 @@ from hostile_runs import HostileRun, hostile_runs
 from tests_support import ROOT, environment, reseal
 
 from dvae.config import compose
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """A folder with a sound bundle, of a run that was never trained, and images."""
     folder = tmp_path_factory.mktemp("sound")
     settings = compose.typed(compose.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"]))
-    made = components.build(settings)
+    made = components.build_models(settings)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    bundle.export(folder / "bundle", settings, {name: part.state_dict() for name, part in made.trained().items()})
+    bundle_export.export(
+        folder / "bundle", settings, {name: part.state_dict() for name, part in made.trained_parts().items()}
+    )
     noise(folder)
     return folder
 

@@ -91,7 +91,9 @@ def _latents(run: Run) -> torch.Tensor:
     """Draws of z of some training images, (20, *latent)."""
     settings = run.config()
     made = load_pipeline(run.path).models
-    mean, logvar = latent_cache.Cache(run.path / "latents", about(run, settings, made)).posteriors(torch.arange(20))
+    mean, logvar = latent_cache.LatentCache(run.path / "latents", about(run, settings, made)).posteriors(
+        torch.arange(20)
+    )
     return Posterior(mean, logvar).sample(torch.randn(mean.shape))
 
 
@@ -117,12 +119,12 @@ def test_cached_reconstructions_are_those_of_their_latents(tmp_path: Path) -> No
 
 
 def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_path: Path) -> None:
-    made = components.build(run.config())
+    made = components.build_models(run.config())
     wanted = about(run, run.config(), made)
     with pytest.raises(UserError, match="was made with seed 0, this run has 1"):
-        latent_cache.Cache(run.path / "latents", latent_cache.About(**{**vars(wanted), "seed": 1}))
+        latent_cache.LatentCache(run.path / "latents", latent_cache.CacheInfo(**{**vars(wanted), "seed": 1}))
     with pytest.raises(UserError, match="no finished cache"):
-        latent_cache.Cache(tmp_path, wanted)
+        latent_cache.LatentCache(tmp_path, wanted)
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in (run.path / "latents").iterdir():
@@ -131,7 +133,7 @@ def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_pa
             data[2000] ^= 1
         (copy / path.name).write_bytes(data)
     with pytest.raises(MachineError, match=r"latents-000000\.tar is damaged"):
-        latent_cache.Cache(copy, wanted)
+        latent_cache.LatentCache(copy, wanted)
 
 
 def test_webdataset_reads_the_cache(run: Run) -> None:
@@ -153,7 +155,7 @@ def test_webdataset_reads_the_cache(run: Run) -> None:
 def test_what_has_no_place_in_latent_space_is_refused(words: list[str], message: str) -> None:
     base = LATENT if "encoder=conv_vae_demo" not in words else ["recipe=ldm_avatars"]
     with pytest.raises(UserError, match=message):
-        components.on_meta(compose.typed(compose.compose("train", [*base, *words])))
+        components.build_models_on_meta(compose.typed(compose.compose("train", [*base, *words])))
 
 
 def test_pixels_cannot_be_kept_in_latent_space(run: Run) -> None:

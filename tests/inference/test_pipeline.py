@@ -28,8 +28,8 @@ WORDS = {"vp": [], "psld": ["process=psld", *PHASE_SPACE], "cld": ["process=cld"
 def pipeline(tiny: list[str], *words: str, batch: int | None = 3) -> Pipeline:
     settings = compose.typed(compose.compose("train", [*tiny, "denoiser.data_scale=1", *words]))
     torch.manual_seed(0)
-    made = components.build(settings)
-    for module in made.trained().values():
+    made = components.build_models(settings)
+    for module in made.trained_parts().values():
         module.eval().requires_grad_(False)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero

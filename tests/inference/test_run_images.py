@@ -12,7 +12,7 @@ from dvae.config.model_config import model_config
 from dvae.config.schema import ModelConfig
 from dvae.errors import UserError
 from dvae.inference.run_images import open_split, run_shards
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 from dvae.runs.folder import Run, submit
 from dvae.tools import shards
 
@@ -59,7 +59,7 @@ def test_a_place_elsewhere_is_opened_only_if_the_command_names_it(run: Path, pla
 
 def test_a_bundle_says_nothing_of_images(run: Path, tmp_path: Path) -> None:
     own = made(run)
-    bundle.export(tmp_path / "bundle", Run(run).config(), {})
+    bundle_export.export(tmp_path / "bundle", Run(run).config(), {})
     for folder in (str(tmp_path / "bundle"), str(tmp_path / "nowhere")):
         with pytest.raises(UserError, match="is a bundle and has no images: name the run's with shards="):
             run_shards(folder, own)
@@ -68,6 +68,6 @@ def test_a_bundle_says_nothing_of_images(run: Path, tmp_path: Path) -> None:
 
 def test_points_have_none() -> None:
     own = model_config(compose.typed(compose.compose("train", ["recipe=toy2d"])))
-    assert components.build(own).io.channels == 2
+    assert components.build_models(own).io.channels == 2
     with pytest.raises(UserError, match="run=r draws points"):
         run_shards("r", own)

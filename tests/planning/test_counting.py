@@ -64,7 +64,7 @@ def test_attention_is_counted_by_its_formula_and_keeps_no_square() -> None:
 
 
 def test_operations_are_those_of_torchs_own_counter() -> None:
-    made = components.on_meta(compose_recipe([*TINY, "refiner.attention_resolutions=[]"]))
+    made = components.build_models_on_meta(compose_recipe([*TINY, "refiner.attention_resolutions=[]"]))
     refiner = passes.refiner_pass(made, encodes=True, decodes=True)
     drawn = refiner.draw(BATCH)
     with (
@@ -86,9 +86,9 @@ def test_a_real_forward_pass_keeps_the_counted_bytes(stage: str, again: bool, bf
     def one(made: components.Models) -> ForwardPass:
         return passes.encoder_passes(made)["encoder"] if stage == "encoder" else passes.refiner_pass(made, True, True)
 
-    real = counting.saved_bytes(one(components.build(config)), BATCH, "cpu", bf16, faked=False)
+    real = counting.saved_bytes(one(components.build_models(config)), BATCH, "cpu", bf16, faked=False)
     # in bf16 a real CPU's kernels round some small workspaces up
-    assert counting.saved_bytes(one(components.on_meta(config)), BATCH, "cpu", bf16) == pytest.approx(
+    assert counting.saved_bytes(one(components.build_models_on_meta(config)), BATCH, "cpu", bf16) == pytest.approx(
         real, rel=0.005 * bf16
     )
 

@@ -69,7 +69,7 @@ def test_states_are_the_formula_that_two_ranks_keep(demo: plan.ResourcePlan) -> 
 
 def test_the_demo_adds_up(demo: plan.ResourcePlan) -> None:
     assert [stage.name for stage in demo.stages] == ["encoder", "refiner"]
-    counted = components.on_meta(planner.compose_recipe(["recipe=demo", *SMALL])).parameters()
+    counted = components.build_models_on_meta(planner.compose_recipe(["recipe=demo", *SMALL])).parameters()
     for stage in demo.stages:
         assert stage.modules[0].parameters == counted[stage.name]
         assert stage.micro_batch * demo.ranks == stage.training.batch

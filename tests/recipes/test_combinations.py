@@ -101,7 +101,7 @@ def refusals() -> dict[Row, str]:
     said = {}
     for row in product(PROCESSES.names(), SCHEDULES.names(), SAMPLERS.names()):
         try:
-            components.on_meta(settings_of(("none", "flat_resnet", *row)))
+            components.build_models_on_meta(settings_of(("none", "flat_resnet", *row)))
             said[row] = ""
         except UserError as error:
             said[row] = str(error)
@@ -134,7 +134,7 @@ def take_a_step(stage: Stage) -> None:
 @pytest.mark.parametrize("encoder", [name for name in ENCODERS.names() if name != "none"])
 def test_every_encoder_takes_a_step(encoder: str) -> None:
     settings = replace(plain(), encoder=chosen(ENCODERS, encoder))
-    made = components.build(settings).encoder
+    made = components.build_models(settings).encoder
     take_a_step(new_encoder_stage(made, replace(settings, train_encoder=settings.train_refiner)))
 
 
@@ -145,10 +145,10 @@ def test_what_fits_trains_and_samples(encoder: str, refiner: str) -> None:
     assert mine
     for row in mine:
         settings = settings_of(row)
-        made = components.build(settings)
+        made = components.build_models(settings)
         training = settings.train_refiner
         take_a_step(RefinerStage(made.encoder, made.denoiser, Encoded(made.encoder), training, 0, CPU))
-        for module in made.trained().values():
+        for module in made.trained_parts().values():
             module.eval().requires_grad_(False)
         pipeline = Pipeline(model_config(settings), made, batch=2)
         x = pipeline.refined(pipeline.draw(2, seed=1), Noise(1, range(2)))[0]

@@ -91,7 +91,7 @@ def test_foreign_presets_compose(recipe: str, published: dict[str, str]) -> None
     assert settings.sampler == SAMPLERS.config({"name": "dpmpp_2m"})
     assert settings.refiner == REFINERS.config({"name": "dit"})
     if settings.process.name == "vp" and settings.source.name != "toy2d":  # points have no patches
-        components.on_meta(settings)
+        components.build_models_on_meta(settings)
 
 
 def test_dogs_alone_as_diffusevaes_code_takes_them() -> None:

@@ -561,7 +561,7 @@ def test_every_data_set_goes_into_shards_and_back(tmp_path: Path):
         for index in range(len(source)):
             item = copy[index]
             assert np.array_equal(with_shards.read([index])[0].permute(1, 2, 0).numpy(), item.image)
-            assert with_shards.about(index) == {"key": item.key, "labels": item.labels}
+            assert with_shards.info(index) == {"key": item.key, "labels": item.labels}
 
 
 def test_both_archives_of_cifar10_give_the_same_shards(tmp_path: Path):
@@ -587,6 +587,6 @@ def test_rendered_faces_in_celebahqs_layout_go_through_shards(tmp_path: Path):
     for split in ("train", "heldout"):
         shards = Shards(tmp_path / "shards", split)
         for index in range(len(shards)):
-            key = shards.about(index)["key"]
+            key = shards.info(index)["key"]
             wanted = np.asarray(Image.open(tmp_path / "CelebAMask-HQ" / key))
             assert torch.equal(shards.read([index])[0].permute(1, 2, 0), torch.from_numpy(wanted.copy()))

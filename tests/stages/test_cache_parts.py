@@ -37,7 +37,7 @@ def with_encoder(folder: Path, *words: str) -> Run:
     """A run whose encoder stage is finished; its weights are the first ones."""
     run = submit(config.compose("train", [*WORDS, f"run={folder}", *words]))
     shards_stage(run, run.config())
-    run.save_weights("encoder", components.build(run.config()).encoder.state_dict())
+    run.save_weights("encoder", components.build_models(run.config()).encoder.state_dict())
     run.finish("encoder", {})
     return run
 
@@ -85,7 +85,7 @@ def test_parts_in_any_order_give_the_bytes_of_one_write(
     assert not (tmp_path / "out").exists()
     cache.write_cache(run, settings, work.load_models(run, settings, "encoder"))
     assert content(tmp_path / "out") == whole
-    assert images == cache.about(run, settings, components.build(settings)).images > 25
+    assert images == cache.about(run, settings, components.build_models(settings)).images > 25
 
 
 def test_a_part_interrupted_within_a_unit_goes_on(

@@ -29,7 +29,9 @@ STAGES = "stages=[shards,joint,prior,evaluate]"
 
 
 def made(tiny: list[str]) -> components.Models:
-    return components.build(configuration.typed(configuration.compose("train", [*tiny, "denoiser.data_scale=2"])))
+    return components.build_models(
+        configuration.typed(configuration.compose("train", [*tiny, "denoiser.data_scale=2"]))
+    )
 
 
 def batch(step: int = 0) -> Batch:

@@ -14,8 +14,8 @@ from dvae.config import compose as configuration
 from dvae.config.schema import RunConfig
 from dvae.config.validate import check, describe
 from dvae.errors import UserError
-from dvae.models import bundle
-from dvae.models.components import build
+from dvae.models import bundle_export
+from dvae.models.components import build_models
 from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS
 from dvae.runs.folder import Run, submit
 from dvae.stages.work import encoder_stage, load_models
@@ -35,16 +35,16 @@ def submitted(tmp_path: Path) -> tuple[Run, RunConfig]:
     other.seed = 5
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps({"block_out_channels": [8], "norm_num_groups": 4}), encoding="utf-8")
-    save_file(build(other).encoder.autoencoder.state_dict(), folder / WEIGHTS)
+    save_file(build_models(other).encoder.autoencoder.state_dict(), folder / WEIGHTS)
     return submit(config), configuration.typed(config)
 
 
 def test_run_and_bundle_hold_the_given_weights(submitted: tuple[Run, RunConfig]) -> None:
     run, config = submitted
-    given = build(config).encoder.pretrained()
+    given = build_models(config).encoder.pretrained()
     assert given is not None
     wanted = {name: value.clone() for name, value in given.items()}
-    assert not torch.equal(build(config).encoder.state_dict()["autoencoder.encoder.conv_in.weight"],
+    assert not torch.equal(build_models(config).encoder.state_dict()["autoencoder.encoder.conv_in.weight"],
                            wanted["autoencoder.encoder.conv_in.weight"])  # fmt: skip
     encoder_stage(run, config)
     shutil.rmtree(config.encoder.folder)  # the run needs it no more
@@ -65,8 +65,8 @@ def test_preflight_refuses_an_absent_folder(submitted: tuple[Run, RunConfig]) ->
 @pytest.mark.slow
 def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list[str], tmp_path: Path) -> None:
     theirs = configuration.compose("train", [*tiny, f"run={tmp_path / 'theirs'}", "seed=5"])
-    encoder = build(configuration.typed(theirs)).encoder
-    bundle.export(tmp_path / "theirs" / "bundle", configuration.typed(theirs), {"encoder": encoder.state_dict()})
+    encoder = build_models(configuration.typed(theirs)).encoder
+    bundle_export.export(tmp_path / "theirs" / "bundle", configuration.typed(theirs), {"encoder": encoder.state_dict()})
     words = [*tiny, f"run={tmp_path / 'ours'}", f"encoder_weights={tmp_path / 'theirs'}"]
     config = configuration.compose("train", words)
     check(configuration.typed(config))
@@ -86,5 +86,5 @@ def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list
         "theirs has encoder.latent_dim=8, this run 16: it is another network"
     )
     assert refused(f"encoder_weights={tmp_path / 'nowhere'}").endswith("nowhere: no such run or bundle")
-    bundle.export(tmp_path / "empty", configuration.typed(theirs), {})
+    bundle_export.export(tmp_path / "empty", configuration.typed(theirs), {})
     assert refused(f"encoder_weights={tmp_path / 'empty'}").endswith("name a run whose encoder stage is finished")

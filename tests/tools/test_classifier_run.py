@@ -15,7 +15,7 @@ from tests_support import ROOT, Tool, environment
 
 from dvae.config import compose
 from dvae.errors import UserError, fold
-from dvae.models import bundle, components
+from dvae.models import bundle, bundle_export, components
 from dvae.runs.folder import Run
 from dvae.tools.launch import command
 
@@ -68,7 +68,7 @@ def test_the_bundle_holds_the_averaged_classifier(finished: Path) -> None:
 
 def test_a_bundle_before_its_classifier_is_trained(finished: Path, tmp_path: Path) -> None:
     parts = {part: load_file(finished / "weights" / f"{part}.safetensors") for part in ("encoder", "prior", "denoiser")}
-    bundle.export(tmp_path / "bundle", Run(finished).config(), parts)
+    bundle_export.export(tmp_path / "bundle", Run(finished).config(), parts)
     settings, made = bundle.load(tmp_path / "bundle")
     assert made.classifier is None
     assert settings.classifier is None
@@ -162,6 +162,6 @@ def test_the_refiner_alone_may_be_trained_with_classes(
 @pytest.mark.parametrize("told", [True, False])
 def test_only_a_refiner_that_is_told_the_class_embeds_it(told: bool, guided: list[str]) -> None:
     word = f"denoiser.condition_label={str(told).lower()}"
-    made = components.on_meta(compose.typed(compose.compose("train", [*guided, word])))
+    made = components.build_models_on_meta(compose.typed(compose.compose("train", [*guided, word])))
     assert (made.denoiser.refiner.label_emb is not None) == told
     assert made.io.labels == 5

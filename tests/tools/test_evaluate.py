@@ -15,10 +15,10 @@ from dvae.data.building import shard_build
 from dvae.errors import MachineError, UserError
 from dvae.evaluation import features, metrics
 from dvae.evaluation.features import Way
-from dvae.evaluation.image_sets import Array, open_set
+from dvae.evaluation.image_sets import ImageArray, open_image_set
 from dvae.evaluation.memorization import Nearest, nearest, summary
 from dvae.evaluation.metrics import Extractor, Features
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 from dvae.runs.folder import submit
 from dvae.tools import evaluate
 
@@ -50,11 +50,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     ]
     composed = compose.compose("train", words)
     settings = compose.typed(composed)
-    made = components.build(settings)
+    made = components.build_models(settings)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(submit(composed).bundle, settings, parts)
+    parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
+    bundle_export.export(submit(composed).bundle, settings, parts)
     shard_build.build(settings.source, out=folder / "shards", size=16, heldout_fraction=0.2, channels=3, workers=1)
     return folder / "run"
 
@@ -69,7 +69,7 @@ def test_figures_of_a_run(run: Path, capsys: pytest.CaptureFixture[str], monkeyp
     said = capsys.readouterr()
     assert "IS is left out" in said.err
     assert "| refined" in said.out
-    shards = open_set("reference", str(run.parent / "shards"))
+    shards = open_image_set("reference", str(run.parent / "shards"))
     real = pixels(None, shards.read(0, len(shards))).pooled  # type: ignore[arg-type]
     pipeline = dvae.load(run)
     pipeline.use_sampler(steps=2)
@@ -144,7 +144,8 @@ def test_two_processes_compute_the_same_bits(monkeypatch: pytest.MonkeyPatch) ->
     path = Path("x.npy").resolve()
     np.save(path, images)
     one, two = (
-        features.of_set(Array(str(path)), Way.of(metrics.lite0(), 4, processes), lambda _: None) for processes in (1, 2)
+        features.of_set(ImageArray(str(path)), Way.of(metrics.lite0(), 4, processes), lambda _: None)
+        for processes in (1, 2)
     )
     assert torch.equal(one.pooled, two.pooled)
     path.unlink()

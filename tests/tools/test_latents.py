@@ -16,7 +16,7 @@ from dvae.config import compose
 from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
 from dvae.inference import latents
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 from dvae.registry.encoders.base import Posterior
 from dvae.runs.folder import submit
 from dvae.tools import latents as tool
@@ -32,9 +32,9 @@ FLOW = ["prior=flow", "prior.couplings=2", "prior.width=8", "prior.steps=20", "p
 def untrained(folder: Path, *words: str) -> Path:
     """A run folder with the bundle of a run that was never trained."""
     composed = compose.compose("train", [*words, f"run={folder}", "denoiser.data_scale=1"])
-    made = components.build(compose.typed(composed))
-    parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(submit(composed).bundle, compose.typed(composed), parts)
+    made = components.build_models(compose.typed(composed))
+    parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
+    bundle_export.export(submit(composed).bundle, compose.typed(composed), parts)
     return folder
 
 
@@ -71,7 +71,7 @@ def test_what_is_written_is_the_posterior_and_the_labels(run: Path, shards: Path
         np.testing.assert_allclose(found["logvar"], posterior.logvar, atol=1e-5)
         about = json.loads(str(found["about"]))
         for index in range(len(heldout)):
-            for name, value in heldout.about(index)["labels"].items():
+            for name, value in heldout.info(index)["labels"].items():
                 assert about["labels"][name][found[f"label.{name}"][index]] == str(value)
     assert about["weights"] == json.loads((run / "bundle" / "bundle.json").read_text())["sha256"]["model.safetensors"]
     assert list(tmp_path.iterdir()) == [out]

@@ -20,7 +20,7 @@ from dvae.errors import UserError, fold
 from dvae.inference import image_likelihood
 from dvae.inference.generation.chunks import Chunks
 from dvae.inference.image_likelihood import LikelihoodConfig
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 from dvae.registry.encoders.base import Posterior
 from dvae.tools import likelihood as tool
 
@@ -30,8 +30,10 @@ PLAIN = ["denoiser.data_scale=1", "denoiser.center=none", "train_refiner.precisi
 def untrained(folder: Path, *words: str) -> Path:
     """A bundle whose refiner puts out 0: as v that says that the state is N(0, I)."""
     composed = compose.compose("train", list(words))
-    made = components.build(compose.typed(composed))
-    bundle.export(folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    made = components.build_models(compose.typed(composed))
+    bundle_export.export(
+        folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
+    )
     return folder
 
 

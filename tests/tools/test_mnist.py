@@ -57,7 +57,7 @@ def test_idx_files_are_all_read_with_their_labels(from_idx: Path) -> None:
     assert splits[0].labels == {"label": list(range(10))}
     for split in splits:
         for index in (0, len(split) // 2, len(split) - 1):
-            about = split.about(index)
+            about = split.info(index)
             assert about["labels"]["label"] == digits[int(about["key"])]
             assert np.array_equal(split.read([index])[0, 0].numpy(), images[int(about["key"])])
 

@@ -78,7 +78,7 @@ def test_a_run_leaves_figures_and_pictures(finished: Path) -> None:
 
 def test_a_bundle_draws_the_class_that_it_is_asked_for(finished: Path) -> None:
     run = pipeline.load(finished / "psld")
-    assert list(run.models.trained()) == ["denoiser"]
+    assert list(run.models.trained_parts()) == ["denoiser"]
     assert run.config.classes == ["moons", "rings"]
     moons, rings = (points.drawn(run, label, 30, 0) for label in (0, 1))
     assert moons.shape == (30, 2)
@@ -189,7 +189,7 @@ def test_without_labels_the_densities_are_one_mixture() -> None:
     words = ["denoiser.condition_label=false", "classes=[]", "process=cld"]
     settings = compose.typed(compose.compose("train", [*TINY, *words]))
     assert points.groups(settings, points.open_source(settings)) == {"moons + rings": None}
-    assert components.on_meta(settings).denoiser.io.outputs == 1
+    assert components.build_models_on_meta(settings).denoiser.io.outputs == 1
 
 
 @pytest.mark.slow

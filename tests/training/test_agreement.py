@@ -51,7 +51,7 @@ def make(kind: str, words: list[str], zero: int) -> Stage:
         else []
     )
     config = configuration.typed(configuration.compose("train", [*words, *classes, "run=nowhere"]))
-    made = components.build(config)
+    made = components.build_models(config)
     if kind == "encoder":
         return EncoderStage(made.encoder, training, 1, CPU)
     if kind == "refiner":

@@ -140,12 +140,12 @@ def test_too_much_damage_over_all_ranks_ends_the_run(take: Take, folder: Path, t
 
 def test_a_record_of_damage_is_added_to(folder: Path, tmp_path: Path):
     shards = Shards(folder)
-    shards.know({})
+    shards.add_damaged({})
     record_damage(tmp_path, shards)
     assert not (tmp_path / feeding.DAMAGED).exists()
     for index in (3, 2):
         other = Shards(folder, max_bad_fraction=0.1)
-        other.know({index: f"file:{index}"})
+        other.add_damaged({index: f"file:{index}"})
         record_damage(tmp_path, other)
     assert load_damaged(tmp_path, "train") == {2: "file:2", 3: "file:3"}
     (tmp_path / feeding.DAMAGED).write_text("{")
@@ -180,4 +180,4 @@ def test_a_record_of_damage_that_is_no_file(tmp_path: Path):
 def test_a_record_of_damage_of_other_shards_is_named(folder: Path, tmp_path: Path):
     (tmp_path / feeding.DAMAGED).write_text('{"train": {"40": "x"}}')
     with pytest.raises(MachineError, match=r"image 40 is recorded as damaged, but .* has 40 images"):
-        Shards(folder).know(load_damaged(tmp_path, "train"))
+        Shards(folder).add_damaged(load_damaged(tmp_path, "train"))

@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     run.mkdir()
     write_format(run)
     (run / "config.yaml").write_text(to_yaml(stored(composed)))
-    denoiser = components.build(compose.typed(composed)).trained()["denoiser"]
+    denoiser = components.build_models(compose.typed(composed)).trained_parts()["denoiser"]
     writer = Snapshots(run / "snapshots" / "refiner", TrainingConfig())
     for step in (3, 6):
         for width in (0.05, 0.1):

@@ -14,7 +14,7 @@ from typing import Any
 from dvae.data.building import shard_request as request
 from dvae.data.building.shard_jobs import Progress
 from dvae.data.building.staging import Unfinished, at_work, faults
-from dvae.data.latent_cache import FILE, About, Cache, Sample, shards_of
+from dvae.data.latent_cache import FILE, CachedSample, CacheInfo, LatentCache, read_shard_list
 from dvae.data.shards.manifest import Shard, refuse_bad_shards
 from dvae.data.shards.reader import Shards
 from dvae.data.shards.tar_files import ShardWriter, seal
@@ -30,12 +30,12 @@ SHARD_SIZE = 1000
 class Work:
     """What there is to write, and how it comes about."""
 
-    about: About
+    about: CacheInfo
     batch: int
     """Images that the encoder takes at a time: the last bits of a latent may depend on it."""
     images: Shards
     """Of which the cache is; it knows which of them are damaged."""
-    samples: Callable[[int, int], Iterator[Sample]]
+    samples: Callable[[int, int], Iterator[CachedSample]]
     """Those of the images start, ..., stop - 1, which must not depend on what was asked for before."""
 
     def request(self) -> dict[str, Any]:
@@ -61,12 +61,12 @@ def write(folder: Path, work: Work, progress: Progress) -> None:
     writing fails, or what is there is damaged: finished shards stay for the next attempt.
     """
     if _exists(folder):
-        Cache(folder, work.about)  # refuses another's, or a damaged one
+        LatentCache(folder, work.about)  # refuses another's, or a damaged one
         return
     with faults(folder, "the cache"), at_work(folder, shared=False) as hidden:
         if _exists(folder):  # another process has written it meanwhile
             hidden.remove()
-            Cache(folder, work.about)
+            LatentCache(folder, work.about)
             return
         hidden.take(work.request())
         units = Units(work, hidden, progress)
@@ -111,7 +111,7 @@ def _exists(folder: Path) -> bool:
 
 def _published(folder: Path, work: Work) -> bool:
     """Whether the cache is there. Raises UserError where it is that of another request."""
-    return _exists(folder) and bool(shards_of(folder, work.about))
+    return _exists(folder) and bool(read_shard_list(folder, work.about))
 
 
 @forbid_extra
@@ -154,7 +154,7 @@ class Units:
         Raises MachineError where more images are damaged than may be, of those in `numbers`.
         """
         for unit in finished.values():
-            self.work.images.know(unit.damaged)
+            self.work.images.add_damaged(unit.damaged)
         self._done = sum(unit.shard.count for unit in finished.values())
         self._wanted = sum(len(self.work.indices(number)) for number in numbers)
         self.progress(self._done, self._wanted)

@@ -114,7 +114,7 @@ class Loader:
         if self._flip:
             flipped = rng.uniform(self._seed, "flip", keys.tolist()) < 0.5
             images[flipped] = images[flipped].flip(-1)
-        labels = None if self._labels is None else self._labels[torch.from_numpy(self._shards.shown(indices))]
+        labels = None if self._labels is None else self._labels[torch.from_numpy(self._shards.substituted(indices))]
         return Batch(keys, torch.from_numpy(indices), images, labels)
 
     def close(self) -> None:

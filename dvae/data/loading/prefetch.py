@@ -10,7 +10,7 @@ import numpy as np
 
 from dvae.data.loading.order import Order
 from dvae.data.shards.manifest import Shard
-from dvae.data.shards.remote import Remote
+from dvae.data.shards.remote import RemoteShards
 from dvae.errors import MachineError, UserError
 
 AGAIN_AFTER = 30.0
@@ -24,7 +24,7 @@ class Prefetcher:
     fails here is tried again; whoever reads the shard meanwhile tries too, and says what is wrong.
     """
 
-    def __init__(self, remote: Remote, shards: Sequence[Shard], order: Order) -> None:
+    def __init__(self, remote: RemoteShards, shards: Sequence[Shard], order: Order) -> None:
         """Raises UserError where the folder may not hold the shards of one window of the order."""
         self._remote, self._shards, self._order = remote, shards, order
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
@@ -85,7 +85,7 @@ class Prefetcher:
         return True
 
 
-def refuse_small(remote: Remote, shards: Sequence[Shard], order: Order) -> None:
+def refuse_small(remote: RemoteShards, shards: Sequence[Shard], order: Order) -> None:
     """Raise UserError where the shards of a window may not fit: each would be fetched again for every batch."""
     starts = np.cumsum([0, *(shard.count for shard in shards)])
     first = np.arange(0, order.count, order.block)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dvae.data.images import DamagedImage
 from dvae.data.shards.manifest import Shard
-from dvae.data.shards.remote import Remote
+from dvae.data.shards.remote import RemoteShards
 from dvae.data.shards.shard_index import read_index
 from dvae.errors import MachineError
 from dvae.utils.read import DamagedFile, require_regular
@@ -31,7 +31,7 @@ class Members:
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], again: str, remote: Remote | None = None, members: int = 2
+        self, folder: Path, shards: Sequence[Shard], again: str, remote: RemoteShards | None = None, members: int = 2
     ) -> None:
         self.folder, self._shards, self._again, self._remote = folder, shards, again, remote
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])

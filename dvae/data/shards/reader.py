@@ -15,7 +15,7 @@ from dvae.data.images import DamagedImage, decode_png, png_limit
 from dvae.data.labels import check_label
 from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.members import Members
-from dvae.data.shards.remote import Remote
+from dvae.data.shards.remote import RemoteShards
 from dvae.errors import MachineError, UserError, fold, printable_line, suggest
 from dvae.utils.read import DamagedFile, check, forbid_extra, parse_json
 
@@ -26,14 +26,14 @@ JSON_LIMIT = 2**20
 
 @forbid_extra
 @dataclass(frozen=True)
-class _About:
+class _ImageInfo:
     """The text beside an image."""
 
     key: str
     labels: dict[str, str | int]
 
 
-def spread(count: int, wanted: int) -> np.ndarray:
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
     """Up to `wanted` distinct indices, evenly spread over a split of `count` images."""
     return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64))
 
@@ -48,15 +48,15 @@ class Shards:
 
     def __init__(
         self,
-        place: str | Path | Remote,
+        place: str | Path | RemoteShards,
         split: str = "train",
         cache_bytes: int = 2 * 2**30,
         max_bad_fraction: float = 0.01,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self.remote = place if isinstance(place, Remote) else None
-        self.folder, self.split = place.folder if isinstance(place, Remote) else Path(place), split
-        self.manifest = place.manifest() if isinstance(place, Remote) else Manifest.load(place)
+        self.remote = place if isinstance(place, RemoteShards) else None
+        self.folder, self.split = place.folder if isinstance(place, RemoteShards) else Path(place), split
+        self.manifest = place.manifest() if isinstance(place, RemoteShards) else Manifest.load(place)
         if split not in self.manifest.splits:
             raise UserError(f"unknown split {split!r}: {suggest(split, self.manifest.splits)}")
         self.shards = self.manifest.splits[split]
@@ -91,14 +91,14 @@ class Shards:
         if self._cache is None:
             out = torch.empty((len(wanted), *self.shape), dtype=torch.uint8)
             for row, index in enumerate(wanted):
-                out[row] = self._good(int(index))
+                out[row] = self._next_intact(int(index))
             return out
         for index in wanted[~self._filled[wanted]]:
-            self._cache[index] = self._good(int(index))
+            self._cache[index] = self._next_intact(int(index))
             self._filled[index] = True  # after the pixels: another thread may be reading
         return self._cache[torch.from_numpy(wanted)]
 
-    def about(self, index: int) -> dict[str, Any]:
+    def info(self, index: int) -> dict[str, Any]:
         """{"key": name in the source, "labels": {attribute: value}} of one image.
 
         Raises MachineError naming the file if this text cannot be read.
@@ -106,7 +106,7 @@ class Shards:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         try:
-            return self._about(index)
+            return self._read_info(index)
         except DamagedImage as error:
             file, number = self.members.place(index)
             raise MachineError(
@@ -114,11 +114,11 @@ class Shards:
                 f"damage with python tools/shards.py verify {self.folder}"
             ) from None
 
-    def _about(self, index: int) -> dict[str, Any]:
-        """As `about`. Raises DamagedImage, which says only what is wrong."""
+    def _read_info(self, index: int) -> dict[str, Any]:
+        """As `info`. Raises DamagedImage, which says only what is wrong."""
         data = self.members.read(index, JSON, JSON_LIMIT)
         try:
-            found: _About = check(_About, parse_json(data, "the text"), "the text")
+            found: _ImageInfo = check(_ImageInfo, parse_json(data, "the text"), "the text")
         except DamagedFile as error:
             raise DamagedImage(str(error)) from None
         return {"key": found.key, "labels": found.labels}
@@ -134,27 +134,29 @@ class Shards:
         classes = torch.zeros(len(self), dtype=torch.int64)
         for index in range(len(self)):
             try:
-                about = self._about(index)
+                info = self._read_info(index)
             except DamagedImage as error:
                 file = self.members.place(index)[0]
-                self._pass_over(index, f"{file}: labels of {self._name(index)} ({fold(error)})")
+                self._skip_damaged(index, f"{file}: labels of {self._name(index)} ({fold(error)})")
                 continue
-            value = about["labels"].get(attribute)
+            value = info["labels"].get(attribute)
             if value is None or str(value) not in numbers:
                 found = "no such attribute" if value is None else f"the value {value!r}, which is no class"
                 raise UserError(
-                    f"data.label={attribute}: image {about['key']} has {found}: use an attribute that every image has"
+                    f"data.label={attribute}: image {info['key']} has {found}: use an attribute that every image has"
                 )
             classes[index] = numbers[str(value)]
         return classes
 
-    def shown(self, indices: np.ndarray) -> np.ndarray:
+    def substituted(self, indices: np.ndarray) -> np.ndarray:
         """Indices of the images that `read` gave for `indices` (B,): others only where some are damaged."""
         if not self.damaged:
             return indices
-        return np.array([next(at for at in self._from(int(index)) if at not in self.damaged) for index in indices])
+        return np.array(
+            [next(at for at in self._cyclic_from(int(index)) if at not in self.damaged) for index in indices]
+        )
 
-    def know(self, damaged: dict[int, str]) -> None:
+    def add_damaged(self, damaged: dict[int, str]) -> None:
         """Take images for damaged that others found to be.
 
         Raises MachineError if there are too many, or a number is not that of an image.
@@ -167,38 +169,38 @@ class Shards:
         with self._lock:
             self.damaged = damaged | self.damaged
         for index in damaged:
-            self._refuse_many(index)
+            self._check_damage_limit(index)
 
-    def _from(self, index: int) -> Iterator[int]:
+    def _cyclic_from(self, index: int) -> Iterator[int]:
         """All indices from `index` on, and around."""
         return ((index + step) % len(self) for step in range(len(self)))
 
-    def _pass_over(self, index: int, why: str) -> None:
+    def _skip_damaged(self, index: int, why: str) -> None:
         """Remember a damaged image. Raises MachineError where there are too many."""
         with self._lock:
             new = index not in self.damaged
             self.damaged[index] = why
         if new and self._report:
             self._report(printable_line(f"damaged image {why}; {len(self.damaged)} of {len(self)}, passed over"))
-        self._refuse_many(index)
+        self._check_damage_limit(index)
 
-    def _refuse_many(self, index: int) -> None:
+    def _check_damage_limit(self, index: int) -> None:
         if len(self.damaged) > self._max_bad:
             raise MachineError(
                 f"damaged image {self.damaged[index]}; {len(self.damaged)} of {len(self)} images so far, more than "
                 f"are passed over: find all damage with python tools/shards.py verify {self.folder}"
             )
 
-    def _good(self, index: int) -> torch.Tensor:
+    def _next_intact(self, index: int) -> torch.Tensor:
         """The image at `index`, or the next good one."""
-        for at in self._from(index):
+        for at in self._cyclic_from(index):
             if at in self.damaged:
-                self._refuse_many(at)
+                self._check_damage_limit(at)
                 continue
             try:
                 return self._decode(at)
             except DamagedImage as error:
-                self._pass_over(at, str(error))
+                self._skip_damaged(at, str(error))
         raise MachineError(f"no image of {self.folder} ({self.split}) can be read: build the shards again")
 
     def _decode(self, index: int) -> torch.Tensor:
@@ -211,6 +213,6 @@ class Shards:
     def _name(self, index: int) -> str:
         """Key of a damaged image, or its place if even that cannot be read."""
         try:
-            return str(self._about(index)["key"])[:200]
+            return str(self._read_info(index)["key"])[:200]
         except DamagedImage:
             return f"image {self.members.place(index)[1]}"

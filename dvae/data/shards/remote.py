@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
 
@@ -29,9 +28,6 @@ from dvae.errors import DISK_FAULTS, MachineError, UserError, fold
 from dvae.utils.atomic_files import open_own, sha256
 from dvae.utils.read import DamagedFile, parse_json, require_regular
 from dvae.utils.secrets import scrub
-
-if TYPE_CHECKING:
-    from dvae.config.schema import DataConfig
 
 ATTEMPTS = 5
 """How often a file is asked for."""
@@ -49,24 +45,24 @@ def is_remote(location: str) -> bool:
     return location.startswith("pipe:") or "://" in location
 
 
-class UnnamedPlace(str):
-    """A place elsewhere that stands in the settings of a run folder, but was not named by this user's own command."""
+class UntrustedLocation(str):
+    """A command or address that a run folder's settings hold, but that the user's own command did not name."""
 
 
-def place_of(data: DataConfig) -> Path | Remote:
-    """Where a run's shards lie: a folder, or elsewhere.
+def locate_shards(shards: str, download_to: str, download_gib: float) -> Path | RemoteShards:
+    """The folder of shards, or the remote shards, that the settings data.shards, .download_to and .download_gib name.
 
     Raises UserError for a command or an address that the user's own command did not name: it could do anything.
     """
-    if isinstance(data.shards, UnnamedPlace):
+    if isinstance(shards, UntrustedLocation):
         raise UserError(
-            f"the run's images lie at {data.shards}, and a command or an address is used only if your own command "
+            f"the run's images lie at {shards}, and a command or an address is used only if your own command "
             "names it: add shards=... (that place, if you trust it, or a folder with the same shards)"
         )
-    return Remote(data.shards, data.download_to, data.download_gib) if is_remote(data.shards) else Path(data.shards)
+    return RemoteShards(shards, download_to, download_gib) if is_remote(shards) else Path(shards)
 
 
-def url_of(location: str, name: str) -> str:
+def file_url(location: str, name: str) -> str:
     """What webdataset opens for the file `name` of `location`: %s stands for the name, else it comes after a slash.
 
     `location` is what the user named, and a command if it begins with pipe:. Raises MachineError for a `name` that is
@@ -129,7 +125,7 @@ def _readable(handle: int, stop: threading.Event | None) -> bool:
 
 def read_manifest(location: str) -> bytes:
     """The bytes of the manifest at `location`, kept nowhere. Raises UserError where it cannot be had."""
-    url = url_of(location, FILE)
+    url = file_url(location, FILE)
     try:
         return b"".join(stream(url, LIMIT))
     except OSError as error:
@@ -139,7 +135,7 @@ def read_manifest(location: str) -> bytes:
         ) from None
 
 
-class Remote:
+class RemoteShards:
     """The files of a folder of shards elsewhere. Safe for several threads and processes."""
 
     def __init__(self, location: str, to: str | Path, gib: float) -> None:
@@ -264,7 +260,7 @@ class Remote:
 
     def _download(self, name: str, digest: str | None, limit: int, handle: int, stop: threading.Event | None) -> None:
         """Fill the file behind `handle`, trying several times. Raises MachineError."""
-        url, reason = url_of(self.location, name), ""
+        url, reason = file_url(self.location, name), ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 (stop or threading.Event()).wait(PAUSE * 2 ** (attempt - 1))

@@ -96,7 +96,7 @@ def assess(settings: DirectionsConfig) -> direction_report.Report:
             scores.append(score(direction, targets, editor.look, validation, test, settings.strengths, judge.told))
             progress.update(progress.step + 1)
     made = direction_report.Report(
-        settings, judge, scores, test, pipeline.nfe, direction_files.encoder_hash(bundle.folder_of(settings.run))
+        settings, judge, scores, test, pipeline.nfe, direction_files.encoder_hash(bundle.find_bundle(settings.run))
     )
     made.write(Path(settings.out))
     direction_report.strips(made, editor.images, Path(settings.out).with_suffix(".png"))

@@ -9,45 +9,49 @@ import torch
 from torch import nn
 
 from dvae.inference.pipeline import Pipeline
-from dvae.models.quantization.integer import Clock
+from dvae.models.quantization.integer_layer import TimeBucket
 
 
 @dataclass(frozen=True)
-class Ranges:
+class ActivationRanges:
     """Least and greatest input of a layer, (buckets + 1,) each, fp32; the last is over all of the time."""
 
     low: torch.Tensor
     high: torch.Tensor
 
     @classmethod
-    def none(cls, buckets: int) -> Ranges:
+    def empty(cls, buckets: int) -> ActivationRanges:
         return cls(torch.full((buckets + 1,), torch.inf), torch.full((buckets + 1,), -torch.inf))
 
-    def see(self, x: torch.Tensor, bucket: int) -> None:
+    def widen(self, x: torch.Tensor, bucket: int) -> None:
         """Widen the range of a bucket, and that of all, to hold x."""
         least, most = x.amin().float().cpu(), x.amax().float().cpu()
         for place in {bucket, len(self.low) - 1}:
             self.low[place] = torch.minimum(self.low[place], least)
             self.high[place] = torch.maximum(self.high[place], most)
 
-    def filled(self) -> Ranges:
+    def filled(self) -> ActivationRanges:
         """With the range of all of the time where nothing was seen."""
         unseen = self.low > self.high
-        return Ranges(torch.where(unseen, self.low[-1], self.low), torch.where(unseen, self.high[-1], self.high))
+        return ActivationRanges(
+            torch.where(unseen, self.low[-1], self.low), torch.where(unseen, self.high[-1], self.high)
+        )
 
 
-def ranges(pipeline: Pipeline, names: list[str], buckets: int, n: int, seed: int) -> dict[str, Ranges]:
+def calibrate_ranges(
+    pipeline: Pipeline, names: list[str], buckets: int, n: int, seed: int
+) -> dict[str, ActivationRanges]:
     """Ranges of the inputs of the denoiser's layers `names` while n images of the seed are drawn by its sampler."""
-    denoiser, clock = pipeline.models.denoiser, Clock(buckets)
-    found = {name: Ranges.none(buckets) for name in names}
+    denoiser, time_bucket = pipeline.models.denoiser, TimeBucket(buckets)
+    found = {name: ActivationRanges.empty(buckets) for name in names}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            found[name].see(inputs[0], clock.bucket)
+            found[name].widen(inputs[0], time_bucket.bucket)
 
         return look
 
-    hooks = [denoiser.refiner.register_forward_pre_hook(clock.tell)]
+    hooks = [denoiser.refiner.register_forward_pre_hook(time_bucket.observe)]
     hooks += [denoiser.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
         pipeline.generate(n, seed)

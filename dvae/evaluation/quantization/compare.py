@@ -1,4 +1,4 @@
-"""The gate: a quantized bundle beside its original, and whether it may be called faster."""
+"""Compare a quantized bundle with its original, and decide whether it may be called faster."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from dvae.config.schema import EvaluateConfig, ModelConfig, Precision
-from dvae.data.shards.reader import spread
+from dvae.data.shards.reader import evenly_spaced
+from dvae.evaluation.quantization.quantize_settings import QuantizeConfig
 from dvae.inference.batching import CHUNK
 from dvae.inference.pipeline import Pipeline
 from dvae.inference.run_images import open_split
 from dvae.models import bundle
 from dvae.models.quantization import layer_plan
 from dvae.tracking.console import Progress
-
-if TYPE_CHECKING:
-    from dvae.evaluation.quantization.quantize_bundle import QuantizeConfig
 
 Real = tuple[torch.Tensor, torch.Tensor]
 """Training and held-out images (n, C, H, W), uint8."""
@@ -30,11 +28,13 @@ Real = tuple[torch.Tensor, torch.Tensor]
 def real_images(run: str, shards: str, config: ModelConfig, n: int) -> Real:
     """Images of the reference and for the floor. Raises UserError where there are none, or others than the run's."""
     train, heldout = (open_split(run, config, split, shards) for split in ("train", "heldout"))
-    return train.read(spread(len(train), EvaluateConfig().n_reference)), heldout.read(spread(len(heldout), n))
+    return train.read(evenly_spaced(len(train), EvaluateConfig().n_reference)), heldout.read(
+        evenly_spaced(len(heldout), n)
+    )
 
 
 def measure(original: Pipeline, quantized: Pipeline, real: Real | None, settings: QuantizeConfig) -> dict[str, Any]:
-    """Speed and KID of both, and the verdict; both compute in bf16 for it."""
+    """Measure speed and KID of both bundles, and summarize; both compute in bf16 for it."""
     for pipeline in (original, quantized):
         pipeline.config.precision = Precision.bf16
     found: dict[str, Any] = {}
@@ -42,21 +42,21 @@ def measure(original: Pipeline, quantized: Pipeline, real: Real | None, settings
         found["speed"] = speed(original, quantized, settings.rounds, settings.seed)
     if real is not None:
         found["kid"] = kid(original, quantized, real, settings)
-    return found | verdict(found, settings.budget)
+    return found | summary(found, settings.budget)
 
 
 def sizes(source: Path, out: Path, original: Pipeline, quantized: Pipeline) -> dict[str, Any]:
     """Bytes of bundles on disk, of their networks (all but the prior's figures), and of weights in memory."""
 
     def on_disk(folder: Path) -> int:
-        files = (folder / name for name in (bundle.WEIGHTS, bundle.CONFIG, bundle.ABOUT, layer_plan.FILE))
+        files = (folder / name for name in (bundle.WEIGHTS, bundle.CONFIG, bundle.INFO, layer_plan.FILE))
         return sum(file.stat().st_size for file in files if file.is_file())
 
     prior = sum(tensor.nbytes for tensor in original.models.prior.state_dict().values())
     pairs = {
         "disk": (on_disk(source), on_disk(out)),
         "networks_on_disk": (on_disk(source) - prior, on_disk(out) - prior),
-        "memory": (layer_plan.memory(original.models), layer_plan.memory(quantized.models)),
+        "memory": (layer_plan.memory_bytes(original.models), layer_plan.memory_bytes(quantized.models)),
     }
     return {name: {"original": a, "quantized": b, "ratio": round(b / a, 4)} for name, (a, b) in pairs.items()}
 
@@ -121,7 +121,7 @@ def kid(original: Pipeline, quantized: Pipeline, real: Real, settings: QuantizeC
     }
 
 
-def verdict(found: dict[str, Any], budget: float) -> dict[str, Any]:
+def summary(found: dict[str, Any], budget: float) -> dict[str, Any]:
     """{"faster": whether the bundle may be offered for speed, "why": a plain line}.
 
     It may where at least three turns of four were faster than the original, and KID less its floor grew by no more

@@ -1,111 +1,54 @@
-"""What tools/quantize.py does: a bundle of fewer bytes, then the gate."""
+"""What tools/quantize.py does: write a bundle of fewer bytes, then compare it with the original."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
-
-from dvae.errors import UserError
 from dvae.evaluation.quantization import calibrate, compare
+from dvae.evaluation.quantization.quantize_settings import QuantizeConfig, check_settings
 from dvae.inference import pipeline as pipelines
-from dvae.models import bundle
-from dvae.models.quantization import integer, layer_plan
-from dvae.models.quantization.layer_plan import Method, Plan
+from dvae.models import bundle, bundle_export
+from dvae.models.quantization import layer_plan
+from dvae.models.quantization.layer_plan import QuantizationPlan
 
 
-@dataclass(kw_only=True, slots=True)
-class QuantizeConfig:
-    """What tools/quantize.py takes."""
-
-    run: str = MISSING
-    """A run folder or a bundle."""
-    method: Method = MISSING
-    """int8_weights | int8 | int4_weights."""
-    out: str = MISSING
-    """Folder of the quantized bundle; it must not be there yet."""
-    group: int = 32
-    """For int4_weights: inputs that share a scale; even."""
-    buckets: int = 4
-    """For int8: parts of the time with scales of activations of their own."""
-    calibration: int = 64
-    """For int8: images that are drawn to see the range of every activation."""
-    seed: int = 0
-    """Seed of these images, and the first of those that are compared."""
-    rounds: int = 5
-    """Rounds in which original and quantized draw 16 images each, for their speed (0: it is not measured)."""
-    n: int = 0
-    """Images per seed whose KID is compared (0: it is not measured); needs shards and the extra `metrics`."""
-    seeds: int = 3
-    """Number of such seeds."""
-    steps: int = 0
-    """Steps of the sampler while images are compared (0: the run's own)."""
-    shards: str = ""
-    """Real images for KID (empty: the shards that the run was trained on)."""
-    kid_subset_size: int = 100
-    """Images per subset of KID."""
-    budget: float = 0.05
-    """Share by which KID may grow, both less the floor of real images, for a bundle that is offered for speed."""
-    plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
-
-
-ConfigStore.instance().store(name="quantize_schema", node=QuantizeConfig, provider="dvae")
-
-
-def quantize(settings: QuantizeConfig) -> Plan:
+def quantize(settings: QuantizeConfig) -> QuantizationPlan:
     """Write the quantized bundle, measure it beside the original, and enter the figures; returns its plan.
 
     Raises UserError for settings that cannot work, before anything is written.
     """
-    _check(settings)
-    source, out = bundle.folder_of(settings.run), Path(settings.out)
-    about, config = bundle.verified(source)
-    bundle.refuse_quantized(f"run={settings.run}", about)
+    check_settings(settings)
+    source, out = bundle.find_bundle(settings.run), Path(settings.out)
+    info, config = bundle.read_verified(source)
+    bundle.refuse_quantized(f"run={settings.run}", info)
     real = (
         compare.real_images(settings.run, settings.shards, config, settings.n * settings.seeds) if settings.n else None
     )
-    made = write(settings, source, out)
+    plan = write_quantized(settings, source, out)
     original, quantized = pipelines.load(source, device="cpu"), pipelines.load(out, device="cpu")
-    made.measured = compare.measure(original, quantized, real, settings)
+    plan.measured = compare.measure(original, quantized, real, settings)
     for _ in range(2):  # the second time with the bytes that these figures take themselves
-        made.measured["bytes"] = compare.sizes(source, out, original, quantized)
-        layer_plan.write(out, made)
-        bundle.update_hash(out, layer_plan.FILE)
-    return made
+        plan.measured["bytes"] = compare.sizes(source, out, original, quantized)
+        layer_plan.write_plan(out, plan)
+        bundle_export.update_hash(out, layer_plan.FILE)
+    return plan
 
 
-def write(settings: QuantizeConfig, source: Path, out: Path) -> Plan:
+def write_quantized(settings: QuantizeConfig, source: Path, out: Path) -> QuantizationPlan:
     """Quantize the bundle `source` into the folder `out`, without figures."""
     pipeline = pipelines.load(source, device="cpu")
     models = pipeline.models
-    made = layer_plan.make(models, settings.method, settings.group, settings.buckets)
-    names = made.layers["denoiser"].get("integer", [])
-    seen = calibrate.ranges(pipeline, names, settings.buckets, settings.calibration, settings.seed) if names else {}
-    layer_plan.replace_layers(models, made, str(source))
+    plan = layer_plan.make_plan(models, settings.method, settings.group, settings.buckets)
+    names = plan.layers["denoiser"].get("integer", [])
+    seen = (
+        calibrate.calibrate_ranges(pipeline, names, settings.buckets, settings.calibration, settings.seed)
+        if names
+        else {}
+    )
+    layer_plan.replace_layers(models, plan, str(source))
     for name, range_ in seen.items():
         layer: Any = models.denoiser.get_submodule(name)
         layer.calibrate(range_.low, range_.high)
-    bundle.export(out, pipeline.config, layer_plan.parts_to_save(models), made)
-    return made
-
-
-def _check(settings: QuantizeConfig) -> None:
-    """Raise UserError for words out of range, and for a method that this machine has not."""
-    least = {"buckets": 1, "calibration": 1, "rounds": 0, "n": 0, "seeds": 1, "steps": 0, "kid_subset_size": 2}
-    for name, low in least.items():
-        if getattr(settings, name) < low:
-            raise UserError(f"{name}={getattr(settings, name)}: use {low} or more")
-    if settings.group < 2 or settings.group % 2:
-        raise UserError(f"group={settings.group}: use an even number, 32 or 64")
-    if settings.n and settings.kid_subset_size > settings.n:
-        raise UserError(f"kid_subset_size={settings.kid_subset_size} is more than n={settings.n}: use a smaller subset")
-    if not settings.budget >= 0:
-        raise UserError(f"budget={settings.budget:g}: use 0 or more")
-    if Path(settings.out).exists():
-        raise UserError(f"out={settings.out} is there already: name a folder that is not")
-    if settings.method is Method.int8:
-        integer.check_machine()
+    bundle_export.export(out, pipeline.config, layer_plan.parts_to_save(models), plan)
+    return plan

@@ -116,7 +116,7 @@ def rows(
 def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
     """Operations of a step, counted as the planner does."""
     config = compose_recipe([f"recipe={settings.recipe}", word])
-    one = passes.refiner_pass(components.on_meta(config), encodes=True, decodes=True)
+    one = passes.refiner_pass(components.build_models_on_meta(config), encodes=True, decodes=True)
     found = counting.count_pass(one, settings.batch, config.train_refiner.precision is Precision.bf16)
     return found.frozen + found.trained
 
@@ -124,7 +124,7 @@ def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
 def a_step(settings: PlannerBenchConfig, word: str) -> Callable[[], object]:
     """A step of a refiner as training has it, on noise."""
     config = compose_recipe([f"recipe={settings.recipe}", word, f"train_refiner.batch={settings.batch}"])
-    made, training = components.build(config), config.train_refiner
+    made, training = components.build_models(config), config.train_refiner
     latents = Encoded(made.encoder)
     stage = RefinerStage(made.encoder, made.denoiser, latents, training, config.seed, torch.device("cpu"))
     engine, keys = Engine(made.denoiser, training), torch.arange(settings.batch)

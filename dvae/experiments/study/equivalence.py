@@ -34,7 +34,7 @@ class ImageDifference:
 
 def compare_formulations(run: Path, steps: int, seed: int) -> ImageDifference:
     """Draw the same images by both formulations. Raises UserError where the run is not of formulation 1."""
-    config, made = bundle.load(bundle.folder_of(run))
+    config, made = bundle.load(bundle.find_bundle(run))
     if config.denoiser.center is not Center.none or not config.denoiser.condition_image:
         raise UserError(f"run={run} is not of formulation 1: it needs denoiser.center=none, condition_image=true")
     config = replace(config, precision=Precision.fp32)
@@ -49,10 +49,10 @@ def compare_formulations(run: Path, steps: int, seed: int) -> ImageDifference:
 def formulation_2(config: ModelConfig, made: components.Models) -> tuple[ModelConfig, components.Models]:
     """The same refiner in the other coordinates."""
     other = replace(config, denoiser=replace(config.denoiser, center=Center.input))
-    built = components.build(other)
-    for part, module in made.trained().items():
-        built.trained()[part].load_state_dict(module.state_dict())
-        built.trained()[part].eval().requires_grad_(False)
+    built = components.build_models(other)
+    for part, module in made.trained_parts().items():
+        built.trained_parts()[part].load_state_dict(module.state_dict())
+        built.trained_parts()[part].eval().requires_grad_(False)
     first = first_convolution(built.denoiser.refiner)
     seen = first.in_channels // 2
     with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dvae.config.schema import STAGES
-from dvae.data.shards.reader import Shards, spread
+from dvae.data.shards.reader import Shards, evenly_spaced
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.results import read_result
 from dvae.evaluation.scorer import score
@@ -155,7 +155,7 @@ def read_point(path: Path, arm: str) -> dict[str, Any]:
 def read_images(place: Path, split: str, most: int) -> torch.Tensor:
     """Up to `most` images of a split, (n, C, H, W) uint8: the same for all points."""
     images = Shards(place, split)
-    return images.read(spread(len(images), most))
+    return images.read(evenly_spaced(len(images), most))
 
 
 def generate_set(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.Tensor, float, dict[str, Any]]:

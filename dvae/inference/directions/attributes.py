@@ -104,13 +104,15 @@ def train(
 
     def draw(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         images = shards.read(indices)
-        return images, codes[torch.from_numpy(shards.shown(indices))]
+        return images, codes[torch.from_numpy(shards.substituted(indices))]
 
     def loss(network: nn.Module, x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         heads = network(x).split(attributes.sizes, 1)
         return sum((F.cross_entropy(head, known[:, i]) for i, head in enumerate(heads)), x.new_zeros(()))
 
-    network = recognizer.learn(draw, len(shards), sum(attributes.sizes), loss, steps=steps, batch=batch, seed=seed)
+    network = recognizer.fit_network(
+        draw, len(shards), sum(attributes.sizes), loss, steps=steps, batch=batch, seed=seed
+    )
     images, truth = pictured(heldout, attributes)
     right = read(network, images, attributes.sizes) == truth
     chance = [float(torch.bincount(truth[:, i]).max()) / len(truth) for i in range(truth.shape[1])]
@@ -121,4 +123,4 @@ def pictured(shards: Shards, attributes: Attributes, n: int | None = None) -> tu
     """The first n images (None: all) of a split, (n, C, H, W) uint8, and the codes of what they show, (n, A)."""
     indices = np.arange(len(shards) if n is None else n)
     images = shards.read(indices)
-    return images, attributes.codes(shards)[torch.from_numpy(shards.shown(indices))]
+    return images, attributes.codes(shards)[torch.from_numpy(shards.substituted(indices))]

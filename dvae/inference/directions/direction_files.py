@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from dvae.errors import MachineError, UserError, fold, suggest
 from dvae.inference.directions.direction import Direction, Method
 from dvae.inference.directions.label_regression import LabelModel
-from dvae.models import bundle
+from dvae.models import bundle, bundle_export
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
@@ -58,7 +58,7 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
     Those that were found for other weights of the encoder are thrown away. Raises UserError for numbers that are not
     finite, MachineError if the disk is full; then nothing is written.
     """
-    place, new = bundle.folder_of(folder), list(directions)
+    place, new = bundle.find_bundle(folder), list(directions)
     own, methods = encoder_hash(place), {one.method for one in new}
     old = _usable(place, own)
     every = [one for one in old if one.method not in methods] + new
@@ -75,7 +75,7 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
         atomic_files.write_file(place / FILE, lambda aside: save_file(tensors, aside, header))
     except SafetensorError as error:
         raise MachineError(f"{place / FILE} could not be written ({fold(error)}): make room") from None
-    bundle.update_hash(place, FILE)
+    bundle_export.update_hash(place, FILE)
     return place / FILE
 
 
@@ -84,7 +84,7 @@ def load_all(folder: str | Path) -> dict[str, Direction]:
 
     Raises UserError where they were found for other weights of the encoder, or the file is not readable.
     """
-    place = bundle.folder_of(folder)
+    place = bundle.find_bundle(folder)
     if _stale(place, encoder_hash(place)):
         raise UserError(
             f"{place / FILE} was found for other weights of the encoder: find its directions again, with "
@@ -157,7 +157,7 @@ def _read(place: Path) -> dict[str, Direction]:
     path = place / FILE
     if not path.is_file():
         return {}
-    bundle.verify_file(place, bundle.read_about(place), FILE)
+    bundle.verify_file(place, bundle.read_info(place), FILE)
     tensors, header = load_weights(path), _header(path)
     model = _label_model(tensors, header, path)
     return {name: _direction(name, told, tensors, model, path) for name, told in header.directions.items()}

@@ -49,7 +49,7 @@ def find(settings: DirectionsConfig) -> Found:
     for method in settings.find:
         if method is Method.labels:
             assert attributes is not None
-            codes = attributes.codes(shards)[torch.from_numpy(shards.shown(indices))]
+            codes = attributes.codes(shards)[torch.from_numpy(shards.substituted(indices))]
             new, skipped = finders.from_labels(z, codes, attributes, wanted)
             skipped = attributes.skipped | skipped
         elif method is Method.pca:
@@ -73,7 +73,7 @@ def of_jacobian(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) 
 def load(settings: DirectionsConfig) -> pipelines.Pipeline:
     """The run. Raises UserError where it has no latent space to find directions in."""
     pipeline = pipelines.load(settings.run, settings.batch)
-    if pipeline.config.draws_points or "encoder" not in pipeline.models.trained():
+    if pipeline.config.draws_points or "encoder" not in pipeline.models.trained_parts():
         raise UserError(f"run={settings.run} has no encoder, so no latent to find directions of: use a run with one")
     return pipeline
 
@@ -88,4 +88,4 @@ def chosen(words: list[str], known: list[str], name: str) -> list[str]:
 
 def listed(settings: DirectionsConfig) -> list[Direction]:
     """The directions that the run has."""
-    return list(direction_files.load_all(bundle.folder_of(settings.run)).values())
+    return list(direction_files.load_all(bundle.find_bundle(settings.run)).values())

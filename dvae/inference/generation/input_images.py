@@ -80,7 +80,7 @@ class FromShards(Inputs):
         return self.shards.read([number])[0].permute(1, 2, 0).numpy()
 
     def label(self, number: int) -> str | None:
-        value = self.shards.about(number)["labels"].get(self.config.label)
+        value = self.shards.info(number)["labels"].get(self.config.label)
         return None if value is None or not self.config.classes else str(value)
 
 

@@ -50,7 +50,7 @@ class GenerationTask(ABC):
             self.pipeline.class_number(settings.label)
         self.picture = settings.out.lower().endswith(".png")
         """Whether the result is to be looked at, and so shows more than what was drawn."""
-        generates = self.pipeline.models.generates
+        generates = self.pipeline.models.has_generator
         if settings.vae and not generates:
             raise UserError(f"vae=true: run={settings.run} draws nothing before refinement: use vae=false")
         self.vae: bool = generates and self.picture if settings.vae is None else settings.vae
@@ -93,7 +93,7 @@ class GenerationTask(ABC):
         )  # fmt: skip
         sampler = {f"sampler.{key}": plain(value) for key, value in asdict(self.pipeline.sampler.config).items()}
         asked = {name: plain(getattr(self.settings, name)) for name in (*names, *self.decide)}
-        return bundle.hashes(self.settings.run) | {"vae": self.vae} | asked | sampler
+        return bundle.read_hashes(self.settings.run) | {"vae": self.vae} | asked | sampler
 
     @abstractmethod
     def draw(self, numbers: range) -> dict[str, np.ndarray]:

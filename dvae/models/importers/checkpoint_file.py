@@ -16,7 +16,7 @@ import torch
 from dvae.errors import UserError
 from dvae.models.importers import unpickle
 from dvae.models.importers.quoting import quoted
-from dvae.models.importers.unpickle import Foreign, Storage, TensorRef
+from dvae.models.importers.unpickle import InertObject, TensorRef, TensorStorage
 from dvae.utils.read import DamagedFile, require_regular
 
 LARGEST_PICKLE = 32 * 2**20
@@ -36,7 +36,7 @@ CHUNK = 2**20
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor of a checkpoint that is read when it is asked for."""
 
     checkpoint: Checkpoint
@@ -187,7 +187,7 @@ class Checkpoint:
             raise damaged
         return start
 
-    def check_storage(self, storage: Storage) -> None:
+    def check_storage(self, storage: TensorStorage) -> None:
         """Raise UserError if the record of a storage is missing, damaged, or has another size than it should."""
         self._find(f"data/{storage.key}", storage.numel * storage.dtype.itemsize, exactly=True)
 
@@ -206,7 +206,7 @@ class Checkpoint:
             raise UserError(f"{self.path}: {quoted(name)} holds NaN or infinity: the training had failed by then")
         return value if value.dtype == torch.float64 else value.float()
 
-    def state(self) -> dict[str, Stored]:
+    def state(self) -> dict[str, StoredTensor]:
         """The tensors of "state_dict". Raises UserError if there is none, as in no checkpoint of Lightning."""
         state = self.contents.get("state_dict") if isinstance(self.contents, dict) else None
         if not isinstance(state, dict) or not state:
@@ -227,11 +227,11 @@ class Checkpoint:
                     f"{self.path}: {quoted(name)} is empty or reaches beyond its record: the file is damaged, copy it "
                     "again"
                 )
-        return {name: Stored(self, name, ref) for name, ref in state.items()}
+        return {name: StoredTensor(self, name, ref) for name, ref in state.items()}
 
     def settings(self) -> dict[Any, Any]:
         """The plain entries of "hyper_parameters", Lightning's own mapping or a dict; {} if there are none."""
         found = self.contents.get("hyper_parameters") if isinstance(self.contents, dict) else None
-        if isinstance(found, Foreign):
+        if isinstance(found, InertObject):
             found = found.items or found.state
         return found if isinstance(found, dict) else {}

@@ -15,22 +15,22 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from dvae.config import compose as configuration
 from dvae.config.schema import RunConfig
 from dvae.errors import UserError, fold
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 from dvae.models.importers import diffusevae_layout as diffusevae
 from dvae.models.importers import psld_layout as psld
-from dvae.models.importers.checkpoint_file import Checkpoint, Stored
-from dvae.models.importers.found import Found, check_numbers
+from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.layout_match import LayoutMatch, check_numbers
 from dvae.utils.weights import check_weights
 
 
-class Layout(Enum):
+class CheckpointLayout(Enum):
     """Whose code wrote the checkpoint."""
 
     diffusevae = "diffusevae"
     psld = "psld"
 
 
-class Weights(Enum):
+class CheckpointWeights(Enum):
     """Which of the weights are taken."""
 
     ema = "ema"
@@ -43,13 +43,13 @@ class Weights(Enum):
 class ConvertConfig(RunConfig):
     """What tools/convert.py takes: a run's settings, and where to convert from and to."""
 
-    layout: Layout = MISSING
+    layout: CheckpointLayout = MISSING
     """`from=` on the command line (a word of Python, so no field can have that name)."""
     ckpt: str = MISSING
     """The checkpoint file of the refiner."""
     vae: str = ""
     """A checkpoint file of the VAE (empty: the VAE that the refiner's has in it)."""
-    weights: Weights = Weights.ema
+    weights: CheckpointWeights = CheckpointWeights.ema
     """ema or online."""
     out: str = MISSING
     """The bundle: a folder that does not exist yet."""
@@ -59,7 +59,7 @@ ConfigStore.instance().store(name="convert_schema", node=ConvertConfig, provider
 LONGEST_SETTING = 200
 """Characters of a setting in what a user is told."""
 OWN = {"layout", "ckpt", "vae", "weights", "out"}
-READERS = {Layout.diffusevae: diffusevae.read, Layout.psld: psld.read}
+READERS = {CheckpointLayout.diffusevae: diffusevae.read, CheckpointLayout.psld: psld.read}
 
 
 def compose(words: list[str]) -> DictConfig:
@@ -88,18 +88,18 @@ def convert(config: DictConfig) -> list[str]:
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(Path(config.ckpt)))
         vae = stack.enter_context(Checkpoint(Path(config.vae))) if config.vae else None
-        found = READERS[config.layout](checkpoint, vae, config.weights is Weights.ema, recipe)
-        settled, changes = _settle(recipe, found)
+        match = READERS[config.layout](checkpoint, vae, config.weights is CheckpointWeights.ema, recipe)
+        settled, changes = _settle(recipe, match)
         typed = configuration.typed(OmegaConf.create(settled))
-        _check(typed, found, checkpoint.path)
-        lines = _say(config, settled, found, changes)
+        _check(typed, match, checkpoint.path)
+        lines = _say(config, settled, match, changes)
         if config.dry_run:
             return [*lines, "dry run: nothing was written"]
-        for held in found.parts.values():
+        for held in match.parts.values():
             check_numbers(held)
-        parts = {part: _load(held) for part, held in found.parts.items()}
+        parts = {part: _load(held) for part, held in match.parts.items()}
     parts["denoiser"] = _as_denoiser(parts["denoiser"], torch.tensor(1.0))
-    bundle.export(out, typed, parts)
+    bundle_export.export(out, typed, parts)
     return [*lines, f"{out}: written, a bundle for tools/sample.py run={out}"]
 
 
@@ -115,12 +115,12 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return kept | {"classifier": None, "classes": [], "stages": stages, "dry_run": False}
 
 
-def _settle(recipe: dict[str, Any], found: Found) -> tuple[dict[str, Any], list[str]]:
+def _settle(recipe: dict[str, Any], match: LayoutMatch) -> tuple[dict[str, Any], list[str]]:
     """The recipe's config with what was found in its place, and the changes in words.
 
     Raises UserError where the recipe lacks a component that the layout needs.
     """
-    for kind, name in found.needs.items():
+    for kind, name in match.needs.items():
         if recipe[kind]["name"] != name:
             raise UserError(
                 f"the checkpoint needs {kind}={name}, the recipe has {recipe[kind]['name']}: choose another recipe, or "
@@ -130,11 +130,11 @@ def _settle(recipe: dict[str, Any], found: Found) -> tuple[dict[str, Any], list[
     settled["data"]["label"] = ""
     settled["denoiser"]["condition_label"] = False
     changes = []
-    for kind, component in found.components.items():
+    for kind, component in match.components.items():
         if component["name"] != recipe[kind]["name"]:
             changes.append(f"{kind} {recipe[kind]['name']} -> {component['name']}")
         settled[kind] = component
-    for dotted, value in found.fields.items():
+    for dotted, value in match.fields.items():
         *kinds, name = dotted.split(".")
         node = settled[kinds[0]] if kinds else settled
         if node.get(name) != value:
@@ -143,21 +143,21 @@ def _settle(recipe: dict[str, Any], found: Found) -> tuple[dict[str, Any], list[
     return settled, changes
 
 
-def _check(config: RunConfig, found: Found, path: Path) -> None:
+def _check(config: RunConfig, match: LayoutMatch, path: Path) -> None:
     """Refuse tensors that are missing, surplus or of another shape, before any is read."""
     try:
-        made = components.on_meta(config).trained()
+        made = components.build_models_on_meta(config).trained_parts()
     except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
         # the shapes are a stranger's: layers made for them may fail in any way
         raise UserError(f"{path}: its tensors describe no network of dvae ({fold(error)[:200]})") from None
-    for part, held in found.parts.items():
+    for part, held in match.parts.items():
         shapes = {name: torch.empty(value.shape, device="meta") for name, value in held.items()}
         if part == "denoiser":
             shapes = _as_denoiser(shapes, torch.empty((), device="meta"))
         check_weights(made[part], shapes, f"{path} ({part})")
 
 
-def _load(held: dict[str, Stored]) -> dict[str, torch.Tensor]:
+def _load(held: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """The tensors, fp32."""
     return {name: value.load().float() for name, value in held.items()}
 
@@ -167,19 +167,19 @@ def _as_denoiser(refiner: dict[str, torch.Tensor], data_scale: torch.Tensor) -> 
     return {f"refiner.{name}": value for name, value in refiner.items()} | {"data_scale": data_scale}
 
 
-def _say(config: DictConfig, settled: dict[str, Any], found: Found, changes: list[str]) -> list[str]:
+def _say(config: DictConfig, settled: dict[str, Any], match: LayoutMatch, changes: list[str]) -> list[str]:
     """What was read, what of the recipe was changed for it, and what no file tells."""
-    count = sum(len(held) for held in found.parts.values())
-    told = " ".join(f"{name}={_short(value)}" for name, value in found.fields.items())
+    count = sum(len(held) for held in match.parts.values())
+    told = " ".join(f"{name}={_short(value)}" for name, value in match.fields.items())
     lines = [
         f"{config.ckpt}: {config.layout.value}, {config.weights.value} weights, {count} tensors in "
-        f"{' and '.join(found.parts)}",
+        f"{' and '.join(match.parts)}",
         f"known from its tensors, or the same in all such files: {told}",
         f"changed in recipe={config.recipe} for it: {'; '.join(changes) or 'nothing'}",
         "in no tensor, so as the recipe says:",
     ]
     made = OmegaConf.create(settled)
-    for dotted, harm in found.unknown.items():
+    for dotted, harm in match.unknown.items():
         value = OmegaConf.select(made, dotted)
         lines.append(f"  {dotted}={_short(value)} (if wrong: {harm})")
     return lines

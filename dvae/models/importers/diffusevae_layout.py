@@ -14,8 +14,16 @@ import torch
 
 from dvae.errors import UserError
 from dvae.layers.norms import default_groups
-from dvae.models.importers.checkpoint_file import Checkpoint, Stored
-from dvae.models.importers.found import Found, check_averaged, check_levels, index, network, shape, under
+from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.layout_match import (
+    LayoutMatch,
+    check_averaged,
+    check_levels,
+    layer_index,
+    network_tensors,
+    tensor_shape,
+    with_prefix,
+)
 from dvae.models.importers.quoting import quoted
 
 PREFIXES = {True: "target_network.decoder.", False: "online_network.decoder."}
@@ -29,67 +37,67 @@ MOST_STEPS = 100_000
 """Steps of a table of betas; published ones have 1000."""
 
 
-def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> Found:
+def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> LayoutMatch:
     """What a DDPM checkpoint holds, averaged or online weights; the VAE from `vae` where it is given.
 
     `config` is the recipe's. Raises UserError where the file is of another layout.
     """
     names = checkpoint.state()
-    if not any(name.startswith(tuple(PREFIXES.values())) for name in names) and under(names, "enc."):
+    if not any(name.startswith(tuple(PREFIXES.values())) for name in names) and with_prefix(names, "enc."):
         raise UserError(
             f"{checkpoint.path}: holds the VAE alone: give the DDPM checkpoint as ckpt= (it has the VAE in it), and "
             "this one, if at all, as vae="
         )
-    net = network(checkpoint, PREFIXES, ema, OTHERS)
-    found = Found(needs={"refiner": "unet", "process": "vp"}, parts={"denoiser": net})
-    found.components["prior"] = {"name": "normal"}
-    found.fields |= _unet(checkpoint, net, config["image_size"])
+    net = network_tensors(checkpoint, PREFIXES, ema, OTHERS)
+    match = LayoutMatch(needs={"refiner": "unet", "process": "vp"}, parts={"denoiser": net})
+    match.components["prior"] = {"name": "normal"}
+    match.fields |= _unet(checkpoint, net, config["image_size"])
     if ema:
         check_averaged(net["out.2.weight"])
-    found.components["schedule"] = _schedule(checkpoint, names)
-    found.fields |= {"denoiser.prediction": "eps", "denoiser.mixed": False, "denoiser.data_scale": 1.0}
-    found.fields |= {"denoiser.space": "pixel", "denoiser.pca_components": 0}
+    match.components["schedule"] = _schedule(checkpoint, names)
+    match.fields |= {"denoiser.prediction": "eps", "denoiser.mixed": False, "denoiser.data_scale": 1.0}
+    match.fields |= {"denoiser.space": "pixel", "denoiser.pca_components": 0}
     # only formulation 2 has a third coefficient in the posterior mean
     form2 = "online_network.post_coeff_3" in names
-    found.fields["denoiser.center"] = "input" if form2 else "none"
-    found.unknown = {
+    match.fields["denoiser.center"] = "input" if form2 else "none"
+    match.unknown = {
         "image_size": "wrong places for attention, worse images",
         "refiner.heads": "worse images; public configurations and scripts disagree on it",
         "denoiser.condition_dropout": "guidance refused, or without effect",
     }
-    _read_vae(found, checkpoint, vae, config)
-    return found
+    _read_vae(match, checkpoint, vae, config)
+    return match
 
 
-def _read_vae(found: Found, checkpoint: Checkpoint, vae: Checkpoint | None, config: dict[str, Any]) -> None:
-    """Add the VAE to `found`; none where the U-Net is unconditional."""
-    if not found.fields["denoiser.condition_image"]:
+def _read_vae(match: LayoutMatch, checkpoint: Checkpoint, vae: Checkpoint | None, config: dict[str, Any]) -> None:
+    """Add the VAE to `match`; none where the U-Net is unconditional."""
+    if not match.fields["denoiser.condition_image"]:
         if vae is not None:
             raise UserError(f"vae={vae.path}: the network of {checkpoint.path} is unconditional: leave vae= out")
-        found.components["encoder"] = {"name": "none"}
+        match.components["encoder"] = {"name": "none"}
         return
-    found.needs["encoder"] = "conv_vae"
-    source, state = (vae, vae.state()) if vae else (checkpoint, under(checkpoint.state(), "vae."))
+    match.needs["encoder"] = "conv_vae"
+    source, state = (vae, vae.state()) if vae else (checkpoint, with_prefix(checkpoint.state(), "vae."))
     if "enc.mu.weight" not in state:
         raise UserError(f"{source.path}: holds no VAE (no tensor enc.mu.weight): give its own checkpoint as vae=FILE")
-    found.parts["encoder"] = state
-    found.fields |= _vae(source, state)
-    check_levels(source, len(found.fields["encoder.channels"]), config["image_size"])
-    sides = _resolutions(source, found.fields)
+    match.parts["encoder"] = state
+    match.fields |= _vae(source, state)
+    check_levels(source, len(match.fields["encoder.channels"]), config["image_size"])
+    sides = _resolutions(source, match.fields)
     if sides:
-        found.fields["encoder.resolutions"] = sides
+        match.fields["encoder.resolutions"] = sides
         if sides[0] != config["image_size"]:
             raise UserError(
                 f"{source.path}: a VAE of {sides[0]} px, but the recipe has image_size={config['image_size']}"
             )
     else:
-        found.unknown["encoder.resolutions"] = "worse reconstructions"
+        match.unknown["encoder.resolutions"] = "worse reconstructions"
 
 
-def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> dict[str, Any]:
+def _unet(checkpoint: Checkpoint, net: dict[str, StoredTensor], image_size: int) -> dict[str, Any]:
     """Settings of the U-Net and of its conditions, from names and shapes."""
-    width, inputs, *_ = shape(checkpoint, net, "input_blocks.0.0.weight", 4)
-    channels = shape(checkpoint, net, "out.2.weight", 4)[0]
+    width, inputs, *_ = tensor_shape(checkpoint, net, "input_blocks.0.0.weight", 4)
+    channels = tensor_shape(checkpoint, net, "out.2.weight", 4)[0]
     levels: list[list[tuple[int, bool]]] = [[]]
     """Of each block of each level: its channels, and whether attention follows."""
     for n in count(1):
@@ -97,7 +105,7 @@ def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> di
         if f"{block}0.op.weight" in net:
             levels.append([])
         elif f"{block}0.in_layers.2.weight" in net:
-            outputs = shape(checkpoint, net, f"{block}0.in_layers.2.weight", 4)[0]
+            outputs = tensor_shape(checkpoint, net, f"{block}0.in_layers.2.weight", 4)[0]
             levels[-1].append((outputs, f"{block}1.qkv.weight" in net))
         else:
             break
@@ -111,7 +119,7 @@ def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> di
         raise UserError(
             f"{checkpoint.path}: its U-Net takes {inputs} channels for images of {channels}: unknown layout"
         )
-    first = shape(checkpoint, net, "input_blocks.1.0.emb_layers.1.weight", 2)[0]
+    first = tensor_shape(checkpoint, net, "input_blocks.1.0.emb_layers.1.weight", 2)[0]
     return {
         "channels": channels,
         "refiner.width": width,
@@ -127,9 +135,9 @@ def _unet(checkpoint: Checkpoint, net: dict[str, Stored], image_size: int) -> di
     }
 
 
-def _schedule(checkpoint: Checkpoint, names: dict[str, Stored]) -> dict[str, Any]:
+def _schedule(checkpoint: Checkpoint, names: dict[str, StoredTensor]) -> dict[str, Any]:
     """DDPM's table, from the buffer `betas`."""
-    (steps,) = shape(checkpoint, names, "online_network.betas", 1)
+    (steps,) = tensor_shape(checkpoint, names, "online_network.betas", 1)
     if steps > MOST_STEPS:
         raise UserError(
             f"{checkpoint.path}: its process has {steps} steps: no table of DDPM has more than {MOST_STEPS}"
@@ -141,24 +149,24 @@ def _schedule(checkpoint: Checkpoint, names: dict[str, Stored]) -> dict[str, Any
     return {"name": "ddpm_linear", "beta_start": start, "beta_end": end, "steps": len(betas)}
 
 
-def _vae(checkpoint: Checkpoint, state: dict[str, Stored]) -> dict[str, Any]:
+def _vae(checkpoint: Checkpoint, state: dict[str, StoredTensor]) -> dict[str, Any]:
     """Settings of the VAE, from names and shapes; `resolutions` appear in none."""
     encoder, decoder = _levels(checkpoint, state, "enc."), _levels(checkpoint, state, "dec.")
     return {
         "encoder.channels": [channels for channels, _ in encoder],
         "encoder.encoder_blocks": [blocks for _, blocks in encoder],
         "encoder.decoder_blocks": [blocks for _, blocks in reversed(decoder)],
-        "encoder.latent_dim": shape(checkpoint, state, "enc.mu.weight", 4)[0],
+        "encoder.latent_dim": tensor_shape(checkpoint, state, "enc.mu.weight", 4)[0],
         "encoder.patch": 1,
     }
 
 
-def _levels(checkpoint: Checkpoint, state: dict[str, Stored], half: str) -> list[tuple[int, int]]:
+def _levels(checkpoint: Checkpoint, state: dict[str, StoredTensor], half: str) -> list[tuple[int, int]]:
     """(channels, residual blocks) of each resolution of "enc." or "dec.", in the order of the file."""
-    modules: dict[int, Stored] = {}
+    modules: dict[int, StoredTensor] = {}
     for name, value in state.items():
         match = re.fullmatch(re.escape(half) + r"block_mod\.(\d+)\.(c1\.)?weight", name)
-        layer = index(match[1]) if match else None
+        layer = layer_index(match[1]) if match else None
         if layer is not None:
             modules[layer] = value
     levels: list[list[int]] = []
@@ -190,7 +198,7 @@ def _resolutions(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[int]:
         raise UserError(
             f"{checkpoint.path}: enc_block_str or dec_block_str in it has more than {LONGEST_BLOCKS} letters"
         )
-    found = (index(side) for side in re.findall(r"(?:^|,)(\d+)", encoder))
+    found = (layer_index(side) for side in re.findall(r"(?:^|,)(\d+)", encoder))
     sides = list(dict.fromkeys(side or 0 for side in found))
     down, up = fields["encoder.encoder_blocks"], fields["encoder.decoder_blocks"]
     if len(sides) == len(down) == len(up) and all(sides):
@@ -213,5 +221,5 @@ def _layers(blocks: str) -> Iterator[str]:
     """A block string, one entry per layer: "8x2,8d2" is 8, 8, 8d2."""
     for entry in blocks.split(","):
         side, repeated, number = entry.partition("x")
-        times = index(number) if repeated else None
+        times = layer_index(number) if repeated else None
         yield from [entry] if times is None else repeat(side, times)

@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvae.errors import UserError
-from dvae.models.importers.checkpoint_file import Checkpoint, Stored
-from dvae.models.importers.found import Found, check_averaged, check_levels, index, network, under
+from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.layout_match import (
+    LayoutMatch,
+    check_averaged,
+    check_levels,
+    layer_index,
+    network_tensors,
+    with_prefix,
+)
 from dvae.models.importers.quoting import quoted
 from dvae.registry.core import Shapes
 from dvae.registry.processes.base import PROCESSES
@@ -20,7 +27,7 @@ PREFIXES = {True: "ema_score_fn.", False: "score_fn."}
 
 
 @dataclass(frozen=True)
-class Module:
+class NcsnppModule:
     """One of `all_modules`: what it is, and its channels."""
 
     kind: str
@@ -29,20 +36,20 @@ class Module:
     outputs: int
 
 
-def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> Found:
+def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> LayoutMatch:
     """What a checkpoint of the score model holds, averaged or online weights. `config` is the recipe's.
 
     Raises UserError where the file is of another layout, or its network does not fit the recipe's process.
     """
     if vae is not None:
         raise UserError(f"vae={vae.path}: PSLD has no VAE: leave vae= out")
-    if under(checkpoint.state(), "clf_fn."):
+    if with_prefix(checkpoint.state(), "clf_fn."):
         raise UserError(f"{checkpoint.path}: holds a classifier: give the checkpoint of the score network")
-    net = network(checkpoint, PREFIXES, ema, ())
+    net = network_tensors(checkpoint, PREFIXES, ema, ())
     modules = _modules(checkpoint, net)
-    found = Found(needs={"refiner": "ncsnpp"}, parts={"denoiser": net})
-    found.components = {"encoder": {"name": "none"}, "prior": {"name": "normal"}}
-    found.fields = _settings(checkpoint, modules, config) | {
+    match = LayoutMatch(needs={"refiner": "ncsnpp"}, parts={"denoiser": net})
+    match.components = {"encoder": {"name": "none"}, "prior": {"name": "normal"}}
+    match.fields = _settings(checkpoint, modules, config) | {
         "refiner.patch": 1,
         "denoiser.prediction": "eps",
         "denoiser.mixed": False,
@@ -55,24 +62,24 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
     }
     if ema:
         check_averaged(net[f"all_modules.{len(modules) - 1}.weight"])
-    found.unknown = {
+    match.unknown = {
         "image_size": "wrong places for attention, worse images",
         "process": "bad images; its constants are in no tensor either",
         "schedule": "bad images; its constants are in no tensor either",
     }
     if _components(config) > 1:
-        found.unknown |= {"denoiser.matching": "worse images", "denoiser.factor": "bad images"}
-    if "refiner.fir" not in found.fields:
-        found.unknown["refiner.fir"] = "worse images; only a network with progressive input shows it"
-    return found
+        match.unknown |= {"denoiser.matching": "worse images", "denoiser.factor": "bad images"}
+    if "refiner.fir" not in match.fields:
+        match.unknown["refiner.fir"] = "worse images; only a network with progressive input shows it"
+    return match
 
 
-def _modules(checkpoint: Checkpoint, net: dict[str, Stored]) -> list[Module]:
+def _modules(checkpoint: Checkpoint, net: dict[str, StoredTensor]) -> list[NcsnppModule]:
     """all_modules, in order. Raises UserError on one that PSLD's NCSN++ does not have."""
     shapes: dict[int, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, value in net.items():
         number, _, inner = name.removeprefix("all_modules.").partition(".")
-        layer = index(number)
+        layer = layer_index(number)
         if not name.startswith("all_modules.") or layer is None:
             raise UserError(f"{checkpoint.path}: {quoted(value.name)} is no part of NCSN++: another layout")
         shapes[layer][inner] = value.shape
@@ -89,30 +96,30 @@ def _modules(checkpoint: Checkpoint, net: dict[str, Stored]) -> list[Module]:
     return modules
 
 
-def _module(shapes: dict[str, tuple[int, ...]]) -> Module | None:
+def _module(shapes: dict[str, tuple[int, ...]]) -> NcsnppModule | None:
     """The module that has tensors of these names and shapes."""
     match shapes:
         case {"GroupNorm_1.weight": _, "Conv_0.weight": (outputs, inputs, _, _)} if "NIN_0.W" not in shapes:
             resamples = "Conv_2.weight" in shapes and inputs == outputs
-            return Module("resample" if resamples else "block", inputs, outputs)
+            return NcsnppModule("resample" if resamples else "block", inputs, outputs)
         case {"GroupNorm_0.weight": _, "NIN_0.W": (inputs, outputs)}:
-            return Module("attention", inputs, outputs)
+            return NcsnppModule("attention", inputs, outputs)
         case {"Conv2d_0.weight": (outputs, inputs, _, _)}:
-            return Module("fir pyramid", inputs, outputs)
+            return NcsnppModule("fir pyramid", inputs, outputs)
         case {"Conv_0.weight": (outputs, inputs, _, _), "Conv_0.bias": _} if len(shapes) == 2:
-            return Module("pyramid", inputs, outputs)
+            return NcsnppModule("pyramid", inputs, outputs)
         case {"weight": (outputs, inputs, _, _)}:
-            return Module("conv", inputs, outputs)
+            return NcsnppModule("conv", inputs, outputs)
         case {"weight": (outputs, inputs)}:
-            return Module("linear", inputs, outputs)
+            return NcsnppModule("linear", inputs, outputs)
         case {"weight": (channels,)}:
-            return Module("norm", channels, channels)
+            return NcsnppModule("norm", channels, channels)
         case {"W": (frequencies,)} if len(shapes) == 1:
-            return Module("fourier", 1, frequencies)
+            return NcsnppModule("fourier", 1, frequencies)
     return None
 
 
-def _settings(checkpoint: Checkpoint, modules: list[Module], config: dict[str, Any]) -> dict[str, Any]:
+def _settings(checkpoint: Checkpoint, modules: list[NcsnppModule], config: dict[str, Any]) -> dict[str, Any]:
     """Settings of the network, from its modules. Raises UserError where they are not in the order of NCSN++."""
     strange = UserError(f"{checkpoint.path}: its modules are not in the order of PSLD's NCSN++: another layout")
     fourier = bool(modules) and modules[0].kind == "fourier"

@@ -1,7 +1,7 @@
 """A pickle, read as data. Its instructions are followed one by one here, and none of them can import or call anything.
 
-Names of classes and functions become `Name`, objects of foreign classes become `Foreign`, tensors become `TensorRef`.
-Calls that make plain values become `Foreign` too; a call of anything else is refused by name (calls.py).
+Names of classes and functions become `PickledName`, objects of foreign classes `InertObject`, tensors `TensorRef`.
+Calls that make plain values become `InertObject` too; a call of anything else is refused by name (calls.py).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ LONGEST_KEY = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
+class PickledName:
     """A class or function that the pickle names: "os.system". It was not looked up."""
 
     path: str
 
 
 @dataclass(eq=False, slots=True)
-class Foreign:
+class InertObject:
     """An object of some class, which was not made: what the pickle gave for it."""
 
     kind: str
@@ -49,7 +49,7 @@ class Foreign:
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
+class TensorStorage:
     """A run of numbers in a record of its own."""
 
     dtype: torch.dtype
@@ -61,7 +61,7 @@ class Storage:
 class TensorRef:
     """Where a tensor lies in a storage; offset and stride in elements."""
 
-    storage: Storage
+    storage: TensorStorage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -112,7 +112,7 @@ def read(data: bytes, what: str) -> Any:
 
     Raises UserError if it is no whole pickle, is far too long, or calls something that is no part of a checkpoint.
     """
-    machine = _Machine(what)
+    machine = _PickleMachine(what)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
@@ -123,7 +123,7 @@ def read(data: bytes, what: str) -> Any:
     raise UserError(f"{what}: not a readable checkpoint (its pickle has no end): copy it again")
 
 
-class _Machine:
+class _PickleMachine:
     """Stack and memo of pickle's instructions (documented in pickletools)."""
 
     def __init__(self, what: str) -> None:
@@ -219,7 +219,7 @@ class _Machine:
 
     def _made(self, called: Any, arguments: Any, call: bool) -> Any:
         """What stands for the object that the pickle has made by `called`. Raises UserError on a foreign call."""
-        if not isinstance(called, Name) or not isinstance(arguments, tuple):
+        if not isinstance(called, PickledName) or not isinstance(arguments, tuple):
             raise ValueError("it calls what is no name")
         path = called.path
         if path in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
@@ -232,7 +232,7 @@ class _Machine:
             return arguments[0] if arguments else ()
         if call and not calls.is_data(path, arguments) and not _is_enum_member(path, arguments):
             raise UserError(f"{self.what}: {calls.refusal(path)}")
-        return Foreign(path)
+        return InertObject(path)
 
     def _mapping(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
         """An OrderedDict, from nothing or a list of pairs; a defaultdict's factory is dropped."""
@@ -246,27 +246,27 @@ class _Machine:
         return made
 
 
-def _name(module: object, attribute: object = "") -> Name:
+def _name(module: object, attribute: object = "") -> PickledName:
     """The name of a class or function."""
     if not isinstance(module, str) or not isinstance(attribute, str) or len(module) + len(attribute) > LONGEST_KEY:
         raise ValueError("it names a class by what is no name")
-    return Name(f"{module}.{attribute}")
+    return PickledName(f"{module}.{attribute}")
 
 
-def _storage(identity: Any) -> Storage:
+def _storage(identity: Any) -> TensorStorage:
     """The storage of a persistent id ("storage", class, key, device, number of elements)."""
     match identity:
-        case ("storage", Name(path), str(key), str(), int(numel)) if path.startswith("torch."):
+        case ("storage", PickledName(path), str(key), str(), int(numel)) if path.startswith("torch."):
             kind = path.rpartition(".")[2]
             if kind in STORAGES:
-                return Storage(STORAGES[kind], key, numel)
+                return TensorStorage(STORAGES[kind], key, numel)
     raise ValueError("it refers to a storage of an unknown kind")
 
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
     """The tensor of (storage, offset, shape, stride, ...)."""
     match arguments:
-        case (Storage() as storage, int(offset), tuple(shape), tuple(stride), *_):
+        case (TensorStorage() as storage, int(offset), tuple(shape), tuple(stride), *_):
             return TensorRef(storage, offset, shape, stride)
     raise ValueError("a tensor in it is not laid out as torch does")
 
@@ -274,13 +274,13 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
 def _is_enum_member(path: str, arguments: tuple[Any, ...]) -> bool:
     """Whether the call is getattr(class, name of a member)."""
     match arguments:
-        case (Name(owner), member):
+        case (PickledName(owner), member):
             return calls.is_enum_member(path, owner, member)
     return False
 
 
 def _set_state(target: Any, state: Any) -> None:
-    if isinstance(target, Foreign):
+    if isinstance(target, InertObject):
         target.state = state
     elif not isinstance(target, dict):  # attributes of an OrderedDict: versions of modules, nothing of use
         raise ValueError("it gives attributes to what has none")
@@ -289,13 +289,13 @@ def _set_state(target: Any, state: Any) -> None:
 def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
-    elif not isinstance(target, Foreign):  # what a foreign list holds is of no use
+    elif not isinstance(target, InertObject):  # what a foreign list holds is of no use
         raise ValueError("it appends to what is no list")
 
 
 def _set_items(target: Any, flat: list[Any]) -> None:
     """Enter [key, value, key, value, ...] into a mapping."""
-    entries = target.items if isinstance(target, Foreign) else target
+    entries = target.items if isinstance(target, InertObject) else target
     if not isinstance(entries, dict) or len(flat) % 2:
         raise ValueError("it sets items of what is no mapping")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
@@ -306,7 +306,7 @@ def _set_items(target: Any, flat: list[Any]) -> None:
 def _check_key(key: Any) -> None:
     """Raise ValueError for a key that can take very long to hash or to compare."""
     # no tuples: a nest of shared tuples takes exponential time to hash
-    if not isinstance(key, (str, bytes, int, float, Name, Foreign, type(None))):
+    if not isinstance(key, (str, bytes, int, float, PickledName, InertObject, type(None))):
         raise ValueError(f"a mapping in it has a {type(key).__name__} for a key")
     if isinstance(key, int) and abs(key) > LARGEST_KEY:
         raise ValueError("a mapping in it has a huge number for a key")

@@ -34,7 +34,7 @@ def to_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tenso
     The inputs of an output channel are those of all its pixels, one after the other. An even `group`.
     """
     rows = weight.detach().float().flatten(1)
-    group = group_of(rows.shape[1], group)
+    group = group_size(rows.shape[1], group)
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
     scales = _rounded_up(rows.abs().amax(2) / INT4)
     codes = (rows / scales.float()[:, :, None]).round().clamp(-INT4, INT4).flatten(1) + INT4
@@ -49,7 +49,7 @@ def from_int4(codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, dtyp
     return rows[:, : shape[1:].numel()].reshape(shape)
 
 
-def group_of(inputs: int, group: int) -> int:
+def group_size(inputs: int, group: int) -> int:
     """Inputs that share a scale in a layer of so many: `group`, or all of them where there are fewer."""
     return min(group, inputs + inputs % 2)
 

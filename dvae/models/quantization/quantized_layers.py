@@ -11,7 +11,7 @@ from torch import nn
 from dvae.models.quantization import codes
 
 
-class Store(Enum):
+class StorageFormat(Enum):
     """How a layer's weight lies in memory and in a bundle."""
 
     bf16 = "bf16"
@@ -21,7 +21,7 @@ class Store(Enum):
     int4 = "int4"
     """Two a byte, a scale per group of inputs."""
     integer = "integer"
-    """As int8; its inputs are made int8 too, and multiplied so (dvae/models/quantization/integer.py)."""
+    """As int8; its inputs are made int8 too, and multiplied so (dvae/models/quantization/integer_layer.py)."""
 
 
 def quantizable(layer: nn.Module) -> bool:
@@ -42,13 +42,13 @@ class StoredLayer(nn.Module):
     scales: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, store: Store, group: int) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, store: StorageFormat, group: int) -> None:
         super().__init__()
         self.store, self.shape = store, layer.weight.shape
         made: tuple[torch.Tensor, torch.Tensor | None] = (layer.weight.detach().to(torch.bfloat16), None)
-        if store is Store.int4:
+        if store is StorageFormat.int4:
             made = codes.to_int4(layer.weight, group)
-        elif store is not Store.bf16:
+        elif store is not StorageFormat.bf16:
             made = codes.to_int8(layer.weight)
         stored, scales = made
         if stored.ndim == 4:
@@ -67,7 +67,7 @@ class StoredLayer(nn.Module):
         """The weight as the layer had it, up to half a step, in `dtype`."""
         if self.scales is None:
             return self.codes.to(dtype)
-        if self.store is Store.int4:
+        if self.store is StorageFormat.int4:
             return codes.from_int4(self.codes, self.scales, self.shape, dtype)
         return codes.from_int8(self.codes, self.scales, dtype)
 

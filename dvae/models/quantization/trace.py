@@ -23,7 +23,7 @@ TIME_LAYERS = 2
 
 
 @dataclass(frozen=True)
-class Called:
+class CalledLayers:
     """Layers of a network that can be quantized, by name, in the order of their calls."""
 
     names: list[str]
@@ -31,7 +31,7 @@ class Called:
     """Those to keep in bf16."""
 
 
-def inputs_of(module: nn.Module, call: Callable[[], object]) -> dict[str, torch.Tensor]:
+def record_inputs(module: nn.Module, call: Callable[[], object]) -> dict[str, torch.Tensor]:
     """The first input of each quantizable layer that `call()` calls, in the order of their calls."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -53,18 +53,18 @@ def inputs_of(module: nn.Module, call: Callable[[], object]) -> dict[str, torch.
     return seen
 
 
-def of_encoder(encoder: Encoder, io: Shapes) -> Called:
+def trace_encoder(encoder: Encoder, io: Shapes) -> CalledLayers:
     """Of an encoder and its decoder; sensitive are their ends at the image: the first layer and the last."""
     x = torch.linspace(-1, 1, io.channels * io.image_size**2).view(1, io.channels, io.image_size, io.image_size)
-    down = list(inputs_of(encoder, lambda: encoder.encode(x)))
-    up = list(inputs_of(encoder, lambda: encoder.decode(torch.ones(1, *encoder.latent_shape))))
-    return Called(list(dict.fromkeys(down + up)), {*down[:1], *up[-1:]})
+    down = list(record_inputs(encoder, lambda: encoder.encode(x)))
+    up = list(record_inputs(encoder, lambda: encoder.decode(torch.ones(1, *encoder.latent_shape))))
+    return CalledLayers(list(dict.fromkeys(down + up)), {*down[:1], *up[-1:]})
 
 
 Network = Callable[[torch.Tensor, torch.Tensor, Condition], object]
 
 
-def of_network(module: nn.Module, network: Network, io: Shapes) -> Called:
+def trace_network(module: nn.Module, network: Network, io: Shapes) -> CalledLayers:
     """Of a network network(u, t_feature, condition), called as a refiner is; names are those in `module`."""
     draw = torch.Generator().manual_seed(0)
 
@@ -78,13 +78,13 @@ def of_network(module: nn.Module, network: Network, io: Shapes) -> Called:
         latent=normal(*io.latent) if io.condition_latent else None,
         label=torch.zeros(1, dtype=torch.long) if io.labels else None,
     )
-    first = inputs_of(module, lambda: network(u, t, condition))
-    other_u = inputs_of(module, lambda: network(u + 1.0, t, condition))
-    other_t = inputs_of(module, lambda: network(u, t + 100.0, condition))
+    first = record_inputs(module, lambda: network(u, t, condition))
+    other_u = record_inputs(module, lambda: network(u + 1.0, t, condition))
+    other_t = record_inputs(module, lambda: network(u, t + 100.0, condition))
     told = replace(condition, latent=None if condition.latent is None else condition.latent + 1.0)
     if condition.label is not None:
         told = replace(told, label=condition.label + 1)
-    other_condition = inputs_of(module, lambda: network(u, t, told))
+    other_condition = record_inputs(module, lambda: network(u, t, told))
 
     def differs(name: str, other: dict[str, torch.Tensor]) -> bool:
         return not torch.equal(first[name], other[name])
@@ -95,4 +95,4 @@ def of_network(module: nn.Module, network: Network, io: Shapes) -> Called:
         name for name in names
         if differs(name, other_t) and not differs(name, other_u) and not differs(name, other_condition)
     ]  # fmt: skip
-    return Called(names, {*sees_state[:1], *names[-1:], *sees_time[:TIME_LAYERS]})
+    return CalledLayers(names, {*sees_state[:1], *names[-1:], *sees_time[:TIME_LAYERS]})

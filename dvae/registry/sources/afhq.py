@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dvae.data.datasets import Split
+from dvae.data.datasets import PublishedSplit
 from dvae.data.images import filtered
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
@@ -32,7 +32,7 @@ class AFHQ(ImageFiles):
 
     @dataclass(kw_only=True, slots=True)
     class Config(FilesConfig):
-        split: Split = Split.train
+        split: PublishedSplit = PublishedSplit.train
         """train (what the papers train on), test (named val in version 1), or all."""
 
     config: Config
@@ -47,9 +47,9 @@ class AFHQ(ImageFiles):
         animals = [name for name in names if len(PurePath(name).parts) > 2 and PurePath(name).parent.name in ANIMALS]
         self.version = self._version(animals)
         wanted = {
-            Split.train: {"train"},
-            Split.test: set(TEST_NAMES),
-            Split.all: {"train", *TEST_NAMES},
+            PublishedSplit.train: {"train"},
+            PublishedSplit.test: set(TEST_NAMES),
+            PublishedSplit.all: {"train", *TEST_NAMES},
         }[self.config.split]
         chosen = [name for name in animals if _split(name) in wanted]
         lacking = sorted(set(ANIMALS) - {PurePath(name).parent.name for name in chosen})

@@ -7,7 +7,7 @@ from enum import Enum
 
 from PIL import Image
 
-from dvae.data.datasets import Attributes
+from dvae.data.datasets import AttributeList
 from dvae.data.images import DamagedImage, filtered
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
@@ -67,7 +67,7 @@ class CelebA(ImageFiles):
             f"CelebA aligned {WIDTH}x{HEIGHT}, {config.crop.value}: x {left} to {right}, y {top} to {bottom}; "
             f"{filtered(config.resize)}"
         )
-        self._attributes = Attributes(config.attributes, self.names) if config.attributes else None
+        self._attributes = AttributeList(config.attributes, self.names) if config.attributes else None
 
     def square(self, image: Image.Image, name: str) -> Image.Image:
         if image.size != (WIDTH, HEIGHT):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dvae.data.datasets import Attributes
+from dvae.data.datasets import AttributeList
 from dvae.data.images import filtered
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
@@ -39,7 +39,7 @@ class CelebAHQ(ImageFiles):
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
         self.protocol = f"CelebA-HQ, the whole square image as it was given; {filtered(config.resize)}"
-        self._attributes = Attributes(config.attributes, self.names) if config.attributes else None
+        self._attributes = AttributeList(config.attributes, self.names) if config.attributes else None
         self._labeled = len({PurePath(name).parent.name for name in self.names}) > 1
 
     def select(self, names: list[str]) -> list[str]:

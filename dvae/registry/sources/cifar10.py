@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from PIL import Image
 
 from dvae.data.archives import files_of, open_tar
-from dvae.data.datasets import Split
+from dvae.data.datasets import PublishedSplit
 from dvae.data.images import Crop, Resize, filtered, fit
 from dvae.errors import UserError, fold
 from dvae.registry.core import ComponentConfig, Shapes
@@ -24,9 +24,9 @@ from dvae.utils.read import DamagedFile, read_bytes
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {
-    Split.train: [f"data_batch_{number}" for number in range(1, 6)],
-    Split.test: ["test_batch"],
-    Split.all: [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"],
+    PublishedSplit.train: [f"data_batch_{number}" for number in range(1, 6)],
+    PublishedSplit.test: ["test_batch"],
+    PublishedSplit.all: [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"],
 }
 SIZE = 32
 RECORD = 3 * SIZE * SIZE
@@ -54,7 +54,7 @@ class Cifar10(Source):
     class Config(ComponentConfig):
         path: str = MISSING
         """The python or binary archive (.tar.gz), or the folder that it was unpacked to."""
-        split: Split = Split.train
+        split: PublishedSplit = PublishedSplit.train
         """train (50,000 images), test (10,000), or all."""
         resize: Resize = Resize.lanczos
         """Filter for sizes other than 32."""

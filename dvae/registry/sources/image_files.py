@@ -9,7 +9,7 @@ from pathlib import PurePath
 from omegaconf import MISSING
 from PIL import Image
 
-from dvae.data.datasets import whole_square
+from dvae.data.datasets import require_square
 from dvae.data.image_tree import Tree, open_tree
 from dvae.data.images import Crop, Resize, decode, fit, printable, protocol
 from dvae.errors import UserError
@@ -59,7 +59,7 @@ class ImageFiles(Source):
 
     def square(self, image: Image.Image, name: str) -> Image.Image:
         """The part of an image that is scaled to a square. Raises DamagedImage where it is none of the data set."""
-        return whole_square(image, name, self.io.image_size)
+        return require_square(image, name, self.io.image_size)
 
     def labels(self, index: int) -> dict[str, str | int]:
         """Known attributes of image number `index`."""

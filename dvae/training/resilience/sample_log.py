@@ -80,7 +80,7 @@ class Feed:
         mine = {index: why for index, why in dict(shards.damaged).items() if index not in self._shared}
         found = {index: why for part in ranks.all_gather(mine) for index, why in part.items()}
         if found:
-            shards.know(found)
+            shards.add_damaged(found)
             self._shared |= found.keys()
             ranks.on_rank_zero(record_damage, self._run, shards)
 

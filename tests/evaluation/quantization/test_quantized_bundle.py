@@ -16,11 +16,11 @@ import dvae
 from dvae.config import compose
 from dvae.errors import UserError
 from dvae.evaluation.quantization import compare, quantize_bundle
-from dvae.evaluation.quantization.quantize_bundle import QuantizeConfig
-from dvae.models import bundle, components
+from dvae.evaluation.quantization.quantize_settings import QuantizeConfig
+from dvae.models import bundle, bundle_export, bundle_reuse, components
 from dvae.models.quantization import layer_plan
-from dvae.models.quantization.integer import IntegerLayer
-from dvae.models.quantization.layer_plan import Method
+from dvae.models.quantization.integer_layer import IntegerLayer
+from dvae.models.quantization.layer_plan import QuantizationMethod
 from dvae.stages.evaluate import psnr
 from dvae.tools import quantize as tool
 
@@ -30,12 +30,14 @@ DIT = ["refiner=dit", "refiner.width=64", "refiner.depth=2", "refiner.heads=2", 
 def exported(folder: Path, words: list[str]) -> Path:
     """The bundle of a run that was never trained."""
     composed = compose.compose("train", [*words, "denoiser.data_scale=1"])
-    made = components.build(compose.typed(composed))
+    made = components.build_models(compose.typed(composed))
     with torch.no_grad():
         for parameter in made.denoiser.refiner.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.05)
-    bundle.export(folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle_export.export(
+        folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
+    )
     return folder
 
 
@@ -50,12 +52,12 @@ def original(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path
 
 
 @pytest.fixture(scope="module")
-def quantized(original: Path) -> dict[Method, Path]:
+def quantized(original: Path) -> dict[QuantizationMethod, Path]:
     """A bundle by each method."""
     made = {}
-    for method in Method:
+    for method in QuantizationMethod:
         out = original.parent / method.name
-        quantize_bundle.write(
+        quantize_bundle.write_quantized(
             QuantizeConfig(run=str(original), method=method, out=str(out), calibration=16), original, out
         )
         made[method] = out
@@ -63,10 +65,13 @@ def quantized(original: Path) -> dict[Method, Path]:
 
 
 @pytest.fixture
-def copy(quantized: dict[Method, Path], tmp_path: Path) -> Callable[..., Path]:
+def copy(quantized: dict[QuantizationMethod, Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of the bundle by a method, with quantization.json changed."""
 
-    def make(method: Method = Method.int8_weights, change: Callable[[dict], None] = lambda record: None) -> Path:
+    def make(
+        method: QuantizationMethod = QuantizationMethod.int8_weights,
+        change: Callable[[dict], None] = lambda record: None,
+    ) -> Path:
         folder = tmp_path / "copy"
         shutil.copytree(quantized[method], folder)
         record = json.loads((folder / layer_plan.FILE).read_text())
@@ -79,10 +84,11 @@ def copy(quantized: dict[Method, Path], tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize(
-    ("method", "least"), [(Method.int8_weights, 38.0), (Method.int8, 30.0), (Method.int4_weights, 20.0)]
+    ("method", "least"),
+    [(QuantizationMethod.int8_weights, 38.0), (QuantizationMethod.int8, 30.0), (QuantizationMethod.int4_weights, 20.0)],
 )
 def test_images_are_near_the_original(
-    quantized: dict[Method, Path], original: Path, method: Method, least: float
+    quantized: dict[QuantizationMethod, Path], original: Path, method: QuantizationMethod, least: float
 ) -> None:
     (vae, wanted), (also_vae, found) = (dvae.load(path).generate(20, seed=3) for path in (original, quantized[method]))
     assert not torch.equal(found, wanted)
@@ -90,17 +96,19 @@ def test_images_are_near_the_original(
     assert psnr(vae, also_vae).min() > min(least, 40.0)
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_weights_lie_in_as_few_bytes_as_is_said(quantized: dict[Method, Path], original: Path, method: Method) -> None:
+@pytest.mark.parametrize("method", list(QuantizationMethod))
+def test_weights_lie_in_as_few_bytes_as_is_said(
+    quantized: dict[QuantizationMethod, Path], original: Path, method: QuantizationMethod
+) -> None:
     said = json.loads((quantized[method] / layer_plan.FILE).read_text())
     before, after = (bundle.load(path)[1] for path in (original, quantized[method]))
     stores = dict.fromkeys(("bf16", "int8", "int4", "integer"), 0)
     for part, layers in said["layers"].items():
-        module = before.trained()[part]
+        module = before.trained_parts()[part]
         for store, names in layers.items():
             stores[store] += sum(module.get_submodule(name).weight.numel() for name in names)
     figures = sum(value.nbytes for value in before.prior.state_dict().values())
-    whole, held = layer_plan.memory(before), layer_plan.memory(after)
+    whole, held = layer_plan.memory_bytes(before), layer_plan.memory_bytes(after)
     least = figures + 2 * stores["bf16"] + stores["int8"] + stores["integer"] + stores["int4"] // 2
     rest = (whole - figures) // 4 - sum(stores.values())  # numbers that no stored layer holds as its weight
     assert least < held <= least + 4 * rest + 0.08 * whole
@@ -110,7 +118,7 @@ def test_weights_lie_in_as_few_bytes_as_is_said(quantized: dict[Method, Path], o
     assert disk < held + 45_000 < fp32  # names and shapes are a few dozen kilobytes
     kinds = {name.rpartition(".")[2]: value.dtype for name, value in after.denoiser.named_buffers()}
     assert kinds["scales"] == torch.bfloat16
-    if method is Method.int8_weights:
+    if method is QuantizationMethod.int8_weights:
         layer = after.denoiser.get_submodule(said["layers"]["denoiser"]["int8"][0])
         assert layer.codes.dtype == torch.int8
 
@@ -118,9 +126,9 @@ def test_weights_lie_in_as_few_bytes_as_is_said(quantized: dict[Method, Path], o
 def test_a_transformer_is_a_bundle_too(tmp_path: Path, tiny: list[str]) -> None:
     words = [word for word in tiny if not word.startswith("refiner.")] + DIT
     run = exported(tmp_path / "dit", words)
-    for method in (Method.int8_weights, Method.int8):
+    for method in (QuantizationMethod.int8_weights, QuantizationMethod.int8):
         out = tmp_path / method.name
-        made = quantize_bundle.write(
+        made = quantize_bundle.write_quantized(
             QuantizeConfig(run=str(run), method=method, out=str(out), calibration=16), run, out
         )
         assert len(made.layers["denoiser"]["bf16"]) == 4
@@ -128,16 +136,16 @@ def test_a_transformer_is_a_bundle_too(tmp_path: Path, tiny: list[str]) -> None:
         assert psnr(*images).min() > 30
 
 
-def test_int8_is_for_cpus_and_has_no_likelihood(quantized: dict[Method, Path]) -> None:
-    pipeline = dvae.load(quantized[Method.int8])
+def test_int8_is_for_cpus_and_has_no_likelihood(quantized: dict[QuantizationMethod, Path]) -> None:
+    pipeline = dvae.load(quantized[QuantizationMethod.int8])
     assert pipeline.device.type == "cpu"
     assert any(isinstance(layer, IntegerLayer) for layer in pipeline.models.denoiser.modules())
     black = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     with pytest.raises(UserError, match="no gradients: use the original"):
         pipeline.bits_per_dim(black, seed=0)
     with pytest.raises(UserError, match="kernels are for CPUs: leave device=cuda out"):
-        dvae.load(quantized[Method.int8], device="cuda")
-    assert dvae.load(quantized[Method.int8_weights]).bits_per_dim(black, seed=0, tolerance=0.1).isfinite()
+        dvae.load(quantized[QuantizationMethod.int8], device="cuda")
+    assert dvae.load(quantized[QuantizationMethod.int8_weights]).bits_per_dim(black, seed=0, tolerance=0.1).isfinite()
 
 
 def restore(record: dict, store: str) -> None:
@@ -192,11 +200,13 @@ def test_a_damaged_bundle_is_refused(copy: Callable[..., Path]) -> None:
         dvae.load(folder)
 
 
-def test_nothing_is_trained_from_a_quantized_bundle(quantized: dict[Method, Path], words: list[str]) -> None:
-    folder = quantized[Method.int8_weights]
+def test_nothing_is_trained_from_a_quantized_bundle(
+    quantized: dict[QuantizationMethod, Path], words: list[str]
+) -> None:
+    folder = quantized[QuantizationMethod.int8_weights]
     run = compose.typed(compose.compose("train", [*words, f"encoder_weights={folder}"]))
     with pytest.raises(UserError, match=r"is quantized \(int8_weights\): name the bundle that it was made of"):
-        bundle.encoder_for(run)
+        bundle_reuse.load_encoder_weights(run)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +220,7 @@ def test_nothing_is_trained_from_a_quantized_bundle(quantized: dict[Method, Path
     ],
 )
 def test_words_out_of_range_are_refused(original: Path, tmp_path: Path, word: dict[str, object], message: str) -> None:
-    asked = QuantizeConfig(run=str(original), method=Method.int8_weights, out=str(tmp_path / "out"), **word)  # type: ignore[arg-type]
+    asked = QuantizeConfig(run=str(original), method=QuantizationMethod.int8_weights, out=str(tmp_path / "out"), **word)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
         quantize_bundle.quantize(asked)
     assert not (tmp_path / "out").exists()
@@ -252,6 +262,6 @@ def measured(quartiles: list[float], kid: float | None) -> dict:
     ],
 )
 def test_only_what_was_measured_is_called_faster(found: dict, faster: bool, why: str) -> None:
-    said = compare.verdict(found, 0.05)
+    said = compare.summary(found, 0.05)
     assert said["faster"] is faster
     assert re.search(why, said["why"])

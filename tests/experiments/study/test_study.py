@@ -18,7 +18,7 @@ from dvae.errors import UserError
 from dvae.experiments.study import equivalence, study_report, study_runs, study_spec
 from dvae.experiments.study.study_spec import StudyConfig
 from dvae.inference.pipeline import Pipeline
-from dvae.models import bundle, components
+from dvae.models import bundle, bundle_export, components
 from dvae.runs.folder import Run
 
 
@@ -73,7 +73,7 @@ def test_the_studies_that_are_shipped(name: str) -> None:
             *study_spec.arm_overrides(settings, arm, 4),
         ]
         found = compose.typed(compose.compose("train", words))
-        assert components.on_meta(found).generates
+        assert components.build_models_on_meta(found).has_generator
         assert set(stages.split(",")) <= set(STAGES)
 
 
@@ -142,11 +142,11 @@ def test_the_table_has_errors_over_seeds() -> None:
 def test_formulation_2_draws_the_same_images(tiny: list[str], tmp_path: Path, image: bool) -> None:
     words = [*tiny, "denoiser.center=none", "denoiser.data_scale=1", f"denoiser.condition_image={image}"]
     composed = compose.compose("train", words)
-    made = components.build(compose.typed(composed))
+    made = components.build_models(compose.typed(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(tmp_path / "bundle", compose.typed(composed), parts)
+    parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
+    bundle_export.export(tmp_path / "bundle", compose.typed(composed), parts)
     if not image:
         with pytest.raises(UserError, match="is not of formulation 1"):
             equivalence.compare_formulations(tmp_path / "bundle", 3, 0)

@@ -16,7 +16,7 @@ from dvae.errors import UserError
 from dvae.inference import directions
 from dvae.inference.directions import Direction, Method, direction_files
 from dvae.inference.directions.label_regression import LabelModel
-from dvae.models import bundle, components
+from dvae.models import bundle, bundle_export, components
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     place.mkdir(parents=True)
     weights = {"encoder.mu": torch.randn(3, 2), "encoder.count": torch.tensor(3), "denoiser.w": torch.randn(4)}
     save_file(weights, place / "model.safetensors")
-    bundle.About(format=bundle.FORMAT, dvae="0", parts=["encoder"], components={}, sha256={}).write(place)
+    bundle.BundleInfo(format=bundle.FORMAT, dvae="0", parts=["encoder"], components={}, sha256={}).write(place)
     return place
 
 
@@ -55,7 +55,7 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
             Method.labels, "from the present", "hair", "bun", None,
         )  # fmt: skip
     assert directions.load(folder, "pca_1").share == 0.25
-    assert sorted(path.name for path in folder.iterdir()) == [bundle.ABOUT, direction_files.FILE, "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [bundle.INFO, direction_files.FILE, "model.safetensors"]
 
 
 def test_a_later_find_replaces_those_of_its_method(folder: Path) -> None:
@@ -115,15 +115,15 @@ def test_move_adds_the_vector_by_strength() -> None:
 
 def test_a_new_export_keeps_them_while_the_encoder_is_the_same(tiny: list[str], tmp_path: Path) -> None:
     composed = compose.compose("train", tiny)
-    built = components.build(compose.typed(composed))
-    parts = {name: part.state_dict() for name, part in built.trained().items()}
+    built = components.build_models(compose.typed(composed))
+    parts = {name: part.state_dict() for name, part in built.trained_parts().items()}
     place = tmp_path / "bundle"
-    bundle.export(place, compose.typed(composed), {"encoder": parts["encoder"]})
+    bundle_export.export(place, compose.typed(composed), {"encoder": parts["encoder"]})
     directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
-    bundle.export(place, compose.typed(composed), parts)  # the refiner is trained now
+    bundle_export.export(place, compose.typed(composed), parts)  # the refiner is trained now
     assert directions.names(place) == ["pca_1"]
     changed = {name: value + 1 for name, value in parts["encoder"].items()}
-    bundle.export(place, compose.typed(composed), parts | {"encoder": changed})
+    bundle_export.export(place, compose.typed(composed), parts | {"encoder": changed})
     with pytest.raises(UserError, match="was found for other weights of the encoder"):
         directions.names(place)
 
@@ -144,7 +144,7 @@ def piped(path: Path) -> None:
 
 
 def unlisted(path: Path) -> None:
-    about = bundle.read_about(path.parent)
+    about = bundle.read_info(path.parent)
     del about.sha256[path.name]
     about.write(path.parent)
 
@@ -156,7 +156,7 @@ LEFT_OUT: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pipe": (piped, "is a pipe, not a file"),
     "a folder": (lambda path: (path.unlink(), path.mkdir())[1], "is a folder, not a file"),
     "no hash": (unlisted, "holds no hash of directions.safetensors"),
-    "no bundle.json": (lambda path: (path.parent / bundle.ABOUT).unlink(), "bundle.json is missing"),
+    "no bundle.json": (lambda path: (path.parent / bundle.INFO).unlink(), "bundle.json is missing"),
 }
 
 
@@ -164,20 +164,20 @@ def test_a_new_export_leaves_out_directions_that_do_not_match_their_hash(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     composed = compose.compose("train", tiny)
-    encoder = {"encoder": components.build(compose.typed(composed)).trained()["encoder"].state_dict()}
+    encoder = {"encoder": components.build_models(compose.typed(composed)).trained_parts()["encoder"].state_dict()}
     for name, (damage, says) in LEFT_OUT.items():
         place = tmp_path / name / "bundle"
-        bundle.export(place, compose.typed(composed), encoder)
+        bundle_export.export(place, compose.typed(composed), encoder)
         directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
         assert "directions" not in capsys.readouterr().err
         damage(place / direction_files.FILE)
-        bundle.export(place, compose.typed(composed), encoder)
+        bundle_export.export(place, compose.typed(composed), encoder)
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1, name
         assert said[0].startswith("dvae: the new bundle has no directions, find them again: "), name
         assert says in said[0], name
         assert not os.path.lexists(place / direction_files.FILE), name
-        assert direction_files.FILE not in bundle.read_about(place).sha256, name
+        assert direction_files.FILE not in bundle.read_info(place).sha256, name
         assert directions.names(place) == []
 
 

@@ -15,7 +15,7 @@ from dvae.config import compose
 from dvae.data.building import shard_build
 from dvae.errors import UserError
 from dvae.inference import directions
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 from dvae.runs.folder import submit
 from dvae.tools import directions as tool
 
@@ -29,9 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     submit(composed)
     typed = compose.typed(composed)
     shard_build.build(typed.source, 16, place / "shards", heldout_fraction=0.2, workers=1)
-    made = components.build(typed)
-    parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(place / "run" / "bundle", typed, parts)
+    made = components.build_models(typed)
+    parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
+    bundle_export.export(place / "run" / "bundle", typed, parts)
     return place / "run"
 
 
@@ -98,8 +98,8 @@ def test_a_run_without_an_encoder_is_refused(tmp_path: Path, tiny: list[str]) ->
     words = ["encoder=none", "denoiser.condition_image=false", "denoiser.condition_latent=false", "prior=normal"]
     kept = [word for word in tiny if not word.startswith(("encoder.", "prior."))]
     composed = compose.compose("train", [*kept, *words, "stages=[shards,refiner]", "denoiser.center=none"])
-    made = components.build(compose.typed(composed))
-    parts = {name: part.state_dict() for name, part in made.trained().items()}
-    bundle.export(tmp_path / "bundle", compose.typed(composed), parts)
+    made = components.build_models(compose.typed(composed))
+    parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
+    bundle_export.export(tmp_path / "bundle", compose.typed(composed), parts)
     with pytest.raises(UserError, match="has no encoder, so no latent to find directions of"):
         run(tmp_path / "bundle", "find=[pca]")

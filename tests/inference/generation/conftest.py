@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dvae.config import compose
-from dvae.models import bundle, components
+from dvae.models import bundle_export, components
 
 LATENT = [
     "recipe=ldm_avatars", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
@@ -24,10 +24,12 @@ CLASSES = ["classes=[cat,dog]", "data.label=kind", "denoiser.condition_label=tru
 def exported(folder: Path, *words: str) -> Path:
     """The bundle of a run that was never trained, in fp32."""
     composed = compose.compose("train", [*words, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
-    made = components.build(compose.typed(composed))
+    made = components.build_models(compose.typed(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
-    bundle.export(folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained().items()})
+    bundle_export.export(
+        folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
+    )
     return folder
 
 

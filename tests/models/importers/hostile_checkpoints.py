@@ -52,7 +52,7 @@ STORAGES = {torch.float16: torch.HalfStorage, torch.float32: torch.FloatStorage,
             torch.int64: torch.LongStorage}  # fmt: skip
 
 
-class Storage:
+class TensorStorage:
     """Unpickles as the persistent id ("storage", class, key, device, numel), or as any other `identity`."""
 
     def __init__(self, key: object, numel: object, kind: object = torch.FloatStorage, identity: object = None) -> None:
@@ -83,7 +83,7 @@ class Pickler(pickle._Pickler):
     """Python's own pickler, which knows the storages above; lone surrogates pass."""
 
     def persistent_id(self, value: object) -> object:
-        return value.identity if isinstance(value, Storage) else None
+        return value.identity if isinstance(value, TensorStorage) else None
 
 
 def pickled(contents: object) -> bytes:
@@ -109,7 +109,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 def claimed(shape: tuple[int, ...], key: str = "0", numel: int | None = None) -> Tensor:
     """A tensor of a shape that says that its storage has all the numbers."""
     count = int(np.prod(shape, dtype=object)) if numel is None else numel
-    return Tensor(Storage(key, count), 0, shape, contiguous(shape))
+    return Tensor(TensorStorage(key, count), 0, shape, contiguous(shape))
 
 
 @functools.cache
@@ -138,7 +138,7 @@ def saved(state: dict[Any, Any], shared: int = 0, **more: object) -> Writer:
         for number, (name, value) in enumerate(state.items()):
             if isinstance(value, torch.Tensor):
                 records[f"data/n{number}"] = value.contiguous().numpy().tobytes()
-                storage = Storage(f"n{number}", value.numel(), STORAGES[value.dtype])
+                storage = TensorStorage(f"n{number}", value.numel(), STORAGES[value.dtype])
                 value = Tensor(storage, 0, tuple(value.shape), contiguous(tuple(value.shape)))
             held[name] = value
         archive(
@@ -384,11 +384,11 @@ def tensors() -> Iterator[tuple[str, Writer]]:
         [1, 2],
     ]  # fmt: skip
     for identity in identities:
-        storage = Storage("0", 64, identity=identity or (identity,))
+        storage = TensorStorage("0", 64, identity=identity or (identity,))
         yield f"diffusevae: a storage that is {str(identity)[:60]}", tensor(Tensor(storage, 0, (32,), (1,)))
     for numel in (-1, 0, 2**40, 2**63, 2**64, 10**5000, True, 2.5, "64"):
         size = "10^5000" if numel == 10**5000 else repr(numel)
-        yield f"diffusevae: a storage of {size} numbers", tensor(Tensor(Storage("0", numel), 0, (32,), (1,)))
+        yield f"diffusevae: a storage of {size} numbers", tensor(Tensor(TensorStorage("0", numel), 0, (32,), (1,)))
     places: list[tuple[Any, Any, Any]] = [
         (-1, (32,), (1,)), (33, (32,), (1,)), (10**5000, (32,), (1,)), (2**63, (32,), (1,)), (None, (32,), (1,)),
         (0, (65,), (1,)), (0, (32,), (3,)), (0, (32,), (-1,)), (0, (1,), (10**5000,)),
@@ -397,10 +397,10 @@ def tensors() -> Iterator[tuple[str, Writer]]:
         (0, [32], [1]), (0, (1,) * 9, (1,) * 9), (0, (1,) * 10_000, (1,) * 10_000), (0, (32.0,), (1,)),
     ]  # fmt: skip
     for number, place in enumerate(places):
-        yield f"diffusevae: a tensor in a wrong place, {number}", tensor(Tensor(Storage("0", 64), *place))
+        yield f"diffusevae: a tensor in a wrong place, {number}", tensor(Tensor(TensorStorage("0", 64), *place))
     yield "diffusevae: a tensor of no storage", tensor(Tensor("storage", 0, (32,), (1,)))
     yield "diffusevae: a tensor that is a list", tensor([0.0] * 32)
-    yield "diffusevae: a key with a path", tensor(Tensor(Storage("../../data.pkl", 64), 0, (32,), (1,)))
+    yield "diffusevae: a key with a path", tensor(Tensor(TensorStorage("../../data.pkl", 64), 0, (32,), (1,)))
     yield "diffusevae: whole numbers", tensor(torch.ones(32, dtype=torch.int64))
     yield "diffusevae: NaN", tensor(torch.full((32,), float("nan")))
     yield "diffusevae: infinity", tensor(torch.full((32,), float("inf")))

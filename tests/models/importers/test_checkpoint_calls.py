@@ -32,7 +32,7 @@ from test_public_checkpoint import Call, archive, refused
 
 from dvae.models.importers import calls
 from dvae.models.importers.checkpoint_file import Checkpoint
-from dvae.models.importers.unpickle import Foreign
+from dvae.models.importers.unpickle import InertObject
 
 STATE = {"w": torch.ones(2)}
 BLOCKS = "8x1,8d8"
@@ -115,7 +115,7 @@ def test_a_scheduler_of_lightning_with_milestones(tmp_path):
     torch.save({"state_dict": STATE, "lr_schedulers": [schedule.state_dict()]}, tmp_path / "model.ckpt")
     with Checkpoint(tmp_path / "model.ckpt") as checkpoint:
         milestones = checkpoint.contents["lr_schedulers"][0]["milestones"]
-    assert isinstance(milestones, Foreign)
+    assert isinstance(milestones, InertObject)
     assert milestones.kind == "collections.Counter"
 
 

@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Name of each hostile checkpoint, and what is wrong with how it ended, from a process of its own."""
     folder = tmp_path_factory.mktemp("hostile")
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     code = f"import sys; sys.path[:0] = {paths}; import test_hostile_checkpoints as t; t.main(t.Path({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=600)
     found = dict(json.loads(line) for line in done.stdout.splitlines())

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from tests_support import ROOT
 
 from dvae.models.importers import diffusevae_layout, psld_layout
-from dvae.models.importers.checkpoint_file import Checkpoint, Stored
-from dvae.models.importers.unpickle import Storage, TensorRef
+from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.unpickle import TensorRef, TensorStorage
 from dvae.registry.core import Shapes
 from dvae.registry.encoders.base import ENCODERS
 from dvae.registry.refiners.base import REFINERS
@@ -35,14 +35,14 @@ def preset(kind: str, name: str) -> tuple[dict, int]:
     return {"name": component} | plain if component.islower() else plain, size
 
 
-def stored(registry, node: dict, io: Shapes) -> tuple[dict[str, Stored], object]:
+def stored(registry, node: dict, io: Shapes) -> tuple[dict[str, StoredTensor], object]:
     """The network's tensors as a file would hold them, and its settings."""
     with torch.device("meta"):
         made = registry.build(node, io)
     held = {}
     for name, value in made.state_dict().items():
-        ref = TensorRef(Storage(torch.float32, "0", value.numel()), 0, tuple(value.shape), value.stride())
-        held[name] = Stored(FILE, name, ref)
+        ref = TensorRef(TensorStorage(torch.float32, "0", value.numel()), 0, tuple(value.shape), value.stride())
+        held[name] = StoredTensor(FILE, name, ref)
     return held, made.config
 
 

@@ -73,7 +73,7 @@ def test_the_rest_of_a_lightning_file_is_inert(whole):
         torch.load(whole, weights_only=True)
     contents = opened(whole).contents
     (callback,) = contents["callbacks"]
-    assert callback == unpickle.Name("pytorch_lightning.Callback")
+    assert callback == unpickle.PickledName("pytorch_lightning.Callback")
     assert contents["callbacks"][callback]["dirpath"].kind == "pathlib.PosixPath"
     assert contents["loops"]["fit_loop"].state == {"progress": {"total": 3}}
     assert contents["config"].kind == "omegaconf.dictconfig.DictConfig"
@@ -262,7 +262,7 @@ def test_two_records_of_one_name(whole, tmp_path):
      (0, (2,), (1, 1)), (0, (0,), (1,)), (0, (2**50,), (0,)), (0, (2, 2), (-1, 1)), (0, (True,), (1,))],
 )  # fmt: skip
 def test_tensors_that_reach_beyond_their_record(offset, shape, stride):
-    storage = unpickle.Storage(torch.float32, "0", 6)
+    storage = unpickle.TensorStorage(torch.float32, "0", 6)
     assert not unpickle.TensorRef(storage, offset, shape, stride).within()
     assert unpickle.TensorRef(storage, 1, (2, 2), (2, 1)).within()
 

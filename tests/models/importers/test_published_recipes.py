@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from dvae.config import compose as configuration
 from dvae.models import components
 from dvae.models.importers import convert_checkpoint
-from dvae.models.importers.checkpoint_file import Stored
-from dvae.models.importers.unpickle import Storage, TensorRef
+from dvae.models.importers.checkpoint_file import StoredTensor
+from dvae.models.importers.unpickle import TensorRef, TensorStorage
 
 
 class Shapeless:
     """A checkpoint with names and shapes, and no numbers; settings of a VAE are not kept in it."""
 
-    held: dict[str, Stored]
+    held: dict[str, StoredTensor]
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,19 +31,19 @@ class Shapeless:
     def settings(self) -> dict[str, str]:
         return {}
 
-    def state(self) -> dict[str, Stored]:
+    def state(self) -> dict[str, StoredTensor]:
         return self.held
 
 
-def hold(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, Stored]:
+def hold(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
     held = {}
     for name, value in state.items():
-        ref = TensorRef(Storage(torch.float32, "0", value.numel()), 0, tuple(value.shape), value.stride())
-        held[prefix + name] = Stored(None, prefix + name, ref)
+        ref = TensorRef(TensorStorage(torch.float32, "0", value.numel()), 0, tuple(value.shape), value.stride())
+        held[prefix + name] = StoredTensor(None, prefix + name, ref)
     return held
 
 
-def no_numbers(tensor: Stored) -> torch.Tensor:
+def no_numbers(tensor: StoredTensor) -> torch.Tensor:
     return torch.linspace(1e-4, 0.02, 1000) if tensor.name.endswith("betas") else torch.ones(tensor.shape)
 
 
@@ -59,7 +59,7 @@ def no_numbers(tensor: Stored) -> torch.Tensor:
 def test_fits(recipe, layout, changed, tmp_path, monkeypatch):
     words = [f"from={layout}", f"recipe={recipe}", "ckpt=a.ckpt", f"out={tmp_path / 'b'}", "dry_run=true"]
     config = convert_checkpoint.compose(words)
-    made = components.on_meta(configuration.typed(OmegaConf.create(convert_checkpoint._plain(config))))
+    made = components.build_models_on_meta(configuration.typed(OmegaConf.create(convert_checkpoint._plain(config))))
     refiner = made.denoiser.refiner.state_dict()
     held = hold("ema_score_fn.", refiner)
     if layout == "diffusevae":
@@ -68,6 +68,6 @@ def test_fits(recipe, layout, changed, tmp_path, monkeypatch):
         held |= hold("online_network.", {"betas": torch.ones(1000), **form2})
     monkeypatch.setattr(convert_checkpoint, "Checkpoint", Shapeless)
     monkeypatch.setattr(Shapeless, "held", held, raising=False)
-    monkeypatch.setattr(Stored, "load", no_numbers)
+    monkeypatch.setattr(StoredTensor, "load", no_numbers)
     lines = convert_checkpoint.convert(config)
     assert f"changed in recipe={recipe} for it: {changed}" in lines

@@ -43,7 +43,7 @@ class Drawing:
 
 def test_ranges_are_those_that_each_part_of_the_time_shows() -> None:
     drawing: Any = Drawing()
-    found = calibrate.ranges(drawing, ["refiner.first", "refiner.second"], buckets=3, n=2, seed=0)
+    found = calibrate.calibrate_ranges(drawing, ["refiner.first", "refiner.second"], buckets=3, n=2, seed=0)
     # nothing is seen of the middle of the time, so that it has the range of all
     assert found["refiner.first"].low.tolist() == [0.0, -4.0, -1.0, -4.0]
     assert found["refiner.first"].high.tolist() == [10.0, 10.0, 3.0, 10.0]

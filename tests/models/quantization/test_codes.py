@@ -34,7 +34,7 @@ def test_int4_is_off_by_half_a_step_of_its_group(shape: tuple[int, ...], seed: i
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     stored, scales = codes.to_int4(weight, group)
     inputs = weight[0].numel()
-    size = codes.group_of(inputs, group)
+    size = codes.group_size(inputs, group)
     groups = -(-inputs // size)
     assert stored.dtype is torch.uint8
     assert stored.shape == (shape[0], groups * size // 2)

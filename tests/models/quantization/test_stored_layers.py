@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae.errors import UserError
-from dvae.models.quantization import integer
-from dvae.models.quantization.integer import Clock, IntegerLayer
-from dvae.models.quantization.quantized_layers import Store, StoredLayer, quantizable
+from dvae.models.quantization import integer_layer as integer
+from dvae.models.quantization.integer_layer import IntegerLayer, TimeBucket
+from dvae.models.quantization.quantized_layers import StorageFormat, StoredLayer, quantizable
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(48, 20), (3, 5, 48)),
@@ -46,14 +46,14 @@ def steps_like(layer: nn.Module, scales: torch.Tensor) -> torch.Tensor:
 
 
 @every_layer
-@pytest.mark.parametrize("store", [Store.int8, Store.int4, Store.bf16])
-def test_a_stored_layer_is_within_half_a_step_of_each_weight(name: str, store: Store) -> None:
+@pytest.mark.parametrize("store", [StorageFormat.int8, StorageFormat.int4, StorageFormat.bf16])
+def test_a_stored_layer_is_within_half_a_step_of_each_weight(name: str, store: StorageFormat) -> None:
     layer, x = layer_and_input(name)
     made = StoredLayer(layer, store, 8)
     error = (made(x).double() - layer(x).double()).abs()
     off = (made.weight_in(torch.float32) - layer.weight).abs()
     assert (error <= summed(layer, off, x) + 1e-5).all()
-    if store is Store.int8:
+    if store is StorageFormat.int8:
         assert (off <= steps_like(layer, made.scales) * (1 + 1e-6)).all()
     assert made(x).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -67,24 +67,28 @@ def test_memory_is_what_the_store_says() -> None:
     count, channels = layer.weight.numel(), 32
     held = {
         store: sum(buffer.nbytes for buffer in StoredLayer(layer, store, 32).buffers()) - 2 * channels
-        for store in (Store.bf16, Store.int8, Store.int4)
+        for store in (StorageFormat.bf16, StorageFormat.int8, StorageFormat.int4)
     }
-    assert held == {Store.bf16: 2 * count, Store.int8: count + 2 * channels, Store.int4: count // 2 + 2 * count // 32}
-    assert StoredLayer(layer, Store.int8, 0).codes.is_contiguous(memory_format=torch.channels_last)
+    assert held == {
+        StorageFormat.bf16: 2 * count,
+        StorageFormat.int8: count + 2 * channels,
+        StorageFormat.int4: count // 2 + 2 * count // 32,
+    }
+    assert StoredLayer(layer, StorageFormat.int8, 0).codes.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv 3x3"])
 def test_gradients_reach_the_input_of_a_stored_layer(name: str) -> None:
     layer, x = layer_and_input(name)
-    made = StoredLayer(layer, Store.int8, 0)
+    made = StoredLayer(layer, StorageFormat.int8, 0)
     found, wanted = (torch.func.grad(lambda x, f=f: f(x).square().sum())(x) for f in (made, layer))
     assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
 def integer_layer(layer: nn.Module, x: torch.Tensor, buckets: int = 1) -> IntegerLayer:
-    made = IntegerLayer(layer, Clock(buckets))
+    made = IntegerLayer(layer, TimeBucket(buckets))
     made.calibrate(x.amin().expand(buckets + 1).clone(), x.amax().expand(buckets + 1).clone())
-    made.ready()
+    made.pack_weights()
     return made
 
 
@@ -131,18 +135,18 @@ def test_what_is_out_of_range_is_clipped() -> None:
 
 
 def test_the_scale_follows_the_time() -> None:
-    clock = Clock(4)
+    time_bucket = TimeBucket(4)
     for times, bucket in (([0.0], 0), ([249.0], 0), ([250.0, 499.0], 1), ([1000.0], 3), ([10.0, 900.0], 4)):
-        clock.tell(nn.Identity(), (torch.empty(0), torch.tensor(times)))
-        assert clock.bucket == bucket, times
+        time_bucket.observe(nn.Identity(), (torch.empty(0), torch.tensor(times)))
+        assert time_bucket.bucket == bucket, times
     layer = nn.Linear(1, 1, bias=False).requires_grad_(False)
     layer.weight.fill_(1.0)
-    made = IntegerLayer(layer, clock)
+    made = IntegerLayer(layer, time_bucket)
     made.calibrate(torch.zeros(5), torch.tensor([1.0, 2.0, 4.0, 8.0, 8.0]))
-    made.ready()
+    made.pack_weights()
     found = []
     for bucket in range(5):
-        clock.bucket = bucket
+        time_bucket.bucket = bucket
         found.append(made(torch.tensor([[100.0]])).item())
     torch.testing.assert_close(torch.tensor(found), torch.tensor([1.0, 2.0, 4.0, 8.0, 8.0]), rtol=0.01, atol=0)
 

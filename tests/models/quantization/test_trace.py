@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dvae.models.quantization import trace
-from dvae.models.quantization.integer import Clock
+from dvae.models.quantization.integer_layer import TimeBucket
 from dvae.models.quantization.layer_plan import replace_in
-from dvae.models.quantization.quantized_layers import Store, StoredLayer
+from dvae.models.quantization.quantized_layers import StorageFormat, StoredLayer
 from dvae.registry.classifiers.base import CLASSIFIERS
 from dvae.registry.core import Shapes
 from dvae.registry.encoders.base import ENCODERS
@@ -55,14 +55,14 @@ def test_every_refiner_is_quantized_and_runs(name: str, io: Shapes) -> None:
     for parameter in refiner.parameters():
         if not parameter.any():
             parameter.normal_(std=0.05)
-    called = trace.of_network(refiner, refiner, io)
+    called = trace.trace_network(refiner, refiner, io)
     assert KEPT.get(name, set()) <= called.sensitive <= set(called.names)
     assert len(called.sensitive) <= 4
     wanted = refiner(*inputs(io))
     rest = [layer for layer in called.names if layer not in called.sensitive]
     assert rest
-    replace_in(refiner, rest, Store.int8, 0, Clock(1), "a test")
-    replace_in(refiner, sorted(called.sensitive), Store.bf16, 0, Clock(1), "a test")
+    replace_in(refiner, rest, StorageFormat.int8, 0, TimeBucket(1), "a test")
+    replace_in(refiner, sorted(called.sensitive), StorageFormat.bf16, 0, TimeBucket(1), "a test")
     found = refiner(*inputs(io))
     assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
     with torch.autocast("cpu", torch.bfloat16):
@@ -76,11 +76,11 @@ def test_every_encoder_is_quantized_and_runs(name: str) -> None:
     torch.manual_seed(0)
     io = Shapes(image_size=32)
     encoder = ENCODERS.build({"name": name}, io).eval().requires_grad_(False)
-    called = trace.of_encoder(encoder, io)
+    called = trace.trace_encoder(encoder, io)
     assert len(called.sensitive) == 2
     x = torch.randn(1, 3, 32, 32).clamp(-1, 1)
     wanted = encoder.decode(encoder.encode(x).mean)
-    replace_in(encoder, called.names, Store.int8, 0, Clock(1), "a test")
+    replace_in(encoder, called.names, StorageFormat.int8, 0, TimeBucket(1), "a test")
     found = encoder.decode(encoder.encode(x).mean)
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 
@@ -90,7 +90,7 @@ def test_every_classifier_is_quantized_and_keeps_its_gradient(name: str) -> None
     torch.manual_seed(0)
     config = {"name": name, "width": 32, "multipliers": [1], "blocks": 1, "attention_resolutions": []}
     classifier = CLASSIFIERS.build(config, ALL).eval().requires_grad_(False)
-    called = trace.of_network(classifier, classifier, ALL)
+    called = trace.trace_network(classifier, classifier, ALL)
     u, t, given = inputs(ALL)
 
     def gradient() -> torch.Tensor:
@@ -98,5 +98,5 @@ def test_every_classifier_is_quantized_and_keeps_its_gradient(name: str) -> None
         return torch.autograd.grad(classifier(state, t, given)[:, 1].sum(), state)[0]
 
     wanted = gradient()
-    replace_in(classifier, called.names, Store.int8, 0, Clock(1), "a test")
+    replace_in(classifier, called.names, StorageFormat.int8, 0, TimeBucket(1), "a test")
     assert (gradient() - wanted).norm() < 0.1 * wanted.norm()

@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvae.errors import UserError
-from dvae.models.importers.checkpoint_file import Checkpoint, Stored
+from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
 from dvae.models.importers.quoting import quoted
 
-MOST_SHARED = 2
+MAX_SHARED = 2
 """How often, on average, a stored number may be part of a tensor."""
 LARGEST_INDEX = 10**6
 """Number of a layer that no network has."""
-NOTHING = 1e-6
+MAX_UNTRAINED = 1e-6
 """Largest weight of a last convolution that was never trained: zero, or NCSN++'s 1e-10 of the usual variance."""
 
 
 @dataclass(kw_only=True)
-class Found:
+class LayoutMatch:
     """The parts of a bundle, and what of its config the checkpoint tells."""
 
     needs: dict[str, str] = field(default_factory=dict)
@@ -29,16 +29,18 @@ class Found:
     """Dotted field -> value: read off the tensors, or the same in all checkpoints of the layout."""
     unknown: dict[str, str] = field(default_factory=dict)
     """Dotted field that is nowhere in the file and so is the recipe's -> what a wrong one does."""
-    parts: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    parts: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     """Part of the bundle -> its tensors."""
 
 
-def under(state: dict[str, Stored], prefix: str) -> dict[str, Stored]:
+def with_prefix(state: dict[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
     """The tensors below `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def network(checkpoint: Checkpoint, prefixes: dict[bool, str], ema: bool, others: tuple[str, ...]) -> dict[str, Stored]:
+def network_tensors(
+    checkpoint: Checkpoint, prefixes: dict[bool, str], ema: bool, others: tuple[str, ...]
+) -> dict[str, StoredTensor]:
     """The tensors of the averaged (ema) or online network; `prefixes` names both, `others` what else may be there.
 
     Raises UserError on surplus tensors, and where the file has no such network.
@@ -46,26 +48,26 @@ def network(checkpoint: Checkpoint, prefixes: dict[bool, str], ema: bool, others
     state = checkpoint.state()
     known = (*prefixes.values(), *others)
     surplus = [name for name in state if not name.startswith(known)]
-    found = under(state, prefixes[ema])
+    found = with_prefix(state, prefixes[ema])
     if not found:
         held = sorted({name.partition(".")[0] for name in state})[:5]
-        other = "; weights=online takes the others" if ema and under(state, prefixes[False]) else ""
+        other = "; weights=online takes the others" if ema and with_prefix(state, prefixes[False]) else ""
         raise UserError(f"{checkpoint.path}: has no {prefixes[ema]}*, but {', '.join(held)}{other}")
     if surplus:
         raise UserError(f"{checkpoint.path}: holds {quoted(surplus[0])}, which this layout has no place for")
     return found
 
 
-def check_averaged(last: Stored) -> None:
+def check_averaged(last: StoredTensor) -> None:
     """Refuse averaged weights that are still those of the first moment; `last` is the last layer's weight."""
-    if last.load().abs().max() < NOTHING:
+    if last.load().abs().max() < MAX_UNTRAINED:
         raise UserError(
             f"{last.checkpoint.path}: {quoted(last.name)} is that of an untrained network (no moving average was "
             "kept, it seems): use weights=online"
         )
 
 
-def check_numbers(held: dict[str, Stored]) -> None:
+def check_numbers(held: dict[str, StoredTensor]) -> None:
     """Refuse tensors whose numbers are damaged, or are the same numbers again and again, before memory is taken.
 
     A small file could else describe a network of any size.
@@ -74,7 +76,7 @@ def check_numbers(held: dict[str, Stored]) -> None:
     for one in held.values():
         one.checkpoint.check_storage(one.ref.storage)
     numbers = sum(storage.numel for _, storage in storages)
-    if sum(max(one.ref.numel, one.ref.extent) for one in held.values()) > MOST_SHARED * numbers:
+    if sum(max(one.ref.numel, one.ref.extent) for one in held.values()) > MAX_SHARED * numbers:
         first = next(iter(held.values()))
         raise UserError(f"{first.checkpoint.path}: many of its tensors have the same numbers: not a trained network")
 
@@ -88,12 +90,12 @@ def check_levels(checkpoint: Checkpoint, levels: int, image_size: int) -> None:
         )
 
 
-def index(text: str) -> int | None:
+def layer_index(text: str) -> int | None:
     """The number of a layer in a tensor's name; None if it is no such number."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < len(str(LARGEST_INDEX)) else None
 
 
-def shape(checkpoint: Checkpoint, state: dict[str, Stored], name: str, dimensions: int) -> tuple[int, ...]:
+def tensor_shape(checkpoint: Checkpoint, state: dict[str, StoredTensor], name: str, dimensions: int) -> tuple[int, ...]:
     """The shape of the tensor `name`. Raises UserError where there is none of so many dimensions."""
     if name not in state or len(state[name].shape) != dimensions:
         raise UserError(f"{checkpoint.path}: lacks {name!r}, or it has another form: cut short, or of another layout")

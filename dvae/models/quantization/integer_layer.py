@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dvae.errors import UserError
-from dvae.models.quantization.quantized_layers import Store, StoredLayer, dtype_for
+from dvae.models.quantization.quantized_layers import StorageFormat, StoredLayer, dtype_for
 
 LEAST = -128
 STEPS = 255
@@ -30,13 +30,13 @@ def check_machine() -> None:
         )
 
 
-class Clock:
+class TimeBucket:
     """Which part of the time [0, 1000] a refiner works in: 0..buckets - 1, or `buckets` for a batch of several."""
 
     def __init__(self, buckets: int) -> None:
         self.buckets = self.bucket = buckets
 
-    def tell(self, refiner: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def observe(self, refiner: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """A forward pre-hook of the refiner, whose second input is t_feature (B,)."""
         parts = (inputs[1] * (self.buckets / TIMES)).long().clamp(0, self.buckets - 1)
         low, high = int(parts.min()), int(parts.max())
@@ -57,23 +57,23 @@ def to_int8(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
 
 
 class IntegerLayer(StoredLayer):
-    """A nn.Conv2d or nn.Linear that is computed in int8; see `ready`. It has no gradients."""
+    """A nn.Conv2d or nn.Linear that is computed in int8; see `pack_weights`. It has no gradients."""
 
     input_scales: torch.Tensor
     input_zeros: torch.Tensor
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, clock: Clock) -> None:
-        super().__init__(layer, Store.integer, 0)
-        self.clock = clock
-        self.register_buffer("input_scales", torch.ones(clock.buckets + 1))
-        self.register_buffer("input_zeros", torch.zeros(clock.buckets + 1, dtype=torch.int8))
+    def __init__(self, layer: nn.Conv2d | nn.Linear, time_bucket: TimeBucket) -> None:
+        super().__init__(layer, StorageFormat.integer, 0)
+        self.time_bucket = time_bucket
+        self.register_buffer("input_scales", torch.ones(time_bucket.buckets + 1))
+        self.register_buffer("input_zeros", torch.zeros(time_bucket.buckets + 1, dtype=torch.int8))
         self._packed: torch.Tensor | None = None
 
     def calibrate(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Take the ranges (buckets + 1,) of the input; the last is for batches of several times."""
         self.input_scales, self.input_zeros = affine(low, high)
 
-    def ready(self) -> None:
+    def pack_weights(self) -> None:
         """Bring the weights into the kernel's own order, after they were loaded; the codes are let go."""
         assert self.scales is not None
         device = self.codes.device
@@ -96,9 +96,9 @@ class IntegerLayer(StoredLayer):
         if torch.is_grad_enabled() and x.requires_grad:
             raise UserError("a bundle of method=int8 has no gradients: use the original, or method=int8_weights")
         if self._packed is None:
-            raise RuntimeError("an int8 layer is used before ready()")
+            raise RuntimeError("an int8 layer is used before pack_weights()")
         dtype = dtype_for(x)
-        scale, zero = self._inputs[self.clock.bucket]
+        scale, zero = self._inputs[self.time_bucket.bucket]
         if self.convolution is None:
             q = to_int8(x.to(dtype).contiguous(), scale, zero)
             return torch.ops.onednn.qlinear_pointwise(

@@ -1,0 +1,69 @@
+"""Take trained parts of another run's bundle into a run: the encoder, or the models of a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dvae.config.model_config import model_config
+from dvae.config.schema import ModelConfig, RunConfig
+from dvae.errors import UserError
+from dvae.models.bundle import WEIGHTS, build_verified, find_bundle, read_verified, refuse_quantized
+from dvae.models.components import Models
+from dvae.registry.encoders.base import Encoder
+from dvae.utils.weights import State, load_weights, part_of, refuse_nonfinite
+
+
+def adopted_encoder_weights(config: RunConfig, encoder: Encoder) -> State | None:
+    """The weights that the encoder stage takes over instead of training `encoder`; None if it trains.
+
+    Raises UserError if they cannot be read or do not fit.
+    """
+    return load_encoder_weights(config) if config.encoder_weights else encoder.pretrained()
+
+
+def load_encoder_weights(config: RunConfig) -> State:
+    """The trained encoder of the run folder or bundle `config.encoder_weights`, for an encoder that is the same.
+
+    Raises UserError if there is none, or it is another.
+    """
+    what = f"encoder_weights={config.encoder_weights}"
+    folder = find_bundle(config.encoder_weights)
+    info, theirs = read_verified(folder)
+    refuse_quantized(what, info)
+    if "encoder" not in info.parts:
+        raise UserError(f"{what} has no trained encoder: name a run whose encoder stage is finished")
+    require_same_networks(what, theirs, config, ("encoder",))
+    weights = part_of(load_weights(folder / WEIGHTS), "encoder")
+    refuse_nonfinite(weights, str(folder / WEIGHTS))
+    return weights
+
+
+def load_teacher(config: RunConfig) -> Models:
+    """The trained models of the run folder or bundle `config.teacher`, for a run with the same networks.
+
+    Raises UserError if they are not all there, or others.
+    """
+    what, folder = f"teacher={config.teacher}", find_bundle(config.teacher)
+    info, theirs = read_verified(folder)
+    refuse_quantized(what, info)
+    require_same_networks(what, theirs, config, ("encoder", "prior", "process", "schedule", "refiner", "denoiser"))
+    return build_verified(folder, info, theirs)
+
+
+def require_same_networks(what: str, theirs: ModelConfig, config: RunConfig, kinds: tuple[str, ...]) -> None:
+    """Raise UserError, naming the first field that differs, if the parts of two configs are not built alike."""
+    there, here = _network_settings(theirs, kinds), _network_settings(model_config(config), kinds)
+    for name in [*here, *(name for name in there if name not in here)]:
+        if there.get(name) != here.get(name):
+            raise UserError(f"{what} has {name}={there.get(name)}, this run {here.get(name)}: it is another network")
+
+
+def _network_settings(config: ModelConfig, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """What parts of a run are built from."""
+    found: dict[str, Any] = {"image_size": config.image_size, "channels": config.channels}
+    for kind in kinds:
+        fields: Any = OmegaConf.to_container(OmegaConf.structured(getattr(config, kind)), enum_to_str=True)
+        found |= {f"{kind}.{name}": value for name, value in fields.items()}
+    return found
