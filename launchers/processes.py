@@ -135,7 +135,7 @@ def run_rank(folder: str, line: connection.Connection) -> None:
 
         def on_hang(words: str, speaks: bool) -> None:
             line.send(words)
-            watch.end(HANGS)
+            watch.exit_now(HANGS)
 
         watch.on_hang = on_hang
         Job(folder)()

@@ -257,10 +257,11 @@ class ArrayTask:
     parts: int
 
     def __call__(self, part: int) -> None:
-        from dvae.runs.job import build_part_of_shards, write_part_of_cache
+        from dvae.stages.cache import run_cache_part
+        from dvae.stages.shards import run_shards_part
 
-        work = build_part_of_shards if self.stage == "shards" else write_part_of_cache
-        work(Path(self.folder), part, self.parts)
+        run_part = run_shards_part if self.stage == "shards" else run_cache_part
+        run_part(Path(self.folder), part, self.parts)
 
     def checkpoint(self, part: int) -> Any:
         """submitit calls it when the job's time is nearly over, and requeues it: what is finished is on disk."""

@@ -25,7 +25,8 @@ def command(argv: list[str]) -> None:
     from dvae.data.latent_cache import FILE
     from dvae.models import components
     from dvae.runs.folder import Run
-    from dvae.stages import cache, work
+    from dvae.stages import cache
+    from dvae.stages.run_models import load_models
 
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
@@ -41,14 +42,14 @@ def command(argv: list[str]) -> None:
     if words.shards:
         settings.data.shards = words.shards
     if words.part is not None:
-        made = work.load_models(run, settings, "encoder")
+        made = load_models(run, settings, "encoder")
         images = cache.write_cache_part(run, settings, made, words.part, words.parts)
         print(f"{words.folder}: part={words.part} parts={words.parts} has {images} images, all made")
         if not (Path(words.folder) / FILE).exists():
             print("  when all parts are made: the same command without part= and parts= publishes the cache")
         return
     with run.held():
-        about = cache.write_cache(run, settings, work.load_models(run, settings, "encoder"))
+        about = cache.write_cache(run, settings, load_models(run, settings, "encoder"))
     kept = f"{about.draws} reconstructions each" if about.draws else "posteriors"
     print(f"{words.folder}: {kept} of {about.images} images")
 

@@ -1,4 +1,4 @@
-"""The forward passes of a recipe's stages, for counting: those of dvae.stages.losses without their figures."""
+"""The forward passes of a recipe's stages, for counting: those of dvae/stages/, without their metrics."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encoder_passes(made: Models) -> dict[str, ForwardPass]:
 
     def judged(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         terms = encoder(x, noise)
-        fake = terms["x_hat"].detach().requires_grad_()  # cut off, as in GanStage: its own pass through the judge
+        fake = terms["x_hat"].detach().requires_grad_()  # cut off, as in GanTask: its own pass through the judge
         deceit = generator_loss(adversary.loss, judge(fake)).mean()
         return terms["loss"].mean() + adversary.distance(x, fake).mean() + deceit
 

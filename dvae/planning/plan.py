@@ -200,7 +200,7 @@ def manifest_bytes(manifest: Manifest) -> float:
 
 
 def encoder_use(config: RunConfig, made: Models, manifest: Manifest | None) -> tuple[bool, bool]:
-    """Whether the frozen encoder encodes, and decodes, in every step (dvae.stages.cache.open_latents).
+    """Whether the frozen encoder encodes, and decodes, in every step (dvae.stages.latent_sources.open_latents).
 
     Where there are no shards yet, that the posteriors would fit into data.cache_gib is not known: it encodes.
     """

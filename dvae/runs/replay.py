@@ -19,14 +19,16 @@ from dvae.data.loading.loader import Batch
 from dvae.errors import UserError, fold
 from dvae.models import components
 from dvae.runs.folder import Run
-from dvae.stages.distil import open_distil, round_names
-from dvae.stages.joint import open_joint
-from dvae.stages.losses import Stage
-from dvae.stages.work import open_stage
+from dvae.stages.classifier import open_classifier_task
+from dvae.stages.distil import distil_rounds, open_distil_task
+from dvae.stages.encoder import open_encoder_task
+from dvae.stages.joint import open_joint_task
+from dvae.stages.refiner import open_refiner_task
 from dvae.training.batches import open_loader
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.loop import backward
+from dvae.training.loop import accumulate_gradients
 from dvae.training.resilience import nonfinite
+from dvae.training.train_task import TrainTask
 from dvae.utils.read import DamagedFile
 from dvae.utils.weights import fit_weights, load_weights
 
@@ -47,7 +49,7 @@ ConfigStore.instance().store(name="replay_schema", node=ReplayConfig, provider="
 
 
 @dataclass(frozen=True)
-class Replayed:
+class ReplayResult:
     """A step as it was recorded and as it is now: "figures", "gradient_norms" (numbers, or "nan", "inf", "-inf")."""
 
     recorded: dict[str, Any]
@@ -72,7 +74,7 @@ class Replayed:
         )
 
 
-def replay(folder: str, shards: str = "") -> Replayed:
+def replay(folder: str, shards: str = "") -> ReplayResult:
     """Take the step of the replay bundle `folder` once more, up to its gradients; `shards` is as in ReplayConfig.
 
     The micro-batches of all ranks are taken one after the other, as they lie in the batch. Raises UserError for a
@@ -80,7 +82,7 @@ def replay(folder: str, shards: str = "") -> Replayed:
     """
     path = Path(folder)
     try:
-        record = nonfinite.read(path)
+        record = nonfinite.read_record(path)
     except (OSError, DamagedFile) as error:
         raise UserError(
             f"bundle={path} is no replay bundle ({fold(error)}): name a folder nonfinite-STAGE-STEP of a run"
@@ -88,22 +90,21 @@ def replay(folder: str, shards: str = "") -> Replayed:
     start_distributed()
     run = Run(path.absolute().parent)
     config = run.config()
-    components.build_models_on_meta(
-        config
-    )  # the settings may be a stranger's: their size is checked before memory is taken
+    # the settings may be a stranger's: their size is checked before memory is taken
+    components.build_models_on_meta(config)
     if shards:
         config.data.shards = shards
     refuse_other_run(config, record, path)
     training = as_one_process(config, record)
-    stage = open_training(run, config, record["stage"])
-    batches = recorded_batches(config, training, stage, record, path)
-    engines = recorded_engines(stage, record["step"], path)
+    task = open_training(run, config, record["stage"])
+    batches = recorded_batches(config, training, task, record, path)
+    engines = recorded_engines(task, record["step"], path)
     with first_not_finite(engines) as first:
-        figures = backward(stage, engines, batches, record["step"])
-    now = nonfinite.observed([figures], engines)
+        figures = accumulate_gradients(task, engines, batches, record["step"])
+    now = nonfinite.describe_step([figures], engines)
     for engine in engines.values():
         engine.close()
-    return Replayed(record, now, next(iter(first), ""))
+    return ReplayResult(record, now, next(iter(first), ""))
 
 
 def refuse_other_run(config: RunConfig, record: dict[str, Any], path: Path) -> None:
@@ -111,7 +112,7 @@ def refuse_other_run(config: RunConfig, record: dict[str, Any], path: Path) -> N
     name = record["stage"]
     known = [each.removeprefix("train_") for each in TRAININGS if each != "train_distil"]
     if config.distiller is not None:
-        known += round_names(config)
+        known += distil_rounds(config)
     training: TrainingConfig = getattr(config, settings_of(name))
     if name not in known or len(record["samples"]) != training.batch or record["step"] > training.steps:
         raise UserError(
@@ -120,14 +121,18 @@ def refuse_other_run(config: RunConfig, record: dict[str, Any], path: Path) -> N
         )
 
 
-def open_training(run: Run, config: RunConfig, name: str) -> Stage:
+def open_training(run: Run, config: RunConfig, name: str) -> TrainTask:
     """The training `name`, with its modules as they are before the first step."""
     match stage_of(name):
-        case "distil":
-            return open_distil(run, config, name)
+        case "encoder":
+            return open_encoder_task(run, config)
         case "joint":
-            return open_joint(run, config)
-    return open_stage(run, config, name)
+            return open_joint_task(run, config)
+        case "refiner":
+            return open_refiner_task(run, config)
+        case "classifier":
+            return open_classifier_task(run, config)
+    return open_distil_task(run, config, name)
 
 
 def as_one_process(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
@@ -141,10 +146,10 @@ def as_one_process(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
 
 
 def recorded_batches(
-    config: RunConfig, training: TrainingConfig, stage: Stage, record: dict[str, Any], path: Path
+    config: RunConfig, training: TrainingConfig, task: TrainTask, record: dict[str, Any], path: Path
 ) -> list[Batch]:
     """The step's micro-batches. Raises UserError where the run's samples are not those of the record."""
-    with open_loader(config, training, stage.name, images=stage.needs_images, whole=True) as data:
+    with open_loader(config, training, task.name, images=task.needs_images, whole=True) as data:
         batches = data.step((record["step"] - 1) * training.batch)
     for name, values in (
         ("samples", [batch.keys for batch in batches]),
@@ -155,16 +160,16 @@ def recorded_batches(
     return batches
 
 
-def recorded_engines(stage: Stage, step: int, path: Path) -> dict[str, Engine]:
+def recorded_engines(task: TrainTask, step: int, path: Path) -> dict[str, Engine]:
     """An engine around each module that `step` trained, with the recorded weights."""
     weights = load_weights(path / nonfinite.WEIGHTS)
     engines = {}
-    for name, module in stage.modules().items():
-        if stage.trains(name, step):
+    for name, module in task.modules().items():
+        if task.trains(name, step):
             start = f"{name}."
             own = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
             fit_weights(module, own, str(path / nonfinite.WEIGHTS))
-            engines[name] = Engine(module, stage.settings(name))
+            engines[name] = Engine(module, task.module_config(name))
     return engines
 
 

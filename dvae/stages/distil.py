@@ -1,4 +1,4 @@
-"""The stage distil: a student learns to draw in few steps what a trained run draws in many (registry/distillers)."""
+"""The stage distil: students learn to sample in few steps what a trained run samples in many (registry/distillers)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from dvae.models import bundle_reuse, components
 from dvae.registry.distillers.base import DISTILLERS, Distiller
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
-from dvae.stages.cache import open_latents
-from dvae.stages.latent_sources import Latents
-from dvae.stages.losses import Engines, NoisyStage, StepOutput, by_time, sums
-from dvae.stages.work import Weights, device, export, load_models, part_of, pipeline_of, preview_samples, train_stage
-from dvae.training.loop import TrainHooks
+from dvae.stages.latent_sources import LatentSource, open_latents
+from dvae.stages.noisy_task import NoisyTask
+from dvae.stages.previews import build_pipeline, save_samples
+from dvae.stages.run_models import default_device, export_bundle, load_models
+from dvae.stages.train_stage import strip_prefix, train_stage
+from dvae.training.loop import PreviewHook, TrainHooks
+from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.resilience import ranks
+from dvae.training.train_task import Engines, StepOutput
 from dvae.utils import rng
-from dvae.utils.weights import fit_weights
+from dvae.utils.weights import State, fit_weights
 
-STUDENT = "denoiser."
-"""Before the names of a student's weights in those of what is trained."""
+STUDENT_PREFIX = "denoiser."
+"""Prefix that the names of a student's weights have in the trained module."""
 
 
-class Student(nn.Module):
+class StudentModel(nn.Module):
     """A denoiser with the loss of its distillation."""
 
     def __init__(self, denoiser: Denoiser, distiller: Distiller) -> None:
@@ -44,26 +47,28 @@ class Student(nn.Module):
         conditioning: Conditioning,
         target: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Per-sample loss (B,) at u_t = alpha_t y0 + sigma_t eps, (B, C, H, W); without a target it is the student's
-        own, with the same units dropped."""
+        """Per-sample loss (B,) at u_t = alpha_t y0 + sigma_t eps, (B, C, H, W).
+
+        If `target` is None, the student itself computes it, with the same units dropped.
+        """
         diffusion = self.denoiser.diffusion
         if target is None:
             with torch.no_grad(), torch.random.fork_rng():
                 target = self.distiller.target(self.denoiser, y0, eps, t, s, conditioning)
-        seen = self.denoiser.predict(diffusion.perturb(y0, t, eps), t, conditioning)[1]
-        return self.distiller.loss(diffusion, seen - target, t, s)
+        predicted = self.denoiser.predict(diffusion.perturb(y0, t, eps), t, conditioning)[1]
+        return self.distiller.loss(diffusion, predicted - target, t, s)
 
 
-class DistilStage(NoisyStage):
-    """One round: a student for so many steps, of a teacher that stays as it is."""
+class DistilTask(NoisyTask):
+    """One round: a student that samples in `steps` steps, and a frozen teacher."""
 
     def __init__(
         self,
-        student: Student,
+        student: StudentModel,
         teacher: Denoiser,
         steps: int,
         encoder: Encoder,
-        latents: Latents,
+        latents: LatentSource,
         config: TrainingConfig,
         seed: int,
         device: torch.device,
@@ -76,74 +81,76 @@ class DistilStage(NoisyStage):
         return {self.name: self.student}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        x, conditioning = self.example(batch)
-        teacher, distiller, numbers = self.denoiser, self.student.distiller, batch.keys.tolist()
+        x, conditioning = self.clean_data(batch)
+        teacher, distiller, keys = self.denoiser, self.student.distiller, batch.keys.tolist()
         y0 = teacher.to_state(x, conditioning)
-        eps = self.place(rng.normal(self.seed, "noise", numbers, tuple(y0.shape[1:])))
-        done = (batch.keys // self.config.batch).double() / self.config.steps
-        t, s = distiller.times(teacher.diffusion, self.steps, rng.uniform(self.seed, "time", numbers), done)
+        eps = self.to_device(rng.normal(self.seed, "noise", keys, tuple(y0.shape[1:])))
+        progress = (batch.keys // self.config.batch).double() / self.config.steps
+        t, s = distiller.times(teacher.diffusion, self.steps, rng.uniform(self.seed, "time", keys), progress)
         target = None
         if not distiller.by_itself:
             with torch.no_grad(), self.autocast():
                 target = distiller.target(teacher, y0, eps, t, s, conditioning)
         losses = engines[name](y0, eps, t, s, conditioning, target)
-        return StepOutput(losses.mean(), sums({"loss": losses}) | by_time("loss", losses, t))
+        return StepOutput(losses.mean(), metric_sums({"loss": losses}) | metrics_by_time("loss", losses, t))
 
 
-def distil_stage(run: Run, config: RunConfig) -> None:
-    """All rounds, each once; at the end the last student is the run's refiner."""
-    ranks.on_rank_zero(take_teacher, run, config)
-    names = list(round_names(config))
+def run_distil_stage(run: Run, config: RunConfig) -> None:
+    """Run all rounds, each once. The last student becomes the run's refiner."""
+    ranks.on_rank_zero(save_teacher, run, config)
+    names = list(distil_rounds(config))
     for name in names:
         if name not in ranks.on_rank_zero(run.records):
-            stage = open_distil(run, config, name)
-            looks = previews(run, config, name, stage.steps)
-            train_stage(run, config, stage, config.train_distil, {name: STUDENT}, looks)
+            task = open_distil_task(run, config, name)
+            hooks = TrainHooks(student_preview(run, config, name, task.steps))
+            train_stage(run, config, task, {name: STUDENT_PREFIX}, hooks)
 
     def finish() -> None:
         run.save_weights("denoiser", run.load_weights(names[-1]))
-        export(run, config)
+        export_bundle(run, config)
         records = run.records()
         run.finish("distil", {"seconds": sum(records[name]["seconds"] for name in names)})
 
     ranks.on_rank_zero(finish)
 
 
-def take_teacher(run: Run, config: RunConfig) -> None:
-    """Keep what the run shares with its teacher, and the teacher's refiner."""
-    if run.has_weights("teacher"):  # the last that is kept
+def save_teacher(run: Run, config: RunConfig) -> None:
+    """Save the parts that the run shares with its teacher, and the teacher's refiner."""
+    if run.has_weights("teacher"):  # the last that is saved
         return
     for part, module in bundle_reuse.load_teacher(config).trained_parts().items():
         run.save_weights("teacher" if part == "denoiser" else part, module.state_dict())
 
 
-def round_names(config: RunConfig) -> dict[str, int]:
-    """The rounds' names, and the steps that the student of each is for."""
+def distil_rounds(config: RunConfig) -> dict[str, int]:
+    """The names of the rounds, with the number of sampling steps of each round's student."""
     rounds = DISTILLERS.build(config.distiller, components.build_models_on_meta(config).denoiser.io).rounds
     return {f"distil-{steps}": steps for steps in rounds}
 
 
-def open_distil(run: Run, config: RunConfig, name: str) -> DistilStage:
-    """The round that is called `name`, as it is before the first step: its teacher and start are those before it."""
-    made, rounds = load_models(run, config, "encoder"), round_names(config)
+def open_distil_task(run: Run, config: RunConfig, name: str) -> DistilTask:
+    """The task of the round `name`, as it is before the first step. It starts from the weights of the round before."""
+    models, rounds = load_models(run, config, "encoder"), distil_rounds(config)
     steps, before = rounds[name], ["teacher", *rounds][list(rounds).index(name)]
-    distiller = DISTILLERS.build(config.distiller, made.denoiser.io)
+    distiller = DISTILLERS.build(config.distiller, models.denoiser.io)
     weights = run.load_weights(before)
     teacher = components.build_models(config).denoiser
-    for denoiser in (made.denoiser, teacher):
+    for denoiser in (models.denoiser, teacher):
         distiller.check(denoiser)
         fit_weights(denoiser, weights, str(run.weights(before)))
-        denoiser.to(device())
-    student, latents = Student(made.denoiser, distiller), open_latents(run, config, made)
-    return DistilStage(student, teacher, steps, made.encoder, latents, config.train_distil, config.seed, device())
+        denoiser.to(default_device())
+    student, latents = StudentModel(models.denoiser, distiller), open_latents(run, config, models)
+    return DistilTask(
+        student, teacher, steps, models.encoder, latents, config.train_distil, config.seed, default_device()
+    )
 
 
-def previews(run: Run, config: RunConfig, name: str, steps: int) -> TrainHooks:
-    """Pictures of what the averaged student draws in as many steps as its round is for."""
+def student_preview(run: Run, config: RunConfig, name: str, steps: int) -> PreviewHook:
+    """Samples of the averaged student in as many steps as its round is for."""
 
-    def preview(step: int, averaged: Weights) -> Path:
-        pipeline = pipeline_of(run, config, part_of(averaged, STUDENT))
+    def preview(step: int, weights: State) -> Path:
+        pipeline = build_pipeline(run, config, strip_prefix(weights, STUDENT_PREFIX))
         pipeline.use_sampler(steps=steps)
-        return preview_samples(run, pipeline, f"{name}-{step:08d}.png")
+        return save_samples(run, pipeline, f"{name}-{step:08d}.png")
 
-    return TrainHooks(preview)
+    return preview

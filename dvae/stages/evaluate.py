@@ -1,65 +1,101 @@
-"""The evaluate stage: draw sets of images, keep the pictures, and score the sets."""
+"""The stage evaluate: generate sets of images, keep the pictures, and score the sets."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from dvae.config.compose import uses_stream
+from dvae.config.model_config import model_config
 from dvae.config.schema import RunConfig
 from dvae.data.images import to_float, to_uint8
 from dvae.data.shards.reader import Shards, evenly_spaced
 from dvae.inference.pipeline import Pipeline
 from dvae.runs.folder import Run
-from dvae.tracking import pictures
+from dvae.stages.image_scores import score_images
+from dvae.stages.run_models import BUNDLE_PARTS, load_models
+from dvae.toy2d.point_scores import evaluate_points
+from dvae.tracking import figures, pictures
 from dvae.tracking.console import Progress
+from dvae.tracking.tracker import Tracker
+from dvae.training.batches import open_shards
+from dvae.utils import atomic_files
 
-SHOWN = 32
+PICTURE_IMAGES = 32
 """Images in each picture."""
 
-Sets = dict[str, list[torch.Tensor]]
-"""Generated images by name, one tensor (n, C, H, W) uint8 per seed; "vae" only where there is one."""
+ImageSets = dict[str, list[torch.Tensor]]
+"""Generated images by name, one tensor (n, C, H, W) uint8 per seed; "vae" only if there is a VAE."""
 
 
-def evaluate(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, heldout: Shards) -> dict[str, Any]:
-    """Pictures of reconstructions and samples, and their scores. Returns what summary.json holds of them."""
+def run_evaluate_stage(run: Run, config: RunConfig) -> None:
+    if not run.has_weights("classifier"):
+        config = replace(config, classifier=None)  # not trained yet: all else works without it
+    models = load_models(run, config, *BUNDLE_PARTS)
+    for module in models.trained_parts().values():
+        module.eval().requires_grad_(False)
+    stages = run.records()
+    began = time.perf_counter()
+    pipeline = Pipeline(model_config(config), models, config.evaluate.batch)
+    if uses_stream(config):
+        evaluation = evaluate_points(run, config, pipeline)
+    else:
+        evaluation = evaluate_images(
+            run, config, pipeline, open_shards(config, "train"), open_shards(config, "heldout")
+        )
+    record = {"seconds": time.perf_counter() - began, "settings": settings_fingerprint(config)}
+    scores = figures.of_evaluation(evaluation)
+    summary = {
+        "recipe": config.recipe,
+        "stages": stages | {"evaluate": record},
+        "evaluation": evaluation,
+        "figures": figures.of_training(run.path) | scores,
+    }
+    with Tracker(run.path, config.tracking.wandb, "evaluate") as tracker:
+        tracker.summarize(scores)
+        paths = [path for path in (run.path / "samples.png", run.path / "reconstructions.png") if path.exists()]
+        tracker.results(scores, paths, run.bundle)
+    atomic_files.write_json(run.summary, summary)
+    run.finish("evaluate", record)
+
+
+def is_up_to_date(record: dict[str, Any], config: RunConfig) -> bool:
+    """Whether a finished evaluation used the settings of `config`. Otherwise the stage is repeated."""
+    return bool(record["settings"] == settings_fingerprint(config))
+
+
+def settings_fingerprint(config: RunConfig) -> str:
+    """A text that changes if a setting changes that the evaluation depends on."""
+    return f"{replace(config.evaluate, every_steps=0)} {config.sampler}"
+
+
+def evaluate_images(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, heldout: Shards) -> dict[str, Any]:
+    """Make pictures of reconstructions and samples, and score them. Returns the entry of summary.json."""
     sampler: Any = OmegaConf.to_container(OmegaConf.structured(config.sampler), enum_to_str=True)
-    drawn: dict[str, Any] = {"sampler": sampler}
+    entry: dict[str, Any] = {"sampler": sampler}
     x_hat = None
     if "encoder" in pipeline.models.trained_parts():
-        show_reconstructions(run, pipeline, heldout)
+        save_reconstruction_pictures(run, pipeline, heldout)
         images = heldout.read(evenly_spaced(len(heldout), config.evaluate.n))
         x_hat = to_uint8(pipeline.encode(to_float(images).to(pipeline.device)).x_hat).cpu()
-        drawn["reconstructions"] = {
+        entry["reconstructions"] = {
             "n": len(images),
             "psnr": float(psnr(images, x_hat).mean()),
             "latent": list(pipeline.models.io.latent),
         }
-    sets, speed = draw(config, pipeline)
-    show_samples(run, sets)
-    drawn |= {"nfe": pipeline.nfe, "refined_images_per_second": speed}
+    sets, speed = generate_sets(config, pipeline)
+    save_sample_pictures(run, sets)
+    entry |= {"nfe": pipeline.nfe, "refined_images_per_second": speed}
     if not config.evaluate.metrics:
-        return drawn
-    from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
-
-    settings = config.evaluate
-    scored = score(
-        sets,
-        train.read(evenly_spaced(len(train), settings.n_reference)),
-        heldout.read(evenly_spaced(len(heldout), settings.n * len(settings.seeds))),
-        seeds=settings.seeds,
-        sampler=sampler,
-        nfe=pipeline.nfe,
-        kid_subset_size=settings.kid_subset_size,
-        kid_subsets=settings.kid_subsets,
-        cache=run.path / "cache",
-        reconstructions=x_hat,
-        batch=settings.batch,
+        return entry
+    return entry | score_images(
+        run, config, sets, config.evaluate.seeds, train, heldout, pipeline.nfe, sampler, reconstructions=x_hat
     )
-    return drawn | scored
 
 
 def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -68,10 +104,10 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return 10.0 * torch.log10(255.0**2 / error)
 
 
-def draw(config: RunConfig, pipeline: Pipeline) -> tuple[Sets, float]:
-    """VAE samples (where there is a VAE) and refined samples of the same z by seed, and refined images per second."""
+def generate_sets(config: RunConfig, pipeline: Pipeline) -> tuple[ImageSets, float]:
+    """VAE samples (if there is a VAE) and refined samples of the same z by seed, and refined images per second."""
     settings = config.evaluate
-    sets: Sets = {name: [] for name in (["vae", "refined"] if pipeline.models.has_generator else ["refined"])}
+    sets: ImageSets = {name: [] for name in (["vae", "refined"] if pipeline.models.has_generator else ["refined"])}
     began = time.perf_counter()
     with Progress("samples", settings.n * len(settings.seeds)) as progress:
         for seed in settings.seeds:
@@ -84,22 +120,22 @@ def draw(config: RunConfig, pipeline: Pipeline) -> tuple[Sets, float]:
     return sets, settings.n * len(settings.seeds) / (time.perf_counter() - began)
 
 
-def show_samples(run: Run, sets: Sets) -> None:
-    """samples.png: each VAE sample, where there is one, with its refined sample at its right."""
-    shown = [drawn[0][:SHOWN] for drawn in sets.values()]
-    for name, drawn in zip(sets, shown, strict=True):
-        pictures.grid(drawn, run.images / f"{name}_samples.png")
-    pictures.grid(torch.stack(shown, 1).flatten(0, 1), run.path / "samples.png", scale=2)
+def save_sample_pictures(run: Run, sets: ImageSets) -> None:
+    """Write samples.png: each VAE sample, if there is one, with its refined sample at its right."""
+    first_sets = [images[0][:PICTURE_IMAGES] for images in sets.values()]
+    for name, images in zip(sets, first_sets, strict=True):
+        pictures.grid(images, run.images / f"{name}_samples.png")
+    pictures.grid(torch.stack(first_sets, 1).flatten(0, 1), run.path / "samples.png", scale=2)
 
 
-def show_reconstructions(run: Run, pipeline: Pipeline, heldout: Shards) -> None:
-    """reconstructions.png: held-out images, each with its reconstruction and, but in latent space, that refined."""
-    images = heldout.read(np.arange(min(SHOWN, len(heldout))))
+def save_reconstruction_pictures(run: Run, pipeline: Pipeline, heldout: Shards) -> None:
+    """Write reconstructions.png: held-out images, each with its x_hat and, in pixel space, the refined x_hat."""
+    images = heldout.read(np.arange(min(PICTURE_IMAGES, len(heldout))))
     x_hat, refined = pipeline.reconstruct(images)
-    shown = {"heldout": images, "reconstructions": x_hat}
+    sets = {"heldout": images, "reconstructions": x_hat}
     if refined is not None:
-        shown["refined_reconstructions"] = refined
-    for name, drawn in shown.items():
-        pictures.grid(drawn, run.images / f"{name}.png")
-    side_by_side = torch.stack(list(shown.values()), 1).flatten(0, 1)
-    pictures.grid(side_by_side, run.path / "reconstructions.png", columns=9 // len(shown) * len(shown), scale=2)
+        sets["refined_reconstructions"] = refined
+    for name, each in sets.items():
+        pictures.grid(each, run.images / f"{name}.png")
+    side_by_side = torch.stack(list(sets.values()), 1).flatten(0, 1)
+    pictures.grid(side_by_side, run.path / "reconstructions.png", columns=9 // len(sets) * len(sets), scale=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,15 +16,20 @@ from dvae.inference.pipeline import Pipeline
 from dvae.models import components
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
-from dvae.stages.losses import Engines, Stage, StepOutput, by_time, encoder_figures, sums
-from dvae.stages.work import Weights, device, load_models, part_of, preview_images, train_stage
+from dvae.stages.encoder_terms import encoder_losses
+from dvae.stages.previews import preview_images
+from dvae.stages.run_models import default_device, load_models
+from dvae.stages.train_stage import strip_prefix, train_stage
 from dvae.tracking import pictures
-from dvae.training.loop import TrainHooks
+from dvae.training.loop import PreviewHook, TrainHooks
+from dvae.training.metric_sums import metric_sums, metrics_by_time
+from dvae.training.train_task import Engines, StepOutput, TrainTask
+from dvae.utils.weights import State
 
 PREFIXES = {"encoder": "encoder.", "denoiser": "denoiser."}
 
 
-class Joint(nn.Module):
+class JointModel(nn.Module):
     """Encoder and denoiser, with the sum of their losses."""
 
     def __init__(self, encoder: Encoder, denoiser: Denoiser, config: JointConfig) -> None:
@@ -33,28 +37,34 @@ class Joint(nn.Module):
         self.encoder, self.denoiser, self.config = encoder, denoiser, config
 
     def forward(
-        self, x: torch.Tensor, noise: torch.Tensor, label: torch.Tensor | None, noise_sample: NoiseSample, step: int
+        self,
+        x: torch.Tensor,
+        posterior_noise: torch.Tensor,
+        label: torch.Tensor | None,
+        noise: NoiseSample,
+        step: int,
     ) -> dict[str, torch.Tensor]:
-        """Per-sample terms (B,): "loss", the encoder's own, and "refiner"; of images x (B, C, H, W) in step `step`."""
-        terms = self.encoder(x, noise)
+        """Per-sample terms (B,) of images x (B, C, H, W) in step `step`: "loss", the encoder's own, and "refiner"."""
+        terms = self.encoder(x, posterior_noise)
         x_hat, z = terms["x_hat"].float(), terms["z"].float()
-        reaches = self.config.gradient_to if step >= self.config.start else GradientTo.nothing
+        gradient_to = self.config.gradient_to if step >= self.config.start else GradientTo.nothing
         conditioning = Conditioning(
-            x_hat if reaches in (GradientTo.x_hat, GradientTo.both) else x_hat.detach(),
-            z if reaches in (GradientTo.z, GradientTo.both) else z.detach(),
+            x_hat if gradient_to in (GradientTo.x_hat, GradientTo.both) else x_hat.detach(),
+            z if gradient_to in (GradientTo.z, GradientTo.both) else z.detach(),
             label,
         )
-        refiner = self.denoiser(x, conditioning, noise_sample)
-        own = encoder_figures(terms)
-        return own | {"encoder": own["loss"], "refiner": refiner, "loss": own["loss"] + self.config.weight * refiner}
+        refiner = self.denoiser(x, conditioning, noise)
+        encoder = encoder_losses(terms)
+        loss = encoder["loss"] + self.config.weight * refiner
+        return encoder | {"encoder": encoder["loss"], "refiner": refiner, "loss": loss}
 
 
-class JointStage(Stage):
-    """Both at once."""
+class JointTask(TrainTask):
+    """Encoder and refiner at once."""
 
     name = "joint"
 
-    def __init__(self, joint: Joint, config: TrainingConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, joint: JointModel, config: TrainingConfig, seed: int, device: torch.device) -> None:
         super().__init__(config, seed, device)
         self.joint = joint
 
@@ -62,38 +72,39 @@ class JointStage(Stage):
         return {self.name: self.joint}
 
     def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
-        noise_sample = self.sample_noise(batch, self.joint.denoiser)
-        noise = self.posterior_noise(batch, self.joint.encoder)
+        noise = self.sample_noise(batch, self.joint.denoiser)
+        posterior_noise = self.posterior_noise(batch, self.joint.encoder)
         step = int(batch.keys[0]) // self.config.batch
-        terms = engines[name](self.images(batch), noise, self.labels(batch), noise_sample, step)
-        return StepOutput(terms["loss"].mean(), sums(terms) | by_time("loss", terms["refiner"], noise_sample.t))
+        terms = engines[name](self.images(batch), posterior_noise, self.labels(batch), noise, step)
+        return StepOutput(terms["loss"].mean(), metric_sums(terms) | metrics_by_time("loss", terms["refiner"], noise.t))
 
 
-def joint_stage(run: Run, config: RunConfig) -> None:
-    """Trains the run's encoder and refiner; the prior is fitted afterwards."""
-    train_stage(run, config, open_joint(run, config), config.train_joint, PREFIXES, TrainHooks(previews(run, config)))
+def run_joint_stage(run: Run, config: RunConfig) -> None:
+    """Train the run's encoder and refiner. The prior is fitted afterwards."""
+    task = open_joint_task(run, config)
+    train_stage(run, config, task, PREFIXES, TrainHooks(refinement_preview(run, config)))
 
 
-def open_joint(run: Run, config: RunConfig) -> JointStage:
-    """The stage as it is before the first step."""
-    made = load_models(run, config)
-    joint = Joint(made.encoder, made.denoiser, config.joint)
-    return JointStage(joint, config.train_joint, config.seed, device())
+def open_joint_task(run: Run, config: RunConfig) -> JointTask:
+    """The stage's task, with its modules as they are before the first step."""
+    models = load_models(run, config)
+    joint = JointModel(models.encoder, models.denoiser, config.joint)
+    return JointTask(joint, config.train_joint, config.seed, default_device())
 
 
-def previews(run: Run, config: RunConfig) -> Callable[[int, Weights], Path]:
-    """Held-out images, above their x_hat and what is refined of it."""
-    shown = preview_images(config)
+def refinement_preview(run: Run, config: RunConfig) -> PreviewHook:
+    """Held-out images above their reconstructions x_hat and the refined ones."""
+    images = preview_images(config)
 
-    def preview(step: int, averaged: Weights) -> Path:
-        copy = components.build_models(config)
+    def preview(step: int, weights: State) -> Path:
+        models = components.build_models(config)
         for name, prefix in PREFIXES.items():
-            part = copy.trained_parts()[name]
-            part.load_state_dict(part_of(averaged, prefix))
+            part = models.trained_parts()[name]
+            part.load_state_dict(strip_prefix(weights, prefix))
             part.eval().requires_grad_(False)
-        x_hat, refined = Pipeline(model_config(config), copy, config.evaluate.batch).reconstruct(shown)
+        x_hat, refined = Pipeline(model_config(config), models, config.evaluate.batch).reconstruct(images)
         path = run.images / f"joint-{step:08d}.png"
-        pictures.grid(torch.cat([shown, x_hat, *([] if refined is None else [refined])]), path)
+        pictures.grid(torch.cat([images, x_hat, *([] if refined is None else [refined])]), path)
         return path
 
     return preview

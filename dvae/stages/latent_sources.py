@@ -2,65 +2,93 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from dvae.config.schema import RunConfig
 from dvae.data.latent_cache import LatentCache
 from dvae.data.loading.loader import Batch
+from dvae.models.components import Models
 from dvae.registry.encoders.base import Encoder, Posterior
+from dvae.runs.folder import Run
+from dvae.stages.cache import expected_cache
+from dvae.stages.posteriors import load_posteriors, save_posteriors
+from dvae.training.batches import open_shards
+from dvae.training.resilience import ranks
 from dvae.utils import rng
 
 
-class Latents(Protocol):
-    """Draws z of the images of a batch."""
+class LatentSource(Protocol):
+    """Samples z of the images of a batch."""
 
-    encodes: bool
-    """Whether the images are looked at."""
+    needs_images: bool
+    """Whether it encodes the images of the batch."""
 
-    def draw(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z (B, *latent), and its x_hat where it is known without decoding.
+    def sample(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z (B, *latent), and its x_hat if that is known without decoding.
 
         x (B, C, H, W) in [-1, 1] are the images, noise ~ N(0, I) is (B, *latent).
         """
         ...
 
 
-class Encoded:
-    """z ~ q(z | x), by encoding the images anew: what all else stands for."""
+class EncodedLatents:
+    """z ~ q(z | x), by encoding the images anew. The other sources replace this computation."""
 
-    encodes = True
+    needs_images = True
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def draw(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def sample(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.encoder.encode(x).sample(noise), None
 
 
-class Posteriors:
+class PosteriorLatents:
     """z ~ q(z | x), with mean and logvar looked up by index of the image; the same draws as by encoding."""
 
-    encodes = False
+    needs_images = False
 
     def __init__(self, look_up: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.look_up = look_up
 
-    def draw(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def sample(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         mean, logvar = (part.to(noise.device) for part in self.look_up(batch.indices))
         return Posterior(mean, logvar).sample(noise), None
 
 
-class Reconstructions:
+class CachedReconstructions:
     """One of an image's cached draws of z with its x_hat; which one is keyed by the sample number."""
 
-    encodes = False
+    needs_images = False
 
     def __init__(self, cache: LatentCache, seed: int) -> None:
         self.cache, self.seed = cache, seed
 
-    def draw(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def sample(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         chosen = rng.uniform(self.seed, "cached draw", batch.keys.tolist()) * self.cache.about.draws
         z, x_hat = self.cache.reconstructions(batch.indices, chosen.long())
         return z.to(noise.device), x_hat
+
+
+def open_latents(run: Run, config: RunConfig, models: Models) -> LatentSource:
+    """The source of z for the refiner's training.
+
+    The cache if that stage was run, else posteriors in memory if they fit, else the encoder itself.
+    """
+    if "cache" in run.records():
+        shape = (config.channels, config.image_size, config.image_size)
+        cache = LatentCache(Path(config.cache.folder), expected_cache(run, config, models), shape)
+        return CachedReconstructions(cache, config.seed) if cache.about.draws else PosteriorLatents(cache.posteriors)
+    if config.data.flip or "encoder" not in models.trained_parts():
+        return EncodedLatents(models.encoder)
+    size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(models.io.latent)
+    if size > config.data.cache_gib * 2**30:
+        return EncodedLatents(models.encoder)
+    ranks.on_rank_zero(save_posteriors, run, config, models)
+    known = load_posteriors(run, config, models)
+    return PosteriorLatents(lambda indices: (known.mean[indices], known.logvar[indices]))

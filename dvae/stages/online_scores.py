@@ -7,41 +7,29 @@ from collections.abc import Callable
 
 from dvae.config.compose import uses_stream
 from dvae.config.schema import RunConfig
-from dvae.data.shards.reader import Shards, evenly_spaced
 from dvae.evaluation.sliced_wasserstein import sliced_wasserstein
 from dvae.inference.pipeline import Pipeline
 from dvae.runs.folder import Run
+from dvae.stages.image_scores import score_images
 from dvae.toy2d import points
+from dvae.training.batches import open_shards
 
 
-def scorer(run: Run, config: RunConfig, shards: Callable[[str], Shards]) -> Callable[[Pipeline], dict[str, float]]:
-    """What scores a pipeline; `shards` opens a split of the run's.
+def online_scorer(run: Run, config: RunConfig) -> Callable[[Pipeline], dict[str, float]]:
+    """The function that scores a pipeline during training.
 
-    Of images KID-lite0 and FID-lite0 against training images, as the evaluate stage scores the same seed; of points the
-    sliced Wasserstein distance, the mean over the classes.
+    Images are scored by KID-lite0 and FID-lite0 against training images, as the evaluate stage scores the same seed.
+    Points are scored by the sliced Wasserstein distance, the mean over the classes.
     """
     seed = config.evaluate.seeds[0]
 
-    def of_images(pipeline: Pipeline) -> dict[str, float]:
-        from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
+    def score_generated_images(pipeline: Pipeline) -> dict[str, float]:
+        train, heldout = open_shards(config, "train"), open_shards(config, "heldout")
+        sets = {"refined": [pipeline.generate(config.evaluate.n, seed)[1]]}
+        scores = score_images(run, config, sets, [seed], train, heldout, pipeline.nfe, {})["sets"]["refined"]
+        return {name: float(scores[name]["mean"]) for name in ("KID-lite0", "FID-lite0")}
 
-        settings = config.evaluate
-        train, heldout = shards("train"), shards("heldout")
-        found = score(
-            {"refined": [pipeline.generate(settings.n, seed)[1]]},
-            train.read(evenly_spaced(len(train), settings.n_reference)),
-            heldout.read(evenly_spaced(len(heldout), settings.n)),
-            seeds=[seed],
-            sampler={},
-            nfe=pipeline.nfe,
-            kid_subset_size=settings.kid_subset_size,
-            kid_subsets=settings.kid_subsets,
-            cache=run.path / "cache",
-            batch=settings.batch,
-        )["sets"]["refined"]
-        return {name: float(found[name]["mean"]) for name in ("KID-lite0", "FID-lite0")}
-
-    def of_points(pipeline: Pipeline) -> dict[str, float]:
+    def score_points(pipeline: Pipeline) -> dict[str, float]:
         source, n = points.open_source(config), config.evaluate.n
         return {
             "sliced_wasserstein": statistics.mean(
@@ -50,4 +38,4 @@ def scorer(run: Run, config: RunConfig, shards: Callable[[str], Shards]) -> Call
             )
         }
 
-    return of_points if uses_stream(config) else of_images
+    return score_points if uses_stream(config) else score_generated_images

@@ -14,7 +14,7 @@ from dvae.data.shards.remote import locate_shards
 from dvae.toy2d import points
 from dvae.tracking.console import say
 from dvae.training.resilience import ranks
-from dvae.training.resilience.sample_log import Feed, load_damaged
+from dvae.training.resilience.sample_log import SynchronizedLoader, load_damaged
 from dvae.utils import rng
 
 
@@ -38,7 +38,7 @@ def open_loader(
     split: str = "train",
     images: bool = True,
     whole: bool = False,
-) -> Loader | StreamLoader | Feed:
+) -> Loader | StreamLoader | SynchronizedLoader:
     """Batches of a stage: this rank's share, or all of them (`whole`); without `images` where it can do without."""
     rank, world = (0, 1) if whole else (ranks.rank(), ranks.world_size())
     if configuration.uses_stream(config):
@@ -67,4 +67,8 @@ def open_loader(
             threads=config.data.threads,
             images=images,
         )
-    return loader if whole else Feed(loader, shards, training, stage, Path(config.run), config.data.log_samples)
+    return (
+        loader
+        if whole
+        else SynchronizedLoader(loader, shards, training, stage, Path(config.run), config.data.log_samples)
+    )

@@ -12,10 +12,10 @@ from dvae.config.schema import RunConfig
 from dvae.errors import UserError, suggest
 from dvae.models import bundle, bundle_export, components
 from dvae.runs.folder import Run
-from dvae.stages.work import Weights
 from dvae.training.engine.ema import MAIN
-from dvae.training.engine.fragments import WEIGHT, Saved
+from dvae.training.engine.fragments import WEIGHT, SavedEngine
 from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.utils.weights import State
 
 PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
 """Stage -> the part of a bundle that it trains."""
@@ -53,9 +53,9 @@ def export(settings: ExportConfig) -> int:
             f"run={settings.run} has no checkpoint of its {settings.stage} at step={settings.step}: it has {known}"
         )
     step = settings.step or known[-1]
-    saved = Saved(checkpoints.checked(step) / settings.stage)
+    saved = SavedEngine(checkpoints.checked(step) / settings.stage)
     kind = MAIN if settings.average and any(saved.kinds.values()) else WEIGHT
-    with_part(run, config, PARTS[settings.stage], saved.state(kind), Path(settings.out))
+    with_part(run, config, PARTS[settings.stage], saved.state_dict(kind), Path(settings.out))
     return step
 
 
@@ -71,7 +71,7 @@ def checked(word: str, folder: str, stage: str, run: str) -> Run:
     return found
 
 
-def with_part(run: Run, config: RunConfig, part: str, weights: Weights, folder: Path) -> None:
+def with_part(run: Run, config: RunConfig, part: str, weights: State, folder: Path) -> None:
     """Write a bundle of the run's finished parts with these weights as one of them. Raises UserError if one lacks."""
     trained = components.build_models_on_meta(config).trained_parts()
     kept = [name for name in trained if name != part and run.has_weights(name)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,157 +12,142 @@ import torch
 
 from dvae.data.loading.loader import Batch, Batches
 from dvae.errors import Stopped
-from dvae.stages.losses import Stage, StepOutput
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import Tracker
 from dvae.training.engine.deepspeed_engine import Engine, learning_rate
-from dvae.training.engine.snapshots import Snapshots
+from dvae.training.engine.snapshot_writer import SnapshotWriter
+from dvae.training.metric_sums import MetricSums, add_metric_sums
 from dvae.training.resilience import nonfinite, ranks, stopping, watchdog
 from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.training.train_state import TrainState, resume, save_checkpoint
+from dvae.training.train_task import TrainTask
 from dvae.utils import rng
+from dvae.utils.weights import State
 
-Preview = Callable[[int, dict[str, torch.Tensor]], Path]
-"""preview(step, averaged weights of the stage) draws a picture of what has been learned so far, and says where it lies;
-on rank 0 alone."""
+PreviewHook = Callable[[int, State], Path]
+"""preview(step, averaged weights) draws a picture of what has been learned so far, and returns its path.
 
-Score = Callable[[dict[str, torch.Tensor]], dict[str, float]]
-"""score(averaged weights of the stage): figures of what they draw, for the row of metrics; on rank 0 alone."""
+It is called on rank 0 alone."""
+
+ScoreHook = Callable[[State], dict[str, float]]
+"""score(averaged weights) returns metrics of generated samples, for the row of metrics. It is called on rank 0 alone.
+"""
 
 
 @dataclass(frozen=True)
 class TrainHooks:
-    """How what has been learned so far is looked at while a stage trains."""
+    """What a stage computes from its averaged weights while it trains."""
 
-    preview: Preview | None = None
-    """Every preview_every steps."""
-    score: Score | None = None
+    preview: PreviewHook | None = None
+    """Called every preview_every steps."""
+    score: ScoreHook | None = None
     score_every: int = 0
     """Steps between scores (0: none)."""
 
 
-@dataclass
-class State:
-    """All that a run must remember besides the engines: resuming restores it bit for bit. Each rank has its own."""
-
-    step: int = 0
-    """Steps taken."""
-    seconds: float = 0.0
-    """Time spent in training, over all attempts."""
-    sums: dict[str, list[float]] = field(default_factory=dict)
-    """Figures of this rank since the last row of metrics: name -> [sum, count]."""
-    window_seconds: float = 0.0
-    """Time since the last row of metrics."""
-    skipped: int = 0
-    """Steps of this stage that were left out because they were not finite."""
-
-    def add(self, metrics: dict[str, tuple[float, float]]) -> None:
-        sums = defaultdict(lambda: [0.0, 0.0], self.sums)
-        for name, (total, count) in metrics.items():
-            sums[name] = [sums[name][0] + total, sums[name][1] + count]
-        self.sums = dict(sums)
-
-    def row(self) -> dict[str, float]:
-        """Means since the last row, which starts a new one."""
-        means = {name: total / count for name, (total, count) in self.sums.items() if count}
-        self.sums, self.window_seconds = {}, 0.0
-        return means
-
-
 def train(
-    stage: Stage,
+    task: TrainTask,
     data: Batches,
     checkpoints: Checkpoints,
     tracker: Tracker,
-    looks: TrainHooks,
+    hooks: TrainHooks,
     run: Path,
-) -> tuple[dict[str, dict[str, torch.Tensor]], State]:
-    """Train `stage` to its last step, from the newest good checkpoint if there is one. Every rank takes part.
+) -> tuple[dict[str, State], TrainState]:
+    """Train `task` to its last step, from the newest good checkpoint if there is one. Every rank takes part.
 
-    Returns the averaged weights of each module, and the final state. Raises Stopped after saving where a signal or the
-    time limit asked for it, MachineError where more steps were not finite than may be.
+    Returns the averaged weights of each module, and the final state. Raises Stopped after saving if a signal or the
+    time limit asked for it, and MachineError if more steps are not finite than `nonfinite_skips` allows.
     """
-    config = stage.config
-    engines = {name: Engine(module, stage.settings(name)) for name, module in stage.modules().items()}
-    state = resume(stage.name, engines, checkpoints, tracker)
-    snapshots = Snapshots(run / "snapshots" / stage.name, stage.settings(stage.name))
+    config = task.config
+    engines = {name: Engine(module, task.module_config(name)) for name, module in task.modules().items()}
+    state = resume(task.name, engines, checkpoints, tracker)
+    snapshots = SnapshotWriter(run / "snapshots" / task.name, task.module_config(task.name))
     ranks.on_rank_zero(snapshots.drop_after, state.step)
-    progress = Progress(stage.name, config.steps, state.step, quiet=ranks.rank() > 0)
-    asking = stopping.current()
-    with progress, asking.on_signals(), checkpoints:
+    progress = Progress(task.name, config.steps, state.step, quiet=ranks.rank() > 0)
+    stop_request = stopping.current()
+    with progress, stop_request.handle_signals(), checkpoints:
         while state.step < config.steps:
             began = time.perf_counter()
-            watchdog.beat(stage.name, state.step + 1, "data")
+            watchdog.heartbeat(task.name, state.step + 1, "data")
             batches = data.step(state.step * config.batch)
-            take_step(stage, engines, batches, state, run)
+            train_step(task, engines, batches, state, run)
             elapsed = time.perf_counter() - began
             state.seconds += elapsed
             state.window_seconds += elapsed
-            watchdog.beat(stage.name, state.step, "end")
-            if looks.score and looks.score_every and state.step % looks.score_every == 0:
-                watchdog.rest(stage.name, state.step, "scores")
-                state.add(scored(looks.score, engines[stage.name].averaged()))
-            log(stage, state, tracker, progress)
+            watchdog.heartbeat(task.name, state.step, "end")
+            if hooks.score and hooks.score_every and state.step % hooks.score_every == 0:
+                watchdog.suspend(task.name, state.step, "scores")
+                state.add_metrics(compute_scores(hooks.score, engines[task.name].averaged()))
+            log_metrics(task, state, tracker, progress)
             checkpoints.check()
-            why = asking.agreed()
-            watchdog.rest(stage.name, state.step, "preview or save")
-            if looks.preview and config.preview_every and state.step % config.preview_every == 0:
-                show(looks.preview, state.step, engines[stage.name].averaged(), tracker)
-            snapshots.take(state.step, engines[stage.name])
-            if state.step % config.save_every == 0 or state.step == config.steps or why:
-                save(engines, checkpoints, state)
-            if why and state.step < config.steps:
-                said = f"stopped at {stage.name} step {state.step} ({why}), saved: the same command again resumes"
-                raise Stopped(said, why)
+            stop_reason = stop_request.reason_of_any_rank()
+            watchdog.suspend(task.name, state.step, "preview or save")
+            if hooks.preview and config.preview_every and state.step % config.preview_every == 0:
+                log_preview(hooks.preview, state.step, engines[task.name].averaged(), tracker)
+            snapshots.write_if_due(state.step, engines[task.name])
+            if state.step % config.save_every == 0 or state.step == config.steps or stop_reason:
+                save_checkpoint(engines, checkpoints, state)
+            if stop_reason and state.step < config.steps:
+                where = f"stopped at {task.name} step {state.step} ({stop_reason})"
+                raise Stopped(f"{where}, saved: the same command again resumes", stop_reason)
     averaged = {name: engine.averaged() for name, engine in engines.items()}
     for engine in engines.values():
         engine.close()
     return averaged, state
 
 
-def take_step(stage: Stage, engines: dict[str, Engine], batches: list[Batch], state: State, run: Path) -> None:
-    """One optimizer step of every module over this rank's micro-batches; advances the state.
+def train_step(task: TrainTask, engines: dict[str, Engine], batches: list[Batch], state: TrainState, run: Path) -> None:
+    """Take one optimizer step of every module over this rank's micro-batches, and advance the state.
 
-    All modules take the step or none does. Raises MachineError where it was left out and none more may be.
+    Either every module steps or none does. Raises MachineError if the step is skipped and `nonfinite_skips` is
+    exhausted.
     """
     number = state.step + 1
-    trained = {name: engine for name, engine in engines.items() if stage.trains(name, number)}
-    before = nonfinite.Buffers(trained) if stage.config.nonfinite_skips else None
-    figures = backward(stage, engines, batches, number)
-    watchdog.beat(stage.name, number, "step")
-    finite = {name: engine.finite() for name, engine in trained.items()}  # of each, since all ranks take part in it
-    kept = all(finite.values())
-    if not kept:
-        watchdog.rest(stage.name, number, "replay bundle")
+    trained = {name: engine for name, engine in engines.items() if task.trains(name, number)}
+    buffers = nonfinite.BufferBackup(trained) if task.config.nonfinite_skips else None
+    metrics = accumulate_gradients(task, engines, batches, number)
+    watchdog.heartbeat(task.name, number, "step")
+    finite = {
+        name: engine.gradients_finite() for name, engine in trained.items()
+    }  # of each, since all ranks take part in it
+    all_finite = all(finite.values())
+    if not all_finite:
+        watchdog.suspend(task.name, number, "replay bundle")
         state.skipped += 1
-        nonfinite.skip_step(stage, trained, batches, figures, number, state.skipped, run)
+        nonfinite.skip_step(task, trained, batches, metrics, number, state.skipped, run)
     for engine in trained.values():
-        engine.step(number, kept)
-    if before and not kept:
-        before.restore()
-    if kept:
-        for part in figures:
-            state.add(part)
+        engine.step(number, all_finite)
+    if buffers and not all_finite:
+        buffers.restore()
+    if all_finite:
+        for part in metrics:
+            state.add_metrics(part)
         for name, engine in trained.items():
-            state.add({f"grad_norm_{name}" if len(engines) > 1 else "grad_norm": (engine.grad_norm, 1.0)})
+            state.add_metrics({f"grad_norm_{name}" if len(engines) > 1 else "grad_norm": (engine.grad_norm, 1.0)})
     state.step = number
 
 
-def backward(stage: Stage, engines: dict[str, Engine], batches: list[Batch], number: int) -> list[nonfinite.Figures]:
-    """The gradients of step `number` of every module over this rank's micro-batches; returns the figures of each."""
-    figures = []
+def accumulate_gradients(
+    task: TrainTask, engines: dict[str, Engine], batches: list[Batch], number: int
+) -> list[MetricSums]:
+    """Compute the gradients of step `number` of every module over this rank's micro-batches.
+
+    Returns the metrics of each micro-batch.
+    """
+    metrics = []
     for name, engine in engines.items():
-        if not stage.trains(name, number):
+        if not task.trains(name, number):
             continue
         for part, batch in enumerate(batches):
-            seed_dropout(stage.seed, number, part)
-            watchdog.beat(stage.name, number, "forward")
-            out: StepOutput = stage.loss(name, engines, batch)
-            watchdog.beat(stage.name, number, "backward")
-            engine.backward(out.loss)
-            figures.append(out.metrics)
+            seed_dropout(task.seed, number, part)
+            watchdog.heartbeat(task.name, number, "forward")
+            output = task.loss(name, engines, batch)
+            watchdog.heartbeat(task.name, number, "backward")
+            engine.backward(output.loss)
+            metrics.append(output.metrics)
             if part + 1 < len(batches):
                 engine.step(number)  # only ends the micro-batch
-    return figures
+    return metrics
 
 
 def seed_dropout(seed: int, step: int, part: int) -> None:
@@ -172,68 +156,30 @@ def seed_dropout(seed: int, step: int, part: int) -> None:
     torch.manual_seed(int(rng.generator(seed, f"dropout 0 {number}", step).integers(2**62)))
 
 
-def log(stage: Stage, state: State, tracker: Tracker, progress: Progress) -> None:
-    """A row of metrics every log_every steps, and at the end: means over all ranks."""
-    config = stage.config
+def log_metrics(task: TrainTask, state: TrainState, tracker: Tracker, progress: Progress) -> None:
+    """Write a row of metrics every log_every steps, and at the end: means over all ranks."""
+    config = task.config
     recent = {"loss": state.sums["loss"][0] / state.sums["loss"][1]} if "loss" in state.sums else {}
     progress.update(state.step, config.batch, recent)
     if state.step % config.log_every == 0 or state.step == config.steps:
         steps = state.step % config.log_every or config.log_every
         speed = steps * config.batch / state.window_seconds
-        state.sums = ranks.total(ranks.all_gather(state.sums))
-        row: dict[str, Any] = state.row() | {"lr": learning_rate(config, state.step), "seconds": state.seconds}
+        state.sums = add_metric_sums(ranks.all_gather(state.sums))
+        row: dict[str, Any] = state.pop_means() | {"lr": learning_rate(config, state.step), "seconds": state.seconds}
         row |= {"skipped": state.skipped} if state.skipped else {}
         tracker.log(state.step, row | {"images_per_second": speed})
 
 
-def show(preview: Preview, step: int, averaged: dict[str, torch.Tensor], tracker: Tracker) -> None:
-    """A picture of what has been learned so far."""
+def log_preview(preview: PreviewHook, step: int, averaged: State, tracker: Tracker) -> None:
+    """Draw a picture of what has been learned so far, on rank 0 alone."""
     ranks.on_rank_zero(lambda: tracker.image("preview", preview(step, averaged), step))
 
 
-def scored(score: Score, averaged: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """Figures of what has been learned so far, as sums and counts: they go into the next row, and into a checkpoint
-    that comes before it, so that a resumed run has the same rows."""
-    found = ranks.on_rank_zero(score, averaged)
-    return {} if ranks.rank() else {name: (value, 1.0) for name, value in found.items()}
+def compute_scores(score: ScoreHook, averaged: State) -> MetricSums:
+    """Scores of what has been learned so far, as sums and counts.
 
-
-def save(engines: dict[str, Engine], checkpoints: Checkpoints, state: State) -> None:
-    """Begin a checkpoint of every engine and the state; it is written while training goes on."""
-    parts = {name: engine.copied() for name, engine in engines.items()}
-
-    def write(folder: Path) -> list[Path]:
-        written = []
-        for name, part in parts.items():
-            (folder / name).mkdir(exist_ok=True)
-            written.append(folder / name / f"rank-{ranks.rank():05d}.safetensors")
-            part.write(written[-1])
-        return written
-
-    first, *others = ranks.all_gather(state.sums)
-    checkpoints.save(state.step, asdict(state) | {"sums": first, "others": others}, write)
-
-
-def resume(name: str, engines: dict[str, Engine], checkpoints: Checkpoints, tracker: Tracker) -> State:
-    """The state of the newest good checkpoint of stage `name`, engines loaded; metrics beyond it are taken back.
-
-    The checkpoint may come from another number of ranks and another ZeRO stage.
+    They go into the next row of metrics, and into a checkpoint that comes before it, so that a resumed run has the same
+    rows.
     """
-    found = ranks.on_rank_zero(checkpoints.newest)
-    state = State()
-    if found:
-        folder, saved = found
-        sums = [saved["sums"], *saved.pop("others", [])]
-        for module, engine in engines.items():
-            engine.load(folder / module)
-        state = State(**saved | {"sums": share(sums)})
-    ranks.on_rank_zero(checkpoints.drop_after, state.step)
-    ranks.on_rank_zero(tracker.rewind, name, state.step)
-    return state
-
-
-def share(sums: list[ranks.Sums]) -> ranks.Sums:
-    """This rank's sums, of those of the ranks that saved them: its own, or all on rank 0 where those were others."""
-    if len(sums) == ranks.world_size():
-        return sums[ranks.rank()]
-    return {} if ranks.rank() else ranks.total(sums)
+    scores = ranks.on_rank_zero(score, averaged)
+    return {} if ranks.rank() else {name: (value, 1.0) for name, value in scores.items()}

@@ -23,7 +23,7 @@ from dvae.errors import UserError
 from dvae.models import components
 from dvae.runs.folder import Run
 from dvae.training.engine.ema import power
-from dvae.training.engine.snapshots import Snapshot, list_snapshots
+from dvae.training.engine.snapshots import WeightSnapshot, list_snapshots
 from dvae.training.export import PARTS, checked, with_part
 from dvae.utils.weights import State, refuse_nonfinite, save_weights
 
@@ -59,11 +59,11 @@ ConfigStore.instance().store(name="ema_schema", node=EmaToolConfig, provider="dv
 
 
 @dataclass(frozen=True)
-class Fit:
+class EmaFit:
     """How an average is made of snapshots."""
 
     step: int
-    snapshots: list[Snapshot]
+    snapshots: list[WeightSnapshot]
     coefficients: np.ndarray
     """One for each snapshot; they add up to 1."""
     error: float
@@ -99,16 +99,16 @@ def coefficients(steps: np.ndarray, widths: np.ndarray, step: int, width: float)
     return found * masses, float(np.sqrt(max(0.0, squared)))
 
 
-def fit(snapshots: Sequence[Snapshot], step: int, width: float) -> Fit:
+def fit(snapshots: Sequence[WeightSnapshot], step: int, width: float) -> EmaFit:
     """The best combination of snapshots of power profile; those long after `step` are left out."""
     end = min(one.step for one in snapshots if one.step >= step)
     used = [one for one in snapshots if one.step <= end]
     steps, widths = np.array([float(one.step) for one in used]), np.array([one.average.value for one in used])
     found, error = coefficients(steps, widths, step, width)
-    return Fit(step, used, found, error)
+    return EmaFit(step, used, found, error)
 
 
-def combine(found: Fit, module: torch.nn.Module) -> State:
+def combine(found: EmaFit, module: torch.nn.Module) -> State:
     """The state dict of a fit, for `module`, whose weights may be on the meta device.
 
     A buffer is not averaged: it is that of the snapshot nearest in time. Raises MachineError if a snapshot is damaged
@@ -129,7 +129,7 @@ def combine(found: Fit, module: torch.nn.Module) -> State:
     return made
 
 
-def make(settings: EmaToolConfig) -> Fit:
+def make(settings: EmaToolConfig) -> EmaFit:
     """Make the average that `settings` ask for, and write it.
 
     Raises UserError if it cannot be made, MachineError if a snapshot is damaged; then nothing is written.
@@ -167,14 +167,14 @@ def _check(settings: EmaToolConfig) -> tuple[Run, RunConfig]:
     return run, run.config()
 
 
-def _step(snapshots: Sequence[Snapshot], settings: EmaToolConfig) -> int:
+def _step(snapshots: Sequence[WeightSnapshot], settings: EmaToolConfig) -> int:
     last = max(one.step for one in snapshots)
     if not 0 <= settings.step <= last:
         raise UserError(f"step={settings.step}: use 1 to {last}, the step of the last snapshot")
     return settings.step or last
 
 
-def _fitted(snapshots: list[Snapshot], settings: EmaToolConfig, width: float) -> Fit:
+def _fitted(snapshots: list[WeightSnapshot], settings: EmaToolConfig, width: float) -> EmaFit:
     usable = [one for one in snapshots if one.average.profile is EmaProfile.power]
     if len(usable) < 2:
         raise UserError(
@@ -189,7 +189,7 @@ def _fitted(snapshots: list[Snapshot], settings: EmaToolConfig, width: float) ->
     return fit(usable, _step(usable, settings), width)
 
 
-def _kept(snapshots: list[Snapshot], settings: EmaToolConfig) -> Fit:
+def _kept(snapshots: list[WeightSnapshot], settings: EmaToolConfig) -> EmaFit:
     """An average of constant profile, just as it was kept."""
     constant = [one for one in snapshots if one.average.profile is EmaProfile.constant]
     same = [one for one in constant if one.average.value == settings.decay]
@@ -198,6 +198,6 @@ def _kept(snapshots: list[Snapshot], settings: EmaToolConfig) -> Fit:
         raise UserError(f"decay={settings.decay}: no such average was kept, only a width can be made: kept: {known}")
     step = _step(same, settings)
     if chosen := [one for one in same if one.step == step]:
-        return Fit(step, chosen, np.ones(1), 0.0)
+        return EmaFit(step, chosen, np.ones(1), 0.0)
     steps = [one.step for one in same]
     raise UserError(f"step={step}: an average of constant profile is to be had at its snapshots only: {steps}")

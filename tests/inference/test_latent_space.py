@@ -21,8 +21,8 @@ from dvae.models import components
 from dvae.registry.encoders.base import Posterior
 from dvae.runs.folder import Run, submit
 from dvae.runs.job import Job
-from dvae.stages.cache import about, open_latents
-from dvae.stages.latent_sources import Reconstructions
+from dvae.stages.cache import expected_cache
+from dvae.stages.latent_sources import CachedReconstructions, open_latents
 
 MAP = [
     "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
@@ -91,7 +91,7 @@ def _latents(run: Run) -> torch.Tensor:
     """Draws of z of some training images, (20, *latent)."""
     settings = run.config()
     made = load_pipeline(run.path).models
-    mean, logvar = latent_cache.LatentCache(run.path / "latents", about(run, settings, made)).posteriors(
+    mean, logvar = latent_cache.LatentCache(run.path / "latents", expected_cache(run, settings, made)).posteriors(
         torch.arange(20)
     )
     return Posterior(mean, logvar).sample(torch.randn(mean.shape))
@@ -111,7 +111,7 @@ def test_cached_reconstructions_are_those_of_their_latents(tmp_path: Path) -> No
     run = trained(tmp_path, "pixels", *words)
     made = load_pipeline(run.path).models
     latents = open_latents(run, run.config(), made)
-    assert isinstance(latents, Reconstructions)
+    assert isinstance(latents, CachedReconstructions)
     z, x_hat = latents.cache.reconstructions(torch.tensor([3, 3, 7]), torch.tensor([0, 1, 1]))
     assert (x_hat - made.encoder.decode(z)).abs().max() < 1.01 / 255
     assert not torch.equal(z[0], z[1])
@@ -120,7 +120,7 @@ def test_cached_reconstructions_are_those_of_their_latents(tmp_path: Path) -> No
 
 def test_a_cache_of_another_encoder_or_a_damaged_one_is_refused(run: Run, tmp_path: Path) -> None:
     made = components.build_models(run.config())
-    wanted = about(run, run.config(), made)
+    wanted = expected_cache(run, run.config(), made)
     with pytest.raises(UserError, match="was made with seed 0, this run has 1"):
         latent_cache.LatentCache(run.path / "latents", latent_cache.CacheInfo(**{**vars(wanted), "seed": 1}))
     with pytest.raises(UserError, match="no finished cache"):

@@ -40,18 +40,18 @@ SLOW = """
 import os
 import time
 
-from dvae.training import watch
+from dvae.training.resilience import watchdog
 
-before = watch.beat
+before = watchdog.heartbeat
 
 
-def beat(stage, step, phase):
+def heartbeat(stage, step, phase):
     if phase == "data":
         time.sleep(float(os.environ["SECONDS_BEFORE_A_STEP"]))
     before(stage, step, phase)
 
 
-watch.beat = beat
+watchdog.heartbeat = heartbeat
 """
 """A plug-in that makes a step take long, and the machine no hotter."""
 

@@ -30,9 +30,10 @@ from dvae.registry.processes.base import PROCESSES
 from dvae.registry.refiners.base import REFINERS
 from dvae.registry.samplers.base import SAMPLERS
 from dvae.registry.schedules.base import SCHEDULES
-from dvae.stages.latent_sources import Encoded
-from dvae.stages.losses import RefinerStage, Stage
-from dvae.stages.work import new_encoder_stage
+from dvae.stages.encoder import build_encoder_task
+from dvae.stages.latent_sources import EncodedLatents
+from dvae.stages.refiner import RefinerTask
+from dvae.training.train_task import TrainTask
 
 IMAGES = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 SHAPES = Shapes(image_size=SIZE)
@@ -114,7 +115,7 @@ def rows() -> list[Row]:
     return covering([(*nets, *row) for nets in product(ENCODERS.names(), REFINERS.names()) for row in able])
 
 
-def take_a_step(stage: Stage) -> None:
+def take_a_step(stage: TrainTask) -> None:
     """One step of each of the stage's modules, after which something of each has moved."""
     batch = Batch(2 + torch.arange(2), torch.arange(2), IMAGES)  # the second step: an adversary is heard
     modules = stage.modules()
@@ -135,7 +136,7 @@ def take_a_step(stage: Stage) -> None:
 def test_every_encoder_takes_a_step(encoder: str) -> None:
     settings = replace(plain(), encoder=chosen(ENCODERS, encoder))
     made = components.build_models(settings).encoder
-    take_a_step(new_encoder_stage(made, replace(settings, train_encoder=settings.train_refiner)))
+    take_a_step(build_encoder_task(made, replace(settings, train_encoder=settings.train_refiner)))
 
 
 @pytest.mark.parametrize("refiner", REFINERS.names())
@@ -147,7 +148,7 @@ def test_what_fits_trains_and_samples(encoder: str, refiner: str) -> None:
         settings = settings_of(row)
         made = components.build_models(settings)
         training = settings.train_refiner
-        take_a_step(RefinerStage(made.encoder, made.denoiser, Encoded(made.encoder), training, 0, CPU))
+        take_a_step(RefinerTask(made.encoder, made.denoiser, EncodedLatents(made.encoder), training, 0, CPU))
         for module in made.trained_parts().values():
             module.eval().requires_grad_(False)
         pipeline = Pipeline(model_config(settings), made, batch=2)

@@ -14,7 +14,7 @@ from dvae.inference import pipeline
 from dvae.inference.noise import Noise
 from dvae.runs import folder
 from dvae.runs.job import Job
-from dvae.stages import work
+from dvae.stages import classifier, refiner
 
 QUICK = {"avatars_distil", "celebahq256_dit", "cifar10", "faces_guided", "ldm_avatars", "mnist", "psld_cifar10"}
 """One of each kind; the others are tried by `make test-slow`."""
@@ -35,8 +35,8 @@ def launch(composed: DictConfig) -> folder.Run:
 def test_a_shrunk_recipe_trains_and_samples(
     recipe: str, published: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "SCALE_IMAGES", 8)
-    monkeypatch.setattr(work, "HELDOUT_DRAWS", 8)
+    monkeypatch.setattr(refiner, "SCALE_IMAGES", 8)
+    monkeypatch.setattr(classifier, "HELDOUT_SAMPLES", 8)
     composed = compose.compose("train", [f"recipe={recipe}", f"run={tmp_path}/run"])
     if composed.source.name in published:
         composed.source.path = published[composed.source.name]

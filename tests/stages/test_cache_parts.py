@@ -14,9 +14,12 @@ from dvae.data.building import cache_build
 from dvae.errors import UserError
 from dvae.models import components
 from dvae.runs.folder import Run, submit
-from dvae.runs.job import shards_stage, write_part_of_cache
-from dvae.stages import cache, work
+from dvae.stages import cache
+from dvae.stages.cache import run_cache_part, run_cache_stage
+from dvae.stages.run_models import load_models
+from dvae.stages.shards import run_shards_stage
 from dvae.tools import cache as cache_tool
+from dvae.training.batches import open_shards
 from dvae.training.resilience.sample_log import load_damaged
 
 WORDS = [
@@ -36,7 +39,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_encoder(folder: Path, *words: str) -> Run:
     """A run whose encoder stage is finished; its weights are the first ones."""
     run = submit(config.compose("train", [*WORDS, f"run={folder}", *words]))
-    shards_stage(run, run.config())
+    run_shards_stage(run, run.config())
     run.save_weights("encoder", components.build_models(run.config()).encoder.state_dict())
     run.finish("encoder", {})
     return run
@@ -69,7 +72,7 @@ def whole(run: Run) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_build, "SHARD_SIZE", 7)
         settings = settings_for(run, run.path.parent / "whole")
-        cache.write_cache(run, settings, work.load_models(run, settings, "encoder"))
+        cache.write_cache(run, settings, load_models(run, settings, "encoder"))
     return content(run.path.parent / "whole")
 
 
@@ -80,18 +83,18 @@ def test_parts_in_any_order_give_the_bytes_of_one_write(
     settings = settings_for(run, tmp_path / "out")
     images = 0
     for number in reversed(range(parts)):
-        made = work.load_models(run, settings, "encoder")
+        made = load_models(run, settings, "encoder")
         images += cache.write_cache_part(run, settings, made, number, parts)
     assert not (tmp_path / "out").exists()
-    cache.write_cache(run, settings, work.load_models(run, settings, "encoder"))
+    cache.write_cache(run, settings, load_models(run, settings, "encoder"))
     assert content(tmp_path / "out") == whole
-    assert images == cache.about(run, settings, components.build_models(settings)).images > 25
+    assert images == cache.expected_cache(run, settings, components.build_models(settings)).images > 25
 
 
 def test_a_part_interrupted_within_a_unit_goes_on(
     run: Run, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, sample = settings_for(run, tmp_path / "out"), cache.sample
+    settings, sample = settings_for(run, tmp_path / "out"), cache.cache_sample
     asked: list[int] = []
 
     def counted(config: Any, made: Any, wanted: Any, index: int, posterior: Any) -> Any:
@@ -100,8 +103,8 @@ def test_a_part_interrupted_within_a_unit_goes_on(
             raise KeyboardInterrupt
         return sample(config, made, wanted, index, posterior)
 
-    made = work.load_models(run, settings, "encoder")
-    monkeypatch.setattr(cache, "sample", counted)
+    made = load_models(run, settings, "encoder")
+    monkeypatch.setattr(cache, "cache_sample", counted)
     with pytest.raises(KeyboardInterrupt):
         cache.write_cache_part(run, settings, made, 0, 2)
     cache.write_cache_part(run, settings, made, 0, 2)
@@ -114,11 +117,11 @@ def test_the_job_and_the_tool_beside_a_held_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = with_encoder(tmp_path / "run")
-    shards = work.open_shards(run.config(), "train")
+    shards = open_shards(run.config(), "train")
     file, offset, _ = shards.members.where(9, 0)
     flip(shards.folder / file, offset + 60)
     with run.held():
-        write_part_of_cache(run.path, 0, 2)
+        run_cache_part(run.path, 0, 2)
         cache_tool.command([f"run={run.path}", "part=1", "parts=2"])
     said = capsys.readouterr().out
     assert "part=1 parts=2 has" in said
@@ -129,8 +132,8 @@ def test_the_job_and_the_tool_beside_a_held_folder(
     def never(*more: Any) -> Iterator[Any]:
         raise AssertionError("nothing is left to encode")
 
-    monkeypatch.setattr(cache, "encode", never)
-    work.cache_stage(run, run.config())
+    monkeypatch.setattr(cache, "encode_images", never)
+    run_cache_stage(run, run.config())
     assert run.records()["cache"]["images"] > 25
     assert [path.name for path in run.path.glob("*latents*")] == ["latents"]
     assert list(load_damaged(run.path, "train")) == [9]
@@ -142,7 +145,7 @@ def test_other_weights_are_another_request_and_unfinished_ones_none(run: Run, tm
     other = Run(tmp_path / "run")
     shutil.copytree(run.path, other.path)
     settings = settings_for(other, tmp_path / "out")
-    made = work.load_models(other, settings, "encoder")
+    made = load_models(other, settings, "encoder")
     cache.write_cache_part(other, settings, made, 0, 5)
     weights = {name: value + 0.01 for name, value in other.load_weights("encoder").items()}
     other.save_weights("encoder", weights)
@@ -150,10 +153,10 @@ def test_other_weights_are_another_request_and_unfinished_ones_none(run: Run, tm
         cache.write_cache_part(other, settings, made, 1, 5)
     (other.path / "stages.json").unlink()  # as while they are being saved
     with pytest.raises(UserError, match="has no finished stage encoder yet"):
-        write_part_of_cache(other.path, 0, 2)
+        run_cache_part(other.path, 0, 2)
     other.weights("encoder").unlink()
     with pytest.raises(UserError, match="has no trained encoder yet"):
-        write_part_of_cache(other.path, 0, 2)
+        run_cache_part(other.path, 0, 2)
     assert not list(other.path.glob(".latents*"))
 
 

@@ -15,10 +15,11 @@ from dvae.layers.adversarial import GanLoss, generator_loss
 from dvae.registry.core import Shapes
 from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior
 from dvae.registry.encoders.kl_gan import squared_error
-from dvae.stages.losses import GanStage
+from dvae.stages.gan import GanTask
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.loop import State, save, take_step
+from dvae.training.loop import train_step
 from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.training.train_state import TrainState, save_checkpoint
 
 START, BATCH = 2, 4
 TINY = {"name": "kl_gan", "channels": [8, 8], "groups": 4, "discriminator_width": 8, "discriminator_layers": 2}
@@ -49,7 +50,7 @@ class Linear(Encoder):
         return {"loss": squared_error(x, x_hat), "x_hat": x_hat, "features": x}
 
 
-def gan(stage: int = 0, precision: Precision = Precision.fp32, micro: int = 1, **fields: object) -> GanStage:
+def gan(stage: int = 0, precision: Precision = Precision.fp32, micro: int = 1, **fields: object) -> GanTask:
     torch.manual_seed(0)
     encoder = ENCODERS.build(TINY | {"discriminator_start": START} | fields, Shapes(image_size=16))
     config = TrainingConfig(
@@ -58,10 +59,10 @@ def gan(stage: int = 0, precision: Precision = Precision.fp32, micro: int = 1, *
     )  # fmt: skip
     adversary = encoder.adversary()
     assert adversary is not None
-    return GanStage(encoder, adversary, config, seed=1, device=torch.device("cpu"))
+    return GanTask(encoder, adversary, config, seed=1, device=torch.device("cpu"))
 
 
-def engines_of(stage: GanStage) -> dict[str, Engine]:
+def engines_of(stage: GanTask) -> dict[str, Engine]:
     return {name: Engine(module, stage.config) for name, module in stage.modules().items()}
 
 
@@ -73,11 +74,11 @@ def batches(number: int, micro: int = 1) -> list[Batch]:
     return [Batch(k, k, i) for k, i in zip(keys.chunk(micro), images.chunk(micro), strict=True)]
 
 
-def steps(stage: GanStage, engines: dict[str, Engine], first: int, last: int, run: Path) -> list[dict[str, float]]:
-    state, rows = State(step=first - 1), []
+def steps(stage: GanTask, engines: dict[str, Engine], first: int, last: int, run: Path) -> list[dict[str, float]]:
+    state, rows = TrainState(step=first - 1), []
     for number in range(first, last + 1):
-        take_step(stage, engines, batches(number, stage.config.micro_batches), state, run)
-        rows.append(state.row())
+        train_step(stage, engines, batches(number, stage.config.micro_batches), state, run)
+        rows.append(state.pop_means())
     return rows
 
 
@@ -176,7 +177,7 @@ def test_adaptive_weight_by_hand() -> None:
     nn.init.constant_(critic.weight, 3.0)
     adversary = Adversary(critic, GanLoss.hinge, 0.8, 0, 0, 1.0, encoder.last, squared_error)
     config = TrainingConfig(batch=1, precision=Precision.fp32)
-    stage = GanStage(encoder, adversary, config, seed=0, device=torch.device("cpu"))
+    stage = GanTask(encoder, adversary, config, seed=0, device=torch.device("cpu"))
     image = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)
     out = stage.loss("encoder", stage.modules(), Batch(torch.tensor([0]), torch.tensor([0]), image))
     assert out.metrics["loss"] == (0.25, 1.0)
@@ -199,7 +200,7 @@ def test_resume_is_bit_for_bit_at_every_zero_stage(zero: int, tmp_path: Path) ->
         begun = engines_of(first)
         steps(first, begun, 1, stop, tmp_path)
         with checkpoints:
-            save(begun, checkpoints, State(step=stop))
+            save_checkpoint(begun, checkpoints, TrainState(step=stop))
         second = gan(**settings)
         resumed = engines_of(second)
         found = checkpoints.newest()

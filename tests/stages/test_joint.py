@@ -19,9 +19,10 @@ from dvae.data.loading.loader import Batch
 from dvae.errors import UserError
 from dvae.inference import pipeline
 from dvae.models import components
-from dvae.stages.joint import Joint, JointStage
-from dvae.stages.latent_sources import Encoded
-from dvae.stages.losses import EncoderStage, RefinerStage
+from dvae.stages.encoder import EncoderTask
+from dvae.stages.joint import JointModel, JointTask
+from dvae.stages.latent_sources import EncodedLatents
+from dvae.stages.refiner import RefinerTask
 
 CPU = torch.device("cpu")
 TRAINING = TrainingConfig(batch=4, precision="fp32")
@@ -43,8 +44,8 @@ def batch(step: int = 0) -> Batch:
 def gradients(tiny: list[str], config: JointConfig, step: int = 0) -> dict[str, torch.Tensor]:
     """Of every weight, for one batch."""
     built = made(tiny)
-    joint = Joint(built.encoder, built.denoiser, config)
-    stage = JointStage(joint, TRAINING, 0, CPU)
+    joint = JointModel(built.encoder, built.denoiser, config)
+    stage = JointTask(joint, TRAINING, 0, CPU)
     stage.loss("joint", {"joint": joint}, batch(step)).loss.backward()
     return {name: weight.grad for name, weight in joint.named_parameters() if weight.grad is not None}
 
@@ -52,10 +53,10 @@ def gradients(tiny: list[str], config: JointConfig, step: int = 0) -> dict[str, 
 def alone(tiny: list[str], step: int = 0) -> dict[str, torch.Tensor]:
     """The same of the two stages that train one of them each."""
     built, found = made(tiny), {}
-    stage = EncoderStage(built.encoder, TRAINING, 0, CPU)
+    stage = EncoderTask(built.encoder, TRAINING, 0, CPU)
     stage.loss("encoder", {"encoder": built.encoder}, batch(step)).loss.backward()
     found |= {f"encoder.{name}": weight.grad.clone() for name, weight in built.encoder.named_parameters()}
-    refiner = RefinerStage(built.encoder, built.denoiser, Encoded(built.encoder), TRAINING, 0, CPU)
+    refiner = RefinerTask(built.encoder, built.denoiser, EncodedLatents(built.encoder), TRAINING, 0, CPU)
     refiner.loss("refiner", {"refiner": built.denoiser}, batch(step)).loss.backward()
     return found | {f"denoiser.{n}": w.grad for n, w in built.denoiser.named_parameters() if w.grad is not None}
 

@@ -18,7 +18,8 @@ from dvae.models import bundle_export
 from dvae.models.components import build_models
 from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS
 from dvae.runs.folder import Run, submit
-from dvae.stages.work import encoder_stage, load_models
+from dvae.stages.encoder import run_encoder_stage
+from dvae.stages.run_models import load_models
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_run_and_bundle_hold_the_given_weights(submitted: tuple[Run, RunConfig])
     wanted = {name: value.clone() for name, value in given.items()}
     assert not torch.equal(build_models(config).encoder.state_dict()["autoencoder.encoder.conv_in.weight"],
                            wanted["autoencoder.encoder.conv_in.weight"])  # fmt: skip
-    encoder_stage(run, config)
+    run_encoder_stage(run, config)
     shutil.rmtree(config.encoder.folder)  # the run needs it no more
     got = load_models(run, config, "encoder").encoder.state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
@@ -72,7 +73,7 @@ def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list
     check(configuration.typed(config))
     assert "parameters, taken over as they are" in describe(config)
     run = submit(config)
-    encoder_stage(run, configuration.typed(config))
+    run_encoder_stage(run, configuration.typed(config))
     got = load_models(run, configuration.typed(config), "encoder").encoder.state_dict()
     assert all(torch.equal(got[name], value) for name, value in encoder.state_dict().items())
     assert "steps" not in run.records()["encoder"]

@@ -15,7 +15,7 @@ from tests_support import ROOT, environment
 from dvae.errors import MachineError, UserError
 from dvae.models import bundle
 from dvae.tools import export as export_tool
-from dvae.training.engine.fragments import Saved
+from dvae.training.engine.fragments import SavedEngine
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_an_earlier_step_and_the_weights_themselves(run: Path, tmp_path: Path) -
         out = tmp_path / kind
         export_tool.command([f"run={run}", f"out={out}", "step=4", f"average={average}"])
         _, made = bundle.load(out)
-        saved = Saved(run / "checkpoints" / "refiner" / "step-00000004" / "refiner").state(kind)
+        saved = SavedEngine(run / "checkpoints" / "refiner" / "step-00000004" / "refiner").state_dict(kind)
         for name, value in made.denoiser.state_dict().items():
             assert torch.equal(value, saved[name]), name
 

@@ -14,7 +14,7 @@ from tests_support import Tool
 from dvae.config import compose
 from dvae.errors import UserError
 from dvae.runs import replay
-from dvae.runs.replay import Replayed
+from dvae.runs.replay import ReplayResult
 from dvae.tools.replay import command
 from dvae.training.resilience import nonfinite
 
@@ -85,7 +85,7 @@ RECORD: dict[str, Any] = {
 
 def test_a_record_comes_back_as_written(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(json.dumps(RECORD))
-    assert nonfinite.read(tmp_path) == RECORD
+    assert nonfinite.read_record(tmp_path) == RECORD
 
 
 DAMAGED = [
@@ -135,7 +135,7 @@ def test_the_verdict_compares_what_is_not_finite() -> None:
     def seen(*names: str) -> dict[str, dict[str, list[str]]]:
         return {"not_finite": {"figures": [], "gradient_norms": list(names)}}
 
-    assert Replayed(seen("a", "b"), seen("b", "a"), "").verdict == "reproduced: the same 2 values are not finite"
-    assert Replayed(seen("a"), seen(), "").verdict.startswith("not reproduced")
-    part = Replayed(seen("a", "b"), seen("b", "c"), "").verdict
+    assert ReplayResult(seen("a", "b"), seen("b", "a"), "").verdict == "reproduced: the same 2 values are not finite"
+    assert ReplayResult(seen("a"), seen(), "").verdict.startswith("not reproduced")
+    part = ReplayResult(seen("a", "b"), seen("b", "c"), "").verdict
     assert part == "reproduced in part: 1 of 2 values are not finite again; then only: a; now only: c"

@@ -16,11 +16,17 @@ from dvae.data.loading.loader import Batch
 from dvae.models import components
 from dvae.registry.core import Shapes
 from dvae.registry.encoders.base import ENCODERS
-from dvae.stages.latent_sources import Encoded
-from dvae.stages.losses import ClassifierStage, EncoderStage, GanStage, RefinerStage, Stage
+from dvae.stages.classifier import ClassifierTask
+from dvae.stages.encoder import EncoderTask
+from dvae.stages.gan import GanTask
+from dvae.stages.latent_sources import EncodedLatents
+from dvae.stages.refiner import RefinerTask
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.loop import State, backward
+from dvae.training.loop import accumulate_gradients
+from dvae.training.metric_sums import add_metric_sums
 from dvae.training.resilience import ranks
+from dvae.training.train_state import TrainState
+from dvae.training.train_task import TrainTask
 from dvae.utils import rng
 
 pytestmark = pytest.mark.slow  # 20 trainings
@@ -33,7 +39,7 @@ GAN = {
 }  # fmt: skip
 
 
-def make(kind: str, words: list[str], zero: int) -> Stage:
+def make(kind: str, words: list[str], zero: int) -> TrainTask:
     """A stage of the demo in small, dropout 0; `words` are those of the fixture `tiny`."""
     torch.manual_seed(0)
     training = TrainingConfig(
@@ -44,7 +50,7 @@ def make(kind: str, words: list[str], zero: int) -> Stage:
         encoder = ENCODERS.build(GAN, Shapes(image_size=SIZE))
         adversary = encoder.adversary()
         assert adversary is not None
-        return GanStage(encoder, adversary, training, seed=1, device=CPU)
+        return GanTask(encoder, adversary, training, seed=1, device=CPU)
     classes = (
         ["data.label=hair", "classes=[a,b,c]", "classifier=half_unet_demo", "classifier.width=32"]
         if kind == "classifier"
@@ -53,11 +59,11 @@ def make(kind: str, words: list[str], zero: int) -> Stage:
     config = configuration.typed(configuration.compose("train", [*words, *classes, "run=nowhere"]))
     made = components.build_models(config)
     if kind == "encoder":
-        return EncoderStage(made.encoder, training, 1, CPU)
+        return EncoderTask(made.encoder, training, 1, CPU)
     if kind == "refiner":
-        return RefinerStage(made.encoder, made.denoiser, Encoded(made.encoder), training, 1, CPU)
+        return RefinerTask(made.encoder, made.denoiser, EncodedLatents(made.encoder), training, 1, CPU)
     assert made.classifier is not None
-    return ClassifierStage(made.classifier, made.encoder, made.denoiser, Encoded(made.encoder), training, 1, CPU)
+    return ClassifierTask(made.classifier, made.encoder, made.denoiser, EncodedLatents(made.encoder), training, 1, CPU)
 
 
 def parts(number: int) -> list[Batch]:
@@ -68,23 +74,23 @@ def parts(number: int) -> list[Batch]:
     return halves if ranks.world_size() == 1 else [halves[ranks.rank()]]
 
 
-def trained(stage: Stage) -> dict[str, Any]:
+def trained(stage: TrainTask) -> dict[str, Any]:
     """Gradient norm of each parameter at its first step, and the figures of each step, over all ranks."""
-    engines = {name: Engine(module, stage.settings(name)) for name, module in stage.modules().items()}
+    engines = {name: Engine(module, stage.module_config(name)) for name, module in stage.modules().items()}
     norms: dict[str, float] = {}
     losses = []
     for number in range(1, STEPS + 1):
-        figures = backward(stage, engines, parts(number), number)
+        figures = accumulate_gradients(stage, engines, parts(number), number)
         for name, engine in engines.items():
             if stage.trains(name, number):
                 if not any(known.startswith(f"{name}.") for known in norms):
                     norms |= {f"{name}.{layer}": norm for layer, norm in engine.gradient_norms().items()}
                 assert engine.step(number)
-        state = State()
+        state = TrainState()
         for part in figures:
-            state.add(part)
-        state.sums = ranks.total(ranks.all_gather(state.sums))
-        losses.append({key: value for key, value in state.row().items() if key in ("loss", "discriminator")})
+            state.add_metrics(part)
+        state.sums = add_metric_sums(ranks.all_gather(state.sums))
+        losses.append({key: value for key, value in state.pop_means().items() if key in ("loss", "discriminator")})
     for engine in engines.values():
         engine.close()
     return {"norms": norms, "losses": losses}

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from dvae.errors import MachineError
-from dvae.training.resilience.checkpoint import Checkpoints, Write
+from dvae.training.resilience.checkpoint import Checkpoints, WriteFiles
 from dvae.utils import atomic_files
 
 
-def put(text: str) -> Write:
+def put(text: str) -> WriteFiles:
     def write(folder: Path) -> list[Path]:
         (folder / "engine.bin").write_text(text)
         return [folder / "engine.bin"]
@@ -35,7 +35,7 @@ def train_on(checkpoints: Checkpoints) -> None:
         time.sleep(0.01)
 
 
-def fail_while_saving(checkpoints: Checkpoints, write: Write) -> None:
+def fail_while_saving(checkpoints: Checkpoints, write: WriteFiles) -> None:
     with checkpoints:
         checkpoints.save(1, {}, write)
         raise MachineError("a gradient is not finite")

@@ -12,7 +12,7 @@ from torch import nn
 
 from dvae.config.schema import EmaConfig, Precision, TrainingConfig
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.engine.fragments import Saved
+from dvae.training.engine.fragments import SavedEngine
 from dvae.training.resilience import ranks
 
 STAGES = [0, 1, 2, 3]
@@ -57,7 +57,7 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
 
 def save(engine: Engine, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    engine.copied().write(folder / f"rank-{ranks.rank():05d}.safetensors")
+    engine.snapshot().write(folder / f"rank-{ranks.rank():05d}.safetensors")
     ranks.barrier()
 
 
@@ -95,13 +95,13 @@ def undisturbed() -> list[float]:
 
 
 def same(one: Path, other: Path) -> None:
-    ours, theirs = Saved(one), Saved(other)
+    ours, theirs = SavedEngine(one), SavedEngine(other)
     assert ours.shapes == theirs.shapes
     for name in ours.shapes:
         assert ours.kinds[name] == theirs.kinds[name] == KINDS
         assert ours.steps[name] == theirs.steps[name]
         for kind in ("weight", *KINDS):
-            assert torch.equal(ours.whole(kind, name), theirs.whole(kind, name)), (kind, name)
+            assert torch.equal(ours.tensor(kind, name), theirs.tensor(kind, name)), (kind, name)
     assert ours.buffers().keys() == theirs.buffers().keys() == {"scale"}
 
 

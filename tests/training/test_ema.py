@@ -111,7 +111,7 @@ def on_two(number: int, folder: Path) -> None:
         if stage == 2:
             held = {name: sum(state[name].numel() for state in engine.optimizer.state.values()) for name in kept}
             assert max(held.values()) <= sum(p.numel() for p in engine.module.parameters()) / 2 + 8, held
-            engine.copied().write(folder / f"rank-{number:05d}.safetensors")
+            engine.snapshot().write(folder / f"rank-{number:05d}.safetensors")
 
 
 @pytest.mark.slow

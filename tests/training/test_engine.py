@@ -46,7 +46,7 @@ def test_resume_is_bit_for_bit(stage: int, precision: Precision, tmp_path: Path)
     expected = steps(whole, 1, 8)
     first = make(stage, precision=precision)
     steps(first, 1, 5)
-    first.copied().write(tmp_path / "rank.safetensors")
+    first.snapshot().write(tmp_path / "rank.safetensors")
     second = make(stage, precision=precision)
     second.load(tmp_path)
     assert steps(second, 6, 8) == expected[5:]
@@ -60,11 +60,11 @@ def test_resume_is_bit_for_bit(stage: int, precision: Precision, tmp_path: Path)
 def test_another_stage_takes_up_every_value(stage: int, other: int, tmp_path: Path) -> None:
     first = make(stage)
     steps(first, 1, 3)
-    first.copied().write(tmp_path / "rank.safetensors")
+    first.snapshot().write(tmp_path / "rank.safetensors")
     second = make(other)
     steps(second, 1, 1)  # values of its own, to be replaced
     second.load(tmp_path)
-    ours, theirs = first.copied().tensors, second.copied().tensors
+    ours, theirs = first.snapshot().tensors, second.snapshot().tensors
     assert ours.keys() == theirs.keys()
     assert {key.partition(":")[0] for key in ours} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
     for key, value in ours.items():
@@ -73,7 +73,7 @@ def test_another_stage_takes_up_every_value(stage: int, other: int, tmp_path: Pa
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    make(0).copied().write(tmp_path / "rank.safetensors")
+    make(0).snapshot().write(tmp_path / "rank.safetensors")
     other = Engine(nn.Sequential(nn.Linear(6, 6)), TrainingConfig(batch=4))
     with pytest.raises(MachineError, match=r"'2\.bias' is not in both"):
         other.load(tmp_path)
@@ -85,7 +85,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_the_optimizer_on_the_host_takes_the_same_steps(stage: int, tmp_path: Path) -> None:
     plain, offloaded = make(stage), make(stage, offload=True)
     assert steps(plain, 1, 3) == steps(offloaded, 1, 3)
-    offloaded.copied().write(tmp_path / "rank.safetensors")
+    offloaded.snapshot().write(tmp_path / "rank.safetensors")
     again = make(stage, offload=True)
     again.load(tmp_path)
     assert steps(again, 4, 5) == steps(plain, 4, 5)

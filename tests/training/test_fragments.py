@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from dvae.errors import MachineError
-from dvae.training.engine.fragments import Saved
+from dvae.training.engine.fragments import SavedEngine
 
 VALUES = torch.arange(6.0)
 ENTRY = {"start": 0, "shape": [2, 3], "step": 4}
@@ -29,12 +29,12 @@ def file(folder: Path, number: int = 0, layout: Any = None, **tensors: torch.Ten
 def test_values_come_from_whichever_files_hold_them(tmp_path: Path) -> None:
     file(tmp_path, 0, {"a": ENTRY}, a=VALUES[:4], ema__a=-VALUES[:4], buffer__b=torch.ones(2))
     file(tmp_path, 1, {"a": ENTRY | {"start": 4}}, a=VALUES[4:], ema__a=-VALUES[4:])
-    saved = Saved(tmp_path)
+    saved = SavedEngine(tmp_path)
     assert (saved.shapes, saved.steps, dict(saved.kinds)) == ({"a": (2, 3)}, {"a": 4}, {"a": {"ema"}})
-    assert torch.equal(saved.whole("weight", "a"), VALUES.view(2, 3))
+    assert torch.equal(saved.tensor("weight", "a"), VALUES.view(2, 3))
     assert torch.equal(saved.read("ema", "a", 3, 2), -VALUES[3:5])
     assert torch.equal(saved.buffers()["b"], torch.ones(2))
-    assert saved.state("weight").keys() == {"a", "b"}
+    assert saved.state_dict("weight").keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_values_come_from_whichever_files_hold_them(tmp_path: Path) -> None:
 def test_a_layout_that_does_not_fit_is_one_line(tmp_path: Path, layout: Any) -> None:
     file(tmp_path, 0, layout, a=VALUES)
     with pytest.raises(MachineError, match="not a readable checkpoint") as error:
-        Saved(tmp_path)
+        SavedEngine(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: ")
     assert len(str(error.value).splitlines()) == 1
 
@@ -91,16 +91,16 @@ def another_shape(path: Path) -> None:
 def test_a_damaged_file_is_one_line(tmp_path: Path, damage: Any) -> None:
     damage(file(tmp_path, 0, {"a": ENTRY}, a=VALUES))
     with pytest.raises(MachineError, match="not a readable checkpoint") as error:
-        Saved(tmp_path)
+        SavedEngine(tmp_path)
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_no_memory_is_taken_for_values_that_are_not_there(tmp_path: Path) -> None:
     file(tmp_path, 0, {"a": {"start": 0, "shape": [2**30, 2**30], "step": 0}}, a=VALUES)
     with pytest.raises(MachineError, match=r"1152921504606846970 of 1152921504606846976 values of weight:a are not in"):
-        Saved(tmp_path).whole("weight", "a")
+        SavedEngine(tmp_path).tensor("weight", "a")
     with pytest.raises(MachineError, match="no parameter 'b' in this checkpoint"):
-        Saved(tmp_path).whole("weight", "b")
+        SavedEngine(tmp_path).tensor("weight", "b")
 
 
 @pytest.mark.parametrize(("start", "values"), [(0, VALUES), (2, VALUES[2:]), (1, VALUES[1:3])])
@@ -110,10 +110,10 @@ def test_values_that_are_there_twice_do_not_pass_for_those_that_lack(
     file(tmp_path, 0, {"a": ENTRY}, a=VALUES[:4])
     file(tmp_path, 1, {"a": ENTRY | {"start": start}}, a=values)
     with pytest.raises(MachineError, match=r"are in this checkpoint more than once"):
-        Saved(tmp_path).whole("weight", "a")
+        SavedEngine(tmp_path).tensor("weight", "a")
 
 
 def test_a_folder_without_files_is_one_line(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(MachineError, match="no engine state in this checkpoint"):
-            Saved(folder)
+            SavedEngine(folder)

@@ -15,16 +15,17 @@ from torch import nn
 from dvae.config.schema import EmaConfig, Precision, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.errors import MachineError
-from dvae.stages.losses import Engines, Stage, StepOutput
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.loop import State, take_step
+from dvae.training.loop import train_step
 from dvae.training.resilience import ranks
-from dvae.training.resilience.nonfinite import SAVED
+from dvae.training.resilience.nonfinite import MAX_SAVED
+from dvae.training.train_state import TrainState
+from dvae.training.train_task import Engines, StepOutput, TrainTask
 
 BATCH = 4
 
 
-class Poisoned(Stage):
+class Poisoned(TrainTask):
     """Two modules on random numbers; `poison` are the sample numbers whose loss of module `bad` is not a number."""
 
     name = "encoder"
@@ -98,41 +99,43 @@ def test_nothing_of_a_step_is_kept_and_training_goes_on(
 ) -> None:
     """Of neither module, whichever of them is to blame; and in the second micro-batch alone."""
     stage = make(zero, 1, {11}, bad, micro, precision=precision)
-    engines, state = engines_of(stage), State()
+    engines, state = engines_of(stage), TrainState()
     for step in (1, 2):
-        take_step(stage, engines, batches(step, micro), state, tmp_path)
+        train_step(stage, engines, batches(step, micro), state, tmp_path)
     before, row = everything(engines), state.sums
-    take_step(stage, engines, batches(3, micro), state, tmp_path)
+    train_step(stage, engines, batches(3, micro), state, tmp_path)
     assert same(before, everything(engines))
     assert (state.step, state.skipped, state.sums) == (3, 1, row)
-    take_step(stage, engines, batches(4, micro), state, tmp_path)
+    train_step(stage, engines, batches(4, micro), state, tmp_path)
     after = everything(engines)
     assert all(value.isfinite().all() for value in after.values())
     assert not same(before, after)
     assert (state.step, state.skipped) == (4, 1)
-    assert math.isfinite(state.row()["loss"])
+    assert math.isfinite(state.pop_means()["loss"])
 
 
 def test_with_offload_too(tmp_path: Path) -> None:
     for zero in (1, 2, 3):
         stage = make(zero, 1, {5}, offload=True)
-        engines, state = engines_of(stage), State()
-        take_step(stage, engines, batches(1, 1), state, tmp_path)
+        engines, state = engines_of(stage), TrainState()
+        train_step(stage, engines, batches(1, 1), state, tmp_path)
         before = everything(engines)
-        take_step(stage, engines, batches(2, 1), state, tmp_path)
+        train_step(stage, engines, batches(2, 1), state, tmp_path)
         assert same(before, everything(engines)), zero
-        take_step(stage, engines, batches(3, 1), state, tmp_path)
+        train_step(stage, engines, batches(3, 1), state, tmp_path)
         assert not same(before, everything(engines)), zero
 
 
 def test_one_more_than_may_be_ends_the_run_and_the_first_are_saved(tmp_path: Path) -> None:
-    stage = make(0, SAVED + 1, set(range(100)), bad="discriminator", micro=2)
-    engines, state = engines_of(stage), State()
-    for step in range(1, SAVED + 2):
-        take_step(stage, engines, batches(step, 2), state, tmp_path)
-    with pytest.raises(MachineError, match=rf"step {SAVED + 2}: a gradient is not finite; .* like {SAVED + 1} before"):
-        take_step(stage, engines, batches(SAVED + 2, 2), state, tmp_path)
-    saved = [f"nonfinite-encoder-{step:08d}" for step in range(1, SAVED + 1)]
+    stage = make(0, MAX_SAVED + 1, set(range(100)), bad="discriminator", micro=2)
+    engines, state = engines_of(stage), TrainState()
+    for step in range(1, MAX_SAVED + 2):
+        train_step(stage, engines, batches(step, 2), state, tmp_path)
+    with pytest.raises(
+        MachineError, match=rf"step {MAX_SAVED + 2}: a gradient is not finite; .* like {MAX_SAVED + 1} before"
+    ):
+        train_step(stage, engines, batches(MAX_SAVED + 2, 2), state, tmp_path)
+    saved = [f"nonfinite-encoder-{step:08d}" for step in range(1, MAX_SAVED + 1)]
     assert sorted(path.name for path in tmp_path.iterdir()) == saved
     record = json.loads((tmp_path / saved[1] / "record.json").read_text())
     assert (record["stage"], record["step"], record["seed"]) == ("encoder", 2, 0)
@@ -150,7 +153,7 @@ def test_one_more_than_may_be_ends_the_run_and_the_first_are_saved(tmp_path: Pat
 def test_none_may_be_left_out_unless_asked_for(tmp_path: Path) -> None:
     stage = make(0, 0, {0})
     with pytest.raises(MachineError, match=r"raise train_encoder\.nonfinite_skips=0"):
-        take_step(stage, engines_of(stage), batches(1, 1), State(), tmp_path)
+        train_step(stage, engines_of(stage), batches(1, 1), TrainState(), tmp_path)
     assert (tmp_path / "nonfinite-encoder-00000001" / "weights.safetensors").exists()
 
 
@@ -161,7 +164,7 @@ def test_gradient_norms_by_layer_are_those_of_the_whole(tmp_path: Path) -> None:
         engine = engines_of(stage)["encoder"]
         engine.backward(stage.loss("encoder", {"encoder": engine}, batches(1, 1)[0]).loss)
         norms.append(engine.gradient_norms())
-        assert engine.finite()
+        assert engine.gradients_finite()
         assert engine.grad_norm == pytest.approx(math.hypot(*norms[-1].values()), rel=1e-5)
     assert norms[0] == norms[1] == norms[2] == norms[3]
 
@@ -175,10 +178,10 @@ def on_two_ranks(number: int, folder: str) -> None:
         stage.nets = {"encoder": nn.Linear(6, 6)}  # no statistics: those of BatchNorm are a rank's own
         nn.init.eye_(stage.nets["encoder"].weight)
         nn.init.ones_(stage.nets["encoder"].bias)
-        engines, state = engines_of(stage), State()
-        take_step(stage, engines, batches(1, 1, number, 2), state, run)
+        engines, state = engines_of(stage), TrainState()
+        train_step(stage, engines, batches(1, 1, number, 2), state, run)
         before = everything(engines)
-        take_step(stage, engines, batches(2, 1, number, 2), state, run)
+        train_step(stage, engines, batches(2, 1, number, 2), state, run)
         assert same(before, everything(engines)), zero
         assert state.skipped == 1
         ranks.barrier()
@@ -193,7 +196,7 @@ def on_two_ranks(number: int, folder: str) -> None:
             torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-7)
         engines["encoder"].backward(stage.loss("encoder", engines, batches(3, 1, number, 2)[0]).loss)
         norms = engines["encoder"].gradient_norms()
-        assert engines["encoder"].finite()
+        assert engines["encoder"].gradients_finite()
         assert engines["encoder"].grad_norm == pytest.approx(math.hypot(*norms.values()), rel=1e-5), zero
         assert ranks.all_gather(norms)[0] == norms
         engines["encoder"].step(3)

@@ -22,15 +22,16 @@ from dvae.config.schema import EmaConfig, EmaProfile, Precision, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.errors import UserError, fold
 from dvae.inference import pipeline
-from dvae.stages.losses import Stage, StepOutput
 from dvae.tools.ema import command
 from dvae.tracking.tracker import NoTracker
 from dvae.training.engine.deepspeed_engine import start_distributed
 from dvae.training.engine.ema import power
-from dvae.training.engine.snapshots import Snapshot, Snapshots, halved, list_snapshots, read_hashes
+from dvae.training.engine.snapshot_writer import SnapshotWriter, to_half
+from dvae.training.engine.snapshots import WeightSnapshot, list_snapshots, read_hashes
 from dvae.training.loop import TrainHooks, train
 from dvae.training.posthoc import coefficients, combine, fit, products
 from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.training.train_task import StepOutput, TrainTask
 from dvae.utils import atomic_files, rng
 from dvae.utils.weights import load_weights
 
@@ -87,7 +88,7 @@ def test_snapshots_side_by_side_do_not_blow_up() -> None:
     assert np.abs(found).sum() < 2
 
 
-class Toy(Stage):
+class Toy(TrainTask):
     """A small network that walks at random, or learns a noisy function."""
 
     name = "toy"
@@ -146,24 +147,24 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 
 
 @pytest.fixture(scope="module", params=["walk", "training"])
-def snapshots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Snapshot]:
+def snapshots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[WeightSnapshot]:
     """Of widths 0.05, 0.1 and 0.15, and of a decay, at 32 steps."""
     run = tmp_path_factory.mktemp(request.param)
     learn(run, configured(), walk=request.param == "walk")
     return list_snapshots(run / "snapshots" / "toy")
 
 
-def of_width(snapshots: list[Snapshot], *widths: float) -> list[Snapshot]:
+def of_width(snapshots: list[WeightSnapshot], *widths: float) -> list[WeightSnapshot]:
     return [one for one in snapshots if one.average.profile is EmaProfile.power and one.average.value in widths]
 
 
-def one_at(snapshots: list[Snapshot], step: int, width: float) -> dict[str, torch.Tensor]:
+def one_at(snapshots: list[WeightSnapshot], step: int, width: float) -> dict[str, torch.Tensor]:
     (only,) = [one for one in of_width(snapshots, width) if one.step == step]
     return load_weights(only.path)
 
 
 @pytest.mark.parametrize("step", [STEPS, STEPS // 2])
-def test_an_average_that_was_made_is_near_one_that_was_kept(snapshots: list[Snapshot], step: int) -> None:
+def test_an_average_that_was_made_is_near_one_that_was_kept(snapshots: list[WeightSnapshot], step: int) -> None:
     """Within 3e-4, which is what fp16 leaves; two averages that were kept lie a hundred times further apart."""
     found = fit(of_width(snapshots, 0.05, 0.1), step, 0.15)
     made, kept = combine(found, Toy(configured(), True).module), one_at(snapshots, step, 0.15)
@@ -174,7 +175,7 @@ def test_an_average_that_was_made_is_near_one_that_was_kept(snapshots: list[Snap
     assert int(made["2.num_batches_tracked"]) == step  # a buffer is taken as it was
 
 
-def test_a_kept_width_is_made_exactly(snapshots: list[Snapshot]) -> None:
+def test_a_kept_width_is_made_exactly(snapshots: list[WeightSnapshot]) -> None:
     found = fit(of_width(snapshots, 0.05, 0.1), STEPS, 0.1)
     made = combine(found, Toy(configured(), True).module)
     assert found.error < 1e-6
@@ -207,14 +208,14 @@ def test_a_snapshot_whose_hash_a_kill_prevented_is_taken_again(tmp_path: Path, m
     short = configured(steps=24, save_every=8)
     short = replace(short, ema=replace(short.ema, snapshot_every=8))
     learn(tmp_path / "whole", short)
-    stopped, real = tmp_path / "stopped" / "snapshots" / "toy", Snapshots._write_hashes
+    stopped, real = tmp_path / "stopped" / "snapshots" / "toy", SnapshotWriter._write_hashes
 
-    def killed(self: Snapshots, hashes: dict[str, str]) -> None:
+    def killed(self: SnapshotWriter, hashes: dict[str, str]) -> None:
         if any(name.startswith("step-00000016-width-0.15") for name in hashes):
             raise KeyboardInterrupt
         real(self, hashes)
 
-    monkeypatch.setattr(Snapshots, "_write_hashes", killed)
+    monkeypatch.setattr(SnapshotWriter, "_write_hashes", killed)
     with pytest.raises(KeyboardInterrupt):
         learn(tmp_path / "stopped", short)
     monkeypatch.undo()
@@ -228,7 +229,7 @@ def test_a_snapshot_whose_hash_a_kill_prevented_is_taken_again(tmp_path: Path, m
 
 def test_parameters_alone_are_halved_and_only_within_range() -> None:
     state = {"a": torch.tensor([1.0]), "b": torch.tensor([1e5]), "buffer": torch.tensor([0.1])}
-    kept = halved(state, {"a", "b"})
+    kept = to_half(state, {"a", "b"})
     assert {name: value.dtype for name, value in kept.items()} == {
         "a": torch.float16, "b": torch.float32, "buffer": torch.float32,
     }  # fmt: skip

@@ -21,7 +21,6 @@ from dvae.config import compose as configuration
 from dvae.data.shards.reader import Shards
 from dvae.runs import attempts
 from dvae.runs.folder import submit
-from dvae.training.resilience.ranks import total
 
 TIMING = {"time", "seconds", "images_per_second"}
 EXACT = [
@@ -276,8 +275,3 @@ def nan_on_one(number: int) -> None:
 @pytest.mark.slow
 def test_a_value_that_is_not_finite_on_one_rank_is_refused_by_both() -> None:
     on_ranks(2, nan_on_one)
-
-
-def test_sums_of_all_parts_add_up() -> None:
-    parts = [{"loss": [1.0, 2.0]}, {"loss": [3.0, 4.0], "loss_t3": [5.0, 1.0]}]
-    assert total(parts) == {"loss": [4.0, 6.0], "loss_t3": [5.0, 1.0]}

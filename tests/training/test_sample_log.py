@@ -20,7 +20,7 @@ from dvae.data.shards.reader import PNG, Shards
 from dvae.data.shards.tar_files import ShardWriter, seal
 from dvae.errors import MachineError
 from dvae.training.resilience import sample_log as feeding
-from dvae.training.resilience.sample_log import Feed, load_damaged, record_damage, samples_file
+from dvae.training.resilience.sample_log import SynchronizedLoader, load_damaged, record_damage, samples_file
 
 COUNT, BATCH = 40, 8
 TRAINING = TrainingConfig(batch=BATCH, steps=20, log_every=2)
@@ -72,7 +72,7 @@ def take(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Take:
             shards = Shards(folder, max_bad_fraction=0.1)
             order = Order(COUNT, seed=1, block=6, window=2)
             loader = Loader(shards, order, BATCH, rank=rank, world=world)
-            with Feed(loader, shards, TRAINING, "refiner", tmp_path, log_samples=True) as data:
+            with SynchronizedLoader(loader, shards, TRAINING, "refiner", tmp_path, log_samples=True) as data:
                 for number, step in enumerate(steps):
                     images[number] = [batch.images for batch in data.step(BATCH * (step - 1))] + images[number]
         return images

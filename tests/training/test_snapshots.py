@@ -20,15 +20,16 @@ from dvae.errors import MachineError, UserError, fold
 from dvae.models import components
 from dvae.runs.records import write_format
 from dvae.tools.ema import command
-from dvae.training.engine.ema import Average
-from dvae.training.engine.snapshots import HASHES, Snapshot, Snapshots, list_snapshots, read_hashes
-from dvae.training.posthoc import Fit, combine
+from dvae.training.engine.ema import EmaSpec
+from dvae.training.engine.snapshot_writer import SnapshotWriter
+from dvae.training.engine.snapshots import HASHES, WeightSnapshot, list_snapshots, read_hashes
+from dvae.training.posthoc import EmaFit, combine
 from dvae.utils import atomic_files
 
 POWER, CONSTANT = EmaProfile.power, EmaProfile.constant
 KNOWN = [
-    (1, Average(POWER, 0.05)), (10**9, Average(POWER, 0.28)), (1000, Average(POWER, 0.005)),
-    (12, Average(CONSTANT, 0.0)), (12, Average(CONSTANT, 0.9999)), (12, Average(CONSTANT, 1e-05)),
+    (1, EmaSpec(POWER, 0.05)), (10**9, EmaSpec(POWER, 0.28)), (1000, EmaSpec(POWER, 0.005)),
+    (12, EmaSpec(CONSTANT, 0.0)), (12, EmaSpec(CONSTANT, 0.9999)), (12, EmaSpec(CONSTANT, 1e-05)),
 ]  # fmt: skip
 UNKNOWN = [
     "step-00000000-width-0.05", "step-1000000001-width-0.05", "step-" + "9" * 150 + "-width-0.05", "step-5-width-0.05",
@@ -39,14 +40,14 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("step", "average"), KNOWN)
-def test_a_name_tells_of_its_snapshot(tmp_path: Path, step: int, average: Average) -> None:
-    snapshot = Snapshot.at(tmp_path, step, average)
-    assert Snapshot.of(snapshot.path) == snapshot
+def test_a_name_tells_of_its_snapshot(tmp_path: Path, step: int, average: EmaSpec) -> None:
+    snapshot = WeightSnapshot.at(tmp_path, step, average)
+    assert WeightSnapshot.of(snapshot.path) == snapshot
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_name_that_no_training_gives_tells_of_nothing(tmp_path: Path, name: str) -> None:
-    assert Snapshot.of(tmp_path / f"{name}.safetensors") is None
+    assert WeightSnapshot.of(tmp_path / f"{name}.safetensors") is None
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     write_format(run)
     (run / "config.yaml").write_text(to_yaml(stored(composed)))
     denoiser = components.build_models(compose.typed(composed)).trained_parts()["denoiser"]
-    writer = Snapshots(run / "snapshots" / "refiner", TrainingConfig())
+    writer = SnapshotWriter(run / "snapshots" / "refiner", TrainingConfig())
     for step in (3, 6):
         for width in (0.05, 0.1):
-            writer._write(Snapshot.at(writer.folder, step, Average(POWER, width)).path, denoiser.state_dict())
+            writer._write(WeightSnapshot.at(writer.folder, step, EmaSpec(POWER, width)).path, denoiser.state_dict())
     return run
 
 
@@ -138,13 +139,13 @@ def test_a_damaged_snapshot_is_one_line_and_nothing_is_written(made: Path, tmp_p
 def test_an_average_that_overflows_is_one_line(tmp_path: Path) -> None:
     module, folder = torch.nn.Linear(2, 2), tmp_path / "toy"
     large = {name: torch.full_like(value, 3e38) for name, value in module.state_dict().items()}
-    kept = [Snapshot.at(folder, step, Average(POWER, 0.05)) for step in (1, 2)]
+    kept = [WeightSnapshot.at(folder, step, EmaSpec(POWER, 0.05)) for step in (1, 2)]
     for snapshot in kept:
-        Snapshots(folder, TrainingConfig())._write(snapshot.path, large)
-    found = combine(Fit(2, kept, np.array([0.5, 0.5]), 0.0), module)
+        SnapshotWriter(folder, TrainingConfig())._write(snapshot.path, large)
+    found = combine(EmaFit(2, kept, np.array([0.5, 0.5]), 0.0), module)
     assert torch.equal(found["weight"], large["weight"])
     with pytest.raises(UserError, match=r"the average of .*toy at step 2: '\w+' holds NaN or infinity"):
-        combine(Fit(2, kept, np.array([0.5, 1.5]), 0.0), module)
+        combine(EmaFit(2, kept, np.array([0.5, 1.5]), 0.0), module)
 
 
 def test_names_that_no_training_gives_change_nothing(made: Path, tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_steps_that_are_taken_again_lose_their_files_and_hashes(made: Path, tmp_
     shutil.copytree(made / "snapshots" / "refiner", folder)
     assert read_hashes(folder) == {one.path.name: atomic_files.sha256(one.path) for one in list_snapshots(folder)}
     shutil.copyfile(folder / VICTIM, folder / "step-00000007-width-0.05.safetensors")  # killed before its hash
-    Snapshots(folder, TrainingConfig(ema=EmaConfig())).drop_after(5)
+    SnapshotWriter(folder, TrainingConfig(ema=EmaConfig())).drop_after(5)
     left = ["step-00000003-width-0.05.safetensors", "step-00000003-width-0.1.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == sorted([HASHES, *left])
     assert sorted(read_hashes(folder)) == left
@@ -182,4 +183,4 @@ def test_steps_that_are_taken_again_lose_their_files_and_hashes(made: Path, tmp_
 def test_a_folder_in_the_place_of_a_snapshot_is_one_line(tmp_path: Path) -> None:
     (tmp_path / VICTIM).mkdir()
     with pytest.raises(MachineError, match=r"width-0\.05\.safetensors: is a folder, not a file"):
-        Snapshots(tmp_path, TrainingConfig()).drop_after(0)
+        SnapshotWriter(tmp_path, TrainingConfig()).drop_after(0)

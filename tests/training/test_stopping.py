@@ -16,19 +16,19 @@ from tests_support import ROOT, environment
 from dvae.config import compose as configuration
 from dvae.errors import UserError
 from dvae.training.resilience import stopping
-from dvae.training.resilience.stopping import SIGNALS, Stopped, Stopping
+from dvae.training.resilience.stopping import SIGNALS, Stopped, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_kept_and_named_and_handlers_are_put_back(number: signal.Signals) -> None:
-    asking, before = Stopping(), signal.getsignal(number)
-    with asking.on_signals():
-        assert asking.agreed() == ""
+    request, before = StopRequest(), signal.getsignal(number)
+    with request.handle_signals():
+        assert request.reason_of_any_rank() == ""
         os.kill(os.getpid(), number)
-        assert asking.agreed() == number.name
+        assert request.reason_of_any_rank() == number.name
     assert signal.getsignal(number) == before
     with pytest.raises(Stopped, match=number.name) as caught:  # in the last step of a stage: the next does not begin
-        asking.between_stages()
+        request.raise_between_stages()
     assert caught.value.exit_status == 143
 
 
@@ -36,7 +36,7 @@ def test_a_signal_is_kept_and_named_and_handlers_are_put_back(number: signal.Sig
 def test_a_second_signal_of_any_kind_ends_at_once(first: signal.Signals, second: signal.Signals) -> None:
     code = (
         "import os, time\nfrom dvae.training.resilience.stopping import Stopping\n"
-        f"with Stopping().on_signals():\n    os.kill(os.getpid(), {first:d})\n    print('on', flush=True)\n"
+        f"with Stopping().handle_signals():\n    os.kill(os.getpid(), {first:d})\n    print('on', flush=True)\n"
         f"    os.kill(os.getpid(), {second:d})\n    time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
@@ -45,13 +45,13 @@ def test_a_second_signal_of_any_kind_ends_at_once(first: signal.Signals, second:
 
 
 def test_the_time_limit_is_of_this_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    asking = stopping.begin(0.5)
-    assert stopping.current() is asking
-    monkeypatch.setattr(stopping, "BEGAN", time.monotonic() - 1799)
-    assert asking.agreed() == ""
-    monkeypatch.setattr(stopping, "BEGAN", time.monotonic() - 1801)
-    assert asking.agreed() == "max_hours=0.5"
-    assert stopping.begin(0.0).agreed() == ""
+    request = stopping.start_attempt(0.5)
+    assert stopping.current() is request
+    monkeypatch.setattr(stopping, "PROCESS_START", time.monotonic() - 1799)
+    assert request.reason_of_any_rank() == ""
+    monkeypatch.setattr(stopping, "PROCESS_START", time.monotonic() - 1801)
+    assert request.reason_of_any_rank() == "max_hours=0.5"
+    assert stopping.start_attempt(0.0).reason_of_any_rank() == ""
 
 
 @pytest.mark.parametrize(

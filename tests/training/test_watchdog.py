@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests_support import ROOT, environment
 
 from dvae.training.resilience import watchdog
-from dvae.training.resilience.watchdog import Beat, Idle, Watch
+from dvae.training.resilience.watchdog import Heartbeat, IdleTimer, Watchdog
 
 SECONDS = 0.5
 
@@ -25,26 +25,26 @@ SECONDS = 0.5
 class Rank:
     """What a test knows of one rank, whose watch runs in this process."""
 
-    beat: Beat
+    heartbeat: Heartbeat
     heard: list[tuple[str, bool]] = field(default_factory=list)
 
 
-def start(store: dist.Store, beats: list[Beat], silent: tuple[int, ...] = ()) -> tuple[list[Rank], list[Watch]]:
+def start(store: dist.Store, beats: list[Heartbeat], silent: tuple[int, ...] = ()) -> tuple[list[Rank], list[Watchdog]]:
     """Ranks at `beats`; the watches of those in `silent` never run, as if they were stopped after their first look."""
-    ranks = [Rank(beat) for beat in beats]
+    ranks = [Rank(heartbeat) for heartbeat in beats]
     watches = [
-        Watch(
+        Watchdog(
             store,
             n,
             len(beats),
             SECONDS,
             lambda *said, r=rank: r.heard.append(said),
-            lambda r=rank: r.beat,
+            lambda r=rank: r.heartbeat,
         )
         for n, rank in enumerate(ranks)
     ]
     for number, one in enumerate(watches):
-        one._show(ranks[number].beat)
+        one._publish_heartbeat(ranks[number].heartbeat)
         if number not in silent:
             one.start()
     return ranks, watches
@@ -56,14 +56,14 @@ def wait(seconds: float, ranks: list[Rank], everyone: list[int]) -> None:
         time.sleep(0.02)
 
 
-def stop(watches: list[Watch], silent: tuple[int, ...] = ()) -> None:
+def stop(watches: list[Watchdog], silent: tuple[int, ...] = ()) -> None:
     for number, one in enumerate(watches):
         if number not in silent:
             one.stop()
 
 
-def at(count: int, where: str = "encoder step 9 (backward)", watched: bool = True) -> Beat:
-    return Beat(count, where, watched)
+def at(count: int, where: str = "encoder step 9 (backward)", watched: bool = True) -> Heartbeat:
+    return Heartbeat(count, where, watched)
 
 
 def test_the_rank_that_is_furthest_behind_is_named_by_all_and_said_once() -> None:
@@ -100,7 +100,7 @@ def test_nobody_is_blamed_while_one_rank_moves_or_all_do_what_may_take_long() ->
     resting, others = start(dist.HashStore(), [at(1, "encoder step 3 (preview or save)", watched=False)] * 2)
     for count in range(2, 20):
         time.sleep(SECONDS / 5)
-        ranks[1].beat = at(count)
+        ranks[1].heartbeat = at(count)
     assert not any(rank.heard for rank in ranks + resting)
     stop(watches)
     stop(others)
@@ -138,7 +138,7 @@ def test_a_store_that_does_not_answer_ends_the_rank_too() -> None:
 def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 1001.0, 1002.0, 1003.0])
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(clock))
-    idle = Idle(1.0)
+    idle = IdleTimer(1.0)
     seen = []
     for moving in (False, False, False, True):
         idle.tick(moving=moving)
@@ -147,11 +147,11 @@ def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch: pyt
 
 
 def test_beats_count_up_and_say_where() -> None:
-    before = watchdog._beat.count
-    watchdog.beat("encoder", 9, "forward")
-    assert watchdog._beat == Beat(before + 1, "encoder step 9 (forward)", watched=True)
-    watchdog.rest("encoder", 9, "preview or save")
-    assert watchdog._beat == Beat(before + 2, "encoder step 9 (preview or save)")
+    before = watchdog._heartbeat.count
+    watchdog.heartbeat("encoder", 9, "forward")
+    assert watchdog._heartbeat == Heartbeat(before + 1, "encoder step 9 (forward)", watched=True)
+    watchdog.suspend("encoder", 9, "preview or save")
+    assert watchdog._heartbeat == Heartbeat(before + 2, "encoder step 9 (preview or save)")
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_a_stopped_rank_ends_the_job_which_resumes(number: int, tmp_path: Path, 
     process = begin(words, run, long)
     wait_for(process, run, 9)
     ranks = ranks_of(process.pid)
-    time.sleep(2 * seconds / watchdog.LOOKS)  # until each rank has said where it is since its first step
+    time.sleep(2 * seconds / watchdog.POLLS)  # until each rank has said where it is since its first step
     os.kill(ranks[number], signal.SIGSTOP)
     assert process.wait(timeout=1.5 * seconds + 10 + 5) == 1  # 5 more, for a machine that does other things
     assert not any(alive(rank) for rank in ranks)

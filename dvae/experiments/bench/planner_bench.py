@@ -24,8 +24,8 @@ from dvae.models import components
 from dvae.planning import counting, passes
 from dvae.planning.counting import Operations
 from dvae.planning.plan_run import compose_recipe
-from dvae.stages.latent_sources import Encoded
-from dvae.stages.losses import RefinerStage
+from dvae.stages.latent_sources import EncodedLatents
+from dvae.stages.refiner import RefinerTask
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.engine.memory import keep_freed_memory
 
@@ -125,8 +125,8 @@ def a_step(settings: PlannerBenchConfig, word: str) -> Callable[[], object]:
     """A step of a refiner as training has it, on noise."""
     config = compose_recipe([f"recipe={settings.recipe}", word, f"train_refiner.batch={settings.batch}"])
     made, training = components.build_models(config), config.train_refiner
-    latents = Encoded(made.encoder)
-    stage = RefinerStage(made.encoder, made.denoiser, latents, training, config.seed, torch.device("cpu"))
+    latents = EncodedLatents(made.encoder)
+    stage = RefinerTask(made.encoder, made.denoiser, latents, training, config.seed, torch.device("cpu"))
     engine, keys = Engine(made.denoiser, training), torch.arange(settings.batch)
     shape = (settings.batch, config.channels, config.image_size, config.image_size)
     batch = Batch(keys, keys, torch.randint(0, 256, shape, dtype=torch.uint8))

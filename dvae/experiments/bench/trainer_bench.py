@@ -24,15 +24,16 @@ from dvae.diffusion.conditioning import Conditioning, NoiseSample
 from dvae.errors import UserError
 from dvae.registry.encoders.base import Encoder
 from dvae.runs.folder import Run
-from dvae.stages.cache import open_latents
-from dvae.stages.losses import RefinerStage
-from dvae.stages.work import device, load_models
+from dvae.stages.latent_sources import open_latents
+from dvae.stages.refiner import RefinerTask
+from dvae.stages.run_models import default_device, load_models
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import NoTracker
 from dvae.training.batches import open_loader
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.loop import State, log, save, take_step
+from dvae.training.loop import log_metrics, train_step
 from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.training.train_state import TrainState, save_checkpoint
 
 WARM_UP = 3
 """Turns that are not counted."""
@@ -54,19 +55,19 @@ class TrainerBenchConfig:
 ConfigStore.instance().store(name="bench_trainer_schema", node=TrainerBenchConfig, provider="dvae")
 
 
-def bare_loss(stage: RefinerStage, network: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def bare_loss(stage: RefinerTask, network: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """The refiner's loss on images x (B, C, H, W) in [-1, 1], with nothing around it."""
     encoder: Encoder = stage.encoder
     with torch.no_grad(), stage.autocast():
         z = encoder.encode(x).sample(torch.randn(len(x), *encoder.latent_shape, device=x.device))
-        conditioning = Conditioning(stage.place(encoder.decode(z).float()), z.float(), None)
-    noise_sample = NoiseSample(
+        conditioning = Conditioning(stage.to_device(encoder.decode(z).float()), z.float(), None)
+    noise = NoiseSample(
         torch.rand(len(x), dtype=torch.float64), torch.randn_like(x), torch.ones(len(x), dtype=torch.bool)
     )
-    return network(x, conditioning, noise_sample).mean()
+    return network(x, conditioning, noise).mean()
 
 
-def bare_torch(stage: RefinerStage, x: torch.Tensor) -> Step:
+def bare_torch(stage: RefinerTask, x: torch.Tensor) -> Step:
     network: nn.Module = copy.deepcopy(stage.denoiser)
     config = stage.config
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -83,7 +84,7 @@ def bare_torch(stage: RefinerStage, x: torch.Tensor) -> Step:
     return step
 
 
-def bare_deepspeed(stage: RefinerStage, x: torch.Tensor) -> Step:
+def bare_deepspeed(stage: RefinerTask, x: torch.Tensor) -> Step:
     engine = Engine(copy.deepcopy(stage.denoiser), stage.config).deepspeed
 
     def step() -> None:
@@ -95,15 +96,15 @@ def bare_deepspeed(stage: RefinerStage, x: torch.Tensor) -> Step:
     return step
 
 
-def trainer(stage: RefinerStage, engine: Engine, data: Batches, state: State, run: Path) -> Step:
+def trainer(stage: RefinerTask, engine: Engine, data: Batches, state: TrainState, run: Path) -> Step:
     engines = {stage.name: engine}
     progress = Progress(stage.name, stage.config.steps, 0, quiet=True)
 
     def step() -> None:
         began = time.perf_counter()
-        take_step(stage, engines, data.step(state.step * stage.config.batch), state, run)
+        train_step(stage, engines, data.step(state.step * stage.config.batch), state, run)
         state.window_seconds += time.perf_counter() - began
-        log(stage, state, NoTracker(), progress)
+        log_metrics(stage, state, NoTracker(), progress)
 
     return step
 
@@ -120,14 +121,14 @@ def take_turns(steps: dict[str, Step], turns: int) -> dict[str, list[float]]:
     return seconds
 
 
-def stall(engine: Engine, state: State, folder: Path) -> tuple[float, float]:
+def stall(engine: Engine, state: TrainState, folder: Path) -> tuple[float, float]:
     """Seconds for which a checkpoint holds training up, and until it is published; medians."""
     held, whole = [], []
     checkpoints = Checkpoints(folder, keep=1)
     for _ in range(SAVES):
         state.step += 1
         began = time.perf_counter()
-        save({"refiner": engine}, checkpoints, state)
+        save_checkpoint({"refiner": engine}, checkpoints, state)
         held.append(time.perf_counter() - began)
         checkpoints.finish()
         whole.append(time.perf_counter() - began)
@@ -143,10 +144,10 @@ def run(settings: TrainerBenchConfig) -> dict[str, float]:
         raise UserError(f"run={of.path}: this takes a run with an encoder, zero_stage=0 and whole batches: the demo's")
     start_distributed()
     made = load_models(of, config, "encoder")
-    stage = RefinerStage(made.encoder, made.denoiser, open_latents(of, config, made), training, 0, device())
+    stage = RefinerTask(made.encoder, made.denoiser, open_latents(of, config, made), training, 0, default_device())
     with tempfile.TemporaryDirectory() as folder, open_loader(config, training, stage.name) as data:
         x = stage.images(data.step(0)[0])
-        engine, state = Engine(copy.deepcopy(stage.denoiser), training), State()
+        engine, state = Engine(copy.deepcopy(stage.denoiser), training), TrainState()
         steps = {
             "bare torch": bare_torch(stage, x),
             "bare DeepSpeed": bare_deepspeed(stage, x),

@@ -60,7 +60,7 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
 
     def on_hang(message: str, speaks: bool) -> None:
         store.set(f"{BYE} {os.environ['RANK']}", json.dumps({"status": HANGS, "message": message}))
-        watchdog.end(HANGS)
+        watchdog.exit_now(HANGS)
 
     watchdog.on_hang = on_hang
     try:

@@ -17,7 +17,17 @@ from dvae.config.schema import Decay, Precision, TrainingConfig
 from dvae.errors import MachineError
 from dvae.training.engine.ema import MAIN, AdamWEma, ema_decays
 from dvae.training.engine.footprint import bucket
-from dvae.training.engine.fragments import STEP, WEIGHT, Fragment, Holder, Part, Saved, buffers, holders, pack
+from dvae.training.engine.fragments import (
+    STEP,
+    WEIGHT,
+    EnginePartition,
+    Fragment,
+    OwnedSlice,
+    SavedEngine,
+    copy_partition,
+    owned_slices,
+    persistent_buffers,
+)
 from dvae.training.resilience import ranks
 
 if not torch.cuda.is_available():
@@ -94,8 +104,8 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         self.deepspeed.backward(loss)
 
-    def finite(self) -> bool:
-        """Whether the gradients of the step that is due are; sets `grad_norm`. Every rank takes part, and agrees."""
+    def gradients_finite(self) -> bool:
+        """Whether the accumulated gradients are finite, on all ranks. Every rank takes part. Sets `grad_norm`."""
         if self.config.zero_stage == 0:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -107,11 +117,11 @@ class Engine:
         self.grad_norm = float(norm)
         return math.isfinite(self.grad_norm)
 
-    def step(self, number: int, keep: bool | None = None) -> bool:
-        """Take step `number` (from 1) once its micro-batches were seen; False where it was left out.
+    def step(self, number: int, finite: bool | None = None) -> bool:
+        """Take step `number` (from 1) after its micro-batches. Returns False if the step was skipped.
 
-        It is left out, in weights, moments and average, where its gradients are not finite, or not to be kept
-        (another engine's may not be).
+        A skipped step changes neither weights nor moments nor averages. It is skipped if the gradients of this engine
+        are not finite, or if `finite` is False, because those of another engine are not.
         """
         rate, decays = learning_rate(self.config, number), ema_decays(self.config.ema, number)
         for group in self.deepspeed.optimizer.param_groups:
@@ -119,10 +129,10 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
             return True
-        keep = self.finite() if keep is None else keep
-        self.optimizer.overflow = not keep  # at stage 0 DeepSpeed does not look itself
+        finite = self.gradients_finite() if finite is None else finite
+        self.optimizer.overflow = not finite  # at stage 0 DeepSpeed does not look itself
         self.deepspeed.step()
-        return keep
+        return finite
 
     def gradient_norms(self) -> dict[str, float]:
         """Gradient norm of each parameter of the step that is due, over all ranks; every rank takes part."""
@@ -140,10 +150,10 @@ class Engine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """State dict of the module as it is, whole on every rank; every rank takes part."""
-        state = {name: value.detach().clone() for name, value in buffers(self.module).items()}
+        state = {name: value.detach().clone() for name, value in persistent_buffers(self.module).items()}
         for name, parameter in self.module.named_parameters():
-            whole = safe_get_full_fp32_param(parameter) if self.config.zero_stage == 3 else parameter
-            state[name] = whole.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
+            full = safe_get_full_fp32_param(parameter) if self.config.zero_stage == 3 else parameter
+            state[name] = full.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state
 
     def averaged(self, ema: str = MAIN) -> dict[str, torch.Tensor]:
@@ -152,67 +162,67 @@ class Engine:
         Every rank takes part.
         """
         state = {name: value.detach().clone() for name, value in self.module.named_buffers()}
-        begun = any(ema in known for known in self.optimizer.state.values())
+        started = any(ema in state for state in self.optimizer.state.values())
         for name, parameter in self.module.named_parameters():
             if self.config.zero_stage == 0:
                 average = self.optimizer.state.get(parameter, {}).get(ema, parameter)
             else:  # a weight has no average before the first step; at stage 3 its own tensor is an empty placeholder
-                average = safe_get_full_optimizer_state(parameter, ema) if begun else None
+                average = safe_get_full_optimizer_state(parameter, ema) if started else None
                 average = safe_get_full_fp32_param(parameter) if average is None else average
             state[name] = average.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state
 
-    def copied(self) -> Part:
-        """This rank's part of the engine's whole state, on the host; training may go on while it is written."""
+    def snapshot(self) -> EnginePartition:
+        """This rank's partition of the engine's state, copied to the host. Training may go on while it is written."""
         stage = self.config.zero_stage
         fragments = [
             fragment
             for number, fragment in enumerate(self._fragments())
             if stage or number % ranks.world_size() == ranks.rank()  # at stage 0 all hold all
         ]
-        return pack(fragments, buffers(self.module) if ranks.rank() == 0 else {})
+        return copy_partition(fragments, persistent_buffers(self.module) if ranks.rank() == 0 else {})
 
     def load(self, folder: Path) -> None:
         """Take up the state in `folder`, whatever number of ranks and ZeRO stage wrote it; every rank takes part.
 
         Raises MachineError if the files are damaged, or belong to another model.
         """
-        saved = Saved(folder)
+        saved = SavedEngine(folder)
         own = {name for name, _ in self.module.named_parameters()}
         for name in sorted(own ^ saved.shapes.keys()):
             raise MachineError(f"{folder}: {name!r} is not in both the checkpoint and the model: another version's?")
-        own_buffers, kept = buffers(self.module), saved.buffers()
-        for name in sorted(own_buffers.keys() - kept.keys()):
+        own_buffers, saved_buffers = persistent_buffers(self.module), saved.buffers()
+        for name in sorted(own_buffers.keys() - saved_buffers.keys()):
             raise MachineError(f"{folder}: {name!r} is not in the checkpoint: another version's?")
-        shapes = saved.shapes | {name: tuple(value.shape) for name, value in kept.items()}
+        shapes = saved.shapes | {name: tuple(value.shape) for name, value in saved_buffers.items()}
         for name, value in [*self.module.named_parameters(), *own_buffers.items()]:
             shape = tuple(getattr(value, "ds_shape", value.shape))
             if shapes[name] != shape:
                 raise MachineError(f"{folder}: {name!r} is {shapes[name]} in the checkpoint, {shape} in the model")
-        self._make_room(saved)
+        self._allocate_states(saved)
         for fragment in self._fragments():
             for kind, values in fragment.values.items():
                 values.copy_(saved.read(kind, fragment.name, fragment.start, values.numel()))
         if self.config.zero_stage:
-            self._refresh(saved)
+            self._sync_weights(saved)
         for name, buffer in own_buffers.items():
-            buffer.copy_(kept[name])
+            buffer.copy_(saved_buffers[name])
 
-    def _held(self) -> Iterator[Holder]:
-        return holders(self.module, self.deepspeed.optimizer, self.config.zero_stage, ranks.rank())
+    def _owned(self) -> Iterator[OwnedSlice]:
+        return owned_slices(self.module, self.deepspeed.optimizer, self.config.zero_stage, ranks.rank())
 
     def _fragments(self) -> Iterator[Fragment]:
-        """Views of all that this rank holds."""
-        for name, parameter, flat, offset, start, count in self._held():
-            known = self.optimizer.state.get(flat, {})
-            states = {kind: value for kind, value in known.items() if kind != STEP} | {WEIGHT: flat}
+        """Views of all values that this rank owns."""
+        for name, parameter, flat, offset, start, count in self._owned():
+            state = self.optimizer.state.get(flat, {})
+            states = {kind: value for kind, value in state.items() if kind != STEP} | {WEIGHT: flat}
             values = {kind: value.detach().view(-1).narrow(0, offset, count) for kind, value in states.items()}
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            yield Fragment(name, shape, start, values, int(known.get(STEP, 0)))
+            yield Fragment(name, shape, start, values, int(state.get(STEP, 0)))
 
-    def _make_room(self, saved: Saved) -> None:
-        """Give the optimizer the states that `saved` has values of; it makes them at its first step otherwise."""
-        for name, _, flat, *_ in self._held():
+    def _allocate_states(self, saved: SavedEngine) -> None:
+        """Allocate the optimizer states that `saved` has values of, as the optimizer's first step would."""
+        for name, _, flat, *_ in self._owned():
             if kinds := saved.kinds[name]:
                 state = self.optimizer.state[flat]
                 state[STEP] = torch.tensor(float(saved.steps[name]), device=flat.device)
@@ -220,18 +230,18 @@ class Engine:
                     state[kind] = torch.zeros_like(flat, requires_grad=False)
 
     @torch.no_grad()
-    def _refresh(self, saved: Saved) -> None:
+    def _sync_weights(self, saved: SavedEngine) -> None:
         """Bring the weights that the network computes with up to date with the optimizer's."""
         stage = self.config.zero_stage
         for name, parameter in self.module.named_parameters():
             # at stage 3 small ones are kept whole on all ranks
             if stage < 3 or parameter.data.numel() == parameter.ds_numel:  # type: ignore[attr-defined]
-                parameter.data.copy_(saved.whole(WEIGHT, name))
+                parameter.data.copy_(saved.tensor(WEIGHT, name))
         if stage < 3:
             if any(saved.kinds.values()):  # DeepSpeed does this after the first step, once
                 self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
             return
-        for _, parameter, flat, offset, _, count in self._held():
+        for _, parameter, flat, offset, _, count in self._owned():
             parameter.ds_tensor.data[:count].copy_(flat.detach().narrow(0, offset, count))  # type: ignore[attr-defined]
 
     def close(self) -> None:

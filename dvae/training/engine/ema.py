@@ -21,7 +21,7 @@ MAIN = "ema"
 
 
 @dataclass(frozen=True)
-class Average:
+class EmaSpec:
     """How one average weighs past weights."""
 
     profile: EmaProfile
@@ -35,12 +35,12 @@ class Average:
         return (1.0 - 1.0 / step) ** (power(self.value) + 1.0)
 
 
-def averages(config: EmaConfig) -> dict[str, Average]:
+def averages(config: EmaConfig) -> dict[str, EmaSpec]:
     """Every average that is kept, by the name of its optimizer state; the one that a run exports is first."""
     value = config.decay if config.profile is EmaProfile.constant else config.width
-    extra = [Average(EmaProfile.power, width) for width in config.extra_widths]
-    extra += [Average(EmaProfile.constant, decay) for decay in config.extra_decays]
-    return {MAIN: Average(config.profile, value)} | {f"{MAIN}_{n}": one for n, one in enumerate(extra, 1)}
+    extra = [EmaSpec(EmaProfile.power, width) for width in config.extra_widths]
+    extra += [EmaSpec(EmaProfile.constant, decay) for decay in config.extra_decays]
+    return {MAIN: EmaSpec(config.profile, value)} | {f"{MAIN}_{n}": one for n, one in enumerate(extra, 1)}
 
 
 def ema_names(config: EmaConfig) -> list[str]:

@@ -46,8 +46,8 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One rank's part of an engine's state, copied to the host."""
+class EnginePartition:
+    """One rank's partition of an engine's state, copied to the host."""
 
     tensors: dict[str, torch.Tensor]
     """kind:name -> (numel,), or a whole buffer."""
@@ -62,17 +62,17 @@ class Part:
             raise OSError(errno.EIO, fold(error)) from error
 
 
-def pack(fragments: list[Fragment], buffers: Mapping[str, torch.Tensor]) -> Part:
+def copy_partition(fragments: list[Fragment], buffers: Mapping[str, torch.Tensor]) -> EnginePartition:
     """Copies of `fragments` and `buffers`, which training may go on to change."""
-    tensors = {f"{BUFFER}:{name}": copied(value) for name, value in buffers.items()}
+    tensors = {f"{BUFFER}:{name}": copy_to_host(value) for name, value in buffers.items()}
     layout = {}
     for fragment in fragments:
         layout[fragment.name] = {"start": fragment.start, "shape": fragment.shape, STEP: fragment.step}
-        tensors |= {f"{kind}:{fragment.name}": copied(value) for kind, value in fragment.values.items()}
-    return Part(tensors, layout)
+        tensors |= {f"{kind}:{fragment.name}": copy_to_host(value) for kind, value in fragment.values.items()}
+    return EnginePartition(tensors, layout)
 
 
-def copied(value: torch.Tensor) -> torch.Tensor:
+def copy_to_host(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
 
 
@@ -86,7 +86,7 @@ class LayoutEntry:
     step: Count
 
 
-class Saved:
+class SavedEngine:
     """What the ranks' files in one folder hold together. Raises MachineError if a file is not readable.
 
     Every file's header is checked against its size and its layout before any number is read.
@@ -117,15 +117,15 @@ class Saved:
             if kind == BUFFER:
                 self._buffers[name] = file
                 continue
-            about, shape = layout.get(name), tensor.shape
-            if about is None or len(shape) != 1 or about.start + shape[0] > math.prod(about.shape):
+            entry, shape = layout.get(name), tensor.shape
+            if entry is None or len(shape) != 1 or entry.start + shape[0] > math.prod(entry.shape):
                 raise DamagedFile(path, f"{key[:80]!r} does not fit the layout of the file")
-            if self.shapes.setdefault(name, tuple(about.shape)) != tuple(about.shape):
+            if self.shapes.setdefault(name, tuple(entry.shape)) != tuple(entry.shape):
                 raise DamagedFile(path, f"{name[:80]!r} has another shape than in the files before")
-            self.steps[name] = about.step
+            self.steps[name] = entry.step
             if kind != WEIGHT:
                 self.kinds[name].add(kind)
-            self._runs[key].append((about.start, shape[0], file))
+            self._runs[key].append((entry.start, shape[0], file))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Values `start` to `start + numel` of a flattened parameter, whichever files they lie in.
@@ -149,7 +149,7 @@ class Saved:
             found[low - start : high - start] = file.get_slice(key)[low - first : high - first]
         return found
 
-    def whole(self, kind: str, name: str) -> torch.Tensor:
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
         """A parameter's values in its own shape."""
         if name not in self.shapes:
             raise MachineError(f"{self.folder}: no parameter {name!r} in this checkpoint: it belongs to another model")
@@ -159,24 +159,25 @@ class Saved:
     def buffers(self) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(f"{BUFFER}:{name}") for name, file in self._buffers.items()}
 
-    def state(self, kind: str) -> dict[str, torch.Tensor]:
+    def state_dict(self, kind: str) -> dict[str, torch.Tensor]:
         """A whole state dict with values of one kind ("weight", "ema", ...) as the parameters."""
-        return {name: self.whole(kind, name) for name in self.shapes} | self.buffers()
+        return {name: self.tensor(kind, name) for name in self.shapes} | self.buffers()
 
 
-def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that belong to a module's state."""
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to a module's state dict."""
     kept = module.state_dict().keys()
     return {name: value for name, value in module.named_buffers() if name in kept}
 
 
-Holder = tuple[str, nn.Parameter, torch.Tensor, int, int, int]
-"""A parameter's name, itself, the flat tensor that the optimizer steps, where its run begins in that, where in the
-parameter, and how long it is."""
+OwnedSlice = tuple[str, nn.Parameter, torch.Tensor, int, int, int]
+"""The values of one parameter that a rank's optimizer steps: (name, parameter, flat, offset, start, count).
+
+The values are flat[offset : offset + count], and start : start + count in the flattened parameter."""
 
 
-def holders(module: nn.Module, zero: Any, stage: int, rank: int) -> Iterator[Holder]:
-    """What this rank's optimizer holds of each parameter. `zero` is DeepSpeed's optimizer around it."""
+def owned_slices(module: nn.Module, zero: Any, stage: int, rank: int) -> Iterator[OwnedSlice]:
+    """The slice of each parameter that this rank's optimizer owns. `zero` is DeepSpeed's optimizer around it."""
     for name, parameter in module.named_parameters():
         if stage == 0:
             yield name, parameter, parameter, 0, 0, parameter.numel()
@@ -184,8 +185,8 @@ def holders(module: nn.Module, zero: Any, stage: int, rank: int) -> Iterator[Hol
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is not None:
                 flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield name, parameter, flat, there.start, here.start, there.numel
+                in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield name, parameter, flat, in_flat.start, in_parameter.start, in_flat.numel
         else:
             group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
             start = rank * size

@@ -38,7 +38,7 @@ NAME = re.compile(r"step-[0-9]{8,18}")
 """Of the folder of a checkpoint."""
 Sums = dict[str, tuple[float, float]]
 """Sums and counts of figures since the last row of metrics."""
-Write = Callable[[Path], list[Path]]
+WriteFiles = Callable[[Path], list[Path]]
 """Writes one rank's files into a folder, and says which they are."""
 
 
@@ -62,10 +62,10 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or (issubclass(kind, MachineError) and not issubclass(kind, ranks.Lost)):
+        if kind is None or (issubclass(kind, MachineError) and not issubclass(kind, ranks.PeerLost)):
             self.finish()
 
-    def save(self, step: int, state: dict[str, Any], write: Write) -> None:
+    def save(self, step: int, state: dict[str, Any], write: WriteFiles) -> None:
         """Begin a checkpoint of `step`: `state` (JSON) and the files of every rank's `write(folder)`.
 
         Every rank takes part. The files are written in the background, one checkpoint at a time; a fault is raised by
@@ -104,7 +104,7 @@ class Checkpoints:
             "earlier checkpoints are whole: make room, then run the same command again"
         ) from None
 
-    def _write(self, step: int, state: dict[str, Any], write: Write, folder: Path, aside: ExitStack) -> None:
+    def _write(self, step: int, state: dict[str, Any], write: WriteFiles, folder: Path, aside: ExitStack) -> None:
         """In the background: this rank's files; on rank 0 also the rest, once all ranks' files are there."""
         try:
             with aside:

@@ -10,33 +10,42 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import torch
 from pydantic import Field
+from torch import nn
 from typing_extensions import TypedDict
 
 from dvae.config.schema import TRAININGS
 from dvae.config.stage_names import settings_of
 from dvae.data.loading.loader import Batch
 from dvae.errors import MachineError
-from dvae.stages.losses import Stage
-from dvae.training.engine.deepspeed_engine import Engine
+from dvae.training.metric_sums import MetricSums, add_metric_sums, metric_means
 from dvae.training.resilience import ranks
+from dvae.training.train_task import TrainTask
 from dvae.utils import atomic_files
 from dvae.utils.fields import Number, Positive
 from dvae.utils.read import DamagedFile, read_json
 from dvae.utils.weights import save_weights
 
 log = logging.getLogger("dvae")
-SAVED = 3
+MAX_SAVED = 3
 """Steps of a stage that are saved for replay; the others of its skipped steps are counted alone."""
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
-Figures = dict[str, tuple[float, float]]
-"""Sums of a micro-batch's figures: name -> (sum, count)."""
 
 WrittenNumber: TypeAlias = Number | Literal["nan", "inf", "-inf"]
-"""A number in a record; see `written`."""
+"""A number in a record; see `to_json_number`."""
+
+
+class TrainedEngine(Protocol):
+    """What a replay bundle needs of an engine."""
+
+    module: nn.Module
+
+    def weights(self) -> dict[str, torch.Tensor]: ...
+
+    def gradient_norms(self) -> dict[str, float]: ...
 
 
 class NonFiniteStep(MachineError):
@@ -46,10 +55,10 @@ class NonFiniteStep(MachineError):
 
 
 def skip_step(
-    stage: Stage,
-    engines: Mapping[str, Engine],
+    task: TrainTask,
+    engines: Mapping[str, TrainedEngine],
     batches: list[Batch],
-    figures: list[Figures],
+    metrics: list[MetricSums],
     step: int,
     skipped: int,
     run: Path,
@@ -58,37 +67,42 @@ def skip_step(
 
     Every rank takes part. Raises MachineError, on all, where that is one more than TrainingConfig.nonfinite_skips.
     """
-    allowed = stage.config.nonfinite_skips
+    allowed = task.config.nonfinite_skips
     where = "not saved"
-    if skipped <= SAVED:
-        path = run / f"nonfinite-{stage.name}-{step:08d}"
-        save(path, stage, engines, batches, figures, step)
+    if skipped <= MAX_SAVED:
+        path = run / f"nonfinite-{task.name}-{step:08d}"
+        save_replay_bundle(path, task, engines, batches, metrics, step)
         where = f"python tools/replay.py bundle={path}"
-    what = f"{stage.name} step {step}: a gradient is not finite; the step was left out"
+    what = f"{task.name} step {step}: a gradient is not finite; the step was left out"
     if skipped > allowed:
         raise NonFiniteStep(
             f"{what}{f' like {allowed} before' if allowed else ''}, the last checkpoint is good: look at the step "
-            f"({where}), lower the learning rate, or raise {settings_of(stage.name)}.nonfinite_skips={allowed}"
+            f"({where}), lower the learning rate, or raise {settings_of(task.name)}.nonfinite_skips={allowed}"
         )
     if ranks.rank() == 0:
         log.warning("%s (%d of %d that may be, %s)", what, skipped, allowed, where)
 
 
-def save(
-    path: Path, stage: Stage, engines: Mapping[str, Engine], batches: list[Batch], figures: list[Figures], step: int
+def save_replay_bundle(
+    path: Path,
+    task: TrainTask,
+    engines: Mapping[str, TrainedEngine],
+    batches: list[Batch],
+    metrics: list[MetricSums],
+    step: int,
 ) -> None:
     """Write the replay bundle of `step` to the folder `path`, whole or not at all. Every rank takes part."""
     mine = [(batch.keys.tolist(), batch.indices.tolist()) for batch in batches]
     parts = [part for parts in zip(*ranks.all_gather(mine), strict=True) for part in parts]  # as they lie in the batch
     record = {
-        "stage": stage.name,
+        "stage": task.name,
         "step": step,
-        "seed": stage.seed,
+        "seed": task.seed,
         "world_size": ranks.world_size(),
         "micro_batches": len(batches),
         "samples": [key for keys, _ in parts for key in keys],
         "indices": [index for _, indices in parts for index in indices],
-    } | observed(ranks.all_gather(figures), engines)
+    } | describe_step(ranks.all_gather(metrics), engines)
     weights = {f"{name}.{key}": value for name, engine in engines.items() for key, value in engine.weights().items()}
 
     def write() -> None:
@@ -99,19 +113,19 @@ def save(
     ranks.on_rank_zero(write)
 
 
-def observed(figures: list[list[Figures]], engines: Mapping[str, Engine]) -> dict[str, Any]:
+def describe_step(metrics: list[list[MetricSums]], engines: Mapping[str, TrainedEngine]) -> dict[str, Any]:
     """What was seen at a step, as a record holds it: figures, gradient norms by layer, which of them are not finite.
 
     `figures` are those of every rank's micro-batches. Every rank takes part.
     """
-    parts = [{name: [*pair] for name, pair in part.items()} for rank in figures for part in rank]
-    means = {name: total / count for name, (total, count) in sorted(ranks.total(parts).items()) if count}
+    sums = add_metric_sums(part for rank in metrics for part in rank)
+    means = metric_means(dict(sorted(sums.items())))
     norms = {
         f"{name}.{layer}": norm for name, engine in engines.items() for layer, norm in engine.gradient_norms().items()
     }
     return {
-        "figures": {name: written(value) for name, value in means.items()},
-        "gradient_norms": {name: written(value) for name, value in norms.items()},
+        "figures": {name: to_json_number(value) for name, value in means.items()},
+        "gradient_norms": {name: to_json_number(value) for name, value in norms.items()},
         "not_finite": {
             "figures": [name for name, value in means.items() if not math.isfinite(value)],
             "gradient_norms": [name for name, value in norms.items() if not math.isfinite(value)],
@@ -119,12 +133,12 @@ def observed(figures: list[list[Figures]], engines: Mapping[str, Engine]) -> dic
     }
 
 
-def written(value: float) -> float | str:
+def to_json_number(value: float) -> float | str:
     """A number as JSON can hold it; float() reads it back."""
     return value if math.isfinite(value) else str(value)
 
 
-class Record(TypedDict):
+class ReplayRecord(TypedDict):
     """record.json: a step, its samples, and what was seen."""
 
     stage: Annotated[str, Field(pattern="^[a-z]+(-[0-9]{1,9})?$")]
@@ -140,9 +154,9 @@ class Record(TypedDict):
     not_finite: dict[str, list[str]]
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """The record of a replay bundle. Raises OSError if there is none, DamagedFile if it is damaged."""
-    record: dict[str, Any] = dict(read_json(path / RECORD, Record))
+    record: dict[str, Any] = dict(read_json(path / RECORD, ReplayRecord))
     parts, samples = record["world_size"] * record["micro_batches"], len(record["samples"])
     if settings_of(record["stage"]) not in TRAININGS:
         raise DamagedFile(path / RECORD, f"stage: {record['stage']!r} is no training")
@@ -151,10 +165,10 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-class Buffers:
+class BufferBackup:
     """Values of the modules' buffers, such as running statistics, which a forward pass changes by itself."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, engines: Mapping[str, TrainedEngine]) -> None:
         self._buffers = [buffer for engine in engines.values() for buffer in engine.module.buffers()]
         self._values = [buffer.clone() for buffer in self._buffers]
 

@@ -18,8 +18,6 @@ import torch.distributed as dist
 from dvae.errors import MachineError
 
 T = TypeVar("T")
-Sums = dict[str, list[float]]
-"""Figures that are summed up: name -> [sum, count]."""
 LONGEST_PAUSE = 0.05
 """Seconds between two looks at the store."""
 
@@ -28,7 +26,7 @@ _waits = 0
 """How often this process has met the others at the store; the same on every rank, since all run the same program."""
 
 
-class Lost(MachineError):
+class PeerLost(MachineError):
     """Another rank is gone, so that this one cannot go on. Exit status 75: not this rank's own fault."""
 
     exit_status = 75
@@ -122,16 +120,6 @@ def gather_from_thread(key: str, value: T) -> list[T]:
     return [pickle.loads(_store.get(one)) for one in keys]  # written by the ranks of this very run
 
 
-def total(parts: list[Sums]) -> Sums:
-    """Sums and counts of all parts added up, in their order."""
-    sums: Sums = {}
-    for part in parts:
-        for name, (value, count) in part.items():
-            before = sums.get(name, [0.0, 0.0])
-            sums[name] = [before[0] + value, before[1] + count]
-    return sums
-
-
 def any_rank(flag: bool) -> bool:
     """Whether any rank's flag is set; collective, one number wide."""
     if world_size() == 1:
@@ -148,7 +136,7 @@ def translate_peer_loss() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise Lost(f"rank {rank()}: lost the connection to another rank ({error})") from error
+            raise PeerLost(f"rank {rank()}: lost the connection to another rank ({error})") from error
         raise
 
 

@@ -30,7 +30,7 @@ def samples_file(run: Path, stage: str) -> Path:
     return run / f"samples-{stage}.jsonl"
 
 
-class Feed:
+class SynchronizedLoader:
     """A loader of which every rank has one: the same calls on all of them.
 
     Damaged images that a rank has met are made known to all every `log_every` steps, so that all pass over the same
@@ -87,7 +87,7 @@ class Feed:
     def close(self) -> None:
         self._loader.close()
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> SynchronizedLoader:
         return self
 
     def __exit__(

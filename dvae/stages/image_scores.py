@@ -1,0 +1,41 @@
+"""Scores of generated image sets against a run's own images, as its evaluate settings say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dvae.config.schema import RunConfig
+from dvae.data.shards.reader import Shards, evenly_spaced
+from dvae.runs.folder import Run
+
+
+def score_images(
+    run: Run,
+    config: RunConfig,
+    sets: dict[str, list[torch.Tensor]],
+    seeds: list[int],
+    train: Shards,
+    heldout: Shards,
+    nfe: float,
+    sampler: dict[str, Any],
+    reconstructions: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Score `sets`, which hold evaluate.n images (n, C, H, W) uint8 per seed, against training and held-out images."""
+    from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
+
+    settings = config.evaluate
+    return score(
+        sets,
+        train.read(evenly_spaced(len(train), settings.n_reference)),
+        heldout.read(evenly_spaced(len(heldout), settings.n * len(seeds))),
+        seeds=seeds,
+        sampler=sampler,
+        nfe=nfe,
+        kid_subset_size=settings.kid_subset_size,
+        kid_subsets=settings.kid_subsets,
+        cache=run.path / "cache",
+        reconstructions=reconstructions,
+        batch=settings.batch,
+    )

@@ -1,0 +1,53 @@
+"""Pictures of what a stage has learned so far, drawn while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dvae.config.model_config import model_config
+from dvae.config.schema import RunConfig
+from dvae.inference.pipeline import Pipeline
+from dvae.runs.folder import Run
+from dvae.stages.run_models import load_models
+from dvae.toy2d import points
+from dvae.tracking import pictures, scatter
+from dvae.training.batches import open_shards
+from dvae.utils.weights import State
+
+PREVIEW_IMAGES = 32
+PREVIEW_POINTS = 1000
+
+
+def preview_images(config: RunConfig) -> torch.Tensor:
+    """The first held-out images, (n, C, H, W) uint8."""
+    shards = open_shards(config, "heldout")
+    return shards.read(torch.arange(min(PREVIEW_IMAGES, len(shards))).numpy())
+
+
+def build_pipeline(run: Run, config: RunConfig, denoiser: State) -> Pipeline:
+    """A pipeline of the finished encoder and prior, with the weights of a denoiser that is still trained."""
+    models = load_models(run, config, "encoder", "prior")
+    models.denoiser.load_state_dict(denoiser)
+    models.denoiser.eval()
+    return Pipeline(model_config(config), models, config.evaluate.batch)
+
+
+def save_samples(run: Run, pipeline: Pipeline, name: str) -> Path:
+    """Write samples to images/NAME, with the VAE samples of the same z above the refined ones."""
+    vae, refined = pipeline.generate(PREVIEW_IMAGES, pipeline.config.seed)
+    path = run.images / name
+    pictures.grid(refined if vae is None else torch.cat([vae, refined]), path)
+    return path
+
+
+def save_points(run: Run, config: RunConfig, pipeline: Pipeline, name: str) -> Path:
+    """Write true points beside generated ones to images/NAME."""
+    path = run.images / name
+    source = points.open_source(config)
+    groups = points.groups(config, source).items()
+    true = {name: points.true(source, label, PREVIEW_POINTS, config.seed) for name, label in groups}
+    drawn = {name: points.drawn(pipeline, label, PREVIEW_POINTS, config.seed) for name, label in groups}
+    scatter.compare(true, drawn, path)
+    return path

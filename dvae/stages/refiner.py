@@ -1,0 +1,102 @@
+"""The stage refiner: train the conditional diffusion model on the encoder's reconstructions, or on its latents."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dvae.config.compose import uses_stream
+from dvae.config.schema import RunConfig
+from dvae.data.loading.loader import Batch
+from dvae.layers.whitening import Moments
+from dvae.runs.folder import Run
+from dvae.stages.latent_sources import open_latents
+from dvae.stages.noisy_task import NoisyTask
+from dvae.stages.online_scores import online_scorer
+from dvae.stages.posteriors import encode_images
+from dvae.stages.previews import build_pipeline, save_points, save_samples
+from dvae.stages.run_models import default_device, load_models
+from dvae.stages.train_stage import train_stage
+from dvae.training.batches import open_loader, open_shards
+from dvae.training.loop import TrainHooks
+from dvae.training.metric_sums import metric_sums, metrics_by_time
+from dvae.training.resilience import ranks
+from dvae.training.train_task import Engines, StepOutput
+from dvae.utils.weights import State
+
+SCALE_IMAGES = 1024
+"""Training images from which data_scale is measured."""
+
+
+class RefinerTask(NoisyTask):
+    """The denoising loss of the refiner."""
+
+    name = "refiner"
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"refiner": self.denoiser}
+
+    def loss(self, name: str, engines: Engines, batch: Batch) -> StepOutput:
+        x, conditioning = self.clean_data(batch)
+        noise = self.sample_noise(batch, self.denoiser)
+        losses = engines[name](x, conditioning, noise)
+        return StepOutput(losses.mean(), metric_sums({"loss": losses}) | metrics_by_time("loss", losses, noise.t))
+
+
+def run_refiner_stage(run: Run, config: RunConfig) -> None:
+    task = open_refiner_task(run, config)
+    if config.denoiser.data_scale is None:
+        task.denoiser.data_scale.fill_(ranks.on_rank_zero(measure_data_scale, config, task))
+    if config.denoiser.pca_components:
+        task.denoiser.whitening.fit(ranks.on_rank_zero(latent_moments, run, config, task))
+    train_stage(run, config, task, {"denoiser": ""}, refiner_hooks(run, config))
+
+
+def open_refiner_task(run: Run, config: RunConfig) -> RefinerTask:
+    """The stage's task, with its modules as they are before the first step."""
+    models = load_models(run, config, "encoder")
+    latents = open_latents(run, config, models)
+    return RefinerTask(models.encoder, models.denoiser, latents, config.train_refiner, config.seed, default_device())
+
+
+def refiner_hooks(run: Run, config: RunConfig) -> TrainHooks:
+    """Pictures of samples, and scores every evaluate.every_steps steps, both of the averaged weights."""
+    score_pipeline = online_scorer(run, config)
+
+    def preview(step: int, weights: State) -> Path:
+        pipeline, name = build_pipeline(run, config, weights), f"refiner-{step:08d}.png"
+        if uses_stream(config):
+            return save_points(run, config, pipeline, name)
+        return save_samples(run, pipeline, name)
+
+    def score(weights: State) -> dict[str, float]:
+        return score_pipeline(build_pipeline(run, config, weights))
+
+    return TrainHooks(preview, score, config.evaluate.every_steps)
+
+
+@torch.no_grad()
+def measure_data_scale(config: RunConfig, task: RefinerTask) -> float:
+    """1 / standard deviation of the unscaled clean state, over the first training images of the run."""
+    loader = open_loader(config, config.train_refiner, task.name, images=task.needs_images, whole=True)
+    states = []
+    for start in range(0, SCALE_IMAGES, config.train_refiner.batch):
+        for batch in loader.step(start):
+            states.append(task.denoiser.to_state(*task.clean_data(batch)) / task.denoiser.data_scale)
+    return float(1.0 / torch.cat(states).std())
+
+
+def latent_moments(run: Run, config: RunConfig, task: RefinerTask) -> Moments:
+    """Moments of the posterior means of all training images."""
+    moments = Moments(math.prod(task.encoder.latent_shape))
+    if run.has_weights("posteriors"):
+        for means in run.load_weights("posteriors")["mean"].split(SCALE_IMAGES):
+            moments.add(means)
+        return moments
+    shards = open_shards(config, "train")
+    for posterior in encode_images(config, task.encoder, shards, 0, len(shards)):
+        moments.add(posterior.mean)
+    return moments

@@ -1,0 +1,40 @@
+"""The models of a run: with the weights of its finished stages, and as the run's bundle."""
+
+from __future__ import annotations
+
+import torch
+
+from dvae.config.schema import RunConfig
+from dvae.models import bundle_export, components
+from dvae.models.components import Models
+from dvae.runs.folder import Run
+from dvae.utils.weights import fit_weights
+
+BUNDLE_PARTS = ("encoder", "prior", "denoiser", "classifier")
+"""The parts of a bundle, in the order in which they are trained."""
+
+
+def default_device() -> torch.device:
+    """The first GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_models(run: Run, config: RunConfig, *parts: str) -> Models:
+    """Build the run's models, with the weights of the finished stages `parts`.
+
+    Raises UserError if one of these stages is not finished.
+    """
+    models = components.build_models(config)
+    for part in parts:
+        if part not in models.trained_parts():  # it has nothing to learn
+            continue
+        fit_weights(models.trained_parts()[part], run.load_weights(part), str(run.weights(part)))
+    for module in models.trained_parts().values():
+        module.to(default_device())
+    return models
+
+
+def export_bundle(run: Run, config: RunConfig) -> None:
+    """Write the bundle of all parts that are trained so far."""
+    parts = {part: run.load_weights(part) for part in BUNDLE_PARTS if run.has_weights(part)}
+    bundle_export.export(run.bundle, config, parts)

@@ -1,0 +1,57 @@
+"""Training of one task inside a run folder: checkpoints, metrics, averaged weights, bundle and record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from dvae.config.schema import RunConfig
+from dvae.runs.folder import Run
+from dvae.stages.run_models import export_bundle
+from dvae.tracking.tracker import NoTracker, Tracker
+from dvae.training.batches import open_loader
+from dvae.training.loop import TrainHooks, train
+from dvae.training.resilience import ranks
+from dvae.training.resilience.checkpoint import Checkpoints
+from dvae.training.train_task import TrainTask
+from dvae.utils.weights import State
+
+
+def train_stage(
+    run: Run,
+    config: RunConfig,
+    task: TrainTask,
+    part_prefixes: Mapping[str, str],
+    hooks: TrainHooks,
+    final_metrics: Callable[[State], dict[str, float]] | None = None,
+) -> None:
+    """Train one task, save its averaged weights, and bring the bundle up to date. Every rank takes part.
+
+    `part_prefixes` maps each part of the bundle to the prefix that its names have in the task's module.
+    `final_metrics` of the averaged weights go into the stage's record.
+    """
+    training = task.config
+    parameters = sum(p.numel() for p in task.modules()[task.name].parameters())  # now: ZeRO 3 will cut them up
+    checkpoints = Checkpoints(run.checkpoints(task.name), training.keep, training.keep_every)
+    tracked = NoTracker() if ranks.rank() else Tracker(run.path, config.tracking.wandb, task.name)
+    with tracked as tracker, open_loader(config, training, task.name, images=task.needs_images) as data:
+        averaged, state = train(task, data, checkpoints, tracker, hooks, run.path)
+    weights = averaged[task.name]
+
+    def finish() -> None:
+        for part, prefix in part_prefixes.items():
+            run.save_weights(part, strip_prefix(weights, prefix))
+        export_bundle(run, config)
+        record = {
+            "seconds": state.seconds,
+            "steps": state.step,
+            "images_per_second": training.batch * state.step / state.seconds,
+            "parameters": parameters,
+        }
+        run.finish(task.name, record | (final_metrics(weights) if final_metrics else {}))
+
+    ranks.on_rank_zero(finish)
+
+
+def strip_prefix(weights: State, prefix: str) -> State:
+    """The weights whose names begin with `prefix`, under their names without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

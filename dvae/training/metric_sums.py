@@ -1,0 +1,39 @@
+"""Metrics as sums and counts, so that means over micro-batches, ranks and steps weigh every sample alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+TIME_BUCKETS = 10
+MetricSums = dict[str, tuple[float, float]]
+"""Metrics by name: (sum, count). A rare metric, such as a bucket of t, is weighted by how often it occurred."""
+
+
+def metric_sums(metrics: Mapping[str, torch.Tensor]) -> MetricSums:
+    """Sums and counts of per-sample metrics (B,)."""
+    return {name: (float(values.detach().sum()), float(len(values))) for name, values in metrics.items()}
+
+
+def metrics_by_time(name: str, values: torch.Tensor, t: torch.Tensor) -> MetricSums:
+    """Sums of a metric (B,) in tenths of t: name_t0 is t in (0, 0.1], ..., name_t9 is (0.9, 1]."""
+    bucket = (torch.ceil(t * TIME_BUCKETS).long() - 1).clamp(0, TIME_BUCKETS - 1)
+    sums = torch.zeros(TIME_BUCKETS, dtype=torch.float64).index_add_(0, bucket, values.detach().double().cpu())
+    counts = torch.bincount(bucket, minlength=TIME_BUCKETS)
+    return {f"{name}_t{i}": (float(sums[i]), float(counts[i])) for i in range(TIME_BUCKETS) if counts[i]}
+
+
+def add_metric_sums(parts: Iterable[MetricSums]) -> MetricSums:
+    """Add up the sums and counts of all parts, in their order."""
+    total: MetricSums = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + value, before[1] + count)
+    return total
+
+
+def metric_means(sums: MetricSums) -> dict[str, float]:
+    """Mean of each metric that was counted at least once."""
+    return {name: total / count for name, (total, count) in sums.items() if count}
