@@ -1,4 +1,4 @@
-"""Stopping on request: each signal and the time limit are kept and named, a second signal ends at once."""
+"""StopRequest on request: each signal and the time limit are kept and named, a second signal ends at once."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_a_signal_is_kept_and_named_and_handlers_are_put_back(number: signal.Sig
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR2)])
 def test_a_second_signal_of_any_kind_ends_at_once(first: signal.Signals, second: signal.Signals) -> None:
     code = (
-        "import os, time\nfrom dvae.training.resilience.stopping import Stopping\n"
-        f"with Stopping().handle_signals():\n    os.kill(os.getpid(), {first:d})\n    print('on', flush=True)\n"
+        "import os, time\nfrom dvae.training.resilience.stopping import StopRequest\n"
+        f"with StopRequest().handle_signals():\n    os.kill(os.getpid(), {first:d})\n    print('on', flush=True)\n"
         f"    os.kill(os.getpid(), {second:d})\n    time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
