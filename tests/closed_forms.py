@@ -91,7 +91,7 @@ class Mixture:
         eps = self.diffusion.eps_from_score(score, t)
         if threshold is Threshold.clamp:
             cut = x0.clamp(-1.0, 1.0)
-            eps, x0 = self.diffusion.eps_after(cut - x0, t, eps), cut
+            eps, x0 = self.diffusion.shift_eps(cut - x0, t, eps), cut
             score = self.diffusion.score_from_eps(eps, t)
         return Prediction(eps, x0, score)
 

@@ -186,7 +186,7 @@ class Denoiser(nn.Module):
         match self.config.prediction:
             case PredictionType.eps:
                 eps = (
-                    noise_sample.eps - self.diffusion.eps_of_normal(u, noise_sample.t)
+                    noise_sample.eps - self.diffusion.eps_for_normal_data(u, noise_sample.t)
                     if self.config.mixed
                     else noise_sample.eps
                 )
@@ -218,7 +218,7 @@ class Denoiser(nn.Module):
             alpha, sigma = self._scales(t, u)
             return sigma * u + alpha * output, alpha * u - sigma * output
         if self.config.mixed:
-            output = output + self._predicted(self.diffusion.eps_of_normal(u, t))
+            output = output + self._predicted(self.diffusion.eps_for_normal_data(u, t))
         eps = self.diffusion.project_eps(u, t, self.diffusion.complete_eps(u, t, output))
         return eps, self.diffusion.x0_from_eps(u, t, eps)
 

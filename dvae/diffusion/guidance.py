@@ -83,9 +83,9 @@ class GuidedDenoiser:
             eps = self.diffusion.project_eps(u, times, eps)
             x0 = self.diffusion.x0_from_eps(u, times, eps)
         if threshold is not Threshold.none and self.denoiser.config.space is Space.pixel:  # latents have no range
-            image = limited(self.denoiser.to_image(x0, self.conditioning), threshold)
+            image = apply_threshold(self.denoiser.to_image(x0, self.conditioning), threshold)
             kept = self.denoiser.to_state(image, self.conditioning)
-            eps, x0 = self.diffusion.eps_after(kept - x0, times, eps), kept
+            eps, x0 = self.diffusion.shift_eps(kept - x0, times, eps), kept
         return Prediction(eps=eps, x0=x0, score=self.diffusion.score_from_eps(eps, times))
 
     def _predict(
@@ -129,7 +129,7 @@ def _views(
     return [(weight, conditioning) for weight, conditioning in weighted if weight]
 
 
-def limited(images: torch.Tensor, threshold: Threshold) -> torch.Tensor:
+def apply_threshold(images: torch.Tensor, threshold: Threshold) -> torch.Tensor:
     """Images (B, C, H, W) brought within [-1, 1]."""
     if threshold is Threshold.clamp:
         return images.clamp(-1.0, 1.0)

@@ -223,7 +223,7 @@ class Diffusion:
         Phi, L = self.marginal(t)
         return apply_matrix(1.0 / L, u - apply_matrix(Phi, x0))
 
-    def eps_after(self, change: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
+    def shift_eps(self, change: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
         """eps where x0 is changed by `change` (B, C, H, W) and u is not: eps - L^T S^-1 p change; t above 0.
 
         p and S as in x0_from_eps. L^T S^-1 is L^-1 but for denoising score matching with k > 1.
@@ -246,7 +246,7 @@ class Diffusion:
         whole.insert(known, part)
         return torch.cat(whole, dim=1)
 
-    def eps_of_normal(self, u: torch.Tensor, t: Time) -> torch.Tensor:
+    def eps_for_normal_data(self, u: torch.Tensor, t: Time) -> torch.Tensor:
         """E[eps | u_t], (B, k*C, H, W), were the pixels independent and N(0, 1): L^T cov(u_t)^-1 u; t above 0."""
         Phi, L = self.marginal(t)
         start = self._aside - self._S_0  # what denoising score matching draws besides x0

@@ -8,7 +8,7 @@ divergence from t_min to 1. For k = 1, u = x. For k > 1 the other components m a
 (Dockhorn et al. 2022, appendix B.3). The second form is the one used: what a draw of m adds to both nearly cancels.
 
 An 8-bit image is a bin of width 2/255 in [-1, 1] per pixel and channel. With x drawn uniformly in its bin, which is
-`dequantized`, n = C H W, and the clean state data_scale * (x - shift),
+`dequantize`, n = C H W, and the clean state data_scale * (x - shift),
 
     bits per dimension = -(log p(clean state) / n + log(data_scale)) / log 2 + log2(255 / 2)
 
@@ -44,7 +44,7 @@ class Likelihood:
     """Network evaluations of each sample, (B,), int64; those of its gradient are not counted."""
 
 
-def dequantized(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def dequantize(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """x from images in {0..255} and draws in [0, 1), same shape: uniform in the bin around each level, in [-1, 1]."""
     return (images.to(uniform.dtype) + uniform - 0.5) / 127.5 - 1.0
 
@@ -64,7 +64,7 @@ def of_images(
     """
     io, device = denoiser.io, conditioning.z.device
     shape = (io.k * io.channels, io.image_size, io.image_size)
-    x = dequantized(images, rng.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
+    x = dequantize(images, rng.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
     probes = rng.uniform(seed, "probe", numbers, shape).sub(0.5).sign().float()
     return bits_per_dim(
         GuidedDenoiser(denoiser, conditioning),

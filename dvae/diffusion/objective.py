@@ -46,7 +46,7 @@ class Weighting(Enum):
     """Half the squared diffusion coefficient on the score: a bound on -log p(x) (Song et al. 2021b, equation 7)."""
 
 
-class TimeDraw(Enum):
+class TimeSampling(Enum):
     """Which times training draws."""
 
     uniform = "uniform"
@@ -65,7 +65,7 @@ class LossConfig:
     """simple | truncated_snr | min_snr | edm | flow | likelihood; simple and likelihood for k > 1."""
     snr_limit: float = 5.0
     """gamma of min_snr."""
-    times: TimeDraw = TimeDraw.uniform
+    times: TimeSampling = TimeSampling.uniform
     """uniform | importance | log_normal (k = 1)."""
     log_mean: float = -1.2
     """Mean of ln(sigma/alpha), of the scaled data: EDM's -1.2 at sigma_data = 0.5 is -0.51 at unit variance."""
@@ -81,7 +81,7 @@ class Objective:
     def __init__(self, config: LossConfig, diffusion: Diffusion, prediction: PredictionType) -> None:
         _check(config, diffusion)
         self.config, self.diffusion, self.prediction = config, diffusion, prediction
-        self._table = self._importance() if config.times is TimeDraw.importance else None
+        self._table = self._importance() if config.times is TimeSampling.importance else None
 
     def times(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, weight), from uniform draws in [0, 1): t (B,) in (0, 1], and W (B, p, p) for the p predicted components.
@@ -141,7 +141,7 @@ class Objective:
         config, steps = self.config, self.diffusion.schedule.steps
         if self._table is not None:
             return self._table.draw(uniform)
-        if config.times is TimeDraw.log_normal:
+        if config.times is TimeSampling.log_normal:
             normal = torch.special.ndtri(uniform.clamp(2**-54, 1 - 2**-53))
             r = torch.exp(config.log_mean + config.log_std * normal)
             t = self.diffusion.schedule.inverse(torch.log1p(r**2)).clamp(config.t_min, 1.0)
@@ -189,12 +189,12 @@ def _check(config: LossConfig, diffusion: Diffusion) -> None:
             f"denoiser.loss.weighting={weighting.name} is a function of one signal-to-noise ratio, a process with k = "
             f"{diffusion.k} has none: use simple or likelihood"
         )
-    if diffusion.k > 1 and times is TimeDraw.log_normal:
+    if diffusion.k > 1 and times is TimeSampling.log_normal:
         raise UserError(
             "denoiser.loss.times=log_normal is a draw of one signal-to-noise ratio, a process with k = "
             f"{diffusion.k} has none: use uniform or importance"
         )
-    if diffusion.schedule.zero_terminal_snr and (weighting is Weighting.likelihood or times is TimeDraw.importance):
+    if diffusion.schedule.zero_terminal_snr and (weighting is Weighting.likelihood or times is TimeSampling.importance):
         raise UserError(
             f"denoiser.loss: weighting={weighting.name} with times={times.name} has no finite mean on a schedule whose "
             "B is infinite at t = 1: use another weighting, times=uniform, or another schedule"

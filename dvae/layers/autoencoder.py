@@ -18,7 +18,7 @@ from dvae.layers.norms import GroupNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class AutoencoderConfig:
     """What the network is made of."""
 
     colors: int
@@ -59,13 +59,13 @@ class Plan:
 class Autoencoder(nn.Module):
     """Both halves; its four parts are named as in the public checkpoints."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        moments, latent = 2 * plan.latent_channels, plan.latent_channels
-        self.encoder = _Encoder(plan)
-        self.decoder = _Decoder(plan)
-        self.quant_conv = nn.Conv2d(moments, moments, 1) if plan.quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if plan.post_quant_conv else nn.Identity()
+        moments, latent = 2 * config.latent_channels, config.latent_channels
+        self.encoder = KLEncoder(config)
+        self.decoder = KLDecoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.post_quant_conv else nn.Identity()
 
     def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, C, H, W) in [-1, 1] to mean and logvar of q(z | x), both (B, latent, h, w), fp32."""
@@ -82,7 +82,7 @@ class Autoencoder(nn.Module):
         return self.decoder.conv_out
 
 
-class _ResBlock(nn.Module):
+class KLResBlock(nn.Module):
     """Two 3x3 convolutions, each after GroupNorm and SiLU: (B, inputs, H, W) to (B, outputs, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
@@ -98,7 +98,7 @@ class _ResBlock(nn.Module):
         return self.conv_shortcut(x) + self.conv2(self.norm2(h))
 
 
-class _Attention(nn.Module):
+class KLAttention(nn.Module):
     """Self-attention of one head over the pixels of a map, with a residual connection."""
 
     def __init__(self, channels: int, groups: int, backend: AttentionBackend) -> None:
@@ -117,14 +117,14 @@ class _Attention(nn.Module):
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class _Middle(nn.Module):
+class KLMiddle(nn.Module):
     """Attention between two residual blocks, at the coarsest resolution."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        width = plan.channels[-1]
-        self.resnets = nn.ModuleList([_ResBlock(width, width, plan.groups) for _ in range(2)])
-        attentions = [_Attention(width, plan.groups, plan.attention)] if plan.middle_attention else []
+        width = config.channels[-1]
+        self.resnets = nn.ModuleList([KLResBlock(width, width, config.groups) for _ in range(2)])
+        attentions = [KLAttention(width, config.groups, config.attention)] if config.middle_attention else []
         self.attentions = nn.ModuleList(attentions)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class _Middle(nn.Module):
         return self.resnets[1](x)
 
 
-class _Halve(nn.Module):
+class KLDownsample(nn.Module):
     """Convolution of stride 2, padded to the right and below only, as the public weights were trained."""
 
     def __init__(self, channels: int) -> None:
@@ -145,7 +145,7 @@ class _Halve(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class _Double(nn.Module):
+class KLUpsample(nn.Module):
     """Nearest-neighbor upsampling, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
@@ -156,14 +156,18 @@ class _Double(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
-class _Level(nn.Module):
+class KLLevel(nn.Module):
     """The residual blocks of one resolution, and what leads down or up to the next where there is one."""
 
     def __init__(
-        self, widths: Iterable[tuple[int, int]], groups: int, down: _Halve | None = None, up: _Double | None = None
+        self,
+        widths: Iterable[tuple[int, int]],
+        groups: int,
+        down: KLDownsample | None = None,
+        up: KLUpsample | None = None,
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([_ResBlock(inputs, outputs, groups) for inputs, outputs in widths])
+        self.resnets = nn.ModuleList([KLResBlock(inputs, outputs, groups) for inputs, outputs in widths])
         self.downsamplers = nn.ModuleList([] if down is None else [down])
         self.upsamplers = nn.ModuleList([] if up is None else [up])
 
@@ -173,21 +177,21 @@ class _Level(nn.Module):
         return x
 
 
-class _Encoder(nn.Module):
+class KLEncoder(nn.Module):
     """Images (B, C, H, W) to moments (B, 2 * latent, h, w)."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        channels, groups = plan.channels, plan.groups
-        self.conv_in = nn.Conv2d(plan.colors, channels[0], 3, padding=1)
+        channels, groups = config.channels, config.groups
+        self.conv_in = nn.Conv2d(config.colors, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(channels):
-            widths = [(channels[max(0, level - 1)], width)] + [(width, width)] * (plan.blocks - 1)
-            step = _Halve(width) if level < len(channels) - 1 else None
-            self.down_blocks.append(_Level(widths, groups, down=step))
-        self.mid_block = _Middle(plan)
+            widths = [(channels[max(0, level - 1)], width)] + [(width, width)] * (config.blocks - 1)
+            step = KLDownsample(width) if level < len(channels) - 1 else None
+            self.down_blocks.append(KLLevel(widths, groups, down=step))
+        self.mid_block = KLMiddle(config)
         self.conv_norm_out = GroupNorm(channels[-1], silu=True, groups=groups, eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * plan.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(x)
@@ -196,21 +200,21 @@ class _Encoder(nn.Module):
         return self.conv_out(self.conv_norm_out(self.mid_block(h)))
 
 
-class _Decoder(nn.Module):
+class KLDecoder(nn.Module):
     """Latents (B, latent, h, w) to the input (B, C, H, W) of `conv_out`."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        channels, groups = plan.channels[::-1], plan.groups
-        self.conv_in = nn.Conv2d(plan.latent_channels, channels[0], 3, padding=1)
-        self.mid_block = _Middle(plan)
+        channels, groups = config.channels[::-1], config.groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = KLMiddle(config)
         self.up_blocks = nn.ModuleList()
         for level, width in enumerate(channels):
-            widths = [(channels[max(0, level - 1)], width)] + [(width, width)] * plan.blocks
-            step = _Double(width) if level < len(channels) - 1 else None
-            self.up_blocks.append(_Level(widths, groups, up=step))
+            widths = [(channels[max(0, level - 1)], width)] + [(width, width)] * config.blocks
+            step = KLUpsample(width) if level < len(channels) - 1 else None
+            self.up_blocks.append(KLLevel(widths, groups, up=step))
         self.conv_norm_out = GroupNorm(channels[-1], silu=True, groups=groups, eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], plan.colors, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], config.colors, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = self.mid_block(self.conv_in(z))

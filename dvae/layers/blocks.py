@@ -31,7 +31,7 @@ class ResBlock(nn.Module):
             GroupNorm(outputs, silu=True, groups=groups),
             nn.Identity(),
             nn.Dropout(dropout),
-            zeroed(nn.Conv2d(outputs, outputs, 3, padding=1)),
+            zero_module(nn.Conv2d(outputs, outputs, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
@@ -58,7 +58,7 @@ class AttentionBlock(nn.Module):
         self.norm = GroupNorm(channels, groups=groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
-        zeroed(self.proj_out)
+        zero_module(self.proj_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2)
@@ -101,7 +101,17 @@ class EmbeddedSequential(nn.Sequential):
         return x
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def fold_patches(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """Patches folded into channels: (B, C, H, W) to (B, C * patch^2, H / patch, W / patch), in channels_last."""
+    return F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)
+
+
+def with_skip(block: nn.Module, h: torch.Tensor, skip: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    """`block` on a map h and a skip connection, concatenated along the channels."""
+    return block(torch.cat([h, skip], dim=1), embedding)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
     """`module` with all parameters set to zero, so that its residual branch starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

@@ -11,27 +11,27 @@ import torch
 import torch.nn.functional as F
 
 
-def halve(x: torch.Tensor) -> torch.Tensor:
+def downsample(x: torch.Tensor) -> torch.Tensor:
     """Mean of 2x2 pixels: (B, C, H, W) to (B, C, H/2, W/2)."""
     return F.avg_pool2d(x, 2)
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
+def upsample(x: torch.Tensor) -> torch.Tensor:
     """Each pixel four times: (B, C, H, W) to (B, C, 2H, 2W)."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def fir_halve(x: torch.Tensor) -> torch.Tensor:
+def fir_downsample(x: torch.Tensor) -> torch.Tensor:
     """Filtered, then every second pixel: (B, C, H, W) to (B, C, H/2, W/2)."""
-    return halve(filtered(x, (1.0, 2.0, 1.0), padding=1))
+    return downsample(fir_filter(x, (1.0, 2.0, 1.0), padding=1))
 
 
-def fir_double(x: torch.Tensor) -> torch.Tensor:
+def fir_upsample(x: torch.Tensor) -> torch.Tensor:
     """Zeros put between pixels, then filtered, with the mean kept: (B, C, H, W) to (B, C, 2H, 2W)."""
-    return filtered(double(x), (1.0, 2.0, 1.0), padding=1)
+    return fir_filter(upsample(x), (1.0, 2.0, 1.0), padding=1)
 
 
-def filtered(x: torch.Tensor, taps: tuple[float, ...], padding: int) -> torch.Tensor:
+def fir_filter(x: torch.Tensor, taps: tuple[float, ...], padding: int) -> torch.Tensor:
     """`taps`, scaled to sum 1, along rows and columns of x, with `padding` zeros on every side."""
     line = torch.tensor(taps, dtype=x.dtype, device=x.device) / sum(taps)
     filters = torch.outer(line, line).expand(x.shape[1], 1, -1, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Protocol
 
@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dvae.errors import UserError
+from dvae.layers.activation_checkpointing import maybe_checkpoint
 from dvae.layers.attention import AttentionBackend, attention
-from dvae.layers.blocks import zeroed
-from dvae.layers.fir import filtered, fir_halve, halve
+from dvae.layers.blocks import zero_module
+from dvae.layers.fir import downsample, fir_downsample, fir_filter
 from dvae.layers.norms import GROUPS, GroupNorm
-from dvae.layers.recompute import recomputed
-from dvae.layers.trunk import LevelsConfig
+from dvae.layers.unet_blocks import LevelsConfig, check_levels
 
 RESCALE = 2**-0.5
 """Factor on the sum of a block and its skip connection, which keeps the variance."""
-EARLIEST = 1e-5
+MIN_TIME = 1e-5
 """Smallest t whose logarithm is taken."""
 
 
@@ -38,7 +39,17 @@ class NCSNConfig(LevelsConfig, Protocol):
 
     attention_resolutions: list[int]
     attention: AttentionBackend
+    time: TimeEmbedding
+    time_scale: float
+    fourier_scale: float
     checkpoint_blocks: bool
+
+
+def check_ncsnpp(kind: str, config: NCSNConfig, image_size: int) -> None:
+    """Raise UserError if the fields do not fit each other or the images; `kind` is the component's, for messages."""
+    check_levels(kind, config, image_size, config.attention_resolutions)
+    if config.time_scale <= 0 or config.fourier_scale <= 0:
+        raise UserError(f"{kind}.time_scale {config.time_scale} or fourier_scale {config.fourier_scale}: not above 0")
 
 
 def group_norm(channels: int, silu: bool = False) -> GroupNorm:
@@ -59,7 +70,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def positional(t: torch.Tensor, width: int) -> torch.Tensor:
+def positional_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
     """[sin(t f), cos(t f)] of t (B,), (B, width), fp32; f falls from 1 to 1/10000 in width / 2 steps, both included."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, dtype=torch.float32, device=t.device))
@@ -67,7 +78,7 @@ def positional(t: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 
 
-class Fourier(nn.Module):
+class GaussianFourierFeatures(nn.Module):
     """t in [0, 1] (B,) to [sin, cos](2 pi W log t), (B, 2 * width), fp32; W ~ N(0, scale^2) is fixed.
 
     Tancik et al. 2020, on log t as in PSLD.
@@ -79,7 +90,7 @@ class Fourier(nn.Module):
         self.register_buffer("W", scale * torch.randn(width))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        angles = 2.0 * math.pi * torch.log(t.float().clamp(min=EARLIEST))[:, None] * self.W
+        angles = 2.0 * math.pi * torch.log(t.float().clamp(min=MIN_TIME))[:, None] * self.W
         return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 
 
@@ -117,7 +128,7 @@ class NCSNBlock(nn.Module):
         self.Dense_0 = linear(embedding, outputs)
         self.GroupNorm_1 = group_norm(outputs, silu=True)
         self.Dropout_0 = nn.Dropout(dropout)
-        self.Conv_1 = zeroed(conv(outputs, outputs))
+        self.Conv_1 = zero_module(conv(outputs, outputs))
         changes = inputs != outputs or resample is not None
         self.Conv_2 = conv(inputs, outputs, size=1, padding=0) if changes else None
 
@@ -138,7 +149,7 @@ class NCSNAttention(nn.Module):
         self.backend = backend
         self.GroupNorm_0 = group_norm(channels)
         self.NIN_0, self.NIN_1, self.NIN_2 = (PixelLinear(channels, channels, gain=0.1**0.5) for _ in range(3))
-        self.NIN_3 = zeroed(PixelLinear(channels, channels, gain=1.0))
+        self.NIN_3 = zero_module(PixelLinear(channels, channels, gain=1.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixels = self.GroupNorm_0(x).flatten(2).transpose(1, 2)
@@ -166,24 +177,28 @@ class FirInputPyramid(nn.Module):
         self.Conv2d_0 = conv(inputs, outputs, stride=2, padding=0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.Conv2d_0(filtered(x, (1.0, 3.0, 3.0, 1.0), padding=2))
+        return self.Conv2d_0(fir_filter(x, (1.0, 3.0, 3.0, 1.0), padding=2))
 
 
-def time_layers(width: int, kind: TimeEmbedding, scale: float) -> list[nn.Module]:
+def time_layers(config: NCSNConfig) -> list[nn.Module]:
     """Layers of the time embedding, 4 * width wide; the positional features are no layer."""
-    if kind is TimeEmbedding.positional:
+    width = config.width
+    if config.time is TimeEmbedding.positional:
         return [linear(width, 4 * width), linear(4 * width, 4 * width)]
-    return [Fourier(width, scale), linear(2 * width, 4 * width), linear(4 * width, 4 * width)]
+    fourier = GaussianFourierFeatures(width, config.fourier_scale)
+    return [fourier, linear(2 * width, 4 * width), linear(4 * width, 4 * width)]
 
 
-def embed_time(layers: list[nn.Module], t: torch.Tensor, time_scale: float) -> torch.Tensor:
-    """The embedding (B, 4 * width) of t (B,) in [0, 1] by `time_layers`; the positional one is of t * time_scale."""
+def embed_time(config: NCSNConfig, layers: list[nn.Module], t_feature: torch.Tensor) -> torch.Tensor:
+    """The embedding (B, 4 * width) of t_feature (B,) in [0, 1000] by `time_layers`."""
     *fourier, first, second = layers
-    features = fourier[0](t) if fourier else positional(time_scale * t, first.in_features)  # type: ignore[arg-type]
-    return second(F.silu(first(features)))
+    t = t_feature / 1000.0
+    if fourier:
+        return second(F.silu(first(fourier[0](t))))
+    return second(F.silu(first(positional_embedding(config.time_scale * t, config.width))))
 
 
-def downward(
+def down_layers(
     config: NCSNConfig, inputs: int, image_size: int, fir: bool = False, progressive_input: bool = False
 ) -> tuple[list[nn.Module], list[int]]:
     """Layers from the input to the coarsest level in the checkpoints' order, and the channels of all skips."""
@@ -192,14 +207,14 @@ def downward(
     channels, pyramid, skips = width, inputs, [width]
     for level, multiplier in enumerate(config.multipliers):
         if level > 0:
-            layers.append(residual(config, channels, channels, fir_halve if fir else halve))
+            layers.append(res_block(config, channels, channels, fir_downsample if fir else downsample))
             side //= 2
             if progressive_input:
                 layers.append((FirInputPyramid if fir else InputPyramid)(pyramid, channels))
                 pyramid = channels
             skips.append(channels)
         for _ in range(config.blocks):
-            layers.append(residual(config, channels, multiplier * width))
+            layers.append(res_block(config, channels, multiplier * width))
             channels = multiplier * width
             if side in config.attention_resolutions:
                 layers.append(NCSNAttention(channels, config.attention))
@@ -207,13 +222,24 @@ def downward(
     return layers, skips
 
 
-def middle(config: NCSNConfig, channels: int) -> list[nn.Module]:
+def middle_layers(config: NCSNConfig, channels: int) -> list[nn.Module]:
     """Attention between two residual blocks, at the coarsest level."""
-    attend = NCSNAttention(channels, config.attention)
-    return [residual(config, channels, channels), attend, residual(config, channels, channels)]
+    attention_layer = NCSNAttention(channels, config.attention)
+    return [res_block(config, channels, channels), attention_layer, res_block(config, channels, channels)]
 
 
-def residual(
+def numbered(*parts: list[nn.Module]) -> tuple[nn.ModuleList, list[int]]:
+    """All layers in one list, as the checkpoints number them, and the number of layers of each part."""
+    return nn.ModuleList([layer for part in parts for layer in part]), [len(part) for part in parts]
+
+
+def split_parts(layers: nn.ModuleList, sizes: list[int]) -> Iterator[list[nn.Module]]:
+    """The parts that `numbered` joined."""
+    remaining = iter(layers)
+    return ([next(remaining) for _ in range(size)] for size in sizes)
+
+
+def res_block(
     config: NCSNConfig,
     inputs: int,
     outputs: int,
@@ -222,26 +248,30 @@ def residual(
     return NCSNBlock(inputs, outputs, 4 * config.width, config.dropout, resample)
 
 
-def descend(layers: Iterable[nn.Module], x: torch.Tensor, embedding: torch.Tensor, again: bool) -> list[torch.Tensor]:
-    """All skips of `downward`'s layers for the input x, the coarsest last.
+def run_down_layers(
+    layers: Iterable[nn.Module], x: torch.Tensor, embedding: torch.Tensor, use_checkpoint: bool
+) -> list[torch.Tensor]:
+    """All skips of `down_layers`'s layers for the input x, the coarsest last.
 
-    `again`: blocks are computed again for the gradient.
+    `use_checkpoint`: blocks are computed again for the gradient.
     """
     stem, *rest = layers
     skips = [stem(x)]
     for layer in rest:
         if isinstance(layer, NCSNBlock):
-            skips.append(recomputed(again, layer, skips[-1], embedding))
+            skips.append(maybe_checkpoint(use_checkpoint, layer, skips[-1], embedding))
         elif isinstance(layer, NCSNAttention):
-            skips[-1] = recomputed(again, layer, skips[-1])
+            skips[-1] = maybe_checkpoint(use_checkpoint, layer, skips[-1])
         else:  # the pyramid carries on what it was added to
             x = skips[-1] = RESCALE * (layer(x) + skips[-1])
     return skips
 
 
-def through(layers: Iterable[nn.Module], h: torch.Tensor, embedding: torch.Tensor, again: bool) -> torch.Tensor:
+def run_layers(
+    layers: Iterable[nn.Module], h: torch.Tensor, embedding: torch.Tensor, use_checkpoint: bool
+) -> torch.Tensor:
     """h through blocks and attention, one after the other."""
     for layer in layers:
         inputs = (h, embedding) if isinstance(layer, NCSNBlock) else (h,)
-        h = recomputed(again, layer, *inputs)
+        h = maybe_checkpoint(use_checkpoint, layer, *inputs)
     return h

@@ -52,6 +52,11 @@ class Shapes:
     """Number of classes (0: no labels)."""
 
     @property
+    def input_channels(self) -> int:
+        """Channels of a refiner's input: the state u and the image condition, concatenated."""
+        return self.k * self.channels + self.condition_channels
+
+    @property
     def output_channels(self) -> int:
         """Channels of a refiner's output."""
         return (self.outputs or self.k) * self.channels

@@ -36,8 +36,8 @@ def all_or_nothing(module: str, kinds: dict[str, Registry[Any]]) -> Iterator[Non
 
     Raises PluginError if the block fails, ends the program, or changes components that were there before.
     """
-    before = Snapshot(kinds)
-    printed = HeldOutput()
+    before = RegistrySnapshot(kinds)
+    printed = CapturedOutput()
     importlib.invalidate_caches()  # the file may have been written a moment ago
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
@@ -54,7 +54,7 @@ def all_or_nothing(module: str, kinds: dict[str, Registry[Any]]) -> Iterator[Non
         printed.release()
 
 
-class Snapshot:
+class RegistrySnapshot:
     """The registries, Hydra's ConfigStore and the imported modules at one moment."""
 
     def __init__(self, kinds: dict[str, Registry[Any]]) -> None:
@@ -133,7 +133,7 @@ def _leaves(repo: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name.removesuffix(".yaml"), item
 
 
-class HeldOutput:
+class CapturedOutput:
     """A text stream that keeps what is written, until `release` passes it and all later text on to stderr.
 
     It stays usable afterwards, because a logging handler may keep the stream that it found at import.

@@ -88,7 +88,7 @@ class DistilTask(NoisyTask):
         progress = (batch.keys // self.config.batch).double() / self.config.steps
         t, s = distiller.times(teacher.diffusion, self.steps, rng.uniform(self.seed, "time", keys), progress)
         target = None
-        if not distiller.by_itself:
+        if not distiller.targets_from_student:
             with torch.no_grad(), self.autocast():
                 target = distiller.target(teacher, y0, eps, t, s, conditioning)
         losses = engines[name](y0, eps, t, s, conditioning, target)

@@ -119,7 +119,7 @@ def test_the_mixed_part_alone_is_right_for_standard_normal_data() -> None:
     t = torch.tensor([0.2, 0.9], dtype=torch.float64)
     _, conditioning, _ = batch(2)
     eps = denoiser.predict(u, t, conditioning)[0]
-    torch.testing.assert_close(eps, denoiser.diffusion.eps_of_normal(u, t), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(eps, denoiser.diffusion.eps_for_normal_data(u, t), atol=1e-4, rtol=1e-4)
 
 
 def test_one_noise_component_needs_half_the_outputs() -> None:

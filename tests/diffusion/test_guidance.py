@@ -11,7 +11,7 @@ from closed_forms import Mixture, diffusion, integrable, normal
 
 from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.denoiser import Center, Denoiser, DenoiserConfig
-from dvae.diffusion.guidance import Guidance, GuidedDenoiser, limited
+from dvae.diffusion.guidance import Guidance, GuidedDenoiser, apply_threshold
 from dvae.diffusion.model import Threshold
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
@@ -240,12 +240,12 @@ def test_thresholds_keep_the_image_in_range_and_eps_consistent(
 
 def test_dynamic_thresholding() -> None:
     images = torch.linspace(-3, 3, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)[torch.randperm(2)]
-    out = limited(images, Threshold.dynamic)
+    out = apply_threshold(images, Threshold.dynamic)
     for before, after in zip(images, out, strict=True):
         limit = torch.quantile(before.abs().flatten(), 0.995)
         torch.testing.assert_close(after, before.clamp(-limit, limit) / limit)
     inside = 0.9 * torch.rand(2, 3, 8, 8)  # within the range nothing is scaled
-    assert torch.equal(limited(inside, Threshold.dynamic), inside)
+    assert torch.equal(apply_threshold(inside, Threshold.dynamic), inside)
 
 
 # -- refusals --

@@ -350,7 +350,7 @@ def test_eps_follows_a_change_of_x0(k: int) -> None:
     t, x0, change = torch.tensor([0.1, 0.8], dtype=torch.float64), *draw(3, 2, 2, 1, 2, 2)
     eps = draw(4, 2, k, 2, 2)
     u = diffusion.perturb(diffusion.initial_state(x0), t, eps)
-    moved = diffusion.eps_after(change, t, eps)
+    moved = diffusion.shift_eps(change, t, eps)
     torch.testing.assert_close(diffusion.perturb(diffusion.initial_state(x0 + change), t, moved), u, rtol=0, atol=1e-11)
 
 
@@ -371,7 +371,9 @@ def test_eps_of_standard_normal_data(k: int, matching: Matching) -> None:
     start[0, 0] = 1.0
     covariance = Phi @ start @ Phi.mT + L @ L.mT
     score = -torch.einsum("bij,bjhw->bihw", torch.linalg.inv(covariance), u)
-    torch.testing.assert_close(diffusion.score_from_eps(diffusion.eps_of_normal(u, t), t), score, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        diffusion.score_from_eps(diffusion.eps_for_normal_data(u, t), t), score, rtol=0, atol=1e-10
+    )
 
 
 def test_the_process_of_the_docs_works() -> None:
@@ -450,9 +452,9 @@ def test_k2_x0_of_the_expected_noise_is_the_expected_image(matching: Matching, f
     u, change = draw(4, 3, 2, 2, 2), draw(5, 3, 1, 2, 2)
     column, S = hybrid(diffusion, t)
     expected = apply_matrix((torch.linalg.inv(S + column @ column.mT) @ column).mT, u)
-    eps = diffusion.eps_of_normal(u, t)
+    eps = diffusion.eps_for_normal_data(u, t)
     torch.testing.assert_close(diffusion.x0_from_eps(u, t, eps), expected, rtol=0, atol=1e-10)
-    moved = diffusion.x0_from_eps(u, t, diffusion.eps_after(change, t, eps))
+    moved = diffusion.x0_from_eps(u, t, diffusion.shift_eps(change, t, eps))
     torch.testing.assert_close(moved, expected + change, rtol=0, atol=1e-8)
 
 
@@ -462,7 +464,7 @@ def test_k2_eps_is_mended_where_no_image_explains_it(matching: Matching, factor:
     """The expected eps is left alone; an error in it ends up in x0 alone, as large as it was there."""
     diffusion, t = momentum(matching=matching, factor=factor), torch.tensor([0.02, 0.3, 1.0], dtype=torch.float64)
     u, error = draw(6, 3, 2, 2, 2), draw(7, 3, 2, 2, 2)
-    eps = diffusion.eps_of_normal(u, t)
+    eps = diffusion.eps_for_normal_data(u, t)
     torch.testing.assert_close(diffusion.project_eps(u, t, eps), eps, rtol=0, atol=1e-9)
     mended, x0 = diffusion.project_eps(u, t, eps + error), diffusion.x0_from_eps(u, t, eps + error)
     torch.testing.assert_close(diffusion.x0_from_eps(u, t, mended), x0, rtol=1e-7, atol=1e-7)

@@ -11,7 +11,7 @@ from closed_forms import Mixture, diffusion, normal
 from scipy.linalg import expm
 
 from dvae.diffusion.kernels import Diffusion, Prediction, Time
-from dvae.diffusion.likelihood import bits_per_dim, dequantized
+from dvae.diffusion.likelihood import bits_per_dim, dequantize
 from dvae.diffusion.model import Threshold
 from dvae.errors import UserError
 
@@ -153,7 +153,7 @@ def test_an_image_does_not_feel_its_batch() -> None:
 def test_dequantized_fills_the_bins() -> None:
     """Each level keeps its value in [-1, 1] in the middle of its bin, and neighboring bins meet."""
     levels = torch.arange(256, dtype=torch.uint8)
-    low, middle, high = (dequantized(levels, torch.full((256,), share, dtype=torch.float64)) for share in (0, 0.5, 1))
+    low, middle, high = (dequantize(levels, torch.full((256,), share, dtype=torch.float64)) for share in (0, 0.5, 1))
     torch.testing.assert_close(middle, levels.double() / 127.5 - 1.0)
     torch.testing.assert_close(high[:-1], low[1:])
     # a uniform density over all bins needs 8 bits

@@ -11,7 +11,7 @@ from closed_forms import diffusion, normal
 
 from dvae.diffusion.conditioning import Conditioning, NoiseSample
 from dvae.diffusion.denoiser import Denoiser, DenoiserConfig
-from dvae.diffusion.objective import LossConfig, Objective, PredictionType, TimeDraw, Weighting
+from dvae.diffusion.objective import LossConfig, Objective, PredictionType, TimeSampling, Weighting
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.refiners.base import Condition
@@ -139,7 +139,7 @@ UNIFORM = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_importance_draws_leave_the_loss_unbiased(schedule: str, prediction: str) -> None:
     """Their mean of any error is that of uniform draws, and for the weight itself they have no variance."""
-    config = LossConfig(weighting=Weighting.likelihood, times=TimeDraw.importance)
+    config = LossConfig(weighting=Weighting.likelihood, times=TimeSampling.importance)
     objective = Objective(config, diffusion("vp", schedule), PredictionType(prediction))
     t, W = objective.times(UNIFORM)
     assert (t > 0).all()
@@ -159,7 +159,7 @@ def test_importance_draws_leave_the_loss_unbiased(schedule: str, prediction: str
 
 def test_log_normal_times() -> None:
     objective = Objective(
-        LossConfig(times=TimeDraw.log_normal, log_mean=-0.4, log_std=0.7), diffusion("vp", "edm"), PredictionType.v
+        LossConfig(times=TimeSampling.log_normal, log_mean=-0.4, log_std=0.7), diffusion("vp", "edm"), PredictionType.v
     )
     t, W = objective.times(UNIFORM)
     log_r = torch.log(objective.diffusion.sigma(t) / objective.diffusion.alpha(t))
@@ -171,7 +171,7 @@ def test_log_normal_times() -> None:
 def test_log_normal_on_the_flow_is_a_logit_normal_time() -> None:
     """Esser et al. 2024, equation 19: logit(t) ~ N(m, s)."""
     objective = Objective(
-        LossConfig(times=TimeDraw.log_normal, log_mean=0.3, log_std=1.0), diffusion("vp", "flow"), PredictionType.v
+        LossConfig(times=TimeSampling.log_normal, log_mean=0.3, log_std=1.0), diffusion("vp", "flow"), PredictionType.v
     )
     logit = torch.logit(objective.times(UNIFORM)[0])
     assert (logit.mean().item(), logit.std().item()) == (pytest.approx(0.3, abs=1e-3), pytest.approx(1.0, abs=1e-2))
@@ -183,22 +183,22 @@ def test_uniform_times_reach_from_t_min_to_1() -> None:
     np.testing.assert_allclose(t, [1.0, 0.55, 0.1], atol=1e-9)
 
 
-@pytest.mark.parametrize("draw", list(TimeDraw))
-def test_tables_are_trained_on_their_times(draw: TimeDraw) -> None:
+@pytest.mark.parametrize("draw", list(TimeSampling))
+def test_tables_are_trained_on_their_times(draw: TimeSampling) -> None:
     config = LossConfig(times=draw, weighting=Weighting.min_snr)
     t, _ = Objective(config, diffusion("vp", "ddpm_linear"), PredictionType.eps).times(UNIFORM)
     assert torch.equal(torch.round(t * 1000) / 1000, t)
     assert t.min() >= 1 / 1000
-    assert t.max() == 1.0 if draw is not TimeDraw.log_normal else t.max() <= 1.0
+    assert t.max() == 1.0 if draw is not TimeSampling.log_normal else t.max() <= 1.0
 
 
 @pytest.mark.parametrize(
     ("process", "schedule", "config", "said"),
     [
         ("psld", "constant", {"weighting": Weighting.min_snr}, "weighting=min_snr.*use simple or likelihood"),
-        ("cld", "constant", {"times": TimeDraw.log_normal}, "times=log_normal.*use uniform or importance"),
+        ("cld", "constant", {"times": TimeSampling.log_normal}, "times=log_normal.*use uniform or importance"),
         ("vp", "flow", {"weighting": Weighting.likelihood}, "infinite at t = 1"),
-        ("vp", "flow", {"times": TimeDraw.importance}, "infinite at t = 1"),
+        ("vp", "flow", {"times": TimeSampling.importance}, "infinite at t = 1"),
         ("vp", "linear", {"t_min": 0.0}, "t_min=0.0"),
         ("vp", "linear", {"snr_limit": 0.0}, "snr_limit=0.0"),
         ("vp", "linear", {"log_std": math.nan}, "log_std=nan"),

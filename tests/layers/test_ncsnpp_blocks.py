@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae.layers.attention import AttentionBackend
-from dvae.layers.fir import double, fir_halve
+from dvae.layers.fir import fir_downsample, upsample
 from dvae.layers.ncsnpp_blocks import FirInputPyramid, InputPyramid, NCSNAttention, NCSNBlock
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -20,7 +20,7 @@ def moved(module: nn.Module) -> nn.Module:
     return module.double()
 
 
-@pytest.mark.parametrize("resample", [None, fir_halve, double])
+@pytest.mark.parametrize("resample", [None, fir_downsample, upsample])
 @pytest.mark.parametrize("outputs", [32, 64])
 def test_block_is_the_formula(resample, outputs):
     block = moved(NCSNBlock(32, outputs, 8, 0.0, resample))
@@ -60,13 +60,13 @@ def test_attention_is_plain_math(memory_format, backend):
 
 def test_input_pyramids_halve():
     x = torch.randn(1, 3, 8, 8).double()
-    plain, filtered = moved(InputPyramid(3, 5)), moved(FirInputPyramid(3, 5))
+    plain, fir_filter = moved(InputPyramid(3, 5)), moved(FirInputPyramid(3, 5))
     right_below = F.pad(x, (0, 1, 0, 1))
     torch.testing.assert_close(plain(x), F.conv2d(right_below, plain.Conv_0.weight, plain.Conv_0.bias, stride=2))
-    weight = filtered.Conv2d_0.weight
+    weight = fir_filter.Conv2d_0.weight
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]).double()
     whole = F.conv2d(  # one 6x6 kernel: the convolution after the filter
         weight.flatten(0, 1)[:, None], torch.outer(taps, taps)[None, None] / 64, padding=3
     ).view(5, 3, 6, 6)  # fmt: skip
-    torch.testing.assert_close(filtered(x), F.conv2d(x, whole, filtered.Conv2d_0.bias, stride=2, padding=2))
-    assert filtered(x).shape == plain(x).shape == (1, 5, 4, 4)
+    torch.testing.assert_close(fir_filter(x), F.conv2d(x, whole, fir_filter.Conv2d_0.bias, stride=2, padding=2))
+    assert fir_filter(x).shape == plain(x).shape == (1, 5, 4, 4)

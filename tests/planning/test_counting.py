@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dvae.layers.activation_checkpointing import maybe_checkpoint
 from dvae.layers.attention import AttentionBackend, attention
-from dvae.layers.recompute import recomputed
 from dvae.models import components
 from dvae.planning import counting, passes
 from dvae.planning.counting import ForwardPass, OperationCounter, Operations
@@ -109,7 +109,7 @@ class Blocks(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            x = recomputed(self.again, block, x)
+            x = maybe_checkpoint(self.again, block, x)
         return x
 
 

@@ -29,7 +29,7 @@ def plain(refiner: DiT, u: torch.Tensor, embedding: torch.Tensor) -> torch.Tenso
     """One image (C, 4, 6) through the network written out, patch by patch and head by head."""
     p = {key: value.double() for key, value in refiner.state_dict().items()}
     patches = [u[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for i in range(2) for j in range(2)]
-    x = torch.stack(patches) @ p["enter.weight"].T + p["enter.bias"] + p["positions"]
+    x = torch.stack(patches) @ p["in_proj.weight"].T + p["in_proj.bias"] + p["positions"]
     for n in range(2):
 
         def layer(name: str, a: torch.Tensor, n: int = n) -> torch.Tensor:
@@ -44,9 +44,9 @@ def plain(refiner: DiT, u: torch.Tensor, embedding: torch.Tensor) -> torch.Tenso
         hidden = F.gelu(layer("mlp.0", normed(x) * (1 + scale2) + shift2), approximate="tanh")
         x = x + gate2 * layer("mlp.2", hidden)
     shift, scale = (F.silu(embedding) @ p["modulate.1.weight"].T + p["modulate.1.bias"]).split(16)
-    leaving = (normed(x) * (1 + scale) + shift) @ p["leave.weight"].T + p["leave.bias"]
+    output = (normed(x) * (1 + scale) + shift) @ p["out_proj.weight"].T + p["out_proj.bias"]
     image = torch.zeros(3, 4, 4, dtype=torch.float64)
-    for index, patch in enumerate(leaving):
+    for index, patch in enumerate(output):
         i, j = divmod(index, 2)
         image[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = patch.view(3, 2, 2)
     return image

@@ -46,17 +46,17 @@ def test_flat_resnet_tells_its_blocks_constant_channels():
     io = Shapes(image_size=4, latent=(6,), condition_latent=True, labels=3)
     refiner = build(io, name="flat_resnet", width=32, blocks=1)
     z, t, label = torch.randn(2, 6), torch.tensor([3.0, 800.0]), torch.tensor([2, 3])
-    told = refiner._told(t, Condition(latent=z, label=label))[:, :, 0, 0]
+    told = refiner._condition_map(t, Condition(latent=z, label=label))[:, :, 0, 0]
     torch.testing.assert_close(told[:, :32], time_features(t, 16))
     assert told[:, 32:35].tolist() == [[0, 0, 1], [0, 0, 0]]  # the second is dropped
     assert torch.equal(told[:, 35:], z)
 
     block, h = refiner.blocks[0], torch.randn(2, 32, 4, 4)
     channels = told[:, :, None, None].expand(-1, -1, 4, 4)  # each as a channel, constant over the image
-    both = torch.cat([F.silu(F.group_norm(h, 16, block.enter[0].weight, block.enter[0].bias)), channels], dim=1)
-    kernel = torch.cat([block.enter[1].weight, F.pad(block.tell.weight, (1, 1, 1, 1))], dim=1)
-    inner = F.conv2d(both, kernel, block.enter[1].bias + block.tell.bias, padding=1)
-    torch.testing.assert_close(block(h, told[:, :, None, None]), h + block.leave(inner), rtol=1e-4, atol=1e-4)
+    both = torch.cat([F.silu(F.group_norm(h, 16, block.in_proj[0].weight, block.in_proj[0].bias)), channels], dim=1)
+    kernel = torch.cat([block.in_proj[1].weight, F.pad(block.cond_proj.weight, (1, 1, 1, 1))], dim=1)
+    inner = F.conv2d(both, kernel, block.in_proj[1].bias + block.cond_proj.bias, padding=1)
+    torch.testing.assert_close(block(h, told[:, :, None, None]), h + block.out_proj(inner), rtol=1e-4, atol=1e-4)
 
 
 def test_flat_resnet_stretches_a_latent_map_over_the_image():

@@ -16,10 +16,10 @@ from PIL import Image
 from dvae.data.images import DamagedImage
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.sources.avatars import Look, _definition
+from dvae.registry.sources.avatars import AvatarStyle, _definition
 from dvae.registry.sources.base import SOURCES, Source
 
-LOOKS = [look.name for look in Look]
+LOOKS = [look.name for look in AvatarStyle]
 
 
 def make(size: int = 16, channels: int = 3, **node: object) -> Source:
@@ -40,7 +40,7 @@ def idx(path: Path, array: np.ndarray, magic: bytes | None = None) -> str:
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_avatars_of_every_style(look: str):
-    faces = make(32, name="avatars", style=look, count=4)
+    faces = make(32, name="avatars", style=look, n=4)
     items = [faces[i] for i in range(len(faces))]
     assert [item.key for item in items] == ["0-0", "0-1", "0-2", "0-3"]
     for item in items:
@@ -52,7 +52,7 @@ def test_avatars_of_every_style(look: str):
 
 
 def test_avatar_labels_are_what_is_drawn():
-    faces = make(32, name="avatars", count=40)
+    faces = make(32, name="avatars", n=40)
     items = [faces[i] for i in range(40)]
     for item in items:
         background = tuple(int(str(item.labels["background_color"])[i : i + 2], 16) for i in (1, 3, 5))
@@ -85,7 +85,7 @@ def test_avatars_without_dicebear(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("node", "says"),
     [
-        ({"count": 0}, "count=0"),
+        ({"n": 0}, "n=0"),
         ({"background": ["red"]}, "red"),
         ({"background": []}, "one or more colors"),
         ({"style": "toonhead"}, "style"),

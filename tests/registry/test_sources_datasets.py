@@ -575,7 +575,7 @@ def test_both_archives_of_cifar10_give_the_same_shards(tmp_path: Path):
 @pytest.mark.slow
 def test_rendered_faces_in_celebahqs_layout_go_through_shards(tmp_path: Path):
     """300 avatars of 256x256 as JPEG files of CelebAMask-HQ, by two processes, and every image back."""
-    faces = make(256, name="avatars", count=300)
+    faces = make(256, name="avatars", n=300)
     folder = tmp_path / "CelebAMask-HQ" / "CelebA-HQ-img"
     folder.mkdir(parents=True)
     for i in range(300):

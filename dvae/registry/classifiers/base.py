@@ -5,20 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import nn
 
 from dvae.registry.core import ComponentConfig, Registry, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.refiners.base import Condition, ConditionalNetwork
 
 
-class Classifier(nn.Module, ABC):
+class Classifier(ConditionalNetwork, ABC):
     """p(class | u_t), as logits."""
 
     Config: type[ComponentConfig]
 
     @abstractmethod
     def __init__(self, config: ComponentConfig, io: Shapes) -> None:
-        super().__init__()
+        super().__init__(io)
 
     @abstractmethod
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:

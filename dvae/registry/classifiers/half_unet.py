@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dvae.layers.attention import AttentionBackend
+from dvae.layers.blocks import fold_patches
 from dvae.layers.embeddings import mlp, sinusoidal
 from dvae.layers.norms import GroupNorm
 from dvae.layers.pooling import AttentionPool
-from dvae.layers.trunk import check_trunk, downward, middle
+from dvae.layers.unet_blocks import build_down_blocks, build_middle_block, check_unet
 from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners.base import Condition
@@ -51,23 +51,19 @@ class HalfUNet(Classifier):
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
-        check_trunk("classifier", config, io.image_size)
-        self.config, self.io = config, io
+        check_unet("classifier", config, io.image_size)
+        self.config = config
         self.time_embed = mlp(config.width, 4 * config.width)
-        inputs = io.k * io.channels + io.condition_channels
-        self.input_blocks, outputs = downward(config, inputs, io.image_size)
+        self.input_blocks, outputs = build_down_blocks(config, io.input_channels, io.image_size)
         channels = outputs[-1]
-        self.middle_block = middle(config, channels)
+        self.middle_block = build_middle_block(config, channels)
         side = io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
         pool = AttentionPool(channels, side, config.heads, io.labels, config.attention)
         # SiLU is part of the norm; Identity keeps the numbering of the pooling
         self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), pool)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        x = u
-        if self.io.condition_channels:
-            x = torch.cat([u, condition.need("image")], dim=1)
-        h = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
+        h = fold_patches(self.concat_condition(u, condition), self.config.patch)
         embedding = self.time_embed(sinusoidal(t_feature, self.config.width))
         for block in self.input_blocks:
             h = block(h, embedding)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from dvae.errors import UserError
 from dvae.layers import ncsnpp_blocks as parts
 from dvae.layers.attention import AttentionBackend
+from dvae.layers.blocks import fold_patches
 from dvae.layers.ncsnpp_blocks import TimeEmbedding
-from dvae.layers.trunk import check_levels
 from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners.base import Condition
@@ -52,28 +50,21 @@ class NCSNppClassifier(Classifier):
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
-        check_levels("classifier", config, io.image_size, config.attention_resolutions)
-        if config.time_scale <= 0 or config.fourier_scale <= 0:
-            raise UserError(
-                f"classifier.time_scale {config.time_scale} or fourier_scale {config.fourier_scale}: not above 0"
-            )
-        self.config, self.io = config, io
-        inputs = (io.k * io.channels + io.condition_channels) * config.patch**2
-        time = parts.time_layers(config.width, config.time, config.fourier_scale)
-        down, skips = parts.downward(config, inputs, io.image_size)
-        middle = parts.middle(config, skips[-1])
+        parts.check_ncsnpp("classifier", config, io.image_size)
+        self.config = config
+        inputs = io.input_channels * config.patch**2
+        time = parts.time_layers(config)
+        down, skips = parts.down_layers(config, inputs, io.image_size)
+        middle = parts.middle_layers(config, skips[-1])
         side = io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
-        self.sizes = [len(part) for part in (time, down, middle)]
         head = nn.Linear(skips[-1] * side**2, io.labels, bias=False)
-        self.all_modules = nn.ModuleList([*time, *down, *middle, head])
+        self.all_modules, self.sizes = parts.numbered(time, down, middle, [head])
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        modules = iter(self.all_modules)
-        time, down, middle = ([next(modules) for _ in range(size)] for size in self.sizes)
-        x = torch.cat([u, condition.need("image")], dim=1) if self.io.condition_channels else u
-        x = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
-        embedding = parts.embed_time(time, t_feature / 1000.0, self.config.time_scale)
-        again = self.config.checkpoint_blocks
-        skips = parts.descend(down, x, embedding, again)
-        h = parts.through(middle, skips[-1], embedding, again)
-        return self.all_modules[-1](h.flatten(1)).float()
+        time, down, middle, head = parts.split_parts(self.all_modules, self.sizes)
+        x = fold_patches(self.concat_condition(u, condition), self.config.patch)
+        embedding = parts.embed_time(self.config, time, t_feature)
+        use_checkpoint = self.config.checkpoint_blocks
+        skips = parts.run_down_layers(down, x, embedding, use_checkpoint)
+        h = parts.run_layers(middle, skips[-1], embedding, use_checkpoint)
+        return head[0](h.flatten(1)).float()

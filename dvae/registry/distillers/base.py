@@ -17,7 +17,7 @@ class Distiller(ABC):
     """Trains a denoiser's clean state at (u_t, t), for t drawn by `times`, towards `target`. Needs k = 1."""
 
     Config: type[ComponentConfig]
-    by_itself: bool
+    targets_from_student: bool
     """Whether targets are of the student as it is at that step; else of the teacher, which stays as it is."""
 
     @abstractmethod

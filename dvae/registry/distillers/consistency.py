@@ -15,7 +15,7 @@ from dvae.registry.distillers.base import DISTILLERS, Distiller
 
 
 @DISTILLERS.register("consistency")
-class Consistency(Distiller):
+class ConsistencyTuning(Distiller):
     """The same clean image is to be seen at two neighboring noise levels of one noise, ever nearer to each other (easy
     consistency tuning, Geng et al. 2024). Its sampler is sampler=consistency.
 
@@ -40,7 +40,7 @@ class Consistency(Distiller):
         steps: int = 4
         """Steps of the sampler in its previews."""
 
-    by_itself = True
+    targets_from_student = True
 
     def __init__(self, config: Config, io: Shapes) -> None:
         if not config.q > 1.0:

@@ -16,7 +16,7 @@ from dvae.registry.distillers.base import DISTILLERS, Distiller
 
 
 @DISTILLERS.register("progressive")
-class Progressive(Distiller):
+class ProgressiveDistillation(Distiller):
     """One step of the student is two of the teacher's DDIM, and the student is the next round's teacher (Salimans & Ho
     2022, algorithm 2). Its sampler is sampler=ddim with uniform spacing and as many steps as the round's."""
 
@@ -27,7 +27,7 @@ class Progressive(Distiller):
         end: int = 4
         """Steps of the last student: start, halved some times."""
 
-    by_itself = False
+    targets_from_student = False
 
     def __init__(self, config: Config, io: Shapes) -> None:
         rounds, steps = [], config.start

@@ -47,8 +47,8 @@ class ConvVAE(Encoder):
         self.config = config
         self.latent_shape = (config.latent_dim,)
         folded = io.channels * config.patch**2
-        self.enc = _Encoder(config, folded)
-        self.dec = _Decoder(config, folded)
+        self.enc = ConvEncoder(config, folded)
+        self.dec = ConvDecoder(config, folded)
 
     def encode(self, x: torch.Tensor) -> Posterior:
         """x (B, C, H, W) in [-1, 1] to q(z | x), mean and logvar (B, D) in fp32."""
@@ -75,7 +75,7 @@ class ConvVAE(Encoder):
         return torch.sigmoid(logits.float())
 
 
-class _Block(nn.Module):
+class BottleneckBlock(nn.Module):
     """Residual bottleneck (B, C, H, W) to the same, or to (B, C, H/pool, W/pool)."""
 
     def __init__(self, channels: int, resolution: int, pool: int = 1) -> None:
@@ -98,7 +98,7 @@ class _Block(nn.Module):
         return F.avg_pool2d(x + h, self.pool) if self.pool > 1 else x + h
 
 
-class _Upsample(nn.Module):
+class NearestUpsample(nn.Module):
     """Nearest-neighbor upsampling: (B, C, H, W) to (B, C, factor * H, factor * W), in channels_last."""
 
     def __init__(self, factor: int) -> None:
@@ -110,7 +110,7 @@ class _Upsample(nn.Module):
         return F.interpolate(x, scale_factor=self.factor).contiguous(memory_format=torch.channels_last)
 
 
-class _Encoder(nn.Module):
+class ConvEncoder(nn.Module):
     """Images (B, folded, R, R) to mean and logvar, each (B, D, 1, 1)."""
 
     def __init__(self, config: ConvVAE.Config, folded: int) -> None:
@@ -127,7 +127,7 @@ class _Encoder(nn.Module):
             last = level == len(sides) - 1
             for block in range(count):
                 pooled = block == count - 1 and not last
-                yield _Block(width, side, side // sides[level + 1] if pooled else 1)
+                yield BottleneckBlock(width, side, side // sides[level + 1] if pooled else 1)
             if not last:
                 yield nn.Conv2d(width, channels[level + 1], 1, bias=False)
 
@@ -136,7 +136,7 @@ class _Encoder(nn.Module):
         return self.mu(h), self.logvar(h)
 
 
-class _Decoder(nn.Module):
+class ConvDecoder(nn.Module):
     """Latents (B, D, 1, 1) to logits (B, folded, R, R)."""
 
     def __init__(self, config: ConvVAE.Config, folded: int) -> None:
@@ -152,9 +152,9 @@ class _Decoder(nn.Module):
         sides, channels = config.resolutions, config.channels
         for level in reversed(range(len(sides))):
             for _ in range(config.decoder_blocks[level]):
-                yield _Block(channels[level], sides[level])
+                yield BottleneckBlock(channels[level], sides[level])
             if level > 0:
-                yield _Upsample(sides[level - 1] // sides[level])
+                yield NearestUpsample(sides[level - 1] // sides[level])
                 yield nn.Conv2d(channels[level], channels[level - 1], 1, bias=False)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from dvae.errors import UserError, fold
 from dvae.layers.attention import AttentionBackend
-from dvae.layers.autoencoder import Autoencoder, Plan
+from dvae.layers.autoencoder import Autoencoder, AutoencoderConfig
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior
 from dvae.utils.read import DamagedFile, read_json, read_weights_header
@@ -65,7 +65,7 @@ class DiffusersKL(Encoder):
         super().__init__(config, io)
         if config.scaling_factor <= 0:
             raise UserError(f"encoder.scaling_factor {config.scaling_factor} is not above 0: take that of {CONFIG}")
-        plan = Plan(
+        plan = AutoencoderConfig(
             colors=io.channels,
             channels=config.block_out_channels,
             blocks=config.layers_per_block,

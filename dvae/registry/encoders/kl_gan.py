@@ -9,7 +9,7 @@ import torch
 from dvae.errors import UserError
 from dvae.layers.adversarial import GanLoss, PatchDiscriminator, check_discriminator
 from dvae.layers.attention import AttentionBackend
-from dvae.layers.autoencoder import Autoencoder, Plan
+from dvae.layers.autoencoder import Autoencoder, AutoencoderConfig
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior
 
@@ -62,7 +62,7 @@ class KLGAN(Encoder):
                 raise UserError(f"encoder.{name} {getattr(config, name)}: use 0 or more")
         if config.discriminator_weight:
             check_discriminator(config.discriminator_width, config.discriminator_layers, io.image_size)
-        plan = Plan(
+        plan = AutoencoderConfig(
             colors=io.channels,
             channels=config.channels,
             blocks=config.blocks,

@@ -17,7 +17,7 @@ from dvae.utils import rng
 
 LARGEST_LOG_SCALE = 2.0
 """Of one coupling: tanh keeps the logarithm of every scale within this, so that no latent is thrown far away."""
-WORD = "prior.flow"
+PURPOSE = "prior.flow"
 """Purpose of the keyed draws."""
 
 
@@ -41,7 +41,7 @@ class Coupling(nn.Module):
 
 
 @PRIORS.register("flow")
-class Flow(Prior):
+class NormalizingFlow(Prior):
     """Affine couplings on whitened latents. N(0, I) until it is fitted. Maps are flattened.
 
     Whitened by the mean and the full covariance of the latents, the couplings start as the identity, so that before its
@@ -144,10 +144,10 @@ class Flow(Prior):
             )
         mean, logvar = mean.detach().float().flatten(1).cpu(), logvar.detach().float().flatten(1).cpu()
         std = torch.exp(0.5 * logvar) if config.fit_noise else torch.zeros_like(mean)
-        self._start(_draw(mean, std, rng.generator(seed, WORD)), seed)
-        shuffled = torch.from_numpy(rng.generator(seed, f"{WORD} split").permutation(n))
+        self._start(_draw(mean, std, rng.generator(seed, PURPOSE)), seed)
+        shuffled = torch.from_numpy(rng.generator(seed, f"{PURPOSE} split").permutation(n))
         held, training = shuffled.split([kept := max(1, round(config.validation * n)), n - kept])
-        validation = _draw(mean[held], std[held], rng.generator(seed, f"{WORD} validation"))
+        validation = _draw(mean[held], std[held], rng.generator(seed, f"{PURPOSE} validation"))
         before = best = self._mean_log_prob(validation)
         best_step, weights = 0, self._weights()
         for step in self._train(mean[training], std[training], seed):
@@ -170,7 +170,7 @@ class Flow(Prior):
         for step in range(config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
-            draw = rng.generator(seed, f"{WORD} batch", step)
+            draw = rng.generator(seed, f"{PURPOSE} batch", step)
             chosen = torch.from_numpy(draw.integers(len(mean), size=config.batch))
             z = _draw(mean[chosen], std[chosen], draw).to(self.center)
             with torch.enable_grad():
@@ -189,9 +189,9 @@ class Flow(Prior):
         self.center.copy_(latents.double().mean(0))
         self.factor.copy_(torch.linalg.cholesky(covariance))
         for i, row in enumerate(self.order):
-            row.copy_(torch.from_numpy(rng.generator(seed, f"{WORD} order", i).permutation(len(row))))
+            row.copy_(torch.from_numpy(rng.generator(seed, f"{PURPOSE} order", i).permutation(len(row))))
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.child(seed, WORD))
+            torch.manual_seed(rng.child(seed, PURPOSE))
             self.couplings.load_state_dict(_couplings(self.config, len(self.center)).state_dict())
 
     def _mean_log_prob(self, z: torch.Tensor) -> float:
@@ -202,7 +202,7 @@ class Flow(Prior):
         return {name: value.detach().clone() for name, value in self.couplings.state_dict().items()}
 
 
-def _couplings(config: Flow.Config, d: int) -> nn.ModuleList:
+def _couplings(config: NormalizingFlow.Config, d: int) -> nn.ModuleList:
     """New ones for d coordinates, every other one from the first half to the second."""
     more, less = d - d // 2, d // 2  # as torch.tensor_split divides
     sizes = [(more, less), (less, more)]
@@ -214,7 +214,7 @@ def _draw(mean: torch.Tensor, std: torch.Tensor, generator: np.random.Generator)
     return mean + std * torch.from_numpy(generator.standard_normal(mean.shape, dtype=np.float32))
 
 
-def _check(config: Flow.Config, d: int) -> None:
+def _check(config: NormalizingFlow.Config, d: int) -> None:
     """Raise UserError for a field that cannot be."""
     if d < 2:
         raise UserError(f"prior=flow changes numbers given others, the latent has {d}: use prior=gmm or normal")

@@ -25,7 +25,7 @@ class Condition:
     label: torch.Tensor | None = None
     """Class (B,), int64; `labels` (one past the last class) where dropped."""
 
-    def need(self, name: str) -> torch.Tensor:
+    def require(self, name: str) -> torch.Tensor:
         """The part called `name`. Raises ValueError where it was not given."""
         value: torch.Tensor | None = getattr(self, name)
         if value is None:
@@ -33,48 +33,55 @@ class Condition:
         return value
 
 
-class Refiner(nn.Module, ABC):
+class ConditionalNetwork(nn.Module):
+    """A network whose input is a state u and, if it is conditioned on images, x_hat."""
+
+    def __init__(self, io: Shapes) -> None:
+        super().__init__()
+        self.io = io
+
+    def concat_condition(self, u: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """u and, if there is one, x_hat: (B, io.input_channels, H, W)."""
+        return torch.cat([u, condition.require("image")], dim=1) if self.io.condition_channels else u
+
+
+class Refiner(ConditionalNetwork, ABC):
     """A network from (u, t, condition) to what is predicted of u."""
 
     Config: type[ComponentConfig]
 
     @abstractmethod
     def __init__(self, config: ComponentConfig, io: Shapes) -> None:
-        super().__init__()
-        self.io = io
+        super().__init__(io)
 
     @abstractmethod
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
         """u (B, k*C, H, W), t_feature (B,) in [0, 1000] -> (B, io.output_channels, H, W)."""
-
-    @property
-    def input_channels(self) -> int:
-        """Channels of `concat_condition`."""
-        return self.io.k * self.io.channels + self.io.condition_channels
-
-    def concat_condition(self, u: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """u and, where there is one, x_hat: (B, input_channels, H, W)."""
-        return torch.cat([u, condition.need("image")], dim=1) if self.io.condition_channels else u
 
     def build_condition_embeddings(self, width: int) -> None:
         """Make the layers that bring z and the class to vectors of `width`; None where there is no such condition.
 
         Raises UserError on latent guidance without a latent.
         """
-        if self.io.condition_latent and (not self.io.latent or 0 in self.io.latent):
-            raise UserError(
-                "latent guidance needs a latent shape, but the encoder gives none: set denoiser.condition_latent=false"
-            )
+        check_latent_guidance(self.io)
         self.proj = embeddings.mlp(math.prod(self.io.latent), width) if self.io.condition_latent else None
         self.label_emb = nn.Embedding(self.io.labels + 1, width) if self.io.labels else None
 
     def add_condition_embedding(self, embedding: torch.Tensor, condition: Condition) -> torch.Tensor:
         """`embedding` (B, width) with z and the class added."""
         if self.proj is not None:
-            embedding = embedding + self.proj(condition.need("latent").flatten(1))
+            embedding = embedding + self.proj(condition.require("latent").flatten(1))
         if self.label_emb is not None:
-            embedding = embedding + self.label_emb(condition.need("label"))
+            embedding = embedding + self.label_emb(condition.require("label"))
         return embedding
+
+
+def check_latent_guidance(io: Shapes) -> None:
+    """Raise UserError on latent guidance without a latent."""
+    if io.condition_latent and (not io.latent or 0 in io.latent):
+        raise UserError(
+            "latent guidance needs a latent shape, but the encoder gives none: set denoiser.condition_latent=false"
+        )
 
 
 REFINERS: Registry[Refiner] = Registry("refiner", __package__, Refiner)

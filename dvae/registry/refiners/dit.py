@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae.errors import UserError
+from dvae.layers.activation_checkpointing import maybe_checkpoint
 from dvae.layers.attention import AttentionBackend, attention
-from dvae.layers.blocks import zeroed
+from dvae.layers.blocks import zero_module
 from dvae.layers.embeddings import grid_positions, mlp, time_features
-from dvae.layers.recompute import recomputed
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
@@ -49,15 +49,15 @@ class DiT(Refiner):
         _check(config, io)
         self.config = config
         side, width = io.image_size // config.patch, config.width
-        self.enter = nn.Linear(self.input_channels * config.patch**2, width)
+        self.in_proj = nn.Linear(io.input_channels * config.patch**2, width)
         self.positions: torch.Tensor
         self.register_buffer("positions", grid_positions(side, width))
         self.time_embed = mlp(TIME_FEATURES, width)
         self.build_condition_embeddings(width)
-        self.blocks = nn.ModuleList(_Block(width, config.heads, config.attention) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(width, config.heads, config.attention) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.leave = nn.Linear(width, io.output_channels * config.patch**2)
+        self.out_proj = nn.Linear(width, io.output_channels * config.patch**2)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -68,28 +68,28 @@ class DiT(Refiner):
         for layer in (*self.time_embed, self.label_emb):
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(layer.weight, std=0.02)
-        zeroed(self.modulate)
-        zeroed(self.leave)
+        zero_module(self.modulate)
+        zero_module(self.out_proj)
         for module in self.modules():
-            if isinstance(module, _Block):  # each block starts as the identity
-                zeroed(module.modulate)
+            if isinstance(module, DiTBlock):  # each block starts as the identity
+                zero_module(module.modulate)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
         patches = F.pixel_unshuffle(
             self.concat_condition(u, condition), self.config.patch
         )  # (B, channels * patch^2, h, w)
-        tokens = self.enter(patches.flatten(2).transpose(1, 2)) + self.positions
+        tokens = self.in_proj(patches.flatten(2).transpose(1, 2)) + self.positions
         embedding = self.add_condition_embedding(
             self.time_embed(time_features(t_feature, TIME_FEATURES // 2)), condition
         )
         for block in self.blocks:
-            tokens = recomputed(self.config.checkpoint_blocks, block, tokens, embedding)
+            tokens = maybe_checkpoint(self.config.checkpoint_blocks, block, tokens, embedding)
         shift, scale = self.modulate(embedding)[:, None].chunk(2, dim=2)
-        leaving = self.leave(self.norm(tokens) * (1 + scale) + shift).transpose(1, 2)
-        return F.pixel_shuffle(leaving.unflatten(2, patches.shape[2:]), self.config.patch).to(u.dtype)
+        output = self.out_proj(self.norm(tokens) * (1 + scale) + shift).transpose(1, 2)
+        return F.pixel_shuffle(output.unflatten(2, patches.shape[2:]), self.config.patch).to(u.dtype)
 
 
-class _Block(nn.Module):
+class DiTBlock(nn.Module):
     """Attention and an MLP, each normalized, modulated and gated: tokens (B, L, width), embedding (B, width)."""
 
     def __init__(self, width: int, heads: int, backend: AttentionBackend) -> None:

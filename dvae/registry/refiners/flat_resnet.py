@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dvae.errors import UserError
-from dvae.layers.blocks import zeroed
+from dvae.layers.activation_checkpointing import maybe_checkpoint
+from dvae.layers.blocks import fold_patches, zero_module
 from dvae.layers.embeddings import time_features
 from dvae.layers.norms import GROUPS, GroupNorm
-from dvae.layers.recompute import recomputed
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, Condition, Refiner, check_latent_guidance
 
 
 @REFINERS.register("flat_resnet")
@@ -46,46 +46,47 @@ class FlatResNet(Refiner):
         self.config = config
         # a latent vector is a map of one pixel
         self.latent = io.latent if len(io.latent) == 3 else (math.prod(io.latent), 1, 1)
-        told = config.width + io.labels + (self.latent[0] if io.condition_latent else 0)
-        self.stem = nn.Conv2d(self.input_channels * config.patch**2, config.width, 3, padding=1)
-        self.blocks = nn.ModuleList(_Block(config.width, told, config.dropout) for _ in range(config.blocks))
-        last = zeroed(nn.Conv2d(config.width, io.output_channels * config.patch**2, 3, padding=1))
+        cond_channels = config.width + io.labels + (self.latent[0] if io.condition_latent else 0)
+        self.stem = nn.Conv2d(io.input_channels * config.patch**2, config.width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            FlatResBlock(config.width, cond_channels, config.dropout) for _ in range(config.blocks)
+        )
+        last = zero_module(nn.Conv2d(config.width, io.output_channels * config.patch**2, 3, padding=1))
         self.out = nn.Sequential(GroupNorm(config.width, silu=True), last)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        x = F.pixel_unshuffle(self.concat_condition(u, condition), self.config.patch)
-        h = self.stem(x.contiguous(memory_format=torch.channels_last))
-        told = self._told(t_feature, condition)
+        h = self.stem(fold_patches(self.concat_condition(u, condition), self.config.patch))
+        cond = self._condition_map(t_feature, condition)
         for block in self.blocks:
-            h = recomputed(self.config.checkpoint_blocks, block, h, told)
+            h = maybe_checkpoint(self.config.checkpoint_blocks, block, h, cond)
         return F.pixel_shuffle(self.out(h), self.config.patch).to(u.dtype)
 
-    def _told(self, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Noise level, class and z as a map (B, told, h, w), of one pixel unless z is a map."""
+    def _condition_map(self, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Noise level, class and z as a map (B, cond_channels, h, w), of one pixel unless z is a map."""
         parts = [time_features(t_feature, self.config.width // 2)[:, :, None, None]]
         if self.io.labels:  # one-hot; a dropped class is all zeros
-            known = F.one_hot(condition.need("label"), self.io.labels + 1)[:, :-1]
+            known = F.one_hot(condition.require("label"), self.io.labels + 1)[:, :-1]
             parts.append(known[:, :, None, None].to(parts[0].dtype))
         if self.io.condition_latent:
-            z = condition.need("latent").view(-1, *self.latent)
+            z = condition.require("latent").view(-1, *self.latent)
             parts = [part.expand(-1, -1, *z.shape[2:]) for part in parts] + [z]
         return torch.cat(parts, dim=1)
 
 
-class _Block(nn.Module):
-    """h (B, width, H, W), told (B, told, h, w) to (B, width, H, W)."""
+class FlatResBlock(nn.Module):
+    """h (B, width, H, W), cond (B, cond_channels, h, w) to (B, width, H, W)."""
 
-    def __init__(self, width: int, told: int, dropout: float) -> None:
+    def __init__(self, width: int, cond_channels: int, dropout: float) -> None:
         super().__init__()
-        self.enter = nn.Sequential(GroupNorm(width, silu=True), nn.Conv2d(width, width, 3, padding=1))
-        self.tell = nn.Conv2d(told, width, 1)
-        last = zeroed(nn.Conv2d(width, width, 3, padding=1))
+        self.in_proj = nn.Sequential(GroupNorm(width, silu=True), nn.Conv2d(width, width, 3, padding=1))
+        self.cond_proj = nn.Conv2d(cond_channels, width, 1)
+        last = zero_module(nn.Conv2d(width, width, 3, padding=1))
         # no norm here: it would take most of what is constant over the image out again
-        self.leave = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), last)
+        self.out_proj = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), last)
 
-    def forward(self, h: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
-        spread = F.interpolate(self.tell(told), h.shape[2:])  # the same as convolving the channels once stretched
-        return h + self.leave(self.enter(h) + spread)
+    def forward(self, h: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        spread = F.interpolate(self.cond_proj(cond), h.shape[2:])  # the same as convolving the channels once stretched
+        return h + self.out_proj(self.in_proj(h) + spread)
 
 
 def _check(config: FlatResNet.Config, io: Shapes) -> None:
@@ -98,7 +99,4 @@ def _check(config: FlatResNet.Config, io: Shapes) -> None:
         raise UserError(f"refiner.patch {config.patch} does not divide {io.image_size} px: use a divisor")
     if not 0 <= config.dropout < 1:
         raise UserError(f"refiner.dropout {config.dropout} is not in [0, 1)")
-    if io.condition_latent and (not io.latent or 0 in io.latent):
-        raise UserError(
-            "latent guidance needs a latent shape, but the encoder gives none: set denoiser.condition_latent=false"
-        )
+    check_latent_guidance(io)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from dvae.errors import UserError
-from dvae.layers.blocks import zeroed
+from dvae.layers.blocks import zero_module
 from dvae.layers.embeddings import mlp, time_features
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, Condition, Refiner, check_latent_guidance
 
 SINE_GAIN = 3.0
 """Factor on the initial weights in front of a sine: above 1, so that it bends."""
@@ -47,46 +47,43 @@ class MLP(Refiner):
                 f"refiner.width={config.width}, blocks={config.blocks}, frequencies={config.frequencies}: use a "
                 "multiple of 4, one block or more, 0 frequencies or more"
             )
-        if io.condition_latent and (not io.latent or 0 in io.latent):
-            raise UserError("latent guidance needs a latent, but the encoder gives none")
+        check_latent_guidance(io)
         self.features = config.width // 2
         pixels = io.image_size**2
-        inputs = (io.k * io.channels + io.condition_channels) * pixels
+        inputs = io.input_channels * pixels
         inputs += math.prod(io.latent) if io.condition_latent else 0
         self.register_buffer("waves", config.bandwidth * torch.randn(inputs, config.frequencies))
-        self.enter = nn.Linear(inputs + 2 * config.frequencies, config.width)
+        self.in_proj = nn.Linear(inputs + 2 * config.frequencies, config.width)
         self.embed_time = mlp(config.width, config.width)
         self.embed_label = nn.Embedding(io.labels + 1, config.width) if io.labels else None
-        self.blocks = nn.ModuleList(_Block(config.width) for _ in range(config.blocks))
-        self.leave = nn.Sequential(
-            nn.LayerNorm(config.width), zeroed(nn.Linear(config.width, io.output_channels * pixels))
+        self.blocks = nn.ModuleList(MLPBlock(config.width) for _ in range(config.blocks))
+        self.out_proj = nn.Sequential(
+            nn.LayerNorm(config.width), zero_module(nn.Linear(config.width, io.output_channels * pixels))
         )
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        seen = [u.flatten(1)]
-        if self.io.condition_channels:
-            seen.append(condition.need("image").flatten(1))
+        inputs = [self.concat_condition(u, condition).flatten(1)]
         if self.io.condition_latent:
-            seen.append(condition.need("latent").flatten(1))
+            inputs.append(condition.require("latent").flatten(1))
         embedding = self.embed_time(time_features(t_feature, self.features))
         if self.embed_label is not None:
-            embedding = embedding + self.embed_label(condition.need("label"))
-        x = torch.cat(seen, dim=1)
+            embedding = embedding + self.embed_label(condition.require("label"))
+        x = torch.cat(inputs, dim=1)
         angles = x @ self.waves
-        h = self.enter(torch.cat([x, torch.cos(angles), torch.sin(angles)], dim=1))
+        h = self.in_proj(torch.cat([x, torch.cos(angles), torch.sin(angles)], dim=1))
         for block in self.blocks:
             h = block(h, embedding)
-        return self.leave(h).to(u.dtype).view(len(u), self.io.output_channels, *u.shape[2:])
+        return self.out_proj(h).to(u.dtype).view(len(u), self.io.output_channels, *u.shape[2:])
 
 
-class _Block(nn.Module):
+class MLPBlock(nn.Module):
     """h (B, width) and embedding (B, width) to (B, width)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.first, self.second = nn.Linear(width, width), zeroed(nn.Linear(width, width))
+        self.first, self.second = nn.Linear(width, width), zero_module(nn.Linear(width, width))
         with torch.no_grad():
             self.first.weight *= SINE_GAIN
 

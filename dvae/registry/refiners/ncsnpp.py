@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dvae.errors import UserError
 from dvae.layers import ncsnpp_blocks as parts
+from dvae.layers.activation_checkpointing import maybe_checkpoint
 from dvae.layers.attention import AttentionBackend
-from dvae.layers.blocks import zeroed
-from dvae.layers.fir import double, fir_double
+from dvae.layers.blocks import fold_patches, with_skip, zero_module
+from dvae.layers.fir import fir_upsample, upsample
 from dvae.layers.ncsnpp_blocks import NCSNAttention, NCSNBlock, TimeEmbedding
-from dvae.layers.recompute import recomputed
-from dvae.layers.trunk import check_levels
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
@@ -59,24 +57,19 @@ class NCSNpp(Refiner):
 
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
-        check_levels("refiner", config, io.image_size, config.attention_resolutions)
-        if config.time_scale <= 0 or config.fourier_scale <= 0:
-            raise UserError(
-                f"refiner.time_scale {config.time_scale} or fourier_scale {config.fourier_scale}: not above 0"
-            )
+        parts.check_ncsnpp("refiner", config, io.image_size)
         self.config = config
         self.build_condition_embeddings(4 * config.width)
         area = config.patch**2
-        time = parts.time_layers(config.width, config.time, config.fourier_scale)
-        down, skips = parts.downward(
-            config, self.input_channels * area, io.image_size, config.fir, config.progressive_input
+        time = parts.time_layers(config)
+        down, skips = parts.down_layers(
+            config, io.input_channels * area, io.image_size, config.fir, config.progressive_input
         )
-        middle = parts.middle(config, skips[-1])
+        middle = parts.middle_layers(config, skips[-1])
         up = self._upward(skips)
         channels = config.multipliers[0] * config.width
-        out = [parts.group_norm(channels, silu=True), zeroed(parts.conv(channels, io.output_channels * area))]
-        self.sizes = [len(part) for part in (time, down, middle, up, out)]
-        self.all_modules = nn.ModuleList([*time, *down, *middle, *up, *out])
+        out = [parts.group_norm(channels, silu=True), zero_module(parts.conv(channels, io.output_channels * area))]
+        self.all_modules, self.sizes = parts.numbered(time, down, middle, up, out)
 
     def _upward(self, skips: list[int]) -> list[nn.Module]:
         """Layers from the coarsest level to the finest, given the channels of the skips."""
@@ -86,32 +79,26 @@ class NCSNpp(Refiner):
         side = self.io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             for _ in range(config.blocks + 1):
-                layers.append(parts.residual(config, channels + skips.pop(), multiplier * config.width))
+                layers.append(parts.res_block(config, channels + skips.pop(), multiplier * config.width))
                 channels = multiplier * config.width
             if side in config.attention_resolutions:
                 layers.append(NCSNAttention(channels, config.attention))
             if level > 0:
-                layers.append(parts.residual(config, channels, channels, fir_double if config.fir else double))
+                layers.append(parts.res_block(config, channels, channels, fir_upsample if config.fir else upsample))
                 side *= 2
         return layers
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        modules = iter(self.all_modules)
-        time, down, middle, up, out = ([next(modules) for _ in range(size)] for size in self.sizes)
-        again = self.config.checkpoint_blocks
-        x = F.pixel_unshuffle(self.concat_condition(u, condition), self.config.patch)
-        x = x.contiguous(memory_format=torch.channels_last)
-        embedding = parts.embed_time(time, t_feature / 1000.0, self.config.time_scale)
+        time, down, middle, up, out = parts.split_parts(self.all_modules, self.sizes)
+        use_checkpoint = self.config.checkpoint_blocks
+        x = fold_patches(self.concat_condition(u, condition), self.config.patch)
+        embedding = parts.embed_time(self.config, time, t_feature)
         embedding = self.add_condition_embedding(embedding, condition)
-        skips = parts.descend(down, x, embedding, again)
-        h = parts.through(middle, skips[-1], embedding, again)
+        skips = parts.run_down_layers(down, x, embedding, use_checkpoint)
+        h = parts.run_layers(middle, skips[-1], embedding, use_checkpoint)
         for layer in up:
             if isinstance(layer, NCSNBlock) and layer.resample is None:
-                h = recomputed(again, _with_skip, layer, h, skips.pop(), embedding)
+                h = maybe_checkpoint(use_checkpoint, with_skip, layer, h, skips.pop(), embedding)
             else:
-                h = parts.through([layer], h, embedding, again)
-        return F.pixel_shuffle(parts.through(out, h, embedding, False), self.config.patch).to(u.dtype)
-
-
-def _with_skip(block: nn.Module, h: torch.Tensor, skip: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    return block(torch.cat([h, skip], dim=1), embedding)
+                h = parts.run_layers([layer], h, embedding, use_checkpoint)
+        return F.pixel_shuffle(parts.run_layers(out, h, embedding, False), self.config.patch).to(u.dtype)

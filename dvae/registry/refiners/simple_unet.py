@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dvae.layers.blocks import Downsample, EmbeddedSequential, ResBlock, Upsample, zeroed
+from dvae.layers.activation_checkpointing import maybe_checkpoint
+from dvae.layers.blocks import Downsample, EmbeddedSequential, ResBlock, Upsample, fold_patches, zero_module
 from dvae.layers.embeddings import mlp, time_features
 from dvae.layers.norms import GroupNorm
-from dvae.layers.recompute import recomputed
-from dvae.layers.trunk import check_levels
+from dvae.layers.unet_blocks import check_levels
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
@@ -48,7 +48,7 @@ class SimpleUNet(Refiner):
         widths = [multiplier * config.width for multiplier in config.multipliers]
         self.time_embed = mlp(config.width, embedding)
         self.build_condition_embeddings(embedding)
-        self.stem = nn.Conv2d(self.input_channels * config.patch**2, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(io.input_channels * config.patch**2, widths[0], 3, padding=1)
 
         def level(inputs: int, outputs: int) -> EmbeddedSequential:
             sizes = pairwise([inputs] + [outputs] * config.blocks)
@@ -59,21 +59,20 @@ class SimpleUNet(Refiner):
         self.shrink = nn.ModuleList(Downsample(a) for a in widths[:-1])
         self.grow = nn.ModuleList(Upsample(a) for a in widths[:0:-1])
         self.up = nn.ModuleList(level(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))
-        last = zeroed(nn.Conv2d(widths[0], io.output_channels * config.patch**2, 3, padding=1))
+        last = zero_module(nn.Conv2d(widths[0], io.output_channels * config.patch**2, 3, padding=1))
         self.out = nn.Sequential(GroupNorm(widths[0], silu=True), last)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        x = F.pixel_unshuffle(self.concat_condition(u, condition), self.config.patch)
-        h = self.stem(x.contiguous(memory_format=torch.channels_last))
+        h = self.stem(fold_patches(self.concat_condition(u, condition), self.config.patch))
         embedding = self.add_condition_embedding(
             self.time_embed(time_features(t_feature, self.config.width // 2)), condition
         )
-        again = self.config.checkpoint_blocks
+        use_checkpoint = self.config.checkpoint_blocks
         skips = []
         for level, shrink in zip(self.down, self.shrink, strict=False):  # the coarsest level has no skip connection
-            skips.append(recomputed(again, level, h, embedding))
+            skips.append(maybe_checkpoint(use_checkpoint, level, h, embedding))
             h = shrink(skips[-1])
-        h = recomputed(again, self.down[-1], h, embedding)
+        h = maybe_checkpoint(use_checkpoint, self.down[-1], h, embedding)
         for grow, level in zip(self.grow, self.up, strict=True):
-            h = recomputed(again, level, torch.cat([grow(h), skips.pop()], dim=1), embedding)
+            h = maybe_checkpoint(use_checkpoint, level, torch.cat([grow(h), skips.pop()], dim=1), embedding)
         return F.pixel_shuffle(self.out(h), self.config.patch).to(u.dtype)

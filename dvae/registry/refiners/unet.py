@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dvae.layers.activation_checkpointing import maybe_checkpoint
 from dvae.layers.attention import AttentionBackend
-from dvae.layers.blocks import EmbeddedSequential, Upsample, zeroed
+from dvae.layers.blocks import EmbeddedSequential, Upsample, fold_patches, with_skip, zero_module
 from dvae.layers.embeddings import mlp, sinusoidal
 from dvae.layers.norms import GroupNorm
-from dvae.layers.recompute import recomputed
-from dvae.layers.trunk import attend, check_trunk, downward, middle, residual
+from dvae.layers.unet_blocks import attention_block, build_down_blocks, build_middle_block, check_unet, res_block
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners.base import REFINERS, Condition, Refiner
 
@@ -54,45 +54,40 @@ class UNet(Refiner):
     def __init__(self, config: Config, io: Shapes) -> None:
         super().__init__(config, io)
         self.config = config
-        check_trunk("refiner", config, io.image_size)
+        check_unet("refiner", config, io.image_size)
         width, embedding = config.width, 4 * config.width
         self.time_embed = mlp(width, embedding)
         self.build_condition_embeddings(embedding)
-        self.input_blocks, skips = downward(config, self.input_channels, io.image_size)
+        self.input_blocks, skips = build_down_blocks(config, io.input_channels, io.image_size)
         channels = skips[-1]
-        self.middle_block = middle(config, channels)
+        self.middle_block = build_middle_block(config, channels)
 
         side = io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             for block in range(config.blocks + 1):
-                layers: list[nn.Module] = [residual(config, channels + skips.pop(), multiplier * width)]
+                layers: list[nn.Module] = [res_block(config, channels + skips.pop(), multiplier * width)]
                 channels = multiplier * width
                 if side in config.attention_resolutions:
-                    layers.append(attend(config, channels))
+                    layers.append(attention_block(config, channels))
                 if level > 0 and block == config.blocks:
                     layers.append(Upsample(channels))
                     side *= 2
                 self.output_blocks.append(EmbeddedSequential(*layers))
 
-        last = zeroed(nn.Conv2d(channels, io.output_channels * config.patch**2, 3, padding=1))
+        last = zero_module(nn.Conv2d(channels, io.output_channels * config.patch**2, 3, padding=1))
         # SiLU is part of the norm; Identity keeps the numbering of the convolution
         self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), last)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        x = F.pixel_unshuffle(self.concat_condition(u, condition), self.config.patch)
-        h = x.contiguous(memory_format=torch.channels_last)
+        h = fold_patches(self.concat_condition(u, condition), self.config.patch)
         embedding = self.add_condition_embedding(self.time_embed(sinusoidal(t_feature, self.config.width)), condition)
-        again = self.config.checkpoint_blocks
+        use_checkpoint = self.config.checkpoint_blocks
         skips = []
         for block in self.input_blocks:
-            h = recomputed(again, block, h, embedding)
+            h = maybe_checkpoint(use_checkpoint, block, h, embedding)
             skips.append(h)
-        h = recomputed(again, self.middle_block, h, embedding)
+        h = maybe_checkpoint(use_checkpoint, self.middle_block, h, embedding)
         for block in self.output_blocks:
-            h = recomputed(again, _with_skip, block, h, skips.pop(), embedding)
+            h = maybe_checkpoint(use_checkpoint, with_skip, block, h, skips.pop(), embedding)
         return F.pixel_shuffle(self.out(h), self.config.patch).to(u.dtype)
-
-
-def _with_skip(block: nn.Module, h: torch.Tensor, skip: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    return block(torch.cat([h, skip], dim=1), embedding)

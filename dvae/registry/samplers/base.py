@@ -15,12 +15,12 @@ from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
 
-MOST_STEPS = 10_000
+MAX_STEPS = 10_000
 """Steps of a sampler; published ones take 1,000 to 4,000 at most."""
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SamplerOutput:
     """The end of a trajectory."""
 
     u: torch.Tensor
@@ -83,8 +83,8 @@ class Sampler(ABC):
     """Whether all samples stand at the same time after each step, so that on_step can put in known pixels."""
 
     def __init__(self, config: Config, io: Shapes) -> None:
-        if not 1 <= config.steps <= MOST_STEPS:
-            raise UserError(f"sampler.steps={config.steps}: use 1 to {MOST_STEPS}")
+        if not 1 <= config.steps <= MAX_STEPS:
+            raise UserError(f"sampler.steps={config.steps}: use 1 to {MAX_STEPS}")
         self.config = config
 
     def supports(self, diffusion: Diffusion) -> bool:
@@ -96,7 +96,7 @@ class Sampler(ABC):
         """u at s from u at t, 0 < s < t <= 1."""
 
     @torch.no_grad()
-    def sample(self, model: Model, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None) -> Sampled:
+    def sample(self, model: Model, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None) -> SamplerOutput:
         """Integrate from u at t = 1 to t = 0."""
         config = self.config
         times = time_grid(model.diffusion.schedule, config.steps, config.spacing, config.t_min, config.sigma_min)
@@ -108,7 +108,7 @@ class Sampler(ABC):
             u = self.step(state, u, t, s) if s > 0.0 else model.diffusion.initial_state(state.predict(u, t).x0)
             if on_step is not None:
                 u = on_step(state.i + 1, s, u)
-        return Sampled(u, torch.full((len(u),), state.calls * model.passes))
+        return SamplerOutput(u, torch.full((len(u),), state.calls * model.passes))
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler", __package__, Sampler)

@@ -12,7 +12,7 @@ from dvae.diffusion.probability_flow import MIN_SQRT_CLOCK, flow_velocity, sqrt_
 from dvae.diffusion.rk45 import integrate
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.samplers.base import SAMPLERS, Sampled, Sampler, SamplerState
+from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerOutput, SamplerState
 
 
 @SAMPLERS.register("ode")
@@ -51,7 +51,7 @@ class ProbabilityFlow(Sampler):
         raise AssertionError("the samples of this sampler stand at times of their own: see `sample`")
 
     @torch.no_grad()
-    def sample(self, model: Model, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None) -> Sampled:
+    def sample(self, model: Model, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None) -> SamplerOutput:
         """Integrate from u at t = 1 to t = 0; on_step sees these two states only."""
         config, diffusion = self.config, model.diffusion
         u = config.temperature * u
@@ -64,4 +64,4 @@ class ProbabilityFlow(Sampler):
         u = diffusion.initial_state(model(end.y, last, threshold=config.threshold).x0)
         if on_step is not None:
             u = on_step(1, 0.0, u)
-        return Sampled(u, (end.evaluations + 1) * model.passes)
+        return SamplerOutput(u, (end.evaluations + 1) * model.passes)

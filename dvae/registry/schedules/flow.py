@@ -13,7 +13,7 @@ from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 
 @SCHEDULES.register("flow")
-class Flow(Schedule):
+class FlowMatching(Schedule):
     """Straight paths: sigma/alpha = r(t) = t / (1 - t), B = log(1 + r^2) (Liu et al. 2023; Lipman et al. 2023).
 
     Their x_t = (1 - t) x0 + t eps, scaled to unit variance, is the state u_t here. `shift` puts

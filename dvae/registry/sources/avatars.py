@@ -24,7 +24,7 @@ HAIR = ["#2c1b18", "#6b3f2a", "#e8c26a", "#d1512d", "#c9c9d2", "#4f7fd9", "#e060
 OVERSAMPLING = 2  # drawn at twice the size and scaled down: eyes and mouths are crisper than drawn directly
 
 
-class Look(Enum):
+class AvatarStyle(Enum):
     """DiceBear styles whose art may be used freely (CC BY 4.0 or CC0 1.0)."""
 
     toon_head = "toon-head"
@@ -39,8 +39,8 @@ class Look(Enum):
 
 
 # Framing (the face fills the image), and weights that favor parts which can be told apart at 32 pixels.
-OPTIONS: dict[Look, dict[str, Any]] = {
-    Look.toon_head: {
+OPTIONS: dict[AvatarStyle, dict[str, Any]] = {
+    AvatarStyle.toon_head: {
         "scale": 1.42,
         "translateY": 6,
         "skinColor": SKIN,
@@ -49,8 +49,8 @@ OPTIONS: dict[Look, dict[str, Any]] = {
         "mouthVariant": {"laugh": 4, "agape": 3, "angry": 3, "smile": 1, "sad": 1},
         "eyesVariant": {"happy": 3, "wide": 3, "wink": 2, "humble": 1, "bow": 1},
     },
-    Look.big_smile: {"accessoriesProbability": 25},
-    Look.personas: {
+    AvatarStyle.big_smile: {"accessoriesProbability": 25},
+    AvatarStyle.personas: {
         "scale": 1.5,
         "translateY": 10,
         "skinColor": SKIN,
@@ -58,11 +58,11 @@ OPTIONS: dict[Look, dict[str, Any]] = {
         "facialHairColor": HAIR[:2],
         "mouthVariant": ["bigSmile", "frown", "lips", "smile", "smirk", "surprise"],
     },
-    Look.micah: {"scale": 1.15},
-    Look.adventurer: {"scale": 1.15},
-    Look.open_peeps: {"scale": 1.1},
-    Look.lorelei: {"scale": 1.1},
-    Look.notionists: {"scale": 1.3, "translateY": 8},
+    AvatarStyle.micah: {"scale": 1.15},
+    AvatarStyle.adventurer: {"scale": 1.15},
+    AvatarStyle.open_peeps: {"scale": 1.1},
+    AvatarStyle.lorelei: {"scale": 1.1},
+    AvatarStyle.notionists: {"scale": 1.3, "translateY": 8},
 }
 
 
@@ -72,7 +72,7 @@ class Avatars(Source):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
-        style: Look = Look.toon_head
+        style: AvatarStyle = AvatarStyle.toon_head
         """DiceBear style, by another artist each."""
         n: int = 2000
         """Number of faces."""

@@ -11,7 +11,7 @@ from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFiles
 
 
 @SOURCES.register("zip")
-class Zip(AnyImageFiles):
+class ZipSource(AnyImageFiles):
     """All images in a zip archive, read in place, in the order of their names; their folder is the label "folder"."""
 
     @dataclass(kw_only=True, slots=True)

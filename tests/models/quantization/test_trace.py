@@ -31,8 +31,8 @@ ALL = Shapes(image_size=8, k=2, condition_channels=3, latent=(5,), condition_lat
 KEPT = {
     "unet": {"time_embed.0", "time_embed.2", "input_blocks.0.0", "out.2"},
     "simple_unet": {"time_embed.0", "time_embed.2", "stem", "out.1"},
-    "dit": {"time_embed.0", "time_embed.2", "enter", "leave"},
-    "mlp": {"embed_time.0", "embed_time.2", "enter", "leave.1"},
+    "dit": {"time_embed.0", "time_embed.2", "in_proj", "out_proj"},
+    "mlp": {"embed_time.0", "embed_time.2", "in_proj", "out_proj.1"},
     "ncsnpp": {"all_modules.0", "all_modules.1", "all_modules.2"},  # and the last, by its number
 }
 TIMES = torch.tensor([3.0, 900.0])

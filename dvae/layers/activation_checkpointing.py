@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(wanted: bool, block: Callable[..., Any], *inputs: Any) -> Any:
+def maybe_checkpoint(wanted: bool, block: Callable[..., Any], *inputs: Any) -> Any:
     """block(*inputs); where `wanted`, only its inputs are kept for the gradient (Chen et al. 2016).
 
     Same outputs and gradients, dropout too, for about a third more computation.

@@ -22,7 +22,7 @@ class LevelsConfig(Protocol):
     patch: int
 
 
-class TrunkConfig(LevelsConfig, Protocol):
+class UNetConfig(LevelsConfig, Protocol):
     """Fields that the Config of a network with this trunk has; the embedding is 4 * width wide."""
 
     attention_resolutions: list[int]
@@ -32,15 +32,15 @@ class TrunkConfig(LevelsConfig, Protocol):
     groups: int
 
 
-def residual(config: TrunkConfig, inputs: int, outputs: int) -> ResBlock:
+def res_block(config: UNetConfig, inputs: int, outputs: int) -> ResBlock:
     return ResBlock(inputs, outputs, 4 * config.width, config.dropout, config.scale_shift_norm, config.groups)
 
 
-def attend(config: TrunkConfig, channels: int) -> AttentionBlock:
+def attention_block(config: UNetConfig, channels: int) -> AttentionBlock:
     return AttentionBlock(channels, config.heads, config.attention, config.groups)
 
 
-def downward(config: TrunkConfig, inputs: int, image_size: int) -> tuple[nn.ModuleList, list[int]]:
+def build_down_blocks(config: UNetConfig, inputs: int, image_size: int) -> tuple[nn.ModuleList, list[int]]:
     """The blocks down to the coarsest level, and the channels that each puts out.
 
     The first takes maps (B, inputs * patch^2, image_size / patch, image_size / patch).
@@ -55,23 +55,23 @@ def downward(config: TrunkConfig, inputs: int, image_size: int) -> tuple[nn.Modu
             outputs.append(channels)
             side //= 2
         for _ in range(config.blocks):
-            layers: list[nn.Module] = [residual(config, channels, multiplier * width)]
+            layers: list[nn.Module] = [res_block(config, channels, multiplier * width)]
             channels = multiplier * width
             if side in config.attention_resolutions:
-                layers.append(attend(config, channels))
+                layers.append(attention_block(config, channels))
             blocks.append(EmbeddedSequential(*layers))
             outputs.append(channels)
     return blocks, outputs
 
 
-def middle(config: TrunkConfig, channels: int) -> EmbeddedSequential:
+def build_middle_block(config: UNetConfig, channels: int) -> EmbeddedSequential:
     """Attention between two residual blocks, at the coarsest level."""
     return EmbeddedSequential(
-        residual(config, channels, channels), attend(config, channels), residual(config, channels, channels)
+        res_block(config, channels, channels), attention_block(config, channels), res_block(config, channels, channels)
     )
 
 
-def check_trunk(kind: str, config: TrunkConfig, image_size: int) -> None:
+def check_unet(kind: str, config: UNetConfig, image_size: int) -> None:
     """Raise UserError where the fields do not fit each other or the images; `kind` is the component's, for messages."""
     check_levels(kind, config, image_size, config.attention_resolutions)
     for multiplier in config.multipliers:

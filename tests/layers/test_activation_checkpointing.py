@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dvae.layers.recompute import recomputed
+from dvae.layers.activation_checkpointing import maybe_checkpoint
 
 
 class Counted(nn.Module):
@@ -29,7 +29,7 @@ def test_same_outputs_and_gradients_with_dropout(bf16):
         block.zero_grad()
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = recomputed(wanted, block, x, y)
+            output = maybe_checkpoint(wanted, block, x, y)
         output.float().square().sum().backward()
         results.append([output, y.grad, *(p.grad.clone() for p in block.parameters())])
     for plain, again in zip(*results, strict=True):
@@ -40,7 +40,7 @@ def test_same_outputs_and_gradients_with_dropout(bf16):
 def test_nothing_is_computed_twice_without_a_gradient():
     block = Counted()
     with torch.no_grad():
-        recomputed(True, block, torch.randn(4, 8), torch.zeros(8))
+        maybe_checkpoint(True, block, torch.randn(4, 8), torch.zeros(8))
     assert block.calls == 1
 
 
@@ -59,7 +59,7 @@ def test_keeps_only_the_inputs():
         x = torch.randn(64, 8)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             for block in blocks:
-                x = recomputed(wanted, block, x, y)
+                x = maybe_checkpoint(wanted, block, x, y)
         return sum(found.values())
 
     assert kept(True) < kept(False) / 2
