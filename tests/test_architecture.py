@@ -1,18 +1,204 @@
-"""The plan of the house, checked: which way imports run, who alone may import what, and what is installed."""
+"""The structure of the package: which way imports run, what is unique, who alone may import or parse what, the wheel."""
 
 from __future__ import annotations
 
 import ast
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 from tests_support import ROOT, environment
 
 PACKAGE = ROOT / "dvae"
+LINKED = ("launchers", "recipes", "tools")
+"""Folders of the top level that are part of the package through symlinks."""
+MOST_LINES = 400
+MOST_TOP_MODULES = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the package."""
+
+    name: str
+    """Its path below dvae/, such as "layers/attention.py"."""
+    text: str
+    tree: ast.Module
+
+    @property
+    def module(self) -> str:
+        """Its dotted name, such as "dvae.layers.attention"."""
+        return ".".join(
+            ["dvae", *self.name.removesuffix(".py").removesuffix("__init__").rstrip("/").split("/")]
+        ).rstrip(".")
+
+
+@cache
+def sources() -> tuple[Source, ...]:
+    found = [(path.relative_to(PACKAGE).as_posix(), path) for path in PACKAGE.rglob("*.py")]
+    for name in LINKED:  # rglob does not follow symlinks
+        found += [(path.relative_to(ROOT).as_posix(), path) for path in (ROOT / name).rglob("*.py")]
+    texts = {name: path.read_text(encoding="utf-8") for name, path in found}
+    return tuple(Source(name, text, ast.parse(text)) for name, text in sorted(texts.items()))
+
+
+# -- imports ----------------------------------------------------------------------------------------------------------
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Every name that a file imports, wherever the import stands: in a function or under TYPE_CHECKING too."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            names |= {
+                word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)
+            }
+    return names
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """Module -> modules of dvae that it imports."""
+    modules = {source.module for source in sources()}
+
+    def module_of(name: str) -> str | None:
+        """The module that an imported name is, or is defined in."""
+        while name not in modules and "." in name:
+            name = name.rpartition(".")[0]
+        return name if name in modules else None
+
+    found = {source.module: {module_of(name) for name in imported(source.tree)} for source in sources()}
+    return {module: {one for one in names if one and one != module} for module, names in found.items()}
+
+
+def layers() -> list[list[str]]:
+    """The import order of docs/architecture.md, the only place where it is stated: the lowest layer first."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- import order -->\n```\n(.*?)\n```", text, re.DOTALL)
+    return [line.partition("#")[0].split() for line in block.splitlines()]
+
+
+def layer_of(module: str, order: list[list[str]]) -> int:
+    """The number of the layer that names the module or, with the longest path, a folder that it lies in."""
+    places = {f"dvae.{place.removesuffix('.py').rstrip('/').replace('/', '.')}": number
+              for number, names in enumerate(order) for place in names}  # fmt: skip
+    places = {("dvae" if place == "dvae.__init__" else place): number for place, number in places.items()}
+    name = module
+    while name not in places:
+        assert "." in name, f"docs/architecture.md: the import order does not name {module}"
+        name = name.rpartition(".")[0]
+        assert name != "dvae", f"docs/architecture.md: the import order does not name {module}"
+    return places[name]
+
+
+def test_imports_run_one_way() -> None:
+    order = layers()
+    number = {module: layer_of(module, order) for module in graph()}
+    wrong = [f"{module} imports {one}, which lies above it"
+             for module, names in graph().items() for one in sorted(names) if number[one] > number[module]]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_import_order_names_what_exists_and_each_once() -> None:
+    names = [name for layer in layers() for name in layer]
+    assert len(set(names)) == len(names)
+    lost = [name for name in names if not (PACKAGE / name).exists()]
+    assert not lost, f"docs/architecture.md: the import order names {lost}, which do not exist"
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of modules that import each other in a circle (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in edges[module]:
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            circle = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(circle) > 1:
+                found.append(circle)
+
+    for module in edges:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_no_import_circle_between_files() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles(graph()) == []
+
+
+# -- sizes and names --------------------------------------------------------------------------------------------------
+
+
+def test_files_and_functions_are_short() -> None:
+    long = {source.name: count for source in sources() if (count := source.text.count("\n")) > MOST_LINES}
+    assert not long, long
+    functions = [node for source in sources() for node in ast.walk(source.tree)
+                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]  # fmt: skip
+    lengths = [(node.end_lineno or 0) - node.lineno + 1 for node in functions]
+    assert statistics.median(lengths) < 10
+    assert max(lengths) <= 60
+    top = [source.name for source in sources() if "/" not in source.name]
+    assert len(top) <= MOST_TOP_MODULES, top
+
+
+def duplicates(pairs: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
+    places = defaultdict(list)
+    for name, place in pairs:
+        places[name].append(place)
+    return {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_class_names_are_unique() -> None:
+    """A nested `Config` belongs to its component and is none of them."""
+    found = duplicates(
+        (node.name, source.name) for source in sources() for node in source.tree.body if isinstance(node, ast.ClassDef)
+    )
+    assert not found, found
+
+
+def test_module_names_are_unique() -> None:
+    """Commands (tools/) are named for what they do. Components are named by the user's words, unique within a kind."""
+    kinds = {path.name for path in (PACKAGE / "registry").iterdir() if path.is_dir()}
+
+    def named() -> Iterator[tuple[str, str]]:
+        for source in sources():
+            folder, _, file = source.name.rpartition("/")
+            name = file.removesuffix(".py")
+            if name not in ("__init__", "base") and folder != "tools":
+                component = folder.startswith("registry/") and folder.rpartition("/")[2] in kinds
+                yield name, "a component" if component else source.name
+
+    found = {name: places for name, places in duplicates(named()).items() if set(places) != {"a component"}}
+    assert not found, found
+
+
+# -- who alone may ----------------------------------------------------------------------------------------------------
 ONLY = {
     "xformers": {"layers/attention.py"},
     "deepspeed": {"training/engine/deepspeed_engine.py"},
@@ -24,37 +210,10 @@ ONLY = {
 }
 
 
-def sources() -> list[tuple[str, ast.Module]]:
-    found = [(path.relative_to(PACKAGE).as_posix(), path) for path in PACKAGE.rglob("*.py")]
-    for name in ("launchers", "recipes", "tools"):  # rglob does not follow the symlinks
-        found += [(f"{name}/{path.name}", path) for path in (ROOT / name).rglob("*.py")]
-    return [(name, ast.parse(path.read_text(encoding="utf-8"))) for name, path in sorted(set(found))]
-
-
-def imported(tree: ast.Module) -> set[str]:
-    """Modules that a file imports, those that only the type checker reads left out."""
-    skipped = {
-        id(node)
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.dump(test.test)
-        for node in ast.walk(test)
-    }
-    modules: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return modules
-
-
 @pytest.mark.parametrize("library", ONLY)
 def test_a_library_has_one_importer(library: str) -> None:
-    users = {name for name, tree in sources() if any(m.partition(".")[0] == library for m in imported(tree))}
-    # importlib.import_module is how attention.py reaches xformers
-    assert users <= ONLY[library], users - ONLY[library]
+    users = {one.name for one in sources() if library in {name.partition(".")[0] for name in imported(one.tree)}}
+    assert users == ONLY[library]
 
 
 PARSERS = {
@@ -88,22 +247,27 @@ def called(tree: ast.Module) -> set[str]:
 
 def test_files_are_read_through_the_bounded_readers() -> None:
     seen = set()
-    for name, tree in sources():
-        parsing = called(tree) & PARSERS
+    for source in sources():
+        parsing = called(source.tree) & PARSERS
         seen |= parsing
-        assert parsing <= MAY_PARSE.get(name, set()), f"{name} calls {sorted(parsing)}: use dvae/utils/read.py"
+        assert parsing <= MAY_PARSE.get(source.name, set()), (
+            f"{source.name} calls {sorted(parsing)}: use dvae/utils/read.py"
+        )
     assert {"json.loads", "yaml.load", "load_file"} <= seen
 
 
 def test_launchers_recipes_and_tools_are_imported_as_parts_of_dvae() -> None:
-    for name, tree in sources():
-        assert not {m.partition(".")[0] for m in imported(tree)} & {"launchers", "recipes", "tools"}, name
+    for source in sources():
+        assert not {name.partition(".")[0] for name in imported(source.tree)} & set(LINKED), source.name
 
 
 @pytest.mark.slow
 def test_a_wheel_installs_only_dvae_and_its_command(tmp_path: Path) -> None:
-    left_out = shutil.ignore_patterns(".venv*", ".git", "build", "runs", "tests", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=left_out)  # a build leaves files in its tree
+    (tmp_path / "source").mkdir()  # a copy, because a build leaves files in its tree
+    for name in ("dvae", *LINKED):
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, True, shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "README.md"):
+        shutil.copyfile(ROOT / name, tmp_path / "source" / name)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([*build, str(tmp_path / "source")], check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")

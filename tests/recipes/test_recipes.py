@@ -53,7 +53,7 @@ def test_dry_run_writes_nothing_and_tells_what_the_table_does(
     assert composed.recipe == recipe
     if composed.source.name in published:
         composed.evaluate.kid_subset_size = 2
-    if composed.teacher:  # a run that is not there yet: what is told then, tests/training/test_distil.py sees
+    if composed.teacher:  # a run that is not there yet: what is told then, tests/stages/test_distil.py sees
         with pytest.raises(UserError, match=f"{composed.teacher}: no such run or bundle"):
             validate.describe(composed)
         return
