@@ -37,9 +37,13 @@ class Source:
     @property
     def module(self) -> str:
         """Its dotted name, such as "dvae.layers.attention"."""
-        return ".".join(
-            ["dvae", *self.name.removesuffix(".py").removesuffix("__init__").rstrip("/").split("/")]
-        ).rstrip(".")
+        return dotted(self.name)
+
+
+def dotted(name: str) -> str:
+    """The dotted name of a file or folder below dvae/."""
+    parts = ["dvae", *name.removesuffix(".py").split("/")]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @cache
@@ -93,9 +97,7 @@ def layers() -> list[list[str]]:
 
 def layer_of(module: str, order: list[list[str]]) -> int:
     """The number of the layer that names the module or, with the longest path, a folder that it lies in."""
-    places = {f"dvae.{place.removesuffix('.py').rstrip('/').replace('/', '.')}": number
-              for number, names in enumerate(order) for place in names}  # fmt: skip
-    places = {("dvae" if place == "dvae.__init__" else place): number for place, number in places.items()}
+    places = {dotted(place): number for number, names in enumerate(order) for place in names}
     name = module
     while name not in places:
         assert "." in name, f"docs/architecture.md: the import order does not name {module}"
