@@ -35,7 +35,7 @@ def places_of(text: str, folder: Path) -> list[str]:
 
 
 def test_a_token_from_the_environment_is_used_and_written_nowhere(tmp_path: Path, tiny: list[str], tool: Tool) -> None:
-    build({"name": "avatars", "count": 160}, 16, tmp_path / "web" / TOKEN, 0.2, workers=1)
+    build({"name": "avatars", "n": 160}, 16, tmp_path / "web" / TOKEN, 0.2, workers=1)
     with serving(tmp_path / "web") as server:
         words = [
             *tiny, "stages=[shards,encoder]", f"data.shards={server.url}/{REFERENCE}", "run=run",
@@ -66,7 +66,7 @@ def test_a_token_from_the_environment_is_used_and_written_nowhere(tmp_path: Path
 def test_a_run_is_resumed_from_its_folder_only_if_the_user_trusts_what_it_uses(
     tmp_path: Path, tiny: list[str], tool: Tool
 ) -> None:
-    build({"name": "avatars", "count": 160}, 16, tmp_path / "shards", 0.2, workers=1)
+    build({"name": "avatars", "n": 160}, 16, tmp_path / "shards", 0.2, workers=1)
     place = "pipe:cat shards/%s; touch ${oc.env:MARKER_FILE}"
     words = [*tiny, "stages=[shards]", f"data.shards='{place}'", "run=run"]
     assert tool("launch", *words, MARKER_FILE="first-marker").returncode == 0

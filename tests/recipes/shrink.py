@@ -11,7 +11,7 @@ from dvae.config.schema import TRAININGS
 SIZE = 16
 """Height and width of the images."""
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
-    "source": {"avatars": {"count": 24}, "mnist_5k": {"name": "avatars", "count": 24}},
+    "source": {"avatars": {"n": 24}, "mnist_5k": {"name": "avatars", "n": 24}},
     "encoder": {
         "conv_vae": {
             "resolutions": [SIZE, 8, 1], "channels": [16, 16, 16], "encoder_blocks": [1, 1, 1],

@@ -33,7 +33,7 @@ def words(folder: Path, run: Path) -> list[str]:
 def celebahq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CelebAMask-HQ's folders with drawn faces of 256 px, and a mask that is none of the images."""
     root = tmp_path_factory.mktemp("data") / "CelebAMask-HQ"
-    faces = SOURCES.build({"name": "avatars", "count": FACES}, Shapes(image_size=256))
+    faces = SOURCES.build({"name": "avatars", "n": FACES}, Shapes(image_size=256))
     images, masks = root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno" / "0"
     images.mkdir(parents=True)
     masks.mkdir(parents=True)
