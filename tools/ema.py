@@ -26,14 +26,14 @@ def command(argv: list[str]) -> None:
     from dvae.training import posthoc
 
     settings: posthoc.EmaToolConfig = compose.words_of_a_tool(compose.compose("ema", argv))
-    made = posthoc.make(settings)
-    kept = "width" if settings.decay is None else "decay"
+    fit = posthoc.build_average(settings)
+    kind = "width" if settings.decay is None else "decay"
     print(
-        f"{settings.stage}: {kept} {getattr(settings, kept):g} at step {made.step}, from {len(made.snapshots)} "
-        f"snapshots; relative error of its profile {made.error:.1e}"
+        f"{settings.stage}: {kind} {getattr(settings, kind):g} at step {fit.step}, from {len(fit.snapshots)} "
+        f"snapshots; relative error of its profile {fit.error:.1e}"
     )
-    if made.error > POOR:
-        steps = sorted({one.step for one in made.snapshots})
+    if fit.error > POOR:
+        steps = sorted({one.step for one in fit.snapshots})
         print(f"that is a poor fit: take one of the steps {steps}, a width nearer to those kept, or more snapshots")
     for path in filter(None, (settings.out, settings.bundle)):
         print(path)

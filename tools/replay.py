@@ -17,7 +17,7 @@ that makes a value that is not finite; and whether the step is reproduced. Nothi
 
 
 def command(argv: list[str]) -> None:
-    """Compose the words, replay, and print what was seen."""
+    """Compose the words, replay, and print what was result."""
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
@@ -27,15 +27,15 @@ def command(argv: list[str]) -> None:
     words = compose.compose("replay", argv)
     if OmegaConf.is_missing(words, "bundle"):
         raise UserError("bundle= is not set: name a folder nonfinite-STAGE-STEP of a run")
-    seen = replay.replay(words.bundle, words.shards)
-    record = seen.recorded
+    result = replay.replay(words.bundle, words.shards)
+    record = result.recorded
     print(f"{record['stage']} step {record['step']}, samples {record['samples'][0]} to {record['samples'][-1]}")
     for kind, title in (("figures", "figure, mean over the batch"), ("gradient_norms", "gradient norm")):
         print(f"\n{title:<60} {'recorded':>12} {'now':>12}")
-        for name in seen.recorded[kind] | seen.now[kind]:
-            print(f"{name:<60} {number(record[kind].get(name)):>12} {number(seen.now[kind].get(name)):>12}")
-    print(f"\nfirst layer whose output is not finite: {seen.first or 'none'}")
-    print(seen.verdict)
+        for name in result.recorded[kind] | result.now[kind]:
+            print(f"{name:<60} {number(record[kind].get(name)):>12} {number(result.now[kind].get(name)):>12}")
+    print(f"\nfirst layer whose output is not finite: {result.first_nonfinite_layer or 'none'}")
+    print(result.summary)
 
 
 def number(value: Any) -> str:

@@ -81,7 +81,8 @@ def _table(stage: StagePlan) -> list[str]:
         mark = "*" if one.zero == stage.training.zero_stage else ""
         rows.append(
             [
-                f"{one.zero}{mark}", *map(_gib, parts), _gib(states.kept_bucket + states.passing), _gib(one.memory),
+                f"{one.zero}{mark}", *map(_gib, parts), _gib(states.persistent_bucket + states.transient),
+                _gib(one.memory),
                 "yes" if one.fits else "no", str(one.largest),
                 "-" if one.largest_other is None else str(one.largest_other),
                 _gib(one.sent), f"{1000 * one.communication:.2f}", f"{1000 * one.step:.2f}",

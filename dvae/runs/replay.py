@@ -1,4 +1,4 @@
-"""Replay of a step that was left out: the same weights, samples and draws once more, in one process."""
+"""Replay of a step that was skipped: the same weights, samples and random numbers once more, in one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dvae.training.loop import accumulate_gradients
 from dvae.training.resilience import nonfinite
 from dvae.training.train_task import TrainTask
 from dvae.utils.read import DamagedFile
-from dvae.utils.weights import fit_weights, load_weights
+from dvae.utils.weights import fit_weights, load_weights, part_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,14 +54,14 @@ class ReplayResult:
 
     recorded: dict[str, Any]
     now: dict[str, Any]
-    first: str
-    """The first layer that made a value that is not finite of ones that are, now; empty where none did."""
+    first_nonfinite_layer: str
+    """The first layer in the replay whose output is not finite although its input is. Empty if there is none."""
 
     @property
-    def verdict(self) -> str:
-        """Whether what was not finite is so again, in one line."""
+    def summary(self) -> str:
+        """Whether the same values are not finite again, in one line."""
         before, now = (
-            {name for names in seen["not_finite"].values() for name in names} for seen in (self.recorded, self.now)
+            {name for names in step["not_finite"].values() for name in names} for step in (self.recorded, self.now)
         )
         if before == now:
             return f"reproduced: the same {len(now)} values are not finite"
@@ -94,34 +94,34 @@ def replay(folder: str, shards: str = "") -> ReplayResult:
     components.build_models_on_meta(config)
     if shards:
         config.data.shards = shards
-    refuse_other_run(config, record, path)
-    training = as_one_process(config, record)
-    task = open_training(run, config, record["stage"])
+    check_same_run(config, record, path)
+    training = merge_ranks(config, record)
+    task = open_task(run, config, record["stage"])
     batches = recorded_batches(config, training, task, record, path)
     engines = recorded_engines(task, record["step"], path)
-    with first_not_finite(engines) as first:
-        figures = accumulate_gradients(task, engines, batches, record["step"])
-    now = nonfinite.describe_step([figures], engines)
+    with record_nonfinite_layers(engines) as layers:
+        metrics = accumulate_gradients(task, engines, batches, record["step"])
+    now = nonfinite.describe_step([metrics], engines)
     for engine in engines.values():
         engine.close()
-    return ReplayResult(record, now, next(iter(first), ""))
+    return ReplayResult(record, now, next(iter(layers), ""))
 
 
-def refuse_other_run(config: RunConfig, record: dict[str, Any], path: Path) -> None:
+def check_same_run(config: RunConfig, record: dict[str, Any], path: Path) -> None:
     """Raise UserError if the run has no such training, or one of another batch."""
     name = record["stage"]
-    known = [each.removeprefix("train_") for each in TRAININGS if each != "train_distil"]
+    trainings = [each.removeprefix("train_") for each in TRAININGS if each != "train_distil"]
     if config.distiller is not None:
-        known += distil_rounds(config)
+        trainings += distil_rounds(config)
     training: TrainingConfig = getattr(config, settings_of(name))
-    if name not in known or len(record["samples"]) != training.batch or record["step"] > training.steps:
+    if name not in trainings or len(record["samples"]) != training.batch or record["step"] > training.steps:
         raise UserError(
             f"bundle={path}: step {record['step']} of {name} with {len(record['samples'])} samples is none of the run "
             "around it: leave the bundle where it was written"
         )
 
 
-def open_training(run: Run, config: RunConfig, name: str) -> TrainTask:
+def open_task(run: Run, config: RunConfig, name: str) -> TrainTask:
     """The training `name`, with its modules as they are before the first step."""
     match stage_of(name):
         case "encoder":
@@ -135,8 +135,8 @@ def open_training(run: Run, config: RunConfig, name: str) -> TrainTask:
     return open_distil_task(run, config, name)
 
 
-def as_one_process(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
-    """The stage's settings, changed in `config`: the parts of all ranks are micro-batches of one."""
+def merge_ranks(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
+    """Change the stage's settings in `config`, so that one process takes the parts of all ranks as micro-batches."""
     name = settings_of(record["stage"])
     training: TrainingConfig = getattr(config, name)
     parts = record["world_size"] * record["micro_batches"]
@@ -148,7 +148,7 @@ def as_one_process(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
 def recorded_batches(
     config: RunConfig, training: TrainingConfig, task: TrainTask, record: dict[str, Any], path: Path
 ) -> list[Batch]:
-    """The step's micro-batches. Raises UserError where the run's samples are not those of the record."""
+    """The step's micro-batches. Raises UserError if the run's samples are not those of the record."""
     with open_loader(config, training, task.name, images=task.needs_images, whole=True) as data:
         batches = data.step((record["step"] - 1) * training.batch)
     for name, values in (
@@ -166,22 +166,20 @@ def recorded_engines(task: TrainTask, step: int, path: Path) -> dict[str, Engine
     engines = {}
     for name, module in task.modules().items():
         if task.trains(name, step):
-            start = f"{name}."
-            own = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
-            fit_weights(module, own, str(path / nonfinite.WEIGHTS))
+            fit_weights(module, part_of(weights, name), str(path / nonfinite.WEIGHTS))
             engines[name] = Engine(module, task.module_config(name))
     return engines
 
 
 @contextmanager
-def first_not_finite(engines: Mapping[str, Engine]) -> Iterator[list[str]]:
-    """Layers, in the order in which they are run in the block, whose output is not finite while their input is."""
+def record_nonfinite_layers(engines: Mapping[str, Engine]) -> Iterator[list[str]]:
+    """While the block runs, list the layers whose output is not finite although their input is, as they are called."""
     found: list[str] = []
     hooks = []
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def check_layer(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not finite(output) and finite(inputs):
+            if not all_finite(output) and all_finite(inputs):
                 found.append(name)
 
         return hook
@@ -189,7 +187,7 @@ def first_not_finite(engines: Mapping[str, Engine]) -> Iterator[list[str]]:
     for name, engine in engines.items():
         for layer, module in engine.module.named_modules():
             if not list(module.children()):
-                hooks.append(module.register_forward_hook(look(f"{name}.{layer}")))
+                hooks.append(module.register_forward_hook(check_layer(f"{name}.{layer}")))
     try:
         yield found
     finally:
@@ -197,7 +195,7 @@ def first_not_finite(engines: Mapping[str, Engine]) -> Iterator[list[str]]:
             hook.remove()
 
 
-def finite(values: Any) -> bool:
-    """Whether all tensors among `values` are."""
+def all_finite(values: Any) -> bool:
+    """Whether all tensors among `values` are finite."""
     values = values if isinstance(values, tuple | list) else (values,)
     return all(bool(value.isfinite().all()) for value in values if isinstance(value, torch.Tensor))

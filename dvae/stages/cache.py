@@ -21,7 +21,7 @@ from dvae.stages.posteriors import encode_images
 from dvae.stages.run_models import load_models
 from dvae.tracking.console import CountedProgress
 from dvae.training.batches import open_shards
-from dvae.training.resilience.sample_log import record_damage
+from dvae.training.resilience.damage_record import record_damage
 from dvae.utils import rng
 from dvae.utils.atomic_files import sha256
 

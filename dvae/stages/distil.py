@@ -19,16 +19,16 @@ from dvae.stages.latent_sources import LatentSource, open_latents
 from dvae.stages.noisy_task import NoisyTask
 from dvae.stages.previews import build_pipeline, save_samples
 from dvae.stages.run_models import default_device, export_bundle, load_models
-from dvae.stages.train_stage import strip_prefix, train_stage
+from dvae.stages.train_stage import train_stage
 from dvae.training.loop import PreviewHook, TrainHooks
 from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.resilience import ranks
 from dvae.training.train_task import Engines, StepOutput
 from dvae.utils import rng
-from dvae.utils.weights import State, fit_weights
+from dvae.utils.weights import State, fit_weights, part_of
 
-STUDENT_PREFIX = "denoiser."
-"""Prefix that the names of a student's weights have in the trained module."""
+STUDENT = "denoiser"
+"""The submodule of StudentModel that is saved."""
 
 
 class StudentModel(nn.Module):
@@ -103,7 +103,7 @@ def run_distil_stage(run: Run, config: RunConfig) -> None:
         if name not in ranks.on_rank_zero(run.records):
             task = open_distil_task(run, config, name)
             hooks = TrainHooks(student_preview(run, config, name, task.steps))
-            train_stage(run, config, task, {name: STUDENT_PREFIX}, hooks)
+            train_stage(run, config, task, {name: STUDENT}, hooks)
 
     def finish() -> None:
         run.save_weights("denoiser", run.load_weights(names[-1]))
@@ -149,7 +149,7 @@ def student_preview(run: Run, config: RunConfig, name: str, steps: int) -> Previ
     """Samples of the averaged student in as many steps as its round is for."""
 
     def preview(step: int, weights: State) -> Path:
-        pipeline = build_pipeline(run, config, strip_prefix(weights, STUDENT_PREFIX))
+        pipeline = build_pipeline(run, config, part_of(weights, STUDENT))
         pipeline.use_sampler(steps=steps)
         return save_samples(run, pipeline, f"{name}-{step:08d}.png")
 

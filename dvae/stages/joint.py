@@ -19,14 +19,15 @@ from dvae.runs.folder import Run
 from dvae.stages.encoder_terms import encoder_losses
 from dvae.stages.previews import preview_images
 from dvae.stages.run_models import default_device, load_models
-from dvae.stages.train_stage import strip_prefix, train_stage
+from dvae.stages.train_stage import train_stage
 from dvae.tracking import pictures
 from dvae.training.loop import PreviewHook, TrainHooks
 from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.train_task import Engines, StepOutput, TrainTask
-from dvae.utils.weights import State
+from dvae.utils.weights import State, part_of
 
-PREFIXES = {"encoder": "encoder.", "denoiser": "denoiser."}
+PARTS = {"encoder": "encoder", "denoiser": "denoiser"}
+"""Part of the bundle -> submodule of JointModel."""
 
 
 class JointModel(nn.Module):
@@ -82,7 +83,7 @@ class JointTask(TrainTask):
 def run_joint_stage(run: Run, config: RunConfig) -> None:
     """Train the run's encoder and refiner. The prior is fitted afterwards."""
     task = open_joint_task(run, config)
-    train_stage(run, config, task, PREFIXES, TrainHooks(refinement_preview(run, config)))
+    train_stage(run, config, task, PARTS, TrainHooks(refinement_preview(run, config)))
 
 
 def open_joint_task(run: Run, config: RunConfig) -> JointTask:
@@ -98,9 +99,9 @@ def refinement_preview(run: Run, config: RunConfig) -> PreviewHook:
 
     def preview(step: int, weights: State) -> Path:
         models = components.build_models(config)
-        for name, prefix in PREFIXES.items():
+        for name, submodule in PARTS.items():
             part = models.trained_parts()[name]
-            part.load_state_dict(strip_prefix(weights, prefix))
+            part.load_state_dict(part_of(weights, submodule))
             part.eval().requires_grad_(False)
         x_hat, refined = Pipeline(model_config(config), models, config.evaluate.batch).reconstruct(images)
         path = run.images / f"joint-{step:08d}.png"

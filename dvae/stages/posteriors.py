@@ -13,7 +13,7 @@ from dvae.models.components import Models
 from dvae.registry.encoders.base import Encoder, Posterior
 from dvae.runs.folder import Run
 from dvae.training.batches import open_shards
-from dvae.training.resilience.sample_log import record_damage
+from dvae.training.resilience.damage_record import record_damage
 
 
 @torch.no_grad()

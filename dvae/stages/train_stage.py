@@ -13,20 +13,20 @@ from dvae.training.loop import TrainHooks, train
 from dvae.training.resilience import ranks
 from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.training.train_task import TrainTask
-from dvae.utils.weights import State
+from dvae.utils.weights import State, part_of
 
 
 def train_stage(
     run: Run,
     config: RunConfig,
     task: TrainTask,
-    part_prefixes: Mapping[str, str],
+    parts: Mapping[str, str],
     hooks: TrainHooks,
     final_metrics: Callable[[State], dict[str, float]] | None = None,
 ) -> None:
     """Train one task, save its averaged weights, and bring the bundle up to date. Every rank takes part.
 
-    `part_prefixes` maps each part of the bundle to the prefix that its names have in the task's module.
+    `parts` maps each part that is saved to its submodule in the task's module ("" if it is the whole module).
     `final_metrics` of the averaged weights go into the stage's record.
     """
     training = task.config
@@ -38,8 +38,8 @@ def train_stage(
     weights = averaged[task.name]
 
     def finish() -> None:
-        for part, prefix in part_prefixes.items():
-            run.save_weights(part, strip_prefix(weights, prefix))
+        for part, submodule in parts.items():
+            run.save_weights(part, part_of(weights, submodule) if submodule else weights)
         export_bundle(run, config)
         record = {
             "seconds": state.seconds,
@@ -50,8 +50,3 @@ def train_stage(
         run.finish(task.name, record | (final_metrics(weights) if final_metrics else {}))
 
     ranks.on_rank_zero(finish)
-
-
-def strip_prefix(weights: State, prefix: str) -> State:
-    """The weights whose names begin with `prefix`, under their names without it."""
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

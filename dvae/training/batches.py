@@ -14,7 +14,8 @@ from dvae.data.shards.remote import locate_shards
 from dvae.toy2d import points
 from dvae.tracking.console import say
 from dvae.training.resilience import ranks
-from dvae.training.resilience.sample_log import SynchronizedLoader, load_damaged
+from dvae.training.resilience.damage_record import load_damaged
+from dvae.training.resilience.sample_log import SynchronizedLoader
 from dvae.utils import rng
 
 

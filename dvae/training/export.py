@@ -1,4 +1,4 @@
-"""A bundle of what a checkpoint holds: on any machine, in one process, without a GPU, whoever trained it."""
+"""Export a checkpoint as a bundle, on any machine, in one process and without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dvae.training.engine.fragments import WEIGHT, SavedEngine
 from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.utils.weights import State
 
-PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
+STAGE_PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
 """Stage -> the part of a bundle that it trains."""
 
 
@@ -44,38 +44,41 @@ ConfigStore.instance().store(name="export_schema", node=ExportConfig, provider="
 
 def export(settings: ExportConfig) -> int:
     """Write the bundle; returns the checkpoint's step. Raises UserError where there is no such checkpoint or part."""
-    run = checked("out", settings.out, settings.stage, settings.run)
+    run = open_run(settings.run, settings.stage, "out", settings.out)
     config = run.config()
     checkpoints = Checkpoints(run.checkpoints(settings.stage), keep=0)
-    known = checkpoints.steps()
-    if not known or (settings.step and settings.step not in known):
+    steps = checkpoints.steps()
+    if not steps or (settings.step and settings.step not in steps):
         raise UserError(
-            f"run={settings.run} has no checkpoint of its {settings.stage} at step={settings.step}: it has {known}"
+            f"run={settings.run} has no checkpoint of its {settings.stage} at step={settings.step}: it has {steps}"
         )
-    step = settings.step or known[-1]
-    saved = SavedEngine(checkpoints.checked(step) / settings.stage)
+    step = settings.step or steps[-1]
+    saved = SavedEngine(checkpoints.verified_folder(step) / settings.stage)
     kind = MAIN if settings.average and any(saved.kinds.values()) else WEIGHT
-    with_part(run, config, PARTS[settings.stage], saved.state_dict(kind), Path(settings.out))
+    export_with_part(run, config, STAGE_PARTS[settings.stage], saved.state_dict(kind), Path(settings.out))
     return step
 
 
-def checked(word: str, folder: str, stage: str, run: str) -> Run:
-    """The run in folder `run`. Raises UserError where there is none, or no such stage, or `word`=`folder` is taken."""
-    if stage not in PARTS:
-        raise UserError(f"unknown stage {stage!r}: {suggest(stage, PARTS)}")
-    if folder and Path(folder).exists():
-        raise UserError(f"{word}={folder} is there already: name a folder that is not")
+def open_run(run: str, stage: str, out_key: str, out: str) -> Run:
+    """The run in folder `run`. Raises UserError if there is none, or no such stage, or if the folder `out` exists.
+
+    `out_key` is the name of the setting that holds `out`.
+    """
+    if stage not in STAGE_PARTS:
+        raise UserError(f"unknown stage {stage!r}: {suggest(stage, STAGE_PARTS)}")
+    if out and Path(out).exists():
+        raise UserError(f"{out_key}={out} is there already: name a folder that is not")
     found = Run(Path(run))
     if not found.config_file.exists():
         raise UserError(f"run={run}: no run is there: name a run folder")
     return found
 
 
-def with_part(run: Run, config: RunConfig, part: str, weights: State, folder: Path) -> None:
-    """Write a bundle of the run's finished parts with these weights as one of them. Raises UserError if one lacks."""
+def export_with_part(run: Run, config: RunConfig, part: str, weights: State, folder: Path) -> None:
+    """Write a bundle of the run's finished parts, with `weights` as `part`. Raises UserError if a part is missing."""
     trained = components.build_models_on_meta(config).trained_parts()
-    kept = [name for name in trained if name != part and run.has_weights(name)]
-    lacking = sorted(trained.keys() - {*kept, part, bundle.CLASSIFIER})
-    if lacking:
-        raise UserError(f"run={run.path} has no trained {lacking[0]} yet, which a bundle needs: train that first")
-    bundle_export.export(folder, config, {name: run.load_weights(name) for name in kept} | {part: weights})
+    finished = [name for name in trained if name != part and run.has_weights(name)]
+    missing = sorted(trained.keys() - {*finished, part, bundle.CLASSIFIER})
+    if missing:
+        raise UserError(f"run={run.path} has no trained {missing[0]} yet, which a bundle needs: train that first")
+    bundle_export.export(folder, config, {name: run.load_weights(name) for name in finished} | {part: weights})

@@ -77,20 +77,20 @@ def train(
             watchdog.heartbeat(task.name, state.step, "end")
             if hooks.score and hooks.score_every and state.step % hooks.score_every == 0:
                 watchdog.suspend(task.name, state.step, "scores")
-                state.add_metrics(compute_scores(hooks.score, engines[task.name].averaged()))
+                state.add_metrics(compute_scores(hooks.score, engines[task.name].averaged_weights()))
             log_metrics(task, state, tracker, progress)
             checkpoints.check()
             stop_reason = stop_request.reason_of_any_rank()
             watchdog.suspend(task.name, state.step, "preview or save")
             if hooks.preview and config.preview_every and state.step % config.preview_every == 0:
-                log_preview(hooks.preview, state.step, engines[task.name].averaged(), tracker)
+                log_preview(hooks.preview, state.step, engines[task.name].averaged_weights(), tracker)
             snapshots.write_if_due(state.step, engines[task.name])
             if state.step % config.save_every == 0 or state.step == config.steps or stop_reason:
                 save_checkpoint(engines, checkpoints, state)
             if stop_reason and state.step < config.steps:
                 where = f"stopped at {task.name} step {state.step} ({stop_reason})"
                 raise Stopped(f"{where}, saved: the same command again resumes", stop_reason)
-    averaged = {name: engine.averaged() for name, engine in engines.items()}
+    averaged = {name: engine.averaged_weights() for name, engine in engines.items()}
     for engine in engines.values():
         engine.close()
     return averaged, state

@@ -22,14 +22,14 @@ from dvae.config.schema import WIDTHS, EmaProfile, RunConfig
 from dvae.errors import UserError
 from dvae.models import components
 from dvae.runs.folder import Run
-from dvae.training.engine.ema import power
+from dvae.training.engine.ema import power_exponent
 from dvae.training.engine.snapshots import WeightSnapshot, list_snapshots
-from dvae.training.export import PARTS, checked, with_part
+from dvae.training.export import STAGE_PARTS, export_with_part, open_run
 from dvae.utils.weights import State, refuse_nonfinite, save_weights
 
 RIDGE = 1e-10
 """Relative to each profile's squared norm: keeps coefficients small where snapshots lie close together."""
-MOST = 5000
+MAX_SNAPSHOTS = 5000
 """Snapshots that a fit takes: its matrices have the square of that many numbers."""
 
 
@@ -60,18 +60,17 @@ ConfigStore.instance().store(name="ema_schema", node=EmaToolConfig, provider="dv
 
 @dataclass(frozen=True)
 class EmaFit:
-    """How an average is made of snapshots."""
+    """An average as a linear combination of snapshots."""
 
     step: int
     snapshots: list[WeightSnapshot]
     coefficients: np.ndarray
     """One for each snapshot; they add up to 1."""
     error: float
-    """Norm of the difference between the profile that is made and the one that was asked for, over that of the latter;
-    in L2 over training time."""
+    """Relative error of the profile, in L2 over training time."""
 
 
-def products(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float) -> np.ndarray:
+def profile_inner_products(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float) -> np.ndarray:
     """Integrals over t of the profiles (steps, gammas), each (n,), times the profile (step, gamma): (n,).
 
     With a the one that ends first: (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (t_a / t_b)^gamma_b / t_b.
@@ -81,79 +80,82 @@ def products(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float) -
     return (gammas + 1) * (gamma + 1) / ((gammas + gamma + 1) * last) * (first / last) ** exponent
 
 
-def coefficients(steps: np.ndarray, widths: np.ndarray, step: int, width: float) -> tuple[np.ndarray, float]:
+def solve_coefficients(steps: np.ndarray, widths: np.ndarray, step: int, width: float) -> tuple[np.ndarray, float]:
     """Coefficients (n,), adding up to 1, of averages of `widths` (n,) at `steps` (n,) for one of `width` at `step`.
 
     They minimize the distance in L2 between the profiles; returns it too, relative to the norm of the profile.
     """
-    gammas, gamma = np.array([power(one) for one in widths]), power(width)
-    gram = np.stack([products(steps, gammas, *one) for one in zip(steps, gammas, strict=True)])
-    norm = np.sqrt(products(np.array([step]), np.array([gamma]), step, gamma)[0])
+    gammas, gamma = np.array([power_exponent(one) for one in widths]), power_exponent(width)
+    gram = np.stack([profile_inner_products(steps, gammas, *one) for one in zip(steps, gammas, strict=True)])
+    norm = np.sqrt(profile_inner_products(np.array([step]), np.array([gamma]), step, gamma)[0])
     norms = np.sqrt(np.diag(gram))
-    cosines, wanted = gram / np.outer(norms, norms), products(steps, gammas, step, gamma) / (norms * norm)
+    cosines, wanted = gram / np.outer(norms, norms), profile_inner_products(steps, gammas, step, gamma) / (norms * norm)
     masses = norm / norms  # of profiles of norm 1, in units of the wanted one's
     solved = np.linalg.solve(cosines + RIDGE * np.eye(len(steps)), np.stack([wanted, masses], 1))
     free, shift = solved.T
-    found = free + (1 - masses @ free) / (masses @ shift) * shift  # Lagrange: their masses add up to 1
-    squared = 1 - 2 * found @ wanted + found @ cosines @ found
-    return found * masses, float(np.sqrt(max(0.0, squared)))
+    solution = free + (1 - masses @ free) / (masses @ shift) * shift  # Lagrange: their masses add up to 1
+    squared = 1 - 2 * solution @ wanted + solution @ cosines @ solution
+    return solution * masses, float(np.sqrt(max(0.0, squared)))
 
 
-def fit(snapshots: Sequence[WeightSnapshot], step: int, width: float) -> EmaFit:
-    """The best combination of snapshots of power profile; those long after `step` are left out."""
+def fit_average(snapshots: Sequence[WeightSnapshot], step: int, width: float) -> EmaFit:
+    """The best combination of snapshots of power profile. Snapshots long after `step` are not used."""
     end = min(one.step for one in snapshots if one.step >= step)
     used = [one for one in snapshots if one.step <= end]
-    steps, widths = np.array([float(one.step) for one in used]), np.array([one.average.value for one in used])
-    found, error = coefficients(steps, widths, step, width)
-    return EmaFit(step, used, found, error)
+    steps, widths = np.array([float(one.step) for one in used]), np.array([one.spec.value for one in used])
+    coefficients, error = solve_coefficients(steps, widths, step, width)
+    return EmaFit(step, used, coefficients, error)
 
 
-def combine(found: EmaFit, module: torch.nn.Module) -> State:
+def combine_snapshots(fit: EmaFit, module: torch.nn.Module) -> State:
     """The state dict of a fit, for `module`, whose weights may be on the meta device.
 
     A buffer is not averaged: it is that of the snapshot nearest in time. Raises MachineError if a snapshot is damaged
     or differs from its hash, UserError if it does not fit the module, and if a number is not finite.
     """
-    nearest = min(found.snapshots, key=lambda one: abs(one.step - found.step))
+    nearest = min(fit.snapshots, key=lambda one: abs(one.step - fit.step))
     own, state = module.state_dict(), {}
-    averaged = [name for name, _ in module.named_parameters() if name in own]
-    sums = {name: torch.zeros(own[name].shape, dtype=torch.float64, device="cpu") for name in averaged}
-    for snapshot, coefficient in zip(found.snapshots, found.coefficients, strict=True):
+    parameters = [name for name, _ in module.named_parameters() if name in own]
+    sums = {name: torch.zeros(own[name].shape, dtype=torch.float64, device="cpu") for name in parameters}
+    for snapshot, coefficient in zip(fit.snapshots, fit.coefficients, strict=True):
         values = snapshot.load(module)
         for name, total in sums.items():
             total.add_(values[name].double(), alpha=float(coefficient))
         if snapshot is nearest:
             state = values
-    made = state | {name: total.float() for name, total in sums.items()}
-    refuse_nonfinite(made, f"the average of {nearest.path.parent} at step {found.step}")
-    return made
+    average = state | {name: total.float() for name, total in sums.items()}
+    refuse_nonfinite(average, f"the average of {nearest.path.parent} at step {fit.step}")
+    return average
 
 
-def make(settings: EmaToolConfig) -> EmaFit:
-    """Make the average that `settings` ask for, and write it.
+def build_average(settings: EmaToolConfig) -> EmaFit:
+    """Build the average that `settings` describe, and write it.
 
-    Raises UserError if it cannot be made, MachineError if a snapshot is damaged; then nothing is written.
+    Raises UserError if it cannot be built, MachineError if a snapshot is damaged. Then nothing is written.
     """
-    run, config = _check(settings)
+    run, config = _check_settings(settings)
     snapshots = list_snapshots(run.path / "snapshots" / settings.stage)
     if not snapshots:
         raise UserError(
             f"run={settings.run} has no snapshots of its {settings.stage}: train with train_{settings.stage}"
             ".ema.snapshot_every=1000 and .extra_widths=[0.05,0.1]"
         )
-    found = _kept(snapshots, settings) if settings.width is None else _fitted(snapshots, settings, settings.width)
-    part, trained = PARTS[settings.stage], components.build_models_on_meta(config).trained_parts()
+    if settings.width is None:
+        fit = _stored_average(snapshots, settings)
+    else:
+        fit = _fitted_average(snapshots, settings, settings.width)
+    part, trained = STAGE_PARTS[settings.stage], components.build_models_on_meta(config).trained_parts()
     if part not in trained:
         raise UserError(f"stage={settings.stage}: by its config, run={settings.run} has none with weights")
-    weights = combine(found, trained[part])
+    weights = combine_snapshots(fit, trained[part])
     if settings.out:
         save_weights(Path(settings.out), weights)
     if settings.bundle:
-        with_part(run, config, part, weights, Path(settings.bundle))
-    return found
+        export_with_part(run, config, part, weights, Path(settings.bundle))
+    return fit
 
 
-def _check(settings: EmaToolConfig) -> tuple[Run, RunConfig]:
+def _check_settings(settings: EmaToolConfig) -> tuple[Run, RunConfig]:
     """The run and its config. Raises UserError for words that are wrong whatever snapshots there are."""
     if (settings.width is None) == (settings.decay is None):
         raise UserError("an average has a width or a decay: add width=0.15, or decay=NUMBER of one that was kept")
@@ -163,40 +165,40 @@ def _check(settings: EmaToolConfig) -> tuple[Run, RunConfig]:
         raise UserError("nothing would be written: add out=FILE.safetensors or bundle=FOLDER")
     if settings.out and Path(settings.out).is_dir():
         raise UserError(f"out={settings.out} is a folder: name a file, or use bundle=")
-    run = checked("bundle", settings.bundle, settings.stage, settings.run)
+    run = open_run(settings.run, settings.stage, "bundle", settings.bundle)
     return run, run.config()
 
 
-def _step(snapshots: Sequence[WeightSnapshot], settings: EmaToolConfig) -> int:
+def _resolve_step(snapshots: Sequence[WeightSnapshot], settings: EmaToolConfig) -> int:
     last = max(one.step for one in snapshots)
     if not 0 <= settings.step <= last:
         raise UserError(f"step={settings.step}: use 1 to {last}, the step of the last snapshot")
     return settings.step or last
 
 
-def _fitted(snapshots: list[WeightSnapshot], settings: EmaToolConfig, width: float) -> EmaFit:
-    usable = [one for one in snapshots if one.average.profile is EmaProfile.power]
+def _fitted_average(snapshots: list[WeightSnapshot], settings: EmaToolConfig, width: float) -> EmaFit:
+    usable = [one for one in snapshots if one.spec.profile is EmaProfile.power]
     if len(usable) < 2:
         raise UserError(
             f"run={settings.run} has {len(usable)} snapshots of power profile of its {settings.stage}, a fit needs 2: "
             f"train with train_{settings.stage}.ema.extra_widths=[0.05,0.1]"
         )
-    if len(usable) > MOST:
+    if len(usable) > MAX_SNAPSHOTS:
         raise UserError(
-            f"run={settings.run} has {len(usable)} snapshots of its {settings.stage}, a fit takes {MOST} at most: move "
-            "some to another folder"
+            f"run={settings.run} has {len(usable)} snapshots of its {settings.stage}, a fit takes {MAX_SNAPSHOTS} at "
+            "most: move some to another folder"
         )
-    return fit(usable, _step(usable, settings), width)
+    return fit_average(usable, _resolve_step(usable, settings), width)
 
 
-def _kept(snapshots: list[WeightSnapshot], settings: EmaToolConfig) -> EmaFit:
+def _stored_average(snapshots: list[WeightSnapshot], settings: EmaToolConfig) -> EmaFit:
     """An average of constant profile, just as it was kept."""
-    constant = [one for one in snapshots if one.average.profile is EmaProfile.constant]
-    same = [one for one in constant if one.average.value == settings.decay]
+    constant = [one for one in snapshots if one.spec.profile is EmaProfile.constant]
+    same = [one for one in constant if one.spec.value == settings.decay]
     if not same:
-        known = ", ".join(sorted({str(one.average.value) for one in constant})) or "none"
+        known = ", ".join(sorted({str(one.spec.value) for one in constant})) or "none"
         raise UserError(f"decay={settings.decay}: no such average was kept, only a width can be made: kept: {known}")
-    step = _step(same, settings)
+    step = _resolve_step(same, settings)
     if chosen := [one for one in same if one.step == step]:
         return EmaFit(step, chosen, np.ones(1), 0.0)
     steps = [one.step for one in same]

@@ -64,7 +64,7 @@ def test_states_are_the_formula_that_two_ranks_keep(demo: plan.ResourcePlan) -> 
         for sharding in stage.shardings:
             training = replace(stage.training, zero_stage=sharding.zero)
             known = bytes_per_rank(stage.modules[0].parameters, 4, training)
-            assert (sharding.states.between, sharding.states.full) == known
+            assert (sharding.states.between_steps, sharding.states.with_gradients) == known
 
 
 def test_the_demo_adds_up(demo: plan.ResourcePlan) -> None:

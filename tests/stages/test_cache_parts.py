@@ -20,7 +20,7 @@ from dvae.stages.run_models import load_models
 from dvae.stages.shards import run_shards_stage
 from dvae.tools import cache as cache_tool
 from dvae.training.batches import open_shards
-from dvae.training.resilience.sample_log import load_damaged
+from dvae.training.resilience.damage_record import load_damaged
 
 WORDS = [
     "recipe=ldm_avatars", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",

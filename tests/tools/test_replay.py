@@ -126,16 +126,16 @@ def test_a_record_that_is_no_file_is_one_line(tmp_path: Path, make: Any) -> None
 )
 def test_a_record_of_another_run_is_refused(tiny: list[str], change: dict[str, Any]) -> None:
     settings = compose.typed(compose.compose("train", [*tiny, "train_encoder.batch=2", "run=runs/mine"]))
-    replay.refuse_other_run(settings, RECORD, Path("there"))
+    replay.check_same_run(settings, RECORD, Path("there"))
     with pytest.raises(UserError, match=r"bundle=there: step .* is none of the run around it"):
-        replay.refuse_other_run(settings, RECORD | change, Path("there"))
+        replay.check_same_run(settings, RECORD | change, Path("there"))
 
 
 def test_the_verdict_compares_what_is_not_finite() -> None:
     def seen(*names: str) -> dict[str, dict[str, list[str]]]:
         return {"not_finite": {"figures": [], "gradient_norms": list(names)}}
 
-    assert ReplayResult(seen("a", "b"), seen("b", "a"), "").verdict == "reproduced: the same 2 values are not finite"
-    assert ReplayResult(seen("a"), seen(), "").verdict.startswith("not reproduced")
-    part = ReplayResult(seen("a", "b"), seen("b", "c"), "").verdict
+    assert ReplayResult(seen("a", "b"), seen("b", "a"), "").summary == "reproduced: the same 2 values are not finite"
+    assert ReplayResult(seen("a"), seen(), "").summary.startswith("not reproduced")
+    part = ReplayResult(seen("a", "b"), seen("b", "c"), "").summary
     assert part == "reproduced in part: 1 of 2 values are not finite again; then only: a; now only: c"

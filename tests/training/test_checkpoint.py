@@ -198,7 +198,7 @@ def test_whatever_is_wrong_it_is_passed_over_in_one_line(
     assert reason in line
     assert len(line.splitlines()) == 1
     with pytest.raises(MachineError, match=r"is damaged \(.*\): take another step, of \[5, 10\]$"):
-        checkpoints.checked(10)
+        checkpoints.verified_folder(10)
     checkpoints.drop_after(5)
     assert checkpoints.steps() == [5]
     assert (tmp_path / "c" / "other").exists() == (damage == "a link in its place")  # what a link leads to stays

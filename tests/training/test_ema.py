@@ -11,7 +11,7 @@ from spawned_ranks import on_ranks
 
 from dvae.config.schema import EmaConfig, EmaProfile, Precision, TrainingConfig
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.engine.ema import MAIN, AdamWEma, averages, ema_decays, ema_names
+from dvae.training.engine.ema import MAIN, AdamWEma, ema_decays, ema_names, ema_specs
 from dvae.training.resilience import ranks
 
 
@@ -19,7 +19,7 @@ def weights_of_past(config: EmaConfig, steps: int) -> np.ndarray:
     """Weight that step i has in the average after `steps` steps."""
     weights = np.zeros(steps)
     for step in range(1, steps + 1):
-        decay = averages(config)[MAIN].decay(step)
+        decay = ema_specs(config)[MAIN].decay(step)
         weights *= decay
         weights[step - 1] = 1.0 - decay
     return weights
@@ -99,7 +99,7 @@ def averaged(zero_stage: int) -> tuple[Engine, dict[str, dict[str, torch.Tensor]
         x = batch.chunk(ranks.world_size())[ranks.rank()]
         engine.backward((engine(x) - x).square().mean())
         assert engine.step(number)
-    return engine, {name: engine.averaged(name) for name in ema_names(SEVERAL)}
+    return engine, {name: engine.averaged_weights(name) for name in ema_names(SEVERAL)}
 
 
 def on_two(number: int, folder: Path) -> None:
@@ -129,4 +129,4 @@ def test_two_ranks_keep_the_averages_of_one_at_every_zero_stage(tmp_path: Path) 
     together = torch.load(tmp_path / "zero-2.pt", weights_only=True)
     for name, state in together.items():
         for key, value in state.items():
-            assert torch.equal(engine.averaged(name)[key], value), (name, key)
+            assert torch.equal(engine.averaged_weights(name)[key], value), (name, key)

@@ -50,8 +50,8 @@ def test_resume_is_bit_for_bit(stage: int, precision: Precision, tmp_path: Path)
     second = make(stage, precision=precision)
     second.load(tmp_path)
     assert steps(second, 6, 8) == expected[5:]
-    for name, value in whole.averaged().items():
-        assert torch.equal(value, second.averaged()[name]), name
+    for name, value in whole.averaged_weights().items():
+        assert torch.equal(value, second.averaged_weights()[name]), name
     assert second.grad_norm == whole.grad_norm > 0
 
 
@@ -95,27 +95,27 @@ def test_the_optimizer_on_the_host_takes_the_same_steps(stage: int, tmp_path: Pa
 def test_stages_agree_and_the_average_is_one(stage: int) -> None:
     plain, other = make(0, precision=Precision.fp32), make(stage, precision=Precision.fp32)
     assert steps(plain, 1, 5) == pytest.approx(steps(other, 1, 5), rel=1e-5)
-    for name, value in plain.averaged().items():
-        torch.testing.assert_close(value, other.averaged()[name], rtol=1e-4, atol=1e-6)
+    for name, value in plain.averaged_weights().items():
+        torch.testing.assert_close(value, other.averaged_weights()[name], rtol=1e-4, atol=1e-6)
     weights = dict(plain.module.state_dict())
-    assert not torch.allclose(weights["0.weight"], plain.averaged()["0.weight"])
+    assert not torch.allclose(weights["0.weight"], plain.averaged_weights()["0.weight"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_before_the_first_step_the_average_is_the_weights(stage: int) -> None:
     engine = make(stage)
     for name, value in make(0).module.state_dict().items():
-        assert torch.equal(engine.averaged()[name], value), name
+        assert torch.equal(engine.averaged_weights()[name], value), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_non_finite_step_is_left_out(stage: int) -> None:
     engine = make(stage)
     steps(engine, 1, 2)
-    before = engine.averaged()
+    before = engine.averaged_weights()
     engine.backward((engine(torch.full((4, 6), torch.nan))).mean())
     assert not engine.step(3)
-    for name, value in engine.averaged().items():
+    for name, value in engine.averaged_weights().items():
         assert torch.equal(value, before[name]), name
     assert all(loss == loss for loss in steps(engine, 4, 5))
 
@@ -129,7 +129,9 @@ def test_accumulated_micro_batches_are_one_step() -> None:
         x = torch.cat(parts)
         plain.backward((plain(x) - x).square().mean())
         assert plain.step(number)
-    torch.testing.assert_close(engine.averaged()["0.weight"], plain.averaged()["0.weight"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        engine.averaged_weights()["0.weight"], plain.averaged_weights()["0.weight"], rtol=1e-5, atol=1e-7
+    )
 
 
 def test_learning_rate_is_a_function_of_the_step() -> None:

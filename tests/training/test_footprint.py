@@ -132,5 +132,5 @@ def test_a_part_shrinks_with_the_ranks() -> None:
 def test_the_parts_add_up(stage: int) -> None:
     config = TrainingConfig(zero_stage=stage)
     found = footprint(10**6, 4, config, averages=2)
-    assert (found.between, found.full) == bytes_per_rank(10**6, 4, config, averages=2)
+    assert (found.between_steps, found.with_gradients) == bytes_per_rank(10**6, 4, config, averages=2)
     assert found.averages == 2 * found.moments // 2 == 2 * FLOAT * 10**6 // (4 if stage else 1)

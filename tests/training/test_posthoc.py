@@ -25,11 +25,11 @@ from dvae.inference import pipeline
 from dvae.tools.ema import command
 from dvae.tracking.tracker import NoTracker
 from dvae.training.engine.deepspeed_engine import start_distributed
-from dvae.training.engine.ema import power
+from dvae.training.engine.ema import power_exponent
 from dvae.training.engine.snapshot_writer import SnapshotWriter, to_half
 from dvae.training.engine.snapshots import WeightSnapshot, list_snapshots, read_hashes
 from dvae.training.loop import TrainHooks, train
-from dvae.training.posthoc import coefficients, combine, fit, products
+from dvae.training.posthoc import combine_snapshots, fit_average, profile_inner_products, solve_coefficients
 from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.training.train_task import StepOutput, TrainTask
 from dvae.utils import atomic_files, rng
@@ -46,8 +46,8 @@ def profile(t: float, step: float, gamma: float) -> float:
 @settings(deadline=None)
 @given(first=st.floats(1, 1000), second=st.floats(1, 1000), a=WIDTHS, b=WIDTHS)
 def test_products_are_the_integrals_of_profiles(first: float, second: float, a: float, b: float) -> None:
-    one, other = power(a), power(b)
-    (closed,) = products(np.array([first]), np.array([one]), second, other)
+    one, other = power_exponent(a), power_exponent(b)
+    (closed,) = profile_inner_products(np.array([first]), np.array([one]), second, other)
     end = min(first, second)
     integral, _ = quad(lambda t: profile(t, first, one) * profile(t, second, other), 0.0, end, epsabs=0, epsrel=1e-9)
     assert closed == pytest.approx(integral, rel=1e-6)
@@ -55,11 +55,11 @@ def test_products_are_the_integrals_of_profiles(first: float, second: float, a: 
 
 def test_coefficients_against_least_squares_on_a_fine_grid() -> None:
     steps, widths = np.repeat(np.arange(1.0, 9.0) * 125, 2), np.tile([0.05, 0.1], 8)
-    found, error = coefficients(steps, widths, 1000, 0.15)
+    found, error = solve_coefficients(steps, widths, 1000, 0.15)
     times = (np.arange(10_000) + 0.5) / 10
-    gammas = [power(width) for width in widths]
+    gammas = [power_exponent(width) for width in widths]
     kept = np.stack([[profile(t, step, gamma) for t in times] for step, gamma in zip(steps, gammas, strict=True)])
-    wanted = np.array([profile(t, 1000, power(0.15)) for t in times])
+    wanted = np.array([profile(t, 1000, power_exponent(0.15)) for t in times])
     heavy = 1e4 * np.ones((1, len(steps)))  # a heavy last row: the coefficients add up to 1
     direct, *_ = np.linalg.lstsq(np.vstack([kept.T, heavy]), np.append(wanted, 1e4), rcond=None)
     np.testing.assert_allclose(found, direct, rtol=2e-3, atol=2e-4)
@@ -75,7 +75,7 @@ def test_twice_the_snapshots_fit_at_least_three_times_better(width: float, count
     errors = []
     for n in (count, 2 * count):
         steps = np.repeat(np.arange(1, n + 1) * (6400.0 / n), 2)
-        found, error = coefficients(steps, np.tile([0.05, 0.1], n), 6400, width)
+        found, error = solve_coefficients(steps, np.tile([0.05, 0.1], n), 6400, width)
         assert found.sum() == pytest.approx(1.0, abs=1e-9)
         errors.append(error)
     assert errors[1] < max(errors[0] / 3, 1e-5)
@@ -83,7 +83,7 @@ def test_twice_the_snapshots_fit_at_least_three_times_better(width: float, count
 
 def test_snapshots_side_by_side_do_not_blow_up() -> None:
     steps = np.repeat(np.array([*(np.arange(1, 33) * 31_250.0), 1_000_001.0]), 2)
-    found, error = coefficients(steps, np.tile([0.05, 0.1], 33), 1_000_001, 0.15)
+    found, error = solve_coefficients(steps, np.tile([0.05, 0.1], 33), 1_000_001, 0.15)
     assert error < 3e-3
     assert np.abs(found).sum() < 2
 
@@ -155,7 +155,7 @@ def snapshots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def of_width(snapshots: list[WeightSnapshot], *widths: float) -> list[WeightSnapshot]:
-    return [one for one in snapshots if one.average.profile is EmaProfile.power and one.average.value in widths]
+    return [one for one in snapshots if one.spec.profile is EmaProfile.power and one.spec.value in widths]
 
 
 def one_at(snapshots: list[WeightSnapshot], step: int, width: float) -> dict[str, torch.Tensor]:
@@ -166,8 +166,8 @@ def one_at(snapshots: list[WeightSnapshot], step: int, width: float) -> dict[str
 @pytest.mark.parametrize("step", [STEPS, STEPS // 2])
 def test_an_average_that_was_made_is_near_one_that_was_kept(snapshots: list[WeightSnapshot], step: int) -> None:
     """Within 3e-4, which is what fp16 leaves; two averages that were kept lie a hundred times further apart."""
-    found = fit(of_width(snapshots, 0.05, 0.1), step, 0.15)
-    made, kept = combine(found, Toy(configured(), True).module), one_at(snapshots, step, 0.15)
+    found = fit_average(of_width(snapshots, 0.05, 0.1), step, 0.15)
+    made, kept = combine_snapshots(found, Toy(configured(), True).module), one_at(snapshots, step, 0.15)
     assert found.error < 1e-2
     assert distance(made, kept) < 3e-4
     assert distance(one_at(snapshots, step, 0.1), kept) > 1e-2
@@ -176,8 +176,8 @@ def test_an_average_that_was_made_is_near_one_that_was_kept(snapshots: list[Weig
 
 
 def test_a_kept_width_is_made_exactly(snapshots: list[WeightSnapshot]) -> None:
-    found = fit(of_width(snapshots, 0.05, 0.1), STEPS, 0.1)
-    made = combine(found, Toy(configured(), True).module)
+    found = fit_average(of_width(snapshots, 0.05, 0.1), STEPS, 0.1)
+    made = combine_snapshots(found, Toy(configured(), True).module)
     assert found.error < 1e-6
     assert distance(made, one_at(snapshots, STEPS, 0.1)) < 1e-6
 

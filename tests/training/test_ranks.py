@@ -265,9 +265,9 @@ def nan_on_one(number: int) -> None:
         engine = Engine(torch.nn.Linear(4, 4), TrainingConfig(batch=4, zero_stage=stage))
         for step, factor in ((1, 1.0), (2, torch.nan if number == 1 else 1.0), (3, 1.0)):
             engine.backward((factor * engine(torch.ones(2, 4))).square().mean())
-            before = engine.averaged()
+            before = engine.averaged_weights()
             assert engine.step(step) is (step != 2), (stage, step)
-            after = engine.averaged()
+            after = engine.averaged_weights()
             assert all(value.isfinite().all() for value in after.values())
             assert all(torch.equal(after[name], before[name]) for name in after) is (step == 2), (stage, step)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,38 +11,16 @@ import pytest
 import torch
 
 from dvae.config.schema import TrainingConfig
-from dvae.data.images import encode_png
 from dvae.data.loading.loader import Loader
 from dvae.data.loading.order import Order
-from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.reader import PNG, Shards
-from dvae.data.shards.tar_files import ShardWriter, seal
 from dvae.errors import MachineError
-from dvae.training.resilience import sample_log as feeding
-from dvae.training.resilience.sample_log import SynchronizedLoader, load_damaged, record_damage, samples_file
+from dvae.training.resilience import sample_log
+from dvae.training.resilience.damage_record import load_damaged
+from dvae.training.resilience.sample_log import SynchronizedLoader, samples_file
 
 COUNT, BATCH = 40, 8
 TRAINING = TrainingConfig(batch=BATCH, steps=20, log_every=2)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """40 images of one gray each, in 3 shards."""
-    made, shards = tmp_path / "shards", []
-    made.mkdir()
-    for number, start in enumerate(range(0, COUNT, 16)):
-        writer = ShardWriter(made / f"train-{number:06d}.tar")
-        for index in range(start, min(start + 16, COUNT)):
-            png = encode_png(torch.full((8, 8, 3), index, dtype=torch.uint8).numpy())
-            writer.write(index, {"png": png, "json": json.dumps({"key": str(index), "labels": {}}).encode()})
-        writer.close()
-        shards.append(seal(writer.path))
-    manifest = Manifest(
-        image_size=8, channels=3, source={}, license="CC0", protocol="", heldout_fraction=0.0, shard_size=16,
-        splits={"train": shards, "heldout": []}, labels={},
-    )  # fmt: skip
-    (made / "manifest.json").write_text(json.dumps(manifest.as_dict()))
-    return made
 
 
 Take = Callable[[int, range], list[list[torch.Tensor]]]
@@ -67,8 +44,8 @@ def take(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Take:
                 parts.insert(0, value)
                 return list(parts)
 
-            monkeypatch.setattr(feeding.ranks, "all_gather", all_gather)
-            monkeypatch.setattr(feeding.ranks, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(sample_log.ranks, "all_gather", all_gather)
+            monkeypatch.setattr(sample_log.ranks, "rank", lambda rank=rank: rank)
             shards = Shards(folder, max_bad_fraction=0.1)
             order = Order(COUNT, seed=1, block=6, window=2)
             loader = Loader(shards, order, BATCH, rank=rank, world=world)
@@ -136,48 +113,3 @@ def test_too_much_damage_over_all_ranks_ends_the_run(take: Take, folder: Path, t
     with pytest.raises(MachineError, match=r"more than are passed over"):
         take(4, range(1, 6))
     assert load_damaged(tmp_path, "train").keys() < {1, 9, 17, 25, 33, 38}
-
-
-def test_a_record_of_damage_is_added_to(folder: Path, tmp_path: Path):
-    shards = Shards(folder)
-    shards.add_damaged({})
-    record_damage(tmp_path, shards)
-    assert not (tmp_path / feeding.DAMAGED).exists()
-    for index in (3, 2):
-        other = Shards(folder, max_bad_fraction=0.1)
-        other.add_damaged({index: f"file:{index}"})
-        record_damage(tmp_path, other)
-    assert load_damaged(tmp_path, "train") == {2: "file:2", 3: "file:3"}
-    (tmp_path / feeding.DAMAGED).write_text("{")
-    with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it"):
-        load_damaged(tmp_path, "train")
-
-
-DAMAGE_RECORDS = [
-    "", "[]", "7", '{"train": []}', '{"train": {"x": "y"}}', '{"train": {"1": 2}}', '{"train": {"1.5": "y"}}',
-    '{"train": {}, "train": {}}', "[" * 10**5, '{"train": {"' + "9" * 5000 + '": "y"}}',
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", DAMAGE_RECORDS)
-def test_a_record_of_damage_that_is_none(tmp_path: Path, text: str):
-    (tmp_path / feeding.DAMAGED).write_text(text)
-    with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it") as error:
-        load_damaged(tmp_path, "train")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.timeout(10)
-def test_a_record_of_damage_that_is_no_file(tmp_path: Path):
-    path = tmp_path / feeding.DAMAGED
-    for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
-        make(path)
-        with pytest.raises(MachineError, match=r"damaged\.json cannot be read .*: remove it"):
-            load_damaged(tmp_path, "train")
-        path.rmdir() if path.is_dir() else path.unlink()
-
-
-def test_a_record_of_damage_of_other_shards_is_named(folder: Path, tmp_path: Path):
-    (tmp_path / feeding.DAMAGED).write_text('{"train": {"40": "x"}}')
-    with pytest.raises(MachineError, match=r"image 40 is recorded as damaged, but .* has 40 images"):
-        Shards(folder).add_damaged(load_damaged(tmp_path, "train"))

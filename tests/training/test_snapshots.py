@@ -23,7 +23,7 @@ from dvae.tools.ema import command
 from dvae.training.engine.ema import EmaSpec
 from dvae.training.engine.snapshot_writer import SnapshotWriter
 from dvae.training.engine.snapshots import HASHES, WeightSnapshot, list_snapshots, read_hashes
-from dvae.training.posthoc import EmaFit, combine
+from dvae.training.posthoc import EmaFit, combine_snapshots
 from dvae.utils import atomic_files
 
 POWER, CONSTANT = EmaProfile.power, EmaProfile.constant
@@ -41,13 +41,13 @@ UNKNOWN = [
 
 @pytest.mark.parametrize(("step", "average"), KNOWN)
 def test_a_name_tells_of_its_snapshot(tmp_path: Path, step: int, average: EmaSpec) -> None:
-    snapshot = WeightSnapshot.at(tmp_path, step, average)
-    assert WeightSnapshot.of(snapshot.path) == snapshot
+    snapshot = WeightSnapshot.for_step(tmp_path, step, average)
+    assert WeightSnapshot.from_path(snapshot.path) == snapshot
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_name_that_no_training_gives_tells_of_nothing(tmp_path: Path, name: str) -> None:
-    assert WeightSnapshot.of(tmp_path / f"{name}.safetensors") is None
+    assert WeightSnapshot.from_path(tmp_path / f"{name}.safetensors") is None
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     writer = SnapshotWriter(run / "snapshots" / "refiner", TrainingConfig())
     for step in (3, 6):
         for width in (0.05, 0.1):
-            writer._write(WeightSnapshot.at(writer.folder, step, EmaSpec(POWER, width)).path, denoiser.state_dict())
+            writer._write(
+                WeightSnapshot.for_step(writer.folder, step, EmaSpec(POWER, width)).path, denoiser.state_dict()
+            )
     return run
 
 
@@ -139,13 +141,13 @@ def test_a_damaged_snapshot_is_one_line_and_nothing_is_written(made: Path, tmp_p
 def test_an_average_that_overflows_is_one_line(tmp_path: Path) -> None:
     module, folder = torch.nn.Linear(2, 2), tmp_path / "toy"
     large = {name: torch.full_like(value, 3e38) for name, value in module.state_dict().items()}
-    kept = [WeightSnapshot.at(folder, step, EmaSpec(POWER, 0.05)) for step in (1, 2)]
+    kept = [WeightSnapshot.for_step(folder, step, EmaSpec(POWER, 0.05)) for step in (1, 2)]
     for snapshot in kept:
         SnapshotWriter(folder, TrainingConfig())._write(snapshot.path, large)
-    found = combine(EmaFit(2, kept, np.array([0.5, 0.5]), 0.0), module)
+    found = combine_snapshots(EmaFit(2, kept, np.array([0.5, 0.5]), 0.0), module)
     assert torch.equal(found["weight"], large["weight"])
     with pytest.raises(UserError, match=r"the average of .*toy at step 2: '\w+' holds NaN or infinity"):
-        combine(EmaFit(2, kept, np.array([0.5, 1.5]), 0.0), module)
+        combine_snapshots(EmaFit(2, kept, np.array([0.5, 1.5]), 0.0), module)
 
 
 def test_names_that_no_training_gives_change_nothing(made: Path, tmp_path: Path) -> None:

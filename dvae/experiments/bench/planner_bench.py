@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from dvae.config.schema import Precision
 from dvae.data.loading.loader import Batch
 from dvae.errors import UserError
-from dvae.experiments.bench.trainer_bench import WARM_UP
+from dvae.experiments.bench.trainer_bench import WARM_UP, time_alternating
 from dvae.models import components
 from dvae.planning import counting, passes
 from dvae.planning.counting import Operations
@@ -79,7 +79,8 @@ def run(settings: PlannerBenchConfig) -> str:
     operations = {word: step_operations(settings, word) for word in words}
     steps = {word: a_step(settings, word) for word in words}
     matrices, convolutions = peaks()
-    seconds = take_turns(steps, settings.steps)
+    times = time_alternating(steps, settings.steps, timed)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     return table(rows(words, operations, seconds, (matrices, convolutions)), matrices, convolutions)
 
 
@@ -88,17 +89,6 @@ def timed(work: Callable[[], object]) -> float:
     began = time.process_time()
     work()
     return (time.process_time() - began) / torch.get_num_threads()
-
-
-def take_turns(steps: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Median seconds of each, once per turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(WARM_UP + turns):
-        for name, step in steps.items():
-            spent = timed(step)
-            if turn >= WARM_UP:
-                seconds[name].append(spent)
-    return {name: statistics.median(found) for name, found in seconds.items()}
 
 
 def rows(

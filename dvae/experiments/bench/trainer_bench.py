@@ -1,7 +1,7 @@
-"""What the trainer adds to a step, and a checkpoint to a run: loops that take turns in one process.
+"""Overhead of the trainer per step, and of a checkpoint per run: loops that take turns in one process.
 
 bare torch      the stage's network and AdamW, on one batch that is there already, with torch's random numbers
-bare DeepSpeed  the same, with the engine that the trainer has: averages of the weights included
+bare DeepSpeed  the same, with the engine that the trainer has: moving averages of the weights included
 trainer         the step as a run takes it: images read, draws keyed, figures summed up, checks, metrics
 """
 
@@ -36,7 +36,7 @@ from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.training.train_state import TrainState, save_checkpoint
 
 WARM_UP = 3
-"""Turns that are not counted."""
+"""Turns that are not measured."""
 SAVES = 3
 
 Step = Callable[[], object]
@@ -55,26 +55,26 @@ class TrainerBenchConfig:
 ConfigStore.instance().store(name="bench_trainer_schema", node=TrainerBenchConfig, provider="dvae")
 
 
-def bare_loss(stage: RefinerTask, network: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def bare_loss(task: RefinerTask, network: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """The refiner's loss on images x (B, C, H, W) in [-1, 1], with nothing around it."""
-    encoder: Encoder = stage.encoder
-    with torch.no_grad(), stage.autocast():
+    encoder: Encoder = task.encoder
+    with torch.no_grad(), task.autocast():
         z = encoder.encode(x).sample(torch.randn(len(x), *encoder.latent_shape, device=x.device))
-        conditioning = Conditioning(stage.to_device(encoder.decode(z).float()), z.float(), None)
+        conditioning = Conditioning(task.to_device(encoder.decode(z).float()), z.float(), None)
     noise = NoiseSample(
         torch.rand(len(x), dtype=torch.float64), torch.randn_like(x), torch.ones(len(x), dtype=torch.bool)
     )
     return network(x, conditioning, noise).mean()
 
 
-def bare_torch(stage: RefinerTask, x: torch.Tensor) -> Step:
-    network: nn.Module = copy.deepcopy(stage.denoiser)
-    config = stage.config
+def bare_torch(task: RefinerTask, x: torch.Tensor) -> Step:
+    network: nn.Module = copy.deepcopy(task.denoiser)
+    config = task.config
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def step() -> None:
-        with stage.autocast():
-            loss = bare_loss(stage, network, x)
+        with task.autocast():
+            loss = bare_loss(task, network, x)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), config.clip)
         optimizer.step()
@@ -84,11 +84,11 @@ def bare_torch(stage: RefinerTask, x: torch.Tensor) -> Step:
     return step
 
 
-def bare_deepspeed(stage: RefinerTask, x: torch.Tensor) -> Step:
-    engine = Engine(copy.deepcopy(stage.denoiser), stage.config).deepspeed
+def bare_deepspeed(task: RefinerTask, x: torch.Tensor) -> Step:
+    engine = Engine(copy.deepcopy(task.denoiser), task.config).deepspeed
 
     def step() -> None:
-        loss = bare_loss(stage, engine, x)
+        loss = bare_loss(task, engine, x)
         engine.backward(loss)
         engine.step()
         loss.item()
@@ -96,71 +96,82 @@ def bare_deepspeed(stage: RefinerTask, x: torch.Tensor) -> Step:
     return step
 
 
-def trainer(stage: RefinerTask, engine: Engine, data: Batches, state: TrainState, run: Path) -> Step:
-    engines = {stage.name: engine}
-    progress = Progress(stage.name, stage.config.steps, 0, quiet=True)
+def trainer(task: RefinerTask, engine: Engine, data: Batches, state: TrainState, run: Path) -> Step:
+    engines = {task.name: engine}
+    progress = Progress(task.name, task.config.steps, 0, quiet=True)
 
     def step() -> None:
         began = time.perf_counter()
-        train_step(stage, engines, data.step(state.step * stage.config.batch), state, run)
+        train_step(task, engines, data.step(state.step * task.config.batch), state, run)
         state.window_seconds += time.perf_counter() - began
-        log_metrics(stage, state, NoTracker(), progress)
+        log_metrics(task, state, NoTracker(), progress)
 
     return step
 
 
-def take_turns(steps: dict[str, Step], turns: int) -> dict[str, list[float]]:
-    """Seconds of each, once per turn, so that whatever else the machine does falls on all alike."""
+def wall_seconds(step: Step) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def time_alternating(
+    steps: dict[str, Step], turns: int, measure: Callable[[Step], float] = wall_seconds
+) -> dict[str, list[float]]:
+    """Seconds of each step, once per turn, so that other load on the machine affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + turns):
         for name, step in steps.items():
-            began = time.perf_counter()
-            step()
+            spent = measure(step)
             if turn >= WARM_UP:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(spent)
     return seconds
 
 
-def stall(engine: Engine, state: TrainState, folder: Path) -> tuple[float, float]:
-    """Seconds for which a checkpoint holds training up, and until it is published; medians."""
-    held, whole = [], []
+def time_checkpoints(engine: Engine, state: TrainState, folder: Path) -> tuple[float, float]:
+    """Median seconds for which a checkpoint blocks training, and until it is published."""
+    blocked, total = [], []
     checkpoints = Checkpoints(folder, keep=1)
     for _ in range(SAVES):
         state.step += 1
         began = time.perf_counter()
         save_checkpoint({"refiner": engine}, checkpoints, state)
-        held.append(time.perf_counter() - began)
+        blocked.append(time.perf_counter() - began)
         checkpoints.finish()
-        whole.append(time.perf_counter() - began)
-    return statistics.median(held), statistics.median(whole)
+        total.append(time.perf_counter() - began)
+    return statistics.median(blocked), statistics.median(total)
 
 
 def run(settings: TrainerBenchConfig) -> dict[str, float]:
     """Measure the refiner of a run whose encoder is trained; figures are printed and returned. Raises UserError."""
-    of = Run(Path(settings.run))
-    config = of.own_config()
+    measured_run = Run(Path(settings.run))
+    config = measured_run.own_config()
     training = config.train_refiner
     if training.zero_stage or training.micro_batches > 1 or "encoder" not in config.stages:
-        raise UserError(f"run={of.path}: this takes a run with an encoder, zero_stage=0 and whole batches: the demo's")
+        raise UserError(
+            f"run={measured_run.path}: this takes a run with an encoder, zero_stage=0 and whole batches: the demo's"
+        )
     start_distributed()
-    made = load_models(of, config, "encoder")
-    stage = RefinerTask(made.encoder, made.denoiser, open_latents(of, config, made), training, 0, default_device())
-    with tempfile.TemporaryDirectory() as folder, open_loader(config, training, stage.name) as data:
-        x = stage.images(data.step(0)[0])
-        engine, state = Engine(copy.deepcopy(stage.denoiser), training), TrainState()
+    models = load_models(measured_run, config, "encoder")
+    task = RefinerTask(
+        models.encoder, models.denoiser, open_latents(measured_run, config, models), training, 0, default_device()
+    )
+    with tempfile.TemporaryDirectory() as folder, open_loader(config, training, task.name) as data:
+        x = task.images(data.step(0)[0])
+        engine, state = Engine(copy.deepcopy(task.denoiser), training), TrainState()
         steps = {
-            "bare torch": bare_torch(stage, x),
-            "bare DeepSpeed": bare_deepspeed(stage, x),
-            "trainer": trainer(stage, engine, data, state, Path(folder)),
+            "bare torch": bare_torch(task, x),
+            "bare DeepSpeed": bare_deepspeed(task, x),
+            "trainer": trainer(task, engine, data, state, Path(folder)),
         }
-        seconds = take_turns(steps, settings.steps)
-        held, whole = stall(engine, state, Path(folder) / "checkpoints")
-    return report(seconds, held, whole)
+        seconds = time_alternating(steps, settings.steps)
+        blocked, total = time_checkpoints(engine, state, Path(folder) / "checkpoints")
+    return report(seconds, blocked, total)
 
 
-def report(seconds: dict[str, list[float]], held: float, whole: float) -> dict[str, float]:
-    middle = {name: statistics.median(of) for name, of in seconds.items()}
-    for name, value in middle.items():
+def report(seconds: dict[str, list[float]], blocked: float, total: float) -> dict[str, float]:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in medians.items():
         print(f"{name}: {value:.4f} s a step")
 
     def ratio(one: str, other: str) -> float:
@@ -170,8 +181,8 @@ def report(seconds: dict[str, list[float]], held: float, whole: float) -> dict[s
     figures = {
         "trainer over bare DeepSpeed": ratio("trainer", "bare DeepSpeed"),
         "DeepSpeed over bare torch": ratio("bare DeepSpeed", "bare torch"),
-        "stall over a step": held / middle["trainer"],
-        "stall over the whole save": held / whole,
+        "stall over a step": blocked / medians["trainer"],
+        "stall over the whole save": blocked / total,
     }
     for name, value in figures.items():
         print(f"{name}: {value:.3f}")

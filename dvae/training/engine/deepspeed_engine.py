@@ -16,7 +16,7 @@ from torch import nn
 from dvae.config.schema import Decay, Precision, TrainingConfig
 from dvae.errors import MachineError
 from dvae.training.engine.ema import MAIN, AdamWEma, ema_decays
-from dvae.training.engine.footprint import bucket
+from dvae.training.engine.footprint import bucket_size
 from dvae.training.engine.fragments import (
     STEP,
     WEIGHT,
@@ -92,7 +92,7 @@ class Engine:
     def _zero(self) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "stage": self.config.zero_stage,
-            "reduce_bucket_size": bucket(self.parameters),
+            "reduce_bucket_size": bucket_size(self.parameters),
             # else stage 3 replaces linear layers, in the whole process, by its own, which round otherwise
             "memory_efficient_linear": False,
         }
@@ -156,7 +156,7 @@ class Engine:
             state[name] = full.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state
 
-    def averaged(self, ema: str = MAIN) -> dict[str, torch.Tensor]:
+    def averaged_weights(self, ema: str = MAIN) -> dict[str, torch.Tensor]:
         """State dict of the module with the average `ema` (of ema_names) in place of the weights; whole on every rank.
 
         Every rank takes part.

@@ -22,7 +22,7 @@ MAIN = "ema"
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """How one average weighs past weights."""
+    """The weight that one moving average gives to past weights."""
 
     profile: EmaProfile
     value: float
@@ -32,29 +32,29 @@ class EmaSpec:
         """Weight of the past when step number `step` (from 1) has been taken; of power: Karras et al. 2024, §3.1."""
         if self.profile is EmaProfile.constant:
             return min(self.value, (1 + step) / (10 + step))
-        return (1.0 - 1.0 / step) ** (power(self.value) + 1.0)
+        return (1.0 - 1.0 / step) ** (power_exponent(self.value) + 1.0)
 
 
-def averages(config: EmaConfig) -> dict[str, EmaSpec]:
-    """Every average that is kept, by the name of its optimizer state; the one that a run exports is first."""
+def ema_specs(config: EmaConfig) -> dict[str, EmaSpec]:
+    """Every average that is maintained, by the name of its optimizer state. The one that a run exports is first."""
     value = config.decay if config.profile is EmaProfile.constant else config.width
     extra = [EmaSpec(EmaProfile.power, width) for width in config.extra_widths]
     extra += [EmaSpec(EmaProfile.constant, decay) for decay in config.extra_decays]
-    return {MAIN: EmaSpec(config.profile, value)} | {f"{MAIN}_{n}": one for n, one in enumerate(extra, 1)}
+    return {MAIN: EmaSpec(config.profile, value)} | {f"{MAIN}_{n}": spec for n, spec in enumerate(extra, 1)}
 
 
 def ema_names(config: EmaConfig) -> list[str]:
     """Names of the optimizer states that are averages, MAIN first."""
-    return list(averages(config))
+    return list(ema_specs(config))
 
 
 def ema_decays(config: EmaConfig, step: int) -> dict[str, float]:
     """For each average the weight of the past when step number `step` (from 1) has been taken."""
-    return {name: average.decay(step) for name, average in averages(config).items()}
+    return {name: spec.decay(step) for name, spec in ema_specs(config).items()}
 
 
 @cache
-def power(width: float) -> float:
+def power_exponent(width: float) -> float:
     """Exponent gamma of the power profile of relative width sigma_rel (Karras et al. 2024, eq. 126), by bisection.
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), falling in gamma >= 0.

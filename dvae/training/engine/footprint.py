@@ -1,4 +1,4 @@
-"""What a rank keeps of a model that is trained: weights, gradients, optimizer, averages, buckets, in bytes."""
+"""Memory of the training state on a rank: weights, gradients, optimizer, averages and buckets, in bytes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from dvae.config.schema import TrainingConfig
 
-BUCKET = 500_000_000
-"""Values that are communicated at once, at most (DeepSpeed's own default)."""
-GATHERED = 1_000_000_000
-"""Values of the weights that stage 3 has whole at a time, at most (DeepSpeed's own default)."""
+MAX_BUCKET = 500_000_000
+"""Values in a communication bucket, at most (DeepSpeed's own default)."""
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""Parameters that stage 3 holds in full at a time, at most (DeepSpeed's own default)."""
 FLOAT = 4
 MOMENTS = 2
 
 
-def bucket(parameters: int) -> int:
+def bucket_size(parameters: int) -> int:
     """Values in a communication bucket: never more than there are, or small models would wait on empty gigabytes."""
-    return max(1, min(BUCKET, parameters))
+    return max(1, min(MAX_BUCKET, parameters))
 
 
 @dataclass(frozen=True)
@@ -24,53 +24,53 @@ class Footprint:
     """Bytes of a model on one rank, activations apart. All of it is fp32, in both precisions."""
 
     weights: int
-    """What the network computes with, and the part of them that the optimizer works on where that is a copy."""
+    """The weights of the network, and the optimizer's own copy of its partition, if it has one."""
     gradients: int
-    """When all of a step's are there."""
+    """At the end of a backward pass."""
     moments: int
     averages: int
-    kept_bucket: int
-    """Stage 3 keeps its bucket all the time."""
-    passing: int
-    """What comes and goes between: buckets of a reduction, the weights that stage 3 has whole."""
+    persistent_bucket: int
+    """The bucket that stage 3 keeps all the time."""
+    transient: int
+    """Transient memory: buckets of a reduction, and the weights that stage 3 holds in full."""
     stage: int
 
     @property
-    def between(self) -> int:
-        """Between steps; stage 3 has its gradients then too."""
-        kept = self.weights + self.moments + self.averages + self.kept_bucket
+    def between_steps(self) -> int:
+        """Bytes between steps. Stage 3 keeps its gradients too."""
+        kept = self.weights + self.moments + self.averages + self.persistent_bucket
         return kept + self.gradients if self.stage == 3 else kept
 
     @property
-    def full(self) -> int:
-        """When the gradients are there."""
-        return self.weights + self.gradients + self.moments + self.averages + self.kept_bucket
+    def with_gradients(self) -> int:
+        """Bytes when all gradients of a step are computed."""
+        return self.weights + self.gradients + self.moments + self.averages + self.persistent_bucket
 
     @property
     def peak(self) -> int:
-        """At the worst moment of a backward pass."""
-        return self.full + self.passing
+        """Bytes at the worst moment of a backward pass."""
+        return self.with_gradients + self.transient
 
 
 def footprint(parameters: int, ranks: int, config: TrainingConfig, averages: int = 1) -> Footprint:
-    """What each of `ranks` has of a model of so many parameters, with so many averages of its weights.
+    """The memory of each of `ranks` for a model with this number of parameters and of averages of its weights.
 
     With ZeRO 1 to 3 the optimizer works on a copy of its own part of the weights. Stage 3 keeps its part of the
     gradients, and its bucket, all the time. Tensors that it leaves whole, since they are small (under 100,000 values),
     are counted as cut.
     """
-    whole, stage = FLOAT * parameters, config.zero_stage
-    part = whole if stage == 0 else whole // ranks
-    flat = FLOAT * bucket(parameters)
+    full, stage = FLOAT * parameters, config.zero_stage
+    part = full if stage == 0 else full // ranks
+    bucket = FLOAT * bucket_size(parameters)
     # stages 1 and 2 copy gradients into a bucket, and that into what is reduced, before their own part is made of it
-    two = 2 * flat if config.micro_batches > 1 else max(2 * flat - part, flat)
+    buckets = 2 * bucket if config.micro_batches > 1 else max(2 * bucket - part, bucket)
     return Footprint(
-        weights=(whole, whole + part, whole + part, 2 * part)[stage],
+        weights=(full, full + part, full + part, 2 * part)[stage],
         gradients=part,
         moments=MOMENTS * part,
         averages=averages * part,
-        kept_bucket=flat if stage == 3 else 0,
-        passing=(flat if ranks > 1 else 0, two, two, FLOAT * min(GATHERED, parameters))[stage],
+        persistent_bucket=bucket if stage == 3 else 0,
+        transient=(bucket if ranks > 1 else 0, buckets, buckets, FLOAT * min(MAX_LIVE_PARAMETERS, parameters))[stage],
         stage=stage,
     )
 
@@ -78,7 +78,7 @@ def footprint(parameters: int, ranks: int, config: TrainingConfig, averages: int
 def bytes_per_rank(parameters: int, ranks: int, config: TrainingConfig, averages: int = 1) -> tuple[int, int]:
     """Bytes between steps, and when the gradients are there, on each of `ranks` (activations apart)."""
     found = footprint(parameters, ranks, config, averages)
-    return found.between, found.full
+    return found.between_steps, found.with_gradients
 
 
 def bytes_sent(parameters: int, ranks: int, zero: int, micro_batches: int) -> float:
@@ -91,5 +91,5 @@ def bytes_sent(parameters: int, ranks: int, zero: int, micro_batches: int) -> fl
     """
     once = FLOAT * parameters * (ranks - 1) / ranks
     if zero == 3:
-        return micro_batches * once * (2 if parameters <= GATHERED else 3)
+        return micro_batches * once * (2 if parameters <= MAX_LIVE_PARAMETERS else 3)
     return micro_batches * 2 * once + (once if zero else 0.0)

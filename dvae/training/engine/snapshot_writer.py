@@ -8,7 +8,7 @@ import torch
 
 from dvae.config.schema import EmaProfile, TrainingConfig
 from dvae.training.engine.deepspeed_engine import Engine
-from dvae.training.engine.ema import MAIN, averages
+from dvae.training.engine.ema import MAIN, ema_specs
 from dvae.training.engine.snapshots import HASHES, WeightSnapshot, list_snapshots, read_hashes
 from dvae.training.resilience import ranks
 from dvae.utils import atomic_files
@@ -27,10 +27,10 @@ class SnapshotWriter:
         self.folder = folder
         self.every = training.ema.snapshot_every
         self.last = training.steps
-        self.averages = {
-            name: average
-            for name, average in averages(training.ema).items()
-            if name != MAIN or average.profile is EmaProfile.power
+        self.specs = {
+            name: spec
+            for name, spec in ema_specs(training.ema).items()
+            if name != MAIN or spec.profile is EmaProfile.power
         }
 
     def write_if_due(self, step: int, engine: Engine) -> None:
@@ -41,10 +41,10 @@ class SnapshotWriter:
         if not self.every or (step % self.every and step != self.last):
             return
         parameters = {name for name, _ in engine.module.named_parameters()}
-        for name, average in self.averages.items():
-            state = engine.averaged(name)
+        for name, spec in self.specs.items():
+            state = engine.averaged_weights(name)
             ranks.on_rank_zero(
-                self._write, WeightSnapshot.at(self.folder, step, average).path, to_half(state, parameters)
+                self._write, WeightSnapshot.for_step(self.folder, step, spec).path, to_half(state, parameters)
             )
 
     def _write(self, path: Path, state: State) -> None:

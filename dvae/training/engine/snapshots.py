@@ -18,8 +18,8 @@ from dvae.utils import atomic_files
 from dvae.utils.read import MIB, read_json, read_weights_header
 from dvae.utils.weights import State, check_weights, load_weights, refuse_nonfinite, without_numbers
 
-LABEL = {EmaProfile.power: "width", EmaProfile.constant: "decay"}
-"""What a file's name calls the number of a profile."""
+LABELS = {EmaProfile.power: "width", EmaProfile.constant: "decay"}
+"""The word in a file name for the number of a profile."""
 NAME = re.compile(r"step-([0-9]{8,10})-(width|decay)-([0-9]{1,20}(?:\.[0-9]{1,30})?(?:e-[0-9]{1,3})?)\.safetensors")
 LAST_STEP = 10**9
 """The highest step that a snapshot may have."""
@@ -33,17 +33,17 @@ class WeightSnapshot:
     """One file: one average at one step."""
 
     step: int
-    average: EmaSpec
+    spec: EmaSpec
     path: Path
 
     @staticmethod
-    def at(folder: Path, step: int, average: EmaSpec) -> WeightSnapshot:
-        name = f"step-{step:08d}-{LABEL[average.profile]}-{average.value}.safetensors"
-        return WeightSnapshot(step, average, folder / name)
+    def for_step(folder: Path, step: int, spec: EmaSpec) -> WeightSnapshot:
+        name = f"step-{step:08d}-{LABELS[spec.profile]}-{spec.value}.safetensors"
+        return WeightSnapshot(step, spec, folder / name)
 
     @staticmethod
-    def of(path: Path) -> WeightSnapshot | None:
-        """The snapshot that a file's name tells of.
+    def from_path(path: Path) -> WeightSnapshot | None:
+        """The snapshot that a file name describes.
 
         Returns None if dvae would not give that name: for a step, a width or a decay that no training has, and for
         another spelling of a number, because two files could then claim to be the same snapshot.
@@ -52,10 +52,10 @@ class WeightSnapshot:
         if found is None:
             return None
         step, label, value = int(found[1]), found[2], float(found[3])
-        profile = next(profile for profile, known in LABEL.items() if known == label)
-        known = WIDTHS[0] <= value <= WIDTHS[1] if profile is EmaProfile.power else 0.0 <= value < 1.0
-        snapshot = WeightSnapshot.at(path.parent, step, EmaSpec(profile, value))
-        return snapshot if known and 1 <= step <= LAST_STEP and snapshot.path == path else None
+        profile = next(profile for profile, name in LABELS.items() if name == label)
+        valid = WIDTHS[0] <= value <= WIDTHS[1] if profile is EmaProfile.power else 0.0 <= value < 1.0
+        snapshot = WeightSnapshot.for_step(path.parent, step, EmaSpec(profile, value))
+        return snapshot if valid and 1 <= step <= LAST_STEP and snapshot.path == path else None
 
     def load(self, module: torch.nn.Module) -> State:
         """The tensors of the file, which fit `module`; the module may be on the meta device.
@@ -64,13 +64,13 @@ class WeightSnapshot:
         hold NaN or infinity.
         """
         header = read_weights_header(self.path)  # before the hash: the header tells how large the file may be
-        known = read_hashes(self.path.parent).get(self.path.name)
-        if known is None:
+        expected = read_hashes(self.path.parent).get(self.path.name)
+        if expected is None:
             raise MachineError(
                 f"{self.path} has no hash in {HASHES}, as after a training that was killed: run the same training "
                 "again, or remove the file"
             )
-        if atomic_files.sha256(self.path) != known:
+        if atomic_files.sha256(self.path) != expected:
             raise MachineError(
                 f"{self.path} does not match its hash in {HASHES}: the file is damaged: put back a copy, or remove it"
             )
@@ -88,5 +88,5 @@ def read_hashes(folder: Path) -> dict[str, str]:
 
 def list_snapshots(folder: Path) -> list[WeightSnapshot]:
     """All snapshots in a stage's folder, by step."""
-    found = [WeightSnapshot.of(path) for path in sorted(folder.glob("step-*"))]
+    found = [WeightSnapshot.from_path(path) for path in sorted(folder.glob("step-*"))]
     return [snapshot for snapshot in found if snapshot is not None]

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from dvae.errors import MachineError, printable_line
+from dvae.training.metric_sums import MetricSums
 from dvae.training.resilience import ranks
 from dvae.utils import atomic_files
 from dvae.utils.fields import Count, Seconds
@@ -36,10 +37,8 @@ HASHES = "hashes.json"
 STATE = "state.json"
 NAME = re.compile(r"step-[0-9]{8,18}")
 """Of the folder of a checkpoint."""
-Sums = dict[str, tuple[float, float]]
-"""Sums and counts of figures since the last row of metrics."""
 WriteFiles = Callable[[Path], list[Path]]
-"""Writes one rank's files into a folder, and says which they are."""
+"""Writes one rank's files into a folder, and returns their paths."""
 
 
 class Checkpoints:
@@ -53,7 +52,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.keep_every = keep_every
-        self._writing: tuple[int, Thread] | None = None
+        self._pending: tuple[int, Thread] | None = None
         self._fault: Exception | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -72,31 +71,31 @@ class Checkpoints:
         the next call of `save`, `check` or `finish`.
         """
         self.finish()
-        aside = ExitStack()
+        staging = ExitStack()
         try:
-            folder = ranks.on_rank_zero(lambda: aside.enter_context(atomic_files.new_folder(self._path(step))))
+            folder = ranks.on_rank_zero(lambda: staging.enter_context(atomic_files.new_folder(self._path(step))))
         except OSError as error:
-            self._fail(step, error)
-        thread = Thread(target=self._write, args=(step, state, write, folder, aside), daemon=True)
-        self._writing = (step, thread)
+            self._raise_write_error(step, error)
+        thread = Thread(target=self._write, args=(step, state, write, folder, staging), daemon=True)
+        self._pending = (step, thread)
         thread.start()
 
     def check(self) -> None:
         """Raise MachineError where the save in progress has failed."""
-        if self._writing and not self._writing[1].is_alive():
+        if self._pending and not self._pending[1].is_alive():
             self.finish()
 
     def finish(self) -> None:
         """Wait until the save in progress is published. Raises MachineError where it failed."""
-        if self._writing is None:
+        if self._pending is None:
             return
-        step, thread = self._writing
+        step, thread = self._pending
         thread.join()
-        fault, self._writing, self._fault = self._fault, None, None
+        fault, self._pending, self._fault = self._fault, None, None
         if fault:
-            self._fail(step, fault)
+            self._raise_write_error(step, fault)
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _raise_write_error(self, step: int, error: Exception) -> None:
         if not isinstance(error, OSError):
             raise error
         raise MachineError(
@@ -104,10 +103,10 @@ class Checkpoints:
             "earlier checkpoints are whole: make room, then run the same command again"
         ) from None
 
-    def _write(self, step: int, state: dict[str, Any], write: WriteFiles, folder: Path, aside: ExitStack) -> None:
+    def _write(self, step: int, state: dict[str, Any], write: WriteFiles, folder: Path, staging: ExitStack) -> None:
         """In the background: this rank's files; on rank 0 also the rest, once all ranks' files are there."""
         try:
-            with aside:
+            with staging:
                 written = write(folder)
                 if ranks.rank() == 0:
                     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -125,8 +124,7 @@ class Checkpoints:
             self._fault = error
 
     def _drop_old(self) -> None:
-        spare = self._paths()[self.keep :]
-        for old in spare:
+        for old in self._paths()[self.keep :]:
             if not self.keep_every or _step(old) % self.keep_every:
                 _remove(old)
 
@@ -135,22 +133,22 @@ class Checkpoints:
         atomic_files.remove_leftovers(self.folder)
         for path in self._paths():
             try:
-                return path, read_checked(path)
+                return path, read_verified(path)
             except (DamagedFile, OSError) as error:
-                log.warning("checkpoint %s is damaged (%s): passing over it", path, _reason(path, error))
+                log.warning("checkpoint %s is damaged (%s): passing over it", path, _damage_reason(path, error))
         return None
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that there are."""
         return sorted(_step(path) for path in self._paths())
 
-    def checked(self, step: int) -> Path:
+    def verified_folder(self, step: int) -> Path:
         """The folder of a checkpoint that is there. Raises MachineError if it is damaged."""
         path = self._path(step)
         try:
-            read_checked(path)
+            read_verified(path)
         except (DamagedFile, OSError) as error:
-            reason = _reason(path, error)
+            reason = _damage_reason(path, error)
             raise MachineError(
                 f"checkpoint {path} is damaged ({reason}): take another step, of {self.steps()}"
             ) from None
@@ -174,7 +172,7 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _damage_reason(path: Path, error: Exception) -> str:
     """Why the checkpoint at `path` is damaged."""
     return printable_line(error).removeprefix(f"{path}: ")
 
@@ -187,7 +185,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _refuse_size(path: Path) -> None:
+def _refuse_huge_file(path: Path) -> None:
     """Raise DamagedFile for a file that is far too large to be hashed in reasonable time; it may be sparse."""
     if path.suffix == ".safetensors":
         read_weights_header(path)  # which states the size
@@ -198,17 +196,17 @@ def _refuse_size(path: Path) -> None:
 @forbid_extra
 @dataclass
 class SavedState:
-    """state.json: dvae.training.loop.State, and the sums of the other ranks."""
+    """state.json: dvae.training.train_state.TrainState, and the sums of the other ranks."""
 
     step: Count
     seconds: Seconds = 0.0
     window_seconds: Seconds = 0.0
     skipped: Count = 0
-    sums: Sums = field(default_factory=dict)
-    others: list[Sums] = field(default_factory=list)
+    sums: MetricSums = field(default_factory=dict)
+    others: list[MetricSums] = field(default_factory=list)
 
 
-def read_checked(path: Path) -> dict[str, Any]:
+def read_verified(path: Path) -> dict[str, Any]:
     """The state of the checkpoint in the folder `path`, if the folder holds exactly the files that were saved.
 
     Raises DamagedFile or OSError if a file is missing, differs from its hash, is not listed or lies elsewhere, and for
@@ -225,7 +223,7 @@ def read_checked(path: Path) -> dict[str, Any]:
         inside = Path(os.path.realpath(path / name)).is_relative_to(root)
         if place.is_absolute() or ".." in place.parts or not inside:
             raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which lies outside the checkpoint")
-        _refuse_size(path / name)
+        _refuse_huge_file(path / name)
         if atomic_files.sha256(path / name) != expected:
             raise DamagedFile(path, f"{name[:80]} does not match its hash")
         listed.add(str(place))

@@ -18,16 +18,16 @@ import torch.distributed as dist
 from dvae.errors import MachineError
 
 T = TypeVar("T")
-LONGEST_PAUSE = 0.05
-"""Seconds between two looks at the store."""
+MAX_POLL_INTERVAL = 0.05
+"""Seconds between two polls of the store, at most."""
 
 _store: dist.Store | None = None
-_waits = 0
-"""How often this process has met the others at the store; the same on every rank, since all run the same program."""
+_rendezvous_count = 0
+"""How often the ranks have met at the store. It is the same on every rank, since all run the same program."""
 
 
 class PeerLost(MachineError):
-    """Another rank is gone, so that this one cannot go on. Exit status 75: not this rank's own fault."""
+    """Another rank is gone, so this one cannot go on. The exit status 75 says that it is not this rank's own fault."""
 
     exit_status = 75
 
@@ -69,30 +69,30 @@ def on_rank_zero(work: Callable[..., T], *args: Any) -> T:
     """
     if world_size() == 1:
         return work(*args)
-    store, key = _meet("first")
+    store, key = _next_key("first")
     if rank() == 0:
         result = work(*args)
         store.set(key, pickle.dumps(result))  # type: ignore[arg-type] # its stub wants str
         return result
-    _wait(lambda: store.check([key]))
+    _poll(lambda: store.check([key]))
     return pickle.loads(store.get(key))  # written by rank 0 of this very run
 
 
 def barrier() -> None:
     """Wait, for hours if need be, until every rank is here."""
     if world_size() > 1:
-        store, key = _meet("barrier")
+        store, key = _next_key("barrier")
         store.add(key, 1)
-        _wait(lambda: store.add(key, 0) == world_size())
+        _poll(lambda: store.add(key, 0) == world_size())
 
 
 def leave() -> None:
     """The end: rank 0, which may be the store's host, is the last to go."""
     if world_size() > 1:
-        store, key = _meet("leave")
+        store, key = _next_key("leave")
         store.add(key, 1)
         if rank() == 0:
-            _wait(lambda: store.add(key, 0) == world_size())
+            _poll(lambda: store.add(key, 0) == world_size())
 
 
 def all_gather(value: T) -> list[T]:
@@ -116,7 +116,7 @@ def gather_from_thread(key: str, value: T) -> list[T]:
     if rank():
         return []
     keys = [f"{key} {number}" for number in range(world_size())]
-    _wait(lambda: _store.check(keys))
+    _poll(lambda: _store.check(keys))
     return [pickle.loads(_store.get(one)) for one in keys]  # written by the ranks of this very run
 
 
@@ -140,16 +140,17 @@ def translate_peer_loss() -> Iterator[None]:
         raise
 
 
-def _meet(purpose: str) -> tuple[dist.Store, str]:
-    global _waits
+def _next_key(purpose: str) -> tuple[dist.Store, str]:
+    """The store, and a key of it for the next rendezvous of all ranks."""
+    global _rendezvous_count
     assert _store is not None
-    _waits += 1
-    return _store, f"{purpose} {_waits}"
+    _rendezvous_count += 1
+    return _store, f"{purpose} {_rendezvous_count}"
 
 
-def _wait(there: Callable[[], bool]) -> None:
-    """Return once `there()`; between looks Python runs, so that signals are heard."""
-    pause = 0.001
-    while not there():
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+def _poll(done: Callable[[], bool]) -> None:
+    """Return once `done()`. Between polls Python runs, so that signals are handled."""
+    interval = 0.001
+    while not done():
+        time.sleep(interval)
+        interval = min(2 * interval, MAX_POLL_INTERVAL)

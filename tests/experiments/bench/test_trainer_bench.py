@@ -27,7 +27,7 @@ def test_every_loop_takes_its_turns(tiny: list[str], tmp_path: Path, capsys: pyt
 
 def test_ratios_are_medians_over_the_turns(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = {"bare torch": [1.0, 1.0, 4.0], "bare DeepSpeed": [2.0, 2.0, 4.0], "trainer": [2.0, 3.0, 8.0]}
-    figures = trainer_bench.report(seconds, held=0.3, whole=0.6)
+    figures = trainer_bench.report(seconds, blocked=0.3, total=0.6)
     expected = {"trainer over bare DeepSpeed": 1.5, "DeepSpeed over bare torch": 2.0, "stall over a step": 0.1}
     assert figures == pytest.approx(expected | {"stall over the whole save": 0.5})
 
