@@ -23,7 +23,7 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     from dvae.config import compose
-    from dvae.evaluation.directions import assess
+    from dvae.evaluation.directions.evaluate_directions import evaluate_directions
     from dvae.inference.directions import DirectionsConfig, find_directions
 
     settings: DirectionsConfig = compose.words_of_a_tool(compose.compose("directions", own_sampler(argv)))
@@ -33,11 +33,11 @@ def command(argv: list[str]) -> None:
             print(f"skipped: {name} {why}")
         print(f"found {len(found.directions)} directions in {found.images} images")
     if settings.score:
-        report = assess.assess(settings)
+        report = evaluate_directions(settings)
         print("\n".join(report.lines()))
         print(f"{settings.out}: these tables; beside it all figures (.json) and strips (.png)")
         return
-    for one in find_directions.listed(settings):
+    for one in find_directions.list_directions(settings):
         share = "" if one.share is None else f"  {100 * one.share:.1f}%"
         print(f"{one.name:<32}{one.method.name:<10}{share}  1 = {one.unit}")
 

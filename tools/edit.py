@@ -25,11 +25,11 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     from dvae.config import compose
-    from dvae.inference.generation import generate
-    from dvae.inference.generation.edit_tasks import Edits
+    from dvae.inference.generation.edit_tasks import EditTask
+    from dvae.inference.generation.generate import generate_to_file
 
     settings = compose.words_of_a_tool(compose.compose("edit", own_sampler(argv)))
-    done = generate.draw(settings, Edits)
+    done = generate_to_file(settings, EditTask)
     print(f"{settings.out}: {done.n} edited images, {done}")
 
 

@@ -25,14 +25,14 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     from dvae.config import compose
-    from dvae.inference.generation import generate
-    from dvae.inference.generation.edit_tasks import Inpaintings
-    from dvae.inference.inpainting import KNOWN
+    from dvae.inference.generation.edit_tasks import InpaintTask
+    from dvae.inference.generation.generate import generate_to_file
+    from dvae.inference.inpainting import NAMED_MASKS
 
     settings = compose.words_of_a_tool(compose.compose("inpaint", own_sampler(argv)))
-    done = generate.draw(settings, Inpaintings)
+    done = generate_to_file(settings, InpaintTask)
     print(f"{settings.out}: {done.n} inpainted images, {done}")
-    known = KNOWN.get(settings.mask, "what is white in the picture")
+    known = NAMED_MASKS.get(settings.mask, "what is white in the picture")
     print(f"known and kept: {known}; the rest was drawn anew")
 
 

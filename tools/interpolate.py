@@ -28,11 +28,11 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     from dvae.config import compose
-    from dvae.inference.generation import generate
-    from dvae.inference.generation.edit_tasks import Interpolations
+    from dvae.inference.generation.edit_tasks import InterpolateTask
+    from dvae.inference.generation.generate import generate_to_file
 
     settings = compose.words_of_a_tool(compose.compose("interpolate", own_sampler(argv)))
-    done = generate.draw(settings, Interpolations)
+    done = generate_to_file(settings, InterpolateTask)
     print(f"{settings.out}: {done.n} strips, {done}")
 
 

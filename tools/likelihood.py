@@ -35,7 +35,7 @@ def command(argv: list[str]) -> None:
     done = image_likelihood.score(settings)
     rows = [[WORDS[name], f"{mean:.4f} +- {error:.4f}"] for name, (mean, error) in done.figures.items()]
     print("\n".join(aligned(rows)))
-    speed = f", {done.done} scored now at {done.images_per_second:.3g} images/s" if done.done else ""
+    speed = f", {done.scored} scored now at {done.images_per_second:.3g} images/s" if done.scored else ""
     evaluations = f"{done.nfe:g} network evaluations and gradients each"
     print(f"{settings.out}: {settings.n} images, {evaluations}{speed}")
 

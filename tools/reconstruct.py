@@ -25,11 +25,11 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     from dvae.config import compose
-    from dvae.inference.generation import generate
-    from dvae.inference.generation.edit_tasks import Reconstructions
+    from dvae.inference.generation.edit_tasks import ReconstructTask
+    from dvae.inference.generation.generate import generate_to_file
 
     settings = compose.words_of_a_tool(compose.compose("reconstruct", own_sampler(argv)))
-    done = generate.draw(settings, Reconstructions)
+    done = generate_to_file(settings, ReconstructTask)
     print(f"{settings.out}: {done.n} reconstructions, {done}")
 
 

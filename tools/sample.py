@@ -28,10 +28,10 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     from dvae.config import compose
-    from dvae.inference.generation import generate
+    from dvae.inference.generation.generate import generate_to_file
 
     settings = compose.words_of_a_tool(compose.compose("sample", own_sampler(argv)))
-    done = generate.draw(settings)
+    done = generate_to_file(settings)
     print(f"{settings.out}: {done.n} samples, {done}")
 
 

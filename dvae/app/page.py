@@ -29,7 +29,7 @@ from dvae.errors import UserError, suggest
 from dvae.inference import directions, editing
 from dvae.inference import pipeline as pipelines
 from dvae.inference.directions import direction_files
-from dvae.inference.noise import Between
+from dvae.inference.noise import InterpolationSpace
 from dvae.inference.pipeline import Pipeline
 from dvae.models import bundle
 from dvae.registry.samplers.base import SAMPLERS, compatible_samplers
@@ -116,7 +116,7 @@ def _shown(value: object) -> str:
     return "(a huge number)" if type(value) is int and abs(value) > 10**40 else repr(value)[:40]
 
 
-class Player:
+class PagePlayer:
     """What the page shows, as pictures (H, W, 3) uint8; image k of a seed is that of tools/sample.py.
 
     Values come from a browser, and are checked here. Raises UserError for any that the page would not send.
@@ -129,7 +129,8 @@ class Player:
         self.known |= {f"component {k}": k for k in range(1, denoiser.config.pca_components + 1)}
         self.samplers = sorted({own, *compatible_samplers(denoiser.diffusion, denoiser.io)})
         self.most_steps = max(STEPS, pipeline.models.sampler.config.steps)
-        self.spaces = [each.name for each in Between] if pipeline.models.has_generator else [Between.noise.name]
+        spaces = InterpolationSpace if pipeline.models.has_generator else [InterpolationSpace.noise]
+        self.spaces = [space.name for space in spaces]
 
     def draw(self, seed: object, sampler: object, steps: object) -> tuple[np.ndarray | None, np.ndarray, str]:
         """SHOWN images of a seed: before refinement, if there is such a thing, and refined; and what they took."""
@@ -146,14 +147,14 @@ class Player:
         chosen, own_seed = whole("image", image, 0, NUMBERS), whole("seed", seed, 0, SEEDS)
         along = self.known[choice("direction", direction, self.known)]
         wanted = number("strength", strength, -STRENGTH, STRENGTH)
-        conditioning = self.pipeline.drawn_for([chosen], own_seed)
+        conditioning = self.pipeline.conditioning_of([chosen], own_seed)
         if isinstance(along, int):
             own = float(self.pipeline.models.denoiser.whitening(conditioning.z)[0, along - 1])
             unit = f"as it is, component {along} stands at {own:.2f} standard deviations"
         else:
             own, unit = 0.0, f"strength 1: {along.unit}"
         strengths = [own, wanted]
-        z = editing.along(self.pipeline, along)(
+        z = editing.latent_edit(self.pipeline, along)(
             conditioning.z.repeat_interleave(2, 0), torch.tensor(strengths).to(conditioning.z)
         )
         with self._using(sampler, steps):
@@ -201,7 +202,7 @@ def told(act: Callable[..., Any]) -> Callable[..., Any]:
     return acted
 
 
-def build(player: Player, title: str) -> gradio.Blocks:
+def build(player: PagePlayer, title: str) -> gradio.Blocks:
     """The page: new images, one image edited, the way between two."""
     own = player.pipeline.models.sampler
     drawn, latent = player.pipeline.models.has_generator, player.pipeline.models.latent_space
@@ -306,7 +307,7 @@ def serve(settings: PageConfig) -> None:
     title = f"{pipeline.config.recipe}: {Path(settings.run).resolve().name}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed
     with listen(settings) as listener, own_folder():
-        guarded = application(build(Player(pipeline, known), title), settings.host)
+        guarded = application(build(PagePlayer(pipeline, known), title), settings.host)
         say(f"http://{browser_host(settings.host)}:{listener.getsockname()[1]} (Ctrl-C ends it)")
         config = uvicorn.Config(
             guarded, log_level="warning", http="h11", ws="none", lifespan="on", limit_concurrency=CONNECTIONS,

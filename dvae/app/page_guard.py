@@ -43,7 +43,7 @@ EVERYWHERE = {"0.0.0.0", "::", ""}
 """Hosts to listen on that let in other machines, which know this one by any name."""
 
 
-class Refused(Exception):
+class RefusedRequest(Exception):
     """A request that is not answered: the HTTP status, and why."""
 
     def __init__(self, status: int, why: str) -> None:
@@ -74,7 +74,7 @@ class Guard:
                     self._check_call(scope["path"], parse_call(body))
             except TimeoutError:
                 await _answer(send, 408, "the body did not arrive")
-            except Refused as refused:
+            except RefusedRequest as refused:
                 await _answer(send, refused.status, refused.why)
             else:
                 await self._pass_on(scope, _again(body, receive), send)
@@ -92,30 +92,30 @@ class Guard:
         """Raise Refused for a request for another host, or of a page from elsewhere."""
         hosts, origins = _header(scope, b"host"), _header(scope, b"origin")
         if len(hosts) != 1 or len(origins) > 1:
-            raise Refused(400, "a request has one host and one origin")
+            raise RefusedRequest(400, "a request has one host and one origin")
         name = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d{1,5})?", hosts[0], re.IGNORECASE | re.ASCII)
         if name is None:
-            raise Refused(400, "no host")
+            raise RefusedRequest(400, "no host")
         asked = (name[1] or name[2]).lower()
         if self.host not in EVERYWHERE and asked not in {self.host, *ALWAYS}:
-            raise Refused(403, f"this page is not at that host: start it with host={asked[:80]} if it should be")
+            raise RefusedRequest(403, f"this page is not at that host: start it with host={asked[:80]} if it should be")
         if origins and origins[0].lower() not in {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}:
-            raise Refused(403, "a page of another origin may not use this one")
+            raise RefusedRequest(403, "a page of another origin may not use this one")
 
     def _check_address(self, method: str, path: str) -> None:
         """Raise Refused for an address that the page does not use, and for files that it did not make."""
         known = {"GET": GET, "HEAD": GET, "POST": POST}.get(method)
         if known is None:
-            raise Refused(405, "GET, HEAD and POST alone")
+            raise RefusedRequest(405, "GET, HEAD and POST alone")
         if not known.fullmatch(path) or ".." in path.split("/"):
-            raise Refused(403, "this page has no such address, and takes no files")
+            raise RefusedRequest(403, "this page has no such address, and takes no files")
         if path.startswith(FILE):
             try:
                 real = Path(os.path.realpath(path.removeprefix(FILE)))
             except (OSError, ValueError):
-                raise Refused(403, "no such picture") from None
+                raise RefusedRequest(403, "no such picture") from None
             if not real.is_relative_to(self.folder) or not real.is_file():
-                raise Refused(403, "no such picture")
+                raise RefusedRequest(403, "no such picture")
 
     def _check_call(self, path: str, call: dict[str, Any]) -> None:
         """Raise Refused for a call of no function of the page, or with another number of values than it takes."""
@@ -126,9 +126,9 @@ class Guard:
         function = call.get("fn_index") if address[1] else address[2]
         wanted = self.inputs.get(function) if isinstance(function, (int, str)) else None
         if wanted is None:
-            raise Refused(404, "the page has no such function")
+            raise RefusedRequest(404, "the page has no such function")
         if len(call.get("data", [])) != wanted:
-            raise Refused(400, f"this function takes {wanted} values")
+            raise RefusedRequest(400, f"this function takes {wanted} values")
 
 
 def parse_call(body: bytes) -> dict[str, Any]:
@@ -140,13 +140,13 @@ def parse_call(body: bytes) -> dict[str, Any]:
     try:
         value = parse_json(body or b"{}", "the body")
     except DamagedFile as error:
-        raise Refused(400, error.reason[:200]) from None
+        raise RefusedRequest(400, error.reason[:200]) from None
     if not isinstance(value, dict):
-        raise Refused(400, "the body is no JSON object")
+        raise RefusedRequest(400, "the body is no JSON object")
     data = value.get("data", [])
     others = (item for name, item in value.items() if name != "data")
     if not isinstance(data, list) or not all(map(_is_plain, [*data, *others])):
-        raise Refused(400, "the body holds more than numbers and names")
+        raise RefusedRequest(400, "the body holds more than numbers and names")
     return value
 
 
@@ -162,7 +162,7 @@ def _header(scope: Scope, name: bytes) -> list[str]:
 
 async def _body(scope: Scope, receive: Receive) -> bytes:
     """The body. Raises Refused if it is too long: at once if it says so, else when it has become so."""
-    too_long = Refused(413, f"a request has at most {LARGEST_BODY} bytes")
+    too_long = RefusedRequest(413, f"a request has at most {LARGEST_BODY} bytes")
     for length in _header(scope, b"content-length"):
         if not (length.isascii() and length.isdecimal() and len(length) < 10 and int(length) <= LARGEST_BODY):
             raise too_long
@@ -170,7 +170,7 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            raise Refused(400, "the client left")
+            raise RefusedRequest(400, "the client left")
         body += message.get("body", b"")
         if len(body) > LARGEST_BODY:
             raise too_long

@@ -43,8 +43,3 @@ class RecordingDenoiser:
         """An on_step that replaces nothing."""
         self._step = i
         return u
-
-
-def spread(count: int, steps: int) -> list[int]:
-    """`count` of the steps 0 .. steps - 1, evenly spread, the first among them."""
-    return [j * steps // count for j in range(count)]

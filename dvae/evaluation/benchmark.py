@@ -18,14 +18,14 @@ from dvae.evaluation.features import Way
 from dvae.evaluation.image_sets import ImageArray, ImageSet, open_image_set, require_same_size
 from dvae.evaluation.measures import Measures, Metric
 from dvae.evaluation.metrics import Features
-from dvae.evaluation.noise_robustness import NoisyConfig, NoisySamples
+from dvae.evaluation.noise_robustness import NoisyConfig, NoisySampleTask
 from dvae.evaluation.protocol import Protocol
 from dvae.evaluation.results import read_result
 from dvae.inference import pipeline as pipelines
-from dvae.inference.generation import generate
+from dvae.inference.generation.generate import generate_to_file
 from dvae.inference.generation.generation_settings import SampleConfig
-from dvae.inference.generation.sample_task import Samples
-from dvae.inference.generation.task import plain
+from dvae.inference.generation.sample_task import SampleTask
+from dvae.inference.generation.task import json_value
 from dvae.inference.run_images import run_shards
 from dvae.models import bundle
 from dvae.tracking.console import Progress
@@ -129,7 +129,7 @@ class Drawing:
         with pipeline.using():  # the run's own is there again at the end
             if self.sampler is not None:
                 pipeline.use_sampler(self.sampler)
-            return {key: plain(value) for key, value in asdict(pipeline.sampler.config).items()}
+            return {key: json_value(value) for key, value in asdict(pipeline.sampler.config).items()}
 
     def made(self) -> dict[str, Any]:
         """What else decides the samples, for the protocol."""
@@ -157,9 +157,9 @@ class Drawing:
             "pca_guidance": settings.pca_guidance, "plugins": settings.plugins, "sampler": self.sampler,
         }  # fmt: skip
         if self.noise is None:
-            done = generate.draw(SampleConfig(**words), Samples)
+            done = generate_to_file(SampleConfig(**words), SampleTask)
         else:
-            done = generate.draw(NoisyConfig(**words, noise=self.noise), NoisySamples)
+            done = generate_to_file(NoisyConfig(**words, noise=self.noise), NoisySampleTask)
         names = ["vae", "refined"] if settings.vae else ["refined"]
         return {name: ImageArray(str(out), len(names), which) for which, name in enumerate(names)}, done.nfe
 

@@ -15,10 +15,10 @@ import torch
 
 from dvae.data.archives import files_of, open_tar, open_zip, refuse_duplicates
 from dvae.data.images import FILE_LIMIT, PIXELS, SUFFIXES, DamagedImage, open_image
-from dvae.data.shards import reader
 from dvae.data.shards.manifest import FILE as MANIFEST
 from dvae.data.shards.reader import Shards
 from dvae.errors import UserError, fold
+from dvae.utils.evenly_spaced import evenly_spaced
 from dvae.utils.read import DamagedFile, map_npy, read_bytes, read_member
 
 READABLE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -194,7 +194,8 @@ def open_image_set(word: str, place: str, split: str = "train", most: int = 0) -
     if not path.exists():
         raise UserError(f"{word}={place}: no such file or folder")
     if path.is_dir() and (path / MANIFEST).exists():
-        return ShardImages(place, split, chosen_indices(len(_shards(place, split)), most))
+        count = len(_shards(place, split))
+        return ShardImages(place, split, tuple(evenly_spaced(count, most or count).tolist()))
     if path.is_dir():
         found: ImageSet = ImageFiles(place, _listed(word, place, [_resolved(item) for item in path.iterdir()]))
     elif path.suffix.lower() == ".npy":
@@ -205,7 +206,7 @@ def open_image_set(word: str, place: str, split: str = "train", most: int = 0) -
         raise UserError(f"{word}={place}: name shards, a folder of PNG or JPEG files, or a .zip, .tar or .npy file")
     if not len(found):
         raise UserError(f"{word}={place}: holds no image")
-    return ImageSubset(found, chosen_indices(len(found), most)) if 0 < most < len(found) else found
+    return ImageSubset(found, tuple(evenly_spaced(len(found), most).tolist())) if 0 < most < len(found) else found
 
 
 def _resolved(item: Path) -> str:
@@ -249,11 +250,6 @@ def _listed(word: str, place: str, names: list[str]) -> tuple[str, ...]:
     if not found:
         raise UserError(f"{word}={place}: holds no PNG or JPEG file")
     return found
-
-
-def chosen_indices(count: int, most: int) -> tuple[int, ...]:
-    """Up to `most` (0: all) indices, evenly spread over `count`."""
-    return tuple(map(int, reader.evenly_spaced(count, most or count)))
 
 
 def require_same_size(a: ImageSet, b: ImageSet) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 16
+CHUNK_SIZE = 16
 """Images that are computed together where no batch size is asked for: most of the speed of larger batches (80% of that
 of 64 on one core, with the demo's networks), and at most 15 images are drawn that nobody asked for."""
 
@@ -29,7 +29,7 @@ class GeneratedImages:
     """(n, K, C, H, W) uint8: what the network took the image for, at K steps on the way."""
 
 
-def calls(first: int, n: int, batch: int | None, chunk: int = CHUNK) -> list[range]:
+def chunk_ranges(first: int, n: int, batch: int | None, chunk: int = CHUNK_SIZE) -> list[range]:
     """The numbers that are drawn together, call by call, for the images first..first + n - 1.
 
     Without `batch` these are whole chunks [chunk c, chunk c + chunk): what is asked for besides never changes what an
@@ -41,9 +41,9 @@ def calls(first: int, n: int, batch: int | None, chunk: int = CHUNK) -> list[ran
     return [range(start, min(start + batch, end)) for start in range(first, end, batch)]
 
 
-def together(images: int) -> int:
-    """Results of so many images each that share a fixed chunk."""
-    return max(1, CHUNK // images)
+def results_per_chunk(images_per_result: int) -> int:
+    """How many results of `images_per_result` images each share a fixed chunk."""
+    return max(1, CHUNK_SIZE // images_per_result)
 
 
 def batch_rows(n: int, size: int, fixed: bool) -> Iterator[tuple[torch.Tensor, int]]:
@@ -57,11 +57,11 @@ def batch_rows(n: int, size: int, fixed: bool) -> Iterator[tuple[torch.Tensor, i
 
 
 @contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Compute on one thread of the CPU while the block runs, if `wanted`: with more, the number of threads decides how
+def single_thread(enabled: bool) -> Iterator[None]:
+    """Compute on one thread of the CPU while the block runs, if `enabled`: with more, the number of threads decides how
     sums are split, and so their rounding."""
     before = torch.get_num_threads()
-    if wanted:
+    if enabled:
         torch.set_num_threads(1)
     try:
         yield
@@ -69,6 +69,6 @@ def one_thread(wanted: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def mean(evaluations: int, images: int) -> float:
+def mean_nfe(evaluations: int, images: int) -> float:
     """Evaluations per image, a whole number where it is one."""
     return evaluations // images if evaluations % images == 0 else evaluations / images

@@ -18,7 +18,6 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,12 @@ from dvae.data.shards.manifest import HELDOUT
 from dvae.diffusion import likelihood
 from dvae.diffusion.conditioning import NO_LABEL, Conditioning
 from dvae.errors import UserError
-from dvae.inference import pipeline as pipelines
-from dvae.inference.batching import CHUNK, calls, mean, one_thread
-from dvae.inference.generation.chunks import RECORD_LIMIT, Chunks, difference
-from dvae.inference.generation.generation_settings import GivenConfig
-from dvae.inference.generation.input_images import Inputs, open_inputs
-from dvae.inference.latents import mean_and_error
-from dvae.inference.pipeline import Pipeline
+from dvae.inference.batching import CHUNK_SIZE, chunk_ranges, mean_nfe, single_thread
+from dvae.inference.generation.chunks import RECORD_LIMIT, ChunkStore, first_difference, package_versions
+from dvae.inference.generation.generation_settings import ImageInputConfig
+from dvae.inference.generation.input_images import InputImages, open_input_images
+from dvae.inference.pipeline import Pipeline, load
+from dvae.inference.prior_fitting import mean_and_error
 from dvae.models import bundle
 from dvae.registry.encoders.base import Posterior
 from dvae.tracking.console import Progress, say
@@ -46,8 +44,8 @@ from dvae.utils import atomic_files, rng
 from dvae.utils.read import DamagedFile, forbid_extra, read_json
 
 
-class Latent(Enum):
-    """Which z of an image its x_hat, and all that the refiner is told, is of."""
+class LatentMode(Enum):
+    """Which z of an image x_hat is decoded from and the refiner is conditioned on."""
 
     mean = "mean"
     """The posterior's mean."""
@@ -71,7 +69,7 @@ class LikelihoodConfig:
     """heldout: the run's held-out images; or a folder, zip archive, .npy (n, H, W, C) or image file."""
     resize: bool = False
     """Crop and scale given images to the run's size, and make them gray or color as its are."""
-    z: Latent = Latent.mean
+    z: LatentMode = LatentMode.mean
     """mean | draw: the latent that each image is refined from; draw gives a bound of the whole model, too."""
     label: str = ""
     """Class of all images (empty: the one that a held-out image has, else none)."""
@@ -90,7 +88,7 @@ ConfigStore.instance().store(name="likelihood_schema", node=LikelihoodConfig, pr
 
 @forbid_extra
 @dataclass(frozen=True)
-class MeanFigure:
+class MeanWithError:
     """A mean over images in the JSON file."""
 
     mean: float
@@ -99,11 +97,11 @@ class MeanFigure:
 
 @forbid_extra
 @dataclass(frozen=True)
-class ScoredRecord:
+class LikelihoodRecord:
     """The JSON file."""
 
     request: dict[str, Any]
-    means: dict[str, MeanFigure]
+    means: dict[str, MeanWithError]
     nfe: float
     versions: dict[str, str]
     per_image: dict[str, list[float]]
@@ -117,54 +115,54 @@ class ScoredRecord:
 
 
 @dataclass(frozen=True)
-class Scored:
+class LikelihoodResult:
     """What became of a request."""
 
     figures: dict[str, tuple[float, float]]
     """Mean over images and its standard error, by name of the figure."""
     nfe: float
     """Network evaluations per image, mean; each also takes a gradient."""
-    done: int
-    """Images that this command scored; the others were there."""
+    scored: int
+    """Images that this command scored; the figures of the others existed."""
     images_per_second: float
     """Of those, without the time to load the run."""
 
 
-def score(settings: LikelihoodConfig) -> Scored:
+def score(settings: LikelihoodConfig) -> LikelihoodResult:
     """Score the images into `settings.out`; go on where an earlier attempt was ended.
 
     Raises UserError for what cannot be scored, and where `out` is there or half-done for another request.
     """
     _check(settings)
-    pipeline = pipelines.load(settings.run, settings.batch)
-    pipeline.need_pixels("likelihood")
+    pipeline = load(settings.run, settings.batch)
+    pipeline.require_pixels("likelihood")
     if pipeline.models.denoiser.diffusion.schedule.zero_terminal_snr:
         name = pipeline.config.schedule.name
         raise UserError(f"likelihood: schedule={name} has no finite end at t = 1: name a run with another, as linear")
-    if settings.z is Latent.draw and "encoder" not in pipeline.models.trained_parts():
+    if settings.z is LatentMode.draw and "encoder" not in pipeline.models.trained_parts():
         raise UserError(f"z=draw: run={settings.run} has no encoder, and so no z: leave it out")
-    given = GivenConfig(run=settings.run, images=settings.images, resize=settings.resize, shards=settings.shards)
-    images, labels = _images(settings, open_inputs(given, pipeline.config))
-    pipeline.classes(labels, settings.n)
+    source = ImageInputConfig(run=settings.run, images=settings.images, resize=settings.resize, shards=settings.shards)
+    images, labels = _images(settings, open_input_images(source, pipeline.config))
+    pipeline.class_numbers(labels, settings.n)
     out, request = Path(settings.out), _request(settings, images)
     names = score_names(pipeline, settings)
     if out.exists():
-        return _there(out, request, names)
-    wanted = calls(0, settings.n, settings.batch or CHUNK)
-    with Chunks.opened(out, request) as chunks:
-        missing = [numbers for numbers in wanted if not chunks.has(numbers)]
+        return _existing_result(out, request, names)
+    ranges = chunk_ranges(0, settings.n, settings.batch or CHUNK_SIZE)
+    with ChunkStore.opened(out, request) as chunks:
+        missing = chunks.missing(ranges)
         count, began = sum(map(len, missing)), time.perf_counter()
         with Progress("images", settings.n, settings.n - count) as progress:
             for numbers in missing:
-                mine = slice(numbers.start, numbers.stop)
-                chunks.write(numbers, score_chunk(pipeline, settings, images[mine], labels[mine], numbers))
+                rows = slice(numbers.start, numbers.stop)
+                chunks.write(numbers, score_chunk(pipeline, settings, images[rows], labels[rows], numbers))
                 progress.update(progress.step + len(numbers), len(numbers))
         seconds = time.perf_counter() - began
-        values = {name: np.concatenate([chunks.read(numbers, name) for numbers in wanted]) for name in names}
+        values = {name: np.concatenate([chunks.read(numbers, name) for numbers in ranges]) for name in names}
         record = _record(request, values)
         atomic_files.write_json(out, asdict(record))
         chunks.remove()
-    return Scored(record.figures(), record.nfe, count, count / seconds if count else 0.0)
+    return LikelihoodResult(record.figures(), record.nfe, count, count / seconds if count else 0.0)
 
 
 def score_names(pipeline: Pipeline, settings: LikelihoodConfig) -> list[str]:
@@ -172,7 +170,7 @@ def score_names(pipeline: Pipeline, settings: LikelihoodConfig) -> list[str]:
     names = ["bits_per_dim", "nfe"]
     if "encoder" in pipeline.models.trained_parts():
         names += ["kl_nats", "kl_bits_per_dim"]
-    return names + (["total_bits_per_dim"] if settings.z is Latent.draw else [])
+    return names + (["total_bits_per_dim"] if settings.z is LatentMode.draw else [])
 
 
 @torch.no_grad()
@@ -181,13 +179,13 @@ def score_chunk(
 ) -> dict[str, np.ndarray]:
     """The figures of images (n, C, H, W) uint8 with their classes, each (n,), in fp32."""
     models, seed, dimensions = pipeline.models, settings.seed, images[0].numel()
-    with one_thread(settings.batch is None and pipeline.device.type == "cpu"):
+    with single_thread(settings.batch is None and pipeline.device.type == "cpu"):
         posterior = models.encoder.encode(to_float(images).to(pipeline.device))
         posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
         z = posterior.mean
-        if settings.z is Latent.draw:
+        if settings.z is LatentMode.draw:
             z = posterior.sample(rng.normal(seed, "posterior", numbers, models.io.latent).to(z.device))
-        conditioning = Conditioning(pipeline.decode(z), z, pipeline.classes(labels, len(images)))
+        conditioning = Conditioning(pipeline.decode(z), z, pipeline.class_numbers(labels, len(images)))
         found = likelihood.of_images(models.denoiser, conditioning, images, list(numbers), seed, settings.tolerance)
         bits, kl = found.bits_per_dim, posterior.kl().double().cpu()
         values = {
@@ -196,7 +194,7 @@ def score_chunk(
             "kl_nats": kl,
             "kl_bits_per_dim": kl / (dimensions * math.log(2.0)),
         }
-        if settings.z is Latent.draw:
+        if settings.z is LatentMode.draw:
             rate = log_posterior(posterior, z) - models.prior.log_prob(z).cpu()
             values["total_bits_per_dim"] = bits + rate / (dimensions * math.log(2.0))
     return {name: values[name].numpy() for name in score_names(pipeline, settings)}
@@ -208,7 +206,7 @@ def log_posterior(posterior: Posterior, z: torch.Tensor) -> torch.Tensor:
     return -0.5 * ((z - mean) ** 2 / logvar.exp() + logvar + math.log(2.0 * math.pi)).sum(1)
 
 
-def _images(settings: LikelihoodConfig, inputs: Inputs) -> tuple[torch.Tensor, list[int | str]]:
+def _images(settings: LikelihoodConfig, inputs: InputImages) -> tuple[torch.Tensor, list[int | str]]:
     """(n, C, H, W) uint8, and their classes. Raises UserError where there are not so many."""
     if settings.n > len(inputs):
         raise UserError(f"n={settings.n}: images={settings.images} holds {len(inputs)}: use n={len(inputs)} or less")
@@ -218,42 +216,42 @@ def _images(settings: LikelihoodConfig, inputs: Inputs) -> tuple[torch.Tensor, l
 
 def _request(settings: LikelihoodConfig, images: torch.Tensor) -> dict[str, Any]:
     """What decides every figure, ready for JSON."""
-    asked = {name: getattr(settings, name) for name in ("n", "seed", "images", "label", "tolerance", "batch")}
+    fields = {name: getattr(settings, name) for name in ("n", "seed", "images", "label", "tolerance", "batch")}
     pixels = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-    return bundle.read_hashes(settings.run) | asked | {"z": settings.z.name, "pixels": pixels}
+    return bundle.read_hashes(settings.run) | fields | {"z": settings.z.name, "pixels": pixels}
 
 
-def _record(request: dict[str, Any], values: dict[str, np.ndarray]) -> ScoredRecord:
+def _record(request: dict[str, Any], values: dict[str, np.ndarray]) -> LikelihoodRecord:
     means = {}
     for name, each in values.items():
         if name != "nfe":
             average, error = mean_and_error(torch.from_numpy(each))
-            means[name] = MeanFigure(average, None if math.isnan(error) else error)
-    return ScoredRecord(
+            means[name] = MeanWithError(average, None if math.isnan(error) else error)
+    return LikelihoodRecord(
         request=request,
         means=means,
-        nfe=mean(int(values["nfe"].sum()), len(values["nfe"])),
-        versions={name: metadata.version(name) for name in ("dvae", "torch", "numpy")},
+        nfe=mean_nfe(int(values["nfe"].sum()), len(values["nfe"])),
+        versions=package_versions(),
         per_image={name: each.tolist() for name, each in values.items()},
     )
 
 
-def _there(out: Path, request: dict[str, Any], names: list[str]) -> Scored:
-    """What is there, as asked for, with the figures `names` of each image. Raises UserError for anything else."""
+def _existing_result(out: Path, request: dict[str, Any], names: list[str]) -> LikelihoodResult:
+    """The result that `out` holds for this request, with the figures `names`. Raises UserError for anything else."""
     try:
-        record = read_json(out, ScoredRecord, RECORD_LIMIT)
+        record = read_json(out, LikelihoodRecord, RECORD_LIMIT)
     except DamagedFile as error:
         raise UserError(
             f"out={out} is there already, and not as this command writes it ({error.reason}): name another, or remove "
             "it"
         ) from None
-    if unlike := difference(record.request, request):
+    if unlike := first_difference(record.request, request):
         raise UserError(f"out={out} is there already, made with {unlike}: name another, or remove it")
     if record.per_image.keys() != set(names) or record.means.keys() != set(names) - {"nfe"}:
         raise UserError(f"out={out} is there already, with other figures than {', '.join(names)}: remove it")
-    Chunks.remove_at(out)
+    ChunkStore.remove_at(out)
     say(f"{out} is there already, as asked for")
-    return Scored(record.figures(), record.nfe, 0, 0.0)
+    return LikelihoodResult(record.figures(), record.nfe, 0, 0.0)
 
 
 def _check(settings: LikelihoodConfig) -> None:

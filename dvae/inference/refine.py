@@ -1,83 +1,146 @@
-"""One batch of images refined: noise drawn, the sampler run, its end made an image."""
+"""Run the sampler: refine one batch, many images batch by batch, or generate one batch from its seed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from dvae.data.images import to_uint8
 from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.guidance import Guidance, GuidedDenoiser
 from dvae.diffusion.model import Model, OnStep
-from dvae.diffusion.recording import RecordingDenoiser, spread
+from dvae.diffusion.recording import RecordingDenoiser
 from dvae.errors import UserError
-from dvae.inference import inpainting
-from dvae.inference.noise import Noise, Shared
+from dvae.inference.batching import CHUNK_SIZE, GeneratedImages, mean_nfe
+from dvae.inference.inference_core import ClassLabels, InferenceCore, ProgressCallback
+from dvae.inference.known_pixels import replace_known_pixels
+from dvae.inference.noise import KeyedNoise, SharedVariable
+from dvae.utils.evenly_spaced import evenly_spaced
 
-if TYPE_CHECKING:
-    from dvae.inference.pipeline import Pipeline
+UNGUIDED = Guidance()
 
 
 def refine_batch(
-    pipeline: Pipeline,
+    core: InferenceCore,
     conditioning: Conditioning,
-    noise: Noise,
+    noise: KeyedNoise,
     guidance: Guidance | float,
     known: tuple[torch.Tensor, torch.Tensor] | None = None,
     estimates: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """(images (n, C, H, W) in [-1, 1], network evaluations of each (n,), so many denoised estimates on the way).
+    """Refine one batch.
 
-    `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the pixels where the mask is true; it goes without
-    estimates.
+    `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the pixels where the mask is true; it excludes estimates.
+
+    Returns images (n, C, H, W) in [-1, 1], the network evaluations of each (n,), and `estimates` denoised estimates
+    from evenly spaced steps.
     """
-    denoiser, io = pipeline.models.denoiser, pipeline.models.denoiser.io
+    denoiser, io = core.models.denoiser, core.models.denoiser.io
     shape = (io.k * io.channels, io.image_size, io.image_size)
 
     def normal(purpose: str) -> torch.Tensor:
-        return noise.draw(purpose, shape).to(pipeline.device, memory_format=torch.channels_last)
+        return noise.sample(purpose, shape).to(core.device, memory_format=torch.channels_last)
 
-    conditioning = Conditioning(
-        conditioning.x_hat.contiguous(memory_format=torch.channels_last), conditioning.z, conditioning.label
-    )
+    x_hat = conditioning.x_hat.contiguous(memory_format=torch.channels_last)
+    conditioning = Conditioning(x_hat, conditioning.z, conditioning.label)
     weights = guidance if isinstance(guidance, Guidance) else Guidance(condition=guidance)
-    model: Model = GuidedDenoiser(denoiser, conditioning, weights, pipeline.models.classifier)
+    model: Model = GuidedDenoiser(denoiser, conditioning, weights, core.models.classifier)
     on_step: OnStep | None = None
-    watched: RecordingDenoiser | None = None
+    recorder: RecordingDenoiser | None = None
     if known is not None:
-        x, mask = (part.to(pipeline.device) for part in known)
-        on_step = inpainting.keep_known(
+        x, mask = (part.to(core.device) for part in known)
+        on_step = replace_known_pixels(
             denoiser.diffusion, denoiser.to_state(x, conditioning), mask, lambda i: normal(f"known pixels {i}")
         )
     elif estimates:
-        model = watched = RecordingDenoiser(model, spread(estimates, steps_of(pipeline)))
-        on_step = watched.on_step
-    bf16 = pipeline.config.precision.name == "bf16"
-    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=bf16):
+        steps = evenly_spaced(sampler_steps(core), estimates, endpoint=False)
+        model = recorder = RecordingDenoiser(model, steps.tolist())
+        on_step = recorder.on_step
+    bf16 = core.config.precision.name == "bf16"
+    with torch.autocast(core.device.type, torch.bfloat16, enabled=bf16):
         start = denoiser.diffusion.sample_prior(normal("x_T"))
-        sampled = pipeline.sampler.sample(model, start, lambda i: normal(f"sampler {i}"), on_step)
+        sampled = core.sampler.sample(model, start, lambda i: normal(f"sampler {i}"), on_step)
 
-    def shown(state: torch.Tensor) -> torch.Tensor:
-        drawn = denoiser.to_image(state, conditioning)
-        return pipeline.decode(drawn) if pipeline.models.latent_space else drawn
+    def to_pixels(state: torch.Tensor) -> torch.Tensor:
+        image = denoiser.to_image(state, conditioning)
+        return core.decode(image) if core.models.latent_space else image
 
-    on_the_way = [shown(state) for state in watched.x0] if watched else []
-    return shown(sampled.u[:, : io.channels]), sampled.nfe, on_the_way
+    recorded = [to_pixels(state) for state in recorder.x0] if recorder else []
+    return to_pixels(sampled.u[:, : io.channels]), sampled.nfe, recorded
 
 
-def steps_of(pipeline: Pipeline) -> int:
+@torch.no_grad()
+def refine_images(
+    core: InferenceCore,
+    conditioning: Conditioning,
+    noise: KeyedNoise,
+    *,
+    guidance: Guidance | float = UNGUIDED,
+    advance: ProgressCallback | None = None,
+    known: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Refine any number of images, batch by batch; sets `core.nfe`.
+
+    `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the pixels where the mask is true.
+
+    Returns images (n, C, H, W), fp32, in [-1, 1] as far as the sampler keeps them there, and their network evaluations
+    (n,); both on the CPU.
+    """
+    # with steps of its own an image may be alone in a batch, so it always is
+    size = CHUNK_SIZE if core.sampler.lockstep else 1
+    images, evaluations = [], []
+    with core.reproducible():
+        for rows, count in core.network_batches(len(noise), size):
+            kept = None if known is None else (known[0][rows], known[1][rows])
+            refined, nfe, _ = refine_batch(core, conditioning[rows], noise[rows.tolist()], guidance, kept)
+            images.append(refined[:count].cpu())
+            evaluations.append(nfe[:count].cpu())
+            if advance:
+                advance(count)
+    nfe = torch.cat(evaluations)
+    core.nfe = mean_nfe(int(nfe.sum()), len(nfe))
+    return torch.cat(images), nfe
+
+
+@torch.no_grad()
+def generate_batch(
+    core: InferenceCore,
+    numbers: range,
+    seed: int,
+    *,
+    label: ClassLabels = None,
+    guidance: Guidance | float = UNGUIDED,
+    shared: SharedVariable | None = None,
+    intermediate: int = 0,
+) -> GeneratedImages:
+    """Generate the images of these numbers in one batch, on one thread where that fixes their bits.
+
+    `numbers` is one of `chunk_ranges`; a label for each is that of numbers[0], numbers[1], ...
+    """
+    check_generation(core, shared, intermediate)
+    zeros = [0] * len(numbers)
+    with core.reproducible():
+        conditioning = core.conditioning_of(zeros if shared is SharedVariable.z else numbers, seed, label)
+        noise = KeyedNoise(seed, zeros if shared is SharedVariable.noise else numbers)
+        refined, nfe, estimates = refine_batch(core, conditioning, noise, guidance, estimates=intermediate)
+        vae = to_uint8(conditioning.x_hat).cpu() if core.models.has_generator else None
+        stacked = torch.stack([to_uint8(each).cpu() for each in estimates], 1) if estimates else None
+        classes = None if conditioning.label is None else conditioning.label.cpu()
+        return GeneratedImages(vae, to_uint8(refined).cpu(), nfe.cpu(), classes, stacked)
+
+
+def sampler_steps(core: InferenceCore) -> int:
     """Steps of the sampler, on a schedule that may have fewer times."""
-    times, steps = pipeline.models.denoiser.diffusion.schedule.steps, pipeline.sampler.config.steps
+    times, steps = core.models.denoiser.diffusion.schedule.steps, core.sampler.config.steps
     return min(steps, times or steps)
 
 
-def check_drawing(pipeline: Pipeline, shared: Shared | None, intermediate: int) -> None:
-    """Raise UserError where images cannot share what they are to share, or there are no such estimates."""
-    if shared is not None and not pipeline.models.has_generator:
+def check_generation(core: InferenceCore, shared: SharedVariable | None, intermediate: int) -> None:
+    """Raise UserError if the run has no z to share, or the sampler cannot give that many intermediate estimates."""
+    if shared is not None and not core.models.has_generator:
         raise UserError(f"shared={shared.name}: this run draws no z besides its noise: leave shared out")
     if intermediate < 0:
         raise UserError(f"intermediate={intermediate}: use 0 (none) or more")
-    if intermediate and not pipeline.sampler.lockstep:
+    if intermediate and not core.sampler.lockstep:
         raise UserError("intermediate images need a sampler that moves all in the same steps: use sampler=ddim or em")
-    if intermediate > steps_of(pipeline):
-        raise UserError(f"intermediate={intermediate} is more than the {steps_of(pipeline)} steps of the sampler")
+    if intermediate > sampler_steps(core):
+        raise UserError(f"intermediate={intermediate} is more than the {sampler_steps(core)} steps of the sampler")

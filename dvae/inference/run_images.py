@@ -17,7 +17,7 @@ from dvae.runs.folder import Run
 from dvae.tracking.console import say
 
 
-def data_of(run: str) -> DataConfig | None:
+def data_config(run: str) -> DataConfig | None:
     """How the run folder `run` reads its images; None for a bundle, which does not say."""
     folder = Path(run)
     if not (folder / "config.yaml").exists() or (folder / bundle.INFO).exists():
@@ -31,7 +31,7 @@ def run_shards(run: str, config: ModelConfig, word: str = "shards") -> Path:
     Raises UserError, which asks for the word `word`, if they are not on this machine, and for a run on points.
     """
     refuse_points(config, run)
-    data, inside = data_of(run), Path(run) / "shards"
+    data, inside = data_config(run), Path(run) / "shards"
     if data is None:
         more = "" if word != "shards" else ", or give images=FOLDER (your own)"
         raise UserError(f"run={run} is a bundle and has no images: name the run's with {word}=FOLDER{more}")
@@ -45,14 +45,15 @@ def run_shards(run: str, config: ModelConfig, word: str = "shards") -> Path:
     )
 
 
-def named_place(shards: str, run: str) -> Path | RemoteShards:
+def shards_location(shards: str, run: str) -> Path | RemoteShards:
     """The place that the user's own command names, a folder or an address; what is fetched is kept beside the run."""
     if not is_remote(shards):
         return Path(shards)
     if (Path(run) / "remote").is_symlink():
         raise UserError(f"{Path(run) / 'remote'} is a link to another folder: remove it")
-    kept = Path(run) / "remote" if data_of(run) else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dvae/remote"
-    return locate_shards(shards, str(kept.expanduser()), DataConfig().download_gib)
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dvae/remote"
+    download_to = Path(run) / "remote" if data_config(run) else user_cache
+    return locate_shards(shards, str(download_to.expanduser()), DataConfig().download_gib)
 
 
 def open_split(run: str, config: ModelConfig, split: str, shards: str = "") -> Shards:
@@ -60,8 +61,8 @@ def open_split(run: str, config: ModelConfig, split: str, shards: str = "") -> S
 
     Raises UserError as `run_shards`, if there is no such split, and for images of another size than the run's.
     """
-    data = data_of(run) or replace(DataConfig(), shards=shards)
-    place = named_place(shards, run) if shards else run_shards(run, config)
+    data = data_config(run) or replace(DataConfig(), shards=shards)
+    place = shards_location(shards, run) if shards else run_shards(run, config)
     opened = Shards(place, split, int(data.cache_gib * 2**30), data.max_bad_fraction, say)
     if opened.shape != (config.channels, config.image_size, config.image_size):
         size = "x".join(map(str, opened.shape))

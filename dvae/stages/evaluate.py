@@ -14,7 +14,7 @@ from dvae.config.compose import uses_stream
 from dvae.config.model_config import model_config
 from dvae.config.schema import RunConfig
 from dvae.data.images import to_float, to_uint8
-from dvae.data.shards.reader import Shards, evenly_spaced
+from dvae.data.shards.reader import Shards
 from dvae.inference.pipeline import Pipeline
 from dvae.runs.folder import Run
 from dvae.stages.image_scores import score_images
@@ -25,6 +25,7 @@ from dvae.tracking.console import Progress
 from dvae.tracking.tracker import Tracker
 from dvae.training.batches import open_shards
 from dvae.utils import atomic_files
+from dvae.utils.evenly_spaced import evenly_spaced
 
 PICTURE_IMAGES = 32
 """Images in each picture."""

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from dvae.config.schema import RunConfig
-from dvae.data.shards.reader import Shards, evenly_spaced
+from dvae.data.shards.reader import Shards
 from dvae.runs.folder import Run
+from dvae.utils.evenly_spaced import evenly_spaced
 
 
 def score_images(

@@ -33,8 +33,10 @@ def online_scorer(run: Run, config: RunConfig) -> Callable[[Pipeline], dict[str,
         source, n = points.open_source(config), config.evaluate.n
         return {
             "sliced_wasserstein": statistics.mean(
-                sliced_wasserstein(points.drawn(pipeline, label, n, seed), points.true(source, label, n, config.seed))
-                for label in points.groups(config, source).values()
+                sliced_wasserstein(
+                    points.sample_points(pipeline, label, n, seed), points.true_points(source, label, n, config.seed)
+                )
+                for label in points.label_groups(config, source).values()
             )
         }
 

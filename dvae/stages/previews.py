@@ -46,8 +46,8 @@ def save_points(run: Run, config: RunConfig, pipeline: Pipeline, name: str) -> P
     """Write true points beside generated ones to images/NAME."""
     path = run.images / name
     source = points.open_source(config)
-    groups = points.groups(config, source).items()
-    true = {name: points.true(source, label, PREVIEW_POINTS, config.seed) for name, label in groups}
-    drawn = {name: points.drawn(pipeline, label, PREVIEW_POINTS, config.seed) for name, label in groups}
+    groups = points.label_groups(config, source).items()
+    true = {name: points.true_points(source, label, PREVIEW_POINTS, config.seed) for name, label in groups}
+    drawn = {name: points.sample_points(pipeline, label, PREVIEW_POINTS, config.seed) for name, label in groups}
     scatter.compare(true, drawn, path)
     return path

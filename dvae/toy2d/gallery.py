@@ -61,7 +61,7 @@ ConfigStore.instance().store(name="gallery_schema", node=GalleryConfig, provider
 
 
 @dataclass(frozen=True)
-class Cell:
+class GalleryCell:
     """One panel of the gallery."""
 
     run: str
@@ -99,11 +99,11 @@ def draw(settings: GalleryConfig) -> dict[str, Any]:
     runs = load_runs(settings)
     first = Run(run_folders(settings)[next(iter(runs))]).config()
     source = points.open_source(first)
-    label = points.groups(first, source)[settings.density]
-    true = points.true(source, label, settings.n, settings.seed)
-    floor = figure(two_sample_floor(lambda n, seed: points.true(source, label, n, seed), settings.n))
+    label = points.label_groups(first, source)[settings.density]
+    true = points.true_points(source, label, settings.n, settings.seed)
+    floor = figure(two_sample_floor(lambda n, seed: points.true_points(source, label, n, seed), settings.n))
     rows = {name: sampler_names(run, settings) for name, run in runs.items()}
-    cells: list[Cell] = []
+    cells: list[GalleryCell] = []
     clouds: list[torch.Tensor] = []
     with Progress("gallery", sum(map(len, rows.values())) * len(settings.nfe)) as progress:
         for name, run in runs.items():
@@ -111,7 +111,7 @@ def draw(settings: GalleryConfig) -> dict[str, Any]:
                 for column in range(len(settings.nfe)):
                     node = at_column(run, sampler, column, settings, label)
                     run.use_sampler(node)
-                    cloud = points.drawn(run, label, settings.n, settings.seed)
+                    cloud = points.sample_points(run, label, settings.n, settings.seed)
                     cells.append(describe(name, run, node, column, sliced_wasserstein(cloud, true)))
                     clouds.append(cloud)
                     progress.update(len(cells), settings.n)
@@ -149,7 +149,7 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
         if not run.config.draws_points:
             raise UserError(f"runs={folder}: {path} holds images, the gallery shows points (recipe=toy2d)")
         config = Run(path).config()
-        names = points.groups(config, points.open_source(config))
+        names = points.label_groups(config, points.open_source(config))
         if settings.density not in names:
             raise UserError(f"density={settings.density}: {path} draws others; {suggest(settings.density, names)}")
         runs[name] = run
@@ -173,7 +173,7 @@ def at_column(run: Pipeline, sampler: str, column: int, settings: GalleryConfig,
 
     def evaluations(steps: int) -> float:
         run.use_sampler(node | {"steps": steps})
-        points.drawn(run, label, 1, settings.seed)
+        points.sample_points(run, label, 1, settings.seed)
         return run.nfe
 
     low, high = 1, settings.nfe[column]  # at least one evaluation a step, and more for more steps
@@ -183,9 +183,9 @@ def at_column(run: Pipeline, sampler: str, column: int, settings: GalleryConfig,
     return node | {"steps": low}
 
 
-def describe(name: str, run: Pipeline, node: dict[str, Any], column: int, distance: float) -> Cell:
+def describe(name: str, run: Pipeline, node: dict[str, Any], column: int, distance: float) -> GalleryCell:
     diffusion = run.models.denoiser.diffusion
-    return Cell(
+    return GalleryCell(
         run=name,
         process=PROCESSES.name_of(diffusion.process),
         schedule=SCHEDULES.name_of(diffusion.schedule),
@@ -198,7 +198,11 @@ def describe(name: str, run: Pipeline, node: dict[str, Any], column: int, distan
 
 
 def show(
-    settings: GalleryConfig, cells: list[Cell], clouds: list[torch.Tensor], true: torch.Tensor, floor: dict[str, Any]
+    settings: GalleryConfig,
+    cells: list[GalleryCell],
+    clouds: list[torch.Tensor],
+    true: torch.Tensor,
+    floor: dict[str, Any],
 ) -> None:
     """Draw the picture: `clouds` (n, 2) of the cells, `true` (n, 2) beside the title."""
     limit = NEAR * floor["mean"]
@@ -214,12 +218,12 @@ def show(
     sheet.draw(panels, [f"NFE {nfe}" for nfe in settings.nfe], true, title, Path(settings.out))
 
 
-def row_name(cell: Cell) -> str:
+def row_name(cell: GalleryCell) -> str:
     spacing = cell.fields.get("spacing")
     return cell.sampler + (f"\n{spacing}" if spacing not in (None, "quadratic") else "")
 
 
-def caption(cell: Cell, settings: GalleryConfig) -> str:
+def caption(cell: GalleryCell, settings: GalleryConfig) -> str:
     """The distance, and the true number of evaluations where it is not the column's."""
     text = f"{cell.distance:.3f}"
     return text if cell.nfe == settings.nfe[cell.column] else f"{text} ({cell.nfe:.0f})"

@@ -23,15 +23,15 @@ SHOWN = 2000
 def evaluate_points(run: Run, config: RunConfig, pipeline: Pipeline) -> dict[str, Any]:
     """samples.png, and the sliced Wasserstein distances. Returns what summary.json holds of them."""
     settings, source = config.evaluate, points.open_source(config)
-    groups = points.groups(config, source)
-    true = {name: points.true(source, label, settings.n, config.seed) for name, label in groups.items()}
+    groups = points.label_groups(config, source)
+    true = {name: points.true_points(source, label, settings.n, config.seed) for name, label in groups.items()}
     shown, figures = {}, {}
     began = time.perf_counter()
     total = settings.n * len(settings.seeds) * len(groups)
     with Progress("samples", total) as progress:
         for name, label in groups.items():
             sets = [
-                points.drawn(pipeline, label, settings.n, seed, lambda n: progress.update(progress.step + n, n))
+                points.sample_points(pipeline, label, settings.n, seed, lambda n: progress.update(progress.step + n, n))
                 for seed in settings.seeds
             ]
             shown[name] = sets[0][:SHOWN]
@@ -40,7 +40,7 @@ def evaluate_points(run: Run, config: RunConfig, pipeline: Pipeline) -> dict[str
     scatter.compare({name: some[:SHOWN] for name, some in true.items()}, shown, run.images / "points.png")
 
     def floor(label: int | None) -> list[float]:
-        return two_sample_floor(lambda n, seed: points.true(source, label, n, seed), settings.n)
+        return two_sample_floor(lambda n, seed: points.true_points(source, label, n, seed), settings.n)
 
     return {
         "sampler": OmegaConf.to_container(OmegaConf.structured(config.sampler), enum_to_str=True),

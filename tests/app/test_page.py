@@ -25,7 +25,7 @@ import dvae
 from dvae.config import compose
 from dvae.config.model_config import model_config
 from dvae.inference import directions
-from dvae.inference.directions import Direction, Method
+from dvae.inference.directions import Direction, DirectionMethod
 from dvae.inference.pipeline import Pipeline
 from dvae.models import bundle_export, components
 
@@ -46,7 +46,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     bundle_export.export(
         folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
     )
-    directions.save(folder, [Direction("wide", torch.linspace(-1, 1, 8), Method.pca, "one standard deviation")])
+    directions.save(
+        folder, [Direction("wide", torch.linspace(-1, 1, 8), DirectionMethod.pca, "one standard deviation")]
+    )
     return folder
 
 
@@ -167,11 +169,11 @@ def test_a_port_in_use_is_one_line(address: str, run: Path, tool: Tool) -> None:
 
 
 def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: list[str]) -> None:
-    from dvae.app.page import Player
+    from dvae.app.page import PagePlayer
 
     words = [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32", "denoiser.pca_components=2"]
     made = compose.typed(compose.compose("train", words))
-    player = Player(Pipeline(model_config(made), components.build_models(made)), {})
+    player = PagePlayer(Pipeline(model_config(made), components.build_models(made)), {})
     assert list(player.known) == ["component 1", "component 2"]
     assert "ddim" in player.samplers
     assert "consistency" not in player.samplers  # for refiners that were distilled for it
@@ -185,7 +187,7 @@ def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: lis
 
 
 def test_a_latent_that_is_a_map_is_edited() -> None:
-    from dvae.app.page import Player
+    from dvae.app.page import PagePlayer
 
     words = [
         "recipe=demo", "image_size=16", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4",
@@ -197,7 +199,7 @@ def test_a_latent_that_is_a_map_is_edited() -> None:
     pipeline = Pipeline(model_config(made), components.build_models(made))
     shape = pipeline.models.io.latent
     assert len(shape) == 3
-    wide = Direction("wide", torch.ones(shape), Method.pca, "one standard deviation")
-    shown, said = Player(pipeline, {"wide": wide}).edit(0, 1, "wide", 2.0, "ddim", 2)
+    wide = Direction("wide", torch.ones(shape), DirectionMethod.pca, "one standard deviation")
+    shown, said = PagePlayer(pipeline, {"wide": wide}).edit(0, 1, "wide", 2.0, "ddim", 2)
     assert said == "strength 1: one standard deviation"
     assert not np.array_equal(*np.split(shown, 2, axis=1))

@@ -84,7 +84,9 @@ class Server:
 @contextmanager
 def serving(run: Path, temporary: Path) -> Iterator[Server]:  # noqa: F811
     """The page of a bundle, served by the real program; its pictures live for seconds."""
-    code = f"from dvae import page; page.KEPT, page.LOOKED = {KEPT}, 1; page.serve(page.PageConfig(run={str(run)!r}, "
+    code = (
+        f"from dvae.app import page; page.KEPT, page.LOOKED = {KEPT}, 1; page.serve(page.PageConfig(run={str(run)!r}, "
+    )
     code += "port=0))"
     log = temporary / "log"
     env = environment(TMPDIR=str(temporary))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dvae.errors import UserError
-from dvae.evaluation.image_sets import ImageArray, chosen_indices, open_image_set, require_same_size
+from dvae.evaluation.image_sets import ImageArray, open_image_set, require_same_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)
 
@@ -71,12 +71,6 @@ def test_gray_images_are_three_times_over(tmp_path: Path) -> None:
     images = open_image_set("images", str(tmp_path / "gray.npy")).read(0, 2)
     assert images.shape == (2, 3, 6, 8)
     assert torch.equal(images[:, 0], images[:, 2])
-
-
-def test_spread() -> None:
-    assert chosen_indices(5, 0) == (0, 1, 2, 3, 4)
-    assert chosen_indices(9, 3) == (0, 4, 8)
-    assert chosen_indices(3, 9) == (0, 1, 2)
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ import dvae
 from dvae.diffusion.conditioning import Conditioning
 from dvae.errors import UserError
 from dvae.inference import editing
-from dvae.inference.noise import Between, Noise, Shared, linear, spherical
-from dvae.inference.pipeline import Classes
+from dvae.inference.inference_core import ClassLabels, InferenceCore
+from dvae.inference.noise import InterpolationSpace, KeyedNoise, SharedVariable, lerp, slerp
+from dvae.inference.refine import refine_images
 from dvae.registry.priors.base import PRIORS
 
 
@@ -27,20 +29,20 @@ def test_the_arc_is_a_quarter_circle_between_unit_vectors() -> None:
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     for share in (0.0, 0.25, 1.0):
         angle = 0.5 * math.pi * share
-        found = spherical(a, b, torch.tensor([share], dtype=torch.float64))
+        found = slerp(a, b, torch.tensor([share], dtype=torch.float64))
         torch.testing.assert_close(found, torch.tensor([[math.cos(angle), math.sin(angle)]]), atol=1e-7, rtol=0)
-    parallel = spherical(a, 3 * a, torch.tensor([0.5], dtype=torch.float64))
+    parallel = slerp(a, 3 * a, torch.tensor([0.5], dtype=torch.float64))
     torch.testing.assert_close(parallel, 2 * a)
 
 
 def test_paths_end_exactly_and_the_arc_keeps_the_length_of_normal_noise() -> None:
-    noise = Noise(5, [1] * 3, [2] * 3, [0.0, 0.5, 1.0]).draw("x_T", (3, 32, 32))
-    ends = Noise(5, [1, 2]).draw("x_T", (3, 32, 32))
+    noise = KeyedNoise(5, [1] * 3, [2] * 3, [0.0, 0.5, 1.0]).sample("x_T", (3, 32, 32))
+    ends = KeyedNoise(5, [1, 2]).sample("x_T", (3, 32, 32))
     assert torch.equal(noise[0], ends[0])
     assert torch.equal(noise[2], ends[1])
     assert noise[1].std().item() == pytest.approx(1.0, abs=0.03)
     weights = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    assert torch.equal(linear(ends, ends.flip(0), weights), ends[[0, 0]])
+    assert torch.equal(lerp(ends, ends.flip(0), weights), ends[[0, 0]])
 
 
 @pytest.mark.parametrize("process", ["vp", "psld"])
@@ -61,25 +63,26 @@ def test_given_images_have_the_same_bits_however_many(process: str, tiny: list[s
     assert torch.equal(made.reconstruct(images[:1], seed=2)[1], adaptive[:1])
 
 
-def test_a_direction_moves_z_by_so_much_and_nothing_else(tiny: list[str]) -> None:
+def test_a_direction_moves_z_by_so_much_and_nothing_else(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = pipeline(tiny, "train_refiner.precision=fp32", batch=None)
     images, vector = faces(3), torch.linspace(-1, 1, 8)
     seen: list[Conditioning] = []
-    refined = made.refined
 
-    def watched(conditioning: Conditioning, noise: Noise, **words: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def recorded(
+        core: InferenceCore, conditioning: Conditioning, noise: KeyedNoise, **words: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(conditioning)
         assert list(noise.numbers) == [0, 0, 1, 1, 2, 2]
-        return refined(conditioning, noise, **words)  # type: ignore[arg-type]
+        return refine_images(core, conditioning, noise, **words)
 
-    made.refined = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(editing, "refine_images", recorded)
     strips = made.edit(images, vector, [0.0, 1.5], seed=4)
     z = made.encode(images).z
     (conditioning,) = seen
     assert torch.equal(conditioning.z[0::2], z)
     assert torch.equal(conditioning.z[1::2], z + 1.5 * vector)
     assert strips.shape == (3, 2, 3, 16, 16)
-    made.refined = refined  # type: ignore[method-assign]
+    monkeypatch.undo()
     assert torch.equal(strips[:, 0], made.reconstruct(images, seed=4)[1])
     assert torch.equal(made.edit(images, vector, 1.5, seed=4), strips[:, 1])
     assert torch.equal(made.edit([0, 1, 2], vector, 0.0, seed=4), made.generate(3, 4)[1])
@@ -93,13 +96,13 @@ def test_what_stays_and_what_goes_between_two_images(steps: int, tiny: list[str]
     a, b = faces(4)[::2], faces(4)[1::2]
     plain = made.reconstruct(faces(4), seed=6)[1]
     assert plain is not None
-    strips = {space: made.interpolate(a, b, space, steps, seed=6) for space in Between}
+    strips = {space: made.interpolate(a, b, space, steps, seed=6) for space in InterpolationSpace}
     for strip in strips.values():
         assert strip.shape == (2, steps, 3, 16, 16)
         assert torch.equal(strip[:, 0], plain[::2])
-    assert torch.equal(strips[Between.both][:, -1], plain[1::2])
-    assert not torch.equal(strips[Between.z][:, -1], plain[1::2])  # with the noise of the first
-    assert not torch.equal(strips[Between.noise][:, -1], strips[Between.both][:, -1])
+    assert torch.equal(strips[InterpolationSpace.both][:, -1], plain[1::2])
+    assert not torch.equal(strips[InterpolationSpace.z][:, -1], plain[1::2])  # with the noise of the first
+    assert not torch.equal(strips[InterpolationSpace.noise][:, -1], strips[InterpolationSpace.both][:, -1])
     assert torch.equal(made.interpolate(3, 5, "both", 2, seed=6)[0], made.generate(6, 6)[1][[3, 5]])
 
 
@@ -110,9 +113,9 @@ def test_z_goes_along_the_arc_where_the_prior_is_normal(tiny: list[str]) -> None
     made.decode = lambda z: (decoded.append(z), decode(z))[1]  # type: ignore[method-assign]
     for prior in ("gmm", "normal"):
         with made.using(prior=None if prior == "gmm" else prior):
-            made.interpolate(0, 1, Between.z, 3, seed=1)
+            made.interpolate(0, 1, InterpolationSpace.z, 3, seed=1)
         middle, ends = decoded[-1][1], decoded[-1][[0, 2]]
-        arc = spherical(ends[:1], ends[1:], torch.tensor([0.5], dtype=torch.float64))[0]
+        arc = slerp(ends[:1], ends[1:], torch.tensor([0.5], dtype=torch.float64))[0]
         torch.testing.assert_close(middle, arc if prior == "normal" else ends.mean(0))
         assert not torch.allclose(arc, ends.mean(0))
 
@@ -155,7 +158,7 @@ def test_words_of_one_call_leave_the_pipeline_as_it_was(tiny: list[str]) -> None
         made.generate(1, 0, prior="gmm")
     with pytest.raises(UserError, match="shared=x: known: noise, z"):
         made.generate(1, 0, shared="x")
-    assert torch.equal(made.generate(3, 0, shared=Shared.noise)[1][0], made.generate(1, 0)[1][0])
+    assert torch.equal(made.generate(3, 0, shared=SharedVariable.noise)[1][0], made.generate(1, 0)[1][0])
 
 
 def test_refine_takes_what_decode_and_encode_give(tiny: list[str]) -> None:
@@ -174,15 +177,15 @@ def test_classes_by_name_one_for_each(tiny: list[str]) -> None:
     words = ["classes=[a,b,c]", "data.label=kind", "denoiser.condition_label=true"]
     made = pipeline(tiny, *words, "denoiser.label_dropout=0.1", batch=None)
     told: dict[int, int] = {}
-    drawn_for = made.drawn_for
+    conditioning_of = made.conditioning_of
 
-    def watched(numbers: Sequence[int], seed: int, label: Classes = None) -> Conditioning:
-        conditioning = drawn_for(numbers, seed, label)
-        assert conditioning.label is not None
-        told.update(zip(numbers, conditioning.label.tolist(), strict=True))
-        return conditioning
+    def watched(numbers: Sequence[int], seed: int, label: ClassLabels = None) -> Conditioning:
+        given = conditioning_of(numbers, seed, label)
+        assert given.label is not None
+        told.update(zip(numbers, given.label.tolist(), strict=True))
+        return given
 
-    made.drawn_for = watched  # type: ignore[method-assign]
+    made.conditioning_of = watched  # type: ignore[method-assign]
     made.generate(3, 0, first=15, label=["a", 1, "c"])
     assert [told[number] for number in (15, 16, 17)] == [0, 1, 2]
     made.generate(1, 0, label="b")
@@ -192,9 +195,9 @@ def test_classes_by_name_one_for_each(tiny: list[str]) -> None:
     with pytest.raises(UserError, match="label=3: the run has 3 classes"):
         made.generate(1, 0, label=3)
     for label, numbers in ((None, [-1, -1]), ("c", [2, 2]), (["b", 0], [1, 0])):
-        conditioning = editing.start(made, faces(2), 0, label).conditioning
-        assert conditioning.label is not None
-        assert conditioning.label.tolist() == numbers
+        given = editing.source_images(made, faces(2), 0, label).conditioning
+        assert given.label is not None
+        assert given.label.tolist() == numbers
     always = pipeline(tiny, *words)
     with pytest.raises(UserError, match="the refiner has seen no image without a class: give label=NAME"):
         always.reconstruct(faces(1))

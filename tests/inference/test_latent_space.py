@@ -14,9 +14,10 @@ from dvae.config import compose
 from dvae.data import latent_cache
 from dvae.diffusion.conditioning import Conditioning
 from dvae.errors import MachineError, UserError
-from dvae.inference.noise import Noise
+from dvae.inference.noise import KeyedNoise
 from dvae.inference.pipeline import Pipeline
 from dvae.inference.pipeline import load as load_pipeline
+from dvae.inference.refine import refine_images
 from dvae.models import components
 from dvae.registry.encoders.base import Posterior
 from dvae.runs.folder import Run, submit
@@ -81,7 +82,7 @@ def test_what_is_drawn_is_decoded_from_latents_of_the_measured_scale(run: Run) -
 
     denoiser.predict = of_a_point  # type: ignore[method-assign]
     pipeline.batch = 2  # the denoiser knows these two alone, not a whole chunk
-    drawn = pipeline.refined(pipeline.draw(2, 0), Noise(0, range(2)))[0]
+    drawn = refine_images(pipeline, pipeline.sample_conditioning(2, 0), KeyedNoise(0, range(2)))[0]
     assert torch.allclose(drawn, pipeline.decode(latents), atol=1e-4)
     made = denoiser.data_scale * _latents(run)
     assert made.std().item() == pytest.approx(1.0, abs=0.1)

@@ -15,9 +15,10 @@ from dvae.config.model_config import model_config
 from dvae.data.images import to_float
 from dvae.diffusion.guidance import Guidance
 from dvae.errors import UserError
-from dvae.inference.batching import calls
-from dvae.inference.noise import Noise
+from dvae.inference.batching import chunk_ranges
+from dvae.inference.noise import KeyedNoise
 from dvae.inference.pipeline import Pipeline
+from dvae.inference.refine import refine_images
 from dvae.models import components
 from dvae.registry.samplers.base import SAMPLERS
 
@@ -49,8 +50,10 @@ def test_every_sampler_draws_images_with_every_process_it_supports(
     assert vae.shape == refined.shape == (4, 3, 16, 16)
     assert refined.float().std() > 1.0
     assert made.nfe >= 4
-    alone, _ = made.refined(made.draw(4, 0)[3:], Noise(0, [3]))  # the batch is of no account, up to rounding
-    together = made.refined(made.draw(4, 0), Noise(0, range(4)))[0][3:]
+    alone, _ = refine_images(
+        made, made.sample_conditioning(4, 0)[3:], KeyedNoise(0, [3])
+    )  # the batch is of no account, up to rounding
+    together = refine_images(made, made.sample_conditioning(4, 0), KeyedNoise(0, range(4)))[0][3:]
     assert (alone - together).abs().mean() < 0.02
 
 
@@ -90,9 +93,9 @@ def test_an_image_has_the_same_bits_in_every_request(
 
 
 def test_numbers_that_are_computed_together() -> None:
-    assert calls(0, 17, None) == [range(16), range(16, 32)]
-    assert calls(20, 3, None) == [range(16, 32)]
-    assert calls(20, 3, 2) == [range(20, 22), range(22, 23)]
+    assert chunk_ranges(0, 17, None) == [range(16), range(16, 32)]
+    assert chunk_ranges(20, 3, None) == [range(16, 32)]
+    assert chunk_ranges(20, 3, 2) == [range(20, 22), range(22, 23)]
 
 
 def test_adaptive_steps_have_the_same_bits_and_images_that_nobody_asked_for_are_not_counted(tiny: list[str]) -> None:
@@ -154,8 +157,8 @@ def test_guidance_costs_passes(tiny: list[str]) -> None:
 
 def test_classes_are_drawn_evenly_or_as_asked_for(tiny: list[str]) -> None:
     made = pipeline(tiny, "classes=[a,b,c]", "data.label=kind", "denoiser.condition_label=true")
-    assert made.draw(5, 0, label=made.class_number("b")).label.tolist() == [1] * 5
-    counts = torch.bincount(made.draw(300, 0).label, minlength=3)
+    assert made.sample_conditioning(5, 0, label=made.class_number("b")).label.tolist() == [1] * 5
+    counts = torch.bincount(made.sample_conditioning(300, 0).label, minlength=3)
     assert counts.min() > 70
     with pytest.raises(UserError, match=r"label=d: .*known: a, b, c"):
         made.class_number("d")

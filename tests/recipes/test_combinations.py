@@ -21,8 +21,9 @@ from dvae.data.loading.loader import Batch
 from dvae.diffusion.denoiser import Center
 from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
-from dvae.inference.noise import Noise
+from dvae.inference.noise import KeyedNoise
 from dvae.inference.pipeline import Pipeline
+from dvae.inference.refine import refine_images
 from dvae.models import components
 from dvae.registry.core import ComponentConfig, Registry, Shapes
 from dvae.registry.encoders.base import ENCODERS
@@ -152,7 +153,7 @@ def test_what_fits_trains_and_samples(encoder: str, refiner: str) -> None:
         for module in made.trained_parts().values():
             module.eval().requires_grad_(False)
         pipeline = Pipeline(model_config(settings), made, batch=2)
-        x = pipeline.refined(pipeline.draw(2, seed=1), Noise(1, range(2)))[0]
+        x = refine_images(pipeline, pipeline.sample_conditioning(2, seed=1), KeyedNoise(1, range(2)))[0]
         assert x.shape == IMAGES.shape, row
         assert x.isfinite().all(), row
         assert pipeline.nfe >= 2, row

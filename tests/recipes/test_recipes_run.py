@@ -11,7 +11,8 @@ from shrink import shrink
 
 from dvae.config import compose, validate
 from dvae.inference import pipeline
-from dvae.inference.noise import Noise
+from dvae.inference.noise import KeyedNoise
+from dvae.inference.refine import refine_images
 from dvae.runs import folder
 from dvae.runs.job import Job
 from dvae.stages import classifier, refiner
@@ -54,7 +55,7 @@ def test_a_shrunk_recipe_trains_and_samples(
     assert json.loads(done.summary.read_text(encoding="utf-8"))["recipe"] == recipe
     made = pipeline.load(done.path)
     assert made.config.recipe == recipe
-    conditioning = made.draw(2, 7)
-    x = made.refined(conditioning, Noise(7, range(2)))[0]
+    given = made.sample_conditioning(2, 7)
+    x = refine_images(made, given, KeyedNoise(7, range(2)))[0]
     assert x.shape == (2, small.channels, small.image_size, small.image_size)
     assert x.isfinite().all()

@@ -15,7 +15,7 @@ import dvae
 from dvae.config import compose
 from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
-from dvae.inference import latents
+from dvae.inference import prior_fitting
 from dvae.models import bundle_export, components
 from dvae.registry.encoders.base import Posterior
 from dvae.runs.folder import submit
@@ -106,7 +106,7 @@ def test_a_fitted_prior_is_drawn_from(run: Path, tmp_path: Path, capsys: pytest.
         assert all(torch.equal(value, state[name]) for name, value in getattr(before.models, part).state_dict().items())
     prior = after.models.prior
     assert prior.center.abs().max() > 0
-    drawn = after.draw(4, seed=3).z
+    drawn = after.sample_conditioning(4, seed=3).z
     normal = prior.noise_of(drawn)
     again = prior.sample(torch.rand(4), normal)
     torch.testing.assert_close(again, drawn, rtol=0, atol=1e-5)
@@ -126,12 +126,12 @@ def test_figures_are_the_mean_log_density_by_dimension(run: Path) -> None:
     made = dvae.load(run)
     mean = 2.0 * torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
     heldout = Posterior(mean, torch.full((5000, 8), -40.0))
-    (found,) = latents.compare([("N", made.models.prior)], heldout, seed=0)
+    (found,) = prior_fitting.compare_priors([("N", made.models.prior)], heldout, seed=0)
     expected = multivariate_normal(np.zeros(8)).logpdf(heldout.mean) / 8  # an unfitted gmm
     assert found.means[0] == pytest.approx(expected.mean())
     assert found.means[1] == pytest.approx(expected.std(ddof=1) / np.sqrt(5000))
     assert found.draws[0] == pytest.approx(found.means[0], abs=1e-4)  # no width: a draw is the mean
-    (wide,) = latents.compare([("N", made.models.prior)], Posterior(mean, torch.zeros(5000, 8)), seed=0)
+    (wide,) = prior_fitting.compare_priors([("N", made.models.prior)], Posterior(mean, torch.zeros(5000, 8)), seed=0)
     assert wide.draws[0] == pytest.approx(found.means[0] - 0.5, abs=0.05)  # E z^2 is larger by 1
 
 

@@ -18,7 +18,7 @@ from dvae.config import compose
 from dvae.data.images import to_float
 from dvae.errors import UserError, fold
 from dvae.inference import image_likelihood
-from dvae.inference.generation.chunks import Chunks
+from dvae.inference.generation.chunks import ChunkStore
 from dvae.inference.image_likelihood import LikelihoodConfig
 from dvae.models import bundle_export, components
 from dvae.registry.encoders.base import Posterior
@@ -73,14 +73,14 @@ def test_figures_in_closed_form(run: Path, images: Path, tmp_path: Path) -> None
     assert mean == pytest.approx(bits.mean())
     assert error == pytest.approx(bits.std(ddof=1) / math.sqrt(7))
     assert done.nfe == pytest.approx(np.mean(record["per_image"]["nfe"]))
-    assert done.done == 7
+    assert done.scored == 7
     assert record["request"]["weights"] == json.loads((run / "bundle.json").read_text())["sha256"]["model.safetensors"]
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_draw_of_z_costs_the_kl_on_average(run: Path, images: Path, tmp_path: Path) -> None:
     """Where the prior is N(0, I), as a gmm is that was not fitted: log q(z | x) - log p(z) over 16 draws of one x."""
-    words = asked(run, images, tmp_path / "l.json", z=image_likelihood.Latent.draw, tolerance=0.05, batch=16)
+    words = asked(run, images, tmp_path / "l.json", z=image_likelihood.LatentMode.draw, tolerance=0.05, batch=16)
     image = torch.from_numpy(np.load(images)[3]).permute(2, 0, 1).expand(16, -1, -1, -1)
     found = image_likelihood.score_chunk(dvae.load(run), words, image, [-1] * 16, range(16))
     rates = found["total_bits_per_dim"] - found["bits_per_dim"]
@@ -119,10 +119,10 @@ def test_ended_and_gone_on_with(run: Path, images: Path, tmp_path: Path, monkeyp
     assert not out.exists()
     with pytest.raises(UserError, match="half-drawn with seed=0, this asks for 1"):
         image_likelihood.score(asked(run, images, out, batch=2, seed=1))
-    assert image_likelihood.score(asked(run, images, out, batch=2)).done == 3
-    assert not Chunks.folder_of(out).exists()
+    assert image_likelihood.score(asked(run, images, out, batch=2)).scored == 3
+    assert not ChunkStore.folder_of(out).exists()
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert image_likelihood.score(asked(run, images, out, batch=2)).done == 0
+    assert image_likelihood.score(asked(run, images, out, batch=2)).scored == 0
     with pytest.raises(UserError, match=r"is there already, made with n=7, this asks for 6"):
         image_likelihood.score(asked(run, images, out, batch=2, n=6))
 
@@ -156,7 +156,7 @@ def test_a_record_that_is_damaged_or_anothers_is_one_line(run: Path, images: Pat
         assert fold(caught.value).startswith(f"out={out} is there already, "), name
     out.write_text(json.dumps(record))
     again = image_likelihood.score(words)
-    assert again.done == 0
+    assert again.scored == 0
     np.testing.assert_equal(again.figures, first.figures)  # NaN for the error of one image
 
 
@@ -177,7 +177,7 @@ def test_without_an_encoder_there_is_no_kl(images: Path, tiny: list[str], tmp_pa
     done = image_likelihood.score(asked(folder, images, tmp_path / "l.json", n=2))
     assert list(done.figures) == ["bits_per_dim"]
     with pytest.raises(UserError, match=r"z=draw: .* has no encoder"):
-        image_likelihood.score(asked(folder, images, tmp_path / "d.json", z=image_likelihood.Latent.draw))
+        image_likelihood.score(asked(folder, images, tmp_path / "d.json", z=image_likelihood.LatentMode.draw))
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,11 @@ def test_a_bundle_draws_the_class_that_it_is_asked_for(finished: Path) -> None:
     run = pipeline.load(finished / "psld")
     assert list(run.models.trained_parts()) == ["denoiser"]
     assert run.config.classes == ["moons", "rings"]
-    moons, rings = (points.drawn(run, label, 30, 0) for label in (0, 1))
+    moons, rings = (points.sample_points(run, label, 30, 0) for label in (0, 1))
     assert moons.shape == (30, 2)
     assert moons.isfinite().all()
     assert not torch.equal(moons, rings)
-    torch.testing.assert_close(points.drawn(run, 1, 5, 0), rings[:5], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(points.sample_points(run, 1, 5, 0), rings[:5], rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_resumes_bit_for_bit(finished: Path) -> None:
@@ -188,7 +188,7 @@ def test_settings_that_cannot_be(words: list[str], said: str) -> None:
 def test_without_labels_the_densities_are_one_mixture() -> None:
     words = ["denoiser.condition_label=false", "classes=[]", "process=cld"]
     settings = compose.typed(compose.compose("train", [*TINY, *words]))
-    assert points.groups(settings, points.open_source(settings)) == {"moons + rings": None}
+    assert points.label_groups(settings, points.open_source(settings)) == {"moons + rings": None}
     assert components.build_models_on_meta(settings).denoiser.io.outputs == 1
 
 

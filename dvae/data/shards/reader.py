@@ -33,11 +33,6 @@ class _ImageInfo:
     labels: dict[str, str | int]
 
 
-def evenly_spaced(count: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` distinct indices, evenly spread over a split of `count` images."""
-    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64))
-
-
 class Shards:
     """A split of a folder of shards, here or elsewhere, by index. Thread-safe.
 

@@ -9,56 +9,63 @@ from typing import Any
 
 import torch
 
-from dvae.evaluation.directions.direction_scores import CHANGED, TURNED_ON, Effect, Faces, Score, best_by_attribute
-from dvae.inference.directions.attributes import AttributeJudge
+from dvae.evaluation.directions.attribute_recognizer import AttributeRecognizer
+from dvae.evaluation.directions.direction_scores import (
+    MAX_CHANGED,
+    MIN_TURNED_ON,
+    DirectionScore,
+    EditEffect,
+    HeldoutFaces,
+    best_by_attribute,
+)
 from dvae.inference.directions.direction_settings import DirectionsConfig
 from dvae.tracking import pictures
 from dvae.utils import atomic_files
 
-STRIP = [-1.0, -0.5, 0.0, 0.5, 1.0]
+STRIP_STRENGTHS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 """Strengths of a strip, as shares of the one that was chosen."""
-SHOWN = 3
+FACES_PER_STRIP = 3
 """Faces of each direction in the picture."""
 
 
 @dataclass(frozen=True)
-class Report:
+class DirectionReport:
     """The scores of a run's directions, and what they were taken with."""
 
     settings: DirectionsConfig
-    judge: AttributeJudge
-    scores: list[Score]
-    test: Faces
+    recognizer: AttributeRecognizer
+    scores: list[DirectionScore]
+    test: HeldoutFaces
     nfe: float
     encoder_sha256: str
 
     @property
     def names(self) -> list[str]:
-        return self.judge.attributes.names
+        return self.recognizer.attributes.names
 
     @property
-    def best(self) -> list[Score]:
+    def best(self) -> list[DirectionScore]:
         """The best of each attribute."""
-        return best_by_attribute(self.scores, self.judge.told)
+        return best_by_attribute(self.scores, self.recognizer.recognizable)
 
     @property
-    def passed(self) -> list[Score]:
+    def passed(self) -> list[DirectionScore]:
         """The best of those attributes that have a direction which meets the criterion."""
-        return [one for one in self.best if one.meets(self.judge.told)]
+        return [one for one in self.best if one.meets_criterion(self.recognizer.recognizable)]
 
     def write(self, path: Path) -> None:
         """The tables to `path`, all figures to the JSON file beside it."""
         atomic_files.write_json(path.with_suffix(".json"), self.figures())
         atomic_files.write_text(path, "\n".join(self.lines()) + "\n")
 
-    def kept(self, stage: str) -> list[float]:
-        """Share of the test faces that are judged at strength 0 as their labels say, by attribute."""
+    def unchanged(self, stage: str) -> list[float]:
+        """Share of the test faces that are recognized at strength 0 as their labels say, by attribute."""
         return (self.test.before[stage] == self.test.truth).double().mean(0).tolist()
 
-    def target(self, one: Score) -> str:
+    def target(self, one: DirectionScore) -> str:
         """The attribute and value that a direction is scored for."""
         name = self.names[one.target.attribute]
-        return f"{name}={self.judge.attributes.values[name][one.target.value]}"
+        return f"{name}={self.recognizer.attributes.values[name][one.target.value]}"
 
     def figures(self) -> dict[str, Any]:
         """Everything, for a program."""
@@ -71,33 +78,37 @@ class Report:
             "n": settings.n,
             "strengths": list(settings.strengths),
             "nfe": self.nfe,
-            "criterion": {"on_at_least": TURNED_ON, "every_other_changes_in_less_than": CHANGED},
+            "criterion": {"on_at_least": MIN_TURNED_ON, "every_other_changes_in_less_than": MAX_CHANGED},
             "judge": {
-                name: {"accuracy_heldout": right, "most_frequent": chance, "told": told}
-                for name, right, chance, told in zip(
-                    self.names, self.judge.accuracy, self.judge.chance, self.judge.told, strict=True
+                name: {"accuracy_heldout": right, "most_frequent": chance, "told": recognizable}
+                for name, right, chance, recognizable in zip(
+                    self.names,
+                    self.recognizer.accuracy,
+                    self.recognizer.chance,
+                    self.recognizer.recognizable,
+                    strict=True,
                 )
             },
-            "attributes_skipped": self.judge.attributes.skipped,
+            "attributes_skipped": self.recognizer.attributes.skipped,
             "strength_0_as_labeled": {
-                stage: dict(zip(self.names, self.kept(stage), strict=True)) for stage in self.test.before
+                stage: dict(zip(self.names, self.unchanged(stage), strict=True)) for stage in self.test.before
             },
             "directions": [self._figures(one) for one in self.scores],
             "attributes_that_meet_it": [self.names[one.target.attribute] for one in self.passed],
         }
 
-    def _figures(self, one: Score) -> dict[str, Any]:
+    def _figures(self, one: DirectionScore) -> dict[str, Any]:
         return {
             "name": one.direction.name,
             "method": one.direction.method.name,
             "target": self.target(one),
             "strength": one.strength,
-            "meets": one.meets(self.judge.told),
+            "meets": one.meets_criterion(self.recognizer.recognizable),
             "validation": self._effect(one.chosen_by),
             **{stage: self._effect(effect) for stage, effect in one.stages.items()},
         }
 
-    def _effect(self, effect: Effect) -> dict[str, Any]:
+    def _effect(self, effect: EditEffect) -> dict[str, Any]:
         return asdict(effect) | {"changed": dict(zip(self.names, effect.changed, strict=True))}
 
     def lines(self) -> Iterator[str]:
@@ -117,11 +128,11 @@ class Report:
         yield ""
         yield from self._about_changes()
         yield ""
-        yield self.verdict()
+        yield self.summary()
 
-    def verdict(self) -> str:
+    def summary(self) -> str:
         """How many attributes have a direction that meets the criterion, and which."""
-        able = sum(self.judge.told)
+        able = sum(self.recognizer.recognizable)
         passed = ", ".join(f"{self.names[one.target.attribute]} ({one.direction.name})" for one in self.passed)
         return f"{len(self.passed)} of {able} attributes that the judge can tell meet it: {passed or 'none'}."
 
@@ -131,18 +142,18 @@ class Report:
         yield ""
         yield table_row(["attribute", "judge right", "most frequent", *(f"{stage} as labeled" for stage in stages)])
         yield table_rule(3 + len(stages))
-        kept = [self.kept(stage) for stage in stages]
+        unchanged = [self.unchanged(stage) for stage in stages]
         for i, name in enumerate(self.names):
-            note = "" if self.judge.told[i] else " (cannot tell)"
-            figures = [self.judge.accuracy[i], self.judge.chance[i], *(one[i] for one in kept)]
+            note = "" if self.recognizer.recognizable[i] else " (cannot tell)"
+            figures = [self.recognizer.accuracy[i], self.recognizer.chance[i], *(one[i] for one in unchanged)]
             yield table_row([name + note, *map(percent, figures)])
 
     def _about_directions(self) -> Iterator[str]:
         stages = list(self.test.before)
         yield (
             f"Share of the faces that lack the value which show it afterwards, and the largest change of another "
-            f"attribute. It meets the criterion with {percent(TURNED_ON)} or more and less than {percent(CHANGED)}, in "
-            f"{stages[-1]}:"
+            f"attribute. It meets the criterion with {percent(MIN_TURNED_ON)} or more and less than "
+            f"{percent(MAX_CHANGED)}, in {stages[-1]}:"
         )
         yield ""
         columns = [word for stage in stages for word in (f"on, {stage}", f"largest other, {stage}")]
@@ -151,9 +162,9 @@ class Report:
         for one in self.scores:
             cells = []
             for effect in one.stages.values():
-                share, other = effect.worst(one.target.attribute, self.judge.told)
+                share, other = effect.largest_other_change(one.target.attribute, self.recognizer.recognizable)
                 cells += [percent(effect.on), f"{percent(share)} {self.names[other]}"]
-            meets = "yes" if one.meets(self.judge.told) else "no"
+            meets = "yes" if one.meets_criterion(self.recognizer.recognizable) else "no"
             head = [one.direction.name, self.target(one), f"{one.strength:g}", str(one.final.faces)]
             yield table_row([*head, *cells, meets])
 
@@ -180,21 +191,25 @@ def table_rule(columns: int) -> str:
     return "|" + "---|" * columns
 
 
-Draw = Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]
+RenderLatents = Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]
 """Latents (n, *latent) and numbers of their noise -> images at each stage (n, C, H, W) uint8."""
 
 
-def strips(report: Report, draw: Draw, path: Path) -> None:
+def write_strips(report: DirectionReport, render: RenderLatents, path: Path) -> None:
     """The picture: for the best direction of each attribute some faces at strengths from minus the chosen one to it; a
     row of x_hat, and below it one of refined images."""
     rows = []
     for one in report.best:
-        lacking = (report.test.truth[:, one.target.attribute] != one.target.value).nonzero().flatten()[:SHOWN]
-        z = report.test.z[lacking].repeat_interleave(len(STRIP), 0)
-        strengths = torch.tensor(STRIP).repeat(len(lacking)) * one.strength
-        numbers = [report.test.numbers[face] for face in lacking.repeat_interleave(len(STRIP)).tolist()]
-        for images in draw(one.direction.move(z, strengths), numbers).values():
-            row = images.new_full((SHOWN * len(STRIP), *images.shape[1:]), 255)  # white where there are fewer faces
+        lacking = (report.test.truth[:, one.target.attribute] != one.target.value).nonzero().flatten()[:FACES_PER_STRIP]
+        z = report.test.z[lacking].repeat_interleave(len(STRIP_STRENGTHS), 0)
+        strengths = torch.tensor(STRIP_STRENGTHS).repeat(len(lacking)) * one.strength
+        numbers = [report.test.numbers[face] for face in lacking.repeat_interleave(len(STRIP_STRENGTHS)).tolist()]
+        for images in render(one.direction.move(z, strengths), numbers).values():
+            row = images.new_full(
+                (FACES_PER_STRIP * len(STRIP_STRENGTHS), *images.shape[1:]), 255
+            )  # white where there are fewer faces
             row[: len(images)] = images
             rows.append(row)
-    pictures.grid(torch.cat(rows), path, columns=SHOWN * len(STRIP), scale=max(1, 64 // rows[0].shape[2]))
+    pictures.grid(
+        torch.cat(rows), path, columns=FACES_PER_STRIP * len(STRIP_STRENGTHS), scale=max(1, 64 // rows[0].shape[2])
+    )

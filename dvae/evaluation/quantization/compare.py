@@ -12,14 +12,15 @@ import torch
 from omegaconf import OmegaConf
 
 from dvae.config.schema import EvaluateConfig, ModelConfig, Precision
-from dvae.data.shards.reader import evenly_spaced
 from dvae.evaluation.quantization.quantize_settings import QuantizeConfig
-from dvae.inference.batching import CHUNK
+from dvae.inference.batching import CHUNK_SIZE
 from dvae.inference.pipeline import Pipeline
+from dvae.inference.refine import generate_batch
 from dvae.inference.run_images import open_split
 from dvae.models import bundle
 from dvae.models.quantization import layer_plan
 from dvae.tracking.console import Progress
+from dvae.utils.evenly_spaced import evenly_spaced
 
 Real = tuple[torch.Tensor, torch.Tensor]
 """Training and held-out images (n, C, H, W), uint8."""
@@ -72,13 +73,13 @@ def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dic
         for turn in range(turns + 1):
             for name, pipeline in both.items():
                 began = time.perf_counter()
-                nfe = pipeline.generate_batch(range(CHUNK), seed).nfe
+                nfe = generate_batch(pipeline, range(CHUNK_SIZE), seed).nfe
                 if turn:  # the first is to warm up
                     seconds[name].append(time.perf_counter() - began)
-            progress.update(turn, 2 * CHUNK)
+            progress.update(turn, 2 * CHUNK_SIZE)
     ratios = [a / b for a, b in zip(seconds["original"], seconds["quantized"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if turns > 1 else ratios * 3
-    rates = {name: round(CHUNK / statistics.median(of), 3) for name, of in seconds.items()}
+    rates = {name: round(CHUNK_SIZE / statistics.median(of), 3) for name, of in seconds.items()}
     ratio = {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
     return {"images_per_second": rates, "ratio": ratio, "nfe": float(nfe.float().mean()), "turns": turns}
 

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 
 from dvae.config.schema import STAGES
-from dvae.data.shards.reader import Shards, evenly_spaced
+from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.results import read_result
 from dvae.evaluation.scorer import score
 from dvae.experiments.study.equivalence import ImageDifference, compare_formulations
 from dvae.experiments.study.study_spec import GENERATOR, StudyConfig, arm_overrides, arm_stages, run_folder, shards
 from dvae.inference import pipeline as pipelines
-from dvae.inference.generation.task import plain
+from dvae.inference.generation.task import json_value
 from dvae.runs.folder import Run
 from dvae.tracking.console import say
 from dvae.utils import atomic_files, package
+from dvae.utils.evenly_spaced import evenly_spaced
 from dvae.utils.fields import Seconds
 from dvae.utils.read import JSON_LIMIT, DamagedFile, check, parse_json, read_bytes
 
@@ -165,7 +166,7 @@ def generate_set(settings: StudyConfig, arm: str, seed: int, steps: int) -> tupl
     pipeline.use_sampler(steps=steps or 1)
     vae, refined = pipeline.generate(settings.n, seed)
     if steps:
-        return refined, pipeline.nfe, {key: plain(value) for key, value in asdict(pipeline.sampler.config).items()}
+        return refined, pipeline.nfe, {key: json_value(value) for key, value in asdict(pipeline.sampler.config).items()}
     if vae is None:
         raise UserError(f"recipe={settings.recipe} draws nothing before refinement: a study compares with the VAE")
     return vae, 0.0, {}

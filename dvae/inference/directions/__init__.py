@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.direction import Direction, DirectionMethod
 from dvae.inference.directions.direction_files import load, names, save
 from dvae.inference.directions.direction_settings import DirectionsConfig
 
-__all__ = ["Direction", "DirectionsConfig", "Method", "load", "names", "save"]
+__all__ = ["Direction", "DirectionMethod", "DirectionsConfig", "load", "names", "save"]

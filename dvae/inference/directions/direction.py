@@ -11,7 +11,7 @@ import torch
 from dvae.inference.directions.label_regression import LabelModel
 
 
-class Method(Enum):
+class DirectionMethod(Enum):
     """How directions are found."""
 
     labels = "labels"
@@ -29,7 +29,7 @@ class Direction:
     name: str
     vector: torch.Tensor
     """Of the shape of one latent, fp32: what is added at strength 1; of labels, on the mean over images."""
-    method: Method
+    method: DirectionMethod
     unit: str
     """What strength 1 is, in words."""
     attribute: str = ""

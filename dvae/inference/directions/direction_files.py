@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dvae.errors import MachineError, UserError, fold, suggest
-from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.direction import Direction, DirectionMethod
 from dvae.inference.directions.label_regression import LabelModel
 from dvae.models import bundle, bundle_export
 from dvae.tracking.console import say
@@ -26,10 +26,10 @@ from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header,
 from dvae.utils.weights import State, load_weights, refuse_nonfinite
 
 FILE = bundle.DIRECTIONS
-WORDS = ("name", "unit", "attribute", "value", "share")
-"""What is said of each in the header, besides its method."""
-AGAIN = "find its directions again, with tools/directions.py find=[...]"
-ENCODER = "encoder."
+HEADER_FIELDS = ("name", "unit", "attribute", "value", "share")
+"""Fields of each direction in the header, besides its method."""
+FIND_AGAIN = "find its directions again, with tools/directions.py find=[...]"
+ENCODER_PREFIX = "encoder."
 """How the names of the encoder's weights begin in a bundle."""
 
 
@@ -42,7 +42,7 @@ def encoder_hash(folder: Path) -> str:
     try:
         read_weights_header(path)
         with safe_open(path, framework="pt") as weights:
-            for name in sorted(key for key in weights.keys() if key.startswith(ENCODER)):  # noqa: SIM118 no dict
+            for name in sorted(key for key in weights.keys() if key.startswith(ENCODER_PREFIX)):  # noqa: SIM118 no dict
                 tensor = weights.get_tensor(name)
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
@@ -62,7 +62,9 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
     own, methods = encoder_hash(place), {one.method for one in new}
     old = _usable(place, own)
     every = [one for one in old if one.method not in methods] + new
-    about = {one.name: {name: getattr(one, name) for name in WORDS} | {"method": one.method.name} for one in every}
+    about = {
+        one.name: {name: getattr(one, name) for name in HEADER_FIELDS} | {"method": one.method.name} for one in every
+    }
     tensors = {f"direction.{one.name}": one.vector for one in every}
     header = {"encoder_sha256": own, "directions": json.dumps(about)}
     model = next((one.model for one in every if one.model is not None), None)
@@ -109,7 +111,7 @@ def load(folder: str | Path, name: str) -> Direction:
 
 
 @dataclass
-class _Told:
+class _DirectionEntry:
     """What the header says of one direction, besides its vector."""
 
     name: str
@@ -121,21 +123,21 @@ class _Told:
 
 
 @dataclass
-class _Header:
+class _DirectionsHeader:
     """The metadata of the file."""
 
     encoder_sha256: str
-    directions: dict[str, _Told]
+    directions: dict[str, _DirectionEntry]
     attributes: dict[str, list[str]]
 
 
-def _header(path: Path) -> _Header:
+def _header(path: Path) -> _DirectionsHeader:
     try:
         found = read_weights_metadata(path)
         parsed = {name: parse_json(found.get(name, "{}"), path) for name in ("directions", "attributes")}
-        return check(_Header, {"encoder_sha256": found.get("encoder_sha256"), **parsed}, path)
+        return check(_DirectionsHeader, {"encoder_sha256": found.get("encoder_sha256"), **parsed}, path)
     except (OSError, DamagedFile) as error:
-        raise UserError(f"{fold(error)}: not a readable file of directions: {AGAIN}") from None
+        raise UserError(f"{fold(error)}: not a readable file of directions: {FIND_AGAIN}") from None
 
 
 def _usable(place: Path, own: str) -> list[Direction]:
@@ -160,10 +162,10 @@ def _read(place: Path) -> dict[str, Direction]:
     bundle.verify_file(place, bundle.read_info(place), FILE)
     tensors, header = load_weights(path), _header(path)
     model = _label_model(tensors, header, path)
-    return {name: _direction(name, told, tensors, model, path) for name, told in header.directions.items()}
+    return {name: _direction(name, entry, tensors, model, path) for name, entry in header.directions.items()}
 
 
-def _label_model(tensors: State, header: _Header, path: Path) -> LabelModel | None:
+def _label_model(tensors: State, header: _DirectionsHeader, path: Path) -> LabelModel | None:
     """The regressions that directions of labels share. Raises UserError if their tensors are missing or do not fit."""
     if not header.attributes:
         return None
@@ -178,22 +180,24 @@ def _label_model(tensors: State, header: _Header, path: Path) -> LabelModel | No
         and len(effects) in (sum(sizes), sum(sizes) + pairs)
     )
     if not fits or not torch.isfinite(readout).all() or not torch.isfinite(effects).all():
-        raise UserError(f"{path}: its tensors do not fit its attributes: {AGAIN}")
+        raise UserError(f"{path}: its tensors do not fit its attributes: {FIND_AGAIN}")
     return LabelModel(header.attributes, readout.double(), effects.double())
 
 
-def _direction(name: str, told: _Told, tensors: State, model: LabelModel | None, path: Path) -> Direction:
+def _direction(name: str, entry: _DirectionEntry, tensors: State, model: LabelModel | None, path: Path) -> Direction:
     vector = tensors.get(f"direction.{name}")
     if vector is None or not vector.is_floating_point() or not torch.isfinite(vector).all():
-        raise UserError(f"{path}: direction {name[:80]!r} has no vector of numbers: {AGAIN}")
-    if told.method not in Method.__members__:
+        raise UserError(f"{path}: direction {name[:80]!r} has no vector of numbers: {FIND_AGAIN}")
+    if entry.method not in DirectionMethod.__members__:
         raise UserError(
-            f"{path}: direction {name[:80]!r}: method {told.method[:80]!r}: {suggest('', Method.__members__)}"
+            f"{path}: direction {name[:80]!r}: method {entry.method[:80]!r}: {suggest('', DirectionMethod.__members__)}"
         )
-    method = Method[told.method]
-    shared = model if method is Method.labels else None
-    if shared is not None and told.value not in shared.attributes.get(told.attribute, []):
-        raise UserError(f"{path}: direction {name[:80]!r} is of an attribute that the file does not hold: {AGAIN}")
+    method = DirectionMethod[entry.method]
+    shared = model if method is DirectionMethod.labels else None
+    if shared is not None and entry.value not in shared.attributes.get(entry.attribute, []):
+        raise UserError(f"{path}: direction {name[:80]!r} is of an attribute that the file does not hold: {FIND_AGAIN}")
     if shared is not None and len(shared.readout) != vector.numel() + 1:
-        raise UserError(f"{path}: direction {name[:80]!r} is of another latent than the file's attributes: {AGAIN}")
-    return Direction(vector=vector, model=shared, **(asdict(told) | {"method": method}))
+        raise UserError(
+            f"{path}: direction {name[:80]!r} is of another latent than the file's attributes: {FIND_AGAIN}"
+        )
+    return Direction(vector=vector, model=shared, **(asdict(entry) | {"method": method}))

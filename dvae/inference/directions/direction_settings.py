@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae.inference.directions.direction import Method
+from dvae.inference.directions.direction import DirectionMethod
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class DirectionsConfig:
 
     run: str = MISSING
     """A run folder or a bundle."""
-    find: list[Method] = field(default_factory=list)
+    find: list[DirectionMethod] = field(default_factory=list)
     """How to find directions, of labels, pca, jacobian; they are kept in the bundle."""
     labels: list[str] = field(default_factory=list)
     """Attributes to find directions for (empty: all)."""

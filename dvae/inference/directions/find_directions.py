@@ -9,19 +9,19 @@ import torch
 
 from dvae.data.shards.manifest import TRAIN
 from dvae.errors import UserError, suggest
-from dvae.inference import latents
 from dvae.inference import pipeline as pipelines
 from dvae.inference.directions import direction_files, finders
-from dvae.inference.directions.attributes import Attributes
-from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.attributes import LabeledAttributes
+from dvae.inference.directions.direction import Direction, DirectionMethod
 from dvae.inference.directions.direction_settings import DirectionsConfig
+from dvae.inference.encode_posteriors import encode_posteriors
 from dvae.inference.run_images import open_split
 from dvae.models import bundle
 from dvae.tracking.console import Progress
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundDirections:
     """New directions, and what none was found for."""
 
     directions: list[Direction]
@@ -30,7 +30,7 @@ class Found:
     images: int
 
 
-def find(settings: DirectionsConfig) -> Found:
+def find(settings: DirectionsConfig) -> FoundDirections:
     """Find directions by each way of `settings.find` and put them into the run's bundle.
 
     Raises UserError where the run has no encoder, or its images or their labels are not to be had.
@@ -38,30 +38,30 @@ def find(settings: DirectionsConfig) -> Found:
     for name in ("components", "n_train", "jacobians", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
-    pipeline = load(settings)
+    pipeline = load_with_encoder(settings)
     shards = open_split(settings.run, pipeline.config, TRAIN, settings.shards)
     indices = np.arange(min(settings.n_train, len(shards)))
-    attributes = Attributes.of(shards) if Method.labels in settings.find else None
-    wanted = chosen(settings.labels, attributes.names, "labels") if attributes else []
-    z = latents.encode(pipeline, shards, len(indices), "encode").mean
+    attributes = LabeledAttributes.from_shards(shards) if DirectionMethod.labels in settings.find else None
+    wanted = select_names(settings.labels, attributes.names, "labels") if attributes else []
+    z = encode_posteriors(pipeline, shards, len(indices), "encode").mean
     found: list[Direction] = []
     skipped: dict[str, str] = {}
     for method in settings.find:
-        if method is Method.labels:
+        if method is DirectionMethod.labels:
             assert attributes is not None
             codes = attributes.codes(shards)[torch.from_numpy(shards.substituted(indices))]
             new, skipped = finders.from_labels(z, codes, attributes, wanted)
             skipped = attributes.skipped | skipped
-        elif method is Method.pca:
+        elif method is DirectionMethod.pca:
             new = finders.pca(z, settings.components)
         else:
-            new = of_jacobian(pipeline, z[: settings.jacobians], settings.components)
+            new = jacobian_directions(pipeline, z[: settings.jacobians], settings.components)
         found += new
     direction_files.save(settings.run, found)
-    return Found(found, skipped, len(z))
+    return FoundDirections(found, skipped, len(z))
 
 
-def of_jacobian(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) -> list[Direction]:
+def jacobian_directions(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) -> list[Direction]:
     """Directions of the decoder's Jacobian at latents z (N, *latent)."""
     with Progress("jacobian", len(z)) as progress:
         return finders.jacobian(
@@ -70,22 +70,22 @@ def of_jacobian(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) 
         )  # fmt: skip
 
 
-def load(settings: DirectionsConfig) -> pipelines.Pipeline:
-    """The run. Raises UserError where it has no latent space to find directions in."""
+def load_with_encoder(settings: DirectionsConfig) -> pipelines.Pipeline:
+    """The pipeline of the run. Raises UserError where it has no latent space to find directions in."""
     pipeline = pipelines.load(settings.run, settings.batch)
     if pipeline.config.draws_points or "encoder" not in pipeline.models.trained_parts():
         raise UserError(f"run={settings.run} has no encoder, so no latent to find directions of: use a run with one")
     return pipeline
 
 
-def chosen(words: list[str], known: list[str], name: str) -> list[str]:
-    """The words, or all that are known where there are none. Raises UserError for one that is not known."""
-    for word in words:
-        if word not in known:
-            raise UserError(f"{name}={word}: there is none of this name: {suggest(word, known)}")
-    return words or known
+def select_names(names: list[str], known: list[str], setting: str) -> list[str]:
+    """The names, or all that are known where there are none. Raises UserError for one that is not known."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"{setting}={name}: there is none of this name: {suggest(name, known)}")
+    return names or known
 
 
-def listed(settings: DirectionsConfig) -> list[Direction]:
+def list_directions(settings: DirectionsConfig) -> list[Direction]:
     """The directions that the run has."""
     return list(direction_files.load_all(bundle.find_bundle(settings.run)).values())

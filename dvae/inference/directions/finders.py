@@ -13,20 +13,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dvae.errors import UserError, fold
 from dvae.inference.directions import label_regression
-from dvae.inference.directions.attributes import Attributes
-from dvae.inference.directions.direction import Direction, Method
+from dvae.inference.directions.attributes import LabeledAttributes
+from dvae.inference.directions.direction import Direction, DirectionMethod
 
-FEWEST = 10
+MIN_IMAGES = 10
 """Images that must show a value, for a direction to it."""
-MOVED = 0.1
+JACOBIAN_RMS = 0.1
 """Strength 1 of a direction of the Jacobian moves x_hat by this root mean square over images and pixels, to first order
 (white - black = 2)."""
-LARGEST = 4096
+MAX_LATENT_SIZE = 4096
 """Numbers of a latent up to which its Jacobian is taken."""
 
 
 def from_labels(
-    z: torch.Tensor, codes: torch.Tensor, attributes: Attributes, wanted: Iterable[str]
+    z: torch.Tensor, codes: torch.Tensor, attributes: LabeledAttributes, wanted: Iterable[str]
 ) -> tuple[list[Direction], dict[str, str]]:
     """A direction to each value of the `wanted` attributes, and those values that are skipped, with the reason.
 
@@ -42,23 +42,23 @@ def from_labels(
         index = attributes.names.index(name)
         counts = torch.bincount(codes[:, index], minlength=attributes.sizes[index]).double()
         for number, value in enumerate(attributes.values[name]):
-            if counts[number] < FEWEST or len(z) - counts[number] < FEWEST:
+            if counts[number] < MIN_IMAGES or len(z) - counts[number] < MIN_IMAGES:
                 skipped[f"{name}={value}"] = f"{int(counts[number])} of {len(z)} images show it"
                 continue
             others = counts.clone()
             others[number] = 0
             vector = effects[index][number] - others @ effects[index] / others.sum()
-            title = f"{name}.{plain(value)}"
+            title = f"{name}.{name_part(value)}"
             if title in found:
                 raise UserError(f"{name}: two of its values would give the name {title}: rename one in the labels")
             unit = f"from the present {name} to {value}"
             found[title] = Direction(
-                title, vector.float().view(z.shape[1:]), Method.labels, unit, name, value, model=model
+                title, vector.float().view(z.shape[1:]), DirectionMethod.labels, unit, name, value, model=model
             )
     return list(found.values()), skipped
 
 
-def plain(value: str) -> str:
+def name_part(value: str) -> str:
     """A value as a part of a name that needs no quoting on a command line: "#8a5640" gives "8a5640"."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", value.lstrip("#"))
 
@@ -67,11 +67,11 @@ def pca(z: torch.Tensor, components: int) -> list[Direction]:
     """The first principal components of latents z (N, *latent); strength 1 is one standard deviation."""
     centered = z.flatten(1).double()
     centered = centered - centered.mean(0)
-    variances, vectors = largest(centered.T @ centered / (len(z) - 1), components, "components", "pca")
+    variances, vectors = top_eigenvectors(centered.T @ centered / (len(z) - 1), components, "components", "pca")
     unit = "one standard deviation"
     total = centered.square().sum() / (len(z) - 1)
     return [
-        Direction(f"pca_{i}", (variance.sqrt() * vector).float().view(z.shape[1:]), Method.pca, unit,
+        Direction(f"pca_{i}", (variance.sqrt() * vector).float().view(z.shape[1:]), DirectionMethod.pca, unit,
                   share=float(variance / total))
         for i, (variance, vector) in enumerate(zip(variances, vectors, strict=True), start=1)
     ]  # fmt: skip
@@ -86,36 +86,38 @@ def jacobian(
     Raises UserError where a latent is too large.
     """
     size = z[0].numel()
-    if size > LARGEST:
-        raise UserError(f"find=[jacobian]: a latent has {size} numbers, more than {LARGEST}: use find=[labels,pca]")
+    if size > MAX_LATENT_SIZE:
+        raise UserError(
+            f"find=[jacobian]: a latent has {size} numbers, more than {MAX_LATENT_SIZE}: use find=[labels,pca]"
+        )
     metric = torch.zeros(size, size, dtype=torch.float64)
     pixels = 0
     for one in z:
-        columns = columns_of(decode, one).double()
+        columns = jacobian_columns(decode, one).double()
         metric += columns @ columns.T / len(z)
         pixels = columns.shape[1]
         advance()
-    squared, vectors = largest(metric, components, "components", "jacobian")
-    unit = f"x_hat moves by a root mean square of {MOVED:g} (white - black = 2), to first order"
+    squared, vectors = top_eigenvectors(metric, components, "components", "jacobian")
+    unit = f"x_hat moves by a root mean square of {JACOBIAN_RMS:g} (white - black = 2), to first order"
     return [
-        Direction(f"jacobian_{i}", (vector * MOVED * (pixels / gain).sqrt()).float().view(z.shape[1:]),
-                  Method.jacobian, unit, share=float(gain / metric.trace()))
+        Direction(f"jacobian_{i}", (vector * JACOBIAN_RMS * (pixels / gain).sqrt()).float().view(z.shape[1:]),
+                  DirectionMethod.jacobian, unit, share=float(gain / metric.trace()))
         for i, (gain, vector) in enumerate(zip(squared, vectors, strict=True), start=1)
     ]  # fmt: skip
 
 
-def columns_of(decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, together: int = 64) -> torch.Tensor:
+def jacobian_columns(decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, chunk: int = 64) -> torch.Tensor:
     """The columns of the decoder's Jacobian at one latent z (*latent), as rows: (D, C * H * W), on the CPU."""
     tangents = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
     found = []
-    for part in tangents.split(together):
+    for part in tangents.split(chunk):
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention of a CPU has no derivative forwards
             moved = torch.func.jvp(decode, (z.expand_as(part).contiguous(),), (part,))[1]
         found.append(moved.flatten(1).cpu())
     return torch.cat(found)
 
 
-def largest(matrix: torch.Tensor, count: int, word: str, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+def top_eigenvectors(matrix: torch.Tensor, count: int, word: str, method: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest eigenvalues of a symmetric matrix, and their vectors as rows (largest entry positive).
 
     Raises UserError where there are fewer above 0, and for a matrix that is not finite or has no eigenvalues.

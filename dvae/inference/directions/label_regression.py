@@ -45,18 +45,18 @@ class LabelModel:
         """Whether it has terms of pairs."""
         return len(self.effects) > sum(self.sizes)
 
-    def read(self, z: torch.Tensor) -> torch.Tensor:
+    def predict(self, z: torch.Tensor) -> torch.Tensor:
         """Codes (B, A) of the values that latents z (B, *latent) show."""
-        scores = _with_one(z) @ self.readout.to(z.device)
+        scores = _append_one(z) @ self.readout.to(z.device)
         return torch.stack([part.argmax(1) for part in scores.split(self.sizes, 1)], 1)
 
     def expected(self, codes: torch.Tensor) -> torch.Tensor:
         """The sum of what values and pairs add, (B, D) float64, up to a constant."""
-        return terms(codes, self.sizes, self.pairs) @ self.effects.to(codes.device)
+        return design_matrix(codes, self.sizes, self.pairs) @ self.effects.to(codes.device)
 
     def shift(self, z: torch.Tensor, attribute: int, value: int) -> torch.Tensor:
         """What takes latents z (B, *latent) from the value of an attribute that they show to `value`, of z's shape."""
-        present = self.read(z)
+        present = self.predict(z)
         wanted = present.clone()
         wanted[:, attribute] = value
         return (self.expected(wanted) - self.expected(present)).view_as(z).to(z.dtype)
@@ -69,11 +69,11 @@ def fit(z: torch.Tensor, codes: torch.Tensor, attributes: dict[str, list[str]]) 
     """
     z = z.flatten(1).double()
     sizes = [len(values) for values in attributes.values()]
-    shown = terms(codes, sizes, pairs=False)
-    inputs = _with_one(z)
+    one_hot = design_matrix(codes, sizes, pairs=False)
+    inputs = _append_one(z)
     gram = inputs.T @ inputs + RIDGE * len(z) * torch.eye(inputs.shape[1], dtype=torch.float64)
-    readout = solve(gram, inputs.T @ shown)
-    count = len(shown.T) + sum(a * b for a, b in combinations(sizes, 2))
+    readout = solve(gram, inputs.T @ one_hot)
+    count = len(one_hot.T) + sum(a * b for a, b in combinations(sizes, 2))
     effects = regress(z, codes, sizes, pairs=len(z) >= IMAGES_PER_TERM * count)
     return LabelModel(attributes, readout, effects)
 
@@ -81,7 +81,7 @@ def fit(z: torch.Tensor, codes: torch.Tensor, attributes: dict[str, list[str]]) 
 def regress(z: torch.Tensor, codes: torch.Tensor, sizes: Sequence[int], pairs: bool) -> torch.Tensor:
     """What each term adds to latents z (N, D), (terms, D) float64: ridge regression on all terms together, so that
     attributes which occur together are told apart. Raises UserError as `fit`."""
-    design = terms(codes, sizes, pairs)
+    design = design_matrix(codes, sizes, pairs)
     design = design - design.mean(0)
     ridge = torch.full((design.shape[1],), PAIR_RIDGE * len(z), dtype=torch.float64)
     ridge[: sum(sizes)] = RIDGE * len(z)
@@ -100,13 +100,13 @@ def solve(gram: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     raise UserError(f"find=[labels]: {NOT_FINITE}")
 
 
-def terms(codes: torch.Tensor, sizes: Sequence[int], pairs: bool) -> torch.Tensor:
+def design_matrix(codes: torch.Tensor, sizes: Sequence[int], pairs: bool) -> torch.Tensor:
     """Which terms apply, (B, terms) float64 of 0 and 1: single values, then pairs of values of two attributes."""
     single = [(codes[:, i, None] == torch.arange(size, device=codes.device)).double() for i, size in enumerate(sizes)]
     both = [(a[:, :, None] * b[:, None, :]).flatten(1) for a, b in combinations(single, 2)] if pairs else []
     return torch.cat([*single, *both], 1)
 
 
-def _with_one(z: torch.Tensor) -> torch.Tensor:
+def _append_one(z: torch.Tensor) -> torch.Tensor:
     flat = z.flatten(1).double()
     return torch.cat([flat, flat.new_ones(len(flat), 1)], 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ RECORD_LIMIT = 256 * MIB
 
 @forbid_extra
 @dataclass(frozen=True)
-class FinishedRecord:
+class GenerationRecord:
     """The JSON file beside finished images."""
 
     request: dict[str, Any]
@@ -31,7 +32,7 @@ class FinishedRecord:
     versions: dict[str, str]
 
 
-class Chunks:
+class ChunkStore:
     """The chunks of one request, each a file that is complete or absent."""
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +44,7 @@ class Chunks:
 
     @classmethod
     @contextmanager
-    def opened(cls, out: Path, request: dict[str, Any]) -> Iterator[Chunks]:
+    def opened(cls, out: Path, request: dict[str, Any]) -> Iterator[ChunkStore]:
         """The chunks for `out`, those of an earlier attempt too; no other command has them meanwhile.
 
         Raises UserError where another command draws there now, or another request was begun there.
@@ -59,7 +60,7 @@ class Chunks:
                 for path in folder.glob("*.npz"):
                     path.unlink()
                 atomic_files.write_json(record, request)
-            if unlike := difference(read(record), request):
+            if unlike := first_difference(read_record(record), request):
                 raise UserError(f"out={out} is half-drawn with {unlike}: name another, or remove {folder}")
             atomic_files.remove_leftovers(folder)
             yield cls(folder)
@@ -67,8 +68,9 @@ class Chunks:
     def path(self, numbers: range) -> Path:
         return self.folder / f"{numbers.start:09d}-{numbers.stop:09d}.npz"
 
-    def has(self, numbers: range) -> bool:
-        return self.path(numbers).exists()
+    def missing(self, ranges: list[range]) -> list[range]:
+        """Those of the chunks that are not kept yet."""
+        return [numbers for numbers in ranges if not self.path(numbers).exists()]
 
     def write(self, numbers: range, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the arrays of a chunk, by name; row i of each belongs to numbers[i]."""
@@ -106,13 +108,18 @@ class Chunks:
             cls(folder).remove()
 
 
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that results depend on, for records."""
+    return {name: metadata.version(name) for name in ("dvae", "torch", "numpy")}
+
+
 def refuse_link(folder: Path) -> None:
     """Raise UserError for a link in the place of the hidden folder: files elsewhere would be removed through it."""
     if folder.is_symlink():
         raise UserError(f"{folder} is a link to another folder: remove it, or name another out=")
 
 
-def read(record: Path) -> dict[str, Any]:
+def read_record(record: Path) -> dict[str, Any]:
     """A record as it was written. Raises UserError if it is none."""
     try:
         return read_json(record, dict[str, Any], RECORD_LIMIT)
@@ -120,20 +127,20 @@ def read(record: Path) -> dict[str, Any]:
         raise UserError(f"{record}: not a record of what was drawn ({error.reason}): remove it") from None
 
 
-def read_finished(record: Path) -> FinishedRecord:
-    """The record beside finished images; raises as `read`."""
+def read_generation_record(record: Path) -> GenerationRecord:
+    """The record beside finished images; raises as `read_record`."""
     try:
-        return read_json(record, FinishedRecord)
+        return read_json(record, GenerationRecord)
     except DamagedFile as error:
         raise UserError(f"{record}: not a record of what was drawn ({error.reason}): remove it") from None
 
 
-def difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+def first_difference(existing: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """The first field in which two requests differ, in words; empty where none does."""
-    for key in [*mine, *(key for key in theirs if key not in mine)]:
-        there, here = theirs.get(key), mine.get(key)
-        if there != here:
-            return f"{key}={_short(there)}, this asks for {_short(here)}"
+    for key in [*requested, *(key for key in existing if key not in requested)]:
+        old, new = existing.get(key), requested.get(key)
+        if old != new:
+            return f"{key}={_short(old)}, this asks for {_short(new)}"
     return ""
 
 

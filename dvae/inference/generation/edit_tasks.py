@@ -1,4 +1,4 @@
-"""Artists that begin with images: reconstructed, interpolated, edited, inpainted."""
+"""Tasks that start from images: reconstruct, interpolate, edit, inpaint."""
 
 from __future__ import annotations
 
@@ -14,82 +14,89 @@ from dvae.inference import directions, editing, inpainting
 from dvae.inference.batching import GeneratedImages
 from dvae.inference.generation.generation_settings import (
     EditConfig,
-    GivenConfig,
+    ImageInputConfig,
     InpaintConfig,
     InterpolateConfig,
     ReconstructConfig,
 )
-from dvae.inference.generation.input_images import DRAWN, HELDOUT, Inputs, open_inputs
+from dvae.inference.generation.input_images import DRAWN, HELDOUT, InputImages, open_input_images
 from dvae.inference.generation.task import DEFAULT_COUNT, GenerationTask, side_by_side
 from dvae.utils.read import DamagedFile, read_bytes
 
-GRAY = 128
-"""What stands for a pixel that is not known, and from which on a mask's pixel means known."""
+UNKNOWN_PIXEL = 128
+"""The gray that stands for a pixel that is not known."""
+MASK_THRESHOLD = 128
+"""Gray value of a mask's pixel from which on it means known."""
 
 
-class EditTask(GenerationTask):
-    """Results of one or more given images each: result k of the images k * per, k * per + 1, ..."""
+class ImageInputTask(GenerationTask):
+    """Results of one or more given images each: with p = inputs_per_result, result k of the images k p, k p + 1, ..."""
 
-    decide: ClassVar[tuple[str, ...]] = ("resize",)
-    settings: GivenConfig
-    per = 1
+    identity_fields: ClassVar[tuple[str, ...]] = ("resize",)
+    settings: ImageInputConfig
+    inputs_per_result = 1
 
-    def __init__(self, settings: GivenConfig, device: str | torch.device | None = None) -> None:
+    def __init__(self, settings: ImageInputConfig, device: str | torch.device | None = None) -> None:
         super().__init__(settings, device)
-        self.inputs: Inputs | None = None
+        self.inputs: InputImages | None = None
         if settings.images == DRAWN:
-            self.total = self.asked.stop
+            self.total = self.requested.stop
             if settings.original:
                 raise UserError("original=true: drawn images are themselves results: use original=false")
         else:
-            self.inputs = open_inputs(settings, self.pipeline.config)
-            self.total = len(self.inputs) // self.per
-            what = f"images={settings.images} makes" if self.per > 1 else f"images={settings.images} holds"
-            self.limit(self.total, what, DEFAULT_COUNT if settings.images == HELDOUT else None)
-        shown = self.picture if settings.original is None else settings.original
-        self.original = shown and self.inputs is not None
+            self.inputs = open_input_images(settings, self.pipeline.config)
+            self.total = len(self.inputs) // self.inputs_per_result
+            subject = (
+                f"images={settings.images} makes" if self.inputs_per_result > 1 else f"images={settings.images} holds"
+            )
+            self.limit_results(self.total, subject, DEFAULT_COUNT if settings.images == HELDOUT else None)
+        original = self.is_picture if settings.original is None else settings.original
+        self.original = original and self.inputs is not None
 
     def request(self) -> dict[str, Any]:
         if self.inputs is not None:
-            self.inputs.check(range(self.asked.start * self.per, self.asked.stop * self.per))
+            self.inputs.check(
+                range(self.requested.start * self.inputs_per_result, self.requested.stop * self.inputs_per_result)
+            )
         images = DRAWN if self.inputs is None else self.inputs.identity
         return super().request() | {"images": images, "original": self.original}
 
-    def there(self, numbers: range) -> range:
-        """Those results of a fixed chunk that there are."""
+    def existing(self, numbers: range) -> range:
+        """Those results of a fixed chunk that exist."""
         return numbers if self.inputs is None else range(numbers.start, min(numbers.stop, self.total))
 
-    def classes(self, images: range) -> list[int | str]:
+    def labels(self, numbers: range) -> list[int | str]:
         """The class of each: the one asked for, or its own; -1 where it is not known."""
         if self.settings.label or self.inputs is None or not self.labeled:
-            return [self.settings.label or -1] * len(images)
-        own = [self.inputs.label(number) for number in images]
+            return [self.settings.label or -1] * len(numbers)
+        own = [self.inputs.label(number) for number in numbers]
         return [-1 if name is None else name for name in own]
 
-    def start(self, images: range) -> editing.Start:
+    def source_images(self, numbers: range) -> editing.SourceImages:
         """z and noise of the images of these numbers."""
         label = self.settings.label or None
         if self.inputs is None:
-            return editing.start(self.pipeline, list(images), self.settings.seed, label)
-        given = self.inputs.read(images)
-        return editing.start(self.pipeline, given, self.settings.seed, self.classes(images), images)
+            return editing.source_images(self.pipeline, list(numbers), self.settings.seed, label)
+        images = self.inputs.read(numbers)
+        return editing.source_images(self.pipeline, images, self.settings.seed, self.labels(numbers), numbers)
 
-    def arrays(
-        self, drawn: GeneratedImages, left: list[torch.Tensor], right: list[torch.Tensor]
+    def to_arrays(
+        self, generated: GeneratedImages, left: list[torch.Tensor], right: list[torch.Tensor]
     ) -> dict[str, np.ndarray]:
-        """What `draw` returns, of the images (n * images, ...): the VAE's above the refined where there are several."""
-        n, size = len(drawn.refined) // self.images, (-1, self.images)
-        refined = list(drawn.refined.unflatten(0, size).unbind(1))
-        before = list(drawn.vae.unflatten(0, size).unbind(1)) if drawn.vae is not None and self.vae else []
+        """What `generate` returns, from images (n * images_per_result, ...): the VAE's above the refined where there
+        are several."""
+        n, size = len(generated.refined) // self.images_per_result, (-1, self.images_per_result)
+        refined = list(generated.refined.unflatten(0, size).unbind(1))
+        vae = list(generated.vae.unflatten(0, size).unbind(1)) if generated.vae is not None and self.vae else []
         if self.tiles[0] > 1:
-            pixels = side_by_side([[*left, *before, *right], [*left, *refined, *right]])
+            pixels = side_by_side([[*left, *vae, *right], [*left, *refined, *right]])
         else:
-            pixels = side_by_side([[*left, *before, *refined, *right]])
-        arrays = {"pixels": pixels, "nfe": drawn.nfe.view(n, self.images).numpy()}
-        return arrays if drawn.label is None else arrays | {"label": drawn.label.view(n, -1)[:, 0].numpy()}
+            pixels = side_by_side([[*left, *vae, *refined, *right]])
+        arrays = {"pixels": pixels, "nfe": generated.nfe.view(n, self.images_per_result).numpy()}
+        return arrays if generated.label is None else arrays | {"label": generated.label.view(n, -1)[:, 0].numpy()}
 
 
-class Reconstructions(EditTask):
+class ReconstructTask(ImageInputTask):
     """[the image] [the VAE's reconstruction] the refined one."""
 
     settings: ReconstructConfig
@@ -100,66 +107,70 @@ class Reconstructions(EditTask):
             raise UserError("images=drawn: what is drawn needs no reconstruction: use tools/sample.py")
         self.tiles = (1, self.original + self.vae + 1)
 
-    def draw(self, numbers: range) -> dict[str, np.ndarray]:
-        images = self.there(numbers)
-        drawn = editing.reconstruct(self.pipeline, self.start(images), self.settings.seed, self.guidance)
+    def generate(self, numbers: range) -> dict[str, np.ndarray]:
+        images = self.existing(numbers)
+        generated = editing.reconstruct(self.pipeline, self.source_images(images), self.settings.seed, self.guidance)
         assert self.inputs is not None
-        return self.arrays(drawn, [self.inputs.read(images)] if self.original else [], [])
+        return self.to_arrays(generated, [self.inputs.read(images)] if self.original else [], [])
 
 
-class Interpolations(EditTask):
+class InterpolateTask(ImageInputTask):
     """Strips from image 2 k to image 2 k + 1, [with the images at their sides]."""
 
-    decide = ("resize", "space", "steps")
+    identity_fields = ("resize", "space", "steps")
     settings: InterpolateConfig
-    per = 2
+    inputs_per_result = 2
 
     def __init__(self, settings: InterpolateConfig, device: str | torch.device | None = None) -> None:
         super().__init__(settings, device)
         if settings.steps < 2:
             raise UserError(f"steps={settings.steps}: use 2 or more, both ends are among them")
-        self.images = settings.steps
-        self.tiles = (1 + self.vae, self.images + 2 * self.original)
+        self.images_per_result = settings.steps
+        self.tiles = (1 + self.vae, self.images_per_result + 2 * self.original)
 
-    def draw(self, numbers: range) -> dict[str, np.ndarray]:
-        settings, pairs = self.settings, self.there(numbers)
+    def generate(self, numbers: range) -> dict[str, np.ndarray]:
+        settings, pairs = self.settings, self.existing(numbers)
         ends = [range(2 * pairs.start + side, 2 * pairs.stop, 2) for side in (0, 1)]
-        a, b = (self.start(end) for end in ends)
-        drawn = editing.interpolate(self.pipeline, a, b, settings.space, settings.steps, settings.seed, self.guidance)
+        a, b = (self.source_images(end) for end in ends)
+        generated = editing.interpolate(
+            self.pipeline, a, b, settings.space, settings.steps, settings.seed, self.guidance
+        )
         left, right = ([self.inputs.read(end)] if self.original and self.inputs else [] for end in ends)
-        return self.arrays(drawn, left, right)
+        return self.to_arrays(generated, left, right)
 
 
-class Edits(EditTask):
+class EditTask(ImageInputTask):
     """[the image] then it at each strength."""
 
-    decide = ("resize", "direction", "strength", "strengths")
+    identity_fields = ("resize", "direction", "strength", "strengths")
     settings: EditConfig
 
     def __init__(self, settings: EditConfig, device: str | torch.device | None = None) -> None:
         super().__init__(settings, device)
         self.direction = directions.load(settings.run, settings.direction)
-        self.move = editing.along(self.pipeline, self.direction)
+        self.latent_edit = editing.latent_edit(self.pipeline, self.direction)
         self.strengths = settings.strengths if settings.strength is None else [settings.strength]
         if not self.strengths:
             raise UserError("strengths=[]: name one or more, such as strengths=[-2,0,2]")
-        self.images = len(self.strengths)
-        rows, columns = (1 + self.vae, self.images) if self.images > 1 else (1, self.vae + 1)
+        self.images_per_result = len(self.strengths)
+        rows, columns = (1 + self.vae, self.images_per_result) if self.images_per_result > 1 else (1, self.vae + 1)
         self.tiles = (rows, self.original + columns)
 
     def request(self) -> dict[str, Any]:
         return super().request() | {"moves": self.direction.fingerprint()}
 
-    def draw(self, numbers: range) -> dict[str, np.ndarray]:
-        images, settings = self.there(numbers), self.settings
-        drawn = editing.edit(self.pipeline, self.start(images), self.move, self.strengths, settings.seed, self.guidance)
-        return self.arrays(drawn, [self.inputs.read(images)] if self.original and self.inputs else [], [])
+    def generate(self, numbers: range) -> dict[str, np.ndarray]:
+        images, settings = self.existing(numbers), self.settings
+        generated = editing.edit(
+            self.pipeline, self.source_images(images), self.latent_edit, self.strengths, settings.seed, self.guidance
+        )
+        return self.to_arrays(generated, [self.inputs.read(images)] if self.original and self.inputs else [], [])
 
 
-class Inpaintings(EditTask):
+class InpaintTask(ImageInputTask):
     """[the image, what is known of it] [the VAE's image] the inpainted one."""
 
-    decide = ("resize", "mask")
+    identity_fields = ("resize", "mask")
     settings: InpaintConfig
 
     def __init__(self, settings: InpaintConfig, device: str | torch.device | None = None) -> None:
@@ -172,16 +183,16 @@ class Inpaintings(EditTask):
     def request(self) -> dict[str, Any]:
         return super().request() | {"known": editing.fingerprint(self.mask)}
 
-    def draw(self, numbers: range) -> dict[str, np.ndarray]:
+    def generate(self, numbers: range) -> dict[str, np.ndarray]:
         assert self.inputs is not None
-        images, settings = self.there(numbers), self.settings
+        images, settings = self.existing(numbers), self.settings
         given = self.inputs.read(images)
         masks = self.mask.expand(len(given), 1, *self.mask.shape)
-        drawn = inpainting.inpaint(
-            self.pipeline, given, masks, settings.seed, images, self.classes(images), self.guidance
+        generated = inpainting.inpaint(
+            self.pipeline, given, masks, settings.seed, images, self.labels(images), self.guidance
         )
-        known = torch.where(masks, given, torch.tensor(GRAY, dtype=torch.uint8))
-        return self.arrays(drawn, [given, known] if self.original else [], [])
+        known = torch.where(masks, given, torch.tensor(UNKNOWN_PIXEL, dtype=torch.uint8))
+        return self.to_arrays(generated, [given, known] if self.original else [], [])
 
 
 def read_mask(word: str, size: int) -> torch.Tensor:
@@ -190,8 +201,8 @@ def read_mask(word: str, size: int) -> torch.Tensor:
     Raises UserError for a picture of another size, and where all or nothing is known.
     """
     path = Path(word).expanduser()
-    if not path.is_file() and (word in inpainting.KNOWN or not path.exists()):
-        return inpainting.mask_of(word, size)
+    if not path.is_file() and (word in inpainting.NAMED_MASKS or not path.exists()):
+        return inpainting.named_mask(word, size)
     try:
         picture = decode(read_bytes(path, FILE_LIMIT), word).convert("L")
     except DamagedImage as error:
@@ -200,7 +211,7 @@ def read_mask(word: str, size: int) -> torch.Tensor:
         raise UserError(f"mask={error}: name a PNG") from None
     if picture.size != (size, size):
         raise UserError(f"mask={word} is {picture.size[0]}x{picture.size[1]}, the run's images are {size}x{size}")
-    mask = torch.from_numpy(np.asarray(picture) >= GRAY)
+    mask = torch.from_numpy(np.asarray(picture) >= MASK_THRESHOLD)
     if mask.all() or not mask.any():
         raise UserError(f"mask={word} is all {'white' if mask.all() else 'black'}: white is known, black drawn anew")
     return mask

@@ -16,7 +16,7 @@ from dvae.errors import UserError
 from dvae.tracking import pictures
 from dvae.utils import atomic_files
 
-MOST_IN_A_GRID = 1024
+MAX_GRID_RESULTS = 1024
 """Results of one or two images each; fewer of larger ones."""
 COLUMNS = 8
 """Images in a row of a picture; more only where one result has more."""
@@ -25,7 +25,7 @@ Tiles = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Result:
+class OutputItem:
     """What is written of one number."""
 
     number: int
@@ -35,38 +35,38 @@ class Result:
     """JSON of its class as in dvae's own shards, where the run has classes; a tar keeps it."""
 
 
-Results = Iterator[Result]
+OutputItems = Iterator[OutputItem]
 """In the order of their numbers."""
-Write = Callable[[Path, Results, int, Tiles], None]
+Writer = Callable[[Path, OutputItems, int, Tiles], None]
 """write(out, results, how many there are, tiles of each)."""
 
 
 @dataclass(frozen=True)
-class Format:
+class OutputFormat:
     """A way to write images."""
 
-    write: Write
-    whole: bool = True
-    """Whether it holds images for others to read, and so is not replaced; a picture is to be looked at."""
+    write: Writer
+    replaceable: bool = False
+    """Whether an existing file is replaced: a picture to look at is, a set of images for others to read is not."""
 
 
-def grid(out: Path, results: Results, count: int, tiles: Tiles) -> None:
+def write_grid(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
     """One picture, as many results in a row as make 8 images; one where a result has several rows."""
     (rows, columns), wide = tiles, np.stack([result.pixels for result in results])
     n, height, width, channels = wide.shape
     cells = torch.from_numpy(wide).view(n, rows, height // rows, columns, width // columns, channels)
-    together = max(1, COLUMNS // columns) if rows == 1 else 1
-    pictures.grid(cells.permute(0, 1, 3, 5, 2, 4).flatten(0, 2), out, columns=together * columns)
+    results_per_row = max(1, COLUMNS // columns) if rows == 1 else 1
+    pictures.grid(cells.permute(0, 1, 3, 5, 2, 4).flatten(0, 2), out, columns=results_per_row * columns)
 
 
-def folder(out: Path, results: Results, count: int, tiles: Tiles) -> None:
+def write_folder(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
     """000000.png, 000001.png, ..."""
     with atomic_files.new_folder(out) as aside:
         for result in results:
             (aside / png_name(result.number)).write_bytes(encode_png(result.pixels))
 
 
-def npy(out: Path, results: Results, count: int, tiles: Tiles) -> None:
+def write_npy(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
     """One uint8 array (n, H, W, C)."""
 
     def write(aside: Path) -> None:
@@ -81,7 +81,7 @@ def npy(out: Path, results: Results, count: int, tiles: Tiles) -> None:
     atomic_files.write_file(out, write)
 
 
-def zipped(out: Path, results: Results, count: int, tiles: Tiles) -> None:
+def write_zip(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
     """PNGs, stored as they are: they are compressed already."""
 
     def write(aside: Path) -> None:
@@ -94,7 +94,7 @@ def zipped(out: Path, results: Results, count: int, tiles: Tiles) -> None:
     atomic_files.write_file(out, write)
 
 
-def tar(out: Path, results: Results, count: int, tiles: Tiles) -> None:
+def write_tar(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
     """A WebDataset shard of PNGs; with their classes, in a .json beside each, where the run has classes."""
 
     def write(aside: Path) -> None:
@@ -112,15 +112,15 @@ def png_name(number: int) -> str:
 
 
 FORMATS = {
-    ".png": Format(grid, whole=False),
-    ".npy": Format(npy),
-    ".zip": Format(zipped),
-    ".tar": Format(tar),
-    "": Format(folder),
+    ".png": OutputFormat(write_grid, replaceable=True),
+    ".npy": OutputFormat(write_npy),
+    ".zip": OutputFormat(write_zip),
+    ".tar": OutputFormat(write_tar),
+    "": OutputFormat(write_folder),
 }
 
 
-def of(out: str) -> tuple[Path, Format]:
+def output_format(out: str) -> tuple[Path, OutputFormat]:
     """Where and how to write `out`. Raises UserError for a name that says nothing of it."""
     path = Path(out)
     if not path.name or path.name == "..":

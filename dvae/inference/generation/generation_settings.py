@@ -8,11 +8,11 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from dvae.inference.noise import Between, Shared
+from dvae.inference.noise import InterpolationSpace, SharedVariable
 
 
 @dataclass(kw_only=True, slots=True)
-class DrawingConfig:
+class GenerationConfig:
     """What all of them take."""
 
     run: str = MISSING
@@ -48,21 +48,21 @@ class DrawingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class SampleConfig(DrawingConfig):
+class SampleConfig(GenerationConfig):
     """What tools/sample.py takes."""
 
     n: int | None = 64
     """Images."""
     out: str = "samples.png"
     """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
-    shared: Shared | None = None
+    shared: SharedVariable | None = None
     """z: all images have z and class of image 0 of the seed, so that only noise varies; noise: all have its noise."""
     intermediate: int = 0
     """Denoised estimates of each image, from evenly spread steps, that stand at its left."""
 
 
 @dataclass(kw_only=True, slots=True)
-class GivenConfig(DrawingConfig):
+class ImageInputConfig(GenerationConfig):
     """What the commands take that are given images."""
 
     images: str = "heldout"
@@ -77,7 +77,7 @@ class GivenConfig(DrawingConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class ReconstructConfig(GivenConfig):
+class ReconstructConfig(ImageInputConfig):
     """What tools/reconstruct.py takes."""
 
     out: str = "reconstructions.png"
@@ -85,19 +85,19 @@ class ReconstructConfig(GivenConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class InterpolateConfig(GivenConfig):
+class InterpolateConfig(ImageInputConfig):
     """What tools/interpolate.py takes."""
 
     out: str = "interpolations.png"
     """A picture (.png), strips in one file (.npy, .zip, .tar) or a folder of strips (NAME/)."""
-    space: Between = Between.both
+    space: InterpolationSpace = InterpolationSpace.both
     """z | noise | both: what goes from the first image of a pair to the second; the other stays that of the first."""
     steps: int = 8
     """Images of a strip, its ends included."""
 
 
 @dataclass(kw_only=True, slots=True)
-class EditConfig(GivenConfig):
+class EditConfig(ImageInputConfig):
     """What tools/edit.py takes."""
 
     out: str = "edits.png"
@@ -111,7 +111,7 @@ class EditConfig(GivenConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class InpaintConfig(GivenConfig):
+class InpaintConfig(ImageInputConfig):
     """What tools/inpaint.py takes."""
 
     out: str = "inpainted.png"

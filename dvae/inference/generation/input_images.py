@@ -18,18 +18,18 @@ from dvae.data.images import PIXELS, DamagedImage, decode, fit, is_image_name, o
 from dvae.data.shards.manifest import FILE as MANIFEST
 from dvae.data.shards.reader import Shards
 from dvae.errors import UserError, fold
-from dvae.inference.generation.generation_settings import GivenConfig
+from dvae.inference.generation.generation_settings import ImageInputConfig
 from dvae.inference.run_images import open_split
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, map_npy
 
 HELDOUT = "heldout"
 DRAWN = "drawn"
-GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
+GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
 """Pillow's modes of images without color."""
 
 
-class Inputs(ABC):
+class InputImages(ABC):
     """Images by number."""
 
     identity: str
@@ -39,7 +39,7 @@ class Inputs(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def one(self, number: int) -> np.ndarray:
+    def read_one(self, number: int) -> np.ndarray:
         """Pixels (H, W, C) uint8 of an image. Raises UserError where it does not fit the run."""
 
     def check(self, numbers: Iterable[int]) -> None:  # noqa: B027 most have nothing to check
@@ -51,22 +51,24 @@ class Inputs(ABC):
 
     def read(self, numbers: Iterable[int]) -> torch.Tensor:
         """Images (n, C, H, W) uint8."""
-        return torch.from_numpy(np.stack([self.one(number) for number in numbers])).permute(0, 3, 1, 2).contiguous()
+        return (
+            torch.from_numpy(np.stack([self.read_one(number) for number in numbers])).permute(0, 3, 1, 2).contiguous()
+        )
 
 
-def open_inputs(settings: GivenConfig, config: ModelConfig) -> Inputs:
+def open_input_images(settings: ImageInputConfig, config: ModelConfig) -> InputImages:
     """The images that `settings.images` names. Raises UserError where there are none."""
     place = Path(settings.images).expanduser()
     if settings.images == HELDOUT:
-        return FromShards(open_split(settings.run, config, HELDOUT, settings.shards), config)
+        return ShardInput(open_split(settings.run, config, HELDOUT, settings.shards), config)
     if (place / MANIFEST).exists():
-        return FromShards(open_split(settings.run, config, HELDOUT, settings.images), config)
+        return ShardInput(open_split(settings.run, config, HELDOUT, settings.images), config)
     if place.suffix.lower() == ".npy":
-        return FromArray(place, settings, config)
-    return FromFiles(place, settings, config)
+        return ArrayInput(place, settings, config)
+    return FileInput(place, settings, config)
 
 
-class FromShards(Inputs):
+class ShardInput(InputImages):
     """A split of shards."""
 
     def __init__(self, shards: Shards, config: ModelConfig) -> None:
@@ -76,7 +78,7 @@ class FromShards(Inputs):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def one(self, number: int) -> np.ndarray:
+    def read_one(self, number: int) -> np.ndarray:
         return self.shards.read([number])[0].permute(1, 2, 0).numpy()
 
     def label(self, number: int) -> str | None:
@@ -84,14 +86,14 @@ class FromShards(Inputs):
         return None if value is None or not self.config.classes else str(value)
 
 
-class Fitted(Inputs):
+class UserInput(InputImages):
     """A user's images, which are as the run's, or are made so."""
 
-    def __init__(self, settings: GivenConfig, config: ModelConfig) -> None:
+    def __init__(self, settings: ImageInputConfig, config: ModelConfig) -> None:
         self.settings, self.config = settings, config
         self._crop, self._filter = config.crop, config.resize  # as the run's own images
 
-    def refuse_unlike(self, size: tuple[int, int], gray: bool, name: str) -> None:
+    def check_matches_run(self, size: tuple[int, int], gray: bool, name: str) -> None:
         """Raise UserError for an image of (width, height) that is not as the run's, where it is not to be made so."""
         if self.settings.resize:
             return
@@ -104,16 +106,16 @@ class Fitted(Inputs):
             kinds = ("gray", "color") if gray else ("in color", "gray")
             raise UserError(f"{where} is {kinds[0]}, the run's images are {kinds[1]}: add resize=true to convert it")
 
-    def fitted(self, image: Image.Image, name: str) -> np.ndarray:
+    def fit_to_run(self, image: Image.Image, name: str) -> np.ndarray:
         """Pixels (H, W, C) of an image, cropped and scaled as the run's were where it has another size."""
         config = self.config
         return fit(image, config.image_size, config.channels, self._crop, name, self._filter)
 
 
-class FromArray(Fitted):
+class ArrayInput(UserInput):
     """A .npy file (n, H, W, C) uint8."""
 
-    def __init__(self, place: Path, settings: GivenConfig, config: ModelConfig) -> None:
+    def __init__(self, place: Path, settings: ImageInputConfig, config: ModelConfig) -> None:
         super().__init__(settings, config)
         try:
             self._array = map_npy(place)
@@ -125,21 +127,21 @@ class FromArray(Fitted):
             raise UserError(f"images={settings.images}: {self._array.dtype} {shape}: use uint8 (n, H, W, 1 or 3)")
         if not 0 < shape[1] * shape[2] <= PIXELS:
             raise UserError(f"images={settings.images}: images of {shape[1]}x{shape[2]}: use 1 to {PIXELS} pixels")
-        self.refuse_unlike((shape[2], shape[1]), shape[3] == 1, "each")
+        self.check_matches_run((shape[2], shape[1]), shape[3] == 1, "each")
         self.identity = atomic_files.sha256(place)
 
     def __len__(self) -> int:
         return len(self._array)
 
-    def one(self, number: int) -> np.ndarray:
+    def read_one(self, number: int) -> np.ndarray:
         pixels = self._array[number]
-        return self.fitted(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), f"image {number}")
+        return self.fit_to_run(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), f"image {number}")
 
 
-class FromFiles(Fitted):
+class FileInput(UserInput):
     """A folder or zip archive of images, in the order of their names, or one image file."""
 
-    def __init__(self, place: Path, settings: GivenConfig, config: ModelConfig) -> None:
+    def __init__(self, place: Path, settings: ImageInputConfig, config: ModelConfig) -> None:
         super().__init__(settings, config)
         if place.is_file() and is_image_name(place.name):
             self.tree: Tree = FolderTree(str(place.parent), "images")
@@ -169,14 +171,14 @@ class FromFiles(Fitted):
                 image = open_image(self._bytes(number), f"{name} is not an image that can be read")  # its header only
             except DamagedImage as error:
                 raise UserError(f"images={self.settings.images}: {error}") from None
-            self.refuse_unlike(image.size, image.mode in GRAY, name)
+            self.check_matches_run(image.size, image.mode in GRAY_MODES, name)
 
-    def one(self, number: int) -> np.ndarray:
+    def read_one(self, number: int) -> np.ndarray:
         name = self.names[number]
         try:
             image = decode(self._bytes(number), name)
-            self.refuse_unlike(image.size, image.mode in GRAY, name)
-            return self.fitted(image, name)
+            self.check_matches_run(image.size, image.mode in GRAY_MODES, name)
+            return self.fit_to_run(image, name)
         except DamagedImage as error:
             raise UserError(f"images={self.settings.images}: {error}") from None
 

@@ -7,23 +7,24 @@ import torch
 
 from dvae.inference.generation.generation_settings import SampleConfig
 from dvae.inference.generation.task import GenerationTask, side_by_side
-from dvae.inference.refine import check_drawing
+from dvae.inference.refine import check_generation, generate_batch
 
 
-class Samples(GenerationTask):
+class SampleTask(GenerationTask):
     """Images of a seed: [the VAE's sample] [denoised estimates on the way] the refined sample."""
 
-    decide = ("shared", "intermediate")
+    identity_fields = ("shared", "intermediate")
     settings: SampleConfig
 
     def __init__(self, settings: SampleConfig, device: str | torch.device | None = None) -> None:
         super().__init__(settings, device)
         self.tiles = (1, self.vae + settings.intermediate + 1)
-        check_drawing(self.pipeline, settings.shared, settings.intermediate)
+        check_generation(self.pipeline, settings.shared, settings.intermediate)
 
-    def draw(self, numbers: range) -> dict[str, np.ndarray]:
+    def generate(self, numbers: range) -> dict[str, np.ndarray]:
         settings = self.settings
-        drawn = self.pipeline.generate_batch(
+        images = generate_batch(
+            self.pipeline,
             numbers,
             settings.seed,
             label=settings.label or None,
@@ -31,8 +32,8 @@ class Samples(GenerationTask):
             shared=settings.shared,
             intermediate=settings.intermediate,
         )
-        shown = [drawn.vae] if drawn.vae is not None and self.vae else []
-        if drawn.estimates is not None:
-            shown += list(drawn.estimates.unbind(1))
-        arrays = {"pixels": side_by_side([[*shown, drawn.refined]]), "nfe": drawn.nfe.numpy()}
-        return arrays if drawn.label is None else arrays | {"label": drawn.label.numpy()}
+        tiles = [images.vae] if images.vae is not None and self.vae else []
+        if images.estimates is not None:
+            tiles += list(images.estimates.unbind(1))
+        arrays = {"pixels": side_by_side([[*tiles, images.refined]]), "nfe": images.nfe.numpy()}
+        return arrays if images.label is None else arrays | {"label": images.label.numpy()}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dvae.config import compose
 from dvae.errors import UserError
 from dvae.inference import directions
-from dvae.inference.directions import Direction, Method, direction_files
+from dvae.inference.directions import Direction, DirectionMethod, direction_files
 from dvae.inference.directions.label_regression import LabelModel
 from dvae.models import bundle, bundle_export, components
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def made(name: str, value: float = 1.0) -> Direction:
-    return Direction(name, torch.full((4,), value), Method.pca, "one standard deviation", share=0.25)
+    return Direction(name, torch.full((4,), value), DirectionMethod.pca, "one standard deviation", share=0.25)
 
 
 def change(folder: Path, name: str) -> None:
@@ -42,7 +42,9 @@ def change(folder: Path, name: str) -> None:
 
 def test_what_is_saved_is_loaded(folder: Path) -> None:
     model = LabelModel({"hair": ["bun", "bob"]}, torch.randn(5, 2).double(), torch.randn(2, 4).double())
-    labeled = Direction("hair.bun", torch.randn(4), Method.labels, "from the present", "hair", "bun", model=model)
+    labeled = Direction(
+        "hair.bun", torch.randn(4), DirectionMethod.labels, "from the present", "hair", "bun", model=model
+    )
     z = torch.randn(9, 4)
     assert directions.names(folder) == []
     assert directions.save(folder, [labeled, made("pca_1")]) == folder / direction_files.FILE
@@ -52,14 +54,14 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
         assert torch.equal(back.vector, labeled.vector)
         assert torch.equal(back.move(z, 1.5), labeled.move(z, 1.5))
         assert (back.method, back.unit, back.attribute, back.value, back.share) == (
-            Method.labels, "from the present", "hair", "bun", None,
+            DirectionMethod.labels, "from the present", "hair", "bun", None,
         )  # fmt: skip
     assert directions.load(folder, "pca_1").share == 0.25
     assert sorted(path.name for path in folder.iterdir()) == [bundle.INFO, direction_files.FILE, "model.safetensors"]
 
 
 def test_a_later_find_replaces_those_of_its_method(folder: Path) -> None:
-    other = Direction("jacobian_1", torch.ones(4), Method.jacobian, "")
+    other = Direction("jacobian_1", torch.ones(4), DirectionMethod.jacobian, "")
     directions.save(folder, [made("pca_1"), made("pca_2"), other])
     directions.save(folder, [made("pca_1", 7.0)])
     assert directions.names(folder) == ["jacobian_1", "pca_1"]
@@ -87,7 +89,7 @@ def test_other_weights_of_the_encoder_are_refused_and_of_all_else_not(folder: Pa
     change(folder, "encoder.mu")
     with pytest.raises(UserError, match="was found for other weights of the encoder: find its directions again"):
         directions.load(folder, "pca_1")
-    other = Direction("jacobian_1", torch.ones(4), Method.jacobian, "")
+    other = Direction("jacobian_1", torch.ones(4), DirectionMethod.jacobian, "")
     directions.save(folder, [other])  # which throws the stale ones away
     assert directions.names(folder) == ["jacobian_1"]
 
@@ -119,7 +121,7 @@ def test_a_new_export_keeps_them_while_the_encoder_is_the_same(tiny: list[str], 
     parts = {name: part.state_dict() for name, part in built.trained_parts().items()}
     place = tmp_path / "bundle"
     bundle_export.export(place, compose.typed(composed), {"encoder": parts["encoder"]})
-    directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
+    directions.save(place, [Direction("pca_1", torch.ones(8), DirectionMethod.pca, "one standard deviation")])
     bundle_export.export(place, compose.typed(composed), parts)  # the refiner is trained now
     assert directions.names(place) == ["pca_1"]
     changed = {name: value + 1 for name, value in parts["encoder"].items()}
@@ -168,7 +170,7 @@ def test_a_new_export_leaves_out_directions_that_do_not_match_their_hash(
     for name, (damage, says) in LEFT_OUT.items():
         place = tmp_path / name / "bundle"
         bundle_export.export(place, compose.typed(composed), encoder)
-        directions.save(place, [Direction("pca_1", torch.ones(8), Method.pca, "one standard deviation")])
+        directions.save(place, [Direction("pca_1", torch.ones(8), DirectionMethod.pca, "one standard deviation")])
         assert "directions" not in capsys.readouterr().err
         damage(place / direction_files.FILE)
         bundle_export.export(place, compose.typed(composed), encoder)

@@ -8,10 +8,10 @@ import torch
 
 from dvae.errors import UserError
 from dvae.inference.directions import finders, label_regression
-from dvae.inference.directions.attributes import Attributes
+from dvae.inference.directions.attributes import LabeledAttributes
 
 SIZES = [3, 2]
-ATTRIBUTES = Attributes({"hair": ["bun", "#aabbcc", "a b"], "hat": ["no", "yes"]}, {})
+ATTRIBUTES = LabeledAttributes({"hair": ["bun", "#aabbcc", "a b"], "hat": ["no", "yes"]}, {})
 
 
 def labeled(n: int, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -65,7 +65,7 @@ def test_values_that_hardly_occur_are_skipped_with_a_word() -> None:
 
 def test_values_whose_names_would_be_the_same_are_refused() -> None:
     z, codes, _ = labeled(300)
-    same = Attributes({"hair": ["#a", "a", "b"], "hat": ["no", "yes"]}, {})
+    same = LabeledAttributes({"hair": ["#a", "a", "b"], "hat": ["no", "yes"]}, {})
     with pytest.raises(UserError, match=r"two of its values would give the name hair\.a"):
         finders.from_labels(z, codes, same, ["hair"])
 
@@ -91,7 +91,7 @@ def test_what_a_value_adds_may_depend_on_the_others() -> None:
     model = directions[0].model
     assert model is not None
     assert model.pairs
-    assert torch.equal(model.read(z), codes)
+    assert torch.equal(model.predict(z), codes)
     for one in directions:
         wanted = codes.clone()
         attribute = ATTRIBUTES.names.index(one.attribute)
@@ -145,7 +145,7 @@ def test_jacobian_of_a_linear_decoder_is_its_right_singular_vectors() -> None:
         unit = one.vector.double().numpy() / one.vector.double().norm().item()
         assert abs(unit @ rows[i]) == pytest.approx(1.0, abs=1e-6)
         assert one.share == pytest.approx(singular[i] ** 2 / (singular**2).sum())
-        assert float((one.vector @ weight.T).square().mean().sqrt()) == pytest.approx(finders.MOVED, rel=1e-5)
+        assert float((one.vector @ weight.T).square().mean().sqrt()) == pytest.approx(finders.JACOBIAN_RMS, rel=1e-5)
     assert len(seen) == 7
 
 
@@ -158,8 +158,8 @@ def test_jacobian_is_averaged_over_latents_that_may_be_maps() -> None:
 
     z = torch.tensor([[0.0, 5.0], [1.0, 5.0]]).view(2, 1, 1, 2)
     first, second = finders.jacobian(decode, z, 2, lambda: None)
-    assert torch.allclose(first.vector.flatten(), torch.tensor([finders.MOVED * 1.0, 0.0]), atol=1e-7)
-    assert torch.allclose(second.vector.flatten(), torch.tensor([0.0, finders.MOVED * 2**0.5]), atol=1e-7)
+    assert torch.allclose(first.vector.flatten(), torch.tensor([finders.JACOBIAN_RMS * 1.0, 0.0]), atol=1e-7)
+    assert torch.allclose(second.vector.flatten(), torch.tensor([0.0, finders.JACOBIAN_RMS * 2**0.5]), atol=1e-7)
     assert (first.share, second.share) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
 
 
@@ -168,7 +168,7 @@ def test_columns_do_not_depend_on_how_many_are_taken_together() -> None:
     z = torch.randn(6)
     expected = torch.autograd.functional.jacobian(lambda one: net(one[None])[0], z).T
     for together in (1, 4, 64):
-        assert torch.allclose(finders.columns_of(net, z, together), expected, atol=1e-6)
+        assert torch.allclose(finders.jacobian_columns(net, z, together), expected, atol=1e-6)
 
 
 def test_columns_of_a_decoder_with_attention() -> None:
@@ -178,7 +178,7 @@ def test_columns_of_a_decoder_with_attention() -> None:
 
     z = torch.randn(6)
     expected = torch.autograd.functional.jacobian(lambda one: net(one[None]).flatten(), z).T
-    assert torch.allclose(finders.columns_of(net, z), expected, atol=1e-6)
+    assert torch.allclose(finders.jacobian_columns(net, z), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -208,7 +208,7 @@ def test_a_matrix_that_torch_cannot_take_apart_is_one_line(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     with pytest.raises(UserError, match=r"^find=\[pca\]: no directions .* \(linalg.eigh: the algorithm failed"):
-        finders.largest(torch.eye(3), 1, "components", "pca")
+        finders.top_eigenvectors(torch.eye(3), 1, "components", "pca")
 
 
 def test_equations_without_a_solution_are_one_line() -> None:

@@ -20,10 +20,10 @@ from tests_support import ROOT, environment
 
 import dvae
 from dvae.errors import UserError
-from dvae.inference.directions import Direction, Method, save
-from dvae.inference.generation import generate
-from dvae.inference.generation.chunks import Chunks
-from dvae.inference.generation.edit_tasks import Edits, Inpaintings, Interpolations, Reconstructions
+from dvae.inference.directions import Direction, DirectionMethod, save
+from dvae.inference.generation.chunks import ChunkStore
+from dvae.inference.generation.edit_tasks import EditTask, InpaintTask, InterpolateTask, ReconstructTask
+from dvae.inference.generation.generate import generate_to_file
 from dvae.inference.generation.generation_settings import (
     EditConfig,
     InpaintConfig,
@@ -34,10 +34,10 @@ from dvae.inference.generation.task import GenerationTask
 from dvae.tools import edit, inpaint, interpolate, reconstruct
 
 COMMANDS: dict[str, tuple[type[GenerationTask], Any, dict[str, object]]] = {
-    "reconstruct": (Reconstructions, ReconstructConfig, {}),
-    "interpolate": (Interpolations, InterpolateConfig, {"steps": 3}),
-    "edit": (Edits, EditConfig, {"direction": "wide", "strengths": [0.0, 2.0]}),
-    "inpaint": (Inpaintings, InpaintConfig, {"mask": "left"}),
+    "reconstruct": (ReconstructTask, ReconstructConfig, {}),
+    "interpolate": (InterpolateTask, InterpolateConfig, {"steps": 3}),
+    "edit": (EditTask, EditConfig, {"direction": "wide", "strengths": [0.0, 2.0]}),
+    "inpaint": (InpaintTask, InpaintConfig, {"mask": "left"}),
 }
 PER = {"interpolate": 2}
 
@@ -48,14 +48,14 @@ def wide(run: Path, kinds: dict[str, Path]) -> torch.Tensor:
     for place in (run, *kinds.values()):
         shape = dvae.load(place).models.io.latent
         vector = torch.linspace(-1, 1, int(np.prod(shape))).view(shape)
-        save(place, [Direction("wide", vector, Method.labels, unit="one")])
+        save(place, [Direction("wide", vector, DirectionMethod.labels, unit="one")])
     return torch.linspace(-1, 1, 8)
 
 
 def draw(command: str, run: Path, out: Path, images: object, **words: object) -> np.ndarray:
     """What a command writes, (n, H, W, C)."""
-    artist, kind, own = COMMANDS[command]
-    generate.draw(kind(run=str(run), out=str(out), images=str(images), seed=3, **own | words), artist)
+    task_class, kind, own = COMMANDS[command]
+    generate_to_file(kind(run=str(run), out=str(out), images=str(images), seed=3, **own | words), task_class)
     return np.load(out)
 
 
@@ -81,7 +81,7 @@ def test_two_processes_and_a_kill_give_the_same_file(run: Path, faces: Path, tmp
     words = [f"run={run}", f"images={faces}", f"out={out}", "seed=3", "direction=wide", "strengths=[0,2]"]
     command = [sys.executable, str(ROOT / "tools" / "edit.py"), *words, "sampler.steps=40"]
     victim = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, cwd=tmp_path)
-    under_way = Chunks.folder_of(out)
+    under_way = ChunkStore.folder_of(out)
     while not list(under_way.glob("0*.npz")):
         assert victim.poll() is None, victim.communicate()
         time.sleep(0.002)
@@ -132,9 +132,9 @@ def test_pictures_show_what_was_given(run: Path, faces: Path, tmp_path: Path) ->
     sizes = {"reconstruct": (2, 3), "edit": (4, 3), "interpolate": (4, 5), "inpaint": (2, 4)}
     images = np.load(faces.with_suffix(".npy"))
     for command, (rows, columns) in sizes.items():
-        artist, kind, own = COMMANDS[command]
+        task_class, kind, own = COMMANDS[command]
         out, n = tmp_path / f"{command}.png", 4 if rows == 2 else 2
-        generate.draw(kind(run=str(run), out=str(out), images=str(faces), n=n, **own), artist)
+        generate_to_file(kind(run=str(run), out=str(out), images=str(faces), n=n, **own), task_class)
         picture = np.asarray(Image.open(out))[:, :, :3]
         wide = columns if rows == 4 else columns * 2
         assert picture.shape[:2] == (17 * rows - 1, 17 * wide - 1), command

@@ -22,10 +22,11 @@ from tests_support import ROOT, environment
 
 import dvae
 from dvae.errors import MachineError, UserError
-from dvae.inference.generation import generate, workers
-from dvae.inference.generation.chunks import Chunks
+from dvae.inference.generation import worker_pool
+from dvae.inference.generation.chunks import ChunkStore
+from dvae.inference.generation.generate import generate_to_file
 from dvae.inference.generation.generation_settings import SampleConfig
-from dvae.inference.noise import Shared
+from dvae.inference.noise import SharedVariable
 from dvae.tools import sample
 from dvae.utils import atomic_files
 
@@ -47,8 +48,8 @@ def test_every_form_holds_the_same_images(run: Path, expected: tuple[np.ndarray,
     for first, vae, wanted in ((0, False, expected[1][:20]), (17, True, both[17:37])):
         outs = [f"{tmp_path}/{first}{end}" for end in ("/", ".npy", ".zip", ".tar")]
         for out in outs:
-            done = generate.draw(asked(run, out, first=first, vae=vae))
-            assert (done.nfe, done.drawn) == (2, 20)
+            done = generate_to_file(asked(run, out, first=first, vae=vae))
+            assert (done.nfe, done.generated) == (2, 20)
         names = [f"{number:06d}.png" for number in range(first, first + 20)]
         folder = Path(outs[0])
         assert sorted(path.name for path in folder.iterdir()) == names
@@ -69,8 +70,8 @@ def test_a_picture_shows_both_and_is_replaced(
     run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     out = tmp_path / "grid.png"
-    generate.draw(asked(run, out, n=2, seed=4))
-    generate.draw(asked(run, out, n=2))
+    generate_to_file(asked(run, out, n=2, seed=4))
+    generate_to_file(asked(run, out, n=2))
     picture = np.asarray(Image.open(out))[:, :, :3]
     assert picture.shape == (16, 4 * 17 - 1, 3)
     cells = [picture[:, start : start + 16] for start in range(0, 68, 17)]
@@ -90,7 +91,7 @@ def start(run: Path, *words: str) -> subprocess.Popen[str]:
 def test_killed_and_gone_on_with_by_two_processes(run: Path, tmp_path: Path, kill_at: int, n: int) -> None:
     out = tmp_path / "images"
     victim = start(run, f"out={out}/", f"n={n}")
-    under_way = Chunks.folder_of(out)
+    under_way = ChunkStore.folder_of(out)
     while 16 * len(list(under_way.glob("0*.npz"))) < kill_at:
         assert victim.poll() is None, victim.communicate()
         time.sleep(0.002)
@@ -102,9 +103,9 @@ def test_killed_and_gone_on_with_by_two_processes(run: Path, tmp_path: Path, kil
     with pytest.raises(
         UserError, match=r"is half-drawn with seed=3, this asks for 4: name another, or remove .*drawing"
     ):
-        generate.draw(asked(run, f"{out}/", n=n, seed=4))
+        generate_to_file(asked(run, f"{out}/", n=n, seed=4))
     with pytest.raises(UserError, match=r"half-drawn with sampler\.steps=2, this asks for 3"):
-        generate.draw(asked(run, f"{out}/", n=n, sampler={"steps": 3}))
+        generate_to_file(asked(run, f"{out}/", n=n, sampler={"steps": 3}))
 
     resumed = start(run, f"out={out}/", f"n={n}", "processes=2")
     said, errors = resumed.communicate(timeout=120)
@@ -115,11 +116,11 @@ def test_killed_and_gone_on_with_by_two_processes(run: Path, tmp_path: Path, kil
     assert not under_way.exists()
 
     straight = tmp_path / "straight"
-    generate.draw(asked(run, f"{straight}/", n=n))
+    generate_to_file(asked(run, f"{straight}/", n=n))
     hashes = [{path.name: atomic_files.sha256(path) for path in folder.iterdir()} for folder in (out, straight)]
     assert len(hashes[0]) == n
     assert hashes[0] == hashes[1]
-    assert generate.draw(asked(run, f"{out}/", n=n)).drawn == 0
+    assert generate_to_file(asked(run, f"{out}/", n=n)).generated == 0
 
 
 def test_more_may_be_asked_for_while_it_is_under_way(
@@ -127,27 +128,27 @@ def test_more_may_be_asked_for_while_it_is_under_way(
 ) -> None:
     out = tmp_path / "x.npy"
     drawn: list[range] = []
-    write = Chunks.write
+    write = ChunkStore.write
 
-    def ends_at_the_third(self: Chunks, numbers: range, arrays: dict[str, np.ndarray]) -> None:
+    def ends_at_the_third(self: ChunkStore, numbers: range, arrays: dict[str, np.ndarray]) -> None:
         if len(drawn) == 2:
             raise KeyboardInterrupt
         drawn.append(numbers)
         write(self, numbers, arrays)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Chunks, "write", ends_at_the_third)
+        patched.setattr(ChunkStore, "write", ends_at_the_third)
         with pytest.raises(KeyboardInterrupt):
-            generate.draw(asked(run, out, n=33))
+            generate_to_file(asked(run, out, n=33))
     assert drawn == [range(16), range(16, 32)]
-    assert generate.draw(asked(run, out, n=40)).drawn == 8
+    assert generate_to_file(asked(run, out, n=40)).generated == 8
     assert len(np.load(out)) == 40
 
 
 def test_a_batch_size_is_within_a_gray_level(
     run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
-    generate.draw(asked(run, tmp_path / "x.npy", n=40, batch=7))
+    generate_to_file(asked(run, tmp_path / "x.npy", n=40, batch=7))
     assert np.abs(np.load(tmp_path / "x.npy").astype(int) - expected[1].astype(int)).max() <= 1
 
 
@@ -183,28 +184,28 @@ def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("all of it")
     with pytest.raises(UserError, match="is there already, and not from this command"):
-        generate.draw(asked(run, foreign))
+        generate_to_file(asked(run, foreign))
     out = tmp_path / "x.npy"
-    generate.draw(asked(run, out, n=3))
+    generate_to_file(asked(run, out, n=3))
     before = hashlib.sha256(out.read_bytes()).hexdigest()
     with pytest.raises(UserError, match="drawn with n=3, this asks for 4"):
-        generate.draw(asked(run, out, n=4))
-    assert generate.draw(asked(run, out, n=3)).drawn == 0
+        generate_to_file(asked(run, out, n=4))
+    assert generate_to_file(asked(run, out, n=3)).generated == 0
     assert hashlib.sha256(out.read_bytes()).hexdigest() == before
-    with Chunks.opened(tmp_path / "y.npy", {}), pytest.raises(UserError, match="another command draws it now"):
-        generate.draw(asked(run, tmp_path / "y.npy"))
+    with ChunkStore.opened(tmp_path / "y.npy", {}), pytest.raises(UserError, match="another command draws it now"):
+        generate_to_file(asked(run, tmp_path / "y.npy"))
 
 
 def test_a_chunk_without_a_request_is_not_trusted(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npy"
-    chunks = Chunks(Chunks.folder_of(out))
+    chunks = ChunkStore(ChunkStore.folder_of(out))
     chunks.write(range(16), {"pixels": np.zeros((16, 16, 16, 3), np.uint8), "nfe": np.ones(16)})
-    assert generate.draw(asked(run, out, n=3)).drawn == 3
+    assert generate_to_file(asked(run, out, n=3)).generated == 3
     assert np.load(out).any()
 
 
 def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
-    chunks = Chunks(tmp_path)
+    chunks = ChunkStore(tmp_path)
     chunks.write(range(2), {"pixels": np.zeros((2, 4, 4, 3), np.uint8), "nfe": np.ones(2)})
     data = bytearray(chunks.path(range(2)).read_bytes())
     data[200] ^= 1
@@ -223,19 +224,19 @@ def test_a_process_that_ends_early_ends_the_command() -> None:
     end.close()
     told: list[range | None] = []
     with pytest.raises(MachineError, match="process 1 was ended by SIGABRT: what is drawn is kept, the same command"):
-        workers.watch([workers.Child(1, process, line)], told.append)
+        worker_pool.watch_workers([worker_pool.WorkerProcess(1, process, line)], told.append)
     assert told == [None, range(3)]
     for said, kind in ((("n=0: use 1", 2), UserError), (("the disk is full", 1), MachineError)):
         line, end = context.Pipe(duplex=False)
         end.send(said)
         with pytest.raises(kind, match=said[0]):
-            workers.watch([workers.Child(0, process, line)], told.append)
+            worker_pool.watch_workers([worker_pool.WorkerProcess(0, process, line)], told.append)
 
 
 def test_a_shard_of_drawn_images_keeps_their_classes(kinds: dict[str, Path], tmp_path: Path) -> None:
-    generate.draw(asked(kinds["classes"], tmp_path / "x.tar"))
+    generate_to_file(asked(kinds["classes"], tmp_path / "x.tar"))
     items = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
-    drawn = dvae.load(kinds["classes"]).draw(20, seed=3).label
+    drawn = dvae.load(kinds["classes"]).sample_conditioning(20, seed=3).label
     assert drawn is not None
     names = [json.loads(item["json"])["labels"]["kind"] for item in items]
     assert names == [("cat", "dog")[number] for number in drawn.tolist()]
@@ -248,8 +249,8 @@ def test_denoised_estimates_stand_beside_the_image(
 ) -> None:
     place = kinds.get(kind, run)
     words = {"n": 2, "sampler": {"steps": 4}, "vae": False}
-    generate.draw(asked(place, tmp_path / "x.npy", **words))
-    done = generate.draw(asked(place, tmp_path / "y.npy", intermediate=4, **words))
+    generate_to_file(asked(place, tmp_path / "x.npy", **words))
+    done = generate_to_file(asked(place, tmp_path / "y.npy", intermediate=4, **words))
     assert done.nfe == 4  # looking on costs nothing
     tiles = np.load(tmp_path / "y.npy").reshape(2, 16, 5, 16, 3)
     final = np.load(tmp_path / "x.npy")
@@ -259,13 +260,13 @@ def test_denoised_estimates_stand_beside_the_image(
 
 
 def test_shared_z_and_shared_noise(run: Path, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
-    for shared in Shared:
-        generate.draw(asked(run, tmp_path / f"{shared.name}.npy", shared=shared, vae=True, first=3))
+    for shared in SharedVariable:
+        generate_to_file(asked(run, tmp_path / f"{shared.name}.npy", shared=shared, vae=True, first=3))
     z, noise = (np.load(tmp_path / f"{name}.npy") for name in ("z", "noise"))
     assert (z[:, :, :16] == expected[0][0]).all()
     assert np.array_equal(noise[:, :, :16], expected[0][3:23])
     for drawn in (z, noise):
         assert len(np.unique(drawn[:, :, 16:].reshape(20, -1), axis=0)) == 20
         assert not np.array_equal(drawn[:, :, 16:], expected[1][3:23])
-    generate.draw(asked(run, tmp_path / "z0.npy", shared=Shared.z, n=1))
+    generate_to_file(asked(run, tmp_path / "z0.npy", shared=SharedVariable.z, n=1))
     assert np.array_equal(np.load(tmp_path / "z0.npy")[0], expected[1][0])

@@ -16,10 +16,10 @@ from PIL import Image
 
 from dvae.data.images import Crop, Resize
 from dvae.errors import MachineError, UserError
-from dvae.inference.generation.chunks import Chunks, read, read_finished
+from dvae.inference.generation.chunks import ChunkStore, read_generation_record, read_record
 from dvae.inference.generation.edit_tasks import read_mask
-from dvae.inference.generation.generation_settings import GivenConfig
-from dvae.inference.generation.input_images import open_inputs
+from dvae.inference.generation.generation_settings import ImageInputConfig
+from dvae.inference.generation.input_images import open_input_images
 
 pytestmark = pytest.mark.timeout(30)
 CONFIG: Any = SimpleNamespace(image_size=16, channels=3, crop=Crop.center, resize=Resize.lanczos, label="", classes=[])
@@ -28,7 +28,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint
 
 def given(place: Path, **words: Any) -> np.ndarray:
     """All images that images=PLACE gives a run of 16x16, (n, H, W, C)."""
-    inputs = open_inputs(GivenConfig(run="run", out="x.npy", images=str(place), **words), CONFIG)
+    inputs = open_input_images(ImageInputConfig(run="run", out="x.npy", images=str(place), **words), CONFIG)
     inputs.check(range(len(inputs)))
     return inputs.read(range(len(inputs))).permute(0, 2, 3, 1).numpy()
 
@@ -153,14 +153,14 @@ def test_a_folder_does_not_hide_a_mask_of_its_name(tmp_path: Path, monkeypatch: 
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> Chunks:
+def chunks(tmp_path: Path) -> ChunkStore:
     """A chunk of the images 0 to 15."""
-    made = Chunks(tmp_path)
+    made = ChunkStore(tmp_path)
     made.write(range(16), {"pixels": np.zeros((16, 4, 4, 3), np.uint8), "nfe": np.arange(16)})
     return made
 
 
-def test_a_chunk_is_read_as_it_was_written(chunks: Chunks):
+def test_a_chunk_is_read_as_it_was_written(chunks: ChunkStore):
     assert chunks.read(range(16), "pixels", 16).shape == (16, 4, 4, 3)
     assert chunks.read(range(16), "nfe").tolist() == list(range(16))
 
@@ -183,7 +183,7 @@ SPOILED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_a_chunk_that_is_none(chunks: Chunks, name: str):
+def test_a_chunk_that_is_none(chunks: ChunkStore, name: str):
     path = chunks.path(range(16))
     SPOILED[name](path)
     says = rf"{path.name} is damaged \(.*\): remove it, then the same command again draws it anew"
@@ -199,18 +199,18 @@ def test_a_chunk_that_is_none(chunks: Chunks, name: str):
 def test_a_record_that_is_none(tmp_path: Path, text: str):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=r"x\.json: not a record of what was drawn \(.*\): remove it"):
-        read_finished(tmp_path / "x.json")
+        read_generation_record(tmp_path / "x.json")
     if not text.startswith('{"n"') and "request" not in text:
         with pytest.raises(UserError, match=r"x\.json: not a record of what was drawn \(.*\): remove it"):
-            read(tmp_path / "x.json")
+            read_record(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("name", ["a pipe", "a folder", "zeros"])
 def test_a_request_that_is_no_file(tmp_path: Path, name: str):
     out = tmp_path / "x.npy"
-    folder = Chunks.folder_of(out)
+    folder = ChunkStore.folder_of(out)
     folder.mkdir()
     (folder / "request.json").touch()
     SPOILED[name](folder / "request.json")
-    with pytest.raises(UserError, match=r"request\.json: not a record"), Chunks.opened(out, {"seed": 0}):
+    with pytest.raises(UserError, match=r"request\.json: not a record"), ChunkStore.opened(out, {"seed": 0}):
         pass

@@ -1,4 +1,4 @@
-"""Inpainting: known pixels come back exactly, and unknown ones follow them."""
+"""Known pixels that a sampler keeps come back exactly, and unknown ones follow them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from closed_forms import IO, Mixture, diffusion, integrable, normal
 
 from dvae.diffusion.kernels import Diffusion, Matching
-from dvae.inference.inpainting import keep_known
+from dvae.inference.known_pixels import replace_known_pixels
 from dvae.registry.samplers.base import SAMPLERS
 
 STEPWISE = [case for case in integrable(("vp", "psld", "cld"), ("constant",)) if SAMPLERS.get(case[0]).lockstep]
@@ -19,7 +19,7 @@ def test_known_pixels_come_back_exactly(name: str, process: str, schedule: str) 
     k = mixture.diffusion.k
     sampler = SAMPLERS.build({"name": name, "steps": 6, "threshold": "none", "spacing": "uniform"}, IO)
     x0, known = normal(0, 3, 1, 4, 4), torch.rand(3, 1, 4, 4) < 0.5
-    on_step = keep_known(mixture.diffusion, x0, known, lambda i: normal(100 + i, 3, k, 4, 4))
+    on_step = replace_known_pixels(mixture.diffusion, x0, known, lambda i: normal(100 + i, 3, k, 4, 4))
     end = sampler.sample(mixture, normal(1, 3, k, 4, 4), lambda i: normal(2 + i, 3, k, 4, 4), on_step).u
     assert torch.equal(end[:, :1][known], x0[known])
     assert not torch.isclose(end[:, :1][~known], x0[~known]).any()
@@ -33,7 +33,7 @@ def test_known_pixels_have_the_level_just_reached(process: str, matching: Matchi
     n, t, value = 200_000, 0.2, 0.7
     x0 = torch.full((1, 1, n, 1), value, dtype=torch.float64)
     known = torch.ones_like(x0, dtype=torch.bool)
-    on_step = keep_known(d, x0, known, lambda i: normal(i, 1, d.k, n, 1))
+    on_step = replace_known_pixels(d, x0, known, lambda i: normal(i, 1, d.k, n, 1))
     u = on_step(3, t, torch.zeros(1, d.k, n, 1, dtype=torch.float64))[0, :, :, 0]
     Phi, L = diffusion(process, "constant").marginal(t)  # hybrid: the momentum marginalized
     torch.testing.assert_close(u.mean(1), Phi[0, :, 0] * value, rtol=0, atol=0.01)
