@@ -24,7 +24,7 @@ from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, forbid_extra, parse_npy, read_json
 
 FILE = "cache.json"
-AGAIN = "remove the folder and run the cache stage again"
+REBUILD_HINT = "remove the folder and run the cache stage again"
 
 
 @forbid_extra
@@ -82,18 +82,18 @@ class CachedSample:
 class LatentCache:
     """A written cache, by index of the image. Thread-safe.
 
-    Raises UserError if it is not that of `about`, MachineError if a file is missing or damaged. Pictures have the
+    Raises UserError if it is not that of `info`, MachineError if a file is missing or damaged. Pictures have the
     `shape` (C, H, W); None: that of the first one.
     """
 
-    def __init__(self, folder: Path, about: CacheInfo, shape: tuple[int, int, int] | None = None) -> None:
-        shards = read_shard_list(folder, about)
-        self.folder, self.about = folder, about
-        self.members = Members(folder, shards, AGAIN, members=len(about.members()))
+    def __init__(self, folder: Path, info: CacheInfo, shape: tuple[int, int, int] | None = None) -> None:
+        shards = read_shard_list(folder, info)
+        self.folder, self.info = folder, info
+        self.members = Members(folder, shards, REBUILD_HINT, members=len(info.members()))
         for shard in shards:
             if atomic_files.sha256(folder / shard.file) != shard.sha256:
-                raise MachineError(f"cache shard {folder / shard.file} is damaged: {AGAIN}")
-        self._shape = shape or (self._shape_of_first() if about.draws else (0, 0, 0))
+                raise MachineError(f"cache shard {folder / shard.file} is damaged: {REBUILD_HINT}")
+        self._shape = shape or (self._shape_of_first() if info.draws else (0, 0, 0))
 
     def posteriors(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and logvar of the images `indices` (B,), both (B, *latent), float32."""
@@ -116,7 +116,7 @@ class LatentCache:
         return shape
 
     def _numbers(self, index: int) -> torch.Tensor:
-        shape = self.about.numbers()
+        shape = self.info.numbers()
         try:
             found = parse_npy(self.members.read(index, 0, 4 * math.prod(shape) + 4096), f"numbers of image {index}")
             if found.dtype != np.float32 or found.shape != shape:
@@ -133,27 +133,27 @@ class LatentCache:
 
     def _damage(self, index: int, error: Exception) -> MachineError:
         shard = self.folder / self.members.place(index)[0]
-        return MachineError(f"cache shard {shard} is damaged ({error}): {AGAIN}")
+        return MachineError(f"cache shard {shard} is damaged ({error}): {REBUILD_HINT}")
 
 
-def read_shard_list(folder: Path, about: CacheInfo) -> list[Shard]:
+def read_shard_list(folder: Path, info: CacheInfo) -> list[Shard]:
     """The shards of the cache in `folder`, not looked at.
 
-    Raises UserError if it is not that of `about`, MachineError if its record is damaged.
+    Raises UserError if it is not that of `info`, MachineError if its record is damaged.
     """
     found = _load(folder)
-    for name, wanted in asdict(about).items():
+    for name, wanted in asdict(info).items():
         if getattr(found, name) != wanted:
             raise UserError(
                 f"cache.folder={folder} was made with {name} {str(getattr(found, name))[:80]}, this run has {wanted}: "
                 "use another cache.folder"
             )
     try:
-        refuse_bad_shards(folder / FILE, found.shards, len(about.members()))
-        if sum(shard.count for shard in found.shards) != about.images:
-            raise DamagedFile(folder / FILE, f"lists shards of other than {about.images} images")
+        refuse_bad_shards(folder / FILE, found.shards, len(info.members()))
+        if sum(shard.count for shard in found.shards) != info.images:
+            raise DamagedFile(folder / FILE, f"lists shards of other than {info.images} images")
     except DamagedFile as error:
-        raise MachineError(f"{error}: {AGAIN}") from None
+        raise MachineError(f"{error}: {REBUILD_HINT}") from None
     return found.shards
 
 
@@ -164,6 +164,6 @@ def _load(folder: Path) -> _CacheRecord:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"cache.folder={folder} holds no finished cache: run the cache stage") from None
     except DamagedFile as error:
-        raise MachineError(f"{error}: {AGAIN}") from None
+        raise MachineError(f"{error}: {REBUILD_HINT}") from None
     except OSError as error:
-        raise MachineError(f"{path} cannot be read ({fold(error)}): {AGAIN}") from None
+        raise MachineError(f"{path} cannot be read ({fold(error)}): {REBUILD_HINT}") from None

@@ -76,11 +76,11 @@ def expected_cache(run: Run, config: RunConfig, models: Models) -> latent_cache.
 
 def write_cache(run: Run, config: RunConfig, models: Models) -> latent_cache.CacheInfo:
     """The run's cache, written where it is not there yet. `models` holds the trained encoder."""
-    work = _cache_work(run, config, models)
+    spec = _cache_spec(run, config, models)
     with CountedProgress("cache") as progress:
-        cache_build.write(Path(config.cache.folder), work, progress)
-    record_damage(run.path, work.images)
-    return work.about
+        cache_build.build_cache(Path(config.cache.folder), spec, progress)
+    record_damage(run.path, spec.images)
+    return spec.info
 
 
 def write_cache_part(run: Run, config: RunConfig, models: Models, part: int, parts: int) -> int:
@@ -91,12 +91,12 @@ def write_cache_part(run: Run, config: RunConfig, models: Models, part: int, par
     """
     shard_request.check_part(part, parts)
     with CountedProgress(f"cache, part {part + 1} of {parts}") as progress:
-        return cache_build.write_part(
-            Path(config.cache.folder), _cache_work(run, config, models), part, parts, progress
+        return cache_build.build_cache_part(
+            Path(config.cache.folder), _cache_spec(run, config, models), part, parts, progress
         )
 
 
-def _cache_work(run: Run, config: RunConfig, models: Models) -> cache_build.Work:
+def _cache_spec(run: Run, config: RunConfig, models: Models) -> cache_build.CacheSpec:
     expected, shards = expected_cache(run, config, models), open_shards(config, "train")
 
     def samples(start: int, stop: int) -> Iterator[latent_cache.CachedSample]:
@@ -106,7 +106,7 @@ def _cache_work(run: Run, config: RunConfig, models: Models) -> cache_build.Work
                 yield cache_sample(config, models, expected, index, Posterior(mean[None], logvar[None]))
                 index += 1
 
-    return cache_build.Work(expected, config.evaluate.batch, shards, samples)
+    return cache_build.CacheSpec(expected, config.evaluate.batch, shards, samples)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ class CachedReconstructions:
         self.cache, self.seed = cache, seed
 
     def sample(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        chosen = rng.uniform(self.seed, "cached draw", batch.keys.tolist()) * self.cache.about.draws
+        chosen = rng.uniform(self.seed, "cached draw", batch.keys.tolist()) * self.cache.info.draws
         z, x_hat = self.cache.reconstructions(batch.indices, chosen.long())
         return z.to(noise.device), x_hat
 
@@ -83,7 +83,7 @@ def open_latents(run: Run, config: RunConfig, models: Models) -> LatentSource:
     if "cache" in run.records():
         shape = (config.channels, config.image_size, config.image_size)
         cache = LatentCache(Path(config.cache.folder), expected_cache(run, config, models), shape)
-        return CachedReconstructions(cache, config.seed) if cache.about.draws else PosteriorLatents(cache.posteriors)
+        return CachedReconstructions(cache, config.seed) if cache.info.draws else PosteriorLatents(cache.posteriors)
     if config.data.flip or "encoder" not in models.trained_parts():
         return EncodedLatents(models.encoder)
     size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(models.io.latent)

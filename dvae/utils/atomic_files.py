@@ -141,6 +141,14 @@ def open_own(path: Path, flags: int) -> BinaryIO:
         raise
 
 
+def is_same_file(handle: int, path: Path) -> bool:
+    """Whether `path` still names the open file; another process may have renamed or removed it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def locked(path: Path, refusal: Exception) -> Iterator[None]:
     """Hold the lock file `path`; the hold ends with this process, however it ends.

@@ -142,7 +142,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     [
         ({"size": 0}, "size=0"),
         ({"channels": 2}, "channels=2"),
-        ({"heldout_fraction": 1.0}, "heldout=1.0"),
+        ({"heldout_fraction": 1.0}, "heldout_fraction=1.0"),
         ({"shard_size": 0}, "shard_size=0"),
         ({"workers": 0}, "workers=0"),
         ({"source_node": {"name": "test_pattern"}}, "did you mean 'test_patterns'"),

@@ -19,7 +19,7 @@ from patterns import pixels_of
 from PIL import Image
 
 from dvae.data.building.shard_build import build
-from dvae.data.building.staging import Unfinished
+from dvae.data.building.staging import StagingFolder
 from dvae.errors import MachineError, UserError
 
 PATTERNS = {"name": "test_patterns"}
@@ -83,14 +83,14 @@ def test_killed_before_the_folder_appears(shards: Path, tmp_path: Path, monkeypa
     def killed(self: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    def publish(self: Unfinished, file: str, content: dict[str, Any]) -> None:
+    def publish(self: StagingFolder, file: str, content: dict[str, Any]) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "chmod", killed)  # the manifest is half-written
             original(self, file, content)
 
-    original = Unfinished.publish
+    original = StagingFolder.publish
     with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "publish", publish)
+        patch.setattr(StagingFolder, "publish", publish)
         with pytest.raises(KeyboardInterrupt):
             build(PATTERNS, 8, tmp_path / "out", 0.2, shard_size=SHARD, workers=1)
     before = written(tmp_path / ".out.building" / "shards")
@@ -135,14 +135,14 @@ def test_a_damaged_finished_shard_is_made_again(shards: Path, tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[700] ^= 255
     path.write_bytes(data)
-    assert finish(tmp_path / "out") == 21  # units 0, 1 and 3
+    assert finish(tmp_path / "out") == 21  # jobs 0, 1 and 3
     assert content(tmp_path / "out") == content(shards)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"request": 1}', '{"request": "SAME", "unit": {"shards": {}, "more": 1}}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"request": 1}', '{"request": "SAME", "job": {"shards": {}, "more": 1}}'])
 def test_a_journal_that_makes_no_sense(shards: Path, tmp_path: Path, text: str):
     aside = begin(tmp_path / "out", 30)
-    journal = aside / "unit-000001.json"
+    journal = aside / "job-000001.json"
     journal.write_text(text.replace("SAME", json.loads(journal.read_text())["request"]))
     assert finish(tmp_path / "out") == 21
     assert content(tmp_path / "out") == content(shards)
@@ -180,7 +180,7 @@ def test_an_image_came_and_another_went(tmp_path: Path, pictures: dict):
     begin(tmp_path / "out", 29, pictures)
     picture(tmp_path / "in" / "b00a.png", 99)
     (tmp_path / "in" / "b16.png").unlink()
-    assert finish(tmp_path / "out", pictures) == 7  # unit 3
+    assert finish(tmp_path / "out", pictures) == 7  # job 3
     build(pictures, 8, tmp_path / "whole", 0.2, shard_size=SHARD, workers=1)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 

@@ -1,4 +1,4 @@
-"""Writing a cache in units: parts together, or a write that was killed, give what one write gives."""
+"""Writing a cache in jobs: parts together, or a write that was killed, give what one write gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from webdataset import TarWriter
 
 from dvae.data.building import cache_build
-from dvae.data.building.cache_build import Work, write, write_part
+from dvae.data.building.cache_build import CacheSpec, build_cache, build_cache_part
 from dvae.data.latent_cache import CachedSample, CacheInfo, LatentCache
 from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, UserError
@@ -28,7 +28,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_build, "SHARD_SIZE", SHARD)
 
 
-def work(shards: Path, batch: int = BATCH, act: Callable[[int], None] = lambda index: None, **about: Any) -> Work:
+def work(shards: Path, batch: int = BATCH, act: Callable[[int], None] = lambda index: None, **about: Any) -> CacheSpec:
     """A cache of the mean and the first pixel of each image; `act` is called with each index before it is made."""
     images = Shards(shards, cache_bytes=0, max_bad_fraction=0.05)
 
@@ -41,21 +41,21 @@ def work(shards: Path, batch: int = BATCH, act: Callable[[int], None] = lambda i
 
     made = CacheInfo(**{"images": len(images), "draws": 1, "latent": [2], "encoder_sha256": "e", "images_sha256": "i",
                     "precision": "fp32", "seed": 0, **about})  # fmt: skip
-    return Work(made, batch, images, samples)
+    return CacheSpec(made, batch, images, samples)
 
 
-def publish(folder: Path, wanted: Work) -> int:
+def publish(folder: Path, wanted: CacheSpec) -> int:
     """Write the cache; returns how many images were found made."""
     calls: list[int] = []
-    write(folder, wanted, lambda done, total: calls.append(done))
+    build_cache(folder, wanted, lambda done, total: calls.append(done))
     assert not hidden(folder).exists()
     return calls[0] if calls else -1
 
 
-def part(folder: Path, wanted: Work, number: int, parts: int) -> int:
+def part(folder: Path, wanted: CacheSpec, number: int, parts: int) -> int:
     """Make a part; returns how many of its images were found made."""
     calls: list[int] = []
-    images = write_part(folder, wanted, number, parts, lambda done, total: calls.append(done))
+    images = build_cache_part(folder, wanted, number, parts, lambda done, total: calls.append(done))
     assert not calls or calls[-1] == images
     return calls[0] if calls else -1
 
@@ -89,9 +89,9 @@ def test_a_part_again_makes_nothing_and_a_write_makes_what_is_missing(
     assert [part(folder, wanted, 1, 3), part(folder, wanted, 1, 3)] == [0, 14]
     assert made == list(range(14, 28))
     with pytest.raises(UserError, match="no finished cache"):
-        LatentCache(folder, wanted.about)
+        LatentCache(folder, wanted.info)
     assert publish(folder, wanted) == 14
-    assert sorted(made) == list(range(wanted.about.images))
+    assert sorted(made) == list(range(wanted.info.images))
     assert content(folder) == whole
     assert [part(folder, wanted, number, 3) for number in range(3)] == [-1] * 3
     assert part(folder, work(shards, batch=9), 0, 3) == -1  # what is complete may be of another batch
@@ -129,7 +129,7 @@ def test_a_part_that_was_killed(shards: Path, whole: dict[str, bytes], tmp_path:
 
 
 @pytest.mark.parametrize("name", ["latents-000001.tar", "latents-000001.npy"])
-def test_a_flipped_bit_in_a_finished_unit(shards: Path, whole: dict[str, bytes], tmp_path: Path, name: str):
+def test_a_flipped_bit_in_a_finished_job(shards: Path, whole: dict[str, bytes], tmp_path: Path, name: str):
     folder = tmp_path / "out"
     part(folder, work(shards), 0, 2)
     flip(hidden(folder) / "shards" / name, 150)
@@ -137,11 +137,11 @@ def test_a_flipped_bit_in_a_finished_unit(shards: Path, whole: dict[str, bytes],
     assert content(folder) == whole
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"request": "SAME", "unit": {"shard": {}, "damaged": {}}}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"request": "SAME", "job": {"shard": {}, "damaged": {}}}'])
 def test_a_journal_that_makes_no_sense(shards: Path, whole: dict[str, bytes], tmp_path: Path, text: str):
     folder = tmp_path / "out"
     part(folder, work(shards), 0, 2)
-    journal = hidden(folder) / "unit-000001.json"
+    journal = hidden(folder) / "job-000001.json"
     journal.write_text(text.replace("SAME", journal.read_text().split('"')[3]))
     assert publish(folder, work(shards)) == 14
     assert content(folder) == whole
@@ -178,7 +178,7 @@ def test_who_may_be_at_work_at_once(shards: Path, whole: dict[str, bytes], tmp_p
         seen.append(index)
 
     part(folder, work(shards, act=beside_a_part), 0, 2)
-    (hidden(folder) / "unit-000002.json").unlink()
+    (hidden(folder) / "job-000002.json").unlink()
     publish(folder, work(shards, act=beside_a_write))
     assert seen == [0, *range(14, 21)]
     assert content(folder) == whole
@@ -208,7 +208,7 @@ def test_damaged_images_that_parts_met_are_known_in_the_end(shards: Path, tmp_pa
         part(folder, work(shards), number, 3)
     assert publish(folder, last) == len(sound)
     assert list(last.images.damaged) == [16]
-    _, pictures = LatentCache(folder, last.about).reconstructions(torch.tensor([16, 17]), torch.tensor([0, 0]))
+    _, pictures = LatentCache(folder, last.info).reconstructions(torch.tensor([16, 17]), torch.tensor([0, 0]))
     assert torch.equal(pictures[0], pictures[1])  # the next good one, as everywhere
 
 

@@ -18,9 +18,9 @@ from hostile_shards import READERS
 from hostile_shards import shards as write_shards
 from memory_support import little_memory
 
-from dvae.data.building.cache_build import Work, write
+from dvae.data.building.cache_build import CacheSpec, build_cache
 from dvae.data.building.shard_build import build
-from dvae.data.building.staging import Unfinished
+from dvae.data.building.staging import StagingFolder
 from dvae.data.latent_cache import CachedSample, CacheInfo, LatentCache
 from dvae.data.shards.reader import Shards
 from dvae.data.shards.tar_files import ShardWriter, seal
@@ -40,7 +40,7 @@ def written(folder: Path) -> Path:
         for index in range(start, stop):
             yield CachedSample(np.float32([[index, 1]]), [images.read([index])[0].permute(1, 2, 0).numpy()])
 
-    write(folder, Work(ABOUT, 2, images, samples), lambda done, total: None)
+    build_cache(folder, CacheSpec(ABOUT, 2, images, samples), lambda done, total: None)
     return folder
 
 
@@ -142,8 +142,8 @@ def test_damaged_pictures_of_a_cache(tmp_path: Path, name: str):
         LatentCache(folder, ABOUT).reconstructions(torch.tensor([0, 1]), torch.tensor([0, 0]))
 
 
-def begun(out: Path) -> Unfinished:
-    """Shards of which two units of seven images are finished."""
+def begun(out: Path) -> StagingFolder:
+    """Shards of which two jobs of seven images are finished."""
 
     def progress(done: int, total: int) -> None:
         if done == 16:
@@ -151,19 +151,19 @@ def begun(out: Path) -> Unfinished:
 
     with pytest.raises(KeyboardInterrupt):
         build(PATTERNS, 8, out, 0.2, shard_size=7, workers=1, progress=progress)
-    return Unfinished(out, out.with_name(f".{out.name}.building"))
+    return StagingFolder(out, out.with_name(f".{out.name}.building"))
 
 
-def _unit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def _job(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         journal = json.loads(path.read_text())
-        path.write_text(json.dumps(journal | {"unit": change(journal["unit"])}))
+        path.write_text(json.dumps(journal | {"job": change(journal["job"])}))
 
     return write
 
 
 def _shard(**fields: object) -> Callable[[Path], None]:
-    return _unit(lambda unit: unit | {"shards": {split: row | fields for split, row in unit["shards"].items()}})
+    return _job(lambda job: job | {"shards": {split: row | fields for split, row in job["shards"].items()}})
 
 
 def _instead(make: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -177,13 +177,13 @@ def _instead(make: Callable[[Path], None]) -> Callable[[Path], None]:
 JOURNALS: dict[str, Callable[[Path], None]] = {
     "text": lambda path: path.write_text("nothing") and None,
     "null": lambda path: path.write_text("null") and None,
-    "a key twice": lambda path: path.write_text('{"unit": {}, "unit": {}, "request": ""}') and None,
-    "no unit": _unit(lambda unit: None),
-    "a list": _unit(lambda unit: [unit]),
-    "one more field": _unit(lambda unit: unit | {"more": 1}),
-    "a fraction of images": _unit(lambda unit: unit | {"images": 7.5}),
-    "damage that is no text": _unit(lambda unit: unit | {"damaged": [7]}),
-    "another split": _unit(lambda unit: unit | {"shards": {"more": unit["shards"]["train"]}}),
+    "a key twice": lambda path: path.write_text('{"job": {}, "job": {}, "request": ""}') and None,
+    "no job": _job(lambda job: None),
+    "a list": _job(lambda job: [job]),
+    "one more field": _job(lambda job: job | {"more": 1}),
+    "a fraction of images": _job(lambda job: job | {"images": 7.5}),
+    "damage that is no text": _job(lambda job: job | {"damaged": [7]}),
+    "another split": _job(lambda job: job | {"shards": {"more": job["shards"]["train"]}}),
     "a foreign file": _shard(file="../../thesis.tar"),
     "a foreign index": _shard(index="/dev/zero"),
     "a negative count": _shard(count=-7),

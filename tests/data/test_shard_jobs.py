@@ -25,7 +25,7 @@ from dvae.errors import MachineError, UserError
 from dvae.registry.sources.base import SOURCES
 
 PATTERNS: dict[str, Any] = {"name": "test_patterns"}
-SHARD, UNITS = 7, 8  # of 50 images
+SHARD, JOBS = 7, 8  # of 50 images
 ASKED: dict[str, Any] = {"heldout_fraction": 0.2, "shard_size": SHARD, "workers": 1}
 
 
@@ -66,9 +66,9 @@ def at(number: int, act: Callable[[], None]) -> Callable[[int, int], None]:
 
 
 @given(st.integers(0, 200), st.integers(1, 40))
-def test_blocks_share_all_units_evenly(units: int, parts: int):
-    blocks = [shard_request.block(range(units), part, parts) for part in range(parts)]
-    assert [number for block in blocks for number in block] == list(range(units))
+def test_parts_share_all_jobs_evenly(jobs: int, parts: int):
+    blocks = [shard_request.jobs_of_part(range(jobs), part, parts) for part in range(parts)]
+    assert [number for block in blocks for number in block] == list(range(jobs))
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
 
 
@@ -78,7 +78,7 @@ def test_parts_in_any_order_give_the_bytes_of_one_build(shards: Path, tmp_path: 
     order = sorted(range(parts), key=lambda part: (3 * part + 1) % parts if parts != 3 else -part)
     images = [make(out, part, parts) for part in order]
     assert sum(images) == 50
-    assert images.count(0) == max(0, parts - UNITS)
+    assert images.count(0) == max(0, parts - JOBS)
     assert not out.exists()
     before = written(hidden(out) / "shards")
     assert publish(out) == 50
@@ -102,7 +102,7 @@ def test_a_part_again_makes_nothing_and_a_build_makes_what_is_missing(shards: Pa
 
 
 @pytest.mark.parametrize("by_part", [False, True])
-def test_a_flipped_bit_in_a_finished_unit(shards: Path, tmp_path: Path, by_part: bool):
+def test_a_flipped_bit_in_a_finished_job(shards: Path, tmp_path: Path, by_part: bool):
     out = tmp_path / "out"
     make(out, 0, 2), make(out, 1, 2)
     path = hidden(out) / "shards" / "train-000005.tar"
@@ -152,7 +152,7 @@ def test_who_may_be_at_work_at_once(shards: Path, tmp_path: Path):
         done.append(0)
 
     make(out, 0, 2, progress=at(10, beside_a_part))
-    (hidden(out) / "unit-000006.json").unlink()
+    (hidden(out) / "job-000006.json").unlink()
     build(PATTERNS, 8, out, **ASKED, progress=at(45, beside_a_build))
     assert done == [22, 0]
     assert content(out) == content(shards)
@@ -163,7 +163,7 @@ def test_parts_of_another_request_are_refused(shards: Path, tmp_path: Path):
     make(out, 0, 2)
     before = {path.name: written(path) for path in (hidden(out), hidden(out) / "shards")}
     for node, size, difference in ((PATTERNS, 16, "image_size 8, not 16"),
-                                   ({**PATTERNS, "count": 51}, 8, "source.n 50, not 51")):  # fmt: skip
+                                   ({**PATTERNS, "count": 51}, 8, "source.count 50, not 51")):  # fmt: skip
         with pytest.raises(UserError, match=difference):
             build_part(node, size, out, 1, 2, **ASKED)
     left = {path.name: written(path) for path in (hidden(out), hidden(out) / "shards")}
@@ -201,30 +201,30 @@ def test_each_part_counts_its_damage_and_the_build_all(tmp_path: Path):
         build(node, 8, out, **ASKED, max_bad_fraction=0.15)
     assert not hidden(out).exists()
     with pytest.raises(UserError, match=r"more than 0\.15 of 50 images are damaged"):
-        build_part(node, 8, out, 0, 1, **ASKED, max_bad_fraction=0.15)  # over units that it makes in a row
+        build_part(node, 8, out, 0, 1, **ASKED, max_bad_fraction=0.15)  # over jobs that it makes in a row
     assert build(node, 8, tmp_path / "more", **ASKED, max_bad_fraction=0.2).damaged == 9
     assert content(tmp_path / "more") == content(tmp_path / "whole")
 
 
 def test_shards_that_appear_while_a_part_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path):
-    out, source = tmp_path / "out", builder._source
+    out, source = tmp_path / "out", builder._open_source
 
     def meanwhile(wanted: dict[str, Any]) -> Any:
-        monkeypatch.setattr(builder, "_source", source)
+        monkeypatch.setattr(builder, "_open_source", source)
         publish(out)
         return source(wanted)
 
-    monkeypatch.setattr(builder, "_source", meanwhile)
+    monkeypatch.setattr(builder, "_open_source", meanwhile)
     assert make(out, 0, 2) == 28
     assert content(out) == content(shards)
     assert not hidden(out).exists()
 
 
 def test_a_folder_that_goes_while_its_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path):
-    out, take = tmp_path / "out", staging._try
+    out, take = tmp_path / "out", staging._try_lock
 
     def meanwhile(handle: Any, shared: bool) -> bool:
-        monkeypatch.setattr(staging, "_try", take)
+        monkeypatch.setattr(staging, "_try_lock", take)
         shutil.rmtree(hidden(out))
         return take(handle, shared)
 
@@ -232,7 +232,7 @@ def test_a_folder_that_goes_while_its_lock_is_taken(tmp_path: Path, monkeypatch:
         with pytest.raises(UserError, match="are making parts"):
             publish(out)
 
-    monkeypatch.setattr(staging, "_try", meanwhile)
+    monkeypatch.setattr(staging, "_try_lock", meanwhile)
     assert make(out, 0, 1, progress=at(3, still_locked)) == 50
     assert publish(out) == 50
     assert content(out) == content(shards)
@@ -258,7 +258,7 @@ def test_without_locks_work_is_lost_but_no_shard_is_wrong(
     verify(out)
 
 
-STOP = 10  # images: in the midst of a part's second unit
+STOP = 10  # images: in the midst of a part's second job
 
 
 def waiting_part(out: Path, part: int, parts: int, pipe: Connection) -> None:

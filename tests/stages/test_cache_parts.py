@@ -91,7 +91,7 @@ def test_parts_in_any_order_give_the_bytes_of_one_write(
     assert images == cache.expected_cache(run, settings, components.build_models(settings)).images > 25
 
 
-def test_a_part_interrupted_within_a_unit_goes_on(
+def test_a_part_interrupted_within_a_job_goes_on(
     run: Run, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, sample = settings_for(run, tmp_path / "out"), cache.cache_sample

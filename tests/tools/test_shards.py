@@ -84,7 +84,7 @@ def test_parts_then_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["biuld"], "did you mean 'build'"),
         (["build"], "not set: out; add out=..."),
         (["build", "out=x", "source=avatar"], "did you mean 'avatars'"),
-        (["build", "out=x", "source.cuont=3"], "did you mean 'count'"),
+        (["build", "out=x", "source.stlye=3"], "did you mean 'style'"),
         (["build", "out=x", "sise=3"], "did you mean 'size'"),
         (["build", "out=x", "size=big"], "size"),
         (["build", "out=x", "source=folder"], "not set: source.path; add source.path=..."),

@@ -19,11 +19,11 @@ from dvae.data.images import DamagedImage, encode_png
 from dvae.errors import fold
 from dvae.registry.sources.base import Source
 
-FEW = 256  # images; processes take seconds to start, longer than these take to render
+MIN_PARALLEL = 256  # images; processes take seconds to start, longer than these take to render
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedImage:
     """Image number `index` of the source as it goes into a shard, or the reason why it cannot."""
 
     index: int
@@ -34,28 +34,28 @@ class Rendered:
     """In [0, 1), a hash of the pixels alone; held out where it is below the fraction."""
     damage: str = ""
 
-    def about(self) -> bytes:
+    def metadata(self) -> bytes:
         """The JSON beside the image in a shard."""
         return json.dumps({"key": self.key, "labels": self.labels}, sort_keys=True).encode()
 
     def digest(self) -> str:
         """Differs where anything of the image does."""
-        return hashlib.sha256(b"\0".join([self.damage.encode(), self.about(), self.png])).hexdigest()
+        return hashlib.sha256(b"\0".join([self.damage.encode(), self.metadata(), self.png])).hexdigest()
 
 
-def render(source: Source, index: int) -> Rendered:
+def render(source: Source, index: int) -> RenderedImage:
     """Image number `index` of the source."""
     try:
         item = source[index]
     except DamagedImage as error:
-        return Rendered(index, damage=fold(error))
-    return Rendered(index, item.key, encode_png(item.image), item.labels, _position(item.image))
+        return RenderedImage(index, damage=fold(error))
+    return RenderedImage(index, item.key, encode_png(item.image), item.labels, _position(item.image))
 
 
-def rendered(source: Source, wanted: Sequence[range], workers: int) -> Generator[Rendered]:
+def render_all(source: Source, wanted: Sequence[range], workers: int) -> Generator[RenderedImage]:
     """The images `wanted`, in that order, by `workers` processes (1, or few images: this one)."""
     total = sum(len(indices) for indices in wanted)
-    if workers == 1 or total < FEW:
+    if workers == 1 or total < MIN_PARALLEL:
         yield from (render(source, index) for indices in wanted for index in indices)
         return
     size = max(1, min(64, total // (4 * workers)))
@@ -64,7 +64,7 @@ def rendered(source: Source, wanted: Sequence[range], workers: int) -> Generator
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dvae.data.building.render"])
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source,)) as pool:
-        pending: deque[Future[list[Rendered]]] = deque()
+        pending: deque[Future[list[RenderedImage]]] = deque()
         try:
             for _ in range(3 * workers):  # enough ahead to keep all busy, few enough to bound the memory
                 _submit(pool, pending, chunks)
@@ -82,7 +82,7 @@ def _position(pixels: np.ndarray) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def _submit(pool: ProcessPoolExecutor, pending: deque[Future[list[Rendered]]], chunks: Iterator[range]) -> None:
+def _submit(pool: ProcessPoolExecutor, pending: deque[Future[list[RenderedImage]]], chunks: Iterator[range]) -> None:
     chunk = next(chunks, None)
     if chunk is not None:
         pending.append(pool.submit(_render_chunk, chunk))
@@ -106,5 +106,5 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _render_chunk(chunk: range) -> list[Rendered]:
+def _render_chunk(chunk: range) -> list[RenderedImage]:
     return [render(_source, index) for index in chunk]

@@ -1,7 +1,7 @@
-"""Building shards: every image of a source, rendered, split, and written as WebDataset tar files.
+"""Build shards: every image of a source, rendered, split, and written as WebDataset tar files.
 
-The work is cut into units (dvae/data/building/shard_jobs.py). Finished ones are kept, so the same request goes on
-after them when a build was killed, and several processes, on several machines, can each make a part of them beforehand.
+The work is cut into numbered jobs (numbered_jobs.py, shard_jobs.py), which are kept when they are finished. So the same
+request goes on after a build that was killed, and several processes can each build a part of the shards beforehand.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dvae.data.building import shard_request
-from dvae.data.building.shard_jobs import Progress, Unit, Units
-from dvae.data.building.staging import at_work, faults
-from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest
-from dvae.errors import MachineError, UserError, fold
+from dvae.data.building import numbered_jobs, shard_request
+from dvae.data.building.numbered_jobs import ReportProgress, images_of_part
+from dvae.data.building.shard_jobs import ShardJobs, published_manifest
+from dvae.data.shards.manifest import HELDOUT, TRAIN, Manifest
+from dvae.errors import MachineError, fold
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES, Source
-
-NAMED = 20  # damaged images that are named; the others are only counted
 
 
 def build(
@@ -33,7 +31,7 @@ def build(
     channels: int = 3,
     shard_size: int = 10_000,
     workers: int = 2,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
     max_bad_fraction: float = 0.01,
 ) -> Manifest:
     """Write the shards of a source into the folder `out`, which appears complete or not at all.
@@ -47,27 +45,14 @@ def build(
     then; where other processes are at work on `out`; and MachineError where writing or a process fails: finished shards
     stay for the next attempt.
     """
-    shard_request.check(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
-    out, wanted = Path(out), _request(source_node, size, heldout_fraction, channels, shard_size)
-    if (existing := _existing(out, wanted)) is not None:
+    shard_request.check_settings(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
+    out, request = Path(out), _request(source_node, size, heldout_fraction, channels, shard_size)
+    if (existing := published_manifest(out, request)) is not None:
         return existing
-    source = _source(wanted)
-    with _faults(out), at_work(out, shared=False) as folder:
-        if (existing := _existing(out, wanted)) is not None:  # another process has built it meanwhile
-            folder.remove()
-            return existing
-        folder.take(wanted)
-        try:
-            units = Units(source, wanted, folder, progress, max_bad_fraction)
-            numbers = shard_request.units(len(source), shard_size)
-            finished = units.finished(numbers)
-            folder.clean(finished, [shard for unit in finished.values() for shard in unit.shards.values()])
-            manifest = _manifest(source, wanted, units.complete(finished, numbers, workers, "work-all."))
-        except UserError:
-            folder.remove()
-            raise
-        folder.publish(FILE, manifest.as_dict())
-    return manifest
+    jobs = ShardJobs(_open_source(request), request, workers, max_bad_fraction, progress)
+    with _render_errors(out):
+        numbered_jobs.build(jobs, out)
+    return Manifest.load(out)
 
 
 def build_part(
@@ -80,7 +65,7 @@ def build_part(
     channels: int = 3,
     shard_size: int = 10_000,
     workers: int = 2,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
     max_bad_fraction: float = 0.01,
 ) -> int:
     """Make part number `part` (0 is the first) of `parts` of the shards that `build` writes, for it to publish.
@@ -93,22 +78,15 @@ def build_part(
     Raises UserError and MachineError as `build` does, where another process is this part or is building `out`, and
     where parts of another request are there; whatever is raised, finished shards stay.
     """
-    shard_request.check(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
+    shard_request.check_settings(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
     shard_request.check_part(part, parts)
-    out, wanted = Path(out), _request(source_node, size, heldout_fraction, channels, shard_size)
-    if (existing := _existing(out, wanted)) is not None:
-        return _share(existing, part, parts)
-    source = _source(wanted)
-    numbers = shard_request.block(shard_request.units(len(source), shard_size), part, parts)
-    with _faults(out), at_work(out, shared=True) as folder:
-        if (existing := _existing(out, wanted)) is not None:  # another process has built it meanwhile
-            folder.remove()
-            return _share(existing, part, parts)
-        with folder.part(part, parts) as work:
-            folder.join(wanted)
-            units = Units(source, wanted, folder, progress, max_bad_fraction)
-            made = units.complete(units.finished(numbers), numbers, workers, work)
-    return sum(unit.images for unit in made.values())
+    out, request = Path(out), _request(source_node, size, heldout_fraction, channels, shard_size)
+    if (existing := published_manifest(out, request)) is not None:
+        return _published_images_of_part(existing, part, parts)
+    jobs = ShardJobs(_open_source(request), request, workers, max_bad_fraction, progress)
+    with _render_errors(out):
+        numbered_jobs.build_part(jobs, out, part, parts)
+    return images_of_part(jobs, part, parts)
 
 
 def _request(source_node: Any, size: int, heldout_fraction: float, channels: int, shard_size: int) -> dict[str, Any]:
@@ -123,61 +101,24 @@ def _request(source_node: Any, size: int, heldout_fraction: float, channels: int
     }
 
 
-def _source(wanted: dict[str, Any]) -> Source:
-    return SOURCES.build(wanted["source"], Shapes(image_size=wanted["image_size"], channels=wanted["channels"]))
+def _open_source(request: dict[str, Any]) -> Source:
+    return SOURCES.build(request["source"], Shapes(image_size=request["image_size"], channels=request["channels"]))
 
 
-def _existing(out: Path, wanted: dict[str, Any]) -> Manifest | None:
-    """The manifest at `out` if it is of this request; None where nothing is there. Raises UserError otherwise."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / FILE).exists():
-        raise UserError(f"{out} exists and holds no shards: choose another folder or remove it")
-    manifest = Manifest.load(out)
-    if different := shard_request.difference(manifest.request(), wanted):
-        raise UserError(f"{out} holds shards of another request ({different}): choose another folder or remove it")
-    return manifest
-
-
-def _share(manifest: Manifest, part: int, parts: int) -> int:
+def _published_images_of_part(manifest: Manifest, part: int, parts: int) -> int:
     """Images of the source that a part of complete shards has, damaged ones included."""
-    total = manifest.count(TRAIN) + manifest.count(HELDOUT) + manifest.damaged
-    numbers = shard_request.block(shard_request.units(total, manifest.shard_size), part, parts)
-    return sum(len(shard_request.indices(number, manifest.shard_size, total)) for number in numbers)
+    images = manifest.count(TRAIN) + manifest.count(HELDOUT) + manifest.damaged
+    numbers = shard_request.jobs_of_part(shard_request.job_numbers(images, manifest.shard_size), part, parts)
+    return sum(len(shard_request.job_images(number, manifest.shard_size, images)) for number in numbers)
 
 
 @contextmanager
-def _faults(out: Path) -> Iterator[None]:
-    """Faults of the machine, in one line."""
+def _render_errors(out: Path) -> Iterator[None]:
+    """Translate the death of a rendering process into MachineError."""
     try:
-        with faults(out, "shards"):
-            yield
+        yield
     except BrokenProcessPool as error:
         raise MachineError(
             f"a process that renders images for {out} died ({fold(error)}): finished shards are kept, the same "
             "command again goes on after them"
         ) from None
-
-
-def _manifest(source: Source, wanted: dict[str, Any], units: dict[int, Unit]) -> Manifest:
-    """Raises UserError where nothing is left to train on."""
-    splits = {split: [u.shards[split] for u in units.values() if split in u.shards] for split in (TRAIN, HELDOUT)}
-    if not splits[TRAIN]:
-        raise UserError(
-            f"none of {len(source)} images is left for training with heldout={wanted['heldout_fraction']}: "
-            "hold fewer out"
-        )
-    values: dict[str, set[str | int]] = {}
-    for unit in units.values():
-        for name, seen in unit.labels.items():
-            values.setdefault(name, set()).update(seen)
-    damaged = [reason for unit in units.values() for reason in unit.damaged]
-    return Manifest(
-        **wanted,
-        license=source.license,
-        protocol=source.protocol,
-        splits=splits,
-        labels={name: sorted(values[name], key=lambda v: (isinstance(v, str), v)) for name in sorted(values)},
-        damaged=len(damaged),
-        damaged_first=damaged[:NAMED],
-    )

@@ -1,38 +1,36 @@
-"""Units of a build: `shard_size` consecutive images of the source, written as one shard of those to train on and one of
-those held out, and noted in a journal of their own when that is done."""
+"""Jobs that build the shards of a source: each writes one shard of images to train on and one of held-out images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dvae.data.building import shard_request
-from dvae.data.building.render import Rendered, render, rendered
-from dvae.data.building.staging import Unfinished
-from dvae.data.shards.manifest import HELDOUT, TRAIN, Shard, refuse_bad_shards
+from dvae.data.building.numbered_jobs import NumberedJobs, ReportProgress
+from dvae.data.building.render import RenderedImage, render, render_all
+from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest, Shard
 from dvae.data.shards.tar_files import ShardWriter, seal
-from dvae.data.shards.verify import faults
 from dvae.errors import UserError
 from dvae.registry.sources.base import Source
-from dvae.utils.read import DamagedFile, forbid_extra
+from dvae.utils.read import forbid_extra
 
-Progress = Callable[[int, int], None]
-"""progress(done, total), in images; first called with what an earlier attempt has done."""
+MAX_NAMED = 20
+"""Damaged images that the manifest names; the others are only counted."""
 
 
 @forbid_extra
 @dataclass(frozen=True)
-class Unit:
-    """What came of the images of a unit."""
+class ShardJobResult:
+    """What came of the images of a job."""
 
     images: int
-    """How many they were; fewer than `shard_size` at the source's end."""
+    """How many images there were; fewer than `shard_size` at the source's end."""
     shards: dict[str, Shard]
-    """By split; a split that none of them fell to has no shard."""
+    """By split; a split that no image fell to has no shard."""
     labels: dict[str, list[str | int]]
     """Every attribute, with all the values it takes."""
     damaged: list[str]
@@ -41,97 +39,114 @@ class Unit:
     """Digests of the first and the last image: others there mean that images were added to the source or taken away."""
 
 
-class Units:
-    """Units of the request `wanted`, in the folder in which they are made."""
+class ShardJobs(NumberedJobs[ShardJobResult]):
+    """All jobs for the shards of a source."""
+
+    what: ClassVar[str] = "shards"
+    record_file: ClassVar[str] = FILE
+    result_type: ClassVar[type] = ShardJobResult
+    discard_on_user_error: ClassVar[bool] = True
 
     def __init__(
-        self, source: Source, wanted: dict[str, Any], folder: Unfinished, progress: Progress | None, max_bad: float
+        self,
+        source: Source,
+        request: dict[str, Any],
+        workers: int,
+        max_bad_fraction: float,
+        report: ReportProgress | None,
     ) -> None:
-        self.source, self.request, self.folder = source, wanted, folder
-        self.total, self.shard_size = len(source), int(wanted["shard_size"])
-        self.progress = progress or (lambda done, total: None)
-        self.max_bad_fraction = max_bad
-        self._done = self._wanted = 0  # images
+        super().__init__(request, len(source), int(request["shard_size"]), 2, report)
+        self.source, self.workers, self.max_bad_fraction = source, workers, max_bad_fraction
+        self._damaged: list[str] = []
+        self._rendered: Generator[RenderedImage]
 
-    def finished(self, numbers: Iterable[int]) -> dict[int, Unit]:
-        """Those of `numbers` that were made, by whomever, as far as they and the source are unchanged."""
-        noted = {number: self._noted(number) for number in numbers}
-        return {number: unit for number, unit in noted.items() if unit and self._sound(number, unit)}
+    def is_published(self, out: Path) -> bool:
+        return published_manifest(out, self.request) is not None
 
-    def _noted(self, number: int) -> Unit | None:
-        """The unit that its journal names; None if there is no journal, or one that no build has written."""
-        unit: Unit | None = self.folder.noted(number, self.request, Unit)
-        try:
-            refuse_bad_shards(self.folder.journal(number), unit.shards.values() if unit else [])
-        except DamagedFile:
-            return None
-        return unit if unit and set(unit.shards) <= {TRAIN, HELDOUT} else None
+    def shards_of(self, result: ShardJobResult) -> list[Shard]:
+        return list(result.shards.values())
 
-    def _sound(self, number: int, unit: Unit) -> bool:
-        images = self._images(number)
-        if unit.images != len(images) or any(faults(self.folder.shards, shard) for shard in unit.shards.values()):
+    def is_current(self, number: int, result: ShardJobResult) -> bool:
+        images = self.images_of(number)
+        if result.images != len(images) or not set(result.shards) <= {TRAIN, HELDOUT}:
             return False
-        return unit.ends == [render(self.source, index).digest() for index in (images[0], images[-1])]
+        return result.ends == [render(self.source, index).digest() for index in (images[0], images[-1])]
 
-    def _images(self, number: int) -> range:
-        return shard_request.indices(number, self.shard_size, self.total)
+    def resume(self, finished: Iterable[ShardJobResult]) -> None:
+        self._damaged = [reason for result in finished for reason in result.damaged]
+        self._check_damage()
 
-    def complete(self, finished: dict[int, Unit], numbers: range, workers: int, work: str) -> dict[int, Unit]:
-        """All units `numbers` but the `finished` ones made, in folders whose names begin with `work`; gives them all.
+    @contextmanager
+    def prepare(self, missing: list[int]) -> Iterator[None]:
+        with closing(render_all(self.source, list(map(self.images_of, missing)), self.workers)) as self._rendered:
+            yield
 
-        Raises UserError where more images are damaged than may be, of those in `numbers`.
-        """
-        damaged = [reason for unit in finished.values() for reason in unit.damaged]
-        self._refuse_many(damaged)
-        self._done = sum(unit.images for unit in finished.values())
-        self._wanted = sum(len(self._images(number)) for number in numbers)
-        self.progress(self._done, self._wanted)
-        missing = [number for number in numbers if number not in finished]
-        units = dict(finished)
-        with closing(rendered(self.source, [self._images(number) for number in missing], workers)) as images:
-            for number in missing:
-                units[number] = self._make(number, islice(images, len(self._images(number))), damaged, work)
-                damaged = damaged + units[number].damaged
-        return {number: units[number] for number in numbers}
-
-    def _make(self, number: int, images: Iterable[Rendered], earlier: list[str], work: str) -> Unit:
-        """Write unit `number` aside, let its shards take their places, then note it; `earlier` are damaged images."""
-        with self.folder.aside(work) as aside:
-            unit = self._write(number, images, earlier, aside)
-            self.folder.finish(number, self.request, asdict(unit), aside, unit.shards.values())
-        return unit
-
-    def _write(self, number: int, images: Iterable[Rendered], earlier: list[str], aside: Path) -> Unit:
+    def write(self, number: int, folder: Path) -> ShardJobResult:
+        images = self.images_of(number)
         writers: dict[str, ShardWriter] = {}
         values: dict[str, set[str | int]] = {}
-        damaged: list[str] = []
-        ends: list[Rendered] = []
+        known = len(self._damaged)
+        ends: list[RenderedImage] = []
         try:
-            for image in images:
+            for image in islice(self._rendered, len(images)):
                 ends = [*ends[:1], image]
                 if image.damage:
-                    damaged.append(image.damage)
-                    self._refuse_many(earlier + damaged)
+                    self._damaged.append(image.damage)
+                    self._check_damage()
                 else:
                     split = HELDOUT if image.position < self.request["heldout_fraction"] else TRAIN
                     if split not in writers:
-                        writers[split] = ShardWriter(aside / f"{split}-{number:06d}.tar")
-                    writers[split].write(image.index, {"png": image.png, "json": image.about()})
+                        writers[split] = ShardWriter(folder / f"{split}-{number:06d}.tar")
+                    writers[split].write(image.index, {"png": image.png, "json": image.metadata()})
                     for name, value in image.labels.items():
                         values.setdefault(name, set()).add(value)
-                self._done += 1
-                self.progress(self._done, self._wanted)
+                self.advance()
         finally:  # after an error too: an open tar would complain when it is collected
             for writer in writers.values():
                 writer.close()
         shards = {split: seal(writer.path) for split, writer in writers.items()}
         labels = {name: list(seen) for name, seen in values.items()}
-        digests = [ends[0].digest(), ends[-1].digest()]  # a unit has at least one image
-        return Unit(len(self._images(number)), shards, labels, damaged, digests)
+        digests = [ends[0].digest(), ends[-1].digest()]  # a job has at least one image
+        return ShardJobResult(len(images), shards, labels, self._damaged[known:], digests)
 
-    def _refuse_many(self, damaged: list[str]) -> None:
-        if len(damaged) > self.max_bad_fraction * self.total:
+    def _check_damage(self) -> None:
+        """Raise UserError if more images are damaged than may be."""
+        if len(self._damaged) > self.max_bad_fraction * self.images:
             raise UserError(
-                f"more than {self.max_bad_fraction:.3g} of {self.total} images are damaged ({'; '.join(damaged[:3])}): "
-                "mend or remove them, or raise max_bad_fraction"
+                f"more than {self.max_bad_fraction:.3g} of {self.images} images are damaged "
+                f"({'; '.join(self._damaged[:3])}): mend or remove them, or raise max_bad_fraction"
             )
+
+    def record(self, results: list[ShardJobResult]) -> dict[str, Any]:
+        splits = {split: [r.shards[split] for r in results if split in r.shards] for split in (TRAIN, HELDOUT)}
+        if not splits[TRAIN]:
+            raise UserError(
+                f"none of {self.images} images is left for training with "
+                f"heldout_fraction={self.request['heldout_fraction']}: hold fewer out"
+            )
+        values: dict[str, set[str | int]] = {}
+        for result in results:
+            for name, seen in result.labels.items():
+                values.setdefault(name, set()).update(seen)
+        damaged = [reason for result in results for reason in result.damaged]
+        return Manifest(
+            **self.request,
+            license=self.source.license,
+            protocol=self.source.protocol,
+            splits=splits,
+            labels={name: sorted(values[name], key=lambda v: (isinstance(v, str), v)) for name in sorted(values)},
+            damaged=len(damaged),
+            damaged_first=damaged[:MAX_NAMED],
+        ).as_dict()
+
+
+def published_manifest(out: Path, request: dict[str, Any]) -> Manifest | None:
+    """The manifest at `out` if it is of this request; None if nothing is there. Raises UserError otherwise."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / FILE).exists():
+        raise UserError(f"{out} exists and holds no shards: choose another folder or remove it")
+    manifest = Manifest.load(out)
+    if different := shard_request.difference(manifest.request(), request):
+        raise UserError(f"{out} holds shards of another request ({different}): choose another folder or remove it")
+    return manifest

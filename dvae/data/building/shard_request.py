@@ -1,4 +1,4 @@
-"""What shards are asked for: the request, its units, and how parts share them."""
+"""Requests for shards: their limits, how they are compared, and which images belong to which job and part."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dvae.data.shards.manifest import SIZES
 from dvae.errors import UserError
 
 
-def check(size: int, channels: int, heldout: float, shard_size: int, workers: int, max_bad: float) -> None:
+def check_settings(size: int, channels: int, heldout: float, shard_size: int, workers: int, max_bad: float) -> None:
     """Raises UserError for numbers that no build can take."""
     if not SIZES[0] <= size <= SIZES[1]:
         raise UserError(f"size={size}: use {SIZES[0]} to {SIZES[1]} pixels")
     if channels not in (1, 3):
         raise UserError(f"channels={channels}: images have 1 or 3 channels")
-    for name, fraction in (("heldout", heldout), ("max_bad_fraction", max_bad)):
+    for name, fraction in (("heldout_fraction", heldout), ("max_bad_fraction", max_bad)):
         if not 0 <= fraction < 1:
             raise UserError(f"{name}={fraction}: use a fraction of at least 0 and below 1")
     if shard_size < 1:
@@ -55,20 +55,20 @@ def difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ""
 
 
-def indices(number: int, shard_size: int, total: int) -> range:
-    """The images of unit `number`, of a source of `total` images."""
-    return range(number * shard_size, min((number + 1) * shard_size, total))
+def job_numbers(images: int, shard_size: int) -> range:
+    """Numbers of all jobs for `images` images."""
+    return range(math.ceil(images / shard_size))
 
 
-def units(total: int, shard_size: int) -> range:
-    """The numbers of all units of a source of `total` images."""
-    return range(math.ceil(total / shard_size))
+def job_images(number: int, shard_size: int, images: int) -> range:
+    """Indices of the images of job `number`, out of `images` images."""
+    return range(number * shard_size, min((number + 1) * shard_size, images))
 
 
-def block(numbers: range, part: int, parts: int) -> range:
-    """The units of one part: those side by side, and as many as any other part has, or one more.
+def jobs_of_part(numbers: range, part: int, parts: int) -> range:
+    """The jobs of one part: consecutive ones, as many as any other part has, or one more.
 
-    Side by side, because sources are read fastest in order: of a Parquet file's row group, or an archive's block, no
-    part but its own reads anything, however small the units are.
+    They are consecutive because sources are read fastest in order: no other part reads the same row group of a Parquet
+    file, or the same block of an archive, however small the jobs are.
     """
     return numbers[part * len(numbers) // parts : (part + 1) * len(numbers) // parts]

@@ -1,18 +1,19 @@
-"""The hidden folder in which shards (of images, or of a cache) are made, and who may work in it: one build, or any
-number of parts.
+"""The hidden staging folder in which shards (of images, or of a cache) are built, and the locks on it.
+
+One build works in it alone, or any number of parts work in it together.
 
     .NAME.building/
-      lock               held by whoever is at work: shared by parts, by a build alone
+      lock               held by every process that works here: shared by parts, exclusive for a build
       lock-K-of-N        held by part K
-      lock-request       held for a moment, by a part that looks whether it belongs to the others
+      lock-request       held for a moment, by a part that checks whether it belongs to the same request as the others
       request.json       what is asked for
-      unit-NNNNNN.json   journal of a finished unit, written after its shards
-      work-*/            of the unit that a process has in hand
-      shards/            shards of finished units; becomes NAME when they are complete
+      job-NNNNNN.json    journal of a finished job, written after its shards
+      work-*/            shards of the job that a process is writing
+      shards/            shards of finished jobs; becomes NAME when they are complete
 
-Locks save work and tell people what goes on; on a file system whose locks do not reach other machines nothing but work
-is lost: processes write in folders of their own, and a shard takes its place in one rename, with the same bytes whoever
-made it.
+Locks save work and tell people what goes on. On a file system whose locks do not reach other machines nothing but work
+is lost: processes write in folders of their own, and a shard takes its place in one rename, with the same bytes from
+every process.
 """
 
 from __future__ import annotations
@@ -41,16 +42,17 @@ T = TypeVar("T")
 @forbid_extra
 @dataclass(frozen=True)
 class _Journal:
-    """The journal of a unit."""
+    """The journal of a finished job."""
 
     request: str
-    """Digest of the request that the unit is of."""
-    unit: dict[str, Any]
+    """Digest of the job's request."""
+    job: dict[str, Any]
+    """The job's result."""
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """The hidden folder of the shards `out`."""
+class StagingFolder:
+    """The hidden folder in which the shards for `out` are built."""
 
     out: Path
     path: Path
@@ -61,16 +63,16 @@ class Unfinished:
         return self.path / "shards"
 
     def journal(self, number: int) -> Path:
-        """The note that unit `number` is finished."""
-        return self.path / f"unit-{number:06d}.json"
+        """The file which says that job `number` is finished."""
+        return self.path / f"job-{number:06d}.json"
 
-    def take(self, request: dict[str, Any]) -> None:
-        """For a build: make the folder that of `request`, whatever it was."""
+    def start(self, request: dict[str, Any]) -> None:
+        """For a build: use the folder for `request`, whatever request it was used for."""
         self.shards.mkdir(exist_ok=True)
         atomic_files.write_json(self.path / REQUEST, request)
 
     def join(self, request: dict[str, Any]) -> None:
-        """For a part: work on `request`. Raises UserError where the folder is that of another."""
+        """For a part: work on `request`. Raises UserError if the folder is used for another request."""
         self.shards.mkdir(exist_ok=True)
         path = self.path / REQUEST
         with atomic_files.open_own(self.path / f"{LOCK}-request", os.O_RDWR | os.O_CREAT) as handle:
@@ -88,10 +90,10 @@ class Unfinished:
             )
 
     @contextmanager
-    def part(self, part: int, parts: int) -> Iterator[str]:
-        """Be this part, for a while; gives the beginning of its working folders' names.
+    def claim_part(self, part: int, parts: int) -> Iterator[str]:
+        """Hold the lock of this part; yields the prefix of its work folders' names.
 
-        Removes those that it left when it was killed. Raises UserError where another process is this part.
+        Removes the work folders that a killed process left. Raises UserError if another process does this part.
         """
         name = f"{part}-of-{parts}"
         refusal = UserError(f"another process is making part={part} parts={parts} of {self.out} now: wait for it")
@@ -101,40 +103,40 @@ class Unfinished:
             yield f"work-{name}."
 
     @contextmanager
-    def aside(self, work: str) -> Iterator[Path]:
-        """A folder for the shards of a unit that is being written, whose name begins with `work`."""
-        with tempfile.TemporaryDirectory(prefix=work, dir=self.path) as folder:
+    def work_folder(self, prefix: str) -> Iterator[Path]:
+        """A folder for the shards of a job that is being written, whose name begins with `prefix`."""
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=self.path) as folder:
             yield Path(folder)
 
-    def finish(
-        self, number: int, request: dict[str, Any], unit: dict[str, Any], aside: Path, shards: Iterable[Shard]
+    def finish_job(
+        self, number: int, request: dict[str, Any], result: dict[str, Any], folder: Path, shards: Iterable[Shard]
     ) -> None:
-        """Let the shards of unit `number` take their places, from `aside`, then note `unit` in its journal."""
+        """Move the shards of job `number` from the work folder to their places, then write its journal."""
         for shard in shards:
             for name in (shard.file, shard.index):
-                (aside / name).replace(self.shards / name)
+                (folder / name).replace(self.shards / name)
         atomic_files.sync(self.shards)
-        atomic_files.write_json(self.journal(number), {"request": digest(request), "unit": unit})
+        atomic_files.write_json(self.journal(number), {"request": digest(request), "job": result})
 
-    def noted(self, number: int, request: dict[str, Any], kind: Callable[..., T]) -> T | None:
-        """What the journal of a unit of `request` holds, as `kind`; None if there is none, or none that makes sense."""
+    def read_journal(self, number: int, request: dict[str, Any], kind: Callable[..., T]) -> T | None:
+        """The result of a finished job of `request`, as `kind`; None if there is no journal, or a damaged one."""
         path = self.journal(number)
         try:
             journal: _Journal = read_json(path, _Journal)
-            return check(kind, journal.unit, path) if journal.request == digest(request) else None
+            return check(kind, journal.job, path) if journal.request == digest(request) else None
         except (FileNotFoundError, DamagedFile):
-            return None  # the unit is made again
+            return None  # the job is done again
 
-    def clean(self, units: Iterable[int], shards: Iterable[Shard]) -> None:
-        """For a build: remove all but the journals of these units, and these shards."""
-        kept = {self.path / LOCK, self.path / REQUEST, self.shards, *map(self.journal, units)}
+    def remove_others(self, jobs: Iterable[int], shards: Iterable[Shard]) -> None:
+        """For a build: remove all but the journals of these jobs, and these shards."""
+        kept = {self.path / LOCK, self.path / REQUEST, self.shards, *map(self.journal, jobs)}
         kept |= {self.shards / name for shard in shards for name in (shard.file, shard.index)}
         for path in [*self.path.iterdir(), *self.shards.iterdir()]:
             if path not in kept:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def publish(self, file: str, content: dict[str, Any]) -> None:
-        """Let the shards appear, with the JSON file that says what they are."""
+        """Move the shards to `out`, with the JSON file that describes them."""
         atomic_files.write_json(self.shards / file, content)
         self.shards.chmod(0o755)
         atomic_files.sync(self.shards)
@@ -153,20 +155,20 @@ class Unfinished:
 
 
 @contextmanager
-def at_work(out: Path, shared: bool) -> Iterator[Unfinished]:
-    """The hidden folder beside `out`, locked until the context or this process ends.
+def locked_staging(out: Path, shared: bool) -> Iterator[StagingFolder]:
+    """The staging folder beside `out`, locked until the context or this process ends.
 
-    `shared` is for parts, which may be there together; a build is there alone. Raises UserError where that cannot be.
+    A `shared` lock is for parts, which may work together; a build works alone. Raises UserError if others hold it.
     """
     out = out.absolute()
-    folder = Unfinished(out, out.with_name(f".{out.name}.building"))
-    with _locked(folder, shared):
+    folder = StagingFolder(out, out.with_name(f".{out.name}.building"))
+    with _lock(folder, shared):
         yield folder
 
 
 @contextmanager
-def faults(out: Path, what: str) -> Iterator[None]:
-    """Faults of the machine while `what` is written to `out`, in one line."""
+def write_errors(out: Path, what: str) -> Iterator[None]:
+    """Translate OSErrors while `what` is written to `out` into UserError or MachineError, in one line."""
     try:
         yield
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
@@ -178,25 +180,24 @@ def faults(out: Path, what: str) -> Iterator[None]:
         ) from None
 
 
-def _locked(folder: Unfinished, shared: bool) -> IO[bytes]:
-    """The lock file, locked; made with its folder where there is none."""
+def _lock(folder: StagingFolder, shared: bool) -> IO[bytes]:
+    """The lock file, locked; it and its folder are created if they do not exist."""
     path = folder.path / LOCK
     while True:
         folder.path.mkdir(parents=True, exist_ok=True)
         try:
-            handle = atomic_files.open_own(
-                path, os.O_RDWR | os.O_CREAT
-            )  # NFS wants it writable for an exclusive lock and readable for a shared one
+            # NFS wants it writable for an exclusive lock and readable for a shared one
+            handle = atomic_files.open_own(path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:  # the folder went meanwhile: its shards were published
             continue
-        if not _try(handle, shared):
+        if not _try_lock(handle, shared):
             raise _refusal(folder.out, handle, shared)
-        if _is_at(handle, path):
+        if atomic_files.is_same_file(handle.fileno(), path):
             return handle
         handle.close()  # the lock of a folder that went meanwhile
 
 
-def _try(handle: IO[bytes], shared: bool) -> bool:
+def _try_lock(handle: IO[bytes], shared: bool) -> bool:
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -204,16 +205,9 @@ def _try(handle: IO[bytes], shared: bool) -> bool:
     return True
 
 
-def _is_at(handle: IO[bytes], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _refusal(out: Path, handle: IO[bytes], shared: bool) -> UserError:
-    """Says who is at work: a lock that may be shared is held by parts."""
+    """The error that says who holds the lock: one that can be shared is held by parts."""
     with handle:
-        if not shared and _try(handle, shared=True):
+        if not shared and _try_lock(handle, shared=True):
             return UserError(f"other processes are making parts of {out} now: wait until they have ended")
         return UserError(f"another process is building {out} now: wait for it or choose another folder")

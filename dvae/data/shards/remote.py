@@ -25,7 +25,7 @@ from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
 from dvae.data.shards.manifest import FILE, LIMIT, PLAIN_NAME, Manifest, Shard
 from dvae.data.shards.shard_index import index_limit
 from dvae.errors import DISK_FAULTS, MachineError, UserError, fold
-from dvae.utils.atomic_files import open_own, sha256
+from dvae.utils.atomic_files import is_same_file, open_own, sha256
 from dvae.utils.read import DamagedFile, parse_json, require_regular
 from dvae.utils.secrets import scrub
 
@@ -235,7 +235,7 @@ class RemoteShards:
             ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if stop else 0))
-            if not _is(handle, part):  # who held it has renamed or removed it
+            if not is_same_file(handle, part):  # who held it has renamed or removed it
                 os.close(handle)
                 return None
         except BlockingIOError:
@@ -339,14 +339,6 @@ def _write(handle: int, data: bytes, at: int) -> int:
     return done
 
 
-def _is(handle: int, path: Path) -> bool:
-    """Whether `path` is the open file."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _used_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -364,7 +356,7 @@ def _abandoned(part: Path) -> bool:
             raise
         return False
     else:
-        if _is(handle, part) and os.fstat(handle).st_size:
+        if is_same_file(handle, part) and os.fstat(handle).st_size:
             part.unlink()
             return True
         return False

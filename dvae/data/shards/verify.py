@@ -16,7 +16,7 @@ def verify(folder: str | Path) -> Manifest:
     folder = Path(folder)
     manifest = Manifest.load(folder)
     shards = [shard for split in manifest.splits.values() for shard in split]
-    problems = [problem for shard in shards for problem in faults(folder, shard)]
+    problems = [problem for shard in shards for problem in shard_problems(folder, shard)]
     known = {FILE, *(shard.file for shard in shards), *(shard.index for shard in shards)}
     problems += [f"{path.name} does not belong here" for path in sorted(folder.iterdir()) if path.name not in known]
     if problems:
@@ -24,7 +24,7 @@ def verify(folder: str | Path) -> Manifest:
     return manifest
 
 
-def faults(folder: Path, shard: Shard, members: int = 2) -> list[str]:
+def shard_problems(folder: Path, shard: Shard, members: int = 2) -> list[str]:
     """What is wrong with a shard and its index; nothing if they are what they were.
 
     `members` are the files of each sample.
