@@ -27,7 +27,7 @@ from dvae.registry.discovery import origin, registries
 from dvae.tracking.console import say
 from dvae.utils import atomic_files, package
 from dvae.utils.read import DamagedFile
-from dvae.utils.weights import State, save_weights
+from dvae.utils.weights import StateDict, save_weights
 
 
 def component_infos(config: ModelConfig) -> dict[str, ComponentInfo]:
@@ -45,7 +45,7 @@ def component_infos(config: ModelConfig) -> dict[str, ComponentInfo]:
 def export(
     folder: Path,
     config: RunConfig | ModelConfig,
-    parts: dict[str, State],
+    parts: dict[str, StateDict],
     quantized: QuantizationPlan | None = None,
 ) -> None:
     """Write a bundle of the given parts (name -> state dict), complete or absent; `quantized` says how, if they are.

@@ -12,10 +12,10 @@ from dvae.errors import UserError
 from dvae.models.bundle import WEIGHTS, build_verified, find_bundle, read_verified, refuse_quantized
 from dvae.models.components import Models
 from dvae.registry.encoders.base import Encoder
-from dvae.utils.weights import State, load_weights, part_of, refuse_nonfinite
+from dvae.utils.weights import StateDict, load_weights, part_of, refuse_nonfinite
 
 
-def adopted_encoder_weights(config: RunConfig, encoder: Encoder) -> State | None:
+def adopted_encoder_weights(config: RunConfig, encoder: Encoder) -> StateDict | None:
     """The weights that the encoder stage takes over instead of training `encoder`; None if it trains.
 
     Raises UserError if they cannot be read or do not fit.
@@ -23,7 +23,7 @@ def adopted_encoder_weights(config: RunConfig, encoder: Encoder) -> State | None
     return load_encoder_weights(config) if config.encoder_weights else encoder.pretrained()
 
 
-def load_encoder_weights(config: RunConfig) -> State:
+def load_encoder_weights(config: RunConfig) -> StateDict:
     """The trained encoder of the run folder or bundle `config.encoder_weights`, for an encoder that is the same.
 
     Raises UserError if there is none, or it is another.

@@ -30,7 +30,7 @@ from dvae.runs import attempts
 from dvae.runs.records import RECORDS, check_format, read_records, write_format
 from dvae.utils import atomic_files
 from dvae.utils.read import read_json, read_weights_header
-from dvae.utils.weights import State, load_weights, save_weights
+from dvae.utils.weights import StateDict, load_weights, save_weights
 
 MUTABLE_FIELDS = {
     "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
@@ -82,12 +82,12 @@ class Run:
         """Whether the weights of a part are there, with their hash."""
         return self.weights(part).exists() and part in self._hashes()
 
-    def save_weights(self, part: str, state: State) -> None:
+    def save_weights(self, part: str, state: StateDict) -> None:
         """Keep weights of a part, complete or absent, and their hash."""
         save_weights(self.weights(part), state)
         atomic_files.write_json(self._hash_file, self._hashes() | {part: atomic_files.sha256(self.weights(part))})
 
-    def load_weights(self, part: str) -> State:
+    def load_weights(self, part: str) -> StateDict:
         """Weights of a part. Raises MachineError if they differ from their hash, UserError if they are missing."""
         path = self.weights(part)
         if not path.exists():

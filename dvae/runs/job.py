@@ -43,21 +43,21 @@ RANK_ZERO_ONLY = ("shards", "prior", "cache", "evaluate")
 
 @dataclass(frozen=True)
 class Job:
-    """Runs what a folder's config.yaml says. Holds nothing but the folder, so that it can be sent anywhere."""
+    """Runs the stages of a folder's config.yaml. It holds nothing but the folder, so it can be sent to any process."""
 
     folder: str
     stages: tuple[str, ...] = ()
-    """Those of the config's stages that are run; empty: all."""
+    """The stages of the config that are run; empty: all."""
 
     def __call__(self) -> None:
-        """On every rank; rank 0 holds the folder and decides what there is to do."""
+        """Run the job on every rank. Rank 0 holds the folder and decides which stages are run."""
         run = Run(Path(self.folder))
         start_distributed()
         keep_freed_memory()
         with ranks.translate_peer_loss(), nullcontext() if ranks.rank() else run.held():
             ranks.on_rank_zero(run.tidy)
             config = run.own_config()
-            stages = ranks.on_rank_zero(unfinished, run, config, self.stages)
+            stages = ranks.on_rank_zero(stages_to_run, run, config, self.stages)
             stop_request = stopping.start_attempt(config.max_hours)
             with watchdog.watching(launcher_of(config.launcher).config.hang_seconds):
                 for number, stage in enumerate(stages):
@@ -67,7 +67,7 @@ class Job:
                         ranks.on_rank_zero(run_stage, stage, run, config)
                     else:
                         run_stage(stage, run, config)
-            ranks.on_rank_zero(conclude, run, config, bool(stages))
+            ranks.on_rank_zero(finish_job, run, config, bool(stages))
             ranks.leave()
 
 
@@ -77,22 +77,22 @@ def run_stage(stage: str, run: Run, config: RunConfig) -> None:
     RUNNERS[stage](run, config)
 
 
-def conclude(run: Run, config: RunConfig, took_part: bool) -> None:
-    if took_part:
+def finish_job(run: Run, config: RunConfig, has_run: bool) -> None:
+    if has_run:
         write_report(run.path)
         print(f"dvae: done; open {run.path / 'report.html'}", flush=True)
     else:
         print(f"dvae: {run.path} is finished ({', '.join(config.stages)}): nothing to do", flush=True)
 
 
-def unfinished(run: Run, config: RunConfig, among: tuple[str, ...] = ()) -> list[str]:
-    """The stages that there are to run, in their order; where some are named, among these."""
-    wanted = [stage for stage in RUNNERS if stage in config.stages and (not among or stage in among)]
-    return [stage for stage in wanted if not finished(run, stage, config)]
+def stages_to_run(run: Run, config: RunConfig, selected: tuple[str, ...] = ()) -> list[str]:
+    """The unfinished stages of the config in their order, or, if some are `selected`, those among them."""
+    stages = [stage for stage in RUNNERS if stage in config.stages and (not selected or stage in selected)]
+    return [stage for stage in stages if not is_finished(run, stage, config)]
 
 
-def finished(run: Run, stage: str, config: RunConfig) -> bool:
-    """Whether a stage need not be run again; evaluation is repeated where its settings have changed."""
+def is_finished(run: Run, stage: str, config: RunConfig) -> bool:
+    """Whether a stage need not be run again. Evaluation is repeated if its settings have changed."""
     record = run.records().get(stage)
     if stage == "evaluate" and record is not None:
         return evaluate.is_up_to_date(record, config)

@@ -149,7 +149,7 @@ def recorded_batches(
     config: RunConfig, training: TrainingConfig, task: TrainTask, record: dict[str, Any], path: Path
 ) -> list[Batch]:
     """The step's micro-batches. Raises UserError if the run's samples are not those of the record."""
-    with open_loader(config, training, task.name, images=task.needs_images, whole=True) as data:
+    with open_loader(config, training, task.name, images=task.needs_images, all_ranks=True) as data:
         batches = data.step((record["step"] - 1) * training.batch)
     for name, values in (
         ("samples", [batch.keys for batch in batches]),

@@ -21,7 +21,7 @@ from dvae.training.loop import TrainHooks
 from dvae.training.metric_sums import add_metric_sums, metric_means, metric_sums, metrics_by_time
 from dvae.training.train_task import Engines, StepOutput
 from dvae.utils import rng
-from dvae.utils.weights import State
+from dvae.utils.weights import StateDict
 
 HELDOUT_SAMPLES = 1024
 """Noisy states of held-out images on which a trained classifier is tested."""
@@ -72,9 +72,9 @@ def run_classifier_stage(run: Run, config: RunConfig) -> None:
         classifier, encoder, task.denoiser, EncodedLatents(encoder), training, seed, default_device()
     )
 
-    with open_loader(config, training, "classifier held-out", "heldout", whole=True) as heldout:
+    with open_loader(config, training, "classifier held-out", "heldout", all_ranks=True) as heldout:
 
-        def final_metrics(weights: State) -> dict[str, float]:
+        def final_metrics(weights: StateDict) -> dict[str, float]:
             classifier.load_state_dict(weights)
             return heldout_accuracy(heldout_task, heldout)
 

@@ -25,7 +25,7 @@ from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.resilience import ranks
 from dvae.training.train_task import Engines, StepOutput
 from dvae.utils import rng
-from dvae.utils.weights import State, fit_weights, part_of
+from dvae.utils.weights import StateDict, fit_weights, part_of
 
 STUDENT = "denoiser"
 """The submodule of StudentModel that is saved."""
@@ -148,7 +148,7 @@ def open_distil_task(run: Run, config: RunConfig, name: str) -> DistilTask:
 def student_preview(run: Run, config: RunConfig, name: str, steps: int) -> PreviewHook:
     """Samples of the averaged student in as many steps as its round is for."""
 
-    def preview(step: int, weights: State) -> Path:
+    def preview(step: int, weights: StateDict) -> Path:
         pipeline = build_pipeline(run, config, part_of(weights, STUDENT))
         pipeline.use_sampler(steps=steps)
         return save_samples(run, pipeline, f"{name}-{step:08d}.png")

@@ -25,7 +25,7 @@ from dvae.training.metric_sums import metric_sums
 from dvae.training.resilience import ranks
 from dvae.training.train_task import Engines, StepOutput, TrainTask
 from dvae.utils import rng
-from dvae.utils.weights import State, fit_weights
+from dvae.utils.weights import StateDict, fit_weights
 
 
 class EncoderTask(TrainTask):
@@ -74,7 +74,7 @@ def reconstruction_preview(run: Run, config: RunConfig) -> PreviewHook:
     """Held-out images above their reconstructions."""
     images = preview_images(config)
 
-    def preview(step: int, weights: State) -> Path:
+    def preview(step: int, weights: StateDict) -> Path:
         encoder = components.build_models(config).encoder
         encoder.load_state_dict(weights)
         encoder.eval().requires_grad_(False)
@@ -86,7 +86,7 @@ def reconstruction_preview(run: Run, config: RunConfig) -> PreviewHook:
     return preview
 
 
-def adopt_encoder(run: Run, config: RunConfig, encoder: Encoder, weights: State) -> None:
+def adopt_encoder(run: Run, config: RunConfig, encoder: Encoder, weights: StateDict) -> None:
     """Save weights that were trained elsewhere as the run's encoder."""
     began = time.perf_counter()
     fit_weights(encoder, weights, "the given encoder")

@@ -24,7 +24,7 @@ from dvae.tracking import pictures
 from dvae.training.loop import PreviewHook, TrainHooks
 from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.train_task import Engines, StepOutput, TrainTask
-from dvae.utils.weights import State, part_of
+from dvae.utils.weights import StateDict, part_of
 
 PARTS = {"encoder": "encoder", "denoiser": "denoiser"}
 """Part of the bundle -> submodule of JointModel."""
@@ -97,7 +97,7 @@ def refinement_preview(run: Run, config: RunConfig) -> PreviewHook:
     """Held-out images above their reconstructions x_hat and the refined ones."""
     images = preview_images(config)
 
-    def preview(step: int, weights: State) -> Path:
+    def preview(step: int, weights: StateDict) -> Path:
         models = components.build_models(config)
         for name, submodule in PARTS.items():
             part = models.trained_parts()[name]

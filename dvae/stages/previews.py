@@ -14,7 +14,7 @@ from dvae.stages.run_models import load_models
 from dvae.toy2d import points
 from dvae.tracking import pictures, scatter
 from dvae.training.batches import open_shards
-from dvae.utils.weights import State
+from dvae.utils.weights import StateDict
 
 PREVIEW_IMAGES = 32
 PREVIEW_POINTS = 1000
@@ -26,7 +26,7 @@ def preview_images(config: RunConfig) -> torch.Tensor:
     return shards.read(torch.arange(min(PREVIEW_IMAGES, len(shards))).numpy())
 
 
-def build_pipeline(run: Run, config: RunConfig, denoiser: State) -> Pipeline:
+def build_pipeline(run: Run, config: RunConfig, denoiser: StateDict) -> Pipeline:
     """A pipeline of the finished encoder and prior, with the weights of a denoiser that is still trained."""
     models = load_models(run, config, "encoder", "prior")
     models.denoiser.load_state_dict(denoiser)

@@ -25,7 +25,7 @@ from dvae.training.loop import TrainHooks
 from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.resilience import ranks
 from dvae.training.train_task import Engines, StepOutput
-from dvae.utils.weights import State
+from dvae.utils.weights import StateDict
 
 SCALE_IMAGES = 1024
 """Training images from which data_scale is measured."""
@@ -66,13 +66,13 @@ def refiner_hooks(run: Run, config: RunConfig) -> TrainHooks:
     """Pictures of samples, and scores every evaluate.every_steps steps, both of the averaged weights."""
     score_pipeline = online_scorer(run, config)
 
-    def preview(step: int, weights: State) -> Path:
+    def preview(step: int, weights: StateDict) -> Path:
         pipeline, name = build_pipeline(run, config, weights), f"refiner-{step:08d}.png"
         if uses_stream(config):
             return save_points(run, config, pipeline, name)
         return save_samples(run, pipeline, name)
 
-    def score(weights: State) -> dict[str, float]:
+    def score(weights: StateDict) -> dict[str, float]:
         return score_pipeline(build_pipeline(run, config, weights))
 
     return TrainHooks(preview, score, config.evaluate.every_steps)
@@ -81,7 +81,7 @@ def refiner_hooks(run: Run, config: RunConfig) -> TrainHooks:
 @torch.no_grad()
 def measure_data_scale(config: RunConfig, task: RefinerTask) -> float:
     """1 / standard deviation of the unscaled clean state, over the first training images of the run."""
-    loader = open_loader(config, config.train_refiner, task.name, images=task.needs_images, whole=True)
+    loader = open_loader(config, config.train_refiner, task.name, images=task.needs_images, all_ranks=True)
     states = []
     for start in range(0, SCALE_IMAGES, config.train_refiner.batch):
         for batch in loader.step(start):

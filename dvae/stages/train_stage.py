@@ -13,7 +13,7 @@ from dvae.training.loop import TrainHooks, train
 from dvae.training.resilience import ranks
 from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.training.train_task import TrainTask
-from dvae.utils.weights import State, part_of
+from dvae.utils.weights import StateDict, part_of
 
 
 def train_stage(
@@ -22,7 +22,7 @@ def train_stage(
     task: TrainTask,
     parts: Mapping[str, str],
     hooks: TrainHooks,
-    final_metrics: Callable[[State], dict[str, float]] | None = None,
+    final_metrics: Callable[[StateDict], dict[str, float]] | None = None,
 ) -> None:
     """Train one task, save its averaged weights, and bring the bundle up to date. Every rank takes part.
 

@@ -1,8 +1,9 @@
-"""The images of a run as its stages read them."""
+"""The shards of a run, and the loader of a stage."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dvae.config import compose as configuration
 from dvae.config.schema import RunConfig, TrainingConfig
@@ -20,7 +21,7 @@ from dvae.utils import rng
 
 
 def open_shards(config: RunConfig, split: str) -> Shards:
-    """A split of the run's shards; what the run has found damaged is passed over from the start."""
+    """A split of the run's shards. Images that the run has found damaged are skipped from the start."""
     shards = Shards(
         locate_shards(config.data.shards, config.data.download_to, config.data.download_gib),
         split,
@@ -38,38 +39,28 @@ def open_loader(
     stage: str,
     split: str = "train",
     images: bool = True,
-    whole: bool = False,
+    all_ranks: bool = False,
 ) -> Loader | StreamLoader | SynchronizedLoader:
-    """Batches of a stage: this rank's share, or all of them (`whole`); without `images` where it can do without."""
-    rank, world = (0, 1) if whole else (ranks.rank(), ranks.world_size())
-    if configuration.uses_stream(config):
-        shards = None
-        loader: Loader | StreamLoader = StreamLoader(
-            points.open_source(config),
-            batch=training.batch,
-            rank=rank,
-            world=world,
-            accumulate=training.micro_batches,
-            seed=rng.child(config.seed, f"{stage} data"),
-        )
+    """The loader of a stage: this rank's share of each batch, or with `all_ranks` the whole batch.
+
+    Without `images` the batches hold no images, if the loader can do without.
+    """
+    rank, world = (0, 1) if all_ranks else (ranks.rank(), ranks.world_size())
+    common: dict[str, Any] = {
+        "batch": training.batch,
+        "rank": rank,
+        "world": world,
+        "accumulate": training.micro_batches,
+        "seed": rng.child(config.seed, f"{stage} data"),
+    }
+    shards = None if configuration.uses_stream(config) else open_shards(config, split)
+    if shards is None:
+        loader: Loader | StreamLoader = StreamLoader(points.open_source(config), **common)
     else:
-        shards = open_shards(config, split)
         order = Order(len(shards), rng.child(config.seed, f"{stage} order"), config.data.block, config.data.window)
-        loader = Loader(
-            shards,
-            order,
-            batch=training.batch,
-            rank=rank,
-            world=world,
-            accumulate=training.micro_batches,
-            flip=config.data.flip,
-            labels=shards.classes(config.data.label, config.classes) if config.classes else None,
-            seed=rng.child(config.seed, f"{stage} data"),
-            threads=config.data.threads,
-            images=images,
-        )
-    return (
-        loader
-        if whole
-        else SynchronizedLoader(loader, shards, training, stage, Path(config.run), config.data.log_samples)
-    )
+        labels = shards.classes(config.data.label, config.classes) if config.classes else None
+        data = config.data
+        loader = Loader(shards, order, **common, flip=data.flip, labels=labels, threads=data.threads, images=images)
+    if all_ranks:
+        return loader
+    return SynchronizedLoader(loader, shards, training, stage, Path(config.run), config.data.log_samples)

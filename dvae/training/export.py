@@ -15,7 +15,7 @@ from dvae.runs.folder import Run
 from dvae.training.engine.ema import MAIN
 from dvae.training.engine.fragments import WEIGHT, SavedEngine
 from dvae.training.resilience.checkpoint import Checkpoints
-from dvae.utils.weights import State
+from dvae.utils.weights import StateDict
 
 STAGE_PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
 """Stage -> the part of a bundle that it trains."""
@@ -74,7 +74,7 @@ def open_run(run: str, stage: str, out_key: str, out: str) -> Run:
     return found
 
 
-def export_with_part(run: Run, config: RunConfig, part: str, weights: State, folder: Path) -> None:
+def export_with_part(run: Run, config: RunConfig, part: str, weights: StateDict, folder: Path) -> None:
     """Write a bundle of the run's finished parts, with `weights` as `part`. Raises UserError if a part is missing."""
     trained = components.build_models_on_meta(config).trained_parts()
     finished = [name for name in trained if name != part and run.has_weights(name)]

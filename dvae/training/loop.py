@@ -22,14 +22,14 @@ from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.training.train_state import TrainState, resume, save_checkpoint
 from dvae.training.train_task import TrainTask
 from dvae.utils import rng
-from dvae.utils.weights import State
+from dvae.utils.weights import StateDict
 
-PreviewHook = Callable[[int, State], Path]
+PreviewHook = Callable[[int, StateDict], Path]
 """preview(step, averaged weights) draws a picture of what has been learned so far, and returns its path.
 
 It is called on rank 0 alone."""
 
-ScoreHook = Callable[[State], dict[str, float]]
+ScoreHook = Callable[[StateDict], dict[str, float]]
 """score(averaged weights) returns metrics of generated samples, for the row of metrics. It is called on rank 0 alone.
 """
 
@@ -52,7 +52,7 @@ def train(
     tracker: Tracker,
     hooks: TrainHooks,
     run: Path,
-) -> tuple[dict[str, State], TrainState]:
+) -> tuple[dict[str, StateDict], TrainState]:
     """Train `task` to its last step, from the newest good checkpoint if there is one. Every rank takes part.
 
     Returns the averaged weights of each module, and the final state. Raises Stopped after saving if a signal or the
@@ -170,12 +170,12 @@ def log_metrics(task: TrainTask, state: TrainState, tracker: Tracker, progress: 
         tracker.log(state.step, row | {"images_per_second": speed})
 
 
-def log_preview(preview: PreviewHook, step: int, averaged: State, tracker: Tracker) -> None:
+def log_preview(preview: PreviewHook, step: int, averaged: StateDict, tracker: Tracker) -> None:
     """Draw a picture of what has been learned so far, on rank 0 alone."""
     ranks.on_rank_zero(lambda: tracker.image("preview", preview(step, averaged), step))
 
 
-def compute_scores(score: ScoreHook, averaged: State) -> MetricSums:
+def compute_scores(score: ScoreHook, averaged: StateDict) -> MetricSums:
     """Scores of what has been learned so far, as sums and counts.
 
     They go into the next row of metrics, and into a checkpoint that comes before it, so that a resumed run has the same

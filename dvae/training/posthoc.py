@@ -25,7 +25,7 @@ from dvae.runs.folder import Run
 from dvae.training.engine.ema import power_exponent
 from dvae.training.engine.snapshots import WeightSnapshot, list_snapshots
 from dvae.training.export import STAGE_PARTS, export_with_part, open_run
-from dvae.utils.weights import State, refuse_nonfinite, save_weights
+from dvae.utils.weights import StateDict, refuse_nonfinite, save_weights
 
 RIDGE = 1e-10
 """Relative to each profile's squared norm: keeps coefficients small where snapshots lie close together."""
@@ -107,7 +107,7 @@ def fit_average(snapshots: Sequence[WeightSnapshot], step: int, width: float) ->
     return EmaFit(step, used, coefficients, error)
 
 
-def combine_snapshots(fit: EmaFit, module: torch.nn.Module) -> State:
+def combine_snapshots(fit: EmaFit, module: torch.nn.Module) -> StateDict:
     """The state dict of a fit, for `module`, whose weights may be on the meta device.
 
     A buffer is not averaged: it is that of the snapshot nearest in time. Raises MachineError if a snapshot is damaged

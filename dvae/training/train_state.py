@@ -58,10 +58,10 @@ def resume(name: str, engines: dict[str, Engine], checkpoints: Checkpoints, trac
 
     Metrics beyond the checkpoint are removed. It may come from another number of ranks and another ZeRO stage.
     """
-    found = ranks.on_rank_zero(checkpoints.newest)
+    newest = ranks.on_rank_zero(checkpoints.newest)
     state = TrainState()
-    if found:
-        folder, saved = found
+    if newest:
+        folder, saved = newest
         sums = [saved["sums"], *saved.pop("others", [])]
         for module, engine in engines.items():
             engine.load(folder / module)

@@ -13,7 +13,7 @@ from dvae.errors import MachineError, UserError, fold
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, StoredTensor, read_weights_header
 
-State = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 """A state dict."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -21,7 +21,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-def save_weights(path: Path, state: State) -> None:
+def save_weights(path: Path, state: StateDict) -> None:
     """Write a state dict as safetensors, complete or absent. Raises MachineError if the disk is full."""
     tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
     try:
@@ -30,7 +30,7 @@ def save_weights(path: Path, state: State) -> None:
         raise MachineError(f"{path} could not be written ({fold(error)}): make room, then run it again") from None
 
 
-def load_weights(path: Path) -> State:
+def load_weights(path: Path) -> StateDict:
     """The tensors of a weights file, on the CPU. Raises UserError if it is missing or damaged."""
     try:
         read_weights_header(path)
@@ -41,14 +41,14 @@ def load_weights(path: Path) -> State:
         raise UserError(f"{path}: not a readable weights file ({fold(error)})") from None
 
 
-def refuse_nonfinite(state: State, what: str) -> None:
+def refuse_nonfinite(state: StateDict, what: str) -> None:
     """Raise UserError naming the first tensor that holds NaN or infinity."""
     for name, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{what}: {name!r} holds NaN or infinity: such weights draw nothing, take an earlier save")
 
 
-def without_numbers(header: Mapping[str, StoredTensor]) -> State:
+def without_numbers(header: Mapping[str, StoredTensor]) -> StateDict:
     """Tensors of the shapes and types in a header, on the meta device."""
     return {name: torch.empty(one.shape, dtype=DTYPES[one.dtype], device="meta") for name, one in header.items()}
 
@@ -73,12 +73,12 @@ def check_weights(module: torch.nn.Module, state: Mapping[str, torch.Tensor], wh
             raise UserError(f"{what}: {name!r} is {state[name].dtype} in the weights, {own[name].dtype} by the config")
 
 
-def fit_weights(module: torch.nn.Module, state: State, what: str) -> None:
+def fit_weights(module: torch.nn.Module, state: StateDict, what: str) -> None:
     """Load `state` into `module`. Raises UserError naming the first tensor that does not fit."""
     check_weights(module, state, what)
     module.load_state_dict(state)
 
 
-def part_of(state: Mapping[str, torch.Tensor], part: str) -> State:
+def part_of(state: Mapping[str, torch.Tensor], part: str) -> StateDict:
     """The tensors of one part, by the rest of their names."""
     return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}

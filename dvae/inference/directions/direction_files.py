@@ -23,7 +23,7 @@ from dvae.models import bundle, bundle_export
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
-from dvae.utils.weights import State, load_weights, refuse_nonfinite
+from dvae.utils.weights import StateDict, load_weights, refuse_nonfinite
 
 FILE = bundle.DIRECTIONS
 HEADER_FIELDS = ("name", "unit", "attribute", "value", "share")
@@ -165,7 +165,7 @@ def _read(place: Path) -> dict[str, Direction]:
     return {name: _direction(name, entry, tensors, model, path) for name, entry in header.directions.items()}
 
 
-def _label_model(tensors: State, header: _DirectionsHeader, path: Path) -> LabelModel | None:
+def _label_model(tensors: StateDict, header: _DirectionsHeader, path: Path) -> LabelModel | None:
     """The regressions that directions of labels share. Raises UserError if their tensors are missing or do not fit."""
     if not header.attributes:
         return None
@@ -184,7 +184,9 @@ def _label_model(tensors: State, header: _DirectionsHeader, path: Path) -> Label
     return LabelModel(header.attributes, readout.double(), effects.double())
 
 
-def _direction(name: str, entry: _DirectionEntry, tensors: State, model: LabelModel | None, path: Path) -> Direction:
+def _direction(
+    name: str, entry: _DirectionEntry, tensors: StateDict, model: LabelModel | None, path: Path
+) -> Direction:
     vector = tensors.get(f"direction.{name}")
     if vector is None or not vector.is_floating_point() or not torch.isfinite(vector).all():
         raise UserError(f"{path}: direction {name[:80]!r} has no vector of numbers: {FIND_AGAIN}")

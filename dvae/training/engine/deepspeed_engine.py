@@ -183,13 +183,13 @@ class Engine:
         return copy_partition(fragments, persistent_buffers(self.module) if ranks.rank() == 0 else {})
 
     def load(self, folder: Path) -> None:
-        """Take up the state in `folder`, whatever number of ranks and ZeRO stage wrote it; every rank takes part.
+        """Load the state in `folder`, whatever number of ranks and ZeRO stage wrote it. Every rank takes part.
 
         Raises MachineError if the files are damaged, or belong to another model.
         """
         saved = SavedEngine(folder)
-        own = {name for name, _ in self.module.named_parameters()}
-        for name in sorted(own ^ saved.shapes.keys()):
+        parameters = {name for name, _ in self.module.named_parameters()}
+        for name in sorted(parameters ^ saved.shapes.keys()):
             raise MachineError(f"{folder}: {name!r} is not in both the checkpoint and the model: another version's?")
         own_buffers, saved_buffers = persistent_buffers(self.module), saved.buffers()
         for name in sorted(own_buffers.keys() - saved_buffers.keys()):
@@ -231,7 +231,7 @@ class Engine:
 
     @torch.no_grad()
     def _sync_weights(self, saved: SavedEngine) -> None:
-        """Bring the weights that the network computes with up to date with the optimizer's."""
+        """Copy the optimizer's weights into those that the network computes with."""
         stage = self.config.zero_stage
         for name, parameter in self.module.named_parameters():
             # at stage 3 small ones are kept whole on all ranks

@@ -38,8 +38,8 @@ class Footprint:
     @property
     def between_steps(self) -> int:
         """Bytes between steps. Stage 3 keeps its gradients too."""
-        kept = self.weights + self.moments + self.averages + self.persistent_bucket
-        return kept + self.gradients if self.stage == 3 else kept
+        persistent = self.weights + self.moments + self.averages + self.persistent_bucket
+        return persistent + self.gradients if self.stage == 3 else persistent
 
     @property
     def with_gradients(self) -> int:
@@ -77,8 +77,8 @@ def footprint(parameters: int, ranks: int, config: TrainingConfig, averages: int
 
 def bytes_per_rank(parameters: int, ranks: int, config: TrainingConfig, averages: int = 1) -> tuple[int, int]:
     """Bytes between steps, and when the gradients are there, on each of `ranks` (activations apart)."""
-    found = footprint(parameters, ranks, config, averages)
-    return found.between_steps, found.with_gradients
+    memory = footprint(parameters, ranks, config, averages)
+    return memory.between_steps, memory.with_gradients
 
 
 def bytes_sent(parameters: int, ranks: int, zero: int, micro_batches: int) -> float:

@@ -144,10 +144,10 @@ class SavedEngine:
             raise MachineError(f"{self.folder}: {missing} of {numel} values of {key} are not in this checkpoint")
         if missing < 0 or any(before[1] > after[0] for before, after in pairwise(pieces)):
             raise MachineError(f"{self.folder}: values of {key} are in this checkpoint more than once")
-        found = torch.empty(numel)
+        values = torch.empty(numel)
         for low, high, first, file in pieces:
-            found[low - start : high - start] = file.get_slice(key)[low - first : high - first]
-        return found
+            values[low - start : high - start] = file.get_slice(key)[low - first : high - first]
+        return values
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
         """A parameter's values in its own shape."""
@@ -166,8 +166,8 @@ class SavedEngine:
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that belong to a module's state dict."""
-    kept = module.state_dict().keys()
-    return {name: value for name, value in module.named_buffers() if name in kept}
+    names = module.state_dict().keys()
+    return {name: value for name, value in module.named_buffers() if name in names}
 
 
 OwnedSlice = tuple[str, nn.Parameter, torch.Tensor, int, int, int]

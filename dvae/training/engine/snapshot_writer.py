@@ -13,7 +13,7 @@ from dvae.training.engine.snapshots import HASHES, WeightSnapshot, list_snapshot
 from dvae.training.resilience import ranks
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile
-from dvae.utils.weights import State, save_weights
+from dvae.utils.weights import StateDict, save_weights
 
 
 class SnapshotWriter:
@@ -47,7 +47,7 @@ class SnapshotWriter:
                 self._write, WeightSnapshot.for_step(self.folder, step, spec).path, to_half(state, parameters)
             )
 
-    def _write(self, path: Path, state: State) -> None:
+    def _write(self, path: Path, state: StateDict) -> None:
         save_weights(path, state)
         self._write_hashes(read_hashes(self.folder) | {path.name: atomic_files.sha256(path)})
 
@@ -66,9 +66,9 @@ class SnapshotWriter:
                     raise DamagedFile(snapshot.path, "is a folder, not a file: remove it")
                 snapshot.path.unlink()
         hashes = read_hashes(self.folder)
-        kept = {one.path.name for one in list_snapshots(self.folder)}
-        if lost := hashes.keys() - kept:
-            self._write_hashes({name: value for name, value in hashes.items() if name not in lost})
+        names = {snapshot.path.name for snapshot in list_snapshots(self.folder)}
+        if removed := hashes.keys() - names:
+            self._write_hashes({name: value for name, value in hashes.items() if name not in removed})
 
 
 def to_half(state: dict[str, torch.Tensor], parameters: set[str]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from dvae.errors import MachineError
 from dvae.training.engine.ema import EmaSpec
 from dvae.utils import atomic_files
 from dvae.utils.read import MIB, read_json, read_weights_header
-from dvae.utils.weights import State, check_weights, load_weights, refuse_nonfinite, without_numbers
+from dvae.utils.weights import StateDict, check_weights, load_weights, refuse_nonfinite, without_numbers
 
 LABELS = {EmaProfile.power: "width", EmaProfile.constant: "decay"}
 """The word in a file name for the number of a profile."""
@@ -57,7 +57,7 @@ class WeightSnapshot:
         snapshot = WeightSnapshot.for_step(path.parent, step, EmaSpec(profile, value))
         return snapshot if valid and 1 <= step <= LAST_STEP and snapshot.path == path else None
 
-    def load(self, module: torch.nn.Module) -> State:
+    def load(self, module: torch.nn.Module) -> StateDict:
         """The tensors of the file, which fit `module`; the module may be on the meta device.
 
         Raises MachineError if the file is damaged, or differs from its hash; UserError if its tensors do not fit, or

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: left out, and kept on disk as replay bundles that tools/replay.py takes up.
+"""Steps whose gradient is not finite: they are skipped, and saved as replay bundles for tools/replay.py.
 
 A replay bundle is a folder run/nonfinite-<stage>-<step>/: weights.safetensors, the modules' weights as they were
 at that step, and record.json, what was seen. Figures that are not finite are there as "nan", "inf", "-inf".
@@ -23,6 +23,7 @@ from dvae.data.loading.loader import Batch
 from dvae.errors import MachineError
 from dvae.training.metric_sums import MetricSums, add_metric_sums, metric_means
 from dvae.training.resilience import ranks
+from dvae.training.resilience.sample_log import gather_samples
 from dvae.training.train_task import TrainTask
 from dvae.utils import atomic_files
 from dvae.utils.fields import Number, Positive
@@ -63,9 +64,9 @@ def skip_step(
     skipped: int,
     run: Path,
 ) -> None:
-    """Save what there is to know of `step`, the stage's `skipped`-th to be left out; the gradients must still be there.
+    """Save a replay bundle of `step`, the stage's `skipped`-th skipped step, while its gradients are still there.
 
-    Every rank takes part. Raises MachineError, on all, where that is one more than TrainingConfig.nonfinite_skips.
+    Every rank takes part. Raises NonFiniteStep on all ranks if TrainingConfig.nonfinite_skips is exceeded.
     """
     allowed = task.config.nonfinite_skips
     where = "not saved"
@@ -92,16 +93,14 @@ def save_replay_bundle(
     step: int,
 ) -> None:
     """Write the replay bundle of `step` to the folder `path`, whole or not at all. Every rank takes part."""
-    mine = [(batch.keys.tolist(), batch.indices.tolist()) for batch in batches]
-    parts = [part for parts in zip(*ranks.all_gather(mine), strict=True) for part in parts]  # as they lie in the batch
+    samples = gather_samples(batches)
     record = {
         "stage": task.name,
         "step": step,
         "seed": task.seed,
         "world_size": ranks.world_size(),
         "micro_batches": len(batches),
-        "samples": [key for keys, _ in parts for key in keys],
-        "indices": [index for _, indices in parts for index in indices],
+        **samples,
     } | describe_step(ranks.all_gather(metrics), engines)
     weights = {f"{name}.{key}": value for name, engine in engines.items() for key, value in engine.weights().items()}
 
@@ -114,9 +113,9 @@ def save_replay_bundle(
 
 
 def describe_step(metrics: list[list[MetricSums]], engines: Mapping[str, TrainedEngine]) -> dict[str, Any]:
-    """What was seen at a step, as a record holds it: figures, gradient norms by layer, which of them are not finite.
+    """The part of a record that a replay compares: figures, gradient norms by layer, and which are not finite.
 
-    `figures` are those of every rank's micro-batches. Every rank takes part.
+    `metrics` are those of the micro-batches of every rank. Every rank takes part.
     """
     sums = add_metric_sums(part for rank in metrics for part in rank)
     means = metric_means(dict(sorted(sums.items())))

@@ -24,6 +24,19 @@ def samples_file(run: Path, stage: str) -> Path:
     return run / f"samples-{stage}.jsonl"
 
 
+def gather_samples(batches: list[Batch]) -> dict[str, list[int]]:
+    """ "samples" (global numbers) and "indices" (of the data set) of all ranks' micro-batches, by sample number.
+
+    Every rank takes part.
+    """
+    per_rank = ranks.all_gather([(batch.keys.tolist(), batch.indices.tolist()) for batch in batches])
+    parts = sorted(part for rank in per_rank for part in rank)
+    return {
+        "samples": [key for keys, _ in parts for key in keys],
+        "indices": [index for _, indices in parts for index in indices],
+    }
+
+
 class SynchronizedLoader:
     """A loader on every rank, which all ranks call alike.
 
@@ -57,17 +70,12 @@ class SynchronizedLoader:
         return batches
 
     def _log_samples(self, log: MetricsLog, step: int, batches: list[Batch]) -> None:
-        per_rank = ranks.all_gather([(batch.keys.tolist(), batch.indices.tolist()) for batch in batches])
+        samples = gather_samples(batches)
         if ranks.rank():
             return
         if step != self._next:  # where training resumes: what was handed out later is handed out again
             log.rewind(self._stage, step - 1)
-        parts = sorted(part for rank in per_rank for part in rank)  # in the order of the sample numbers
-        row = {
-            "samples": [key for keys, _ in parts for key in keys],
-            "indices": [index for _, indices in parts for index in indices],
-        }
-        log.append({"stage": self._stage, "step": step, **row})
+        log.append({"stage": self._stage, "step": step, **samples})
         self._next = step + 1
 
     def _share_damage(self, shards: Shards) -> None:
