@@ -39,14 +39,14 @@ def command(argv: list[str]) -> None:
     if settings.compare:
         print(tables.comparison(settings.compare))
         return
-    from dvae.evaluation import studies
+    from dvae.evaluation import evaluation_studies
 
     if settings.over or settings.noise:
-        points = (studies.sweep_nfe if settings.over else studies.sweep_noise)(settings)
+        points = (evaluation_studies.sweep_nfe if settings.over else evaluation_studies.sweep_noise)(settings)
         print(tables.of_study(points, "nfe" if settings.over else "noise"))
         print(f"{settings.out}: {len(points)} points; picture and table beside it")
         return
-    result = studies.assess(settings)
+    result = evaluation_studies.score_once(settings)
     print(tables.of_result(result))
     if "memorization" in result:
         for space in ("pixels", "features"):

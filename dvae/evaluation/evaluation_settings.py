@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from dvae.errors import UserError
-from dvae.evaluation.measures import Metric
+from dvae.evaluation.metric_suite import Metric
 from dvae.tracking.console import say
 
 
@@ -113,7 +113,7 @@ def check(settings: EvaluateToolConfig) -> None:
         raise UserError(f"out={settings.out}: the figures are a JSON file, name it so")
 
 
-def computed(settings: EvaluateToolConfig) -> tuple[Metric, ...]:
+def computable_metrics(settings: EvaluateToolConfig) -> tuple[Metric, ...]:
     """The metrics that can be had: all that are asked for, but IS where only EfficientNet-Lite0 is there."""
     asked = tuple(dict.fromkeys(settings.metrics))
     if settings.inception or Metric.isc not in asked:

@@ -1,4 +1,4 @@
-"""Features of a set of images: by several processes, always the same bits; those of real images are kept."""
+"""Features of a set of images: several processes give the same bits as one; those of real images are kept."""
 
 from __future__ import annotations
 
@@ -30,53 +30,59 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class FeatureMethod:
     """How features are computed: what may move their last bits, and how many processes share the work."""
 
     extractor: Extractor
     batch: int
-    """Images per pass, from the first on, so that the same ones go together whoever computes them."""
-    processes: int
-    threads: int
-    """Of each process, since their number decides the rounding of sums."""
+    """Images per pass, counted from the first image, so that every process computes the same batches."""
+    processes: int = 1
+    threads: int | None = None
+    """Threads of each process, which decide the rounding of sums. None: as many as PyTorch has here."""
+    device: str | None = None
+    """None: a GPU if there is one."""
 
     @classmethod
-    def of(cls, extractor: Extractor, batch: int, processes: int) -> Way:
-        """One thread a process. Inception takes as many as PyTorch has here, as torch-fidelity's own command does; with
-        several processes they would only be in each other's way, so that a line says what to do."""
+    def for_extractor(cls, extractor: Extractor, batch: int, processes: int) -> FeatureMethod:
+        """One thread for each process. Inception takes as many as PyTorch has here, as torch-fidelity's command does.
+
+        With several processes these threads only slow each other down, so that a line says what to do.
+        """
         threads = torch.get_num_threads() if extractor.has_logits else 1
         if processes > 1 and threads > 1:
             say(f"{processes} processes of {threads} threads each: OMP_NUM_THREADS=1 before the command is faster")
         return cls(extractor=extractor, batch=batch, processes=processes, threads=threads)
 
     def key(self) -> str:
+        """What the features depend on, besides the images."""
         one = self.extractor
-        return f"{one.name} {one.weights_sha256} {one.resize} batch {self.batch} threads {self.threads}"
+        how = "pooled" if self.threads is None else f"batch {self.batch} threads {self.threads}"
+        return f"{one.name} {one.weights_sha256} {one.resize} {how}"
 
 
-def of_set(images: ImageSet, way: Way, advance: Advance) -> Features:
-    """Features of all images of a set, in its order. `advance(count)` is told of each batch.
+def compute_features(images: ImageSet, method: FeatureMethod, advance: Advance) -> Features:
+    """Features of all images of a set, in its order. `advance(count)` is called after each batch.
 
-    Raises MachineError where a process ends early.
+    Raises MachineError if a process ends early.
     """
-    starts = range(0, len(images), way.batch)
-    batches = [(start, min(start + way.batch, len(images))) for start in starts]
+    starts = range(0, len(images), method.batch)
+    batches = [(start, min(start + method.batch, len(images))) for start in starts]
     done = []
-    for (start, stop), part in zip(batches, _parts(images, way, batches), strict=True):
+    for (start, stop), part in zip(batches, _parts(images, method, batches), strict=True):
         done.append(part)
         advance(stop - start)
     return Features.join(done)
 
 
-def _parts(images: ImageSet, way: Way, batches: list[tuple[int, int]]) -> Iterator[Features]:
-    count = min(way.processes, len(batches))
+def _parts(images: ImageSet, method: FeatureMethod, batches: list[tuple[int, int]]) -> Iterator[Features]:
+    count = min(method.processes, len(batches))
     if count <= 1:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = method.device or ("cuda" if torch.cuda.is_available() else "cpu")
         before = torch.get_num_threads()
-        torch.set_num_threads(way.threads)
+        torch.set_num_threads(method.threads or before)
         try:
             for start, stop in batches:
-                yield metrics.extract(way.extractor, images.read(start, stop).to(device))
+                yield metrics.extract(method.extractor, images.read(start, stop).to(device))
         finally:
             torch.set_num_threads(before)
         return
@@ -84,7 +90,7 @@ def _parts(images: ImageSet, way: Way, batches: list[tuple[int, int]]) -> Iterat
     numbers: Queue[int] = context.Queue()
     for number in range(count):
         numbers.put(number)
-    with ProcessPoolExecutor(count, context, _begin, (images, way, numbers)) as pool:
+    with ProcessPoolExecutor(count, context, _start_process, (images, method, numbers)) as pool:
         try:
             yield from pool.map(_batch, batches)
         except BrokenProcessPool:
@@ -95,40 +101,43 @@ def _parts(images: ImageSet, way: Way, batches: list[tuple[int, int]]) -> Iterat
             pool.shutdown(cancel_futures=True)
 
 
-_work: tuple[ImageSet, Way, str]
+_state: tuple[ImageSet, FeatureMethod, str]
 """What a process of the pool computes with."""
 
 
-def _begin(images: ImageSet, way: Way, numbers: Queue[int]) -> None:
-    global _work
+def _start_process(images: ImageSet, method: FeatureMethod, numbers: Queue[int]) -> None:
+    global _state
     os.setpgrp()  # Ctrl-C reaches the command alone, which ends all
     threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(way.threads)
+    torch.set_num_threads(method.threads or torch.get_num_threads())
     gpus = torch.cuda.device_count()
-    _work = (images, way, f"cuda:{numbers.get() % gpus}" if gpus else "cpu")
+    _state = (images, method, f"cuda:{numbers.get() % gpus}" if gpus else "cpu")
 
 
 def _batch(numbers: tuple[int, int]) -> Features:
-    images, way, device = _work
-    return metrics.extract(way.extractor, images.read(*numbers).to(device))
+    images, method, device = _state
+    return metrics.extract(method.extractor, images.read(*numbers).to(device))
 
 
-def kept(images: ImageSet, sha256: str, way: Way, cache: Path, advance: Advance) -> Features:
-    """The same, kept in the folder `cache` by the hash of the images and the way. Raises MachineError for damage."""
-    return cached(f"{sha256} {way.key()}", cache, lambda: of_set(images, way, advance), advance)
-
-
-def cached(what: str, cache: Path, make: Callable[[], Features], advance: Advance) -> Features:
-    """What `make` gives, kept in the folder `cache` by `what` it is of; `advance` is told of those that were there.
+def cached_features(images: ImageSet, sha256: str, method: FeatureMethod, cache: Path, advance: Advance) -> Features:
+    """As `compute_features`, but kept in the folder `cache` by `sha256` of the images and the method.
 
     Raises MachineError for a damaged file.
     """
-    path = cache / f"features-{hashlib.sha256(what.encode()).hexdigest()[:32]}.safetensors"
+    return cached(f"{sha256} {method.key()}", cache, lambda: compute_features(images, method, advance), advance)
+
+
+def cached(key: str, cache: Path, compute: Callable[[], Features], advance: Advance) -> Features:
+    """The features of `key` in the folder `cache`, computed if they are not there; `advance` counts those read.
+
+    Raises MachineError for a damaged file.
+    """
+    path = cache / f"features-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         features = _read(path)
         advance(len(features))
         return features
-    features = make()
+    features = compute()
     tensors = {"pooled": features.pooled} | ({} if features.logits is None else {"logits": features.logits})
     atomic_files.write_file(path, lambda aside: save_file(tensors, aside))
     return features

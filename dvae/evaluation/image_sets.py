@@ -58,7 +58,7 @@ class ImageSet(ABC):
 
 
 @dataclass(frozen=True)
-class ImageFiles(ImageSet):
+class ImageFileSet(ImageSet):
     """Files of a folder, or members of a zip or tar file."""
 
     place: str
@@ -166,6 +166,31 @@ def _shards(place: str, split: str) -> Shards:
     return Shards(place, split, cache_bytes=0)
 
 
+@dataclass(frozen=True, eq=False)
+class TensorImages(ImageSet):
+    """Images in memory, (N, 1 or 3, H, W), uint8."""
+
+    images: torch.Tensor
+    place: str = "images in memory"
+
+    def __post_init__(self) -> None:
+        shape, dtype = tuple(self.images.shape), self.images.dtype
+        if dtype != torch.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or not shape[0]:
+            raise ValueError(f"images are {shape} {dtype}: want (N, 1 or 3, H, W) uint8, N >= 1")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.images[start:stop].expand(-1, 3, -1, -1)
+
+    def sha256(self) -> str:
+        """Hash of the shape and all pixels, gray ones once."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        digest.update(self.images.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class ImageSubset(ImageSet):
     """Some images of a set, by index."""
@@ -197,7 +222,7 @@ def open_image_set(word: str, place: str, split: str = "train", most: int = 0) -
         count = len(_shards(place, split))
         return ShardImages(place, split, tuple(evenly_spaced(count, most or count).tolist()))
     if path.is_dir():
-        found: ImageSet = ImageFiles(place, _listed(word, place, [_resolved(item) for item in path.iterdir()]))
+        found: ImageSet = ImageFileSet(place, _listed(word, place, [_resolved(item) for item in path.iterdir()]))
     elif path.suffix.lower() == ".npy":
         found = ImageArray(place)
     elif path.suffix.lower() in (".zip", ".tar"):
@@ -217,13 +242,13 @@ def _resolved(item: Path) -> str:
         return str(item.absolute())
 
 
-def _archive(word: str, place: str) -> ImageFiles:
+def _archive(word: str, place: str) -> ImageFileSet:
     try:
         if place.lower().endswith(".zip"):
             with open_zip(place) as archive:
                 found = archive.namelist()
             refuse_duplicates(place, found)
-            return ImageFiles(place, _listed(word, place, found))
+            return ImageFileSet(place, _listed(word, place, found))
         with open_tar(place) as tar:
             items = files_of(tar)
     except DamagedFile as error:
@@ -236,7 +261,7 @@ def _archive(word: str, place: str) -> ImageFiles:
             raise UserError(
                 f"{word}={place}: {name[:200]} has more than {FILE_LIMIT} bytes or is sparse: pack it again"
             )
-    return ImageFiles(place, names, tuple((items[name].offset_data, items[name].size) for name in names))
+    return ImageFileSet(place, names, tuple((items[name].offset_data, items[name].size) for name in names))
 
 
 def _listed(word: str, place: str, names: list[str]) -> tuple[str, ...]:

@@ -16,11 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dvae.errors import UserError
-from dvae.evaluation import features
-from dvae.evaluation.benchmark import Bench
 from dvae.evaluation.image_sets import ImageSet
-from dvae.evaluation.plots import COLORS, DPI, INK, dress
-from dvae.tracking.console import Progress
+from dvae.evaluation.metric_plots import COLORS, DPI, INK_COLOR, style_axes
+from dvae.evaluation.sample_scores import EvaluationContext
 from dvae.utils import atomic_files
 
 BLOCK = 1024
@@ -31,7 +29,7 @@ NEAR = 0.01
 
 
 @dataclass(frozen=True)
-class Nearest:
+class NearestImages:
     """Of each of N images the nearest of another set."""
 
     distance: torch.Tensor
@@ -40,7 +38,7 @@ class Nearest:
     """(N,), int64."""
 
 
-def nearest(images: torch.Tensor, others: list[torch.Tensor]) -> Nearest:
+def nearest(images: torch.Tensor, others: list[torch.Tensor]) -> NearestImages:
     """Of each row of `images` (N, D) the nearest among all rows of `others`, blocks (m, D), by L2 / sqrt(D).
 
     Exact to float64's rounding of sums: a copy is at 1e-5 or less of its own size.
@@ -57,41 +55,40 @@ def nearest(images: torch.Tensor, others: list[torch.Tensor]) -> Nearest:
         best = torch.where(better, low, best)
         index = torch.where(better, at + start, index)
         start += len(block)
-    return Nearest((best / x.shape[1]).sqrt(), index)
+    return NearestImages((best / x.shape[1]).sqrt(), index)
 
 
-def refuse(bench: Bench) -> None:
-    """Raise UserError where there are no held-out images to compare with."""
-    if bench.heldout is None:
+def require_heldout(context: EvaluationContext) -> None:
+    """Raise UserError if there are no held-out images to compare with."""
+    if context.scorer.heldout is None:
         raise UserError("memorization= compares with held-out images: the reference must be shards that have some")
 
 
-def check(bench: Bench, samples: ImageSet, picture: Path) -> dict[str, Any]:
-    """Figures of the samples' and of held-out images' nearest training images, and the picture."""
-    assert bench.heldout is not None  # as refuse has seen
-    real, unseen = bench.real()
+def report(context: EvaluationContext, samples: ImageSet, picture: Path) -> dict[str, Any]:
+    """Distances of samples and of held-out images to their nearest training images; draws the picture."""
+    reference, heldout = context.scorer.reference, context.scorer.heldout
+    assert heldout is not None  # see require_heldout
+    real, unseen = context.scorer.real_features()
     assert unseen is not None
-    with Progress("samples", len(samples)) as bar:
-        drawn = features.of_set(samples, bench.way, lambda n: bar.update(bar.step + n, n))
-    starts = range(0, len(bench.reference), BLOCK)
-    ours, theirs = _pixels(samples, 0, len(samples)), _pixels(bench.heldout, 0, len(bench.heldout))
+    (drawn,) = context.scorer.set_features({"samples": [samples]})["samples"]
+    starts = range(0, len(reference), BLOCK)
+    ours, theirs = _pixels(samples, 0, len(samples)), _pixels(heldout, 0, len(heldout))
     pixels_of_ours, pixels_of_theirs = (
-        nearest(x, [_pixels(bench.reference, i, min(i + BLOCK, len(bench.reference))) for i in starts])
-        for x in (ours, theirs)
+        nearest(x, [_pixels(reference, i, min(i + BLOCK, len(reference))) for i in starts]) for x in (ours, theirs)
     )
     blocks = list(real.pooled.split(BLOCK))
     spaces = {
         "pixels": (pixels_of_ours, pixels_of_theirs),
         "features": (nearest(drawn.pooled, blocks), nearest(unseen.pooled, blocks)),
     }
-    shown = spaces["pixels"][0].distance.argsort()[: bench.settings.memorization].tolist()
-    show(bench, samples, spaces, shown, picture)
+    shown = spaces["pixels"][0].distance.argsort()[: context.settings.memorization].tolist()
+    plot_nearest(reference, samples, spaces, shown, picture)
     return {
         "n": len(samples),
-        "n_heldout": len(bench.heldout),
-        "n_reference": len(bench.reference),
+        "n_heldout": len(heldout),
+        "n_reference": len(reference),
         "unit": {"pixels": "root mean square, gray levels of 255", "features": "root mean square"},
-        **{space: summary(*pair) for space, pair in spaces.items()},
+        **{space: distance_summary(*pair) for space, pair in spaces.items()},
         "nearest": [
             {"sample": k, "training_image_by_pixels": int(spaces["pixels"][0].index[k]),
              "training_image_by_features": int(spaces["features"][0].index[k]),
@@ -105,19 +102,23 @@ def _pixels(images: ImageSet, start: int, stop: int) -> torch.Tensor:
     return images.read(start, stop).flatten(1)
 
 
-def summary(samples: Nearest, heldout: Nearest) -> dict[str, Any]:
+def distance_summary(samples: NearestImages, heldout: NearestImages) -> dict[str, Any]:
     """Quantiles of both, and the share of samples nearer than all but 1% of held-out images: 1% if none is copied."""
 
-    def quantiles(found: Nearest) -> dict[str, float]:
+    def quantiles(found: NearestImages) -> dict[str, float]:
         return {f"{q:g}": float(found.distance.quantile(q)) for q in QUANTILES}
 
     limit = heldout.distance.quantile(NEAR)
-    suggest = float((samples.distance < limit).double().mean())
-    return {"samples": quantiles(samples), "heldout": quantiles(heldout), "share_of_samples_near": suggest}
+    share_near = float((samples.distance < limit).double().mean())
+    return {"samples": quantiles(samples), "heldout": quantiles(heldout), "share_of_samples_near": share_near}
 
 
-def show(
-    bench: Bench, samples: ImageSet, spaces: dict[str, tuple[Nearest, Nearest]], shown: list[int], picture: Path
+def plot_nearest(
+    reference: ImageSet,
+    samples: ImageSet,
+    spaces: dict[str, tuple[NearestImages, NearestImages]],
+    shown: list[int],
+    picture: Path,
 ) -> None:
     """Rows of three (sample, nearest by pixels, nearest by features), and the two distributions of distances."""
     figure = Figure(figsize=(11, 1.2 + 1.0 * -(-len(shown) // 2)), layout="constrained")
@@ -132,16 +133,16 @@ def show(
     for place, k in enumerate(shown):
         for column, (title, space) in enumerate(columns):
             plot = axes[place % rows, 3 * (place // rows) + column]
-            images, at = (samples, k) if space is None else (bench.reference, int(spaces[space][0].index[k]))
+            images, at = (samples, k) if space is None else (reference, int(spaces[space][0].index[k]))
             plot.imshow(images.read(at, at + 1)[0].permute(1, 2, 0).numpy(), interpolation="nearest")
             if place % rows == 0:
-                plot.set_title(title, fontsize=8, color=INK)
-    left.suptitle("samples nearest to a training image, and that image", fontsize=9, color=INK)
+                plot.set_title(title, fontsize=8, color=INK_COLOR)
+    left.suptitle("samples nearest to a training image, and that image", fontsize=9, color=INK_COLOR)
     for plot, (space, (ours, theirs)) in zip(right.subplots(2, 1), spaces.items(), strict=True):
         both = np.concatenate([ours.distance.numpy(), theirs.distance.numpy()])
         bins = np.linspace(both.min(), both.max(), 40)
         for name, found, color in (("samples", ours, COLORS[1]), ("held-out images", theirs, COLORS[0])):
             plot.hist(found.distance.numpy(), bins, density=True, alpha=0.55, color=color, label=name)
-        dress(plot, f"distance to the nearest training image in {space}", "density")
+        style_axes(plot, f"distance to the nearest training image in {space}", "density")
         plot.legend(fontsize=8, frameon=False)
     atomic_files.write_file(picture, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))

@@ -13,7 +13,7 @@ import importlib.metadata
 import io
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -273,23 +273,6 @@ def extract(extractor: Extractor, images: torch.Tensor) -> Features:
 @cache
 def _extractor(device: str) -> EfficientNetLite0:
     return EfficientNetLite0(EXTRACTOR, [LAYER]).to(device)
-
-
-def features(images: torch.Tensor, batch: int = 64, progress: Callable[[int], None] | None = None) -> torch.Tensor:
-    """Features (N, 1280), float32, on the CPU, of images (N, 3 or 1, H, W), uint8, computed on the images' device.
-
-    Gray images are repeated to three channels. `progress(count)` is told of each batch that is done.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"images are {tuple(images.shape)} {images.dtype}: want (N, 1 or 3, H, W) uint8, N >= 1")
-    extractor = _extractor(str(images.device))
-    done = []
-    with torch.no_grad():
-        for part in images.split(batch):
-            done.append(extractor(part.expand(-1, 3, -1, -1))[0].cpu())
-            if progress:
-                progress(len(part))
-    return torch.cat(done)
 
 
 def kid(

@@ -1,24 +1,134 @@
-"""Sets of generated images against real ones, with the real-against-real floor."""
+"""Score sets of generated images against real ones, beside the floor: real images that are scored in the same way.
+
+Every score of image sets is computed here: those of runs (`score_tensors`), and those of tools/evaluate.py (`Scorer`).
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dvae.errors import UserError
-from dvae.evaluation import features, metrics
-from dvae.evaluation.measures import Measures, Metric
+from dvae.evaluation import metrics
+from dvae.evaluation.features import FeatureMethod, cached_features, compute_features
+from dvae.evaluation.image_sets import ImageSet, TensorImages
+from dvae.evaluation.metric_suite import Metric, MetricSuite
 from dvae.evaluation.metrics import Features
 from dvae.evaluation.protocol import Protocol
 from dvae.tracking.console import Progress
 
+Result = dict[str, Any]
+"""{"protocol": {...}, "sets": {name: figures}, "floor": {"heldout": figures, "reference halves": figures}}, JSON-ready.
 
-def score(
+figures is {"n", "n_reference", metric: {"mean", "se", "per_seed", ...}}. se is the standard error over seeds, null for
+one seed. The floor is real images scored as if they were a set; see MetricSuite.floor."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Computes features of image sets and compares them with those of real images."""
+
+    method: FeatureMethod
+    suite: MetricSuite
+    reference: ImageSet
+    """Real images that sets are compared with."""
+    heldout: ImageSet | None
+    """Real images that the reference does not have, for the floor."""
+    reference_split: str
+    cache: Path
+    """Folder in which features of real images are kept."""
+
+    @cached_property
+    def reference_sha256(self) -> str:
+        return self.reference.sha256()
+
+    def real_features(self) -> tuple[Features, Features | None]:
+        """Features of the reference and of held-out images, from the cache if they are there."""
+        sets = [self.reference, *([self.heldout] if self.heldout else [])]
+        with Progress("real images", sum(map(len, sets))) as bar:
+            found = [
+                cached_features(images, self._sha256(images), self.method, self.cache, advancing(bar))
+                for images in sets
+            ]
+        return found[0], found[1] if self.heldout else None
+
+    def _sha256(self, images: ImageSet) -> str:
+        return self.reference_sha256 if images is self.reference else images.sha256()
+
+    def set_features(self, sets: Mapping[str, Sequence[ImageSet]]) -> dict[str, list[Features]]:
+        """Features of generated images, which are not kept."""
+        with Progress("samples", sum(len(images) for parts in sets.values() for images in parts)) as bar:
+            return {
+                name: [compute_features(images, self.method, advancing(bar)) for images in parts]
+                for name, parts in sets.items()
+            }
+
+    def score(
+        self,
+        sets: Mapping[str, Sequence[ImageSet]],
+        *,
+        n: int,
+        seeds: Sequence[int],
+        sampler: Mapping[str, Any],
+        nfe: float,
+        made: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """Figures of sets of images and the floor. `sets` has one ImageSet of `n` images per seed under each name.
+
+        `seeds`, `sampler`, `nfe` and `made` only say in the protocol how the images were made.
+        """
+        real, unseen = self.real_features()
+        generated = self.set_features(sets)
+        protocol = self.protocol(n, seeds, sampler, nfe, made)
+        parts = len(next(iter(sets.values())))
+        return {
+            "protocol": asdict(protocol),
+            "sets": {name: self.suite.figures(features, real) for name, features in generated.items()},
+            "floor": self.suite.floor(real, unseen, n, parts),
+        }
+
+    def protocol(
+        self, n: int, seeds: Sequence[int], sampler: Mapping[str, Any], nfe: float, made: Mapping[str, Any] | None
+    ) -> Protocol:
+        """What goes with every figure; a setting of a metric that is not computed is null."""
+        suite, extractor = self.suite, self.method.extractor
+        kid, fixed_threads = Metric.kid in suite.metrics, self.method.threads is not None
+        return Protocol(
+            backend=metrics.backend(),
+            extractor=extractor.name,
+            weights_sha256=extractor.weights_sha256,
+            resize=extractor.resize,
+            image_size=self.reference.size()[0],
+            n=n,
+            reference_split=self.reference_split,
+            n_reference=len(self.reference),
+            reference_sha256=self.reference_sha256,
+            seeds=list(seeds),
+            kid_subset_size=suite.kid_subset_size if kid else None,
+            kid_subsets=suite.kid_subsets if kid else None,
+            kid_seed=suite.seed,
+            prc_neighborhood=suite.prc_neighborhood if Metric.prc in suite.metrics else None,
+            isc_splits=suite.isc_splits if Metric.isc in suite.metrics else None,
+            sampler=dict(sampler),
+            nfe=nfe,
+            packages=metrics.packages(),
+            made=dict(made or {}),
+            batch=self.method.batch if fixed_threads else None,
+            threads=self.method.threads,
+        )
+
+
+def advancing(bar: Progress) -> Callable[[int], None]:
+    """A function that advances a progress bar by a number of images."""
+    return lambda count: bar.update(bar.step + count, count)
+
+
+def score_tensors(
     sets: Mapping[str, Sequence[torch.Tensor]],
     reference: torch.Tensor,
     heldout: torch.Tensor,
@@ -32,69 +142,35 @@ def score(
     reconstructions: torch.Tensor | None = None,
     reference_split: str = "train",
     batch: int = 64,
-) -> dict[str, Any]:
-    """KID-lite0 and FID-lite0 of each named set against `reference`, JSON-ready.
+) -> Result:
+    """KID-lite0 and FID-lite0 of each named set against `reference`.
 
     sets: name -> one tensor (n, C, H, W), uint8, per seed, all of the same n. reference (M, C, H, W) and heldout
     (K, C, H, W) are real images, uint8, disjoint. Features of real images are kept in the folder `cache`.
-    `reconstructions` of held-out images are one more set, of a size of its own.
-
-    Returns {"protocol": {...}, "sets": {name: figures}, "floor": {"heldout": figures, "reference halves": figures}}
-    with figures = {"n", "n_reference", "KID-lite0": {"mean", "se", "per_seed", "subset_std"}, "FID-lite0": {"mean",
-    "se", "per_seed"}}. se is the standard error over seeds, null for one. The floor is real images scored as if they
-    were a set: up to len(seeds) disjoint parts of `heldout`, n images each (all of them where there are fewer), and
-    part of the reference against its rest. Raises UserError where there are too few images.
+    `reconstructions` of held-out images are one more set, of a size of its own; they are left out if they are too few.
+    Raises UserError for too few images.
     """
     n = _common_count(sets, seeds)
-    for what, count in (("a set", n), ("the reference", len(reference))):
-        if count < kid_subset_size:
-            raise UserError(
-                f"kid_subset_size={kid_subset_size} is more than the {count} images of {what}: use {count} or less"
-            )
-
-    heldout = heldout[: n * len(seeds)]
-    if reconstructions is not None and len(reconstructions) >= kid_subset_size:
-        sets = {**sets, "reconstructions": [reconstructions]}
-    total = sum(len(images) for images_of in sets.values() for images in images_of) + len(reference) + len(heldout)
-    with Progress("features", total) as bar:
-
-        def progress(count: int) -> None:
-            bar.update(bar.step + count, count)
-
-        real = _cached_features(reference, cache, batch, progress)
-        unseen = _cached_features(heldout, cache, batch, progress)
-        made = {name: [Features(metrics.features(i, batch, progress)) for i in images] for name, images in sets.items()}
-
-    measures = Measures(
+    suite = MetricSuite(
         metrics=(Metric.kid, Metric.fid), suffix="-lite0", kid_subset_size=kid_subset_size, kid_subsets=kid_subsets
     )
-    halves = min(n, len(real) // 2)
-    enough = max(len(unseen), halves)
-    if enough < kid_subset_size:
-        raise UserError(f"kid_subset_size={kid_subset_size} leaves no real images for the floor: use {enough} or less")
-    floor = measures.floor(real, unseen, n, len(seeds))
-    floor = {name: figures for name, figures in floor.items() if "KID-lite0" in figures}
-
-    protocol = Protocol(
-        backend=metrics.backend(),
-        extractor=metrics.EXTRACTOR,
-        weights_sha256=metrics.weights_sha256(),
-        resize=metrics.RESIZE,
-        image_size=reference.shape[-1],
-        n=n,
+    suite.check("a set", n)
+    suite.check("the reference", len(reference))
+    heldout = heldout[: n * len(seeds)]
+    _check_floor(kid_subset_size, len(heldout), min(n, len(reference) // 2))
+    image_sets = {name: list(map(TensorImages, images)) for name, images in sets.items()}
+    if reconstructions is not None and len(reconstructions) >= kid_subset_size:
+        image_sets["reconstructions"] = [TensorImages(reconstructions)]
+    scorer = Scorer(
+        method=FeatureMethod(extractor=metrics.lite0(), batch=batch, device=str(reference.device)),
+        suite=suite,
+        reference=TensorImages(reference),
+        heldout=TensorImages(heldout) if len(heldout) else None,
         reference_split=reference_split,
-        n_reference=len(reference),
-        reference_sha256=_sha256(reference),
-        seeds=list(seeds),
-        kid_subset_size=kid_subset_size,
-        kid_subsets=kid_subsets,
-        kid_seed=measures.seed,
-        sampler=dict(sampler),
-        nfe=nfe,
-        packages=metrics.packages(),
+        cache=cache,
     )
-    scored = {name: measures.figures(parts, real) for name, parts in made.items()}
-    return {"protocol": asdict(protocol), "sets": scored, "floor": floor}
+    result = scorer.score(image_sets, n=n, seeds=seeds, sampler=sampler, nfe=nfe)
+    return result | {"floor": {name: of for name, of in result["floor"].items() if "KID-lite0" in of}}
 
 
 def _common_count(sets: Mapping[str, Sequence[torch.Tensor]], seeds: Sequence[int]) -> int:
@@ -105,17 +181,7 @@ def _common_count(sets: Mapping[str, Sequence[torch.Tensor]], seeds: Sequence[in
     return counts.pop()
 
 
-def _sha256(images: torch.Tensor) -> str:
-    digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _cached_features(images: torch.Tensor, cache: Path, batch: int, progress: Callable[[int], None]) -> Features:
-    """Features of real images, kept in `cache` by hash of images, extractor and weights."""
-    if not len(images):
-        return Features(torch.empty(0, 1280))
-    made_by = f"{metrics.EXTRACTOR} {metrics.weights_sha256()} {metrics.RESIZE} pooled"
-    return features.cached(
-        f"{_sha256(images)} {made_by}", cache, lambda: Features(metrics.features(images, batch, progress)), progress
-    )
+def _check_floor(kid_subset_size: int, heldout: int, half: int) -> None:
+    """Raise UserError if neither held-out images nor half of the reference suffice for a floor of KID."""
+    if (enough := max(heldout, half)) < kid_subset_size:
+        raise UserError(f"kid_subset_size={kid_subset_size} leaves no real images for the floor: use {enough} or less")

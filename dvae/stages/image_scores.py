@@ -24,10 +24,10 @@ def score_images(
     reconstructions: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Score `sets`, which hold evaluate.n images (n, C, H, W) uint8 per seed, against training and held-out images."""
-    from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
+    from dvae.evaluation.scorer import score_tensors  # here, since it needs the extra `metrics`
 
     settings = config.evaluate
-    return score(
+    return score_tensors(
         sets,
         train.read(evenly_spaced(len(train), settings.n_reference)),
         heldout.read(evenly_spaced(len(heldout), settings.n * len(seeds))),

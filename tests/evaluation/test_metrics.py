@@ -8,6 +8,8 @@ from sklearn.datasets import load_digits
 
 from dvae.errors import UserError
 from dvae.evaluation import metrics
+from dvae.evaluation.features import FeatureMethod, compute_features
+from dvae.evaluation.image_sets import TensorImages
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +18,14 @@ def digits() -> torch.Tensor:
     return (torch.from_numpy(load_digits().images[:80]) * 15.9).to(torch.uint8).unsqueeze(1)
 
 
+def lite0_features(images: torch.Tensor, batch: int = 64, advance=lambda count: None) -> torch.Tensor:
+    method = FeatureMethod(extractor=metrics.lite0(), batch=batch, device="cpu")
+    return compute_features(TensorImages(images), method, advance).pooled
+
+
 @pytest.fixture(scope="module")
 def features(digits) -> torch.Tensor:
-    return metrics.features(digits)
+    return lite0_features(digits)
 
 
 class Images(torch.utils.data.Dataset):
@@ -58,7 +65,7 @@ def test_features_do_not_depend_on_the_batch(digits, features):
     assert features.shape == (80, 1280)
     assert features.dtype == torch.float32
     counts = []
-    assert torch.equal(metrics.features(digits[3:15], batch=5, progress=counts.append), features[3:15])
+    assert torch.equal(lite0_features(digits[3:15], batch=5, advance=counts.append), features[3:15])
     assert counts == [5, 5, 2]
 
 
@@ -108,7 +115,7 @@ def test_too_few_images(features):
 @pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(0, 3, 8, 8, dtype=torch.uint8)])
 def test_other_tensors_are_refused(images):
     with pytest.raises(ValueError, match="uint8"):
-        metrics.features(images)
+        TensorImages(images)
 
 
 def test_without_the_extra_it_says_what_to_install():

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from test_protocol import PROTOCOL
 
 from dvae.errors import MachineError, UserError
-from dvae.evaluation import benchmark, features, tables
+from dvae.evaluation import features, sample_scores, tables
 from dvae.evaluation.metrics import Features
 
 FIGURE: dict[str, Any] = {"mean": 0.5, "se": None, "per_seed": [0.5]}
@@ -47,7 +47,7 @@ every_damage = pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_result_comes_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(json.dumps(RESULT))
-    assert benchmark._read(path) == tables.read(str(path)) == RESULT
+    assert sample_scores._read(path) == tables.read(str(path)) == RESULT
     path.write_text(json.dumps({"recipe": "demo", "evaluation": RESULT}))
     assert tables.read(str(path)) == RESULT
 
@@ -57,7 +57,7 @@ def test_a_damaged_result_that_is_kept_is_one_line(tmp_path: Path, text: str) ->
     path = tmp_path / "result.json"
     path.write_text(text)
     with pytest.raises(MachineError, match=r"result\.json: damaged \(.*\); delete it, it will be made again$") as error:
-        benchmark._read(path)
+        sample_scores._read(path)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -77,7 +77,7 @@ def test_what_is_no_file_is_one_line(tmp_path: Path, make: Any) -> None:
     with pytest.raises(UserError, match=r"compare: .*, not a file: name results of tools/evaluate\.py"):
         tables.read(str(path))
     with pytest.raises(MachineError, match=r"not a file\); delete it"):
-        benchmark._read(path)
+        sample_scores._read(path)
     with pytest.raises(UserError, match="cannot be read"):
         tables.read(str(tmp_path / "none"))
 

@@ -129,7 +129,7 @@ def main() -> None:
     # DeepSpeed asks the compiler for libaio when it is imported
     for name in ("deepspeed", "dvae.inference.pipeline", "dvae.inference.generation.generate", "dvae.runs.job",
                  "dvae.models.importers.convert_checkpoint", "dvae.config.validate",
-                 "dvae.evaluation.benchmark", "dvae.training.export", "torchvision.io", "PIL.Image"):  # fmt: skip
+                 "dvae.evaluation.sample_scores", "dvae.training.export", "torchvision.io", "PIL.Image"):  # fmt: skip
         importlib.import_module(name)
     from dvae.registry.discovery import discover
 

@@ -14,9 +14,9 @@ from dvae.config import compose
 from dvae.data.building import shard_build
 from dvae.errors import MachineError, UserError
 from dvae.evaluation import features, metrics
-from dvae.evaluation.features import Way
+from dvae.evaluation.features import FeatureMethod
 from dvae.evaluation.image_sets import ImageArray, open_image_set
-from dvae.evaluation.memorization import Nearest, nearest, summary
+from dvae.evaluation.memorization import NearestImages, distance_summary, nearest
 from dvae.evaluation.metrics import Extractor, Features
 from dvae.models import bundle_export, components
 from dvae.runs.folder import submit
@@ -144,7 +144,9 @@ def test_two_processes_compute_the_same_bits(monkeypatch: pytest.MonkeyPatch) ->
     path = Path("x.npy").resolve()
     np.save(path, images)
     one, two = (
-        features.of_set(ImageArray(str(path)), Way.of(metrics.lite0(), 4, processes), lambda _: None)
+        features.compute_features(
+            ImageArray(str(path)), FeatureMethod.for_extractor(metrics.lite0(), 4, processes), lambda _: None
+        )
         for processes in (1, 2)
     )
     assert torch.equal(one.pooled, two.pooled)
@@ -156,10 +158,10 @@ def test_nearest_images() -> None:
     found = nearest(x, [torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0, 10.0], [0.0, 2.0]])])
     assert found.index.tolist() == [2, 1]
     assert found.distance.tolist() == pytest.approx([2**0.5, 0.0])
-    heldout = Nearest(torch.arange(1, 101).double(), torch.zeros(100, dtype=torch.int64))
-    copies = Nearest(torch.tensor([0.0, 0.0, 50.0, 60.0]).double(), torch.zeros(4, dtype=torch.int64))
-    assert summary(copies, heldout)["share_of_samples_near"] == 0.5
-    assert summary(heldout, heldout)["share_of_samples_near"] == pytest.approx(0.01)
+    heldout = NearestImages(torch.arange(1, 101).double(), torch.zeros(100, dtype=torch.int64))
+    copies = NearestImages(torch.tensor([0.0, 0.0, 50.0, 60.0]).double(), torch.zeros(4, dtype=torch.int64))
+    assert distance_summary(copies, heldout)["share_of_samples_near"] == 0.5
+    assert distance_summary(heldout, heldout)["share_of_samples_near"] == pytest.approx(0.01)
 
 
 def test_mistakes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dic
 
 def kid(original: Pipeline, quantized: Pipeline, real: Real, settings: QuantizeConfig) -> dict[str, Any]:
     """KID-lite0 of both on the same seeds, the floor of held-out images, and the ratio of what is above it."""
-    from dvae.evaluation.scorer import score  # here, since it needs the extra `metrics`
+    from dvae.evaluation.scorer import score_tensors  # here, since it needs the extra `metrics`
 
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     sets: dict[str, list[torch.Tensor]] = {}
@@ -103,7 +103,7 @@ def kid(original: Pipeline, quantized: Pipeline, real: Real, settings: QuantizeC
     if settings.steps:
         sampler["steps"] = settings.steps
     with tempfile.TemporaryDirectory() as cache:
-        scored = score(
+        scored = score_tensors(
             sets, *real, seeds=seeds, sampler=sampler, nfe=quantized.nfe, kid_subset_size=settings.kid_subset_size,
             kid_subsets=100, cache=Path(cache),
         )  # fmt: skip

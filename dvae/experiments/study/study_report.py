@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dvae.evaluation.metric_plots import COLORS, style_axes
 from dvae.evaluation.metrics import packages
-from dvae.evaluation.plots import COLORS, dress
 from dvae.experiments.study.equivalence import ImageDifference
 from dvae.experiments.study.study_runs import KID, VAE, StudyPoints
 from dvae.experiments.study.study_spec import StudyConfig
@@ -116,7 +116,7 @@ def picture(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any]
     axes.axhline(level, color="#1c1b19", lw=1.0, label="real against real")
     axes.set(xscale="log")
     axes.set_ylim(bottom=min(0.0, level))
-    dress(axes, "network evaluations per image", f"{KID} (less is better)")
+    style_axes(axes, "network evaluations per image", f"{KID} (less is better)")
     axes.set_xticks(settings.steps, [str(steps) for steps in settings.steps])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=9)

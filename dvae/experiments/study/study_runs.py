@@ -16,7 +16,7 @@ from dvae.config.schema import STAGES
 from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.results import read_result
-from dvae.evaluation.scorer import score
+from dvae.evaluation.scorer import score_tensors
 from dvae.experiments.study.equivalence import ImageDifference, compare_formulations
 from dvae.experiments.study.study_spec import GENERATOR, StudyConfig, arm_overrides, arm_stages, run_folder, shards
 from dvae.inference import pipeline as pipelines
@@ -121,7 +121,7 @@ def score_point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
     began = time.perf_counter()
     say(f"{arm}" + (f" at {steps} steps" if steps else ""))
     drawn, nfe, samplers = zip(*(generate_set(settings, arm, seed, steps) for seed in settings.seeds), strict=True)
-    scored = score(
+    scored = score_tensors(
         {arm: list(drawn)},
         read_images(shards(settings), "train", settings.n_reference),
         read_images(shards(settings), "heldout", settings.n * len(settings.seeds)),

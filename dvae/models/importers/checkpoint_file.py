@@ -36,7 +36,7 @@ CHUNK = 2**20
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class CheckpointTensor:
     """A tensor of a checkpoint that is read when it is asked for."""
 
     checkpoint: Checkpoint
@@ -206,7 +206,7 @@ class Checkpoint:
             raise UserError(f"{self.path}: {quoted(name)} holds NaN or infinity: the training had failed by then")
         return value if value.dtype == torch.float64 else value.float()
 
-    def state(self) -> dict[str, StoredTensor]:
+    def state(self) -> dict[str, CheckpointTensor]:
         """The tensors of "state_dict". Raises UserError if there is none, as in no checkpoint of Lightning."""
         state = self.contents.get("state_dict") if isinstance(self.contents, dict) else None
         if not isinstance(state, dict) or not state:
@@ -227,7 +227,7 @@ class Checkpoint:
                     f"{self.path}: {quoted(name)} is empty or reaches beyond its record: the file is damaged, copy it "
                     "again"
                 )
-        return {name: StoredTensor(self, name, ref) for name, ref in state.items()}
+        return {name: CheckpointTensor(self, name, ref) for name, ref in state.items()}
 
     def settings(self) -> dict[Any, Any]:
         """The plain entries of "hyper_parameters", Lightning's own mapping or a dict; {} if there are none."""

@@ -18,7 +18,7 @@ from dvae.errors import UserError, fold
 from dvae.models import bundle_export, components
 from dvae.models.importers import diffusevae_layout as diffusevae
 from dvae.models.importers import psld_layout as psld
-from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.checkpoint_file import Checkpoint, CheckpointTensor
 from dvae.models.importers.layout_match import LayoutMatch, check_numbers
 from dvae.utils.weights import check_weights
 
@@ -157,7 +157,7 @@ def _check(config: RunConfig, match: LayoutMatch, path: Path) -> None:
         check_weights(made[part], shapes, f"{path} ({part})")
 
 
-def _load(held: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+def _load(held: dict[str, CheckpointTensor]) -> dict[str, torch.Tensor]:
     """The tensors, fp32."""
     return {name: value.load().float() for name, value in held.items()}
 

@@ -14,7 +14,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.layers.norms import default_groups
-from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.checkpoint_file import Checkpoint, CheckpointTensor
 from dvae.models.importers.layout_match import (
     LayoutMatch,
     check_averaged,
@@ -94,7 +94,7 @@ def _read_vae(match: LayoutMatch, checkpoint: Checkpoint, vae: Checkpoint | None
         match.unknown["encoder.resolutions"] = "worse reconstructions"
 
 
-def _unet(checkpoint: Checkpoint, net: dict[str, StoredTensor], image_size: int) -> dict[str, Any]:
+def _unet(checkpoint: Checkpoint, net: dict[str, CheckpointTensor], image_size: int) -> dict[str, Any]:
     """Settings of the U-Net and of its conditions, from names and shapes."""
     width, inputs, *_ = tensor_shape(checkpoint, net, "input_blocks.0.0.weight", 4)
     channels = tensor_shape(checkpoint, net, "out.2.weight", 4)[0]
@@ -135,7 +135,7 @@ def _unet(checkpoint: Checkpoint, net: dict[str, StoredTensor], image_size: int)
     }
 
 
-def _schedule(checkpoint: Checkpoint, names: dict[str, StoredTensor]) -> dict[str, Any]:
+def _schedule(checkpoint: Checkpoint, names: dict[str, CheckpointTensor]) -> dict[str, Any]:
     """DDPM's table, from the buffer `betas`."""
     (steps,) = tensor_shape(checkpoint, names, "online_network.betas", 1)
     if steps > MOST_STEPS:
@@ -149,7 +149,7 @@ def _schedule(checkpoint: Checkpoint, names: dict[str, StoredTensor]) -> dict[st
     return {"name": "ddpm_linear", "beta_start": start, "beta_end": end, "steps": len(betas)}
 
 
-def _vae(checkpoint: Checkpoint, state: dict[str, StoredTensor]) -> dict[str, Any]:
+def _vae(checkpoint: Checkpoint, state: dict[str, CheckpointTensor]) -> dict[str, Any]:
     """Settings of the VAE, from names and shapes; `resolutions` appear in none."""
     encoder, decoder = _levels(checkpoint, state, "enc."), _levels(checkpoint, state, "dec.")
     return {
@@ -161,9 +161,9 @@ def _vae(checkpoint: Checkpoint, state: dict[str, StoredTensor]) -> dict[str, An
     }
 
 
-def _levels(checkpoint: Checkpoint, state: dict[str, StoredTensor], half: str) -> list[tuple[int, int]]:
+def _levels(checkpoint: Checkpoint, state: dict[str, CheckpointTensor], half: str) -> list[tuple[int, int]]:
     """(channels, residual blocks) of each resolution of "enc." or "dec.", in the order of the file."""
-    modules: dict[int, StoredTensor] = {}
+    modules: dict[int, CheckpointTensor] = {}
     for name, value in state.items():
         match = re.fullmatch(re.escape(half) + r"block_mod\.(\d+)\.(c1\.)?weight", name)
         layer = layer_index(match[1]) if match else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvae.errors import UserError
-from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.checkpoint_file import Checkpoint, CheckpointTensor
 from dvae.models.importers.quoting import quoted
 
 MAX_SHARED = 2
@@ -29,18 +29,18 @@ class LayoutMatch:
     """Dotted field -> value: read off the tensors, or the same in all checkpoints of the layout."""
     unknown: dict[str, str] = field(default_factory=dict)
     """Dotted field that is nowhere in the file and so is the recipe's -> what a wrong one does."""
-    parts: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    parts: dict[str, dict[str, CheckpointTensor]] = field(default_factory=dict)
     """Part of the bundle -> its tensors."""
 
 
-def with_prefix(state: dict[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
+def with_prefix(state: dict[str, CheckpointTensor], prefix: str) -> dict[str, CheckpointTensor]:
     """The tensors below `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def network_tensors(
     checkpoint: Checkpoint, prefixes: dict[bool, str], ema: bool, others: tuple[str, ...]
-) -> dict[str, StoredTensor]:
+) -> dict[str, CheckpointTensor]:
     """The tensors of the averaged (ema) or online network; `prefixes` names both, `others` what else may be there.
 
     Raises UserError on surplus tensors, and where the file has no such network.
@@ -58,7 +58,7 @@ def network_tensors(
     return found
 
 
-def check_averaged(last: StoredTensor) -> None:
+def check_averaged(last: CheckpointTensor) -> None:
     """Refuse averaged weights that are still those of the first moment; `last` is the last layer's weight."""
     if last.load().abs().max() < MAX_UNTRAINED:
         raise UserError(
@@ -67,7 +67,7 @@ def check_averaged(last: StoredTensor) -> None:
         )
 
 
-def check_numbers(held: dict[str, StoredTensor]) -> None:
+def check_numbers(held: dict[str, CheckpointTensor]) -> None:
     """Refuse tensors whose numbers are damaged, or are the same numbers again and again, before memory is taken.
 
     A small file could else describe a network of any size.
@@ -95,7 +95,9 @@ def layer_index(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < len(str(LARGEST_INDEX)) else None
 
 
-def tensor_shape(checkpoint: Checkpoint, state: dict[str, StoredTensor], name: str, dimensions: int) -> tuple[int, ...]:
+def tensor_shape(
+    checkpoint: Checkpoint, state: dict[str, CheckpointTensor], name: str, dimensions: int
+) -> tuple[int, ...]:
     """The shape of the tensor `name`. Raises UserError where there is none of so many dimensions."""
     if name not in state or len(state[name].shape) != dimensions:
         raise UserError(f"{checkpoint.path}: lacks {name!r}, or it has another form: cut short, or of another layout")

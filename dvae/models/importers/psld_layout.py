@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvae.errors import UserError
-from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.checkpoint_file import Checkpoint, CheckpointTensor
 from dvae.models.importers.layout_match import (
     LayoutMatch,
     check_averaged,
@@ -74,7 +74,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
     return match
 
 
-def _modules(checkpoint: Checkpoint, net: dict[str, StoredTensor]) -> list[NcsnppModule]:
+def _modules(checkpoint: Checkpoint, net: dict[str, CheckpointTensor]) -> list[NcsnppModule]:
     """all_modules, in order. Raises UserError on one that PSLD's NCSN++ does not have."""
     shapes: dict[int, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, value in net.items():

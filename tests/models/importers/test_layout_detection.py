@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from tests_support import ROOT
 
 from dvae.models.importers import diffusevae_layout, psld_layout
-from dvae.models.importers.checkpoint_file import Checkpoint, StoredTensor
+from dvae.models.importers.checkpoint_file import Checkpoint, CheckpointTensor
 from dvae.models.importers.unpickle import TensorRef, TensorStorage
 from dvae.registry.core import Shapes
 from dvae.registry.encoders.base import ENCODERS
@@ -35,14 +35,14 @@ def preset(kind: str, name: str) -> tuple[dict, int]:
     return {"name": component} | plain if component.islower() else plain, size
 
 
-def stored(registry, node: dict, io: Shapes) -> tuple[dict[str, StoredTensor], object]:
+def stored(registry, node: dict, io: Shapes) -> tuple[dict[str, CheckpointTensor], object]:
     """The network's tensors as a file would hold them, and its settings."""
     with torch.device("meta"):
         made = registry.build(node, io)
     held = {}
     for name, value in made.state_dict().items():
         ref = TensorRef(TensorStorage(torch.float32, "0", value.numel()), 0, tuple(value.shape), value.stride())
-        held[name] = StoredTensor(FILE, name, ref)
+        held[name] = CheckpointTensor(FILE, name, ref)
     return held, made.config
 
 

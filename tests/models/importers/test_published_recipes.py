@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from dvae.config import compose as configuration
 from dvae.models import components
 from dvae.models.importers import convert_checkpoint
-from dvae.models.importers.checkpoint_file import StoredTensor
+from dvae.models.importers.checkpoint_file import CheckpointTensor
 from dvae.models.importers.unpickle import TensorRef, TensorStorage
 
 
 class Shapeless:
     """A checkpoint with names and shapes, and no numbers; settings of a VAE are not kept in it."""
 
-    held: dict[str, StoredTensor]
+    held: dict[str, CheckpointTensor]
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,19 +31,19 @@ class Shapeless:
     def settings(self) -> dict[str, str]:
         return {}
 
-    def state(self) -> dict[str, StoredTensor]:
+    def state(self) -> dict[str, CheckpointTensor]:
         return self.held
 
 
-def hold(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
+def hold(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, CheckpointTensor]:
     held = {}
     for name, value in state.items():
         ref = TensorRef(TensorStorage(torch.float32, "0", value.numel()), 0, tuple(value.shape), value.stride())
-        held[prefix + name] = StoredTensor(None, prefix + name, ref)
+        held[prefix + name] = CheckpointTensor(None, prefix + name, ref)
     return held
 
 
-def no_numbers(tensor: StoredTensor) -> torch.Tensor:
+def no_numbers(tensor: CheckpointTensor) -> torch.Tensor:
     return torch.linspace(1e-4, 0.02, 1000) if tensor.name.endswith("betas") else torch.ones(tensor.shape)
 
 
@@ -68,6 +68,6 @@ def test_fits(recipe, layout, changed, tmp_path, monkeypatch):
         held |= hold("online_network.", {"betas": torch.ones(1000), **form2})
     monkeypatch.setattr(convert_checkpoint, "Checkpoint", Shapeless)
     monkeypatch.setattr(Shapeless, "held", held, raising=False)
-    monkeypatch.setattr(StoredTensor, "load", no_numbers)
+    monkeypatch.setattr(CheckpointTensor, "load", no_numbers)
     lines = convert_checkpoint.convert(config)
     assert f"changed in recipe={recipe} for it: {changed}" in lines

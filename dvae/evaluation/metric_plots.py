@@ -16,25 +16,25 @@ from dvae.utils import atomic_files
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, SOFT = "#1c1b19", "#6a675f"
+INK_COLOR, SOFT_COLOR = "#1c1b19", "#6a675f"
 COLORS = ("#2f6db3", "#c8553d", "#3f8f5b", "#8a5fb0", "#b8862b", "#4b9aa3")
-PANEL, HEIGHT, DPI = 4.2, 3.8, 110
+PANEL_WIDTH, PANEL_HEIGHT, DPI = 4.2, 3.8, 110
 """Inches of a panel's width and height; dots per inch."""
 
 
-def study(
-    results: Sequence[Mapping[str, Any]], places: Sequence[float], curves: Sequence[str], x_label: str, title: str,
+def plot_study(
+    results: Sequence[Mapping[str, Any]], x_values: Sequence[float], curves: Sequence[str], x_label: str, title: str,
     path: Path,
 ) -> None:  # fmt: skip
-    """Figures of points against `places`; those of one name in `curves` belong together. A PNG, in one rename."""
+    """Figures of points against `x_values`; points with the same name in `curves` form one curve. Writes a PNG."""
     metrics = names(results)
-    figure = Figure(figsize=(PANEL * len(metrics), HEIGHT), layout="constrained")
+    figure = Figure(figsize=(PANEL_WIDTH * len(metrics), PANEL_HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
     for number, metric in enumerate(metrics):
         plot = figure.add_subplot(1, len(metrics), number + 1)
         several = len({name for result in results for name in result["sets"]}) > 1
         lines: dict[str, list[tuple[float, float, float]]] = {}
-        for result, x, curve in zip(results, places, curves, strict=True):
+        for result, x, curve in zip(results, x_values, curves, strict=True):
             for name, figures in result["sets"].items():
                 value = figures[metric]
                 label = f"{curve}: {name}" if several and curve else curve or name
@@ -44,14 +44,15 @@ def study(
             plot.errorbar(x, y, error, color=COLORS[color % len(COLORS)], marker="o", ms=4, capsize=3, label=label)
         for (name, figures), style in zip(results[0]["floor"].items(), (":", "--"), strict=False):
             if metric in figures:
-                plot.axhline(figures[metric]["mean"], color=SOFT, ls=style, lw=1, label=f"real images: {name}")
-        dress(plot, x_label, metric)
+                plot.axhline(figures[metric]["mean"], color=SOFT_COLOR, ls=style, lw=1, label=f"real images: {name}")
+        style_axes(plot, x_label, metric)
         plot.legend(fontsize=7, frameon=False)
-    figure.suptitle(title, fontsize=10, color=INK)
+    figure.suptitle(title, fontsize=10, color=INK_COLOR)
     atomic_files.write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, format="png"))
 
 
-def dress(plot: Axes, x_label: str, y_label: str) -> None:
+def style_axes(plot: Axes, x_label: str, y_label: str) -> None:
+    """Label the axes of a plot and give it the look of all plots here."""
     plot.set_xlabel(x_label, fontsize=9)
     plot.set_ylabel(y_label, fontsize=9)
     plot.tick_params(labelsize=8)

@@ -1,4 +1,4 @@
-"""Which figures are computed of features, with which settings, and from how many images on."""
+"""Metrics of sets of features, with their settings and the number of images that each metric needs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Metric(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measures:
-    """Metrics and their settings; `suffix` ends the figures' names, as the extractor has it."""
+class MetricSuite:
+    """Metrics and their settings. `suffix` ends the names of the figures, as the extractor has it."""
 
     metrics: tuple[Metric, ...]
     suffix: str
@@ -40,8 +40,8 @@ class Measures:
     isc_splits: int = 10
     seed: int = RNG_SEED
 
-    def least(self, metric: Metric) -> int:
-        """Images that a set must have."""
+    def min_images(self, metric: Metric) -> int:
+        """Images that a set must have at least."""
         return {
             Metric.fid: 2,
             Metric.kid: self.kid_subset_size,
@@ -52,7 +52,7 @@ class Measures:
     def check(self, what: str, count: int) -> None:
         """Raise UserError where a metric needs more images than the `count` of `what` has."""
         for metric in self.metrics:
-            if count < self.least(metric):
+            if count < self.min_images(metric):
                 raise UserError(
                     {
                         Metric.fid: f"FID needs two images or more, {what} has {count}: give more, or leave fid out",
@@ -74,24 +74,26 @@ class Measures:
         found: dict[str, Any] = {"n": len(parts[0]), "n_reference": len(against)}
         for metric in self.metrics:
             enough = smallest if metric is Metric.isc else min(smallest, len(against))
-            if enough >= self.least(metric):
-                found |= {f"{name}{self.suffix}": value for name, value in self._of(metric, parts, against).items()}
+            if enough >= self.min_images(metric):
+                found |= {
+                    f"{name}{self.suffix}": value for name, value in self._compute(metric, parts, against).items()
+                }
         return found
 
-    def _of(self, metric: Metric, parts: Sequence[Features], against: Features) -> dict[str, Any]:
+    def _compute(self, metric: Metric, parts: Sequence[Features], against: Features) -> dict[str, Any]:
         if metric is Metric.fid:
-            return {"FID": over_seeds([metrics.fid(part.pooled, against.pooled) for part in parts])}
+            return {"FID": mean_over_seeds([metrics.fid(part.pooled, against.pooled) for part in parts])}
         if metric is Metric.kid:
             size, subsets = self.kid_subset_size, self.kid_subsets
             kids = [metrics.kid(part.pooled, against.pooled, size, subsets, self.seed) for part in parts]
-            return {"KID": over_seeds([mean for mean, _ in kids]) | {"subset_std": [std for _, std in kids]}}
+            return {"KID": mean_over_seeds([mean for mean, _ in kids]) | {"subset_std": [std for _, std in kids]}}
         if metric is Metric.isc:
             scores = [metrics.isc(_logits(part), self.isc_splits, self.seed) for part in parts]
-            return {"IS": over_seeds([mean for mean, _ in scores]) | {"split_std": [std for _, std in scores]}}
+            return {"IS": mean_over_seeds([mean for mean, _ in scores]) | {"split_std": [std for _, std in scores]}}
         pairs = [metrics.prc(part.pooled, against.pooled, self.prc_neighborhood) for part in parts]
         return {
-            "precision": over_seeds([precision for precision, _ in pairs]),
-            "recall": over_seeds([recall for _, recall in pairs]),
+            "precision": mean_over_seeds([precision for precision, _ in pairs]),
+            "recall": mean_over_seeds([recall for _, recall in pairs]),
         }
 
     def floor(self, real: Features, unseen: Features | None, n: int, seeds: int) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def _logits(features: Features) -> torch.Tensor:
     return features.logits
 
 
-def over_seeds(values: list[float]) -> dict[str, Any]:
+def mean_over_seeds(values: list[float]) -> dict[str, Any]:
     """Mean, standard error (null for one seed) and the values themselves."""
     se = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "se": se, "per_seed": values}
