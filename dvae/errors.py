@@ -91,7 +91,9 @@ def describe(error: BaseException) -> tuple[str, int] | None:
     """An error in one line, and its exit status; None where it is none that a person can mend."""
     if isinstance(error, UserError | MachineError):
         return printable_line(error), error.exit_status
-    if isinstance(error, KeyboardInterrupt):  # training saves first (training/resilience/stopping.py); the other stages start over
+    if isinstance(
+        error, KeyboardInterrupt
+    ):  # training saves first (training/resilience/stopping.py); the other stages start over
         return "interrupted: the same command again resumes", 130
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = f" ({error.filename})" if error.filename else ""
@@ -100,6 +102,14 @@ def describe(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.filename:
         return printable_line(f"{error.filename}: {error.strerror or error}"), MachineError.exit_status
     return None
+
+
+def summarize(error: BaseException) -> tuple[str, int]:
+    """Any error in one line, and its exit status. The traceback of one that dvae does not expect is printed."""
+    known = describe(error)
+    if known is None:
+        traceback.print_exception(error)
+    return known or (f"{type(error).__name__}: {fold(error)}", MachineError.exit_status)
 
 
 def reason_of(error: BaseException) -> str:

@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
-import os
 import signal
-import sys
-import threading
 import time
-import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dvae.errors import Stopped, UserError, describe, fold
+from dvae.errors import Stopped, UserError
 from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
 from dvae.runs import attempts
 from dvae.runs.attempts import TERMINATED
-from dvae.runs.exit_status import CRASHED, GRACE, HANGS, RankExit, raise_for
-from dvae.utils.machine import cores, end_with_parent
-from dvae.utils.secrets import guard_streams
+from dvae.runs.exit_status import GRACE, HANGS, RankExit, raise_for
+from dvae.utils.child_processes import Child, ChildFailure, ChildGroup
+from dvae.utils.machine import thread_share
 
-LOOK_EVERY = 0.2
-"""Seconds after which ranks are looked at, whether or not one is heard to have ended."""
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-LAST_WORDS = 2.0
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+REPORT_SECONDS = 2.0
 """Seconds that a rank which stands still has to say where, before it is killed."""
-
-
-@dataclass
-class RankProcess:
-    """One process, and the line in which it says why it failed."""
-
-    number: int
-    process: SpawnProcess
-    line: connection.Connection
-
-    def ended(self) -> RankExit | None:
-        """How the process ended, and what it left to say; None while it runs. To be asked no more after that."""
-        if self.process.is_alive():
-            return None
-        said = ""
-        with self.line, suppress(EOFError):  # it ended well, or without a word
-            if self.line.poll():  # an orphan of the rank's may hold the other end: never wait for it
-                said = self.line.recv()
-        return RankExit(number=self.number, status=self.process.exitcode or 0, message=said)
 
 
 @LAUNCHERS.register("processes")
@@ -87,116 +59,64 @@ def run(folder: Path, count: int) -> None:
     """Start the ranks, and see how they end."""
     # here, not in rank 0: no port is guessed, and it outlives every rank
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
-    ranks: list[RankProcess] = []
-    with passing_on(ranks) as passed:
+    with ChildGroup() as ranks, ranks.forwarding(FORWARDED_SIGNALS) as forwarded:
         for number in range(count):
-            ranks.append(start(folder, number, count, store.port))
-        ended = watch(ranks)
-    failed = [end for end in ended if end.failed]
+            start_rank(ranks, folder, number, count, store.port)
+        ended = wait_for_ranks(ranks)
+    failed = [rank for rank in ended if rank.failed]
     if failed:
-        raise_for(folder, failed, passed)
-    stopped = next((end for end in ended if end.status == TERMINATED), None)
+        raise_for(folder, failed, forwarded)
+    stopped = next((rank for rank in ended if rank.status == TERMINATED), None)
     if stopped:
         raise Stopped(stopped.message, stopped.stop_reason)
 
 
-def start(folder: Path, number: int, count: int, port: int) -> RankProcess:
-    """Start one rank."""
-    context = multiprocessing.get_context("spawn")
-    theirs = {
+def start_rank(ranks: ChildGroup, folder: Path, number: int, count: int, port: int) -> None:
+    """Start one rank, with the variables by which torch.distributed finds the others."""
+    environment = {
         "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
     }  # fmt: skip
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": max(1, cores() // count)}
-    before = dict(os.environ)
-    os.environ.update({key: str(value) for key, value in (theirs | threads).items()})  # OpenMP reads it when loaded
-    try:
-        line, end = context.Pipe(duplex=False)
-        process = context.Process(target=run_rank, args=(str(folder), end), name=f"rank {number}")
-        process.start()
-        end.close()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return RankProcess(number, process, line)
+    ranks.start_function(number, run_rank, str(folder), environment=environment | thread_share(count))
 
 
-def run_rank(folder: str, line: connection.Connection) -> None:
-    """What a rank's process does. An error that has words for the user goes to the launcher, which alone prints it."""
-    os.setpgrp()  # Ctrl-C reaches the launcher alone, which passes it on: twice would mean to end at once
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    guard_streams()
+def run_rank(folder: str, send: Callable[[Any], None]) -> None:
+    """What a rank's process does. The launcher alone prints the error that ends it."""
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, chain=True)  # says where it is, and ends
     warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        from dvae.runs.job import Job  # here, since the launcher itself has no use for DeepSpeed
-        from dvae.training.resilience import watchdog as watch
+    from dvae.runs.job import Job  # here, since the launcher itself has no use for DeepSpeed
+    from dvae.training.resilience import watchdog
 
-        def on_hang(words: str, speaks: bool) -> None:
-            line.send(words)
-            watch.exit_now(HANGS)
+    def on_hang(message: str, speaks: bool) -> None:
+        send(ChildFailure(message, HANGS))
+        watchdog.exit_now(HANGS)
 
-        watch.on_hang = on_hang
-        Job(folder)()
-    except BaseException as error:  # noqa: BLE001 told to the launcher, whatever it is
-        words = describe(error)
-        if words is None:
-            traceback.print_exc()
-        said, status = words or (f"{type(error).__name__}: {fold(error)}", CRASHED)
-        line.send(said)
-        sys.exit(status)
+    watchdog.on_hang = on_hang
+    Job(folder)()
 
 
-@contextmanager
-def passing_on(ranks: list[RankProcess]) -> Iterator[list[int]]:
-    """Pass signals on to all ranks while the block runs; gives the list of those that came."""
-    passed: list[int] = []
+def wait_for_ranks(ranks: ChildGroup) -> list[RankExit]:
+    """Wait for all ranks; GRACE seconds after one has failed, the others are killed.
 
-    def pass_on(number: int, frame: object) -> None:
-        passed.append(number)
-        for rank in ranks:
-            if rank.process.is_alive() and rank.process.pid:
-                os.kill(rank.process.pid, number)
-
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
-        yield passed
-    finally:
-        for rank in ranks:  # none are left, unless the launcher itself failed
-            rank.process.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    Returns how the ranks ended that were not killed, in the order of their ends.
+    """
+    ended = ranks.wait(lambda rank: rank_exit(rank).failed, GRACE, before_kill=report_hanging)
+    return [rank_exit(rank) for rank in ended]
 
 
-def watch(ranks: list[RankProcess]) -> list[RankExit]:
-    """Wait for all ranks, and kill what is left GRACE seconds after one has failed. Returns how they ended, in their
-    order, without the killed."""
-    left, ended = list(ranks), []
-    deadline = None
-    while left:
-        connection.wait([rank.process.sentinel for rank in left], LOOK_EVERY)
-        new = [end for end in map(RankProcess.ended, left) if end]
-        left = [rank for rank in left if rank.number not in {end.number for end in new}]
-        ended += new
-        if deadline is None and any(end.failed for end in new):
-            deadline = time.monotonic() + GRACE
-        if deadline is not None and time.monotonic() >= deadline:
-            if any(end.status == HANGS for end in ended):
-                let_speak(left)
-            for rank in left:
-                rank.process.kill()
-                rank.process.join()
-            break
-    return ended
+def rank_exit(rank: Child) -> RankExit:
+    """How a rank that has ended did so."""
+    return RankExit(number=rank.number, status=rank.status or 0, message=rank.failure.message if rank.failure else "")
 
 
-def let_speak(ranks: list[RankProcess]) -> None:
-    """Have ranks that stand still say where, on stderr, through Python's faulthandler; it ends them."""
-    for rank in ranks:
-        for number in (signal.SIGQUIT, signal.SIGCONT):  # a stopped process hears nothing until it may go on
-            if rank.process.is_alive() and rank.process.pid:
-                os.kill(rank.process.pid, number)
-    deadline = time.monotonic() + LAST_WORDS
-    for rank in ranks:
-        rank.process.join(max(0.0, deadline - time.monotonic()))
+def report_hanging(ended: list[Child], running: list[Child]) -> None:
+    """If a rank ended because another one hangs: those that run print where they are, by faulthandler, and end."""
+    if not any(rank.status == HANGS for rank in ended):
+        return
+    for rank in running:
+        for number in (signal.SIGQUIT, signal.SIGCONT):  # a stopped process handles nothing until it may go on
+            rank.send_signal(number)
+    deadline = time.monotonic() + REPORT_SECONDS
+    for rank in running:
+        rank.wait(max(0.0, deadline - time.monotonic()))

@@ -19,6 +19,7 @@ from dvae.errors import Stopped, UserError, fold
 from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
 from dvae.runs.slurm import queue
 from dvae.runs.slurm.queue import SubmittedJob
+from dvae.utils.child_processes import handling
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 CONF = "SLURM_CONF"
@@ -291,18 +292,16 @@ def follow(folder: Path) -> None:
     def asked(number: int, frame: object) -> None:
         raise Stopped(f"run={folder} was canceled ({signal.Signals(number).name}): the same command again resumes")
 
-    before = signal.signal(signal.SIGTERM, asked)
-    try:
-        for line in manage.follow(folder):
-            print(line, flush=True)
-    except KeyboardInterrupt:
-        print(f"{folder}: goes on without being watched", flush=True)
-    except Stopped:
-        for line in manage.cancel(folder):
-            print(line, flush=True)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with handling([signal.SIGTERM], asked):
+        try:
+            for line in manage.follow(folder):
+                print(line, flush=True)
+        except KeyboardInterrupt:
+            print(f"{folder}: goes on without being watched", flush=True)
+        except Stopped:
+            for line in manage.cancel(folder):
+                print(line, flush=True)
+            raise
 
 
 def minutes(time: str) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from dvae.experiments.sweeps.trial_processes import end_with_parent
+from dvae.utils.child_processes import parent_death_signal
 
 PR_SET_CHILD_SUBREAPER = 36
 """Linux, prctl(2): orphans among the descendants (slurmd leaves the steps of jobs) become this process's children."""
@@ -150,7 +150,7 @@ class Daemons:
         with self.log(name).open("ab") as log:
             self.running[name] = subprocess.Popen(
                 command, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent(),
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=parent_death_signal(),
             )  # fmt: skip
         self.wait(name, ready)
 

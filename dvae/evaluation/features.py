@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +20,7 @@ from dvae.evaluation.image_sets import ImageSet
 from dvae.evaluation.metrics import Extractor, Features
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
-from dvae.utils.machine import end_with_parent
+from dvae.utils.child_processes import begin_child
 from dvae.utils.read import DamagedFile, read_weights_header
 from dvae.utils.weights import load_weights
 
@@ -107,8 +105,7 @@ _state: tuple[ImageSet, FeatureMethod, str]
 
 def _start_process(images: ImageSet, method: FeatureMethod, numbers: Queue[int]) -> None:
     global _state
-    os.setpgrp()  # Ctrl-C reaches the command alone, which ends all
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    begin_child()
     torch.set_num_threads(method.threads or torch.get_num_threads())
     gpus = torch.cuda.device_count()
     _state = (images, method, f"cuda:{numbers.get() % gpus}" if gpus else "cpu")

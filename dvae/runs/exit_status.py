@@ -11,9 +11,8 @@ from dvae.errors import MachineError, Stopped, UserError
 from dvae.runs.attempts import INTERRUPTED, TERMINATED
 from dvae.tracking.metrics_log import MetricsLog
 
-LOST, HANGS, CRASHED = 75, 76, 1
-"""Exit statuses of a rank, beside those of `run_command`: another rank is gone, or stands still; an error that nobody
-foresaw."""
+LOST, HANGS = 75, 76
+"""Exit statuses of a rank, besides those of `run_command`: another rank is gone, or hangs."""
 GRACE = 5.0
 """Seconds that the other ranks have to end by themselves once one has failed; then they are killed."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+from collections.abc import Mapping
+
+THREADS = "OMP_NUM_THREADS"
+"""The environment variable that sets the number of threads of OpenMP, and so of torch."""
 
 
 def cores() -> int:
@@ -12,9 +14,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def end_with_parent() -> None:
-    """Wait for the end of the process that started this one, and end this one too: also where that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)
+def thread_share(count: int, environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """The variable that gives each of `count` processes its share of the cores; nothing if the user has set it."""
+    return {} if THREADS in environment else {THREADS: max(1, cores() // count)}

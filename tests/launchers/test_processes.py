@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
-from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
+from made_up_ranks import deaf, fails, hangs, stands_still
 
 from dvae.config import compose as configuration
 from dvae.config import validate
 from dvae.errors import UserError
 from dvae.launchers import processes
-from dvae.runs.exit_status import RankExit
+from dvae.runs.exit_status import HANGS, RankExit
 from dvae.runs.folder import submit
+from dvae.utils import machine
+from dvae.utils.child_processes import ChildGroup
 
 
 @pytest.mark.parametrize(
@@ -45,36 +47,36 @@ def test_the_launcher_may_change_between_attempts(tiny: list[str], tmp_path: Pat
     assert run.config().launcher.ranks == 2
 
 
-def deaf() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(60)
-
-
-def fails() -> None:
-    sys.exit(
-        3
-    )  # in a function of ours: W&B's client, if another test has used it, puts its own in the place of sys.exit
-
-
 def test_what_is_left_of_a_failed_job_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE", 0.5)
-    ranks = []
-    for number, work in enumerate((deaf, fails)):
-        line, _ = get_context("spawn").Pipe(duplex=False)
-        process = get_context("spawn").Process(target=work)
-        process.start()
-        ranks.append(processes.RankProcess(number, process, line))
-    assert processes.watch(ranks) == [RankExit(number=1, status=3)]
-    assert [rank.process.exitcode for rank in ranks] == [-signal.SIGKILL, 3]
+    with ChildGroup() as ranks:
+        children = [ranks.start_function(number, work) for number, work in enumerate((deaf, fails))]
+        assert processes.wait_for_ranks(ranks) == [RankExit(number=1, status=2, message="lr=0: use more")]
+    assert [child.status for child in children] == [-signal.SIGKILL, 2]
+
+
+def test_a_rank_that_hangs_prints_where_before_it_is_killed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "GRACE", 0.0)
+    with ChildGroup() as ranks:
+        stopped = ranks.start_function(0, stands_still)
+        while not list(stopped.receive()):
+            time.sleep(0.02)
+        ranks.start_function(1, hangs)
+        stopped.send_signal(signal.SIGSTOP)
+        assert processes.wait_for_ranks(ranks) == [RankExit(number=1, status=HANGS, message="rank 0 stands still")]
+    assert stopped.status == -signal.SIGQUIT
+    assert "in stands_still" in capfd.readouterr().err
 
 
 def test_each_rank_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(processes, "cores", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     started: list[dict[str, str]] = []
-    monkeypatch.setattr(processes.SpawnProcess, "start", lambda self: started.append(dict(os.environ)))
+    monkeypatch.setattr(SpawnProcess, "start", lambda self: started.append(dict(os.environ)))
     for number in range(3):
-        processes.start(Path("run"), number, 3, 1234)
+        processes.start_rank(ChildGroup(), Path("run"), number, 3, 1234)
     assert [(e["RANK"], e["WORLD_SIZE"], e["OMP_NUM_THREADS"]) for e in started] == [
         (str(n), "3", "2") for n in range(3)
     ]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +15,7 @@ import numpy as np
 from dvae.data.images import DamagedImage, encode_png
 from dvae.errors import fold
 from dvae.registry.sources.base import Source
+from dvae.utils.child_processes import begin_child
 
 MIN_PARALLEL = 256  # images; processes take seconds to start, longer than these take to render
 
@@ -94,16 +92,7 @@ _source: Source  # of this worker process
 def _start_worker(source: Source) -> None:
     global _source
     _source = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """End with the parent: a worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    begin_child()
 
 
 def _render_chunk(chunk: range) -> list[RenderedImage]:

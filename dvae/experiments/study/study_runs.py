@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -17,13 +15,14 @@ from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.results import read_result
 from dvae.evaluation.scorer import score_tensors
+from dvae.experiments.launch_program import launch
 from dvae.experiments.study.equivalence import ImageDifference, compare_formulations
 from dvae.experiments.study.study_spec import GENERATOR, StudyConfig, arm_overrides, arm_stages, run_folder, shards
 from dvae.inference import pipeline as pipelines
 from dvae.inference.generation.task import json_value
 from dvae.runs.folder import Run
 from dvae.tracking.console import say
-from dvae.utils import atomic_files, package
+from dvae.utils import atomic_files
 from dvae.utils.evenly_spaced import evenly_spaced
 from dvae.utils.fields import Seconds
 from dvae.utils.read import JSON_LIMIT, DamagedFile, check, parse_json, read_bytes
@@ -99,16 +98,11 @@ def train(settings: StudyConfig, folder: Path, stages: tuple[str, ...], override
     if run.config_file.exists() and run.records().keys() >= set(stages):
         return
     say(f"{folder} ...")
-    command = [
-        sys.executable,
-        str(package.FOLDER / "tools" / "launch.py"),
-        f"recipe={settings.recipe}",
-        f"run={folder}",
-    ]
     lists = [f"stages=[{','.join(stages)}]"] + ([f"plugins=[{','.join(settings.plugins)}]"] if settings.plugins else [])
-    done = subprocess.run([*command, *settings.overrides, *lists, *overrides])
-    if done.returncode:
-        raise MachineError(f"{folder} ended with status {done.returncode}: see above; the same command again goes on")
+    names = [f"recipe={settings.recipe}", f"run={folder}"]
+    status = launch([*names, *settings.overrides, *lists, *overrides])
+    if status:
+        raise MachineError(f"{folder} ended with status {status}: see above; the same command again goes on")
 
 
 def score_point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dvae.config import compose as configuration
 from dvae.errors import MachineError, UserError, fold
-from dvae.utils import package
+from dvae.experiments.launch_program import launch
 
 FLAGS = ("--multirun", "-m")
 
@@ -44,10 +41,9 @@ def run(overrides: list[str]) -> None:
     """Launch the runs one after the other, each in a process of its own. Raises MachineError at the first that fails,
     with its exit status; the same command again passes over those that are finished."""
     jobs = with_folders(expand(overrides))
-    program = str(package.FOLDER / "tools" / "launch.py")
     for number, job in enumerate(jobs):
         print(f"dvae: run {number + 1} of {len(jobs)}: {' '.join(job)}", flush=True)
-        status = subprocess.run([sys.executable, program, *job], check=False).returncode
+        status = launch(job)
         if status:
             error = MachineError(f"run {number + 1} of {len(jobs)} ended with exit status {status}: {' '.join(job)}")
             error.exit_status = status if status > 0 else 128 - status

@@ -24,6 +24,7 @@ from dvae.experiments.sweeps.trials import DONE_STATES, SweepFolder, Trial, Tria
 from dvae.registry.launchers.base import launcher_of
 from dvae.runs.attempts import TERMINATED
 from dvae.tracking import figures
+from dvae.utils.child_processes import handling
 
 POLL_SECONDS = 1.0
 """Seconds between two looks at the trials."""
@@ -121,7 +122,7 @@ class Sweep:
 
     def record_end(self, trial: Trial, running: RunningTrial) -> None:
         """Enter what has become of a trial whose process has ended."""
-        status = running.process.returncode
+        status = running.process.status
         trial.seconds = round(trial.seconds + running.seconds(), 1)
         if status == 0 or running.asked_to_stop:
             trial.metric = self.final_metric(trial)
@@ -203,12 +204,11 @@ def stopping_trials(processes: TrialProcesses) -> Iterator[None]:
             f"stopped ({signal.Signals(number).name}), its trials have saved: the same command again resumes"
         )
 
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        processes.stop_all()
-        signal.signal(signal.SIGTERM, before)
+    with handling([signal.SIGTERM], ask):
+        try:
+            yield
+        finally:
+            processes.stop_all()
 
 
 def count_done(trials: Sequence[Trial]) -> int:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dvae.errors import printable_line
-from dvae.utils.machine import cores
-
-PR_SET_PDEATHSIG = 1
-"""Linux, prctl(2): the signal that a process gets when its parent ends."""
+from dvae.utils.child_processes import Child, ChildGroup
+from dvae.utils.machine import thread_share
 
 
 @dataclass
 class RunningTrial:
     """A trial's process."""
 
-    process: subprocess.Popen[bytes]
+    process: Child
     log: Path
     began: float
     slot: int
     asked_to_stop: bool = False
-    """Whether it was told to stop."""
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
@@ -42,42 +36,32 @@ class RunningTrial:
 class TrialProcesses:
     """Starts at most `parallel` processes side by side, and tells which have ended.
 
-    Where they have this machine's cores and GPUs in common (`shared`), each gets its part.
+    If they have this machine's cores and GPUs in common (`shared`), each gets its part.
     """
 
     def __init__(self, parallel: int, shared: bool = True) -> None:
         self.parallel, self.shared = parallel, shared
         self.running: dict[int, RunningTrial] = {}
+        self._children = ChildGroup()
 
     def start(self, number: int, command: list[str], log: Path) -> None:
-        """Start trial `number`, in the first free slot; what it says is added to its log."""
+        """Start trial `number`, in the first free slot; its output is added to its log."""
         taken = {running.slot for running in self.running.values()}
         slot = next(slot for slot in range(self.parallel) if slot not in taken)
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                command,
-                env=dict(os.environ) | (share(slot, self.parallel, os.environ, gpus()) if self.shared else {}),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                process_group=0,  # Ctrl-C reaches the sweep alone, which passes it on
-                preexec_fn=end_with_parent(),
-            )
-        self.running[number] = RunningTrial(process, log, time.monotonic(), slot)
+        environment = machine_share(slot, self.parallel, os.environ, gpus()) if self.shared else {}
+        child = self._children.start_program(number, command, log, environment)
+        self.running[number] = RunningTrial(child, log, time.monotonic(), slot)
 
     def ended(self) -> dict[int, RunningTrial]:
         """Those that have ended since the last call."""
-        gone = {number: running for number, running in self.running.items() if running.process.poll() is not None}
-        for number in gone:
-            del self.running[number]
-        return gone
+        return {child.number: self.running.pop(child.number) for child in self._children.ended()}
 
     def stop(self, number: int) -> None:
         """Ask a trial to save and end, once: a second signal would end it at once."""
         running = self.running[number]
         if not running.asked_to_stop:
             running.asked_to_stop = True
-            running.process.terminate()
+            running.process.send_signal(signal.SIGTERM)
 
     def stop_all(self) -> None:
         """Ask all of them, and wait until they have saved and ended."""
@@ -87,31 +71,15 @@ class TrialProcesses:
             running.process.wait()
 
 
-def end_with_parent() -> Callable[[], None] | None:
-    """What a child does first on Linux: have itself killed once this process is gone, even by SIGKILL."""
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+def machine_share(slot: int, parallel: int, environment: Mapping[str, str], devices: list[str]) -> dict[str, object]:
+    """Environment of the trial in `slot` of `parallel`: its part of the cores, and of the GPUs if there are any.
 
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before we asked
-            os._exit(1)
-
-    return ask
-
-
-def share(slot: int, parallel: int, environment: Mapping[str, str], devices: list[str]) -> dict[str, str]:
-    """Environment of the trial in `slot` of `parallel`: its part of the cores, and of the GPUs where there are any.
-
-    With fewer GPUs than trials, several trials are on one. OMP_NUM_THREADS that is set already stays.
+    With fewer GPUs than trials, several trials share one. OMP_NUM_THREADS stays if it is set already.
     """
-    mine = {}
-    if "OMP_NUM_THREADS" not in environment:
-        mine["OMP_NUM_THREADS"] = str(max(1, cores() // parallel))
-    if devices:
-        mine["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot::parallel] or [devices[slot % len(devices)]])
-    return mine
+    threads: dict[str, object] = {**thread_share(parallel, environment)}
+    if not devices:
+        return threads
+    return threads | {"CUDA_VISIBLE_DEVICES": ",".join(devices[slot::parallel] or [devices[slot % len(devices)]])}
 
 
 def gpus() -> list[str]:

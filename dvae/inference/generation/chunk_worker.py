@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from dvae.errors import MachineError, describe, fold
 from dvae.inference.generation.chunks import ChunkStore
 from dvae.inference.generation.generation_settings import GenerationConfig
 from dvae.inference.generation.task import GenerationTask
 from dvae.registry.discovery import load_plugins
-from dvae.utils.machine import end_with_parent
-from dvae.utils.secrets import guard_streams
 
 
 def generate_chunks(
@@ -36,26 +28,11 @@ def run_worker(
     folder: Path,
     ranges: list[range],
     number: int,
-    connection: Connection,
+    send: Callable[[range | None], None],
 ) -> None:
-    """The main function of a worker process, which reports to the command through `connection`.
-
-    It sends None once it is ready, each chunk's range once the chunk is kept, True at the end, or why it fails: a
-    message and an exit status.
-    """
-    guard_streams()
-    os.setpgrp()  # Ctrl-C reaches the command alone, which ends all
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        load_plugins(settings.plugins)
-        gpus = torch.cuda.device_count()
-        task = task_class(settings, f"cuda:{number % gpus}" if gpus else "cpu")
-        connection.send(None)
-        generate_chunks(task, ChunkStore(folder), ranges, connection.send)
-        connection.send(True)
-    except BaseException as error:  # noqa: BLE001 told to the command, whatever it is
-        failure = describe(error)
-        if failure is None:
-            traceback.print_exc()
-        connection.send(failure or (f"{type(error).__name__}: {fold(error)}", MachineError.exit_status))
-        sys.exit(1)
+    """What a worker process does. It sends None once it is ready, and each chunk's range once the chunk is kept."""
+    load_plugins(settings.plugins)
+    gpus = torch.cuda.device_count()
+    task = task_class(settings, f"cuda:{number % gpus}" if gpus else "cpu")
+    send(None)
+    generate_chunks(task, ChunkStore(folder), ranges, send)

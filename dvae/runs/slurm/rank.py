@@ -10,14 +10,13 @@ import json
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from dvae.errors import Stopped, describe, fold
+from dvae.errors import Stopped, summarize
 from dvae.utils.secrets import guard_streams
 
 ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -54,7 +53,7 @@ def variables(given: Any) -> dict[str, str]:
 
 def run(words: list[str], store: Any) -> dict[str, Any]:
     """Run the job; returns how it ended, for the supervisor."""
-    from dvae.runs.exit_status import CRASHED, HANGS
+    from dvae.runs.exit_status import HANGS
     from dvae.runs.job import Job
     from dvae.training.resilience import watchdog
 
@@ -66,10 +65,7 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
     try:
         Job(words[0], tuple(words[1:]))()
     except BaseException as error:  # noqa: BLE001 told to the supervisor, whatever it is
-        known = describe(error)
-        if known is None:
-            traceback.print_exc()
-        message, status = known or (f"{type(error).__name__}: {fold(error)}", CRASHED)
+        message, status = summarize(error)
         print(f"dvae: {message}", file=sys.stderr, flush=True)
         return {
             "status": status, "message": message,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from types import SimpleNamespace
-
 import pytest
 from tests_support import Tool
 
@@ -41,11 +38,11 @@ def test_the_last_runs_mistake_is_found_before_the_first_is_trained() -> None:
 def test_the_first_failure_ends_it_with_its_status(monkeypatch: pytest.MonkeyPatch, status: int, ours: int) -> None:
     started: list[str] = []
 
-    def fake(command: list[str], check: bool) -> SimpleNamespace:
-        started.append(command[-1])
-        return SimpleNamespace(returncode=status if len(started) == 2 else 0)
+    def fake(overrides: list[str]) -> int:
+        started.append(overrides[-1])
+        return status if len(started) == 2 else 0
 
-    monkeypatch.setattr(subprocess, "run", fake)
+    monkeypatch.setattr(multirun, "launch", fake)
     with pytest.raises(MachineError, match=f"^run 2 of 3 ended with exit status {status}: recipe=demo seed=2") as error:
         multirun.run(["recipe=demo", "seed=1,2,3", "run=there"])
     assert error.value.exit_status == ours

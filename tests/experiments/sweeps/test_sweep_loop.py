@@ -52,7 +52,9 @@ class MadeUp(TrialProcesses):
         folder = Path(words["run"])
         folder.mkdir(exist_ok=True)
         log.write_text("dvae: refiner ...\ndvae: error: made up\n", encoding="utf-8")
-        process: Any = SimpleNamespace(returncode=None, folder=folder, seed=int(words["seed"]), terminate=lambda: None)
+        process: Any = SimpleNamespace(
+            status=None, folder=folder, seed=int(words["seed"]), send_signal=lambda number: None
+        )
         self.running[number] = RunningTrial(process, log, 0.0, 0)
         self.started.append(number)
         self.most = max(self.most, len(self.running))
@@ -67,7 +69,7 @@ class MadeUp(TrialProcesses):
             metrics = MetricsLog(process.folder / "metrics.jsonl")
             step = len(metrics.rows()) + 1
             if step > STEPS or running.asked_to_stop or (number in self.status and step == 2):
-                process.returncode = 143 if running.asked_to_stop else self.status.pop(number, 0)
+                process.status = 143 if running.asked_to_stop else self.status.pop(number, 0)
                 gone[number] = self.running.pop(number)
             else:
                 loss = process.seed / step if self.value is None else self.value

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from multiprocessing import get_context
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from dvae.inference.generation.generation_settings import SampleConfig
 from dvae.inference.noise import SharedVariable
 from dvae.tools import sample
 from dvae.utils import atomic_files
+from dvae.utils.child_processes import ChildGroup
 
 
 @pytest.fixture(scope="module")
@@ -214,23 +216,34 @@ def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
         chunks.read(range(2), "pixels")
 
 
-def test_a_process_that_ends_early_ends_the_command() -> None:
-    context = get_context("spawn")
-    line, end = context.Pipe(duplex=False)
-    process = context.Process(target=os.abort)
-    process.start()
-    end.send(None)
-    end.send(range(3))
-    end.close()
+def generate_three_then(how: Callable[[], None], send: Callable[[range | None], None]) -> None:
+    send(None)
+    send(range(3))
+    how()
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("how", "message", "kind"),
+    [
+        (os.abort, "process 1 was ended by SIGABRT: what is drawn is kept, the same command", MachineError),
+        (partial(os._exit, 0), "process 1 ended with status 0: what is drawn is kept", MachineError),
+        (partial(fail, UserError("n=0: use 1")), "^n=0: use 1$", UserError),
+        (partial(fail, MachineError("the disk is full")), "process 1: the disk is full; what is drawn", MachineError),
+    ],
+)
+def test_a_process_that_ends_early_ends_the_command(
+    how: Callable[[], None], message: str, kind: type[Exception]
+) -> None:
     told: list[range | None] = []
-    with pytest.raises(MachineError, match="process 1 was ended by SIGABRT: what is drawn is kept, the same command"):
-        worker_pool.watch_workers([worker_pool.WorkerProcess(1, process, line)], told.append)
+    with ChildGroup() as workers:
+        workers.start_function(1, generate_three_then, how)
+        with pytest.raises(kind, match=message):
+            worker_pool.watch_workers(workers, told.append)
     assert told == [None, range(3)]
-    for said, kind in ((("n=0: use 1", 2), UserError), (("the disk is full", 1), MachineError)):
-        line, end = context.Pipe(duplex=False)
-        end.send(said)
-        with pytest.raises(kind, match=said[0]):
-            worker_pool.watch_workers([worker_pool.WorkerProcess(0, process, line)], told.append)
 
 
 def test_a_shard_of_drawn_images_keeps_their_classes(kinds: dict[str, Path], tmp_path: Path) -> None:
