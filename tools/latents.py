@@ -23,7 +23,7 @@ def command(argv: list[str]) -> None:
         return
     from dvae.config import compose
     from dvae.inference import latents
-    from dvae.tracking.console import aligned
+    from dvae.utils.text_tables import aligned_lines
 
     settings: latents.LatentsConfig = compose.words_of_a_tool(compose.compose("latents", argv))
     written, fitted = latents.run(settings)
@@ -37,7 +37,7 @@ def command(argv: list[str]) -> None:
     rows = [["", "draws of q(z|x)", "means of q(z|x)"]]
     for one in fitted.table:
         rows.append([one.name, *(f"{mean:.4f} +- {error:.4f}" for mean, error in (one.draws, one.means))])
-    print("\n".join(aligned(rows)))
+    print("\n".join(aligned_lines(rows)))
     print(settings.bundle)
 
 

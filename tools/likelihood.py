@@ -29,12 +29,12 @@ def command(argv: list[str]) -> None:
         return
     from dvae.config import compose
     from dvae.inference import image_likelihood
-    from dvae.tracking.console import aligned
+    from dvae.utils.text_tables import aligned_lines
 
     settings: image_likelihood.LikelihoodConfig = compose.words_of_a_tool(compose.compose("likelihood", argv))
     done = image_likelihood.score(settings)
     rows = [[WORDS[name], f"{mean:.4f} +- {error:.4f}"] for name, (mean, error) in done.figures.items()]
-    print("\n".join(aligned(rows)))
+    print("\n".join(aligned_lines(rows)))
     speed = f", {done.scored} scored now at {done.images_per_second:.3g} images/s" if done.scored else ""
     evaluations = f"{done.nfe:g} network evaluations and gradients each"
     print(f"{settings.out}: {settings.n} images, {evaluations}{speed}")

@@ -19,14 +19,15 @@ With W&B's server: wandb sweep recipes/sweep/NAME.yaml, then wandb agent ... ; d
 
 
 def command(argv: list[str]) -> None:
-    """Part the sweep's words from those of its trials, run it, and show the table."""
+    """Split the sweep's settings from the overrides of its trials, run it, and show the table."""
+    from dvae.config.tool_arguments import split_arguments
     from dvae.experiments.sweeps import parallel_coordinates, sweep_loop, sweep_spec, trial_table
 
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE.format(sweeps=", ".join(sweep_spec.known())))
         return
-    settings, words = sweep_loop.split_arguments(argv)
-    found, folder, trials = sweep_loop.sweep(words, settings)
+    settings, overrides = split_arguments(sweep_loop.SweepToolConfig, argv)
+    found, folder, trials = sweep_loop.sweep(overrides, settings)
     trial_table.write(trials, found, folder.path / "trials.csv")
     parallel_coordinates.draw(trials, found, folder.path / "parallel.png")
     print(trial_table.text(trials, found))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dvae.errors import UserError, printable_line
+from dvae.errors import UserError
 from dvae.evaluation.protocol import Protocol, compare
 from dvae.evaluation.results import COUNTS, LIMIT, check_result
 from dvae.utils.read import DamagedFile, parse_json, read_bytes
+from dvae.utils.text_tables import markdown_table
 
 
 def names(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -25,20 +26,13 @@ def cell(figures: Mapping[str, Any], name: str) -> str:
     return f"{value['mean']:.5g}" + ("" if value["se"] is None else f" ± {value['se']:.2g}")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are aligned for those who read it as it is. Control characters are replaced."""
-    header, *rows = [[printable_line(text) for text in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
-             for row in [header, *rows]]  # fmt: skip
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
 def of_result(result: Mapping[str, Any]) -> str:
     """A row for each set and each floor of one result."""
     figures, sets = names([result]), dict(result["sets"])
     sets |= {f"floor: {name}, n={found['n']}": found for name, found in result["floor"].items()}
-    return markdown(["set", *figures], [[name, *(cell(found, f) for f in figures)] for name, found in sets.items()])
+    return markdown_table(
+        ["set", *figures], [[name, *(cell(found, f) for f in figures)] for name, found in sets.items()]
+    )
 
 
 def of_study(results: Sequence[Mapping[str, Any]], varied: str) -> str:
@@ -54,7 +48,7 @@ def of_study(results: Sequence[Mapping[str, Any]], varied: str) -> str:
             rows.append([name, sampler, by, *(cell(found, figure) for figure in figures)])
     for name, found in results[0]["floor"].items():
         rows.append([f"floor: {name}, n={found['n']}", "", "", *(cell(found, figure) for figure in figures)])
-    return markdown(["set", "sampler", varied, *figures], rows)
+    return markdown_table(["set", "sampler", varied, *figures], rows)
 
 
 def comparison(paths: Sequence[str]) -> str:
@@ -81,7 +75,7 @@ def comparison(paths: Sequence[str]) -> str:
             rows.append([path, name, sampler, f"{protocol.nfe:g}", *(cell(found, figure) for figure in figures)])
     for name, found in results[first]["floor"].items():
         rows.append([first, f"floor: {name}, n={found['n']}", "", "", *(cell(found, figure) for figure in figures)])
-    return markdown(["result", "set", "sampler", "NFE", *figures], rows)
+    return markdown_table(["result", "set", "sampler", "NFE", *figures], rows)
 
 
 def read(path: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from dvae.planning.plan import Activations, ResourcePlan, StagePlan, bandwidth
+from dvae.utils.text_tables import aligned_lines
 
 GIB = 2**30
 
@@ -88,8 +89,7 @@ def _table(stage: StagePlan) -> list[str]:
                 _gib(one.sent), f"{1000 * one.communication:.2f}", f"{1000 * one.step:.2f}",
             ]
         )  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return [f"  {line}" for line in aligned_lines(rows, right=True)]
 
 
 def _data(stage: StagePlan, nodes: int) -> str:

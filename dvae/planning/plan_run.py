@@ -8,8 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from dvae.config import compose
 from dvae.config.schema import RunConfig
+from dvae.config.tool_arguments import split_arguments
 from dvae.planning import plan, plan_report
-from dvae.planning.plan_settings import split_arguments
+from dvae.planning.plan_settings import PlanConfig, check
 from dvae.utils import atomic_files
 
 
@@ -24,7 +25,8 @@ def compose_recipe(overrides: list[str]) -> RunConfig:
 
 def run(argv: list[str]) -> str:
     """The plan of the overrides, as text; the figures go into the file of out=. Raises UserError."""
-    settings, overrides = split_arguments(argv)
+    settings, overrides = split_arguments(PlanConfig, argv)
+    check(settings)
     found = plan.make_plan(compose_recipe(overrides), settings)
     if settings.out:
         atomic_files.write_json(Path(settings.out), plan_report.figures(found))

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from dvae.config.compose import mistyped
 from dvae.errors import UserError
 
 
@@ -35,23 +30,6 @@ class PlanConfig:
     """Bytes of a PNG over bytes of its pixels, where there are no shards yet whose manifest would tell."""
     out: str = ""
     """A JSON file for the figures (empty: none)."""
-
-
-OWN_KEYS = tuple(field.name for field in fields(PlanConfig))
-
-
-def split_arguments(argv: list[str]) -> tuple[PlanConfig, list[str]]:
-    """The planner's own settings, and the overrides of the recipe. Raises UserError for a value that is none.
-
-    Hydra composes the recipe alone, by the same config as tools/launch.py, so that every word of that works here.
-    """
-    own = [word for word in argv if "=" in word and word.partition("=")[0] in OWN_KEYS]
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(PlanConfig), OmegaConf.from_dotlist(own))
-        settings: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise mistyped(error) from None
-    return check(settings), [word for word in argv if word not in own]
 
 
 def check(settings: PlanConfig) -> PlanConfig:

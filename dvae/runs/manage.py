@@ -22,10 +22,11 @@ from dvae.runs.attempts import Attempt
 from dvae.runs.records import check_format, read_records
 from dvae.runs.slurm import queue
 from dvae.runs.slurm.queue import SlurmJob
-from dvae.tracking.console import aligned, clock
+from dvae.tracking.console import clock
 from dvae.tracking.metrics_log import MetricsLog
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, check, read_yaml
+from dvae.utils.text_tables import aligned_lines
 
 POLL_SECONDS = 1.0
 """Seconds between two looks at a run that is followed."""
@@ -244,7 +245,7 @@ def run_table(folder: Path) -> Iterator[str]:
             queue.submitted_jobs(path)
             readable.append(path)
     jobs = queue.jobs_by_run(readable)
-    yield from aligned([HEADINGS, *(table_cells(path, jobs.get(path, [])) for path in found)])
+    yield from aligned_lines([HEADINGS, *(table_cells(path, jobs.get(path, [])) for path in found)])
 
 
 def table_cells(folder: Path, jobs: list[SlurmJob]) -> tuple[str, ...]:

@@ -246,8 +246,10 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def parent_death_signal() -> Callable[[], None] | None:
-    """A `preexec_fn` for subprocess.Popen: the kernel kills the program when this process ends. None outside Linux.
+def parent_death_signal(number: int = signal.SIGKILL) -> Callable[[], None] | None:
+    """A `preexec_fn` for subprocess.Popen: the kernel sends the program a signal when this process ends.
+
+    None outside Linux.
 
     It counts as an end of this process if the thread that starts the program ends.
     """
@@ -256,7 +258,7 @@ def parent_death_signal() -> Callable[[], None] | None:
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def request() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it ended before the request
             os._exit(1)
 

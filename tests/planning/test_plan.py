@@ -20,7 +20,7 @@ from dvae.planning import plan_run as planner
 from dvae.planning.counting import Operations
 from dvae.planning.hardware import GPUS
 from dvae.planning.plan import Activations, PlannedModule
-from dvae.planning.plan_settings import PlanConfig, split_arguments
+from dvae.planning.plan_settings import PlanConfig
 from dvae.training.engine.footprint import bytes_per_rank, bytes_sent
 
 H100 = GPUS["h100"]
@@ -123,12 +123,6 @@ def test_mistakes_are_one_line(word: str, message: str) -> None:
         planner.run(["recipe=demo", word])
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
-
-
-def test_words_are_parted() -> None:
-    settings, words = split_arguments(["recipe=x", "nodes=2", "overlap=true", "refiner=dit", "refiner.width=8"])
-    assert settings == PlanConfig(nodes=2, overlap=True)
-    assert words == ["recipe=x", "refiner=dit", "refiner.width=8"]
 
 
 @pytest.mark.parametrize("name", compose.recipes())

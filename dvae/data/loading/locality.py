@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvae.data.loading.order import Order
+from dvae.utils.text_tables import markdown_table
 
 SHARD = 10_000
 """Images of a shard, as dvae.data.building.shard_build takes them by default."""
@@ -66,14 +67,22 @@ def _full(order: Order, batch: int, classes: int) -> tuple[float, float, float]:
 
 def table(count: int, batch: int, choices: list[tuple[int, int]]) -> str:
     """The figures of several (block, window) as a Markdown table."""
-    lines = [
-        "| block | window | samples in a window | of the set | shards of 10,000 per window | distance | spread |",
-        "|---|---|---|---|---|---|---|",
+    header = [
+        "block",
+        "window",
+        "samples in a window",
+        "of the set",
+        "shards of 10,000 per window",
+        "distance",
+        "spread",
     ]
+    rows = []
     for block, window in choices:
         m = measure(Order(count, 0, block, window), batch)
-        lines.append(
-            f"| {block} | {window} | {round(m.held * count):,} | {100 * m.held:.1f}% | {m.shards:.1f} | "
-            f"{m.distance:.2f} | {m.spread:.2f} |"
-        )
-    return "\n".join(lines)
+        rows.append(
+            [
+                str(block), str(window), f"{round(m.held * count):,}", f"{100 * m.held:.1f}%", f"{m.shards:.1f}",
+                f"{m.distance:.2f}", f"{m.spread:.2f}",
+            ]
+        )  # fmt: skip
+    return markdown_table(header, rows)

@@ -21,6 +21,7 @@ from dvae.evaluation.directions.direction_scores import (
 from dvae.inference.directions.direction_settings import DirectionsConfig
 from dvae.tracking import pictures
 from dvae.utils import atomic_files
+from dvae.utils.text_tables import markdown_table
 
 STRIP_STRENGTHS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 """Strengths of a strip, as shares of the one that was chosen."""
@@ -140,13 +141,14 @@ class DirectionReport:
         stages = list(self.test.before)
         yield "What the judge can tell, and what is left of it at strength 0:"
         yield ""
-        yield table_row(["attribute", "judge right", "most frequent", *(f"{stage} as labeled" for stage in stages)])
-        yield table_rule(3 + len(stages))
+        rows = []
         unchanged = [self.unchanged(stage) for stage in stages]
         for i, name in enumerate(self.names):
             note = "" if self.recognizer.recognizable[i] else " (cannot tell)"
             figures = [self.recognizer.accuracy[i], self.recognizer.chance[i], *(one[i] for one in unchanged)]
-            yield table_row([name + note, *map(percent, figures)])
+            rows.append([name + note, *map(percent, figures)])
+        header = ["attribute", "judge right", "most frequent", *(f"{stage} as labeled" for stage in stages)]
+        yield markdown_table(header, rows)
 
     def _about_directions(self) -> Iterator[str]:
         stages = list(self.test.before)
@@ -157,8 +159,7 @@ class DirectionReport:
         )
         yield ""
         columns = [word for stage in stages for word in (f"on, {stage}", f"largest other, {stage}")]
-        yield table_row(["direction", "turns on", "strength", "faces", *columns, "meets"])
-        yield table_rule(5 + len(columns))
+        rows = []
         for one in self.scores:
             cells = []
             for effect in one.stages.values():
@@ -166,29 +167,22 @@ class DirectionReport:
                 cells += [percent(effect.on), f"{percent(share)} {self.names[other]}"]
             meets = "yes" if one.meets_criterion(self.recognizer.recognizable) else "no"
             head = [one.direction.name, self.target(one), f"{one.strength:g}", str(one.final.faces)]
-            yield table_row([*head, *cells, meets])
+            rows.append([*head, *cells, meets])
+        yield markdown_table(["direction", "turns on", "strength", "faces", *columns, "meets"], rows)
 
     def _about_changes(self) -> Iterator[str]:
         stages = " / ".join(self.test.before)
         yield f"Faces in which the judged value of each attribute changes against strength 0, {stages}:"
         yield ""
-        yield table_row(["direction", *self.names])
-        yield table_rule(1 + len(self.names))
+        rows = []
         for one in self.scores:
             changed = zip(*(effect.changed for effect in one.stages.values()), strict=True)
-            yield table_row([one.direction.name, *(" / ".join(map(percent, cell)) for cell in changed)])
+            rows.append([one.direction.name, *(" / ".join(map(percent, cell)) for cell in changed)])
+        yield markdown_table(["direction", *self.names], rows)
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
-
-
-def table_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def table_rule(columns: int) -> str:
-    return "|" + "---|" * columns
 
 
 RenderLatents = Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]

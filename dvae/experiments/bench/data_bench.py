@@ -32,6 +32,7 @@ from dvae.data.shards.reader import Shards
 from dvae.data.shards.tar_files import ShardWriter, seal
 from dvae.errors import UserError
 from dvae.utils import atomic_files
+from dvae.utils.text_tables import markdown_table
 
 BASE = "ImageFolder, JPEG"
 """What the others are compared with."""
@@ -222,8 +223,11 @@ def table(figures: dict[str, dict[str, float]]) -> str:
     """The figures as two Markdown tables; loaders as ratios to ImageFolder in this process, too."""
     loading = figures["loaders"]
     base = loading.get(BASE) or next(speed for name, speed in loading.items() if name.startswith(BASE))
-    lines = ["| loader | images/s | ratio |", "|---|---|---|"]
-    lines += [f"| {name} | {speed:.0f} | {speed / base:.2f} |" for name, speed in loading.items()]
-    lines += ["", "| decoder | ms per image |", "|---|---|"]
-    lines += [f"| {name} | {1000 / speed:.2f} |" for name, speed in figures["decoders"].items()]
-    return "\n".join(lines)
+    loaders = [[name, f"{speed:.0f}", f"{speed / base:.2f}"] for name, speed in loading.items()]
+    decoders = [[name, f"{1000 / speed:.2f}"] for name, speed in figures["decoders"].items()]
+    return "\n\n".join(
+        [
+            markdown_table(["loader", "images/s", "ratio"], loaders),
+            markdown_table(["decoder", "ms per image"], decoders),
+        ]
+    )

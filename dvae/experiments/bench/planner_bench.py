@@ -28,6 +28,7 @@ from dvae.stages.latent_sources import EncodedLatents
 from dvae.stages.refiner import RefinerTask
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.engine.memory import keep_freed_memory
+from dvae.utils.text_tables import markdown_table
 
 SIDE = 1024
 CHANNELS, MAP, IMAGES = 128, 32, 8
@@ -143,17 +144,17 @@ def best(work: Callable[[], object], operations: int) -> float:
 
 
 def table(found: list[Row], matrices: float, convolutions: float) -> str:
-    lines = [
+    peak = (
         f"measured peak, bf16, {torch.get_num_threads()} threads: {matrices / 1e9:.0f} GFLOP/s matrix product, "
-        f"{convolutions / 1e9:.0f} convolution",
-        "",
-        "| refiner | GFLOP a step | measured ms | GFLOP/s | predicted ms | error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for number, row in enumerate(found):
-        error = f"{100 * row.error:+.0f}%" if number else "sets the efficiency"
-        lines.append(
-            f"| `{row.word}` | {row.operations / 1e9:.1f} | {1000 * row.measured:.0f} | "
-            f"{row.operations / row.measured / 1e9:.0f} | {1000 * row.predicted:.0f} | {error} |"
-        )
-    return "\n".join(lines)
+        f"{convolutions / 1e9:.0f} convolution"
+    )
+    rows = [
+        [
+            f"`{row.word}`", f"{row.operations / 1e9:.1f}", f"{1000 * row.measured:.0f}",
+            f"{row.operations / row.measured / 1e9:.0f}", f"{1000 * row.predicted:.0f}",
+            f"{100 * row.error:+.0f}%" if number else "sets the efficiency",
+        ]
+        for number, row in enumerate(found)
+    ]  # fmt: skip
+    header = ["refiner", "GFLOP a step", "measured ms", "GFLOP/s", "predicted ms", "error"]
+    return f"{peak}\n\n{markdown_table(header, rows)}"

@@ -17,6 +17,7 @@ from dvae.experiments.study.study_runs import KID, VAE, StudyPoints
 from dvae.experiments.study.study_spec import StudyConfig
 from dvae.utils import atomic_files
 from dvae.utils.machine import cores
+from dvae.utils.text_tables import markdown_table
 
 
 def write(
@@ -34,19 +35,15 @@ def write(
 
 def kid_table(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any]) -> str:
     """KID-lite0 in thousandths, mean over seeds and its standard error: an arm a row, a number of steps a column."""
-    lines = [
-        "| | " + " | ".join(f"{steps} steps" for steps in settings.steps) + " |",
-        "|---|" + "---|" * len(settings.steps),
+    blank = [""] * (len(settings.steps) - 1)
+    rows = [
+        [arm, *(figure(lockstep[steps]["sets"][arm][KID]) for steps in settings.steps)]
+        for arm, lockstep in points.items()
+        if arm != VAE
     ]
-    for arm, lockstep in points.items():
-        if arm != VAE:
-            cells = [figure(lockstep[steps]["sets"][arm][KID]) for steps in settings.steps]
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    alone = figure(points[VAE][0]["sets"][VAE][KID])
-    lines.append(f"| {VAE} (no refiner) | {alone} |" + " |" * (len(settings.steps) - 1))
-    for name, found in floor.items():
-        lines.append(f"| floor: {name} | {figure(found[KID])} |" + " |" * (len(settings.steps) - 1))
-    return "\n".join(lines)
+    rows.append([f"{VAE} (no refiner)", figure(points[VAE][0]["sets"][VAE][KID]), *blank])
+    rows += [[f"floor: {name}", figure(found[KID]), *blank] for name, found in floor.items()]
+    return markdown_table(["", *(f"{steps} steps" for steps in settings.steps)], rows)
 
 
 def figure(found: Mapping[str, Any]) -> str:

@@ -6,15 +6,10 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from dvae.config.compose import mistyped
 from dvae.errors import MachineError, UserError, suggest
 from dvae.experiments.sweeps import sweep_engine
 from dvae.experiments.sweeps import sweep_spec as spec
@@ -44,23 +39,6 @@ class SweepToolConfig:
     """Folder of the sweep; by default runs/sweep-NAME."""
     failures: int = 3
     """Trials that may fail, in one call, before it gives up."""
-
-
-OWN_KEYS = tuple(field.name for field in fields(SweepToolConfig))
-
-
-def split_arguments(argv: list[str]) -> tuple[SweepToolConfig, list[str]]:
-    """The sweep's own settings, and the overrides for its trials. Raises UserError for a value of the wrong type.
-
-    Hydra composes the trials alone: to it, sweep=NAME would choose a file of recipes/sweep as part of a config.
-    """
-    own = [word for word in argv if "=" in word and word.partition("=")[0] in OWN_KEYS]
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(SweepToolConfig), OmegaConf.from_dotlist(own))
-        settings: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise mistyped(error) from None
-    return settings, [word for word in argv if word not in own]
 
 
 class SweepStopped(MachineError):

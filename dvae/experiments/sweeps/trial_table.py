@@ -11,8 +11,8 @@ from typing import Any
 from dvae.experiments.sweeps.sweep_loop import count_done, format_value
 from dvae.experiments.sweeps.sweep_spec import SweepSpec
 from dvae.experiments.sweeps.trials import Trial
-from dvae.tracking.console import aligned
 from dvae.utils import atomic_files
+from dvae.utils.text_tables import aligned_lines
 
 
 def ranked(trials: Sequence[Trial], spec: SweepSpec) -> list[Trial]:
@@ -44,7 +44,7 @@ def write(trials: Sequence[Trial], spec: SweepSpec, path: Path) -> None:
 def text(trials: Sequence[Trial], spec: SweepSpec) -> str:
     """The table for a terminal, numbers in four digits."""
     return "\n".join(
-        aligned([["" if cell is None else format_value(cell) for cell in row] for row in rows(trials, spec)])
+        aligned_lines([["" if cell is None else format_value(cell) for cell in row] for row in rows(trials, spec)])
     )
 
 

@@ -133,8 +133,8 @@ def test_the_table_has_errors_over_seeds() -> None:
         settings(steps=[5]), points, {"heldout": {study_report.KID: kid | {"mean": 0.0}}}
     ).splitlines()
     assert rows[2:] == [
-        "| a | 21.3 ± 1.2 |", "| b | 21.3 ± 1.2 |", "| VAE alone (no refiner) | 300.0 ± 1.2 |",
-        "| floor: heldout | 0.0 ± 1.2 |",
+        "| a                      | 21.3 ± 1.2  |", "| b                      | 21.3 ± 1.2  |",
+        "| VAE alone (no refiner) | 300.0 ± 1.2 |", "| floor: heldout         | 0.0 ± 1.2   |",
     ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dvae.config.tool_arguments import split_arguments
 from dvae.errors import MachineError, UserError
 from dvae.experiments.sweeps import sweep_loop
 from dvae.experiments.sweeps.sweep_loop import Sweep, SweepToolConfig, count_done
@@ -246,21 +247,10 @@ class TestFolder:
 
 
 class TestSettings:
-    def test_words_are_parted(self) -> None:
-        settings, words = sweep_loop.split_arguments(
-            ["sweep=demo", "n=3", "seed=4", "train_refiner.steps=2", "~classifier"]
-        )
-        assert (settings.sweep, settings.n, settings.parallel) == ("demo", 3, 1)
-        assert words == ["seed=4", "train_refiner.steps=2", "~classifier"]
-
     @pytest.mark.parametrize("words", [["n=0"], ["parallel=0"], ["failures=-1"]])
     def test_numbers_below_one_are_refused(self, words: list[str]) -> None:
         with pytest.raises(UserError, match=f"^{words[0]}: use 1 or more"):
-            sweep_loop.sweep([], sweep_loop.split_arguments(["sweep=demo", *words])[0])
-
-    def test_a_number_that_is_none_is_one_line(self) -> None:
-        with pytest.raises(UserError, match=r"^n: Value 'many'"):
-            sweep_loop.split_arguments(["sweep=demo", "n=many"])
+            sweep_loop.sweep([], split_arguments(SweepToolConfig, ["sweep=demo", *words])[0])
 
     def test_fewer_than_are_finished_are_refused(self, tmp_path: Path) -> None:
         loaded = sweep_loop.spec.load("demo")
