@@ -7,10 +7,10 @@ from dvae.utils.text_tables import aligned_lines, markdown_table
 
 def test_markdown_is_aligned_and_harmless() -> None:
     assert markdown_table(["", "5 steps"], [["a", "21.3"], ["x\x1b[2J", ""]]).splitlines() == [
-        "|           | 5 steps |",
-        "|-----------|---------|",
-        "| a         | 21.3    |",
-        r"| x\x1b[2J  |         |",
+        "|          | 5 steps |",
+        "|----------|---------|",
+        "| a        | 21.3    |",
+        r"| x\x1b[2J |         |",
     ]
 
 

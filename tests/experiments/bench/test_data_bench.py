@@ -26,8 +26,8 @@ def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     }  # fmt: skip
     assert all(speed > 0 for ways in figures.values() for speed in ways.values())
     printed = capsys.readouterr().out
-    assert "| ImageFolder, JPEG |" in printed
-    assert "| torchvision, PNG |" in printed
+    assert "| ImageFolder, JPEG " in printed
+    assert "| torchvision, PNG  |" in printed
 
 
 def test_the_shards_hold_what_the_jpegs_decode_to(tmp_path: Path):
