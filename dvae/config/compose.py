@@ -6,6 +6,7 @@ import importlib.resources
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -28,9 +29,10 @@ from dvae.config.schema import (
 from dvae.diffusion.denoiser import Space
 from dvae.errors import UserError, fold, suggest
 from dvae.registry.core import broken_plugins
-from dvae.registry.discovery import discover, load_plugins, registries
+from dvae.registry.discovery import load_plugins, registries
 from dvae.registry.launchers.base import launcher_of
 from dvae.registry.sources.base import SOURCES, StreamSource
+from dvae.utils.read import read_yaml
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -40,6 +42,7 @@ def compose(config_name: str, words: list[str]) -> DictConfig:
     """
     words = [word for word in words if word]
     load_plugins(_plugins_of(words))
+    _import_groups(config_name, words)
     words = [_without_null(word) for word in words]
     try:
         return _compose(config_name, words)
@@ -51,6 +54,16 @@ def _compose(config_name: str, words: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("dvae.recipes", version_base="1.3"):
         return hydra.compose(config_name, overrides=words)
+
+
+def _import_groups(config_name: str, words: list[str]) -> None:
+    """Import the components of the kinds that recipes/<config_name>.yaml or the words name: Hydra's config groups."""
+    file = Path(str(importlib.resources.files("dvae.recipes") / f"{config_name}.yaml"))
+    groups = {name for entry in read_yaml(file)["defaults"] if isinstance(entry, dict) for name in entry}
+    groups |= {re.split("[=.@]", word.lstrip("+~"))[0] for word in words}
+    for kind, registry in registries().items():
+        if kind in groups:
+            registry.import_builtins()
 
 
 def _without_null(word: str) -> str:
@@ -66,7 +79,6 @@ def _without_null(word: str) -> str:
 
 def _plugins_of(words: list[str]) -> list[str]:
     """Modules named by a `plugins=[...]` word; they must be imported before Hydra composes."""
-    discover()
     for word in words:
         if word.startswith(("plugins=", "+plugins=")):
             try:

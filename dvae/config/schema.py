@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from dvae.data.images import Crop, Resize
 from dvae.diffusion.denoiser import DenoiserConfig
-from dvae.tracking.wandb_run import WandbConfig
+from dvae.tracking.wandb_settings import WandbConfig
 
 STAGES = ("shards", "encoder", "joint", "prior", "cache", "refiner", "classifier", "distil", "evaluate")
 """In the order in which they run."""

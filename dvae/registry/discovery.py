@@ -67,12 +67,16 @@ BEFORE_LOOKUP.append(import_installed_plugins)
 
 
 def load_plugins(modules: Iterable[str]) -> None:
-    """Import the modules of `plugins=[...]`, which register components. Raises UserError if one cannot be imported."""
-    discover()
+    """Import the modules of `plugins=[...]`, which register components. Raises UserError if one cannot be imported.
+
+    What dvae brings is imported first if there is a module, because a plug-in may not take a name that exists.
+    """
+    import_installed_plugins()
     if isinstance(modules, Mapping) or not isinstance(modules, Iterable):
         raise UserError(f"plugins={modules!r}: give a list of modules, such as plugins=[my_plugin]")
     for name in [modules] if isinstance(modules, str) else modules:
         _refuse_no_module(name)
+        _import_builtins()
         try:
             with plugins.all_or_nothing(name, KINDS):
                 importlib.import_module(name)

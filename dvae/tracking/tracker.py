@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from dvae.tracking.metrics_log import MetricsLog
-from dvae.tracking.wandb_run import WandbConfig, WandbMode, WandbRun
+from dvae.tracking.wandb_run import WandbRun
+from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 
 
 class Tracker:

@@ -21,7 +21,6 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +29,7 @@ from pydantic import Field
 from dvae.errors import MachineError, UserError, fold
 from dvae.tracking import code
 from dvae.tracking.console import say
+from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, parse_json, read_json, read_yaml, require_regular
 from dvae.utils.secrets import scrub
@@ -44,34 +44,6 @@ RECORD_LIMIT = 2**26
 """Bytes of a record in them; a row of metrics has some thousand."""
 GAVE_UP = b"filestream: fatal error"
 """What W&B's log says where the server refused figures; its client says it nowhere else."""
-
-
-class WandbMode(Enum):
-    """Whether and where W&B is used."""
-
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
-@dataclass(kw_only=True, slots=True)
-class WandbConfig:
-    """Weights & Biases. Log in with `wandb login` or WANDB_API_KEY: a key has no place in a config."""
-
-    mode: WandbMode = WandbMode.disabled
-    """online, offline (files in the run folder; `wandb sync` sends them) or disabled."""
-    project: str = "dvae"
-    """Project of the run."""
-    name: str | None = None
-    """Name of the run; by default that of its folder."""
-    entity: str | None = None
-    """User or team; by default that of the login."""
-    group: str | None = None
-    """Group of the run; by default its recipe."""
-    tags: list[str] = field(default_factory=list)
-    """Tags of the run."""
-    bundle: bool = False
-    """Upload the bundle as an artifact, after evaluation."""
 
 
 class WandbRun:

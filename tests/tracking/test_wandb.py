@@ -16,7 +16,8 @@ from dvae.errors import MachineError, UserError
 from dvae.tracking import wandb_run
 from dvae.tracking.pictures import grid
 from dvae.tracking.tracker import Tracker
-from dvae.tracking.wandb_run import WandbConfig, WandbMode, _log_records, offline_rows
+from dvae.tracking.wandb_run import _log_records, offline_rows
+from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 
 OFFLINE = WandbConfig(mode=WandbMode.offline, project="test")
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -99,7 +100,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 from dvae.tracking.tracker import Tracker
-from dvae.tracking.wandb_run import WandbConfig, WandbMode
+from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 tracker = Tracker(Path(sys.argv[1]), WandbConfig(mode=WandbMode.offline), "refiner")
 tracker.rewind("refiner", 0)
 for step in range(1, 301):

@@ -17,7 +17,8 @@ from wandb_server import Server
 from dvae.errors import UserError
 from dvae.tracking import wandb_run
 from dvae.tracking.tracker import Tracker
-from dvae.tracking.wandb_run import WandbConfig, WandbMode, offline_rows
+from dvae.tracking.wandb_run import offline_rows
+from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 
 ONLINE = WandbConfig(mode=WandbMode.online, project="test")
 SECRET = "0123456789abcdef0123456789abcdef01234567"

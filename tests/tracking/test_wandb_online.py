@@ -10,7 +10,7 @@ import pytest
 from wandb_server import Server
 
 from dvae.tracking.tracker import Tracker
-from dvae.tracking.wandb_run import WandbConfig, WandbMode
+from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 
 ONLINE = WandbConfig(mode=WandbMode.online, project="test")
 
@@ -32,7 +32,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 from dvae.tracking.tracker import Tracker
-from dvae.tracking.wandb_run import WandbConfig, WandbMode
+from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 tracker = Tracker(Path(sys.argv[1]), WandbConfig(mode=WandbMode.online, project="test"), "refiner")
 tracker.rewind("refiner", 20)
 for step in range(21, 61):
