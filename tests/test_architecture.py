@@ -1,4 +1,4 @@
-"""The structure of the package: which way imports run, what is unique, who alone may import or parse what, the wheel."""
+"""The structure of the package: the way imports run, what is unique, who may import or parse what, the wheel."""
 
 from __future__ import annotations
 
