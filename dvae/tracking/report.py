@@ -3,7 +3,7 @@
 What is read from the run folder; each may be missing, and its section is then left out:
 - config.yaml: the resolved config ("recipe" and "image_size" go into the heading).
 - summary.json: {"recipe": str, "stages": {name: {"seconds", "steps", "images_per_second", "parameters"}}, "evaluation":
-  what dvae.evaluation.scorer.score, or for points dvae.toy2d.point_scores.evaluate_points, returns}. Any figure of a
+  what dvae.evaluation.scorer.score, or for points dvae.toy2d.evaluate_points.evaluate_points, returns}. Any figure of a
   stage may be missing or null.
 - metrics.jsonl: rows {"stage", "step", "loss", ...}. Of the encoder also "reconstruction" and "kl", and with a
   discriminator "generator", "discriminator", "adaptive_weight", "confidence_real", "confidence_fake"; of the refiner

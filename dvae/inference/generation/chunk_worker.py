@@ -1,4 +1,4 @@
-"""Generate chunks and keep them: in the command's own process, or as one of several worker processes."""
+"""What one of several worker processes does: generate its chunks and keep them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,15 +18,6 @@ from dvae.inference.generation.task import GenerationTask
 from dvae.registry.discovery import load_plugins
 from dvae.utils.machine import end_with_parent
 from dvae.utils.secrets import guard_streams
-
-
-def generate_chunks(
-    task: GenerationTask, chunks: ChunkStore, ranges: list[range], on_chunk: Callable[[range], None]
-) -> None:
-    """Generate and keep chunk by chunk."""
-    for numbers in ranges:
-        chunks.write(numbers, task.generate(numbers))
-        on_chunk(numbers)
 
 
 def run_worker(
@@ -51,7 +41,7 @@ def run_worker(
         gpus = torch.cuda.device_count()
         task = task_class(settings, f"cuda:{number % gpus}" if gpus else "cpu")
         connection.send(None)
-        generate_chunks(task, ChunkStore(folder), ranges, connection.send)
+        ChunkStore(folder).fill(ranges, task.generate, connection.send)
         connection.send(True)
     except BaseException as error:  # noqa: BLE001 told to the command, whatever it is
         failure = describe(error)
