@@ -13,7 +13,7 @@ Make the runs with `python tools/launch.py recipe=toy2d process=vp`, and again f
 
 
 def command(argv: list[str]) -> None:
-    """Compose the words, draw, and say where the picture is."""
+    """Compose the words, make the gallery, and say where the picture is."""
     from dvae.config import compose
     from dvae.toy2d import gallery
 
@@ -21,7 +21,7 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     settings: gallery.GalleryConfig = compose.words_of_a_tool(compose.compose("gallery", argv))
-    figures = gallery.draw(settings)
+    figures = gallery.make_gallery(settings)
     print(f"{settings.out}: {len(figures['cells'])} panels, floor {figures['floor']['mean']:.4f}")
 
 

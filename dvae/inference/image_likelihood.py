@@ -109,8 +109,8 @@ class LikelihoodRecord:
     def figures(self) -> dict[str, tuple[float, float]]:
         """Mean and standard error of each figure; NaN if there is no error, as of a single image."""
         return {
-            name: (one.mean, math.nan if one.standard_error is None else one.standard_error)
-            for name, one in self.means.items()
+            name: (figure.mean, math.nan if figure.standard_error is None else figure.standard_error)
+            for name, figure in self.means.items()
         }
 
 
@@ -135,12 +135,7 @@ def score(settings: LikelihoodConfig) -> LikelihoodResult:
     """
     _check(settings)
     pipeline = load(settings.run, settings.batch)
-    pipeline.require_pixels("likelihood")
-    if pipeline.models.denoiser.diffusion.schedule.zero_terminal_snr:
-        name = pipeline.config.schedule.name
-        raise UserError(f"likelihood: schedule={name} has no finite end at t = 1: name a run with another, as linear")
-    if settings.z is LatentMode.draw and "encoder" not in pipeline.models.trained_parts():
-        raise UserError(f"z=draw: run={settings.run} has no encoder, and so no z: leave it out")
+    _check_run(pipeline, settings)
     source = ImageInputConfig(run=settings.run, images=settings.images, resize=settings.resize, shards=settings.shards)
     images, labels = _images(settings, open_input_images(source, pipeline.config))
     pipeline.class_numbers(labels, settings.n)
@@ -153,16 +148,30 @@ def score(settings: LikelihoodConfig) -> LikelihoodResult:
         missing = chunks.missing(ranges)
         count, began = sum(map(len, missing)), time.perf_counter()
         with Progress("images", settings.n, settings.n - count) as progress:
-            for numbers in missing:
+
+            def score_range(numbers: range) -> dict[str, np.ndarray]:
                 rows = slice(numbers.start, numbers.stop)
-                chunks.write(numbers, score_chunk(pipeline, settings, images[rows], labels[rows], numbers))
-                progress.update(progress.step + len(numbers), len(numbers))
+                return score_chunk(pipeline, settings, images[rows], labels[rows], numbers)
+
+            chunks.fill(
+                missing, score_range, lambda numbers: progress.update(progress.step + len(numbers), len(numbers))
+            )
         seconds = time.perf_counter() - began
         values = {name: np.concatenate([chunks.read(numbers, name) for numbers in ranges]) for name in names}
         record = _record(request, values)
         atomic_files.write_json(out, asdict(record))
         chunks.remove()
     return LikelihoodResult(record.figures(), record.nfe, count, count / seconds if count else 0.0)
+
+
+def _check_run(pipeline: Pipeline, settings: LikelihoodConfig) -> None:
+    """Raise UserError for a run that has no such likelihood."""
+    pipeline.require_pixels("likelihood")
+    if pipeline.models.denoiser.diffusion.schedule.zero_terminal_snr:
+        name = pipeline.config.schedule.name
+        raise UserError(f"likelihood: schedule={name} has no finite end at t = 1: name a run with another, as linear")
+    if settings.z is LatentMode.draw and "encoder" not in pipeline.models.trained_parts():
+        raise UserError(f"z=draw: run={settings.run} has no encoder, and so no z: leave it out")
 
 
 def score_names(pipeline: Pipeline, settings: LikelihoodConfig) -> list[str]:
@@ -223,16 +232,16 @@ def _request(settings: LikelihoodConfig, images: torch.Tensor) -> dict[str, Any]
 
 def _record(request: dict[str, Any], values: dict[str, np.ndarray]) -> LikelihoodRecord:
     means = {}
-    for name, each in values.items():
+    for name, per_image in values.items():
         if name != "nfe":
-            average, error = mean_and_error(torch.from_numpy(each))
+            average, error = mean_and_error(torch.from_numpy(per_image))
             means[name] = MeanWithError(average, None if math.isnan(error) else error)
     return LikelihoodRecord(
         request=request,
         means=means,
         nfe=mean_nfe(int(values["nfe"].sum()), len(values["nfe"])),
         versions=package_versions(),
-        per_image={name: each.tolist() for name, each in values.items()},
+        per_image={name: array.tolist() for name, array in values.items()},
     )
 
 

@@ -149,8 +149,8 @@ def _check(settings: LatentsConfig) -> None:
     if bool(target) != (settings.prior is not None):
         lacking = "bundle=FOLDER, where it is written" if not target else "prior=NAME, which is fitted: gmm or flow"
         raise UserError(f"a prior and a bundle go together: add {lacking}")
-    for word, place in (("out", out), ("bundle", target)):
+    for setting, place in (("out", out), ("bundle", target)):
         if place and Path(place).exists():
-            raise UserError(f"{word}={place} is there already: name another, or remove it")
+            raise UserError(f"{setting}={place} is there already: name another, or remove it")
     if settings.batch < 1:
         raise UserError(f"batch={settings.batch}: use 1 or more")

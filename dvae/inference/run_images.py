@@ -25,23 +25,23 @@ def data_config(run: str) -> DataConfig | None:
     return Run(folder).config().data
 
 
-def run_shards(run: str, config: ModelConfig, word: str = "shards") -> Path:
+def run_shards(run: str, config: ModelConfig, setting: str = "shards") -> Path:
     """The folder of the shards that a run was trained on, also if the run was moved with its shards in it.
 
-    Raises UserError, which asks for the word `word`, if they are not on this machine, and for a run on points.
+    Raises UserError, which asks for the setting `setting`, if they are not on this machine, and for a run on points.
     """
     refuse_points(config, run)
     data, inside = data_config(run), Path(run) / "shards"
     if data is None:
-        more = "" if word != "shards" else ", or give images=FOLDER (your own)"
-        raise UserError(f"run={run} is a bundle and has no images: name the run's with {word}=FOLDER{more}")
+        more = "" if setting != "shards" else ", or give images=FOLDER (your own)"
+        raise UserError(f"run={run} is a bundle and has no images: name the run's with {setting}=FOLDER{more}")
     if not is_remote(data.shards) and (Path(data.shards) / MANIFEST).exists():
         return Path(data.shards)
     if (inside / MANIFEST).exists():
         return inside
     locate_shards(data.shards, data.download_to, data.download_gib)  # says what to do about a place elsewhere
     raise UserError(
-        f"run={run} was trained on shards at {data.shards}, which are not there: name them with {word}=FOLDER"
+        f"run={run} was trained on shards at {data.shards}, which are not there: name them with {setting}=FOLDER"
     )
 
 

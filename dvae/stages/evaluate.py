@@ -19,7 +19,7 @@ from dvae.inference.pipeline import Pipeline
 from dvae.runs.folder import Run
 from dvae.stages.image_scores import score_images
 from dvae.stages.run_models import BUNDLE_PARTS, load_models
-from dvae.toy2d.point_scores import evaluate_points
+from dvae.toy2d.evaluate_points import evaluate_points
 from dvae.tracking import figures, pictures
 from dvae.tracking.console import Progress
 from dvae.tracking.tracker import Tracker

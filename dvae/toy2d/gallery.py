@@ -11,23 +11,22 @@ from hydra.core.config_store import ConfigStore
 
 from dvae.diffusion.time_grid import Spacing
 from dvae.errors import UserError, suggest
-from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein, two_sample_floor
+from dvae.evaluation.sliced_wasserstein import DIRECTIONS, sliced_wasserstein
 from dvae.inference import pipeline as pipelines
 from dvae.inference.pipeline import Pipeline
 from dvae.registry.processes.base import PROCESSES
 from dvae.registry.samplers.base import SAMPLERS, compatible_samplers
 from dvae.registry.schedules.base import SCHEDULES
 from dvae.runs.folder import Run
-from dvae.toy2d import points
-from dvae.toy2d.point_scores import figure
+from dvae.toy2d import point_scores, points
 from dvae.tracking import sheet
 from dvae.tracking.console import Progress
 from dvae.utils import atomic_files
 
-SPACING = {"heun": Spacing.karras, "dpmpp_2m": Spacing.log_snr, "unipc": Spacing.log_snr}
+PUBLISHED_SPACING = {"heun": Spacing.karras, "dpmpp_2m": Spacing.log_snr, "unipc": Spacing.log_snr}
 """Steps that a sampler was published with; quadratic for the others."""
 
-NEAR = 1.5
+NEAR_FLOOR = 1.5
 """Multiple of the floor up to which a distance is marked."""
 
 
@@ -77,7 +76,7 @@ class GalleryCell:
     """Sliced Wasserstein distance to the true points."""
 
 
-def check(settings: GalleryConfig) -> GalleryConfig:
+def check_settings(settings: GalleryConfig) -> GalleryConfig:
     """Refuse words that cannot be drawn. Raises UserError."""
     for name in ("n", "batch"):
         if getattr(settings, name) < 1:
@@ -93,26 +92,26 @@ def check(settings: GalleryConfig) -> GalleryConfig:
     return settings
 
 
-def draw(settings: GalleryConfig) -> dict[str, Any]:
+def make_gallery(settings: GalleryConfig) -> dict[str, Any]:
     """Write picture and figures; returns the figures. Raises UserError where there are no runs of that density."""
-    check(settings)
+    check_settings(settings)
     runs = load_runs(settings)
     first = Run(run_folders(settings)[next(iter(runs))]).config()
     source = points.open_source(first)
     label = points.label_groups(first, source)[settings.density]
     true = points.true_points(source, label, settings.n, settings.seed)
-    floor = figure(two_sample_floor(lambda n, seed: points.true_points(source, label, n, seed), settings.n))
-    rows = {name: sampler_names(run, settings) for name, run in runs.items()}
+    floor = point_scores.floor(source, label, settings.n)
+    rows = {name: usable_samplers(run, settings) for name, run in runs.items()}
     cells: list[GalleryCell] = []
     clouds: list[torch.Tensor] = []
     with Progress("gallery", sum(map(len, rows.values())) * len(settings.nfe)) as progress:
         for name, run in runs.items():
             for sampler in rows[name]:
                 for column in range(len(settings.nfe)):
-                    node = at_column(run, sampler, column, settings, label)
+                    node = sampler_config(run, sampler, column, settings, label)
                     run.use_sampler(node)
                     cloud = points.sample_points(run, label, settings.n, settings.seed)
-                    cells.append(describe(name, run, node, column, sliced_wasserstein(cloud, true)))
+                    cells.append(make_cell(name, run, node, column, sliced_wasserstein(cloud, true)))
                     clouds.append(cloud)
                     progress.update(len(cells), settings.n)
     figures = {
@@ -124,7 +123,7 @@ def draw(settings: GalleryConfig) -> dict[str, Any]:
         "floor": floor,
         "cells": [asdict(cell) for cell in cells],
     }
-    show(settings, cells, clouds, true, floor)
+    draw_picture(settings, cells, clouds, true, floor)
     atomic_files.write_json(Path(settings.out).with_suffix(".json"), figures)
     return figures
 
@@ -156,20 +155,22 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
     return dict(sorted(runs.items(), key=lambda item: item[1].models.denoiser.io.k))
 
 
-def sampler_names(run: Pipeline, settings: GalleryConfig) -> list[str]:
+def usable_samplers(run: Pipeline, settings: GalleryConfig) -> list[str]:
     """Those samplers asked for that integrate the run's process. Raises UserError where none does."""
-    able = compatible_samplers(run.models.denoiser.diffusion, run.models.denoiser.io, settings.samplers)
-    if not able:
+    names = compatible_samplers(run.models.denoiser.diffusion, run.models.denoiser.io, settings.samplers)
+    if not names:
         raise UserError(f"samplers={settings.samplers}: none integrates process={run.config.process.name}")
-    return able
+    return names
 
 
-def at_column(run: Pipeline, sampler: str, column: int, settings: GalleryConfig, label: int | None) -> dict[str, Any]:
+def sampler_config(
+    run: Pipeline, sampler: str, column: int, settings: GalleryConfig, label: int | None
+) -> dict[str, Any]:
     """The sampler's config node for a column: by tolerance, or the most steps that need no more evaluations."""
     node: dict[str, Any] = {"name": sampler, "threshold": "none"}
     if any(f.name == "tolerance" for f in fields(SAMPLERS.get(sampler).Config)):
         return node | {"tolerance": settings.tolerances[column]}
-    node["spacing"] = SPACING.get(sampler, Spacing.quadratic).name
+    node["spacing"] = PUBLISHED_SPACING.get(sampler, Spacing.quadratic).name
 
     def evaluations(steps: int) -> float:
         run.use_sampler(node | {"steps": steps})
@@ -183,7 +184,7 @@ def at_column(run: Pipeline, sampler: str, column: int, settings: GalleryConfig,
     return node | {"steps": low}
 
 
-def describe(name: str, run: Pipeline, node: dict[str, Any], column: int, distance: float) -> GalleryCell:
+def make_cell(name: str, run: Pipeline, node: dict[str, Any], column: int, distance: float) -> GalleryCell:
     diffusion = run.models.denoiser.diffusion
     return GalleryCell(
         run=name,
@@ -197,7 +198,7 @@ def describe(name: str, run: Pipeline, node: dict[str, Any], column: int, distan
     )
 
 
-def show(
+def draw_picture(
     settings: GalleryConfig,
     cells: list[GalleryCell],
     clouds: list[torch.Tensor],
@@ -205,7 +206,7 @@ def show(
     floor: dict[str, Any],
 ) -> None:
     """Draw the picture: `clouds` (n, 2) of the cells, `true` (n, 2) beside the title."""
-    limit = NEAR * floor["mean"]
+    limit = NEAR_FLOOR * floor["mean"]
     panels = [
         sheet.Panel(cell.run, row_name(cell), cell.column, cloud, caption(cell, settings), cell.distance <= limit)
         for cell, cloud in zip(cells, clouds, strict=True)
@@ -213,7 +214,7 @@ def show(
     title = (
         f"{settings.density}: process x sampler x network evaluations (NFE)\n"
         f"{settings.n} points each. Below: sliced Wasserstein distance to {settings.n} true points (gray).\n"
-        f"Two sets of true points are {floor['mean']:.3f} apart; green: at most {NEAR:g} times that."
+        f"Two sets of true points are {floor['mean']:.3f} apart; green: at most {NEAR_FLOOR:g} times that."
     )
     sheet.draw(panels, [f"NFE {nfe}" for nfe in settings.nfe], true, title, Path(settings.out))
 

@@ -3,8 +3,8 @@
 What is read from the run folder; each may be missing, and its section is then left out:
 - config.yaml: the resolved config ("recipe" and "image_size" go into the heading).
 - summary.json: {"recipe": str, "stages": {name: {"seconds", "steps", "images_per_second", "parameters"}}, "evaluation":
-  what dvae.evaluation.scorer.score_tensors, or for points dvae.toy2d.point_scores.evaluate_points, returns}. Any figure
-  of a stage may be missing or null.
+  what dvae.evaluation.scorer.score_tensors, or for points dvae.toy2d.evaluate_points.evaluate_points, returns}. Any
+  figure of a stage may be missing or null.
 - metrics.jsonl: rows {"stage", "step", "loss", ...}. Of the encoder also "reconstruction" and "kl", and with a
   discriminator "generator", "discriminator", "adaptive_weight", "confidence_real", "confidence_fake"; of the refiner
   "loss_t0" to "loss_t9", the loss for t in (0, 0.1], ..., (0.9, 1]; of the classifier these, and "accuracy" likewise.

@@ -169,17 +169,17 @@ def test_a_port_in_use_is_one_line(address: str, run: Path, tool: Tool) -> None:
 
 
 def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: list[str]) -> None:
-    from dvae.app.page import PagePlayer
+    from dvae.app.page import PageActions
 
     words = [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32", "denoiser.pca_components=2"]
     made = compose.typed(compose.compose("train", words))
-    player = PagePlayer(Pipeline(model_config(made), components.build_models(made)), {})
-    assert list(player.known) == ["component 1", "component 2"]
-    assert "ddim" in player.samplers
-    assert "consistency" not in player.samplers  # for refiners that were distilled for it
-    shown, said = player.edit(0, 3, "component 2", 1.0, "ddim", 2)
+    actions = PageActions(Pipeline(model_config(made), components.build_models(made)), {})
+    assert list(actions.known) == ["component 1", "component 2"]
+    assert "ddim" in actions.samplers
+    assert "consistency" not in actions.samplers  # for refiners that were distilled for it
+    shown, said = actions.edit(0, 3, "component 2", 1.0, "ddim", 2)
     own = float(said.split()[-3])
-    same, _ = player.edit(0, 3, "component 2", own, "ddim", 2)
+    same, _ = actions.edit(0, 3, "component 2", own, "ddim", 2)
     wide = shown.shape[1] // 2
     assert np.abs(same[:, :wide].astype(int) - same[:, wide:]).max() <= 1  # own is told with two decimals
     assert np.array_equal(shown[:, :wide], same[:, :wide])
@@ -187,7 +187,7 @@ def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: lis
 
 
 def test_a_latent_that_is_a_map_is_edited() -> None:
-    from dvae.app.page import PagePlayer
+    from dvae.app.page import PageActions
 
     words = [
         "recipe=demo", "image_size=16", "encoder=kl_gan", "encoder.channels=[16,16]", "encoder.groups=4",
@@ -200,6 +200,6 @@ def test_a_latent_that_is_a_map_is_edited() -> None:
     shape = pipeline.models.io.latent
     assert len(shape) == 3
     wide = Direction("wide", torch.ones(shape), DirectionMethod.pca, "one standard deviation")
-    shown, said = PagePlayer(pipeline, {"wide": wide}).edit(0, 1, "wide", 2.0, "ddim", 2)
+    shown, said = PageActions(pipeline, {"wide": wide}).edit(0, 1, "wide", 2.0, "ddim", 2)
     assert said == "strength 1: one standard deviation"
     assert not np.array_equal(*np.split(shown, 2, axis=1))

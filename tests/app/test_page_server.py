@@ -84,10 +84,8 @@ class Server:
 @contextmanager
 def serving(run: Path, temporary: Path) -> Iterator[Server]:  # noqa: F811
     """The page of a bundle, served by the real program; its pictures live for seconds."""
-    code = (
-        f"from dvae.app import page; page.KEPT, page.LOOKED = {KEPT}, 1; page.serve(page.PageConfig(run={str(run)!r}, "
-    )
-    code += "port=0))"
+    code = f"from dvae.app import page; page.PICTURE_SECONDS, page.CLEANUP_SECONDS = {KEPT}, 1; "
+    code += f"page.serve(page.PageConfig(run={str(run)!r}, port=0))"
     log = temporary / "log"
     env = environment(TMPDIR=str(temporary))
     with log.open("w") as file:
@@ -348,7 +346,7 @@ def test_pictures_are_deleted_after_a_while(server: Server) -> None:
 def test_pictures_are_kept_long_enough_to_be_seen() -> None:
     from dvae.app import page
 
-    assert page.LOOKED < page.KEPT <= 3600
+    assert page.CLEANUP_SECONDS < page.PICTURE_SECONDS <= 3600
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 0)])

@@ -101,7 +101,7 @@ def test_the_gallery_draws_every_sampler_at_its_evaluations(finished: Path, tmp_
     settings = gallery.GalleryConfig(
         runs=str(finished), out=str(out), density="rings", nfe=[3, 7], tolerances=[0.5, 0.05], n=20
     )
-    figures = gallery.draw(settings)
+    figures = gallery.make_gallery(settings)
     assert figures == json.loads(out.with_suffix(".json").read_text())
     assert Image.open(out).height > 500
     cells = figures["cells"]
@@ -126,7 +126,7 @@ def test_the_gallery_draws_every_sampler_at_its_evaluations(finished: Path, tmp_
 def test_heun_takes_the_most_steps_that_a_column_allows(finished: Path) -> None:
     settings = gallery.GalleryConfig(runs=str(finished / "vp"), density="moons", nfe=[8], tolerances=[0.1])
     (run,) = gallery.load_runs(settings).values()
-    assert gallery.at_column(run, "heun", 0, settings, 0)["steps"] == 4
+    assert gallery.sampler_config(run, "heun", 0, settings, 0)["steps"] == 4
 
 
 def test_the_gallery_tool(
@@ -158,13 +158,13 @@ def test_the_gallery_tool(
 def test_words_that_cannot_be_drawn(finished: Path, words: dict, said: str) -> None:
     fields = {"runs": str(finished), "density": "moons", "nfe": [2], "tolerances": [0.1], "n": 5} | words
     with pytest.raises(UserError, match=said):
-        gallery.draw(gallery.GalleryConfig(**fields))
+        gallery.make_gallery(gallery.GalleryConfig(**fields))
 
 
 def test_a_sampler_for_one_component_alone(finished: Path) -> None:
     fields = {"runs": str(finished / "psld"), "density": "moons", "samplers": ["ddim"]}
     with pytest.raises(UserError, match=r"none integrates process=psld"):
-        gallery.draw(gallery.GalleryConfig(**fields))
+        gallery.make_gallery(gallery.GalleryConfig(**fields))
 
 
 def test_points_are_not_sampled_as_images(finished: Path) -> None:
@@ -207,7 +207,7 @@ def test_what_is_learned_is_near_the_truth_and_nearer_with_more_evaluations(proc
         "classes"
     ].items():
         assert figures["sliced_wasserstein"]["mean"] < 2.0 * figures["floor"]["mean"], name
-    drawn = gallery.draw(
+    drawn = gallery.make_gallery(
         gallery.GalleryConfig(
             runs=str(runs), out=str(tmp_path / "gallery.png"), density="moons", nfe=[5, 49], tolerances=[0.1, 1e-3]
         )

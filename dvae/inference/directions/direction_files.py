@@ -59,15 +59,15 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
     finite, MachineError if the disk is full; then nothing is written.
     """
     place, new = bundle.find_bundle(folder), list(directions)
-    own, methods = encoder_hash(place), {one.method for one in new}
-    old = _usable(place, own)
-    every = [one for one in old if one.method not in methods] + new
-    about = {
-        one.name: {name: getattr(one, name) for name in HEADER_FIELDS} | {"method": one.method.name} for one in every
-    }
-    tensors = {f"direction.{one.name}": one.vector for one in every}
-    header = {"encoder_sha256": own, "directions": json.dumps(about)}
-    model = next((one.model for one in every if one.model is not None), None)
+    own_hash, methods = encoder_hash(place), {direction.method for direction in new}
+    kept = [direction for direction in _usable(place, own_hash) if direction.method not in methods]
+    entries = {}
+    for direction in kept + new:
+        fields = {name: getattr(direction, name) for name in HEADER_FIELDS}
+        entries[direction.name] = fields | {"method": direction.method.name}
+    tensors = {f"direction.{direction.name}": direction.vector for direction in kept + new}
+    header = {"encoder_sha256": own_hash, "directions": json.dumps(entries)}
+    model = next((direction.model for direction in kept + new if direction.model is not None), None)
     if model is not None:  # one find by labels makes one model for all
         tensors |= {"labels.readout": model.readout, "labels.effects": model.effects}
         header["attributes"] = json.dumps(model.attributes)
@@ -133,26 +133,26 @@ class _DirectionsHeader:
 
 def _header(path: Path) -> _DirectionsHeader:
     try:
-        found = read_weights_metadata(path)
-        parsed = {name: parse_json(found.get(name, "{}"), path) for name in ("directions", "attributes")}
-        return check(_DirectionsHeader, {"encoder_sha256": found.get("encoder_sha256"), **parsed}, path)
+        metadata = read_weights_metadata(path)
+        parsed = {name: parse_json(metadata.get(name, "{}"), path) for name in ("directions", "attributes")}
+        return check(_DirectionsHeader, {"encoder_sha256": metadata.get("encoder_sha256"), **parsed}, path)
     except (OSError, DamagedFile) as error:
         raise UserError(f"{fold(error)}: not a readable file of directions: {FIND_AGAIN}") from None
 
 
-def _usable(place: Path, own: str) -> list[Direction]:
+def _usable(place: Path, own_hash: str) -> list[Direction]:
     """Directions that are kept beside new ones: none that belong to other weights, and none of a damaged file."""
     try:
-        return [] if _stale(place, own) else list(_read(place).values())
+        return [] if _stale(place, own_hash) else list(_read(place).values())
     except UserError as error:
         say(f"{fold(error)}; the old ones are replaced")
         return []
 
 
-def _stale(place: Path, own: str) -> bool:
+def _stale(place: Path, own_hash: str) -> bool:
     """Whether there are directions, of other weights."""
     path = place / FILE
-    return path.is_file() and _header(path).encoder_sha256 != own
+    return path.is_file() and _header(path).encoder_sha256 != own_hash
 
 
 def _read(place: Path) -> dict[str, Direction]:

@@ -42,23 +42,23 @@ def find(settings: DirectionsConfig) -> FoundDirections:
     shards = open_split(settings.run, pipeline.config, TRAIN, settings.shards)
     indices = np.arange(min(settings.n_train, len(shards)))
     attributes = LabeledAttributes.from_shards(shards) if DirectionMethod.labels in settings.find else None
-    wanted = select_names(settings.labels, attributes.names, "labels") if attributes else []
+    names = select_names(settings.labels, attributes.names, "labels") if attributes else []
     z = encode_posteriors(pipeline, shards, len(indices), "encode").mean
-    found: list[Direction] = []
+    directions: list[Direction] = []
     skipped: dict[str, str] = {}
     for method in settings.find:
         if method is DirectionMethod.labels:
             assert attributes is not None
             codes = attributes.codes(shards)[torch.from_numpy(shards.substituted(indices))]
-            new, skipped = finders.from_labels(z, codes, attributes, wanted)
+            new, skipped = finders.from_labels(z, codes, attributes, names)
             skipped = attributes.skipped | skipped
         elif method is DirectionMethod.pca:
             new = finders.pca(z, settings.components)
         else:
             new = jacobian_directions(pipeline, z[: settings.jacobians], settings.components)
-        found += new
-    direction_files.save(settings.run, found)
-    return FoundDirections(found, skipped, len(z))
+        directions += new
+    direction_files.save(settings.run, directions)
+    return FoundDirections(directions, skipped, len(z))
 
 
 def jacobian_directions(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) -> list[Direction]:

@@ -26,19 +26,19 @@ MAX_LATENT_SIZE = 4096
 
 
 def from_labels(
-    z: torch.Tensor, codes: torch.Tensor, attributes: LabeledAttributes, wanted: Iterable[str]
+    z: torch.Tensor, codes: torch.Tensor, attributes: LabeledAttributes, names: Iterable[str]
 ) -> tuple[list[Direction], dict[str, str]]:
-    """A direction to each value of the `wanted` attributes, and those values that are skipped, with the reason.
+    """A direction to each value of the attributes `names`, and those values that are skipped, with the reason.
 
     Strength 1 takes away what the present value adds to a latent, and adds what the new one does (LabelModel). The
     vector is the mean of that: the displacement from images that lack the value to those that have it, all other
     attributes being equal. z is (N, *latent); codes (N, A) are of all attributes, so that correlated ones are told
     apart.
     """
-    found, skipped = {}, {}
+    directions, skipped = {}, {}
     model = label_regression.fit(z, codes, attributes.values)
     effects = label_regression.regress(z.flatten(1), codes, attributes.sizes, pairs=False).split(attributes.sizes)
-    for name in wanted:
+    for name in names:
         index = attributes.names.index(name)
         counts = torch.bincount(codes[:, index], minlength=attributes.sizes[index]).double()
         for number, value in enumerate(attributes.values[name]):
@@ -49,13 +49,13 @@ def from_labels(
             others[number] = 0
             vector = effects[index][number] - others @ effects[index] / others.sum()
             title = f"{name}.{name_part(value)}"
-            if title in found:
+            if title in directions:
                 raise UserError(f"{name}: two of its values would give the name {title}: rename one in the labels")
             unit = f"from the present {name} to {value}"
-            found[title] = Direction(
+            directions[title] = Direction(
                 title, vector.float().view(z.shape[1:]), DirectionMethod.labels, unit, name, value, model=model
             )
-    return list(found.values()), skipped
+    return list(directions.values()), skipped
 
 
 def name_part(value: str) -> str:
@@ -82,7 +82,7 @@ def jacobian(
 ) -> list[Direction]:
     """What moves x_hat most: eigenvectors of J'J averaged over latents z (N, *latent), J = d decode / dz.
 
-    Strength 1 moves x_hat by a root mean square of MOVED to first order. `advance` is called after each latent.
+    Strength 1 moves x_hat by a root mean square of JACOBIAN_RMS to first order. `advance` is called after each latent.
     Raises UserError where a latent is too large.
     """
     size = z[0].numel()
@@ -92,8 +92,8 @@ def jacobian(
         )
     metric = torch.zeros(size, size, dtype=torch.float64)
     pixels = 0
-    for one in z:
-        columns = jacobian_columns(decode, one).double()
+    for latent in z:
+        columns = jacobian_columns(decode, latent).double()
         metric += columns @ columns.T / len(z)
         pixels = columns.shape[1]
         advance()
@@ -109,15 +109,15 @@ def jacobian(
 def jacobian_columns(decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, chunk: int = 64) -> torch.Tensor:
     """The columns of the decoder's Jacobian at one latent z (*latent), as rows: (D, C * H * W), on the CPU."""
     tangents = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
-    found = []
+    columns = []
     for part in tangents.split(chunk):
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention of a CPU has no derivative forwards
             moved = torch.func.jvp(decode, (z.expand_as(part).contiguous(),), (part,))[1]
-        found.append(moved.flatten(1).cpu())
-    return torch.cat(found)
+        columns.append(moved.flatten(1).cpu())
+    return torch.cat(columns)
 
 
-def top_eigenvectors(matrix: torch.Tensor, count: int, word: str, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+def top_eigenvectors(matrix: torch.Tensor, count: int, setting: str, method: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest eigenvalues of a symmetric matrix, and their vectors as rows (largest entry positive).
 
     Raises UserError where there are fewer above 0, and for a matrix that is not finite or has no eigenvalues.
@@ -129,8 +129,8 @@ def top_eigenvectors(matrix: torch.Tensor, count: int, word: str, method: str) -
     except torch.linalg.LinAlgError as error:
         raise UserError(f"find=[{method}]: no directions can be computed here ({fold(error)[:200]})") from None
     values, vectors = values.flip(0)[:count], vectors.T.flip(0)[:count]
-    able = int((values > 1e-10 * values[0].clamp(min=1e-300)).sum())
-    if able < count:
-        raise UserError(f"{word}={count}: {method} finds {able} of them here: use {able} or fewer")
+    positive = int((values > 1e-10 * values[0].clamp(min=1e-300)).sum())
+    if positive < count:
+        raise UserError(f"{setting}={count}: {method} finds {positive} of them here: use {positive} or fewer")
     signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
     return values, vectors * signs

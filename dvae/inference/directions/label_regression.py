@@ -57,9 +57,9 @@ class LabelModel:
     def shift(self, z: torch.Tensor, attribute: int, value: int) -> torch.Tensor:
         """What takes latents z (B, *latent) from the value of an attribute that they show to `value`, of z's shape."""
         present = self.predict(z)
-        wanted = present.clone()
-        wanted[:, attribute] = value
-        return (self.expected(wanted) - self.expected(present)).view_as(z).to(z.dtype)
+        target = present.clone()
+        target[:, attribute] = value
+        return (self.expected(target) - self.expected(present)).view_as(z).to(z.dtype)
 
 
 def fit(z: torch.Tensor, codes: torch.Tensor, attributes: dict[str, list[str]]) -> LabelModel:
@@ -88,15 +88,15 @@ def regress(z: torch.Tensor, codes: torch.Tensor, sizes: Sequence[int], pairs: b
     return solve(design.T @ design + ridge.diag(), design.T @ (z.double() - z.double().mean(0)))
 
 
-def solve(gram: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The solution x of gram @ x = wanted. Raises UserError if it does not exist, or a number is not finite."""
-    if torch.isfinite(gram).all() and torch.isfinite(wanted).all():
+def solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The solution x of gram @ x = right. Raises UserError if it does not exist, or a number is not finite."""
+    if torch.isfinite(gram).all() and torch.isfinite(right).all():
         try:
-            found = torch.linalg.solve(gram, wanted)
+            solution = torch.linalg.solve(gram, right)
         except torch.linalg.LinAlgError as error:
             raise UserError(f"find=[labels]: no directions can be computed here ({fold(error)[:200]})") from None
-        if torch.isfinite(found).all():
-            return found
+        if torch.isfinite(solution).all():
+            return solution
     raise UserError(f"find=[labels]: {NOT_FINITE}")
 
 

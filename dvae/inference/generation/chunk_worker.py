@@ -1,4 +1,4 @@
-"""Generate chunks and keep them: in the command's own process, or as one of several worker processes."""
+"""What one of several worker processes does: generate its chunks and keep them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ from dvae.inference.generation.chunks import ChunkStore
 from dvae.inference.generation.generation_settings import GenerationConfig
 from dvae.inference.generation.task import GenerationTask
 from dvae.registry.discovery import load_plugins
-
-
-def generate_chunks(
-    task: GenerationTask, chunks: ChunkStore, ranges: list[range], on_chunk: Callable[[range], None]
-) -> None:
-    """Generate and keep chunk by chunk."""
-    for numbers in ranges:
-        chunks.write(numbers, task.generate(numbers))
-        on_chunk(numbers)
 
 
 def run_worker(
@@ -35,4 +26,4 @@ def run_worker(
     gpus = torch.cuda.device_count()
     task = task_class(settings, f"cuda:{number % gpus}" if gpus else "cpu")
     send(None)
-    generate_chunks(task, ChunkStore(folder), ranges, send)
+    ChunkStore(folder).fill(ranges, task.generate, send)

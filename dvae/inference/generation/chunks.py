@@ -1,8 +1,8 @@
-"""Chunks of images under way: a hidden folder beside the result, with the request that they belong to."""
+"""Chunks of an unfinished result: a hidden folder beside the result, with the request that they belong to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -76,17 +76,28 @@ class ChunkStore:
         """Keep the arrays of a chunk, by name; row i of each belongs to numbers[i]."""
         atomic_files.write_file(self.path(numbers), lambda aside: np.savez(aside, **dict(arrays)))  # type: ignore[arg-type]
 
-    def read(self, numbers: range, what: str, rows: int = 0) -> np.ndarray:
+    def fill(
+        self,
+        ranges: list[range],
+        compute: Callable[[range], Mapping[str, np.ndarray]],
+        on_chunk: Callable[[range], None],
+    ) -> None:
+        """Compute and keep chunk by chunk; `on_chunk` is called once each is kept."""
+        for numbers in ranges:
+            self.write(numbers, compute(numbers))
+            on_chunk(numbers)
+
+    def read(self, numbers: range, name: str, rows: int = 0) -> np.ndarray:
         """One of the arrays of a chunk, which has at least `rows` rows. Raises MachineError if the file is damaged."""
         path = self.path(numbers)
         try:
             # what `write` keeps is not compressed, so arrays are never larger than their file
-            kept = read_npz(path, require_regular(path).st_size, [what])
-            if what not in kept or kept[what].ndim == 0 or not rows <= len(kept[what]) <= len(numbers):
-                raise DamagedFile(path, f"does not hold the {what} of {rows} to {len(numbers)} images")
+            arrays = read_npz(path, require_regular(path).st_size, [name])
+            if name not in arrays or arrays[name].ndim == 0 or not rows <= len(arrays[name]) <= len(numbers):
+                raise DamagedFile(path, f"does not hold the {name} of {rows} to {len(numbers)} images")
         except (DamagedFile, OSError) as error:
             raise self.damage(numbers, error.reason if isinstance(error, DamagedFile) else fold(error)) from None
-        return kept[what]
+        return arrays[name]
 
     def damage(self, numbers: range, reason: str) -> MachineError:
         """What to raise for a chunk that is not what was written."""

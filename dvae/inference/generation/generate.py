@@ -15,7 +15,6 @@ import numpy as np
 from dvae.errors import UserError
 from dvae.inference.batching import chunk_ranges, mean_nfe
 from dvae.inference.generation import formats
-from dvae.inference.generation.chunk_worker import generate_chunks
 from dvae.inference.generation.chunks import ChunkStore, first_difference, package_versions, read_generation_record
 from dvae.inference.generation.generation_settings import GenerationConfig
 from dvae.inference.generation.sample_task import SampleTask
@@ -96,7 +95,7 @@ def _generate_missing(task: GenerationTask, chunks: ChunkStore, missing: list[ra
         if settings.processes > 1 and missing:
             generate_in_processes(type(task), settings, chunks.folder, missing, on_chunk)
         else:
-            generate_chunks(task, chunks, missing, on_chunk)
+            chunks.fill(missing, task.generate, on_chunk)
     return time.perf_counter() - began
 
 
