@@ -29,7 +29,7 @@ class Mixture:
     means: tuple[float, ...] = (0.3,)
     variances: tuple[float, ...] = (0.25,)
     weights: tuple[float, ...] = (1.0,)
-    passes: int = 1
+    nfe_per_call: int = 1
 
     def __post_init__(self) -> None:
         self.calls: list[Time] = []

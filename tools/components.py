@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from dvae.errors import UserError, printable_line, run_command, suggest
-from dvae.registry.core import Registry, broken_plugins
+from dvae.registry.core import Registry, broken_plugins_note
 from dvae.registry.discovery import discover, load_plugins, origin, registries
 
 USAGE = "usage: python tools/components.py [{kinds}] [plugins=[module]]"
@@ -31,8 +31,8 @@ def command(argv: list[str]) -> None:
         if kind not in known:
             raise UserError(f"unknown kind {kind!r}: {suggest(kind, known)}")
         print_kind(known[kind])
-    if broken_plugins():
-        print(broken_plugins().removeprefix("; "))
+    if broken_plugins_note():
+        print(broken_plugins_note().removeprefix("; "))
 
 
 def print_kind(registry: Registry[Any]) -> None:

@@ -27,7 +27,7 @@ from dvae.config.schema import (
 )
 from dvae.diffusion.denoiser import Space
 from dvae.errors import UserError, fold, suggest
-from dvae.registry.core import broken_plugins
+from dvae.registry.core import broken_plugins_note
 from dvae.registry.discovery import discover, load_plugins, registries
 from dvae.registry.launchers.base import launcher_of
 from dvae.registry.sources.base import SOURCES, StreamSource
@@ -81,7 +81,7 @@ def _explain(error: Exception, config_name: str, words: list[str]) -> str:
     """One line for a composition error: what, value, what to do."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-        return f"unknown {group or 'config'} {name!r}: {suggest(name, error.options or [])}{broken_plugins()}"
+        return f"unknown {group or 'config'} {name!r}: {suggest(name, error.options or [])}{broken_plugins_note()}"
     cause = error.__cause__ or error
     key = re.search(r"Could not override '([^']+)'", str(error))
     misspelled = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or key is not None

@@ -26,7 +26,7 @@ class Conditioning:
     """(B,) bool: principal coordinates are given; None: of all samples."""
 
     @classmethod
-    def nothing(cls, x: torch.Tensor, label: torch.Tensor | None) -> Conditioning:
+    def unconditional(cls, x: torch.Tensor, label: torch.Tensor | None) -> Conditioning:
         """Of states like x (B, C, H, W) nothing is known but perhaps the class."""
         return cls(torch.zeros_like(x), x.new_zeros(len(x), 0), label)
 
@@ -70,5 +70,5 @@ class NoiseSample:
     """(B,) bool: the principal coordinates are kept; None: wherever the conditions are."""
     weight: torch.Tensor | None = None
     """(B, p, p) float64: weight of the squared error of the p predicted components; None: 1."""
-    start: torch.Tensor | None = None
+    aux_noise: torch.Tensor | None = None
     """(B, k*C, H, W), standard normal: draws the components of u_0 beside the image (denoising score matching)."""

@@ -120,19 +120,19 @@ class Denoiser(nn.Module):
     def sample_noise(self, seed: int, keys: torch.Tensor) -> NoiseSample:
         """Times, noise and the dropping of conditions for the sample numbers keys (B,)."""
         numbers, config = keys.tolist(), self.config
-        t, weight = self.objective.times(rng.uniform(seed, "time", numbers))
+        t, weight = self.objective.sample_times(rng.uniform(seed, "time", numbers))
         shape = (self.io.k * self.io.channels, self.io.image_size, self.io.image_size)
         keep = rng.uniform(seed, "drop", numbers) >= config.condition_dropout
-        keep_label = keep_pca = start = None
+        keep_label = keep_pca = aux_noise = None
         if config.pca_components:
             keep_pca = rng.uniform(seed, "drop pca", numbers) >= config.pca_dropout
         if config.condition_label:
             keep_label = keep & (rng.uniform(seed, "drop label", numbers) >= config.label_dropout)
         if self.io.k > 1 and config.matching is Matching.dsm:
-            start = rng.normal(seed, "start", numbers, shape)
-        return NoiseSample(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, start)
+            aux_noise = rng.normal(seed, "start", numbers, shape)
+        return NoiseSample(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, aux_noise)
 
-    def condition(self, conditioning: Conditioning) -> Condition:
+    def build_condition(self, conditioning: Conditioning) -> Condition:
         """What the refiner is told besides state and time."""
         label = None
         if self.config.condition_label:
@@ -141,11 +141,11 @@ class Denoiser(nn.Module):
             label = torch.where(label == NO_LABEL, self.io.labels, label)
         return Condition(
             image=conditioning.x_hat if self.config.condition_image else None,
-            latent=self._latent(conditioning) if self.config.condition_latent else None,
+            latent=self._latent_condition(conditioning) if self.config.condition_latent else None,
             label=label,
         )
 
-    def _latent(self, conditioning: Conditioning) -> torch.Tensor:
+    def _latent_condition(self, conditioning: Conditioning) -> torch.Tensor:
         """z, and what is made of its principal coordinates where these are given."""
         if not self.config.pca_components:
             return conditioning.z
@@ -156,15 +156,15 @@ class Denoiser(nn.Module):
 
     def network_output(self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The refiner's raw output (B, io.output_channels, H, W), fp32, for states u at times t (B,)."""
-        seen = u
+        inputs = u
         if self.config.center is Center.input:
-            seen = u + self.diffusion.initial_state(conditioning.x_hat)
-        feature = self.diffusion.schedule.feature(t).to(u.device, torch.float32)
-        return self.refiner(seen, feature, self.condition(conditioning)).float()
+            inputs = u + self.diffusion.initial_state(conditioning.x_hat)
+        feature = self.diffusion.schedule.time_feature(t).to(u.device, torch.float32)
+        return self.refiner(inputs, feature, self.build_condition(conditioning)).float()
 
     def add_noise(self, x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
         """The state u_t (B, k*C, H, W) of images x (B, C, H, W)."""
-        u0 = self.diffusion.initial_state(self.to_state(x, conditioning), noise_sample.start)
+        u0 = self.diffusion.initial_state(self.to_state(x, conditioning), noise_sample.aux_noise)
         return self.diffusion.perturb(u0, noise_sample.t, noise_sample.eps)
 
     def forward(self, x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
@@ -199,7 +199,7 @@ class Denoiser(nn.Module):
 
     def _predicted(self, eps: torch.Tensor) -> torch.Tensor:
         """The components of eps (B, k*C, H, W) that the refiner predicts."""
-        chosen = self.diffusion.predicted
+        chosen = self.diffusion.predicted_components
         if len(chosen) == self.diffusion.k:
             return eps
         return eps.unflatten(1, (self.diffusion.k, -1))[:, list(chosen)].flatten(1, 2)

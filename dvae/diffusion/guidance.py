@@ -48,21 +48,14 @@ class GuidedDenoiser:
     ) -> None:
         _check(denoiser, conditioning, guidance, classifier)
         self.denoiser, self.conditioning, self.guidance, self.classifier = denoiser, conditioning, guidance, classifier
-        nothing = torch.zeros(len(conditioning.z), dtype=torch.bool)
-        self._views = _views(
-            guidance,
-            conditioning,
-            conditioning.drop_pca(nothing),
-            conditioning.drop_label(nothing),
-            conditioning.drop(nothing),
-        )
+        self._views = _weighted_views(guidance, conditioning)
 
     @property
     def diffusion(self) -> Diffusion:
         return self.denoiser.diffusion
 
     @property
-    def passes(self) -> int:
+    def nfe_per_call(self) -> int:
         """Passes of the refiner per call: one for each condition that has a weight; a classifier's are not counted."""
         return len(self._views)
 
@@ -106,27 +99,25 @@ class GuidedDenoiser:
         """grad_u log p(class | u_t), (B, k*C, H, W), of the classifier at the physical time t (B,)."""
         assert self.classifier is not None
         assert self.conditioning.label is not None
-        feature = self.diffusion.schedule.feature(t).to(u.device, torch.float32)
+        feature = self.diffusion.schedule.time_feature(t).to(u.device, torch.float32)
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            logits = self.classifier(u, feature, self.denoiser.condition(self.conditioning)).float()
+            logits = self.classifier(u, feature, self.denoiser.build_condition(self.conditioning)).float()
             chosen = torch.log_softmax(logits, 1).gather(1, self.conditioning.label[:, None].to(u.device))
             return torch.autograd.grad(chosen.sum(), u)[0]
 
 
-def _views(
-    guidance: Guidance, full: Conditioning, without_pca: Conditioning, unlabeled: Conditioning, nothing: Conditioning
-) -> list[tuple[float, Conditioning]]:
-    """(weight, condition) whose weighted sum is the guided prediction; those of weight 0 are left out."""
-    w, label = guidance.condition, guidance.label
-    pca = guidance.pca
-    weighted = [
-        (w * label * pca, full),
-        (w * label * (1.0 - pca), without_pca),
-        (w * (1.0 - label), unlabeled),
-        (1.0 - w, nothing),
+def _weighted_views(guidance: Guidance, conditioning: Conditioning) -> list[tuple[float, Conditioning]]:
+    """(weight, conditioning) whose weighted sum is the guided prediction; those of weight 0 are left out."""
+    w, label, pca = guidance.condition, guidance.label, guidance.pca
+    keep_none = torch.zeros(len(conditioning.z), dtype=torch.bool)
+    views = [
+        (w * label * pca, conditioning),
+        (w * label * (1.0 - pca), conditioning.drop_pca(keep_none)),
+        (w * (1.0 - label), conditioning.drop_label(keep_none)),
+        (1.0 - w, conditioning.drop(keep_none)),
     ]
-    return [(weight, conditioning) for weight, conditioning in weighted if weight]
+    return [(weight, view) for weight, view in views if weight]
 
 
 def apply_threshold(images: torch.Tensor, threshold: Threshold) -> torch.Tensor:

@@ -85,13 +85,13 @@ class Diffusion:
         self.D, self.S_inf = _matrix(process.D), _matrix(process.S_inf)
         self.A = -(self.D + _matrix(process.Q)) @ torch.linalg.inv(self.S_inf)
         self._A_back = -(self.D - _matrix(process.Q)) @ torch.linalg.inv(self.S_inf)
-        self._aside = _matrix(process.S_0)
-        self._S_0 = self._aside if matching is Matching.hsm else torch.zeros_like(self._aside)
-        self.predicted = self._predicted()
+        self._aux_cov = _matrix(process.S_0)
+        self._S_0 = self._aux_cov if matching is Matching.hsm else torch.zeros_like(self._aux_cov)
+        self.predicted_components = self._find_predicted_components()
         """Components of eps that a network must predict; where it is one of k, the others follow from it."""
 
     @cached_property
-    def hybrid(self) -> Diffusion:
+    def with_hsm(self) -> Diffusion:
         """The same by hybrid score matching, where L L^T is the covariance of u_t given x0; itself if it is so."""
         if self.matching is Matching.hsm or self.k == 1:
             return self
@@ -129,12 +129,12 @@ class Diffusion:
 
     def alpha(self, t: Time) -> torch.Tensor:
         """sqrt(abar_t), (B,): the factor of x0 in u_t. k = 1 only, else ValueError."""
-        self._one_component("alpha")
+        self._require_k1("alpha")
         return self.marginal(t)[0].flatten()
 
     def sigma(self, t: Time) -> torch.Tensor:
         """sqrt(1 - abar_t), (B,): the standard deviation of u_t given x0. k = 1 only, else ValueError."""
-        self._one_component("sigma")
+        self._require_k1("sigma")
         return self.marginal(t)[1].flatten()
 
     def log_snr(self, t: Time) -> torch.Tensor:
@@ -142,7 +142,7 @@ class Diffusion:
 
         k = 1 only, else ValueError.
         """
-        self._one_component("log_snr")
+        self._require_k1("log_snr")
         Phi, L = self.marginal(t)
         return torch.log(Phi / L).flatten()
 
@@ -152,7 +152,7 @@ class Diffusion:
         Equations 6 and 7 of Ho et al. 2020 for any two times, not only neighbors in a table; at s = 0 it is (1, 0, 0).
         k = 1 only, else ValueError.
         """
-        self._one_component("posterior")
+        self._require_k1("posterior")
         (Phi, S), (alpha_s, sigma_s), (_, sigma_t) = self.transition(s, t), self.marginal(s), self.marginal(t)
         share = S / sigma_t**2
         c_x0, c_u, variance = alpha_s * share, Phi * sigma_s**2 / sigma_t**2, sigma_s**2 * share
@@ -177,8 +177,8 @@ class Diffusion:
         u0 = torch.cat([x0, x0.new_zeros(len(x0), (self.k - 1) * x0.shape[1], *x0.shape[2:])], dim=1)
         if noise is None or self.k == 1:
             return u0
-        spread = torch.zeros_like(self._aside)
-        spread[1:, 1:] = torch.linalg.cholesky(self._aside[1:, 1:])
+        spread = torch.zeros_like(self._aux_cov)
+        spread[1:, 1:] = torch.linalg.cholesky(self._aux_cov[1:, 1:])
         return u0 + apply_matrix(spread, noise)
 
     def score_from_eps(self, eps: torch.Tensor, t: Time) -> torch.Tensor:
@@ -198,10 +198,10 @@ class Diffusion:
         260 at t = 1 of psld with schedule=constant. In the first row of Phi^-1 (u - L eps), which is as right where
         eps is exact, they count 3.3e4 times there.
         """
-        column, seen, _ = self._seen(t)
-        snr = seen @ column
+        column, weighting, _ = self._marginal_given_x0(t)
+        snr = weighting @ column
         part = torch.linalg.inv(self.marginal(t)[1]) @ column
-        return apply_matrix(seen / snr, u) - apply_matrix(part.mT / snr, eps)
+        return apply_matrix(weighting / snr, u) - apply_matrix(part.mT / snr, eps)
 
     def project_eps(self, u: torch.Tensor, t: Time, eps: torch.Tensor) -> torch.Tensor:
         """L^T S^-1 (u - p x0) with the x0 of x0_from_eps, (B, k*C, H, W): what some image explains; t above 0.
@@ -211,15 +211,17 @@ class Diffusion:
         """
         if self.k == 1:
             return eps
-        column, seen, S = self._seen(t)
-        L, snr = self.marginal(t)[1], seen @ column
-        projection = torch.linalg.solve(S, torch.eye(self.k, dtype=S.dtype, device=S.device) - column @ (seen / snr))
-        kept = seen.mT @ (torch.linalg.inv(L) @ column).mT / snr
-        return apply_matrix(L.mT @ projection, u) + apply_matrix(L.mT @ kept, eps)
+        column, weighting, S = self._marginal_given_x0(t)
+        L, snr = self.marginal(t)[1], weighting @ column
+        projection = torch.linalg.solve(
+            S, torch.eye(self.k, dtype=S.dtype, device=S.device) - column @ (weighting / snr)
+        )
+        gain = weighting.mT @ (torch.linalg.inv(L) @ column).mT / snr
+        return apply_matrix(L.mT @ projection, u) + apply_matrix(L.mT @ gain, eps)
 
     def eps_from_x0(self, u: torch.Tensor, t: Time, x0: torch.Tensor) -> torch.Tensor:
         """eps = (u - alpha x0) / sigma, (B, C, H, W); t above 0. k = 1 only, else ValueError."""
-        self._one_component("eps_from_x0")
+        self._require_k1("eps_from_x0")
         Phi, L = self.marginal(t)
         return apply_matrix(1.0 / L, u - apply_matrix(Phi, x0))
 
@@ -228,17 +230,17 @@ class Diffusion:
 
         p and S as in x0_from_eps. L^T S^-1 is L^-1 but for denoising score matching with k > 1.
         """
-        return eps - apply_matrix(self.marginal(t)[1].mT @ self._seen(t)[1].mT, change)
+        return eps - apply_matrix(self.marginal(t)[1].mT @ self._marginal_given_x0(t)[1].mT, change)
 
     def complete_eps(self, u: torch.Tensor, t: Time, part: torch.Tensor) -> torch.Tensor:
-        """eps (B, k*C, H, W) from its `predicted` components (B, C * number of them, H, W).
+        """eps (B, k*C, H, W) from its `predicted_components` (B, C * number of them, H, W).
 
         With hybrid score matching u = Phi (x0, 0, ...) + L eps are k equations for x0 and the k - 1 missing components.
         """
-        if len(self.predicted) == self.k:
+        if len(self.predicted_components) == self.k:
             return part
         Phi, L = self.marginal(t)
-        (known,) = self.predicted
+        (known,) = self.predicted_components
         missing = [i for i in range(self.k) if i != known]
         unknown = torch.linalg.inv(torch.cat([Phi[:, :, :1], L[:, :, missing]], dim=2))[:, 1:]
         found = apply_matrix(unknown, u - apply_matrix(L[:, :, known : known + 1], part)).unflatten(1, (self.k - 1, -1))
@@ -249,14 +251,14 @@ class Diffusion:
     def eps_for_normal_data(self, u: torch.Tensor, t: Time) -> torch.Tensor:
         """E[eps | u_t], (B, k*C, H, W), were the pixels independent and N(0, 1): L^T cov(u_t)^-1 u; t above 0."""
         Phi, L = self.marginal(t)
-        start = self._aside - self._S_0  # what denoising score matching draws besides x0
+        start = self._aux_cov - self._S_0  # what denoising score matching draws besides x0
         start[0, 0] = 1.0
         covariance = Phi @ start @ Phi.mT + L @ L.mT
         return apply_matrix(L.mT @ torch.linalg.inv(covariance), u)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _predicted(self) -> tuple[int, ...]:
+    def _find_predicted_components(self) -> tuple[int, ...]:
         """The score matters only where D acts; score_i needs eps_j with j >= i (lower factor) or j <= i (upper)."""
         acts = [i for i in range(self.k) if self.D[i].any()]
         lower = self.factor is Factor.lower
@@ -271,12 +273,12 @@ class Diffusion:
         X = E @ (start - self.S_inf)
         return Phi, start + X + X.mT + X @ E.mT
 
-    def _seen(self, t: Time) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _marginal_given_x0(self, t: Time) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(p (B, k, 1), p^T S^-1 (B, 1, k), S (B, k, k)) of q(u_t | x0) = N(p x0, S): the momentum is marginalized."""
-        Phi, S = self._kernel(self.A, self.schedule.integral(_scalars(t)), self._aside)
+        Phi, S = self._kernel(self.A, self.schedule.integral(_scalars(t)), self._aux_cov)
         return Phi[:, :, :1], torch.linalg.solve(S, Phi[:, :, :1]).mT, S
 
-    def _one_component(self, what: str) -> None:
+    def _require_k1(self, what: str) -> None:
         if self.k != 1:
             raise ValueError(f"{what} is defined for one component per channel, this process has k = {self.k}")
 

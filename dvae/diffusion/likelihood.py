@@ -49,7 +49,7 @@ def dequantize(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return (images.to(uniform.dtype) + uniform - 0.5) / 127.5 - 1.0
 
 
-def of_images(
+def estimate(
     denoiser: Denoiser,
     conditioning: Conditioning,
     images: torch.Tensor,
@@ -117,7 +117,7 @@ def bits_per_dim(
     if diffusion.k > 1:
         log_density = log_density - _log_normal(u[:, x.shape[1] :], torch.as_tensor(diffusion.process.S_0)[1:, 1:])
     bits = -(log_density / n + math.log(data_scale)) / math.log(2.0) + math.log2(127.5)
-    return Likelihood(bits, log_density, end.evaluations * model.passes)
+    return Likelihood(bits, log_density, end.evaluations * model.nfe_per_call)
 
 
 def _flow_and_divergence(model: Model, shape: torch.Size, probes: torch.Tensor | None) -> Velocity:

@@ -29,7 +29,7 @@ class Model(Protocol):
     def diffusion(self) -> Diffusion: ...
 
     @property
-    def passes(self) -> int:
+    def nfe_per_call(self) -> int:
         """Network evaluations per call: 2 with classifier-free guidance."""
         ...
 

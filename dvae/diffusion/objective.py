@@ -81,19 +81,19 @@ class Objective:
     def __init__(self, config: LossConfig, diffusion: Diffusion, prediction: PredictionType) -> None:
         _check(config, diffusion)
         self.config, self.diffusion, self.prediction = config, diffusion, prediction
-        self._table = self._importance() if config.times is TimeSampling.importance else None
+        self._density = self._importance() if config.times is TimeSampling.importance else None
 
-    def times(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_times(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, weight), from uniform draws in [0, 1): t (B,) in (0, 1], and W (B, p, p) for the p predicted components.
 
         The loss is error^T W error; it is unbiased for the uniform mean of the weighted error unless times=log_normal.
         """
-        t, density = self._draw(uniform)
+        t, density = self._sample(uniform)
         return t, self.weight(t) / density[:, None, None]
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """W (B, p, p), float64, of the squared error of the predicted quantity at times t (B,)."""
-        components = len(self.diffusion.predicted)
+        components = len(self.diffusion.predicted_components)
         eye = torch.eye(components, dtype=torch.float64, device="cpu").expand(len(t), -1, -1)
         if self.config.weighting is Weighting.simple:
             return eye
@@ -129,18 +129,18 @@ class Objective:
         """beta L^-1 D L^-T on eps: the score's error is -L^-T times that of eps, and the noise is sqrt(2 D beta)."""
         inverse = torch.linalg.inv(self.diffusion.marginal(t)[1])
         W = inverse @ self.diffusion.D @ inverse.mT * self.diffusion.schedule.rate(t)[:, None, None]
-        chosen = list(self.diffusion.predicted)
+        chosen = list(self.diffusion.predicted_components)
         W = W[:, chosen][:, :, chosen]
         if self.prediction is PredictionType.eps:
             return W
         snr = 1.0 / torch.expm1(self.diffusion.schedule.integral(t))
         return W * (snr * self._x0_error(snr))[:, None, None]
 
-    def _draw(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, density of t relative to the uniform one; 1 where the draw itself is the objective), each (B,)."""
         config, steps = self.config, self.diffusion.schedule.steps
-        if self._table is not None:
-            return self._table.draw(uniform)
+        if self._density is not None:
+            return self._density.sample(uniform)
         if config.times is TimeSampling.log_normal:
             normal = torch.special.ndtri(uniform.clamp(2**-54, 1 - 2**-53))
             r = torch.exp(config.log_mean + config.log_std * normal)
@@ -149,22 +149,22 @@ class Objective:
             t = 1.0 - uniform * (1.0 if steps else 1.0 - config.t_min)
         return torch.ceil(t * steps) / steps if steps else t, torch.ones_like(t)
 
-    def _importance(self) -> _Table:
+    def _importance(self) -> PiecewiseDensity:
         """Where the weight is: on the schedule's own times, or on a grid that is fine near t = 0 and near t = 1."""
         steps = self.diffusion.schedule.steps
         if steps:
             edges = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
-            return _Table(edges, self._mean_weight(edges[1:]), discrete=True)
+            return PiecewiseDensity(edges, self._mean_weight(edges[1:]), discrete=True)
         low = torch.logspace(math.log10(self.config.t_min), 0.0, 4097, dtype=torch.float64, device="cpu")
         edges = torch.cat([low, (1.0 - low)[1.0 - low > low[0]]]).unique()
-        return _Table(edges, self._mean_weight((edges[:-1] * edges[1:]).sqrt()), discrete=False)
+        return PiecewiseDensity(edges, self._mean_weight((edges[:-1] * edges[1:]).sqrt()), discrete=False)
 
     def _mean_weight(self, t: torch.Tensor) -> torch.Tensor:
         return self.weight(t).diagonal(dim1=1, dim2=2).mean(1)
 
 
 @dataclass(frozen=True)
-class _Table:
+class PiecewiseDensity:
     """A density that is constant between `edges` (n + 1,), in proportion to `weight` (n,)."""
 
     edges: torch.Tensor
@@ -172,7 +172,7 @@ class _Table:
     discrete: bool
     """Only the upper edges are drawn."""
 
-    def draw(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         widths = self.edges.diff()
         mass = self.weight * widths
         cumulative = torch.cat([torch.zeros_like(mass[:1]), mass.cumsum(0) / mass.sum()])

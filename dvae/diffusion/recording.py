@@ -27,8 +27,8 @@ class RecordingDenoiser:
         return self.model.diffusion
 
     @property
-    def passes(self) -> int:
-        return self.model.passes
+    def nfe_per_call(self) -> int:
+        return self.model.nfe_per_call
 
     def __getitem__(self, rows: torch.Tensor) -> Model:
         return self.model[rows]

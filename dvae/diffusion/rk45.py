@@ -22,14 +22,14 @@ E = [float(e) for e in RK45.E]
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
 """Aim below the tolerance, and the least and greatest factor from one step size to the next (Hairer et al., II.4)."""
-FIRST = 0.01
+FIRST_STEP = 0.01
 """First step, as a share of the whole way."""
-LARGEST = 0.2
+MAX_STEP = 0.2
 """Largest step, as a share of the whole way. The error estimate of a sample of few elements may vanish by chance; were
 steps free to grow while it does, some samples would be off by 200 times the tolerance."""
-LEAST = 1e-12
+MIN_STEP = 1e-12
 """Step, as a share of the whole way, below which there is no hope."""
-MOST = 2000
+MAX_STEPS = 2000
 """Steps tried per sample."""
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -52,13 +52,13 @@ def integrate(velocity: Velocity, y: torch.Tensor, start: float, end: float, tol
     """
     y_end, evaluations = y.clone(), torch.ones(len(y), dtype=torch.int64)
     rows, t = torch.arange(len(y)), torch.full((len(y),), start, dtype=torch.float64)
-    h, rejected = torch.full_like(t, FIRST * (end - start)), torch.zeros(len(y), dtype=torch.bool)
+    h, rejected = torch.full_like(t, FIRST_STEP * (end - start)), torch.zeros(len(y), dtype=torch.bool)
     slope = velocity(y, t, rows)
-    for _ in range(MOST):
-        h = h.clamp(-LARGEST * abs(end - start), LARGEST * abs(end - start))
+    for _ in range(MAX_STEPS):
+        h = h.clamp(-MAX_STEP * abs(end - start), MAX_STEP * abs(end - start))
         last = h.abs() >= (end - t).abs()
         h = torch.where(last, end - t, h)
-        y_new, slope_new, error = _try(velocity, y, slope, t, h, rows, tolerance)
+        y_new, slope_new, error = _attempt_step(velocity, y, slope, t, h, rows, tolerance)
         evaluations[rows] += 6
 
         kept = error <= 1.0  # not where it is nan
@@ -73,7 +73,7 @@ def integrate(velocity: Velocity, y: torch.Tensor, start: float, end: float, tol
             y, slope, t, h, rejected, rows = (x[~arrived] for x in (y, slope, t, h, rejected, rows))
         if not len(rows):
             return Solution(y_end, evaluations)
-        if (h.abs() < LEAST * abs(end - start)).any():
+        if (h.abs() < MIN_STEP * abs(end - start)).any():
             break
     worst = int(h.abs().argmin())
     raise UserError(
@@ -83,7 +83,7 @@ def integrate(velocity: Velocity, y: torch.Tensor, start: float, end: float, tol
     )
 
 
-def _try(
+def _attempt_step(
     velocity: Velocity,
     y: torch.Tensor,
     slope: torch.Tensor,

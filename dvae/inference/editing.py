@@ -192,7 +192,7 @@ def principal_coordinate_edit(core: InferenceCore, component: int) -> LatentEdit
         known = f"use 1 to {components}" if components else "train with denoiser.pca_components=32"
         raise UserError(f"component={component}: the refiner knows {components} principal components: {known}")
     whitening = core.models.denoiser.whitening
-    return lambda z, strength: whitening.moved(z, component - 1, strength.to(z.device, z.dtype))
+    return lambda z, strength: whitening.with_coordinate(z, component - 1, strength.to(z.device, z.dtype))
 
 
 def _decode_and_refine(
@@ -214,7 +214,7 @@ def _decode_and_refine(
     for rows in torch.arange(len(noise)).split(size):
         labels = None if label is None else label[rows]
         if core.models.latent_space and refines:
-            conditioning = Conditioning.nothing(z.new_empty(len(rows), *core.models.io.latent), labels)
+            conditioning = Conditioning.unconditional(z.new_empty(len(rows), *core.models.io.latent), labels)
         else:
             conditioning = Conditioning(core.decode(z[rows]), z[rows], labels)
             vae.append(to_uint8(conditioning.x_hat).cpu())

@@ -186,7 +186,7 @@ def score_chunk(
         if settings.z is LatentMode.draw:
             z = posterior.sample(rng.normal(seed, "posterior", numbers, models.io.latent).to(z.device))
         conditioning = Conditioning(pipeline.decode(z), z, pipeline.class_numbers(labels, len(images)))
-        found = likelihood.of_images(models.denoiser, conditioning, images, list(numbers), seed, settings.tolerance)
+        found = likelihood.estimate(models.denoiser, conditioning, images, list(numbers), seed, settings.tolerance)
         bits, kl = found.bits_per_dim, posterior.kl().double().cpu()
         values = {
             "bits_per_dim": bits,

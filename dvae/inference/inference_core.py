@@ -137,7 +137,7 @@ class InferenceCore:
         elif io.labels:
             labels = (rng.uniform(seed, "label", numbers) * io.labels).long().to(self.device)
         if self.models.latent_space:
-            return Conditioning.nothing(torch.empty(len(numbers), *io.latent, device=self.device), labels)
+            return Conditioning.unconditional(torch.empty(len(numbers), *io.latent, device=self.device), labels)
         component = rng.uniform(seed, "prior component", numbers)
         normal = rng.normal(seed, "prior", numbers, io.latent)
         z = self.prior.sample(component.to(self.device), normal.to(self.device))

@@ -182,7 +182,7 @@ class Pipeline(InferenceCore):
         for numbers in torch.arange(len(images)).split(self.batch or CHUNK_SIZE):
             x = images[numbers]
             conditioning = self.encode(to_float(x).to(self.device))
-            found = likelihood.of_images(self.models.denoiser, conditioning, x, numbers.tolist(), seed, tolerance)
+            found = likelihood.estimate(self.models.denoiser, conditioning, x, numbers.tolist(), seed, tolerance)
             parts.append(found.bits_per_dim)
         return torch.cat(parts)
 

@@ -11,7 +11,7 @@ CLIP = 4.0
 """Standard deviations at which coordinates are cut."""
 
 
-class Moments:
+class RunningCovariance:
     """Mean and covariance of rows (n, D) that come in parts, in float64 (Chan, Golub & LeVeque 1983, equation 2.1)."""
 
     def __init__(self, size: int) -> None:
@@ -51,7 +51,7 @@ class Whitening(nn.Module):
         self.register_buffer("deviation", torch.ones(components))
 
     @torch.no_grad()
-    def fit(self, moments: Moments) -> None:
+    def fit(self, moments: RunningCovariance) -> None:
         """Take the components of greatest variance; of each the largest entry is positive."""
         variances, vectors = torch.linalg.eigh(moments.covariance)
         chosen = vectors.flip(1).T[: len(self.deviation)]
@@ -66,7 +66,7 @@ class Whitening(nn.Module):
             away = (z.flatten(1).float() - self.mean) @ self.basis.T
             return (away / self.deviation).clamp(-CLIP, CLIP)
 
-    def moved(self, z: torch.Tensor, number: int, value: torch.Tensor) -> torch.Tensor:
+    def with_coordinate(self, z: torch.Tensor, number: int, value: torch.Tensor) -> torch.Tensor:
         """z with coordinate `number` (from 0) at value (B,), in standard deviations, and the others as they are."""
         away = (z.flatten(1) - self.mean) @ self.basis[number]
         step = value * self.deviation[number] - away

@@ -100,7 +100,7 @@ def _state_shapes(denoiser: DenoiserConfig, diffusion: Diffusion, io: Shapes) ->
     return replace(
         io,
         k=diffusion.k,
-        outputs=len(diffusion.predicted),
+        outputs=len(diffusion.predicted_components),
         condition_channels=io.channels if denoiser.condition_image else 0,
         condition_latent=denoiser.condition_latent,
     )

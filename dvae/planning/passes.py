@@ -77,8 +77,8 @@ def classifier_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
     def loss(x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
         with torch.no_grad():
             u = denoiser.add_noise(x, conditioning, noise_sample)
-            feature = denoiser.diffusion.schedule.feature(noise_sample.t).to(u.device, torch.float32)
-        logits = classifier(u, feature, denoiser.condition(conditioning))
+            feature = denoiser.diffusion.schedule.time_feature(noise_sample.t).to(u.device, torch.float32)
+        logits = classifier(u, feature, denoiser.build_condition(conditioning))
         assert conditioning.label is not None
         return F.cross_entropy(logits, conditioning.label)
 
@@ -103,11 +103,11 @@ def _noisy_state_pass(
         label = None if label is None else label.to(device)
         if encodes:
             z = encoder.encode(x).sample(z)
-        start = None if noise_sample.start is None else place(noise_sample.start, device)
-        noise_sample = replace(noise_sample, eps=place(noise_sample.eps, device), start=start)
+        aux_noise = None if noise_sample.aux_noise is None else place(noise_sample.aux_noise, device)
+        noise_sample = replace(noise_sample, eps=place(noise_sample.eps, device), aux_noise=aux_noise)
         if made.latent_space:
             z = place(z.float(), device)
-            return z, Conditioning.nothing(z, label), noise_sample
+            return z, Conditioning.unconditional(z, label), noise_sample
         x_hat = _decoded(encoder, z, device) if decodes else torch.zeros_like(x)
         return x, Conditioning(x_hat, z.float(), label), noise_sample
 

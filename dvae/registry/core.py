@@ -156,7 +156,7 @@ class Registry(Generic[T]):
         """The class registered as `name`. Raises UserError with the nearest name where there is none."""
         self._discover()
         if name not in self._classes:
-            raise UserError(f"unknown {self.kind} {name!r}: {suggest(name, self._classes)}{broken_plugins()}")
+            raise UserError(f"unknown {self.kind} {name!r}: {suggest(name, self._classes)}{broken_plugins_note()}")
         return self._classes[name]
 
     def name_of(self, component: T) -> str:
@@ -213,7 +213,7 @@ def _is_plain_dataclass(config: type) -> bool:
     return declared and all(field.kw_only for field in fields(config))
 
 
-def broken_plugins() -> str:
+def broken_plugins_note() -> str:
     """A note on installed plugins that failed to import, or nothing."""
     if not BROKEN_PLUGINS:
         return ""

@@ -54,8 +54,8 @@ class ClassifierTask(NoisyTask):
         assert conditioning.label is not None
         with torch.no_grad():
             u = self.denoiser.add_noise(x, conditioning, noise)  # the condition is never dropped here
-            feature = self.denoiser.diffusion.schedule.feature(noise.t).to(self.device, torch.float32)
-        logits = engines[name](u, feature, self.denoiser.condition(conditioning))
+            feature = self.denoiser.diffusion.schedule.time_feature(noise.t).to(self.device, torch.float32)
+        logits = engines[name](u, feature, self.denoiser.build_condition(conditioning))
         losses = F.cross_entropy(logits, conditioning.label, reduction="none")
         metrics = {"loss": losses, "accuracy": (logits.argmax(1) == conditioning.label).float()}
         sums = metric_sums(metrics)

@@ -59,7 +59,7 @@ class GanTask(TrainTask):
         step = first // self.config.batch + 1
         if self.trains("discriminator", step):
             self.fakes[first] = x_hat.detach()
-        if step > self.adversary.start + self.adversary.alone:
+        if step > self.adversary.start + self.adversary.warmup:
             gradient, adversarial_metrics = self.adversarial_gradient(x, x_hat.detach(), features.detach())
             # known already, the gradient is handed on by this product: no second pass through the discriminator
             loss = loss + (gradient * x_hat).sum()

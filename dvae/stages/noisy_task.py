@@ -48,7 +48,7 @@ class NoisyTask(TrainTask):
             z, x_hat = self.latents.sample(batch, x, noise)
             if self.denoiser.config.space is Space.latent:
                 z = self.to_device(z.float())
-                return z, Conditioning.nothing(z, label)
+                return z, Conditioning.unconditional(z, label)
             if x_hat is None:
                 x_hat = self.encoder.decode(z).float()
         return x, Conditioning(self.to_device(x_hat), z.float(), label)

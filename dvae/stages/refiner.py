@@ -11,7 +11,7 @@ from torch import nn
 from dvae.config.compose import uses_stream
 from dvae.config.schema import RunConfig
 from dvae.data.loading.loader import Batch
-from dvae.layers.whitening import Moments
+from dvae.layers.whitening import RunningCovariance
 from dvae.runs.folder import Run
 from dvae.stages.latent_sources import open_latents
 from dvae.stages.noisy_task import NoisyTask
@@ -89,9 +89,9 @@ def measure_data_scale(config: RunConfig, task: RefinerTask) -> float:
     return float(1.0 / torch.cat(states).std())
 
 
-def latent_moments(run: Run, config: RunConfig, task: RefinerTask) -> Moments:
+def latent_moments(run: Run, config: RunConfig, task: RefinerTask) -> RunningCovariance:
     """Moments of the posterior means of all training images."""
-    moments = Moments(math.prod(task.encoder.latent_shape))
+    moments = RunningCovariance(math.prod(task.encoder.latent_shape))
     if run.has_weights("posteriors"):
         for means in run.load_weights("posteriors")["mean"].split(SCALE_IMAGES):
             moments.add(means)

@@ -29,7 +29,7 @@ def label_groups(config: RunConfig, source: StreamSource) -> dict[str, int | Non
 
 def true_points(source: StreamSource, label: int | None, n: int, seed: int) -> torch.Tensor:
     """n true points (n, d); no seed gives those that a run was trained on."""
-    return source.draw(rng.child(seed, "true points"), range(n), label)[0].flatten(1)
+    return source.sample(rng.child(seed, "true points"), range(n), label)[0].flatten(1)
 
 
 def sample_points(

@@ -84,5 +84,5 @@ class TrainTask(ABC):
     def sample_noise(self, batch: Batch, denoiser: Denoiser) -> NoiseSample:
         """Times and noise of the batch, keyed by its sample numbers."""
         sample = denoiser.sample_noise(self.seed, batch.keys)
-        start = None if sample.start is None else self.to_device(sample.start)
-        return replace(sample, eps=self.to_device(sample.eps), start=start)
+        aux_noise = None if sample.aux_noise is None else self.to_device(sample.aux_noise)
+        return replace(sample, eps=self.to_device(sample.eps), aux_noise=aux_noise)

@@ -16,7 +16,7 @@ SOURCE = SOURCES.build({"name": "toy2d"}, Shapes(image_size=1, channels=2))
 def test_a_step_is_the_source_at_its_numbers() -> None:
     with StreamLoader(SOURCE, 8, seed=5) as loader:
         (batch,) = loader.step(24)
-    x, labels = SOURCE.draw(5, range(24, 32))
+    x, labels = SOURCE.sample(5, range(24, 32))
     assert batch.keys.tolist() == batch.indices.tolist() == list(range(24, 32))
     assert torch.equal(batch.images, x)
     assert batch.to_float() is batch.images

@@ -31,7 +31,9 @@ def make(schedule: str = "cosine", process: str = "vp", **config: object) -> Den
         matching=settings.matching,
         factor=settings.factor,
     )
-    io = replace(IO, k=diffusion.k, outputs=len(diffusion.predicted), labels=CLASSES * settings.condition_label)
+    io = replace(
+        IO, k=diffusion.k, outputs=len(diffusion.predicted_components), labels=CLASSES * settings.condition_label
+    )
     refiner = REFINERS.build(UNET, io)
     for parameter in refiner.parameters():  # zero-initialized layers would hide differences
         torch.nn.init.normal_(parameter, std=0.1)
@@ -47,7 +49,7 @@ def batch(n: int = 4, k: int = 1) -> tuple[torch.Tensor, Conditioning, NoiseSamp
     return (
         x,
         Conditioning(x_hat, z, torch.arange(n) % CLASSES),
-        NoiseSample(t, eps, torch.ones(n, dtype=torch.bool), start=start),
+        NoiseSample(t, eps, torch.ones(n, dtype=torch.bool), aux_noise=start),
     )
 
 
@@ -99,7 +101,7 @@ def test_a_perfect_refiner_has_no_loss_and_gives_back_the_image(process: str, co
     denoiser = make(schedule="linear", process=process, center=Center.residual, data_scale=3.0, **config)
     x, conditioning, noise_sample = batch(k=denoiser.diffusion.k)
     if denoiser.config.matching is not Matching.dsm:
-        noise_sample = replace(noise_sample, start=None)
+        noise_sample = replace(noise_sample, aux_noise=None)
     u = denoiser.add_noise(x, conditioning, noise_sample)
     denoiser.refiner = Perfect(denoiser._target(x, u, conditioning, noise_sample))
     assert denoiser(x, conditioning, noise_sample).max() == 0.0
@@ -158,10 +160,10 @@ def test_a_dropped_label_is_the_class_past_the_last() -> None:
     denoiser = make(condition_label=True)
     x, conditioning, noise_sample = batch()
     keep = torch.tensor([True, False, True, False])
-    assert denoiser.condition(conditioning.drop_label(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
-    assert denoiser.condition(conditioning.drop(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
-    assert denoiser.condition(Conditioning(conditioning.x_hat, conditioning.z)).label.tolist() == [CLASSES] * 4
-    assert make().condition(conditioning).label is None
+    assert denoiser.build_condition(conditioning.drop_label(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
+    assert denoiser.build_condition(conditioning.drop(keep)).label.tolist() == [0, CLASSES, 2, CLASSES]
+    assert denoiser.build_condition(Conditioning(conditioning.x_hat, conditioning.z)).label.tolist() == [CLASSES] * 4
+    assert make().build_condition(conditioning).label is None
     # the class alone is dropped: x_hat stays, and the class is without influence
     dropped = replace(noise_sample, keep_label=torch.zeros(4, dtype=torch.bool))
     other = Conditioning(conditioning.x_hat, conditioning.z, (conditioning.label + 1) % CLASSES)
@@ -179,7 +181,7 @@ def test_labels_are_dropped_with_the_conditions_and_alone() -> None:
 def test_the_loss_is_weighted_per_sample() -> None:
     denoiser = make("linear", "psld")
     x, conditioning, noise_sample = batch(k=2)
-    noise_sample = replace(noise_sample, start=None)
+    noise_sample = replace(noise_sample, aux_noise=None)
     W = torch.randn(4, 2, 2, dtype=torch.float64)
     error = (
         denoiser.network_output(denoiser.add_noise(x, conditioning, noise_sample), noise_sample.t, conditioning)
@@ -211,8 +213,13 @@ def test_discrete_schedules_train_on_their_table() -> None:
 
 
 def test_denoising_score_matching_draws_the_momentum() -> None:
-    assert make("linear", "psld").sample_noise(0, torch.arange(3)).start is None
-    assert make("linear", "psld", matching=Matching.dsm).sample_noise(0, torch.arange(3)).start.shape == (3, 6, 8, 8)
+    assert make("linear", "psld").sample_noise(0, torch.arange(3)).aux_noise is None
+    assert make("linear", "psld", matching=Matching.dsm).sample_noise(0, torch.arange(3)).aux_noise.shape == (
+        3,
+        6,
+        8,
+        8,
+    )
 
 
 @pytest.mark.parametrize(

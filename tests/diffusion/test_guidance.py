@@ -30,8 +30,8 @@ def make(process: str = "vp", **config: object) -> Denoiser:
     )
     d = diffusion(process, "linear")
     io = Shapes(
-        image_size=8, k=d.k, outputs=len(d.predicted), latent=(5,), condition_channels=3, condition_latent=True,
-        labels=CLASSES,
+        image_size=8, k=d.k, outputs=len(d.predicted_components), latent=(5,), condition_channels=3,
+        condition_latent=True, labels=CLASSES,
     )  # fmt: skip
     refiner = REFINERS.build(UNET, io)
     for parameter in refiner.parameters():
@@ -71,11 +71,11 @@ def test_weight_1_is_the_conditional_model_and_0_the_unconditional(process: str,
     torch.testing.assert_close(unconditional(u, 0.5).eps, eps, atol=1e-5, rtol=1e-4)
     image = denoiser.to_image(unconditional(u, 0.5).x0, full)
     torch.testing.assert_close(image, denoiser.to_image(x0, nothing), atol=1e-4, rtol=1e-4)
-    assert (conditional.passes, unconditional.passes) == (1, 1)
+    assert (conditional.nfe_per_call, unconditional.nfe_per_call) == (1, 1)
     between = GuidedDenoiser(denoiser, full, Guidance(condition=3.0))
     expected = eps + 3.0 * (conditional(u, 0.5).eps - eps)
     torch.testing.assert_close(between(u, 0.5).eps, expected, atol=1e-4, rtol=1e-4)
-    assert between.passes == 2
+    assert between.nfe_per_call == 2
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def test_label_weight_1_is_the_conditional_model_and_0_that_without_a_class() ->
     nothing = denoiser.predict(u, t, full.drop(torch.zeros(2, dtype=torch.bool)))[0]
     expected = nothing + 2.0 * (unlabeled + 4.0 * (eps - unlabeled) - nothing)
     torch.testing.assert_close(model(u, 0.5).eps, expected, atol=1e-4, rtol=1e-4)
-    assert model.passes == 3
+    assert model.nfe_per_call == 3
 
 
 class LinearClassifier(torch.nn.Module):
@@ -158,9 +158,9 @@ def test_classifier_guidance_adds_its_gradient_to_the_score_at_the_physical_time
         d = mixture.diffusion
         expected = d.score_from_eps(d.project_eps(u, t, d.eps_from_score(expected, t)), t)
     torch.testing.assert_close(model(u, t).score, expected, rtol=1e-6, atol=1e-6)
-    feature = mixture.diffusion.schedule.feature(torch.tensor(t, dtype=torch.float64)).float()
+    feature = mixture.diffusion.schedule.time_feature(torch.tensor(t, dtype=torch.float64)).float()
     assert torch.equal(classifier.features[0], feature.expand(5))
-    assert model.passes == 1
+    assert model.nfe_per_call == 1
 
 
 @torch.no_grad()

@@ -321,14 +321,17 @@ def test_the_propagator_goes_both_ways() -> None:
 )
 def test_a_network_predicts_only_what_the_score_needs(name: str, factor: str, matching: str, predicted: tuple) -> None:
     process, schedule = PROCESSES.build({"name": name}, IO), SCHEDULES.build({"name": "constant"}, IO)
-    assert Diffusion(process, schedule, matching=Matching(matching), factor=Factor(factor)).predicted == predicted
+    assert (
+        Diffusion(process, schedule, matching=Matching(matching), factor=Factor(factor)).predicted_components
+        == predicted
+    )
 
 
 def test_noise_on_x_alone_needs_its_component_alone() -> None:
     """PSLD with nu = 0 and the upper factor."""
     process = PROCESSES.build({"name": "psld", "gamma": 4.0, "nu": 0.0}, IO)
     diffusion = Diffusion(process, SCHEDULES.build({"name": "constant"}, IO), factor=Factor.upper)
-    assert diffusion.predicted == (0,)
+    assert diffusion.predicted_components == (0,)
     x0, eps = draw(0, 3, 2, 2, 2), draw(1, 3, 4, 2, 2)
     t = torch.tensor([0.01, 0.4, 1.0], dtype=torch.float64)
     u = diffusion.perturb(diffusion.initial_state(x0), t, eps)
@@ -477,7 +480,7 @@ def test_k2_eps_is_mended_where_no_image_explains_it(matching: Matching, factor:
 
 def hybrid(diffusion: Diffusion, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(p, S) of q(u_t | x0) = N(p x0, S)."""
-    Phi, L = diffusion.hybrid.marginal(t)
+    Phi, L = diffusion.with_hsm.marginal(t)
     return Phi[:, :, :1], L @ L.mT
 
 

@@ -66,7 +66,7 @@ def test_likelihood_for_phase_space(process: str) -> None:
     error = normal(0, len(T), 2, 1, 1)
     score = d.score_from_eps(error, T).flatten(1)
     expected = d.schedule.rate(T) * torch.einsum("bi,ij,bj->b", score, d.D, score)
-    shown = error.flatten(1)[:, list(d.predicted)]
+    shown = error.flatten(1)[:, list(d.predicted_components)]
     torch.testing.assert_close(torch.einsum("bi,bij,bj->b", shown, W, shown), expected, rtol=1e-9, atol=0)
 
 
@@ -141,7 +141,7 @@ def test_importance_draws_leave_the_loss_unbiased(schedule: str, prediction: str
     """Their mean of any error is that of uniform draws, and for the weight itself they have no variance."""
     config = LossConfig(weighting=Weighting.likelihood, times=TimeSampling.importance)
     objective = Objective(config, diffusion("vp", schedule), PredictionType(prediction))
-    t, W = objective.times(UNIFORM)
+    t, W = objective.sample_times(UNIFORM)
     assert (t > 0).all()
     assert (t <= 1).all()
     w = W.flatten()
@@ -161,7 +161,7 @@ def test_log_normal_times() -> None:
     objective = Objective(
         LossConfig(times=TimeSampling.log_normal, log_mean=-0.4, log_std=0.7), diffusion("vp", "edm"), PredictionType.v
     )
-    t, W = objective.times(UNIFORM)
+    t, W = objective.sample_times(UNIFORM)
     log_r = torch.log(objective.diffusion.sigma(t) / objective.diffusion.alpha(t))
     assert log_r.mean().item() == pytest.approx(-0.4, abs=1e-3)
     assert log_r.std().item() == pytest.approx(0.7, abs=1e-2)
@@ -173,13 +173,13 @@ def test_log_normal_on_the_flow_is_a_logit_normal_time() -> None:
     objective = Objective(
         LossConfig(times=TimeSampling.log_normal, log_mean=0.3, log_std=1.0), diffusion("vp", "flow"), PredictionType.v
     )
-    logit = torch.logit(objective.times(UNIFORM)[0])
+    logit = torch.logit(objective.sample_times(UNIFORM)[0])
     assert (logit.mean().item(), logit.std().item()) == (pytest.approx(0.3, abs=1e-3), pytest.approx(1.0, abs=1e-2))
 
 
 def test_uniform_times_reach_from_t_min_to_1() -> None:
     objective = Objective(LossConfig(t_min=0.1), diffusion("vp", "cosine"), PredictionType.eps)
-    t, _ = objective.times(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64))
+    t, _ = objective.sample_times(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64))
     np.testing.assert_allclose(t, [1.0, 0.55, 0.1], atol=1e-9)
 
 

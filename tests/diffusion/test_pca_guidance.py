@@ -19,7 +19,7 @@ from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.denoiser import Denoiser, DenoiserConfig
 from dvae.diffusion.guidance import Guidance, GuidedDenoiser
 from dvae.errors import UserError
-from dvae.layers.whitening import Moments, Whitening
+from dvae.layers.whitening import RunningCovariance, Whitening
 from dvae.registry.core import Shapes
 from dvae.registry.refiners.base import REFINERS
 
@@ -34,7 +34,7 @@ def latents(n: int = 500, seed: int = 0, rank: int = D) -> torch.Tensor:
 
 
 def fitted(z: torch.Tensor, components: int) -> Whitening:
-    moments = Moments(z.shape[1])
+    moments = RunningCovariance(z.shape[1])
     moments.add(z)
     whitening = Whitening(components, z.shape[1])
     whitening.fit(moments)
@@ -44,7 +44,7 @@ def fitted(z: torch.Tensor, components: int) -> Whitening:
 @hypothesis_given(st.lists(st.integers(1, 40), min_size=1, max_size=8))
 def test_parts_give_the_moments_of_the_whole(sizes: list[int]) -> None:
     z = 1e3 + latents(sum(sizes)).double()
-    moments = Moments(D)
+    moments = RunningCovariance(D)
     for part in z.split(sizes):
         moments.add(part)
     torch.testing.assert_close(moments.mean, z.mean(0), rtol=1e-12, atol=0)
@@ -74,7 +74,7 @@ def test_moving_one_coordinate_leaves_the_others() -> None:
     z = latents()
     whitening = fitted(z, D)
     some = z[:5]
-    moved = whitening.moved(some, 1, torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]))
+    moved = whitening.with_coordinate(some, 1, torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]))
     before, after = whitening(some), whitening(moved)
     torch.testing.assert_close(after[:, 1], torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]), rtol=0, atol=1e-4)
     others = [i for i in range(D) if i != 1]
@@ -90,7 +90,7 @@ def make(components: int = 0, **config: object) -> Denoiser:
     settings = DenoiserConfig(**({"condition_latent": True, "pca_components": components} | config))
     denoiser = Denoiser(refiner, diffusion("vp", "cosine"), settings, io).eval()
     if components:
-        moments = Moments(D)
+        moments = RunningCovariance(D)
         moments.add(latents())
         denoiser.whitening.fit(moments)
     return denoiser
@@ -145,7 +145,7 @@ def test_guidance_goes_on_from_without_to_with() -> None:
     denoiser = learned()
     eps = {w: GuidedDenoiser(denoiser, conditioning, Guidance(pca=w))(u, 0.5).eps for w in (0.0, 1.0, 2.5)}
     torch.testing.assert_close(eps[2.5], eps[0.0] + 2.5 * (eps[1.0] - eps[0.0]), rtol=1e-3, atol=1e-3)
-    assert GuidedDenoiser(denoiser, conditioning, Guidance(pca=2.5)).passes == 2
+    assert GuidedDenoiser(denoiser, conditioning, Guidance(pca=2.5)).nfe_per_call == 2
     assert (eps[1.0] - eps[0.0]).abs().max() > 1e-2
 
 

@@ -53,7 +53,7 @@ def best_accuracy(t: float) -> float:
 
 
 def feature(t: torch.Tensor) -> torch.Tensor:
-    return DIFFUSION.schedule.feature(t).float()
+    return DIFFUSION.schedule.time_feature(t).float()
 
 
 @pytest.fixture(scope="module")

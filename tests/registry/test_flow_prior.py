@@ -50,7 +50,7 @@ def test_sampling_inverts_the_flow(latent: tuple[int, ...], seed: int) -> None:
     prior = stirred(latent, seed).double()
     normal = torch.randn(16, *latent, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     z = prior.sample(torch.rand(16), normal)
-    torch.testing.assert_close(prior.noise_of(z), normal, rtol=0, atol=1e-6)
+    torch.testing.assert_close(prior.to_noise(z), normal, rtol=0, atol=1e-6)
     assert z.shape == normal.shape
     assert (z - normal).abs().max() > 0.1
 
@@ -73,7 +73,7 @@ def test_the_density_is_that_of_the_samples() -> None:
     z = prior.sample(torch.rand(1), e)
     step = 1e-6
     columns = [
-        (prior.noise_of(z + step * row) - prior.noise_of(z - step * row))[0] / (2 * step) for row in torch.eye(3)
+        (prior.to_noise(z + step * row) - prior.to_noise(z - step * row))[0] / (2 * step) for row in torch.eye(3)
     ]
     volume = torch.linalg.slogdet(torch.stack(columns, 1))[1]
     expected = multivariate_normal(torch.zeros(3)).logpdf(e[0]) + float(volume)
@@ -114,7 +114,7 @@ def test_crescents_are_beyond_any_gaussian(bent: tuple[Prior, dict[str, float]])
     assert float(prior.log_prob(held).mean()) > gaussian + 0.5
     assert figures["log_likelihood"] > figures["log_likelihood_gaussian"] + 0.5
     z = prior.sample(torch.rand(4000), torch.randn(4000, 2, generator=torch.Generator().manual_seed(9)))
-    again = prior.noise_of(held)
+    again = prior.to_noise(held)
     torch.testing.assert_close(prior.sample(torch.rand(2000), again), held, rtol=0, atol=1e-5)
     nearest = torch.cdist(z, held).amin(1)
     assert float((nearest < 0.15).float().mean()) > 0.9

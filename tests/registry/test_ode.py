@@ -77,7 +77,7 @@ class _Resting:
     """A Model whose batch is whole again where it is called without `rows`: the final denoising evaluation."""
 
     def __init__(self, watched: RecordingDenoiser) -> None:
-        self.watched, self.diffusion, self.passes = watched, watched.diffusion, 1
+        self.watched, self.diffusion, self.nfe_per_call = watched, watched.diffusion, 1
 
     def __getitem__(self, rows: torch.Tensor) -> RecordingDenoiser:
         return self.watched[rows]
@@ -95,7 +95,7 @@ def test_ode_counts_guidance_and_calls_on_step_at_both_ends() -> None:
         return state
 
     once = build("ode").sample(Mixture(d), u, normal, look)
-    twice = build("ode").sample(Mixture(d, passes=2), u, normal)
+    twice = build("ode").sample(Mixture(d, nfe_per_call=2), u, normal)
     assert torch.equal(2 * once.nfe, twice.nfe)
     assert seen == [(0, 1.0), (1, 0.0)]
     assert not build("ode").lockstep

@@ -104,7 +104,7 @@ def test_a_sample_depends_on_its_noise_alone(name: str, process: str, schedule: 
 @every_stepwise
 def test_nfe_is_calls_times_passes(name: str, process: str, schedule: str) -> None:
     made = diffusion(process, schedule)
-    model = Mixture(made, passes=2)
+    model = Mixture(made, nfe_per_call=2)
     u = start(made, 3)
     end = sampler(name, made.k, steps=6).sample(model, u, torch.zeros_like(u).mul)
     assert end.nfe.tolist() == [2 * len(model.calls)] * 3

@@ -88,7 +88,7 @@ def test_feature_is_within_0_and_1000_and_tells_times_apart(schedule) -> None:
     """Over the times that are trained: non-decreasing, and strictly increasing where sigma/alpha >= 0.002."""
     count = schedule.steps or 1000
     t = torch.arange(1, count + 1, dtype=torch.float64) / count
-    feature = schedule.feature(torch.cat([tensor(0.0), t]))
+    feature = schedule.time_feature(torch.cat([tensor(0.0), t]))
     assert feature.min() >= 0
     assert feature.max() <= 1000
     assert (feature.diff() >= 0).all()
@@ -207,9 +207,9 @@ def test_scaled_linear_is_the_table_of_stable_diffusion() -> None:
 def test_ddpm_feature_is_the_index_of_the_table() -> None:
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(
-        build("ddpm_linear").feature(t), torch.arange(1000, dtype=torch.float64), rtol=0, atol=1e-9
+        build("ddpm_linear").time_feature(t), torch.arange(1000, dtype=torch.float64), rtol=0, atol=1e-9
     )
-    assert build("ddpm_linear", steps=100).feature(tensor(0.01, 1.0)).tolist() == pytest.approx([0.0, 990.0])
+    assert build("ddpm_linear", steps=100).time_feature(tensor(0.01, 1.0)).tolist() == pytest.approx([0.0, 990.0])
 
 
 def test_ddpm_rate_at_a_table_time_is_that_of_the_step_ending_there() -> None:
@@ -349,8 +349,8 @@ def test_flow_tells_the_refiner_of_the_noise_whatever_the_shift() -> None:
     plain, shifted = build("flow"), build("flow", shift=3.0)
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     same_noise = plain.inverse(shifted.integral(t))
-    torch.testing.assert_close(shifted.feature(t), plain.feature(same_noise), rtol=1e-12, atol=0)
-    assert shifted.feature(tensor(0.5)).item() == pytest.approx(750.0)  # 3 x 0.5 / (1 + 2 x 0.5)
+    torch.testing.assert_close(shifted.time_feature(t), plain.time_feature(same_noise), rtol=1e-12, atol=0)
+    assert shifted.time_feature(tensor(0.5)).item() == pytest.approx(750.0)  # 3 x 0.5 / (1 + 2 x 0.5)
 
 
 def test_geometric_levels() -> None:
@@ -365,9 +365,9 @@ def test_edm_feature_is_the_papers_noise_embedding() -> None:
     schedule = build("edm")
     sigmas = np.geomspace(0.002, 80, 9)
     times = schedule.inverse(torch.from_numpy(np.log1p(sigmas**2)))
-    np.testing.assert_allclose(schedule.feature(times), np.linspace(0, 1000, 9), atol=1e-9)
-    assert schedule.feature(tensor(0.0, 0.1)).tolist() == [0.0, 0.0]
-    assert schedule.feature(tensor(1.0)).item() == 1000.0
+    np.testing.assert_allclose(schedule.time_feature(times), np.linspace(0, 1000, 9), atol=1e-9)
+    assert schedule.time_feature(tensor(0.0, 0.1)).tolist() == [0.0, 0.0]
+    assert schedule.time_feature(tensor(1.0)).item() == 1000.0
 
 
 # -- presets and refusals --

@@ -25,12 +25,12 @@ def make(**fields: object) -> StreamSource:
 
 def points(density: str, n: int = N) -> np.ndarray:
     """(n, 2)."""
-    return make(densities=[density]).draw(0, range(n))[0].flatten(1).double().numpy()
+    return make(densities=[density]).sample(0, range(n))[0].flatten(1).double().numpy()
 
 
 @pytest.mark.parametrize("density", DENSITIES)
 def test_points_are_bounded_images_and_centered_nearly(density: str) -> None:
-    x, labels = make(densities=[density]).draw(3, range(N))
+    x, labels = make(densities=[density]).sample(3, range(N))
     assert x.shape == (N, 2, 1, 1)
     assert x.dtype == torch.float32
     assert x.abs().max() <= 1.0
@@ -44,16 +44,16 @@ def test_points_are_bounded_images_and_centered_nearly(density: str) -> None:
 @settings(max_examples=25, deadline=None)
 def test_a_sample_depends_on_its_key_alone(seed: int, numbers: list[int], label: int | None) -> None:
     source = make()
-    x, labels = source.draw(seed, numbers, label)
+    x, labels = source.sample(seed, numbers, label)
     for i, number in enumerate(numbers):
-        alone, its = source.draw(seed, [number], label)
+        alone, its = source.sample(seed, [number], label)
         assert torch.equal(alone[0], x[i])
         assert its.item() == labels[i].item() == (number % 6 if label is None else label)
 
 
 def test_seeds_and_numbers_differ() -> None:
     source = make()
-    assert len({tuple(p) for seed in (0, 1) for p in source.draw(seed, range(50))[0].flatten(1).tolist()}) == 100
+    assert len({tuple(p) for seed in (0, 1) for p in source.sample(seed, range(50))[0].flatten(1).tolist()}) == 100
 
 
 def test_rings_lie_on_their_circles() -> None:

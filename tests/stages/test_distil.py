@@ -56,7 +56,7 @@ def ddim(teacher: Gaussian, u: torch.Tensor, t: float, s: float) -> torch.Tensor
     """The sampler's own step, or its last one."""
 
     class AtOneTime:
-        diffusion, passes = VP, 1
+        diffusion, nfe_per_call = VP, 1
 
         def __call__(self, state: torch.Tensor, time: float, *, threshold: Threshold) -> Prediction:
             eps, x0 = teacher.predict(state, torch.tensor([time], dtype=torch.float64), None)
@@ -131,7 +131,7 @@ def test_the_consistency_sampler_ends_at_what_is_seen_and_noises_anew() -> None:
     seen = []
 
     class OneImage:
-        diffusion, passes = VP, 1
+        diffusion, nfe_per_call = VP, 1
 
         def __call__(self, u, t, *, threshold):
             seen.append((t, u))

@@ -13,8 +13,7 @@ from dvae.config.schema import EmaConfig, Precision, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.layers.adversarial import GanLoss, generator_loss
 from dvae.registry.core import Shapes
-from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior
-from dvae.registry.encoders.kl_gan import squared_error
+from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior, squared_error
 from dvae.stages.gan import GanTask
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.loop import train_step

@@ -107,7 +107,7 @@ def test_a_fitted_prior_is_drawn_from(run: Path, tmp_path: Path, capsys: pytest.
     prior = after.models.prior
     assert prior.center.abs().max() > 0
     drawn = after.sample_conditioning(4, seed=3).z
-    normal = prior.noise_of(drawn)
+    normal = prior.to_noise(drawn)
     again = prior.sample(torch.rand(4), normal)
     torch.testing.assert_close(again, drawn, rtol=0, atol=1e-5)
     assert not torch.equal(after.generate(2, seed=3)[1], before.generate(2, seed=3)[1])

@@ -39,7 +39,7 @@ class StreamLoader:
     def _micro_batch(self, start: int) -> Batch:
         numbers = range(start, start + self._part)
         keys = torch.arange(start, start + self._part)
-        x, labels = self._source.draw(self._seed, numbers)
+        x, labels = self._source.sample(self._seed, numbers)
         return Batch(keys, keys, x, labels=labels)
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ class Distiller(ABC):
 
     @abstractmethod
     def times(
-        self, diffusion: Diffusion, steps: int, uniform: torch.Tensor, done: torch.Tensor
+        self, diffusion: Diffusion, steps: int, uniform: torch.Tensor, progress: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, s), both (B,) float64, 1 >= t > s >= 0, for a student of `steps` steps.
 

@@ -57,13 +57,15 @@ class ConsistencyTuning(Distiller):
         return (self.config.steps,)
 
     def times(
-        self, diffusion: Diffusion, steps: int, uniform: torch.Tensor, done: torch.Tensor
+        self, diffusion: Diffusion, steps: int, uniform: torch.Tensor, progress: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config, schedule = self.config, diffusion.schedule
         normal = torch.special.ndtri(uniform.clamp(2.0**-53, 1.0 - 2.0**-53))
         last = schedule.integral(torch.ones(1, dtype=torch.float64))
         r = torch.minimum(torch.exp(config.log_mean + config.log_std * normal), torch.expm1(last).sqrt())
-        gap = (1.0 + config.k * torch.sigmoid(-config.b * r)) / config.q ** (1.0 + (done * config.doublings).floor())
+        gap = (1.0 + config.k * torch.sigmoid(-config.b * r)) / config.q ** (
+            1.0 + (progress * config.doublings).floor()
+        )
         lower = (r * (1.0 - gap)).clamp(min=0.0)
         return schedule.inverse(torch.log1p(r**2)), schedule.inverse(torch.log1p(lower**2))
 

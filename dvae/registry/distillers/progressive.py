@@ -46,7 +46,7 @@ class ProgressiveDistillation(Distiller):
         return self._rounds
 
     def times(
-        self, diffusion: Diffusion, steps: int, uniform: torch.Tensor, done: torch.Tensor
+        self, diffusion: Diffusion, steps: int, uniform: torch.Tensor, progress: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         grid = torch.tensor(time_grid(diffusion.schedule, steps, Spacing.uniform), dtype=torch.float64)
         chosen = (uniform * (len(grid) - 1)).long()

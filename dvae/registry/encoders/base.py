@@ -30,6 +30,16 @@ class Posterior:
         return terms.flatten(1).sum(1)
 
 
+def squared_error(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+    """Sum of (x - x_hat)^2 over pixels in [0, 1] units, (B,), for images (B, C, H, W) in [-1, 1]."""
+    return (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1)
+
+
+def vae_terms(reconstruction: torch.Tensor, kl: torch.Tensor, kl_weight: float) -> dict[str, torch.Tensor]:
+    """The terms of a VAE's objective, each (B,): "loss" = reconstruction + kl_weight * kl, and both of them."""
+    return {"loss": reconstruction + kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+
+
 @dataclass(frozen=True)
 class Adversary:
     """What an encoder is trained against besides its own objective: a discriminator of real images and x_hat."""
@@ -41,8 +51,8 @@ class Adversary:
     """Weight of the adversarial loss, times the adaptive weight (dvae.layers.adversarial)."""
     start: int
     """Steps before the discriminator is trained."""
-    alone: int
-    """Steps in which it is trained and not yet heard."""
+    warmup: int
+    """Steps in which the discriminator is trained and the encoder is not yet trained against it."""
     lr: float
     """Learning rate of the discriminator, as a multiple of the encoder's."""
     last_layer: nn.Conv2d

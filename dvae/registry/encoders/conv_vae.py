@@ -12,7 +12,7 @@ from torch import nn
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior
+from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior, vae_terms
 
 
 @ENCODERS.register("conv_vae")
@@ -65,8 +65,7 @@ class ConvVAE(Encoder):
         z = posterior.sample(noise)
         x_hat = self._decode_unit(z)
         reconstruction = (0.5 * (x.float() + 1.0) - x_hat).square().flatten(1).sum(1)
-        kl = posterior.kl()
-        terms = {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        terms = vae_terms(reconstruction, posterior.kl(), self.config.kl_weight)
         return terms | {"z": z, "x_hat": 2.0 * x_hat - 1.0}
 
     def _decode_unit(self, z: torch.Tensor) -> torch.Tensor:

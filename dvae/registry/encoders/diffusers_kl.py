@@ -14,7 +14,7 @@ from dvae.errors import UserError, fold
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.autoencoder import Autoencoder, AutoencoderConfig
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior
+from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior, squared_error
 from dvae.utils.read import DamagedFile, read_json, read_weights_header
 from dvae.utils.weights import load_weights
 
@@ -94,7 +94,7 @@ class DiffusersKL(Encoder):
         """ "loss" (B,), fp32: the sum of (x - x_hat)^2 over pixels in [0, 1] units. The encoder stage never asks."""
         z = self.encode(x).sample(noise)
         x_hat = self._decode(z)
-        return {"loss": (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1), "z": z, "x_hat": x_hat}
+        return {"loss": squared_error(x, x_hat), "z": z, "x_hat": x_hat}
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         z = z / self.config.scaling_factor + self.config.shift_factor

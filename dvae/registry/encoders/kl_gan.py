@@ -11,7 +11,7 @@ from dvae.layers.adversarial import GanLoss, PatchDiscriminator, check_discrimin
 from dvae.layers.attention import AttentionBackend
 from dvae.layers.autoencoder import Autoencoder, AutoencoderConfig
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior
+from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior, squared_error, vae_terms
 
 
 @ENCODERS.register("kl_gan")
@@ -43,7 +43,7 @@ class KLGAN(Encoder):
         discriminator_start: int = 50_000
         """Steps before the discriminator is trained."""
         discriminator_warmup: int = 0
-        """Steps in which it is trained and not yet heard: what is heard of it untrained only spoils the decoder."""
+        """Steps in which only the discriminator is trained: untrained, it would only spoil the decoder."""
         discriminator_width: int = 64
         """Channels of the discriminator's first layer; a multiple of 8."""
         discriminator_layers: int = 3
@@ -92,8 +92,7 @@ class KLGAN(Encoder):
         z = posterior.sample(noise)
         features = self.autoencoder.features(z)
         x_hat = self.autoencoder.last_layer(features).float()
-        reconstruction, kl = squared_error(x, x_hat), posterior.kl()
-        terms = {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        terms = vae_terms(squared_error(x, x_hat), posterior.kl(), self.config.kl_weight)
         drawn = {"z": z, "x_hat": x_hat}
         return terms | drawn if self.config.discriminator_weight == 0 else terms | drawn | {"features": features}
 
@@ -106,13 +105,8 @@ class KLGAN(Encoder):
             loss=config.gan_loss,
             weight=config.discriminator_weight,
             start=config.discriminator_start,
-            alone=config.discriminator_warmup,
+            warmup=config.discriminator_warmup,
             lr=config.discriminator_lr,
             last_layer=self.autoencoder.last_layer,
             distance=squared_error,
         )
-
-
-def squared_error(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
-    """Sum of (x - x_hat)^2 over pixels in [0, 1] units, (B,), for images (B, C, H, W) in [-1, 1]."""
-    return (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1)

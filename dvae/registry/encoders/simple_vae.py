@@ -10,7 +10,7 @@ from torch import nn
 
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior
+from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior, squared_error, vae_terms
 
 
 @ENCODERS.register("simple_vae")
@@ -57,9 +57,7 @@ class SimpleVAE(Encoder):
         posterior = self.encode(x)
         z = posterior.sample(noise)
         x_hat = self.decode(z)
-        reconstruction = (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1)
-        kl = posterior.kl()
-        terms = {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        terms = vae_terms(squared_error(x, x_hat), posterior.kl(), self.config.kl_weight)
         return terms | {"z": z, "x_hat": x_hat}
 
 

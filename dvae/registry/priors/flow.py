@@ -99,7 +99,7 @@ class NormalizingFlow(Prior):
         with torch.no_grad():
             return self._log_density(self._whitened(z.flatten(1).to(self.center)))
 
-    def noise_of(self, z: torch.Tensor) -> torch.Tensor:
+    def to_noise(self, z: torch.Tensor) -> torch.Tensor:
         """The `normal` from which `sample` makes z, both (n, *latent)."""
         with torch.no_grad():
             return self._forward(self._whitened(z.flatten(1).to(self.center)))[0].view_as(z).to(z.dtype)
@@ -144,7 +144,7 @@ class NormalizingFlow(Prior):
             )
         mean, logvar = mean.detach().float().flatten(1).cpu(), logvar.detach().float().flatten(1).cpu()
         std = torch.exp(0.5 * logvar) if config.fit_noise else torch.zeros_like(mean)
-        self._start(_draw(mean, std, rng.generator(seed, PURPOSE)), seed)
+        self._initialize(_draw(mean, std, rng.generator(seed, PURPOSE)), seed)
         shuffled = torch.from_numpy(rng.generator(seed, f"{PURPOSE} split").permutation(n))
         held, training = shuffled.split([kept := max(1, round(config.validation * n)), n - kept])
         validation = _draw(mean[held], std[held], rng.generator(seed, f"{PURPOSE} validation"))
@@ -181,7 +181,7 @@ class NormalizingFlow(Prior):
             optimizer.step()
             yield step + 1
 
-    def _start(self, latents: torch.Tensor, seed: int) -> None:
+    def _initialize(self, latents: torch.Tensor, seed: int) -> None:
         """Whiten by latents (n, D), divide the coordinates, and draw the first weights."""
         centered = latents.double() - latents.double().mean(0)
         covariance = centered.T @ centered / len(latents)

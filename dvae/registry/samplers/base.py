@@ -40,9 +40,9 @@ class SamplerState:
     """The grid, from 1 down to 0."""
     i: int = 0
     """Number of the step: from times[i] to times[i + 1]."""
-    calls: int = 0
+    model_calls: int = 0
     """Calls of the model so far."""
-    past: list[tuple[float, torch.Tensor]] = field(default_factory=list)
+    history: list[tuple[float, torch.Tensor]] = field(default_factory=list)
     """What a multistep method keeps of the steps behind it: (t or log-SNR, prediction), newest last."""
 
     @property
@@ -51,7 +51,7 @@ class SamplerState:
 
     def predict(self, u: torch.Tensor, t: float) -> Prediction:
         """The model's prediction; counted."""
-        self.calls += 1
+        self.model_calls += 1
         return self.model(u, t, threshold=self.threshold)
 
 
@@ -108,7 +108,7 @@ class Sampler(ABC):
             u = self.step(state, u, t, s) if s > 0.0 else model.diffusion.initial_state(state.predict(u, t).x0)
             if on_step is not None:
                 u = on_step(state.i + 1, s, u)
-        return SamplerOutput(u, torch.full((len(u),), state.calls * model.passes))
+        return SamplerOutput(u, torch.full((len(u),), state.model_calls * model.nfe_per_call))
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler", __package__, Sampler)

@@ -52,16 +52,17 @@ class DEIS(Sampler):
         return not diffusion.schedule.zero_terminal_snr
 
     def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        diffusion, said = state.diffusion.hybrid, state.predict(u, t)
-        eps = said.eps if diffusion is state.diffusion else diffusion.eps_from_score(said.score, t)
-        past = [*state.past, (t, eps)][-self.config.order :]
-        C, turn = coefficients(diffusion, t, s, tuple(time for time, _ in past))
+        diffusion, prediction = state.diffusion.with_hsm, state.predict(u, t)
+        eps = prediction.eps if diffusion is state.diffusion else diffusion.eps_from_score(prediction.score, t)
+        history = [*state.history, (t, eps)][-self.config.order :]
+        C, rotation = coefficients(diffusion, t, s, tuple(time for time, _ in history))
         # the C_j add up to R_s - Phi(s, t) R_t, and u_t is p x0 + R_t eps: so Phi(s, t), up to 1e6 and more, drops out
         Phi, L = diffusion.marginal(s)
-        u = apply_matrix(Phi[:, :, :1], said.x0) + apply_matrix(L @ turn, eps)
-        for C_j, (_, before) in zip(C[:-1], past[:-1], strict=True):
+        u = apply_matrix(Phi[:, :, :1], prediction.x0) + apply_matrix(L @ rotation, eps)
+        for C_j, (_, before) in zip(C[:-1], history[:-1], strict=True):
             u = u + apply_matrix(C_j, before - eps)
-        state.past = [(time, apply_matrix(turn, before)) for time, before in past]  # in the basis in which O(s) = I
+        # in the basis in which O(s) = I
+        state.history = [(time, apply_matrix(rotation, before)) for time, before in history]
         return u
 
 
@@ -83,9 +84,9 @@ def coefficients(
     L = diffusion.marginal(tau)[1]
     to_score = torch.linalg.inv(L).mT
     weights = torch.from_numpy(WEIGHTS)
-    turn, turn_s = _rotation(_rotation_rate(diffusion, L, to_score) * dB[:, None, None], weights)
-    integrand = diffusion.propagator(r_s**2 - r**2) @ diffusion.D @ to_score @ turn
-    return torch.einsum("jn,n,nab->jab", _lagrange(times, tau), dB * weights, integrand), turn_s
+    rotation, rotation_s = _rotation(_rotation_rate(diffusion, L, to_score) * dB[:, None, None], weights)
+    integrand = diffusion.propagator(r_s**2 - r**2) @ diffusion.D @ to_score @ rotation
+    return torch.einsum("jn,n,nab->jab", _lagrange(times, tau), dB * weights, integrand), rotation_s
 
 
 def _rotation_rate(diffusion: Diffusion, L: torch.Tensor, to_score: torch.Tensor) -> torch.Tensor:
@@ -103,8 +104,8 @@ def _rotation(W: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, tor
     """O at the nodes (n, k, k) and at the end (k, k), of dO/dx = W O from O = I at x = -1, by collocation."""
     n, k, eye = len(W), W.shape[-1], torch.eye(W.shape[-1], dtype=W.dtype)
     system = torch.einsum("nm,mab->namb", torch.from_numpy(UP_TO), W).reshape(n * k, n * k)
-    turn = torch.linalg.solve(torch.eye(n * k, dtype=W.dtype) - system, eye.repeat(n, 1)).view(n, k, k)
-    return turn, eye + torch.einsum("n,nab,nbc->ac", weights, W, turn)
+    rotation = torch.linalg.solve(torch.eye(n * k, dtype=W.dtype) - system, eye.repeat(n, 1)).view(n, k, k)
+    return rotation, eye + torch.einsum("n,nab,nbc->ac", weights, W, rotation)
 
 
 def _lagrange(times: tuple[float, ...], tau: torch.Tensor) -> torch.Tensor:

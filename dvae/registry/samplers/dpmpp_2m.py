@@ -40,10 +40,10 @@ class DPMSolverPP2M(Sampler):
         diffusion, x0 = state.diffusion, state.predict(u, t).x0
         now, then = diffusion.log_snr(t).item(), diffusion.log_snr(s).item()
         h, middle = then - now, x0  # h is infinite where alpha(t) = 0
-        if state.past:
-            before, x0_before = state.past[-1]
+        if state.history:
+            before, x0_before = state.history[-1]
             middle = x0 + 0.5 * (h / (now - before)) * (x0 - x0_before)
-        state.past = [(now, x0)]
+        state.history = [(now, x0)]
         alpha, sigma, sigma_t = (value.item() for value in (diffusion.alpha(s), diffusion.sigma(s), diffusion.sigma(t)))
         turned = self.config.eta * h if self.config.eta > 0.0 else 0.0  # over to new noise; 0 times infinity is nan
         u = sigma / sigma_t * math.exp(-turned) * u - alpha * math.expm1(-h - turned) * middle

@@ -64,4 +64,4 @@ class ProbabilityFlow(Sampler):
         u = diffusion.initial_state(model(end.y, last, threshold=config.threshold).x0)
         if on_step is not None:
             u = on_step(1, 0.0, u)
-        return SamplerOutput(u, (end.evaluations + 1) * model.passes)
+        return SamplerOutput(u, (end.evaluations + 1) * model.nfe_per_call)

@@ -43,19 +43,21 @@ class UniPC(Sampler):
     def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, x0 = state.diffusion, state.predict(u, t).x0
         now, then = diffusion.log_snr(t).item(), diffusion.log_snr(s).item()
-        if state.past:  # added to u, so that what on_step put into u stays
-            u = u + diffusion.alpha(t).item() * (curvature(state.past, now, x0) - curvature(state.past, now))
-        state.past = [*state.past, (now, x0)][-self.config.order :]
-        bent = x0 * -math.expm1(now - then) + curvature(state.past, then)
+        if state.history:  # added to u, so that what on_step put into u stays
+            u = u + diffusion.alpha(t).item() * (curvature(state.history, now, x0) - curvature(state.history, now))
+        state.history = [*state.history, (now, x0)][-self.config.order :]
+        bent = x0 * -math.expm1(now - then) + curvature(state.history, then)
         return diffusion.sigma(s).item() / diffusion.sigma(t).item() * u + diffusion.alpha(s).item() * bent
 
 
-def curvature(past: list[tuple[float, torch.Tensor]], then: float, x0_then: torch.Tensor | None = None) -> torch.Tensor:
-    """What the change of x0 since the newest of `past`, (lambda, x0), adds to the integral up to lambda = `then`.
+def curvature(
+    history: list[tuple[float, torch.Tensor]], then: float, x0_then: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the change of x0 since the newest of `history`, (lambda, x0), adds to the integral up to lambda = `then`.
 
     Where x0 is known there, from it as well.
     """
-    *before, (now, x0) = past
+    *before, (now, x0) = history
     # no polynomial reaches back to lambda = -inf
     points = [((earlier - now) / (then - now), value - x0) for earlier, value in before if math.isfinite(earlier)]
     if x0_then is not None:

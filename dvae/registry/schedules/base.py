@@ -33,7 +33,7 @@ class Schedule(ABC):
     def inverse(self, integral: torch.Tensor) -> torch.Tensor:
         """The t at which B(t) = integral."""
 
-    def feature(self, t: torch.Tensor) -> torch.Tensor:
+    def time_feature(self, t: torch.Tensor) -> torch.Tensor:
         """What a refiner is told of t: t scaled to [0, 1000], where positional embeddings separate times well."""
         return 1000.0 * t
 

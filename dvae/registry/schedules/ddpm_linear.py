@@ -85,7 +85,7 @@ class DDPMLinear(Schedule):
     def _time(self, index: torch.Tensor) -> torch.Tensor:
         return index.double() / self.steps  # not index / steps: torch divides integers in float32
 
-    def feature(self, t: torch.Tensor) -> torch.Tensor:
+    def time_feature(self, t: torch.Tensor) -> torch.Tensor:
         """The index into the table, which published networks were trained with: 0..999 for 1000 steps.
 
         Scaled by 1000 / steps for another number of steps; 0 for times before the first of the table.

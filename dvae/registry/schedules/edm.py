@@ -49,7 +49,7 @@ class EDM(Schedule):
     def inverse(self, integral: torch.Tensor) -> torch.Tensor:
         return (torch.sqrt(torch.expm1(integral)) / self._max) ** (1.0 / self._rho)
 
-    def feature(self, t: torch.Tensor) -> torch.Tensor:
+    def time_feature(self, t: torch.Tensor) -> torch.Tensor:
         """EDM's ln(sigma) / 4, mapped affinely from sigma in [0.002, sigma_max] to [0, 1000]; 0 for less noise."""
         share = 1.0 + self._rho * torch.log(t) / math.log(self._max / FEATURE_FROM)
         return (1000.0 * share).clamp(min=0.0)

@@ -44,6 +44,6 @@ class FlowMatching(Schedule):
         r = torch.sqrt(torch.expm1(integral))
         return 1.0 / (1.0 + self._shift / r)
 
-    def feature(self, t: torch.Tensor) -> torch.Tensor:
+    def time_feature(self, t: torch.Tensor) -> torch.Tensor:
         """1000 t': a noise level has one feature under every shift, so a trained refiner can be used with another."""
         return 1000.0 * self._shift * t / (1.0 + (self._shift - 1.0) * t)

@@ -10,7 +10,7 @@ from dvae.data.images import filtered
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
-from dvae.registry.sources.image_files import FilesConfig, ImageFiles
+from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
 
 ANIMALS = ("cat", "dog", "wild")
 TEST_NAMES = {"val": "v1", "test": "v2"}
@@ -18,7 +18,7 @@ TEST_NAMES = {"val": "v1", "test": "v2"}
 
 
 @SOURCES.register("afhq")
-class AFHQ(ImageFiles):
+class AFHQ(ImageFileSource):
     """AFHQ (Choi et al. 2020), all three animals; the label is "animal": cat, dog or wild.
 
     A folder or zip with train/cat, train/dog, train/wild and the same in val (version 1, JPEG, 14,630 images to train

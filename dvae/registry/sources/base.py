@@ -52,7 +52,7 @@ class StreamSource(Source):
     """Names of the classes; a sample's label is an index into them."""
 
     @abstractmethod
-    def draw(self, seed: int, numbers: Sequence[int], label: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, seed: int, numbers: Sequence[int], label: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, C, H, W), float32 in [-1, 1], and labels (B,), int64, of the samples `numbers` of `seed`.
 
         Each is a pure function of (seed, number, label); without `label`, number n has class n mod len(classes).

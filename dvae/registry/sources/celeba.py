@@ -11,7 +11,7 @@ from dvae.data.datasets import AttributeList
 from dvae.data.images import DamagedImage, filtered
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
-from dvae.registry.sources.image_files import FilesConfig, ImageFiles
+from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
 
 WIDTH, HEIGHT = 178, 218
 """Of the aligned and cropped images (img_align_celeba)."""
@@ -43,7 +43,7 @@ BOXES = {
 
 
 @SOURCES.register("celeba")
-class CelebA(ImageFiles):
+class CelebA(ImageFileSource):
     """CelebA (Liu et al. 2015), aligned: a folder or the original img_align_celeba.zip; labels are the attributes."""
 
     license = (

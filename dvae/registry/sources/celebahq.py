@@ -9,14 +9,14 @@ from dvae.data.datasets import AttributeList
 from dvae.data.images import filtered
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
-from dvae.registry.sources.image_files import FilesConfig, ImageFiles
+from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
 
 IMAGES, MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
 """Folders of CelebAMask-HQ."""
 
 
 @SOURCES.register("celebahq")
-class CelebAHQ(ImageFiles):
+class CelebAHQ(ImageFileSource):
     """CelebA-HQ (Karras et al. 2018): a folder or zip of square images, flat, CelebAMask-HQ's, or in male and female.
 
     Labels are CelebAMask-HQ's 40 attributes where the list is given, and "folder" where the images lie in several

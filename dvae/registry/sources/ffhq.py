@@ -9,14 +9,14 @@ from dvae.data.images import filtered
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
-from dvae.registry.sources.image_files import FilesConfig, ImageFiles
+from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
 
 VARIANTS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")
 """Folders of the published set; the last holds photographs of any shape."""
 
 
 @SOURCES.register("ffhq")
-class FFHQ(ImageFiles):
+class FFHQ(ImageFileSource):
     """FFHQ (Karras et al. 2019): images1024x1024, thumbnails128x128, or any folder or zip of aligned square images.
 
     The sub-folders of 1,000 images that the published set has carry no meaning: there are no labels.

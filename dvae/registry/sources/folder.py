@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from dvae.data.image_tree import FolderTree
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
-from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFiles
+from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFileSource
 
 
 @SOURCES.register("folder")
-class FolderSource(AnyImageFiles):
+class FolderSource(AnyImageFileSource):
     """All images under a folder, in the order of their names; their folder is the label "folder"."""
 
     @dataclass(kw_only=True, slots=True)

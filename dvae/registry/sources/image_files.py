@@ -37,7 +37,7 @@ class AnyFilesConfig(FilesConfig):
     """License of the images with the credit it asks for; kept in the manifest."""
 
 
-class ImageFiles(Source):
+class ImageFileSource(Source):
     """Image files in the order of their names. A data set says which of them are its own, and crops them."""
 
     config: FilesConfig
@@ -75,7 +75,7 @@ class ImageFiles(Source):
         return Item(PurePath(printable(name)).as_posix(), pixels, self.labels(index))
 
 
-class AnyImageFiles(ImageFiles):
+class AnyImageFileSource(ImageFileSource):
     """All images below a root; where they lie in several folders, the folder is the label "folder"."""
 
     config: AnyFilesConfig

@@ -93,7 +93,7 @@ class Toy2D(StreamSource):
             )
         self.classes = tuple(config.densities)
 
-    def draw(self, seed: int, numbers: Sequence[int], label: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, seed: int, numbers: Sequence[int], label: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         uniforms = rng.uniform(seed, "toy2d", numbers, (UNIFORMS,)).numpy()
         labels = np.asarray(numbers) % len(self.classes) if label is None else np.full(len(numbers), label)
         points = np.empty((len(numbers), 2))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from dvae.data.image_tree import ZipTree
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
-from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFiles
+from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFileSource
 
 
 @SOURCES.register("zip")
-class ZipSource(AnyImageFiles):
+class ZipSource(AnyImageFileSource):
     """All images in a zip archive, read in place, in the order of their names; their folder is the label "folder"."""
 
     @dataclass(kw_only=True, slots=True)
