@@ -186,7 +186,7 @@ def test_uniform_times_reach_from_t_min_to_1() -> None:
 @pytest.mark.parametrize("draw", list(TimeSampling))
 def test_tables_are_trained_on_their_times(draw: TimeSampling) -> None:
     config = LossConfig(times=draw, weighting=Weighting.min_snr)
-    t, _ = Objective(config, diffusion("vp", "ddpm_linear"), PredictionType.eps).times(UNIFORM)
+    t, _ = Objective(config, diffusion("vp", "ddpm_linear"), PredictionType.eps).sample_times(UNIFORM)
     assert torch.equal(torch.round(t * 1000) / 1000, t)
     assert t.min() >= 1 / 1000
     assert t.max() == 1.0 if draw is not TimeSampling.log_normal else t.max() <= 1.0
