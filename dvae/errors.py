@@ -91,7 +91,9 @@ def describe(error: BaseException) -> tuple[str, int] | None:
     """An error in one line, and its exit status; None where it is none that a person can mend."""
     if isinstance(error, UserError | MachineError):
         return printable_line(error), error.exit_status
-    if isinstance(error, KeyboardInterrupt):  # training saves first (training/resilience/stopping.py); the other stages start over
+    if isinstance(
+        error, KeyboardInterrupt
+    ):  # training saves first (training/resilience/stopping.py); the other stages start over
         return "interrupted: the same command again resumes", 130
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = f" ({error.filename})" if error.filename else ""

@@ -15,7 +15,7 @@ from tests_support import ROOT
 
 def launch(*words: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """tools/launch.py in a fresh interpreter, with `path` first on PYTHONPATH."""
-    environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tools" / "launch.py"), *words]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -65,7 +65,7 @@ def test_a_broken_plugin_breaks_nothing_and_is_named_where_a_name_is_not_found(i
 
 def test_components_lists_name_summary_fields_and_package(installed: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "components.py"), "schedule"]
-    environment = os.environ | {"PYTHONPATH": str(installed)}
+    environment = os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}"}
     listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert re.search(r"sigmoid_sample +abar\(t\) falls along a sigmoid.*\[dvae_sample_plugin 1\.2\.3\]", listed)
     assert re.search(r"cosine .*\[dvae [0-9.]+\]", listed)

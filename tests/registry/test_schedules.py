@@ -78,7 +78,7 @@ def test_rate_is_the_derivative_of_b(schedule) -> None:
 
 def test_any_shape_and_float64(schedule) -> None:
     t = torch.rand(2, 3, dtype=torch.float64)
-    for function in (schedule.integral, schedule.rate, schedule.inverse, schedule.feature):
+    for function in (schedule.integral, schedule.rate, schedule.inverse, schedule.time_feature):
         out = function(t)
         assert out.shape == t.shape
         assert out.dtype == torch.float64

@@ -11,7 +11,7 @@ from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFileSource
 
 
 @SOURCES.register("folder")
-class FolderSource(AnyImageFileSource):
+class ImageFolder(AnyImageFileSource):
     """All images under a folder, in the order of their names; their folder is the label "folder"."""
 
     @dataclass(kw_only=True, slots=True)
