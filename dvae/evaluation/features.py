@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dvae.errors import MachineError, UserError, fold
+from dvae.errors import MachineError, UserError
 from dvae.evaluation import metrics
 from dvae.evaluation.image_sets import ImageSet
 from dvae.evaluation.metrics import Extractor, Features
+from dvae.evaluation.results import damaged_cache_file
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
 from dvae.utils.child_processes import begin_child
@@ -151,6 +152,5 @@ def _read(path: Path) -> Features:
             raise DamagedFile(path, "does not hold the features of one set of images")
         found = load_weights(path)
     except (DamagedFile, UserError, OSError) as error:
-        reason = fold(error).removeprefix(f"{path}: ")
-        raise MachineError(f"{path}: damaged ({reason}); delete it, it will be made again") from None
+        raise damaged_cache_file(path, error) from None
     return Features(found["pooled"], found.get("logits"))

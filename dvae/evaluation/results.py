@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from dvae.errors import MachineError, fold
 from dvae.evaluation.protocol import Protocol
 from dvae.utils.fields import Count, Number
 from dvae.utils.read import DamagedFile, check, parse_json, read_bytes
@@ -59,3 +60,8 @@ def check_result(value: Any, what: object) -> dict[str, Any]:
 def read_result(path: Path) -> dict[str, Any]:
     """The result in a file; raises as `check_result`, or OSError if there is no file."""
     return check_result(parse_json(read_bytes(path, LIMIT), path), path)
+
+
+def damaged_cache_file(path: Path, error: Exception) -> MachineError:
+    """The error for a kept file that cannot be read: the same command computes it again without the file."""
+    return MachineError(f"{path}: damaged ({fold(error).removeprefix(f'{path}: ')}); delete it, it will be made again")

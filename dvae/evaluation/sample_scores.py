@@ -11,14 +11,14 @@ from typing import Any
 from dvae.config.compose import refuse_points
 from dvae.data.shards.manifest import FILE as MANIFEST
 from dvae.data.shards.manifest import Manifest
-from dvae.errors import MachineError, UserError
+from dvae.errors import UserError
 from dvae.evaluation import metrics
 from dvae.evaluation.evaluation_settings import EvaluateToolConfig, check, computable_metrics
 from dvae.evaluation.features import FeatureMethod
 from dvae.evaluation.image_sets import ImageArray, ImageSet, open_image_set, require_same_size
 from dvae.evaluation.metric_suite import MetricSuite
 from dvae.evaluation.noise_robustness import NoisyConfig, NoisySampleTask
-from dvae.evaluation.results import read_result
+from dvae.evaluation.results import damaged_cache_file, read_result
 from dvae.evaluation.scorer import Result, Scorer
 from dvae.inference import pipeline as pipelines
 from dvae.inference.generation.generate import generate_to_file
@@ -171,5 +171,4 @@ def _read(path: Path) -> Result:
     try:
         return read_result(path)
     except (DamagedFile, UserError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise MachineError(f"{path}: damaged ({reason}); delete it, it will be made again") from None
+        raise damaged_cache_file(path, error) from None

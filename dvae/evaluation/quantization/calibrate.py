@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from dvae.inference.pipeline import Pipeline
 from dvae.models.quantization.integer_layer import TimeBucket
+from dvae.models.quantization.trace import watch_inputs
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,11 @@ def calibrate_ranges(
     """Ranges of the inputs of the denoiser's layers `names` while n images of the seed are drawn by its sampler."""
     denoiser, time_bucket = pipeline.models.denoiser, TimeBucket(buckets)
     found = {name: ActivationRanges.empty(buckets) for name in names}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            found[name].widen(inputs[0], time_bucket.bucket)
-
-        return look
-
-    hooks = [denoiser.refiner.register_forward_pre_hook(time_bucket.observe)]
-    hooks += [denoiser.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    hook = denoiser.refiner.register_forward_pre_hook(time_bucket.observe)
     try:
-        pipeline.generate(n, seed)
+        layers = {name: denoiser.get_submodule(name) for name in names}
+        with watch_inputs(layers, lambda name, x: found[name].widen(x, time_bucket.bucket)):
+            pipeline.generate(n, seed)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: range_.filled() for name, range_ in found.items()}
+        hook.remove()
+    return {name: ranges.filled() for name, ranges in found.items()}

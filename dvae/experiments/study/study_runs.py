@@ -13,7 +13,7 @@ import torch
 from dvae.config.schema import STAGES
 from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, UserError
-from dvae.evaluation.results import read_result
+from dvae.evaluation.results import damaged_cache_file, read_result
 from dvae.evaluation.scorer import score_tensors
 from dvae.experiments.launch_program import launch
 from dvae.experiments.study.equivalence import ImageDifference, compare_formulations
@@ -141,8 +141,7 @@ def read_point(path: Path, arm: str) -> dict[str, Any]:
             if KID not in figures:
                 raise DamagedFile(path, f"{name[:80]!r} has no {KID}")
     except (DamagedFile, UserError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise MachineError(f"{path}: damaged ({reason}); delete it, it will be made again") from None
+        raise damaged_cache_file(path, error) from None
     return found
 
 

@@ -7,7 +7,8 @@ family of networks is the first two layers that see the time alone. What a netwo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,25 +32,31 @@ class CalledLayers:
     """Those to keep in bf16."""
 
 
+@contextmanager
+def watch_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """While the context lasts, call see(name, x) with the first input x of every layer that is called."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda layer, inputs: see(name, inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def record_inputs(module: nn.Module, call: Callable[[], object]) -> dict[str, torch.Tensor]:
     """The first input of each quantizable layer that `call()` calls, in the order of their calls."""
     seen: dict[str, torch.Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen.setdefault(name, inputs[0].clone())
+    def record(name: str, x: torch.Tensor) -> None:
+        seen.setdefault(name, x.clone())
 
-        return look
-
-    hooks = [
-        layer.register_forward_pre_hook(watch(name)) for name, layer in module.named_modules() if quantizable(layer)
-    ]
-    try:
-        with torch.no_grad():
-            call()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = {name: layer for name, layer in module.named_modules() if quantizable(layer)}
+    with watch_inputs(layers, record), torch.no_grad():
+        call()
     return seen
 
 
