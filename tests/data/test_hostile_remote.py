@@ -30,7 +30,7 @@ PLACES = ["pipe:cat /a/%s", "pipe:cat /a", "http://h/a", "s3://b/a", "gs://b/a",
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remotes, "PAUSE", 0.0)
+    monkeypatch.setattr(remotes, "RETRY_PAUSE", 0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,7 +30,7 @@ from dvae.errors import MachineError, UserError
 @pytest.fixture(autouse=True)
 def _direct_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remotes, "PAUSE", 0.01)
+    monkeypatch.setattr(remotes, "RETRY_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def tars(remote: RemoteShards) -> list[Path]:
 
 def stored(remote: RemoteShards) -> int:
     """Bytes of the shards that are there; the listing and the sizes are of one moment, held by the folder's lock."""
-    with remote._room():
+    with remote._space_lock():
         return sum(path.stat().st_size for path in tars(remote))
 
 
@@ -147,7 +147,7 @@ def test_a_shard_that_vanishes_for_good_is_named(server: Server, shards: Path, t
 def test_a_server_that_falls_silent_is_given_up(
     server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(remotes, "STALL", 0.1)
+    monkeypatch.setattr(remotes, "STALL_TIMEOUT", 0.1)
     data = Shards(RemoteShards(server.url, tmp_path / "to", 1.0), cache_bytes=0)
     server.silent = True
     began = time.monotonic()
@@ -249,7 +249,7 @@ def test_a_shard_is_published_while_nobody_counts(server: Server, shards: Path, 
     remote = RemoteShards(server.url, tmp_path / "to", 1.0)
     (shard, *_) = remote.manifest().splits["train"]
     fetch = threading.Thread(target=lambda: os.close(remote.open(shard)))
-    with remote._room():
+    with remote._space_lock():
         fetch.start()
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline:

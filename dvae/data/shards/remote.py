@@ -31,9 +31,9 @@ from dvae.utils.secrets import scrub
 
 ATTEMPTS = 5
 """How often a file is asked for."""
-PAUSE = 1.0
+RETRY_PAUSE = 1.0
 """Seconds before the second attempt; twice as many before each one after."""
-STALL = 60.0
+STALL_TIMEOUT = 60.0
 """Seconds without a byte after which an attempt is given up."""
 TOUCH_EVERY = 10.0
 """Seconds between two notes that a shard is in use."""
@@ -76,7 +76,7 @@ def file_url(location: str, name: str) -> str:
     return url
 
 
-def stream(url: str, limit: int, stop: threading.Event | None = None) -> Iterator[bytes]:
+def stream_bytes(url: str, limit: int, stop: threading.Event | None = None) -> Iterator[bytes]:
     """The bytes at `url`, in chunks.
 
     Raises OSError if they cannot be had, come to a standstill, are more than `limit`, or `stop` is set; UserError for
@@ -99,7 +99,7 @@ def stream(url: str, limit: int, stop: threading.Event | None = None) -> Iterato
             if size > limit:
                 raise OSError(f"more came than the {limit} bytes that it may have")
             yield data
-        set_options(opened, timeout=STALL)
+        set_options(opened, timeout=STALL_TIMEOUT)
         opened.close()  # raises where the command failed
     except subprocess.TimeoutExpired:
         raise OSError("its end never came") from None
@@ -114,12 +114,12 @@ def _readable(handle: int, stop: threading.Event | None) -> bool:
     """Wait until there is something to read. Raises OSError where nothing comes."""
     poller = select.poll()
     poller.register(handle, select.POLLIN)
-    deadline = time.monotonic() + STALL
-    while not poller.poll(1000 * min(0.2, STALL)):
+    deadline = time.monotonic() + STALL_TIMEOUT
+    while not poller.poll(1000 * min(0.2, STALL_TIMEOUT)):
         if stop is not None and stop.is_set():
             raise OSError("stopped")
         if time.monotonic() > deadline:
-            raise OSError(f"nothing came for {STALL:g} seconds")
+            raise OSError(f"nothing came for {STALL_TIMEOUT:g} seconds")
     return True
 
 
@@ -127,7 +127,7 @@ def read_manifest(location: str) -> bytes:
     """The bytes of the manifest at `location`, kept nowhere. Raises UserError where it cannot be had."""
     url = file_url(location, FILE)
     try:
-        return b"".join(stream(url, LIMIT))
+        return b"".join(stream_bytes(url, LIMIT))
     except OSError as error:
         raise UserError(
             f"no shards at data.shards={location} ({fold(error)}): is the address right? Build shards with "
@@ -152,7 +152,7 @@ class RemoteShards:
     def manifest(self) -> Manifest:
         """The manifest, fetched once: a run goes on with the one that it began with."""
         while not (self.folder / FILE).exists():
-            self._close(self._obtain(FILE, None, LIMIT))
+            self._close(self._fetch(FILE, None, LIMIT))
         try:
             manifest = Manifest.load(self.folder)
         except UserError:
@@ -173,7 +173,7 @@ class RemoteShards:
         if path.exists() and sha256(path) != shard.index_sha256:
             path.unlink(missing_ok=True)
         while not path.exists():
-            self._close(self._obtain(shard.index, shard.index_sha256, index_limit(shard)))
+            self._close(self._fetch(shard.index, shard.index_sha256, index_limit(shard)))
         return path
 
     def open(self, shard: Shard) -> int:
@@ -182,20 +182,20 @@ class RemoteShards:
         What is read by it stays right though the file be removed meanwhile. Raises MachineError where it cannot be had.
         """
         while True:
-            handle = self._here(shard)
+            handle = self._open_local(shard)
             if handle is None:
-                handle = self._obtain(shard.file, shard.sha256, shard.bytes, reserve=shard.bytes)
+                handle = self._fetch(shard.file, shard.sha256, shard.bytes, reserve=shard.bytes)
             if handle is not None:
                 return handle  # else another has fetched it, or failed to
 
     def prefetch(self, shard: Shard, stop: threading.Event) -> None:
         """See to it that the shard is here, or on its way by another; raises as `open` does."""
-        handle = self._here(shard)
+        handle = self._open_local(shard)
         if handle is None:
-            handle = self._obtain(shard.file, shard.sha256, shard.bytes, shard.bytes, stop)
+            handle = self._fetch(shard.file, shard.sha256, shard.bytes, shard.bytes, stop)
         self._close(handle)
 
-    def _here(self, shard: Shard) -> int | None:
+    def _open_local(self, shard: Shard) -> int | None:
         """A handle of the shard if it is here and whole, and a note that it is in use."""
         path = self.folder / shard.file
         try:
@@ -216,7 +216,7 @@ class RemoteShards:
         if handle is not None:
             os.close(handle)
 
-    def _obtain(
+    def _fetch(
         self, name: str, digest: str | None, limit: int, reserve: int = 0, stop: threading.Event | None = None
     ) -> int | None:
         """Fetch a file of at most `limit` bytes, after making room for `reserve` bytes.
@@ -247,10 +247,10 @@ class RemoteShards:
                 os.close(handle)
                 return None
             os.ftruncate(handle, 0)  # of a killed process
-            self._reserve(handle, reserve, stop)
+            self._reserve_space(handle, reserve, stop)
             self._download(name, digest, limit, handle, stop)
             os.fsync(handle)
-            with self._room():  # who counts just now would find it under neither name
+            with self._space_lock():  # who counts just now would find it under neither name
                 part.rename(path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -263,7 +263,7 @@ class RemoteShards:
         url, reason = file_url(self.location, name), ""
         for attempt in range(ATTEMPTS):
             if attempt:
-                (stop or threading.Event()).wait(PAUSE * 2 ** (attempt - 1))
+                (stop or threading.Event()).wait(RETRY_PAUSE * 2 ** (attempt - 1))
             try:
                 return _receive(url, digest, limit, handle, stop)
             except OSError as error:
@@ -277,13 +277,13 @@ class RemoteShards:
             "connection or the shards there, then run the same command again"
         )
 
-    def _reserve(self, handle: int, size: int, stop: threading.Event | None) -> None:
+    def _reserve_space(self, handle: int, size: int, stop: threading.Event | None) -> None:
         """Make room for a shard: the oldest shards go, and the file grows to its size at once, so that it counts."""
         while True:
-            with self._room():
+            with self._space_lock():
                 whole, coming = self._sizes()
                 used = sum(whole.values()) + sum(coming.values())
-                for path in sorted(whole, key=_used_at):
+                for path in sorted(whole, key=_last_use):
                     if used + size <= self.limit:
                         break
                     path.unlink(missing_ok=True)
@@ -302,14 +302,14 @@ class RemoteShards:
             try:
                 if path.suffix == ".tar":
                     whole[path] = path.stat().st_size
-                elif path.name.endswith(".tar.part") and not _abandoned(path):
+                elif path.name.endswith(".tar.part") and not _remove_if_abandoned(path):
                     coming[path] = path.stat().st_size
             except FileNotFoundError:  # another has just renamed or removed it
                 continue
         return whole, coming
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
+    def _space_lock(self) -> Iterator[None]:
         """One process or thread at a time counts and removes."""
         with open_own(self.folder / ".room", os.O_RDWR | os.O_CREAT) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -319,7 +319,7 @@ class RemoteShards:
 def _receive(url: str, digest: str | None, limit: int, handle: int, stop: threading.Event | None) -> None:
     """Write what is at `url` over the file behind `handle`. Raises OSError if it is not what it should be."""
     found, size = hashlib.sha256(), 0
-    for data in stream(url, limit, stop):
+    for data in stream_bytes(url, limit, stop):
         found.update(data)
         size += _write(handle, data, size)
     os.ftruncate(handle, size)
@@ -339,14 +339,14 @@ def _write(handle: int, data: bytes, at: int) -> int:
     return done
 
 
-def _used_at(path: Path) -> float:
+def _last_use(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
 
 
-def _abandoned(part: Path) -> bool:
+def _remove_if_abandoned(part: Path) -> bool:
     """Remove what a killed process left on its way; whether it was that."""
     handle = os.open(part, os.O_RDWR)
     try:
