@@ -133,7 +133,7 @@ class Denoiser(nn.Module):
         return NoiseSample(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, aux_noise)
 
     def build_condition(self, conditioning: Conditioning) -> Condition:
-        """What the refiner is told besides state and time."""
+        """The input of the refiner besides state and time."""
         label = None
         if self.config.condition_label:
             none = torch.full((len(conditioning.z),), NO_LABEL, device=conditioning.z.device)

@@ -57,7 +57,7 @@ def estimate(
     seed: int,
     tolerance: float,
 ) -> Likelihood:
-    """Likelihood of images (B, C, H, W) uint8 under the refiner, `conditioning` what it is told of each.
+    """Likelihood of images (B, C, H, W) uint8 under the refiner, given `conditioning`.
 
     One draw of dequantization, of the momentum where k > 1, and of the probe of the divergence per image, keyed by the
     image's number.

@@ -26,7 +26,7 @@ MIN_TIME = 1e-5
 
 
 class TimeEmbedding(Enum):
-    """What the network is told of the time t in [0, 1]."""
+    """How the network embeds the time t in [0, 1]."""
 
     positional = "positional"
     """Sines and cosines of t at fixed frequencies."""

@@ -124,17 +124,17 @@ class DiffusersKL(Encoder):
     def _compare(self, path: Path) -> None:
         """Raise UserError if config.json is damaged, or describes another network than the fields do."""
         try:
-            said = read_json(path, dict[str, Any])
+            stored = read_json(path, dict[str, Any])
         except (OSError, DamagedFile) as error:
             reason = fold(error).removeprefix(f"{path}: ")
             raise UserError(f"{path}: not a readable {CONFIG} of an AutoencoderKL ({reason})") from None
         colors = {"in_channels": self.io.channels, "out_channels": self.io.channels}
         for name, value in (FIXED | colors).items():
-            if said.get(name, value) != value:
-                raise UserError(f"{path}: {name} is {str(said[name])[:80]}, this encoder takes {value} alone")
+            if stored.get(name, value) != value:
+                raise UserError(f"{path}: {name} is {str(stored[name])[:80]}, this encoder takes {value} alone")
         words = []
         for name, default in self._described().items():
-            value = said.get(name, default)  # what the file leaves out is diffusers' default
+            value = stored.get(name, default)  # what the file leaves out is diffusers' default
             value = 0.0 if name == "shift_factor" and value is None else value
             if value != getattr(self.config, name):
                 words.append(f"encoder.{name}={json.dumps(value, separators=(',', ':'))[:200]}")

@@ -34,7 +34,7 @@ class Schedule(ABC):
         """The t at which B(t) = integral."""
 
     def time_feature(self, t: torch.Tensor) -> torch.Tensor:
-        """What a refiner is told of t: t scaled to [0, 1000], where positional embeddings separate times well."""
+        """The time as a refiner sees it: t scaled to [0, 1000], where positional embeddings separate times well."""
         return 1000.0 * t
 
 
