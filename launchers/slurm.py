@@ -97,7 +97,7 @@ class Slurm(Launcher):
         for name in ("gpus_per_node", "tasks_per_node", "retry_seconds"):
             if not getattr(config, name) >= 0:
                 raise UserError(f"launcher.{name}={getattr(config, name)}: use 0 or more")
-        self.minutes = minutes(config.time)
+        self.minutes = time_limit_minutes(config.time)
         if 60 * self.minutes <= config.signal_seconds:
             raise UserError(
                 f"launcher.time={config.time} leaves no time before launcher.signal_seconds={config.signal_seconds}: "
@@ -174,13 +174,13 @@ class Slurm(Launcher):
         from dvae.runs.slurm.supervisor import Supervisor
 
         here = str(folder.absolute())
-        for part in self.parts(stages):
+        for part in self.stages_by_job(stages):
             count = self.config.array_jobs
             if self.config.chain and part[0] in CPU_STAGES and count > 1:
                 yield self.executor(folder, part, submitted, array=True), ArrayTask(here, part[0], count), count, part
             yield self.executor(folder, part, submitted), Supervisor(here, part), 1, part
 
-    def parts(self, stages: list[str]) -> list[tuple[str, ...]]:
+    def stages_by_job(self, stages: list[str]) -> list[tuple[str, ...]]:
         """The stages of each job, in their order; one job takes all of them unless `chain` is set."""
         from dvae.config.schema import STAGES
 
@@ -304,7 +304,7 @@ def follow(folder: Path) -> None:
             raise
 
 
-def minutes(time: str) -> int:
+def time_limit_minutes(time: str) -> int:
     """A time limit as SLURM writes it, in minutes, rounded up: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
     found = TIME.fullmatch(time.strip())
     if not found:

@@ -41,6 +41,7 @@ def command(argv: list[str]) -> None:
     """Compose the config from the words of argv, check it, and run it."""
     silence()
     from dvae.config import compose, stored, validate
+    from dvae.config.recipe_files import recipe_names
     from dvae.experiments.sweeps import multirun
     from dvae.registry.discovery import registries
     from dvae.runs import folder as run
@@ -48,7 +49,7 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(
             USAGE.format(
-                recipes=", ".join(compose.recipes()), stages=", ".join(compose.STAGES), kinds=", ".join(registries())
+                recipes=", ".join(recipe_names()), stages=", ".join(compose.STAGES), kinds=", ".join(registries())
             )
         )
         return

@@ -20,11 +20,12 @@ With W&B's server: wandb sweep recipes/sweep/NAME.yaml, then wandb agent ... ; d
 
 def command(argv: list[str]) -> None:
     """Split the sweep's settings from the overrides of its trials, run it, and show the table."""
+    from dvae.config.recipe_files import recipe_names
     from dvae.config.tool_arguments import split_arguments
-    from dvae.experiments.sweeps import parallel_coordinates, sweep_loop, sweep_spec, trial_table
+    from dvae.experiments.sweeps import parallel_coordinates, sweep_loop, trial_table
 
     if any(word in ("-h", "--help") for word in argv):
-        print(USAGE.format(sweeps=", ".join(sweep_spec.known())))
+        print(USAGE.format(sweeps=", ".join(recipe_names("sweep"))))
         return
     settings, overrides = split_arguments(sweep_loop.SweepToolConfig, argv)
     found, folder, trials = sweep_loop.sweep(overrides, settings)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -16,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from dvae.config.recipe_files import RECIPES
 from dvae.config.schema import (
     STAGES,
     TRAININGS,
@@ -58,8 +57,8 @@ def _compose(config_name: str, words: list[str]) -> DictConfig:
 
 def _import_groups(config_name: str, words: list[str]) -> None:
     """Import the components of the kinds that recipes/<config_name>.yaml or the words name: Hydra's config groups."""
-    file = Path(str(importlib.resources.files("dvae.recipes") / f"{config_name}.yaml"))
-    groups = {name for entry in read_yaml(file)["defaults"] if isinstance(entry, dict) for name in entry}
+    defaults = read_yaml(RECIPES / f"{config_name}.yaml")["defaults"]
+    groups = {name for entry in defaults if isinstance(entry, dict) for name in entry}
     groups |= {re.split("[=.@]", word.lstrip("+~"))[0] for word in words}
     for kind, registry in registries().items():
         if kind in groups:
@@ -296,9 +295,3 @@ def refuse_points(config: ModelConfig, run: str) -> None:
 def mistyped(error: OmegaConfBaseException) -> UserError:
     """A field of a tool that does not fit, in one line."""
     return UserError(f"{error.full_key}: {fold(str(error.msg or error).splitlines()[0])}")
-
-
-def recipes() -> list[str]:
-    """Names that recipe= takes."""
-    folder = importlib.resources.files("dvae.recipes") / "recipe"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))

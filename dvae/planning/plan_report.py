@@ -12,7 +12,7 @@ from dvae.utils.text_tables import aligned_lines
 GIB = 2**30
 
 
-def text(plan: ResourcePlan) -> str:
+def format_plan(plan: ResourcePlan) -> str:
     """The whole plan."""
     settings = plan.settings
     lines = [
@@ -134,7 +134,7 @@ def assumptions(plan: ResourcePlan) -> list[str]:
     return ["assumptions:", *(f"  - {line}" for line in lines)]
 
 
-def figures(plan: ResourcePlan) -> dict[str, Any]:
+def plan_figures(plan: ResourcePlan) -> dict[str, Any]:
     """The plan as JSON has it; bytes and seconds."""
     named = asdict(plan, dict_factory=lambda pairs: {k: v.name if isinstance(v, Enum) else v for k, v in pairs})
     return named | {"predicted": True}

@@ -29,5 +29,5 @@ def run(argv: list[str]) -> str:
     check(settings)
     found = plan.make_plan(compose_recipe(overrides), settings)
     if settings.out:
-        atomic_files.write_json(Path(settings.out), plan_report.figures(found))
-    return plan_report.text(found)
+        atomic_files.write_json(Path(settings.out), plan_report.plan_figures(found))
+    return plan_report.format_plan(found)

@@ -50,12 +50,12 @@ def run_evaluate_stage(run: Run, config: RunConfig) -> None:
             run, config, pipeline, open_shards(config, "train"), open_shards(config, "heldout")
         )
     record = {"seconds": time.perf_counter() - began, "settings": settings_fingerprint(config)}
-    scores = figures.of_evaluation(evaluation)
+    scores = figures.evaluation_figures(evaluation)
     summary = {
         "recipe": config.recipe,
         "stages": stages | {"evaluate": record},
         "evaluation": evaluation,
-        "figures": figures.of_training(run.path) | scores,
+        "figures": figures.training_figures(run.path) | scores,
     }
     with Tracker(run.path, config.tracking.wandb, "evaluate") as tracker:
         tracker.summarize(scores)

@@ -103,10 +103,10 @@ def _axes(
     for tick in y_ticks:
         y = place_y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{tick_label(tick)}</text>')
     for tick in x_ticks:
         parts.append(
-            f'<text x="{place_x(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{number(tick)}</text>'
+            f'<text x="{place_x(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick_label(tick)}</text>'
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
@@ -137,7 +137,7 @@ def _legend(names: Sequence[str]) -> str:
     return "".join(parts)
 
 
-def number(value: float) -> str:
+def tick_label(value: float) -> str:
     """A tick's label: 0.001, 2.5, 400, 20k, 3M."""
     for factor, unit in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * factor or (abs(value) >= factor and factor == 1e6):

@@ -16,13 +16,13 @@ EVALUATE = "evaluate"
 """Prefix of what the evaluate stage found out; that of a row of metrics.jsonl is its stage."""
 
 
-def of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+def evaluation_figures(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
     """Every single number that summary.json holds under "evaluation", by its path; settings are none."""
     found = {name: value for name, value in evaluation.items() if name not in ("protocol", "sampler")}
     return dict(_leaves(EVALUATE, found))
 
 
-def of_training(run_folder: Path) -> dict[str, float | None]:
+def training_figures(run_folder: Path) -> dict[str, float | None]:
     """The last value of every number that metrics.jsonl holds; None if it was not finite."""
     last: dict[str, float | None] = {}
     for row in MetricsLog(run_folder / "metrics.jsonl").rows():
@@ -34,11 +34,11 @@ def of_training(run_folder: Path) -> dict[str, float | None]:
     return last
 
 
-def of_run(run_folder: Path) -> dict[str, float | None]:
+def run_figures(run_folder: Path) -> dict[str, float | None]:
     """All figures of a run, finished or not; None for what is not finite. Raises MachineError for damaged files."""
     path = run_folder / "summary.json"
     if not path.exists():
-        return of_training(run_folder)
+        return training_figures(run_folder)
     reason = ""
     try:
         found = read_summary(path).figures
@@ -46,7 +46,7 @@ def of_run(run_folder: Path) -> dict[str, float | None]:
         found, reason = None, f" ({error.reason})"
     if found is None:
         raise MachineError(f"{path}: holds no figures{reason}; delete it, then launch the run again")
-    return of_training(run_folder) | {name: finite(value) for name, value in found.items()}
+    return training_figures(run_folder) | {name: finite(value) for name, value in found.items()}
 
 
 def finite(value: float | None) -> float | None:
@@ -54,7 +54,7 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def history(run_folder: Path, name: str) -> list[float]:
+def metric_history(run_folder: Path, name: str) -> list[float]:
     """The finite values of "STAGE/NAME" in metrics.jsonl, in order of step; empty for what only evaluation tells."""
     stage, _, key = name.partition("/")
     rows = MetricsLog(run_folder / "metrics.jsonl").rows(stage)

@@ -14,7 +14,7 @@ import pytest
 from dvae.config import compose as configuration
 from dvae.config import validate
 from dvae.errors import MachineError, UserError
-from dvae.launchers.slurm import Slurm, hidden_job_environment, minutes, sbatch_error
+from dvae.launchers.slurm import Slurm, hidden_job_environment, sbatch_error, time_limit_minutes
 from dvae.runs import attempts, manage
 from dvae.runs.attempts import Attempt
 from dvae.runs.manage import RunState
@@ -30,13 +30,13 @@ from dvae.runs.slurm.supervisor import Supervisor, attempts_without_progress, ex
      ("1-01:30:01", 1531), ("0:30", 1)],
 )  # fmt: skip
 def test_time_limits_are_slurms(time: str, expected: int) -> None:
-    assert minutes(time) == expected
+    assert time_limit_minutes(time) == expected
 
 
 @pytest.mark.parametrize("time", ["", "a day", "1:2:3:4", "-5", "0", "1-"])
 def test_what_is_no_time_limit(time: str) -> None:
     with pytest.raises(UserError, match=f"^launcher.time={time}: use "):
-        minutes(time)
+        time_limit_minutes(time)
 
 
 @pytest.mark.parametrize(
@@ -185,11 +185,11 @@ def test_a_ranks_variables() -> None:
         "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
         "SLURM_CPUS_PER_TASK": "8",
     }  # fmt: skip
-    found = rank.variables(given)
+    found = rank.torch_environment(given)
     assert found == {
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "8",
     }  # fmt: skip
-    assert "OMP_NUM_THREADS" not in rank.variables(given | {"OMP_NUM_THREADS": "1"})
+    assert "OMP_NUM_THREADS" not in rank.torch_environment(given | {"OMP_NUM_THREADS": "1"})
 
 
 def test_jobs_tell_a_runs_state_where_locks_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests_support import Tool
 
-from dvae.config import compose
+from dvae.config.recipe_files import recipe_names
 from dvae.config.schema import Precision
 from dvae.errors import UserError
 from dvae.experiments.bench import planner_bench
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in found.stages:
         assert not stage.chosen.fits
         assert stage.chosen.largest == 0
-    assert " no " in plan_report.text(found)
+    assert " no " in plan_report.format_plan(found)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_mistakes_are_one_line(word: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", compose.recipes())
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_composes_for_the_planner(name: str) -> None:
     """No path to images is asked for."""
     assert planner.compose_recipe([f"recipe={name}"]).recipe == name
@@ -150,7 +150,7 @@ def test_every_kind_of_recipe_is_planned(words: list[str]) -> None:
     assert [stage.name for stage in found.stages] == [
         name for name in ("encoder", "refiner", "classifier") if name in composed.stages
     ]
-    said = plan_report.text(found)
+    said = plan_report.format_plan(found)
     assert "predicted" in said
     for stage in found.stages:
         assert stage.operations.total > 0
@@ -178,7 +178,7 @@ def test_an_encoder_that_is_taken_over_is_not_planned() -> None:
     found = plan.make_plan(planner.compose_recipe(words), PlanConfig())
     assert found.given
     assert not found.stages
-    assert "taken over as it is" in plan_report.text(found)
+    assert "taken over as it is" in plan_report.format_plan(found)
 
 
 def test_the_trial_predicts_with_the_first_ones_efficiency() -> None:

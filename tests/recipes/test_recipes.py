@@ -12,13 +12,14 @@ from tests_support import ROOT
 
 from dvae.config import compose as config
 from dvae.config import validate
+from dvae.config.recipe_files import recipe_names
 from dvae.errors import UserError
 from dvae.models import components
 from dvae.registry.refiners.base import REFINERS
 from dvae.registry.samplers.base import SAMPLERS
 from dvae.registry.schedules.base import SCHEDULES
 
-RECIPES = config.recipes()
+RECIPES = recipe_names()
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 FOREIGN = ["schedule=cosine", "sampler=dpmpp_2m", "refiner=dit"]
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from shrink import shrink
 
 from dvae.config import compose, validate
+from dvae.config.recipe_files import recipe_names
 from dvae.inference import pipeline
 from dvae.inference.noise import KeyedNoise
 from dvae.inference.refine import refine_images
@@ -31,7 +32,7 @@ def launch(composed: DictConfig) -> folder.Run:
 
 @pytest.mark.parametrize(
     "recipe",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in compose.recipes()],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in recipe_names()],
 )
 def test_a_shrunk_recipe_trains_and_samples(
     recipe: str, published: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -24,7 +24,7 @@ EVALUATION = {
 
 
 def test_numbers_of_the_evaluation_by_their_path_and_no_settings() -> None:
-    assert figures.of_evaluation(EVALUATION) == {
+    assert figures.evaluation_figures(EVALUATION) == {
         "evaluate/nfe": 25,
         "evaluate/reconstructions/n": 8,
         "evaluate/reconstructions/psnr": 11.5,
@@ -34,7 +34,7 @@ def test_numbers_of_the_evaluation_by_their_path_and_no_settings() -> None:
 
 
 def test_the_last_value_of_training_counts_and_the_summary_adds_to_it(tmp_path: Path) -> None:
-    assert figures.of_run(tmp_path) == {}
+    assert figures.run_figures(tmp_path) == {}
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step, loss in ((1, 3.0), (2, float("nan")), (3, 2.0)):
         log.append({"stage": "refiner", "step": step, "time": 1.0, "loss": loss, "grad_norm": 1 / step})
@@ -46,22 +46,22 @@ def test_the_last_value_of_training_counts_and_the_summary_adds_to_it(tmp_path: 
         "encoder/step": 3,
         "encoder/loss": None,
     }
-    assert figures.of_run(tmp_path) == training
-    assert figures.history(tmp_path, "refiner/loss") == [3.0, 2.0]
-    assert figures.history(tmp_path, "encoder/loss") == figures.history(tmp_path, "evaluate/nfe") == []
+    assert figures.run_figures(tmp_path) == training
+    assert figures.metric_history(tmp_path, "refiner/loss") == [3.0, 2.0]
+    assert figures.metric_history(tmp_path, "encoder/loss") == figures.metric_history(tmp_path, "evaluate/nfe") == []
     (tmp_path / "summary.json").write_text(json.dumps({"figures": {"evaluate/nfe": 25}}), encoding="utf-8")
-    assert figures.of_run(tmp_path) == training | {"evaluate/nfe": 25}
+    assert figures.run_figures(tmp_path) == training | {"evaluate/nfe": 25}
 
 
 def test_text_is_no_figure_and_what_is_not_finite_is_none(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"stage": "refiner", "step": 1, "device": "cpu", "loss": 1})
-    assert figures.of_training(tmp_path) == {"refiner/step": 1, "refiner/loss": 1}
-    assert figures.history(tmp_path, "refiner/device") == []
+    assert figures.training_figures(tmp_path) == {"refiner/step": 1, "refiner/loss": 1}
+    assert figures.metric_history(tmp_path, "refiner/device") == []
     (tmp_path / "summary.json").write_text(
         '{"figures": {"a": NaN, "b": 1e999, "c": 2, "d": null, "e": ' + "9" * 400 + "}}"
     )
-    assert figures.of_run(tmp_path) == {
+    assert figures.run_figures(tmp_path) == {
         "refiner/step": 1, "refiner/loss": 1, "a": None, "b": None, "c": 2, "d": None, "e": None,
     }  # fmt: skip
 
@@ -78,11 +78,11 @@ def test_text_is_no_figure_and_what_is_not_finite_is_none(tmp_path: Path) -> Non
 def test_a_damaged_summary_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "summary.json").write_text(text, encoding="utf-8")
     with pytest.raises(MachineError, match=r"summary\.json: holds no figures.*; delete it, then launch the run again$"):
-        figures.of_run(tmp_path)
+        figures.run_figures(tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "make"), [("a folder", Path.mkdir), ("a pipe", os.mkfifo)])
 def test_a_summary_that_is_no_file_is_named(tmp_path: Path, kind: str, make: Any) -> None:
     make(tmp_path / "summary.json")
     with pytest.raises(MachineError, match=rf"summary\.json: holds no figures \(is {kind}, not a file\)"):
-        figures.of_run(tmp_path)
+        figures.run_figures(tmp_path)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dvae.errors import MachineError, UserError
-from dvae.tracking.charts import Line, line_chart, linear_ticks, log_ticks, number
+from dvae.tracking.charts import Line, line_chart, linear_ticks, log_ticks, tick_label
 from dvae.tracking.metrics_log import MetricsLog
 from dvae.tracking.pictures import grid
 from dvae.tracking.report import write_report
@@ -302,7 +302,7 @@ def test_ticks_and_their_labels():
     assert linear_ticks(3, 3) == [3]
     assert log_ticks(0.5, 2000) == [1, 10, 100, 1000]
     assert log_ticks(3, 40) == [5, 10, 20]
-    assert [number(v) for v in (0, 0.001, 250, 6000, 20000, 3e6)] == ["0", "0.001", "250", "6000", "20k", "3M"]
+    assert [tick_label(v) for v in (0, 0.001, 250, 6000, 20000, 3e6)] == ["0", "0.001", "250", "6000", "20k", "3M"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -27,7 +27,7 @@ def write(
     out = Path(settings.out)
     floor = next(iter(points[VAE].values()))["floor"]
     table = kid_table(settings, points, floor)
-    picture(settings, points, floor, out / "study.png")
+    plot_kid(settings, points, floor, out / "study.png")
     text = "\n\n".join([table, protocol(settings, points), cost(seconds), equivalence_text(differences)])
     atomic_files.write_text(out / "study.md", text + "\n")
     return table
@@ -37,16 +37,16 @@ def kid_table(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, An
     """KID-lite0 in thousandths, mean over seeds and its standard error: an arm a row, a number of steps a column."""
     blank = [""] * (len(settings.steps) - 1)
     rows = [
-        [arm, *(figure(lockstep[steps]["sets"][arm][KID]) for steps in settings.steps)]
+        [arm, *(format_kid(lockstep[steps]["sets"][arm][KID]) for steps in settings.steps)]
         for arm, lockstep in points.items()
         if arm != VAE
     ]
-    rows.append([f"{VAE} (no refiner)", figure(points[VAE][0]["sets"][VAE][KID]), *blank])
-    rows += [[f"floor: {name}", figure(found[KID]), *blank] for name, found in floor.items()]
+    rows.append([f"{VAE} (no refiner)", format_kid(points[VAE][0]["sets"][VAE][KID]), *blank])
+    rows += [[f"floor: {name}", format_kid(found[KID]), *blank] for name, found in floor.items()]
     return markdown_table(["", *(f"{steps} steps" for steps in settings.steps)], rows)
 
 
-def figure(found: Mapping[str, Any]) -> str:
+def format_kid(found: Mapping[str, Any]) -> str:
     """Mean and standard error in thousandths."""
     error = "" if found["se"] is None else f" ± {1000 * found['se']:.1f}"
     return f"{1000 * found['mean']:.1f}{error}"
@@ -98,7 +98,7 @@ def equivalence_text(differences: Mapping[int, ImageDifference]) -> str:
     )
 
 
-def picture(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any], path: Path) -> None:
+def plot_kid(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any], path: Path) -> None:
     """KID against steps, a line per arm with the standard error; the VAE alone and the floor as levels."""
     plot = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(plot)

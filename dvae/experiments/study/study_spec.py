@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,11 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dvae.config.compose import mistyped
+from dvae.config.recipe_files import RECIPES, recipe_names
 from dvae.errors import UserError, suggest
 from dvae.utils.read import DamagedFile
 from dvae.utils.user_yaml import read_user_yaml
-
-FILES = Path(str(importlib.resources.files("dvae.recipes") / "study"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,10 +83,10 @@ def study_file(name: str) -> Path:
         if not Path(name).is_file():
             raise UserError(f"study={name}: no such file")
         return Path(name)
-    names = sorted(path.stem for path in FILES.glob("*.yaml"))
+    names = recipe_names("study")
     if name not in names:
         raise UserError(f"study={name}: {suggest(name, names)}, or give a YAML file")
-    return FILES / f"{name}.yaml"
+    return RECIPES / "study" / f"{name}.yaml"
 
 
 def check(settings: StudyConfig) -> StudyConfig:

@@ -116,7 +116,7 @@ class Sweep:
 
     def final_metric(self, trial: Trial) -> float | None:
         """The metric at the end of a trial; None where it is not finite. Raises UserError where there is no such."""
-        found = figures.of_run(self.folder.run(trial))
+        found = figures.run_figures(self.folder.run(trial))
         if self.spec.metric not in found:
             raise UserError(
                 f"metric {self.spec.metric!r} is not measured by {self.folder.run(trial)}: "
@@ -139,7 +139,7 @@ class Sweep:
         if "early_terminate" not in self.spec.sweep:
             return
         values = {
-            trial.number: figures.history(self.folder.run(trial), self.spec.metric)
+            trial.number: figures.metric_history(self.folder.run(trial), self.spec.metric)
             for trial in self.trials
             if trial.state is not TrialState.failed
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dvae.config import compose as configuration
+from dvae.config.recipe_files import RECIPES, recipe_names
 from dvae.config.schema import RunConfig
 from dvae.errors import UserError, fold, suggest
 from dvae.experiments.sweeps import sweep_engine
@@ -71,23 +71,17 @@ def load(name: str) -> SweepSpec:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"sweep={name}: no such file; the sweeps here are {', '.join(known())}")
-    elif name in known():
-        path = Path(str(importlib.resources.files("dvae.recipes") / "sweep" / f"{name}.yaml"))
+            raise UserError(f"sweep={name}: no such file; the sweeps here are {', '.join(recipe_names('sweep'))}")
+    elif name in recipe_names("sweep"):
+        path = RECIPES / "sweep" / f"{name}.yaml"
     else:
-        raise UserError(f"unknown sweep {name!r}: {suggest(name, known())}")
+        raise UserError(f"unknown sweep {name!r}: {suggest(name, recipe_names('sweep'))}")
     try:
         sweep = read_user_yaml(path, "yaml")
     except (OSError, DamagedFile) as error:
         reason = fold(error).removeprefix(f"{path}: ")
         raise UserError(f"sweep={name}: not a readable YAML file ({reason})") from None
     return SweepSpec(Path(name).stem, check(name, sweep))
-
-
-def known() -> list[str]:
-    """Names that sweep= takes."""
-    folder = importlib.resources.files("dvae.recipes") / "sweep"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
 def check(name: str, sweep: Any) -> dict[str, Any]:
@@ -106,7 +100,7 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
         raise UserError(f"sweep={name}: it names no metric to optimize: add metric: {{name: refiner/loss}}")
     for wanted in ("program", "command"):
         if not sweep.get(wanted):
-            raise UserError(f"sweep={name}: it has no {wanted}: copy that of {known()[0]}.yaml")
+            raise UserError(f"sweep={name}: it has no {wanted}: copy that of {recipe_names('sweep')[0]}.yaml")
     nested = [parameter for parameter, given in sweep["parameters"].items() if "parameters" in given]
     if nested:
         raise UserError(f"sweep={name}: parameter {nested[0]!r} is nested: write its fields with dots, a.b")

@@ -19,29 +19,29 @@ from typing import Any
 from dvae.errors import Stopped, summarize
 from dvae.utils.secrets import guard_streams
 
-ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-HELLO, BYE = "hello", "bye"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STARTED_KEY, ENDED_KEY = "started", "ended"
 """Keys of the store, followed by the rank's number."""
 
 
 def main(words: list[str]) -> int:
     """Take part in the job; returns the exit status."""
     guard_streams()
-    listen(leave)  # at once: imports take seconds, and what is not heard kills
-    os.environ.update(variables(os.environ))
+    handle_signals(exit_on_signal)  # at once: imports take seconds, and what is not heard kills
+    os.environ.update(torch_environment(os.environ))
     import torch.distributed as dist
 
     where, port, number = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"]
     store = dist.TCPStore(where, port, is_master=False, timeout=timedelta(minutes=5))
     host = {"host": os.environ.get("SLURMD_NODENAME", "?"), "pid": os.getpid(), "step": os.environ["SLURM_STEP_ID"]}
-    store.set(f"{HELLO} {number}", json.dumps(host))
-    listen(asked)
+    store.set(f"{STARTED_KEY} {number}", json.dumps(host))
+    handle_signals(stop_on_signal)
     end = run(words, store)
-    store.set(f"{BYE} {number}", json.dumps(end))
+    store.set(f"{ENDED_KEY} {number}", json.dumps(end))
     return int(end["status"])
 
 
-def variables(given: Any) -> dict[str, str]:
+def torch_environment(given: Any) -> dict[str, str]:
     """What torch.distributed is to know, of what srun has set."""
     theirs = {
         "RANK": given["SLURM_PROCID"], "WORLD_SIZE": given["SLURM_NTASKS"], "LOCAL_RANK": given["SLURM_LOCALID"],
@@ -58,7 +58,7 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
     from dvae.training.resilience import watchdog
 
     def on_hang(message: str, speaks: bool) -> None:
-        store.set(f"{BYE} {os.environ['RANK']}", json.dumps({"status": HANGS, "message": message}))
+        store.set(f"{ENDED_KEY} {os.environ['RANK']}", json.dumps({"status": HANGS, "message": message}))
         watchdog.exit_now(HANGS)
 
     watchdog.on_hang = on_hang
@@ -74,17 +74,17 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
     return {"status": 0}
 
 
-def listen(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in ASKS:
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in STOP_SIGNALS:
         signal.signal(number, handler)
 
 
-def leave(number: int, frame: FrameType | None) -> None:
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
     """A signal before there is anybody to tell: srun does, by the exit status."""
     os._exit(128 + number)
 
 
-def asked(number: int, frame: FrameType | None) -> None:
+def stop_on_signal(number: int, frame: FrameType | None) -> None:
     """A signal outside training: there is nothing to save but what is saved already."""
     name = signal.Signals(number).name
     raise Stopped(f"stopped between two steps ({name}): the same command again resumes", name)

@@ -28,7 +28,7 @@ from dvae.runs import attempts
 from dvae.runs.attempts import TERMINATED, Attempt
 from dvae.runs.exit_status import GRACE, RankExit, raise_for
 from dvae.runs.slurm import queue
-from dvae.runs.slurm.rank import ASKS, BYE, HELLO
+from dvae.runs.slurm.rank import ENDED_KEY, STARTED_KEY, STOP_SIGNALS
 from dvae.tracking.console import say
 from dvae.utils.fields import Positive, Seconds
 from dvae.utils.read import check, parse_json, read_yaml
@@ -79,7 +79,7 @@ class Supervisor:
         """Start the ranks until they have finished, or there is no use in it."""
         folder, job = Path(self.folder), os.environ["SLURM_JOB_ID"]
         asked: list[str] = []
-        for number in ASKS:  # the ranks hear it too, and act on it
+        for number in STOP_SIGNALS:  # the ranks hear it too, and act on it
             signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
         while True:
             settings = self.settings()
@@ -163,24 +163,24 @@ class RankStep:
         self.host = os.environ["SLURMD_NODENAME"]
         # here, not in rank 0: no port is guessed, and it outlives every rank
         self.store = dist.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
-        self.words = [supervisor.folder, *supervisor.stages]
-        self.killed: dict[int, RankExit] = {}
+        self.rank_arguments = [supervisor.folder, *supervisor.stages]
+        self.killed_tasks: dict[int, RankExit] = {}
         """What srun says of tasks that it saw fail."""
-        self.before: list[RankExit] | None = None
+        self.exits_before_kill: list[RankExit] | None = None
         """How those had ended that had when the others were killed."""
 
     def run(self) -> None:
         """Start them, and raise how they ended, unless they finished."""
         srun = subprocess.Popen(self.command(), env=self.environment(), stderr=subprocess.PIPE, text=True)
-        listener = threading.Thread(target=self.listen, args=(srun,), daemon=True)
+        listener = threading.Thread(target=self.read_srun_messages, args=(srun,), daemon=True)
         listener.start()
-        over = self.wait(srun)
+        over = self.wait_for_end(srun)
         listener.join()
-        ends = self.ends() if self.before is None else self.before
+        ends = self.exits() if self.exits_before_kill is None else self.exits_before_kill
         failed = [end for end in ends if end.failed]
         stopped = next((end for end in ends if end.status == TERMINATED), None)
         if failed:
-            raise_for(self.folder, failed, ASKS)
+            raise_for(self.folder, failed, STOP_SIGNALS)
         if over:
             raise Stopped(f"{over} ({self.folder})", TIME_LIMIT_SIGNALS[1])
         if stopped:
@@ -196,7 +196,7 @@ class RankStep:
         return [
             "srun", "--kill-on-bad-exit=0", "--wait=0", f"--output={self.logs()}/rank-%t.log", "--open-mode=append",
             *([f"--cpus-per-task={threads}"] if threads else []), *self.settings["srun"],
-            *python, "-u", "-m", "dvae.runs.slurm.rank", *self.words,
+            *python, "-u", "-m", "dvae.runs.slurm.rank", *self.rank_arguments,
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
@@ -210,7 +210,7 @@ class RankStep:
         """Folder of the job's logs."""
         return self.folder / queue.FOLDER / self.job
 
-    def listen(self, srun: subprocess.Popen[str]) -> None:
+    def read_srun_messages(self, srun: subprocess.Popen[str]) -> None:
         """Hear what srun says of its tasks; all of it goes into the log as well."""
         assert srun.stderr is not None
         for line in srun.stderr:
@@ -218,9 +218,9 @@ class RankStep:
             if found := FAILED.search(line):
                 status = exit_status_of(found["how"])
                 for number in task_numbers(found["tasks"]):
-                    self.killed.setdefault(number, RankExit(number=number, status=status))
+                    self.killed_tasks.setdefault(number, RankExit(number=number, status=status))
 
-    def wait(self, srun: subprocess.Popen[str]) -> str:
+    def wait_for_end(self, srun: subprocess.Popen[str]) -> str:
         """Wait for all ranks; whoever is left GRACE seconds after one has failed is killed, and all are when the job's
         time is nearly over or none has begun in time. Returns why the job should come back; empty: there is no need."""
         limit, patience, deadline = queue.end_time(self.job), self.settings["start_seconds"], None
@@ -228,21 +228,21 @@ class RankStep:
         while srun.poll() is None:
             time.sleep(POLL_SECONDS)
             why = ""
-            if deadline is None and any(end.failed for end in self.ends()):
+            if deadline is None and any(end.failed for end in self.exits()):
                 deadline = time.monotonic() + GRACE
             if limit is not None and time.time() > limit - ABANDON_FRACTION * self.settings["signal_seconds"]:
                 why = "not at a place to stop before the job's time was over"
-            elif time.monotonic() > began + patience and not any(self.said(HELLO)):
+            elif time.monotonic() > began + patience and not any(self.reports(STARTED_KEY)):
                 why = f"no rank has begun within launcher.start_seconds={patience}"
             if why or (deadline is not None and time.monotonic() > deadline):
-                self.before = self.ends()
+                self.exits_before_kill = self.exits()
                 self.kill(srun)
                 return why
         return ""
 
     def kill(self, srun: subprocess.Popen[str]) -> None:
         """Kill what is left of the step, and wait for srun to end."""
-        step = next((hello["step"] for hello in self.said(HELLO)), None)
+        step = next((hello["step"] for hello in self.reports(STARTED_KEY)), None)
         if step is None:  # none has got so far as to say which step it is in
             srun.send_signal(signal.SIGQUIT)  # srun ends its tasks, and itself, unless it waits for SLURM
             with suppress(subprocess.TimeoutExpired):
@@ -253,12 +253,12 @@ class RankStep:
                 queue.cancel_job(f"{self.job}.{step}", "KILL")
         srun.wait()
 
-    def ends(self) -> list[RankExit]:
+    def exits(self) -> list[RankExit]:
         """How ranks have ended so far: those that were killed by something first, since they are why others failed."""
-        told = {row["number"]: RankExit(**row) for row in self.said(BYE)}
-        return [end for end in self.killed.values() if end.number not in told] + list(told.values())
+        told = {row["number"]: RankExit(**row) for row in self.reports(ENDED_KEY)}
+        return [end for end in self.killed_tasks.values() if end.number not in told] + list(told.values())
 
-    def said(self, key: str) -> Iterator[dict[str, Any]]:
+    def reports(self, key: str) -> Iterator[dict[str, Any]]:
         for number in range(self.count):
             if self.store.check([f"{key} {number}"]):
                 yield {"number": number} | parse_json(self.store.get(f"{key} {number}"), f"rank {number}")

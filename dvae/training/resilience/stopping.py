@@ -14,6 +14,7 @@ from types import FrameType
 
 from dvae.errors import Stopped
 from dvae.training.resilience import ranks
+from dvae.utils.child_processes import handling
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PROCESS_START = time.monotonic()
@@ -46,12 +47,8 @@ class StopRequest:
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Listen for signals while the block runs."""
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        try:
+        with handling(SIGNALS, self._on_signal):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal:

@@ -12,6 +12,7 @@ import yaml
 from tests_support import Tool
 
 from dvae.config import compose
+from dvae.config.recipe_files import recipe_names
 from dvae.config.schema import STAGES
 from dvae.diffusion.denoiser import Center
 from dvae.errors import UserError
@@ -60,7 +61,7 @@ def test_words_that_mean_nothing_are_refused(words: list[str], said: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in study_spec.FILES.glob("*.yaml")])
+@pytest.mark.parametrize("name", recipe_names("study"))
 def test_the_studies_that_are_shipped(name: str) -> None:
     settings = study_spec.read_study([f"study={name}", "seeds=[4]", "steps=[3]"])
     assert (settings.seeds, settings.steps) == ([4], [3])
@@ -122,8 +123,8 @@ def test_a_folder_is_one_study(tmp_path: Path) -> None:
 
 def test_the_table_has_errors_over_seeds() -> None:
     kid = {"mean": 0.0213, "se": 0.00124}
-    assert study_report.figure(kid) == "21.3 ± 1.2"
-    assert study_report.figure(kid | {"se": None}) == "21.3"
+    assert study_report.format_kid(kid) == "21.3 ± 1.2"
+    assert study_report.format_kid(kid | {"se": None}) == "21.3"
     sets = {name: {5: {"sets": {name: {study_report.KID: kid}}}} for name in ("a", "b")}
     points: study_runs.StudyPoints = {
         study_runs.VAE: {0: {"sets": {study_runs.VAE: {study_report.KID: kid | {"mean": 0.3}}}}},

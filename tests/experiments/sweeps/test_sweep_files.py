@@ -13,6 +13,7 @@ import yaml
 from tests_support import ROOT
 
 from dvae.config import compose
+from dvae.config.recipe_files import recipe_names
 from dvae.errors import UserError
 from dvae.experiments.sweeps import sweep_spec
 
@@ -33,8 +34,8 @@ def ends(parameter: dict[str, Any]) -> list[Any]:
 
 
 def test_there_are_sweeps_and_the_command_lists_them() -> None:
-    assert sweep_spec.known() == [path.stem for path in FILES]
-    assert {"demo", "avatars"} <= set(sweep_spec.known())
+    assert recipe_names("sweep") == [path.stem for path in FILES]
+    assert {"demo", "avatars"} <= set(recipe_names("sweep"))
 
 
 @every_file
