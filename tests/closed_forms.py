@@ -9,7 +9,7 @@ import torch
 
 from dvae.diffusion.kernels import Diffusion, Matching, Prediction, Time
 from dvae.diffusion.linalg import apply_matrix
-from dvae.diffusion.model import Model, Threshold
+from dvae.diffusion.sampler_model import SamplerModel, Threshold
 from dvae.registry.core import Shapes
 from dvae.registry.processes.base import PROCESSES
 from dvae.registry.samplers.base import SAMPLERS, Sampler
@@ -22,7 +22,7 @@ IO = Shapes(image_size=1, channels=1)
 class Mixture:
     """E[eps | u_t] where each pixel of x0 is drawn from sum_i weights_i N(means_i, variances_i), apart from others.
 
-    A Model (dvae.diffusion.model): counts its calls and keeps the times it was asked for.
+    A Model (dvae.diffusion.sampler_model): counts its calls and keeps the times it was asked for.
     """
 
     diffusion: Diffusion
@@ -113,16 +113,16 @@ def integrable(processes: tuple[str, ...], schedules: tuple[str, ...]) -> list[t
     for process in processes:
         for schedule in schedules:
             made = diffusion(process, schedule)
-            io = replace(IO, k=made.k)
+            shapes = replace(IO, k=made.k)
             found += [
                 (name, process, schedule)
                 for name in SAMPLERS.names()
-                if SAMPLERS.get(name).needs_mean_denoiser and SAMPLERS.build({"name": name}, io).supports(made)
+                if SAMPLERS.get(name).needs_mean_denoiser and SAMPLERS.build({"name": name}, shapes).supports(made)
             ]
     return found
 
 
-def affine(sampler: Sampler, model: Model, noises: int, at: int = -1) -> tuple[float, float]:
+def affine(sampler: Sampler, model: SamplerModel, noises: int, at: int = -1) -> tuple[float, float]:
     """Mean and variance of x where the sampler is an affine map of the start and of its first `noises` noises: exact.
 
     From its response to none and to each component of each. at: of which state, -1 the images, -2 the last at t > 0.

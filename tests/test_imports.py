@@ -26,7 +26,7 @@ REPORT = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """A bundle of a run that was never trained."""
-    config = compose.typed(compose.compose("train", [*tiny, "denoiser.data_scale=1"]))
+    config = compose.to_run_config(compose.compose("train", [*tiny, "denoiser.data_scale=1"]))
     weights = {name: part.state_dict() for name, part in components.build_models(config).trained_parts().items()}
     folder = tmp_path_factory.mktemp("imports") / "bundle"
     bundle_export.export(folder, config, weights)

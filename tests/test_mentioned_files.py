@@ -10,13 +10,13 @@ from tests_support import ROOT
 
 FOLDERS = ("dvae", "launchers", "recipes", "tools", "tests", "docs")
 MENTION = re.compile(r"(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|md|jinja|sh)\b")
-EXAMPLES = {"my_schedule.py", "out/study.md"}
-"""Files that a reader, or a command, writes."""
+EXAMPLES = {"my_schedule.py", "out/study.md", "tools/judge.py"}
+"""Files that a reader or a command writes, and files of the past in CHANGELOG.md."""
 
 
 def files() -> Iterator[Path]:
     """Texts of the project. Golden values and hostile data hold names of their own."""
-    yield from (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "setup.py"))
+    yield from (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "setup.py"))
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".md", ".yaml", ".sh", ".jinja") and "__pycache__" not in path.parts:

@@ -33,7 +33,7 @@ def data(words: list[str]) -> None:
     from dvae.config import compose
     from dvae.experiments.bench import data_bench
 
-    settings: data_bench.DataBenchConfig = compose.words_of_a_tool(compose.compose("bench_data", words))
+    settings: data_bench.DataBenchConfig = compose.tool_settings(compose.compose("bench_data", words))
     print(data_bench.table(data_bench.run(settings)))
 
 
@@ -42,7 +42,7 @@ def trainer(words: list[str]) -> None:
     from dvae.config import compose
     from dvae.experiments.bench import trainer_bench
 
-    settings: trainer_bench.TrainerBenchConfig = compose.words_of_a_tool(compose.compose("bench_trainer", words))
+    settings: trainer_bench.TrainerBenchConfig = compose.tool_settings(compose.compose("bench_trainer", words))
     trainer_bench.run(settings)
 
 
@@ -51,7 +51,7 @@ def planner(words: list[str]) -> None:
     from dvae.config import compose
     from dvae.experiments.bench import planner_bench
 
-    settings: planner_bench.PlannerBenchConfig = compose.words_of_a_tool(compose.compose("bench_planner", words))
+    settings: planner_bench.PlannerBenchConfig = compose.tool_settings(compose.compose("bench_planner", words))
     print(planner_bench.run(settings))
 
 

@@ -31,7 +31,7 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    words: CacheToolConfig = compose.words_of_a_tool(compose.compose("cache", argv))
+    words: CacheToolConfig = compose.tool_settings(compose.compose("cache", argv))
     shard_request.check_part(words.part, words.parts)
     run = Run(Path(words.run))
     settings = run.config()

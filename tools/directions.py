@@ -26,7 +26,7 @@ def command(argv: list[str]) -> None:
     from dvae.evaluation.directions.evaluate_directions import evaluate_directions
     from dvae.inference.directions import DirectionsConfig, find_directions
 
-    settings: DirectionsConfig = compose.words_of_a_tool(compose.compose("directions", own_sampler(argv)))
+    settings: DirectionsConfig = compose.tool_settings(compose.compose("directions", own_sampler(argv)))
     if settings.find:
         found = find_directions.find(settings)
         for name, why in found.skipped.items():

@@ -28,7 +28,7 @@ def command(argv: list[str]) -> None:
     from dvae.inference.generation.edit_tasks import EditTask
     from dvae.inference.generation.generate import generate_to_file
 
-    settings = compose.words_of_a_tool(compose.compose("edit", own_sampler(argv)))
+    settings = compose.tool_settings(compose.compose("edit", own_sampler(argv)))
     done = generate_to_file(settings, EditTask)
     print(f"{settings.out}: {done.n} edited images, {done}")
 

@@ -23,10 +23,10 @@ def command(argv: list[str]) -> None:
         print(USAGE)
         return
     from dvae.config import compose
-    from dvae.training import posthoc
+    from dvae.training import ema_from_snapshots
 
-    settings: posthoc.EmaToolConfig = compose.words_of_a_tool(compose.compose("ema", argv))
-    fit = posthoc.build_average(settings)
+    settings: ema_from_snapshots.EmaToolConfig = compose.tool_settings(compose.compose("ema", argv))
+    fit = ema_from_snapshots.build_average(settings)
     kind = "width" if settings.decay is None else "decay"
     print(
         f"{settings.stage}: {kind} {getattr(settings, kind):g} at step {fit.step}, from {len(fit.snapshots)} "

@@ -35,7 +35,7 @@ def command(argv: list[str]) -> None:
     from dvae.evaluation import tables
     from dvae.evaluation.evaluation_settings import EvaluateToolConfig
 
-    settings: EvaluateToolConfig = compose.words_of_a_tool(compose.compose("evaluate", words_of(argv)))
+    settings: EvaluateToolConfig = compose.tool_settings(compose.compose("evaluate", words_of(argv)))
     if settings.compare:
         print(tables.comparison(settings.compare))
         return

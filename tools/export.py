@@ -18,7 +18,7 @@ def command(argv: list[str]) -> None:
     from dvae.config import compose
     from dvae.training import export
 
-    settings: export.ExportConfig = compose.words_of_a_tool(compose.compose("export", argv))
+    settings: export.ExportConfig = compose.tool_settings(compose.compose("export", argv))
     step = export.export(settings)
     print(f"{settings.out}: the {settings.stage} of step {step}")
 

@@ -20,7 +20,7 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    settings: gallery.GalleryConfig = compose.words_of_a_tool(compose.compose("gallery", argv))
+    settings: gallery.GalleryConfig = compose.tool_settings(compose.compose("gallery", argv))
     figures = gallery.make_gallery(settings)
     print(f"{settings.out}: {len(figures['cells'])} panels, floor {figures['floor']['mean']:.4f}")
 

@@ -29,7 +29,7 @@ def command(argv: list[str]) -> None:
     from dvae.inference.generation.generate import generate_to_file
     from dvae.inference.inpainting import NAMED_MASKS
 
-    settings = compose.words_of_a_tool(compose.compose("inpaint", own_sampler(argv)))
+    settings = compose.tool_settings(compose.compose("inpaint", own_sampler(argv)))
     done = generate_to_file(settings, InpaintTask)
     print(f"{settings.out}: {done.n} inpainted images, {done}")
     known = NAMED_MASKS.get(settings.mask, "what is white in the picture")

@@ -31,7 +31,7 @@ def command(argv: list[str]) -> None:
     from dvae.inference.generation.edit_tasks import InterpolateTask
     from dvae.inference.generation.generate import generate_to_file
 
-    settings = compose.words_of_a_tool(compose.compose("interpolate", own_sampler(argv)))
+    settings = compose.tool_settings(compose.compose("interpolate", own_sampler(argv)))
     done = generate_to_file(settings, InterpolateTask)
     print(f"{settings.out}: {done.n} strips, {done}")
 

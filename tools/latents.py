@@ -25,7 +25,7 @@ def command(argv: list[str]) -> None:
     from dvae.inference import latents
     from dvae.utils.text_tables import aligned_lines
 
-    settings: latents.LatentsConfig = compose.words_of_a_tool(compose.compose("latents", argv))
+    settings: latents.LatentsConfig = compose.tool_settings(compose.compose("latents", argv))
     written, fitted = latents.run(settings)
     if written:
         print(f"{settings.out}: posteriors of {written} images")

@@ -57,7 +57,7 @@ def command(argv: list[str]) -> None:
         multirun.run([word for word in argv if word not in multirun.FLAGS])
         return
     composed = compose.compose("train", argv)
-    settings = compose.typed(composed)
+    settings = compose.to_run_config(composed)
     if settings.dry_run:
         print(validate.describe(composed))
         return

@@ -31,7 +31,7 @@ def command(argv: list[str]) -> None:
     from dvae.inference import image_likelihood
     from dvae.utils.text_tables import aligned_lines
 
-    settings: image_likelihood.LikelihoodConfig = compose.words_of_a_tool(compose.compose("likelihood", argv))
+    settings: image_likelihood.LikelihoodConfig = compose.tool_settings(compose.compose("likelihood", argv))
     done = image_likelihood.score(settings)
     rows = [[WORDS[name], f"{mean:.4f} +- {error:.4f}"] for name, (mean, error) in done.figures.items()]
     print("\n".join(aligned_lines(rows)))

@@ -20,7 +20,7 @@ def command(argv: list[str]) -> None:
     from dvae.app import page
     from dvae.config import compose
 
-    page.serve(compose.words_of_a_tool(compose.compose("page", argv)))
+    page.serve(compose.tool_settings(compose.compose("page", argv)))
 
 
 if __name__ == "__main__":

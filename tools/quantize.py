@@ -26,7 +26,7 @@ def command(argv: list[str]) -> None:
     from dvae.evaluation.quantization import quantize_bundle
     from dvae.evaluation.quantization.quantize_settings import QuantizeConfig
 
-    settings: QuantizeConfig = compose.words_of_a_tool(compose.compose("quantize", argv))
+    settings: QuantizeConfig = compose.tool_settings(compose.compose("quantize", argv))
     made = quantize_bundle.quantize(settings)
     counts: dict[str, int] = {}
     for stores in made.layers.values():

@@ -22,7 +22,7 @@ def command(argv: list[str]) -> None:
     from dvae.config import compose
     from dvae.evaluation import recognizer
 
-    settings: recognizer.RecognizeConfig = compose.words_of_a_tool(compose.compose("recognize", argv))
+    settings: recognizer.RecognizeConfig = compose.tool_settings(compose.compose("recognize", argv))
     figures = recognizer.recognize_samples(settings)
     print(f"recognizer: {100 * figures['accuracy_heldout']:.1f}% right on held-out images")
     for name, title in (

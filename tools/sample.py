@@ -30,7 +30,7 @@ def command(argv: list[str]) -> None:
     from dvae.config import compose
     from dvae.inference.generation.generate import generate_to_file
 
-    settings = compose.words_of_a_tool(compose.compose("sample", own_sampler(argv)))
+    settings = compose.tool_settings(compose.compose("sample", own_sampler(argv)))
     done = generate_to_file(settings)
     print(f"{settings.out}: {done.n} samples, {done}")
 

@@ -87,7 +87,7 @@ def build(words: list[str]) -> None:
     from dvae.tracking.console import CountedProgress
 
     composed = compose.compose("shards", words)
-    settings: ShardsConfig = compose.words_of_a_tool(composed)
+    settings: ShardsConfig = compose.tool_settings(composed)
     shard_request.check_part(settings.part, settings.parts)
     how: dict[str, Any] = {
         "heldout_fraction": settings.heldout_fraction,

@@ -128,7 +128,7 @@ class PageActions:
         self.pipeline = pipeline
         self.known: dict[str, directions.Direction | int] = {**known}
         self.known |= {f"component {k}": k for k in range(1, denoiser.config.pca_components + 1)}
-        self.samplers = sorted({own, *compatible_samplers(denoiser.diffusion, denoiser.io)})
+        self.samplers = sorted({own, *compatible_samplers(denoiser.diffusion, denoiser.shapes)})
         self.most_steps = max(MAX_STEPS, pipeline.models.sampler.config.steps)
         spaces = InterpolationSpace if pipeline.models.has_generator else [InterpolationSpace.noise]
         self.spaces = [space.name for space in spaces]

@@ -122,7 +122,7 @@ def _siblings(name: str, config_name: str, words: list[str]) -> list[str]:
     return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
 
-def words_of_a_tool(composed: DictConfig) -> Any:
+def tool_settings(composed: DictConfig) -> Any:
     """The dataclass of a tool's words, as `compose` gave them. Raises UserError for one that is missing or mistyped."""
     if missing := sorted(_missing("", OmegaConf.to_container(composed))):
         raise UserError(f"not set: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
@@ -141,7 +141,7 @@ def _missing(prefix: str, plain: Any) -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def typed(config: Any) -> RunConfig:
+def to_run_config(config: Any) -> RunConfig:
     """A RunConfig with a typed Config for each component. Raises UserError on a foreign field or a wrong type."""
     try:
         merged: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), config)

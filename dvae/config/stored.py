@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dvae.config.compose import typed
+from dvae.config.compose import to_run_config
 from dvae.config.model_config import COMPONENT_KINDS, refuse_unplain
 from dvae.config.schema import RunConfig
 from dvae.data.shards.remote import UntrustedLocation, is_remote
@@ -76,7 +76,7 @@ def load(path: Path) -> RunConfig:
     plain = unresolved(read_plain(path))
     for kind in (*COMPONENT_KINDS, "denoiser"):
         refuse_unplain(plain.get(kind), path, kind)
-    config = typed(plain)
+    config = to_run_config(plain)
     if is_remote(config.data.shards):
         config.data.shards = UntrustedLocation(config.data.shards)
     return config
@@ -86,7 +86,7 @@ def load_own(path: Path) -> RunConfig:
     """As `load`, of a run that this user's own command submitted: plug-ins are imported, the environment is read."""
     plain = read_plain(path)
     load_plugins(check(list[str], plain.get("plugins") or [], f"{path}: plugins"))
-    return typed(plain)
+    return to_run_config(plain)
 
 
 def read_plain(path: Path) -> dict[str, Any]:

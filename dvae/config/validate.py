@@ -32,7 +32,7 @@ SHARD_SIZE = 10_000
 """Images of the source that make a shard of each split, as dvae.data.building.shard_build takes them by default."""
 
 
-def check(config: RunConfig, ranks: int = 1) -> tuple[components.Models, dict[str, int]]:
+def check(config: RunConfig, ranks: int = 1) -> tuple[components.RunModels, dict[str, int]]:
     """Refuse what cannot work: shapes, batches, shards, images, missing packages.
 
     Returns the models, on meta, and the number of images by split (none where the source is endless).
@@ -55,7 +55,7 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[components.Models, dict[st
     for training in (getattr(config, settings_of(stage)) for stage in [*made.parameters(), "joint", "distil"]):
         check_batch(training.batch, ranks, training.micro_batches)
     if "distil" in config.stages:
-        DISTILLERS.build(config.distiller, made.denoiser.io).check(made.denoiser)
+        DISTILLERS.build(config.distiller, made.denoiser.shapes).check(made.denoiser)
         bundle_reuse.load_teacher(config)  # refuses what is not there, or other networks
     if configuration.uses_stream(config):
         _check_classes(config)
@@ -120,7 +120,7 @@ def _probe(source: Source, name: str) -> list[Item]:
 
 def describe(config: DictConfig) -> str:
     """What `dry_run=true` prints: the resolved config, stages, parameter counts and shards."""
-    settings = configuration.typed(config)
+    settings = configuration.to_run_config(config)
     launcher = launcher_of(settings.launcher)
     made, counts = check(settings, launcher.ranks)
     splits = sum(count > 0 for count in counts.values())
@@ -138,7 +138,7 @@ def describe(config: DictConfig) -> str:
         training = settings.train_joint
         lines.append(f"joint: {total / 1e6:.1f}M parameters, {training.steps} steps of {training.batch} images")
     if "distil" in settings.stages:
-        training, made_for = settings.train_distil, DISTILLERS.build(settings.distiller, made.denoiser.io).rounds
+        training, made_for = settings.train_distil, DISTILLERS.build(settings.distiller, made.denoiser.shapes).rounds
         rounds = " -> ".join(map(str, made_for))
         lines.append(f"distil: for {rounds} steps, {training.steps} steps of {training.batch} images each")
     if counts:

@@ -29,7 +29,7 @@ from dvae.diffusion.objective import LossConfig, Objective, PredictionType
 from dvae.errors import UserError
 from dvae.layers.whitening import Whitening
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import Condition, Refiner
+from dvae.registry.refiners.base import NetworkCondition, Refiner
 from dvae.utils import rng
 
 
@@ -89,17 +89,17 @@ class Denoiser(nn.Module):
 
     data_scale: torch.Tensor
 
-    def __init__(self, refiner: Refiner, diffusion: Diffusion, config: DenoiserConfig, io: Shapes) -> None:
+    def __init__(self, refiner: Refiner, diffusion: Diffusion, config: DenoiserConfig, shapes: Shapes) -> None:
         super().__init__()
-        _check(config, diffusion, io)
+        _check(config, diffusion, shapes)
         self.refiner = refiner
         self.diffusion = diffusion
         self.config = config
-        self.io = io
+        self.shapes = shapes
         self.objective = Objective(config.loss, diffusion, config.prediction)
         # a buffer, so that a measured scale travels with the weights
         if config.pca_components:
-            size = math.prod(io.latent)
+            size = math.prod(shapes.latent)
             self.whitening = Whitening(config.pca_components, size)
             # zero, so that a refiner that has learned nothing of them yet is the one without
             self.pca_projection = nn.Parameter(torch.zeros(size, config.pca_components))
@@ -121,25 +121,25 @@ class Denoiser(nn.Module):
         """Times, noise and the dropping of conditions for the sample numbers keys (B,)."""
         numbers, config = keys.tolist(), self.config
         t, weight = self.objective.sample_times(rng.uniform(seed, "time", numbers))
-        shape = (self.io.k * self.io.channels, self.io.image_size, self.io.image_size)
+        shape = (self.shapes.k * self.shapes.channels, self.shapes.image_size, self.shapes.image_size)
         keep = rng.uniform(seed, "drop", numbers) >= config.condition_dropout
         keep_label = keep_pca = aux_noise = None
         if config.pca_components:
             keep_pca = rng.uniform(seed, "drop pca", numbers) >= config.pca_dropout
         if config.condition_label:
             keep_label = keep & (rng.uniform(seed, "drop label", numbers) >= config.label_dropout)
-        if self.io.k > 1 and config.matching is Matching.dsm:
+        if self.shapes.k > 1 and config.matching is Matching.dsm:
             aux_noise = rng.normal(seed, "start", numbers, shape)
         return NoiseSample(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, aux_noise)
 
-    def build_condition(self, conditioning: Conditioning) -> Condition:
+    def build_condition(self, conditioning: Conditioning) -> NetworkCondition:
         """The input of the refiner besides state and time."""
         label = None
         if self.config.condition_label:
             none = torch.full((len(conditioning.z),), NO_LABEL, device=conditioning.z.device)
             label = none if conditioning.label is None else conditioning.label
-            label = torch.where(label == NO_LABEL, self.io.labels, label)
-        return Condition(
+            label = torch.where(label == NO_LABEL, self.shapes.labels, label)
+        return NetworkCondition(
             image=conditioning.x_hat if self.config.condition_image else None,
             latent=self._latent_condition(conditioning) if self.config.condition_latent else None,
             label=label,
@@ -155,7 +155,7 @@ class Denoiser(nn.Module):
         return conditioning.z + (coordinates @ self.pca_projection.T).view_as(conditioning.z)
 
     def network_output(self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The refiner's raw output (B, io.output_channels, H, W), fp32, for states u at times t (B,)."""
+        """The refiner's raw output (B, shapes.output_channels, H, W), fp32, for states u at times t (B,)."""
         inputs = u
         if self.config.center is Center.input:
             inputs = u + self.diffusion.initial_state(conditioning.x_hat)
@@ -182,7 +182,7 @@ class Denoiser(nn.Module):
     def _target(
         self, x: torch.Tensor, u: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample
     ) -> torch.Tensor:
-        """What the refiner should put out for u, (B, io.output_channels, H, W)."""
+        """What the refiner should put out for u, (B, shapes.output_channels, H, W)."""
         match self.config.prediction:
             case PredictionType.eps:
                 eps = (
@@ -223,7 +223,7 @@ class Denoiser(nn.Module):
         return eps, self.diffusion.x0_from_eps(u, t, eps)
 
 
-def _check(config: DenoiserConfig, diffusion: Diffusion, io: Shapes) -> None:
+def _check(config: DenoiserConfig, diffusion: Diffusion, shapes: Shapes) -> None:
     """Raise UserError where a setting is not defined for the others."""
     prediction = config.prediction.name
     if config.center is not Center.none and not config.condition_image:
@@ -231,12 +231,12 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, io: Shapes) -> None:
     for name in ("condition_dropout", "label_dropout", "pca_dropout"):
         if not 0.0 <= getattr(config, name) <= 1.0:
             raise UserError(f"denoiser.{name}={getattr(config, name)} is not a probability: use 0 to 1")
-    size = math.prod(io.latent)
+    size = math.prod(shapes.latent)
     if config.pca_components and not config.condition_latent:
         raise UserError("denoiser.pca_components are of the z that latent guidance gives: set condition_latent=true")
     if not 0 <= config.pca_components <= (size if config.condition_latent else 0):
         raise UserError(f"denoiser.pca_components={config.pca_components}: z has {size} numbers, use 0 to {size}")
-    if config.condition_label and not io.labels:
+    if config.condition_label and not shapes.labels:
         raise UserError("denoiser.condition_label=true needs classes: name them in classes=[...] and set data.label")
     if config.data_scale is not None and config.data_scale <= 0:
         raise UserError(f"denoiser.data_scale={config.data_scale} must be above 0, or null to measure it")

@@ -10,7 +10,7 @@ from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.denoiser import Denoiser, Space
 from dvae.diffusion.kernels import Diffusion, Prediction, Time
 from dvae.diffusion.linalg import apply_matrix
-from dvae.diffusion.model import Threshold
+from dvae.diffusion.sampler_model import Threshold
 from dvae.errors import UserError
 from dvae.registry.classifiers.base import Classifier
 
@@ -34,7 +34,7 @@ class Guidance:
 
 
 class GuidedDenoiser:
-    """A denoiser with its condition and guidance: a Model (dvae.diffusion.model).
+    """A denoiser with its condition and guidance: a Model (dvae.diffusion.sampler_model).
 
     Raises UserError where the denoiser was not trained for the guidance.
     """

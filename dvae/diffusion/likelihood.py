@@ -27,9 +27,9 @@ from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.denoiser import Denoiser
 from dvae.diffusion.guidance import GuidedDenoiser
 from dvae.diffusion.linalg import apply_matrix
-from dvae.diffusion.model import Model
 from dvae.diffusion.probability_flow import MIN_SQRT_CLOCK, sqrt_clock
 from dvae.diffusion.rk45 import Velocity, integrate
+from dvae.diffusion.sampler_model import SamplerModel
 from dvae.errors import UserError
 from dvae.utils import rng
 
@@ -62,8 +62,8 @@ def estimate(
     One draw of dequantization, of the momentum where k > 1, and of the probe of the divergence per image, keyed by the
     image's number.
     """
-    io, device = denoiser.io, conditioning.z.device
-    shape = (io.k * io.channels, io.image_size, io.image_size)
+    shapes, device = denoiser.shapes, conditioning.z.device
+    shape = (shapes.k * shapes.channels, shapes.image_size, shapes.image_size)
     x = dequantize(images, rng.uniform(seed, "dequantise", numbers, images.shape[1:]).float())
     probes = rng.uniform(seed, "probe", numbers, shape).sub(0.5).sign().float()
     return bits_per_dim(
@@ -78,7 +78,7 @@ def estimate(
 
 @torch.no_grad()
 def bits_per_dim(
-    model: Model,
+    model: SamplerModel,
     x: torch.Tensor,
     *,
     noise: torch.Tensor | None = None,
@@ -120,7 +120,7 @@ def bits_per_dim(
     return Likelihood(bits, log_density, end.evaluations * model.nfe_per_call)
 
 
-def _flow_and_divergence(model: Model, shape: torch.Size, probes: torch.Tensor | None) -> Velocity:
+def _flow_and_divergence(model: SamplerModel, shape: torch.Size, probes: torch.Tensor | None) -> Velocity:
     """d/dr of (u, integral of the divergence), flattened to (n, k*C*H*W + 1), with r = sqrt(B)."""
     diffusion = model.diffusion
     trace_A = float(diffusion.A.trace()) * shape.numel() / diffusion.k

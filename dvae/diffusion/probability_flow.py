@@ -10,8 +10,8 @@ import torch
 
 from dvae.diffusion.kernels import Diffusion
 from dvae.diffusion.linalg import apply_matrix
-from dvae.diffusion.model import Model, Threshold
 from dvae.diffusion.rk45 import Velocity
+from dvae.diffusion.sampler_model import SamplerModel, Threshold
 
 MIN_SQRT_CLOCK = 1e-3
 """sqrt(B) below which nothing is integrated: there on a clock like edm t_min is as good as 0, where the score ends."""
@@ -22,7 +22,7 @@ def sqrt_clock(diffusion: Diffusion, t: float) -> float:
     return float(diffusion.elapsed(0.0, t).sqrt())
 
 
-def flow_velocity(model: Model, threshold: Threshold = Threshold.none) -> Velocity:
+def flow_velocity(model: SamplerModel, threshold: Threshold = Threshold.none) -> Velocity:
     """du/dr = 2 r (A u - D score) of states u (n, k*C, H, W) at r (n,), for the samples `rows` of the model's batch."""
     diffusion = model.diffusion
 

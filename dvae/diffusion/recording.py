@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dvae.diffusion.kernels import Diffusion, Prediction, Time
-from dvae.diffusion.model import Model, Threshold
+from dvae.diffusion.sampler_model import SamplerModel, Threshold
 
 
 class RecordingDenoiser:
@@ -16,7 +16,7 @@ class RecordingDenoiser:
     Goes with samplers whose images move in the same steps: `on_step` tells it where they stand.
     """
 
-    def __init__(self, model: Model, steps: Sequence[int]) -> None:
+    def __init__(self, model: SamplerModel, steps: Sequence[int]) -> None:
         self.model, self.steps = model, steps
         self.x0: list[torch.Tensor] = []
         """(B, C, H, W) of each of the wanted steps that are behind."""
@@ -30,7 +30,7 @@ class RecordingDenoiser:
     def nfe_per_call(self) -> int:
         return self.model.nfe_per_call
 
-    def __getitem__(self, rows: torch.Tensor) -> Model:
+    def __getitem__(self, rows: torch.Tensor) -> SamplerModel:
         return self.model[rows]
 
     def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:

@@ -13,7 +13,7 @@ _ABOUT_THE_SETS = {"compared": False}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class EvaluationProtocol:
     """How sets of images were scored. Goes with every figure; `dataclasses.asdict` makes it JSON-ready."""
 
     backend: str
@@ -60,7 +60,7 @@ class Protocol:
     """Threads of the CPU that each pass took."""
 
     @classmethod
-    def read(cls, record: Mapping[str, Any]) -> Protocol:
+    def read(cls, record: Mapping[str, Any]) -> EvaluationProtocol:
         """The protocol kept in a summary.json. Raises UserError if a field is lacking, unknown or of another type."""
         names = {f.name for f in fields(cls)}
         if wrong := sorted(names ^ set(record)):
@@ -73,14 +73,14 @@ class Protocol:
             raise UserError(f"{error}: evaluate again") from None
 
 
-def compare(a: Protocol, b: Protocol) -> None:
+def compare(a: EvaluationProtocol, b: EvaluationProtocol) -> None:
     """Raises UserError, naming the first field that differs, unless figures under `a` and `b` may be compared.
 
     The setting of a metric that was not computed on both sides (null) decides nothing. Sampler, NFE and package
     versions are recorded but may differ: they say how the images were made, which is what one compares, or (torch) move
     figures by rounding only.
     """
-    for f in fields(Protocol):
+    for f in fields(EvaluationProtocol):
         mine, other = getattr(a, f.name), getattr(b, f.name)
         if f.metadata.get("compared", True) and mine != other and None not in (mine, other):
             raise UserError(

@@ -10,8 +10,8 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from dvae.errors import MachineError, fold
-from dvae.evaluation.protocol import Protocol
-from dvae.utils.fields import Count, Number
+from dvae.evaluation.protocol import EvaluationProtocol
+from dvae.utils.number_types import Count, Number
 from dvae.utils.read import DamagedFile, check, parse_json, read_bytes
 
 LIMIT = 2**26
@@ -44,7 +44,7 @@ def check_result(value: Any, what: object) -> dict[str, Any]:
     Raises DamagedFile for another value; UserError if its protocol is that of another version.
     """
     result: dict[str, Any] = dict(check(ResultRecord, value, what))
-    if not math.isfinite(Protocol.read(result["protocol"]).nfe):
+    if not math.isfinite(EvaluationProtocol.read(result["protocol"]).nfe):
         raise DamagedFile(what, "protocol: nfe is not finite")
     if not result["sets"]:
         raise DamagedFile(what, "holds no sets of images")

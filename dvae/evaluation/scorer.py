@@ -19,7 +19,7 @@ from dvae.evaluation.features import FeatureMethod, cached_features, compute_fea
 from dvae.evaluation.image_sets import ImageSet, TensorImages
 from dvae.evaluation.metric_suite import Metric, MetricSuite
 from dvae.evaluation.metrics import Features
-from dvae.evaluation.protocol import Protocol
+from dvae.evaluation.protocol import EvaluationProtocol
 from dvae.tracking.console import Progress
 
 Result = dict[str, Any]
@@ -94,11 +94,11 @@ class Scorer:
 
     def protocol(
         self, n: int, seeds: Sequence[int], sampler: Mapping[str, Any], nfe: float, made: Mapping[str, Any] | None
-    ) -> Protocol:
+    ) -> EvaluationProtocol:
         """What goes with every figure; a setting of a metric that is not computed is null."""
         suite, extractor = self.suite, self.method.extractor
         kid, fixed_threads = Metric.kid in suite.metrics, self.method.threads is not None
-        return Protocol(
+        return EvaluationProtocol(
             backend=metrics.backend(),
             extractor=extractor.name,
             weights_sha256=extractor.weights_sha256,

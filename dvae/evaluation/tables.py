@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dvae.errors import UserError
-from dvae.evaluation.protocol import Protocol, compare
+from dvae.evaluation.protocol import EvaluationProtocol, compare
 from dvae.evaluation.results import COUNTS, LIMIT, check_result
 from dvae.utils.read import DamagedFile, parse_json, read_bytes
 from dvae.utils.text_tables import markdown_table
@@ -60,7 +60,7 @@ def comparison(paths: Sequence[str]) -> str:
         raise UserError(f"compare={list(paths)}: name two results or more")
     results = {path: read(path) for path in paths}
     first = paths[0]
-    protocols = {path: Protocol.read(result["protocol"]) for path, result in results.items()}
+    protocols = {path: EvaluationProtocol.read(result["protocol"]) for path, result in results.items()}
     for path in paths[1:]:
         try:
             compare(protocols[first], protocols[path])

@@ -106,8 +106,8 @@ def latent_edit(core: InferenceCore, direction: Direction | torch.Tensor | int) 
     if isinstance(direction, int):
         return principal_coordinate_edit(core, direction)
     vector = direction if isinstance(direction, torch.Tensor) else direction.vector
-    if tuple(vector.shape) != core.models.io.latent:
-        raise UserError(f"direction {tuple(vector.shape)} does not fit the z {core.models.io.latent} of this run")
+    if tuple(vector.shape) != core.models.shapes.latent:
+        raise UserError(f"direction {tuple(vector.shape)} does not fit the z {core.models.shapes.latent} of this run")
     if not isinstance(direction, torch.Tensor):
         return direction.move
     return lambda z, strength: z + strength.view(-1, *[1] * (z.ndim - 1)) * vector.to(z)
@@ -214,7 +214,7 @@ def _decode_and_refine(
     for rows in torch.arange(len(noise)).split(size):
         labels = None if label is None else label[rows]
         if core.models.latent_space and refines:
-            conditioning = Conditioning.unconditional(z.new_empty(len(rows), *core.models.io.latent), labels)
+            conditioning = Conditioning.unconditional(z.new_empty(len(rows), *core.models.shapes.latent), labels)
         else:
             conditioning = Conditioning(core.decode(z[rows]), z[rows], labels)
             vae.append(to_uint8(conditioning.x_hat).cpu())

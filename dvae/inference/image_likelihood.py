@@ -193,7 +193,7 @@ def score_chunk(
         posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
         z = posterior.mean
         if settings.z is LatentMode.draw:
-            z = posterior.sample(rng.normal(seed, "posterior", numbers, models.io.latent).to(z.device))
+            z = posterior.sample(rng.normal(seed, "posterior", numbers, models.shapes.latent).to(z.device))
         conditioning = Conditioning(pipeline.decode(z), z, pipeline.class_numbers(labels, len(images)))
         found = likelihood.estimate(models.denoiser, conditioning, images, list(numbers), seed, settings.tolerance)
         bits, kl = found.bits_per_dim, posterior.kl().double().cpu()

@@ -13,7 +13,7 @@ from dvae.data.images import to_float
 from dvae.diffusion.conditioning import NO_LABEL, Conditioning
 from dvae.errors import UserError, suggest
 from dvae.inference.batching import CHUNK_SIZE, batch_rows, single_thread
-from dvae.models.components import Models, build_sampler
+from dvae.models.components import RunModels, build_sampler
 from dvae.registry.priors.base import PRIORS, Prior
 from dvae.registry.samplers.base import SAMPLERS
 from dvae.utils import rng
@@ -31,7 +31,7 @@ class InferenceCore:
     the methods that users call.
     """
 
-    def __init__(self, config: ModelConfig, models: Models, batch: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, models: RunModels, batch: int | None = None) -> None:
         self.config = config
         self.models = models
         self.batch = batch
@@ -51,7 +51,7 @@ class InferenceCore:
             changes, sampler = sampler | changes, None
         node = {"name": sampler} if isinstance(sampler, str) else self.sampler.config if sampler is None else sampler
         denoiser = self.models.denoiser
-        self.sampler = build_sampler(asdict(SAMPLERS.config(node)) | changes, denoiser.diffusion, denoiser.io)
+        self.sampler = build_sampler(asdict(SAMPLERS.config(node)) | changes, denoiser.diffusion, denoiser.shapes)
 
     def use_prior(self, prior: Prior | str) -> None:
         """Draw z from another prior: one that is fitted to the run's latents, or by the name of one that needs no fit.
@@ -59,7 +59,7 @@ class InferenceCore:
         Raises UserError for an unknown name, or one that must be fitted.
         """
         if isinstance(prior, str):
-            built = PRIORS.build({"name": prior}, self.models.io)
+            built = PRIORS.build({"name": prior}, self.models.shapes)
             if built.state_dict():
                 raise UserError(f"prior={prior} must be fitted to the run's latents: give the fitted one, or normal")
             prior = built
@@ -130,16 +130,16 @@ class InferenceCore:
     @torch.no_grad()
     def conditioning_of(self, numbers: Sequence[int], seed: int, label: ClassLabels = None) -> Conditioning:
         """Sample what the images of these numbers are refined from; see `sample_conditioning`."""
-        io = self.models.io
+        shapes = self.models.shapes
         labels = None
         if label is not None:
             labels = self.class_numbers(label, len(numbers))
-        elif io.labels:
-            labels = (rng.uniform(seed, "label", numbers) * io.labels).long().to(self.device)
+        elif shapes.labels:
+            labels = (rng.uniform(seed, "label", numbers) * shapes.labels).long().to(self.device)
         if self.models.latent_space:
-            return Conditioning.unconditional(torch.empty(len(numbers), *io.latent, device=self.device), labels)
+            return Conditioning.unconditional(torch.empty(len(numbers), *shapes.latent, device=self.device), labels)
         component = rng.uniform(seed, "prior component", numbers)
-        normal = rng.normal(seed, "prior", numbers, io.latent)
+        normal = rng.normal(seed, "prior", numbers, shapes.latent)
         z = self.prior.sample(component.to(self.device), normal.to(self.device))
         return Conditioning(self.decode(z), z, labels)
 

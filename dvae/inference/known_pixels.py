@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dvae.diffusion.kernels import Diffusion, Matching
-from dvae.diffusion.model import OnStep
+from dvae.diffusion.sampler_model import OnStep
 
 
 def replace_known_pixels(

@@ -70,7 +70,7 @@ def run(settings: LatentsConfig) -> tuple[int, PriorFit | None]:
     _check(settings)
     pipeline = load(settings.run, settings.batch)
     models = pipeline.models
-    if math.prod(models.io.latent) == 0:
+    if math.prod(models.shapes.latent) == 0:
         raise UserError(f"run={settings.run} has no encoder, and so no latents: name a run with one")
     if settings.prior is not None and models.latent_space:
         raise UserError(

@@ -52,7 +52,7 @@ def fit_prior(core: InferenceCore, config: Any, folder: Path, *, run: str, shard
     seed=None takes the seed of the run's own prior stage.
     """
     prior_config = PRIORS.config(config)
-    prior = PRIORS.build(prior_config, core.models.io).to(core.device)
+    prior = PRIORS.build(prior_config, core.models.shapes).to(core.device)
     posteriors = []
     for split in (TRAIN, HELDOUT):
         images = open_split(run, core.config, split, shards)
@@ -63,7 +63,7 @@ def fit_prior(core: InferenceCore, config: Any, folder: Path, *, run: str, shard
     priors: list[tuple[str, Prior]] = [
         (prior_config.name, prior),
         (f"{core.config.prior.name} (the run's)", core.models.prior),
-        ("N(0, I)", PRIORS.build({"name": "normal"}, core.models.io)),
+        ("N(0, I)", PRIORS.build({"name": "normal"}, core.models.shapes)),
     ]
     table = list(compare_priors(priors, heldout, seed))
     write_bundle(core, prior_config, prior, folder)

@@ -7,8 +7,8 @@ import torch
 from dvae.data.images import to_uint8
 from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.guidance import Guidance, GuidedDenoiser
-from dvae.diffusion.model import Model, OnStep
 from dvae.diffusion.recording import RecordingDenoiser
+from dvae.diffusion.sampler_model import OnStep, SamplerModel
 from dvae.errors import UserError
 from dvae.inference.batching import CHUNK_SIZE, GeneratedImages, mean_nfe
 from dvae.inference.inference_core import ClassLabels, InferenceCore, ProgressCallback
@@ -34,8 +34,8 @@ def refine_batch(
     Returns images (n, C, H, W) in [-1, 1], the network evaluations of each (n,), and `estimates` denoised estimates
     from evenly spaced steps.
     """
-    denoiser, io = core.models.denoiser, core.models.denoiser.io
-    shape = (io.k * io.channels, io.image_size, io.image_size)
+    denoiser, shapes = core.models.denoiser, core.models.denoiser.shapes
+    shape = (shapes.k * shapes.channels, shapes.image_size, shapes.image_size)
 
     def normal(purpose: str) -> torch.Tensor:
         return noise.sample(purpose, shape).to(core.device, memory_format=torch.channels_last)
@@ -43,7 +43,7 @@ def refine_batch(
     x_hat = conditioning.x_hat.contiguous(memory_format=torch.channels_last)
     conditioning = Conditioning(x_hat, conditioning.z, conditioning.label)
     weights = guidance if isinstance(guidance, Guidance) else Guidance(condition=guidance)
-    model: Model = GuidedDenoiser(denoiser, conditioning, weights, core.models.classifier)
+    model: SamplerModel = GuidedDenoiser(denoiser, conditioning, weights, core.models.classifier)
     on_step: OnStep | None = None
     recorder: RecordingDenoiser | None = None
     if known is not None:
@@ -65,7 +65,7 @@ def refine_batch(
         return core.decode(image) if core.models.latent_space else image
 
     recorded = [to_pixels(state) for state in recorder.x0] if recorder else []
-    return to_pixels(sampled.u[:, : io.channels]), sampled.nfe, recorded
+    return to_pixels(sampled.u[:, : shapes.channels]), sampled.nfe, recorded
 
 
 @torch.no_grad()

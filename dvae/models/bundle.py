@@ -19,7 +19,7 @@ from dvae.config.model_config import ComponentInfo, read_model_config
 from dvae.config.schema import ModelConfig
 from dvae.errors import UserError
 from dvae.models import components
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.models.quantization import layer_plan
 from dvae.models.quantization.layer_plan import QuantizationPlan
 from dvae.utils import atomic_files
@@ -140,7 +140,7 @@ def read_hashes(path: str | Path) -> dict[str, str]:
     return {"weights": recorded.get(WEIGHTS, ""), "config": recorded.get(CONFIG, "")}
 
 
-def load(folder: Path) -> tuple[ModelConfig, Models]:
+def load(folder: Path) -> tuple[ModelConfig, RunModels]:
     """Settings and models of a bundle, in evaluation mode.
 
     The networks are first built without memory and compared with the header of the weights. Raises UserError if a file
@@ -150,7 +150,7 @@ def load(folder: Path) -> tuple[ModelConfig, Models]:
     return config, build_verified(folder, info, config)
 
 
-def build_verified(folder: Path, info: BundleInfo, config: ModelConfig) -> Models:
+def build_verified(folder: Path, info: BundleInfo, config: ModelConfig) -> RunModels:
     """The models of a read_verified bundle; `config` loses a classifier that is not there."""
     if CLASSIFIER not in info.parts:
         config.classifier = None  # not trained yet, or never: all else works without it

@@ -10,7 +10,7 @@ from dvae.config.model_config import model_config
 from dvae.config.schema import ModelConfig, RunConfig
 from dvae.errors import UserError
 from dvae.models.bundle import WEIGHTS, build_verified, find_bundle, read_verified, refuse_quantized
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.registry.encoders.base import Encoder
 from dvae.utils.weights import StateDict, load_weights, part_of, refuse_nonfinite
 
@@ -40,7 +40,7 @@ def load_encoder_weights(config: RunConfig) -> StateDict:
     return weights
 
 
-def load_teacher(config: RunConfig) -> Models:
+def load_teacher(config: RunConfig) -> RunModels:
     """The trained models of the run folder or bundle `config.teacher`, for a run with the same networks.
 
     Raises UserError if they are not all there, or others.

@@ -29,15 +29,15 @@ MAX_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
-class Models:
+class RunModels:
     """Encoder, prior, denoiser (refiner + diffusion), sampler, perhaps a classifier; with the shapes they agree on."""
 
     encoder: Encoder
     prior: Prior
     denoiser: Denoiser
     sampler: Sampler
-    io: Shapes
-    """Of the images and of z; `denoiser.io` tells the shapes of what is diffused."""
+    shapes: Shapes
+    """Of the images and of z; `denoiser.shapes` tells the shapes of what is diffused."""
     classifier: Classifier | None = None
 
     @property
@@ -65,53 +65,53 @@ class Models:
         return {stage: sum(p.numel() for p in module.parameters()) for stage, module in stages.items()}
 
 
-def build_models(config: RunConfig | ModelConfig, seed_weights: bool = True) -> Models:
+def build_models(config: RunConfig | ModelConfig, seed_weights: bool = True) -> RunModels:
     """All components of `config`. Raises UserError where they do not fit each other.
 
     Initial weights are keyed by the run's seed, so that they do not depend on what was built before.
     """
-    io = Shapes(image_size=config.image_size, channels=config.channels)
+    shapes = Shapes(image_size=config.image_size, channels=config.channels)
     with torch.random.fork_rng(devices=[], enabled=seed_weights):
         torch.manual_seed(config.seed)
-        encoder = ENCODERS.build(config.encoder, io)
+        encoder = ENCODERS.build(config.encoder, shapes)
         diffusion = Diffusion(
-            PROCESSES.build(config.process, io),
-            SCHEDULES.build(config.schedule, io),
+            PROCESSES.build(config.process, shapes),
+            SCHEDULES.build(config.schedule, shapes),
             matching=config.denoiser.matching,
             factor=config.denoiser.factor,
         )
-        io = replace(io, latent=encoder.latent_shape, labels=len(config.classes))
-        prior = PRIORS.build(config.prior, io)
+        shapes = replace(shapes, latent=encoder.latent_shape, labels=len(config.classes))
+        prior = PRIORS.build(config.prior, shapes)
         if config.denoiser.space is Space.latent:
-            _check_latent_space(config, io, prior)
-        state = _state_shapes(config.denoiser, diffusion, io)
+            _check_latent_space(config, shapes, prior)
+        state = _state_shapes(config.denoiser, diffusion, shapes)
         refiner_shapes = state if config.denoiser.condition_label else replace(state, labels=0)
         refiner = REFINERS.build(config.refiner, refiner_shapes)
         denoiser = Denoiser(refiner, diffusion, config.denoiser, state)
         classifier = None if config.classifier is None else CLASSIFIERS.build(config.classifier, state)
         sampler = build_sampler(config.sampler, diffusion, state)
-    return Models(encoder, prior, denoiser, sampler, io, classifier)
+    return RunModels(encoder, prior, denoiser, sampler, shapes, classifier)
 
 
-def _state_shapes(denoiser: DenoiserConfig, diffusion: Diffusion, io: Shapes) -> Shapes:
+def _state_shapes(denoiser: DenoiserConfig, diffusion: Diffusion, shapes: Shapes) -> Shapes:
     """Shapes of what is diffused, for the networks that see it: the images, or the encoder's latent maps."""
     if denoiser.space is Space.latent:
-        io = replace(io, channels=io.latent[0], image_size=io.latent[1], latent=())
+        shapes = replace(shapes, channels=shapes.latent[0], image_size=shapes.latent[1], latent=())
     return replace(
-        io,
+        shapes,
         k=diffusion.k,
         outputs=len(diffusion.predicted_components),
-        condition_channels=io.channels if denoiser.condition_image else 0,
+        condition_channels=shapes.channels if denoiser.condition_image else 0,
         condition_latent=denoiser.condition_latent,
     )
 
 
-def _check_latent_space(config: RunConfig | ModelConfig, io: Shapes, prior: Prior) -> None:
+def _check_latent_space(config: RunConfig | ModelConfig, shapes: Shapes, prior: Prior) -> None:
     """Raise UserError where there is no latent space to diffuse in, or something besides that has no part in it."""
-    if len(io.latent) != 3 or io.latent[1] != io.latent[2]:
+    if len(shapes.latent) != 3 or shapes.latent[1] != shapes.latent[2]:
         raise UserError(
             f"denoiser.space=latent needs a latent that is a square map, that of encoder={config.encoder.name} is "
-            f"{io.latent}: use encoder=kl_gan or diffusers_kl"
+            f"{shapes.latent}: use encoder=kl_gan or diffusers_kl"
         )
     for name in ("condition_image", "condition_latent"):
         if getattr(config.denoiser, name):
@@ -123,13 +123,13 @@ def _check_latent_space(config: RunConfig | ModelConfig, io: Shapes, prior: Prio
         )
 
 
-def build_sampler(node: object, diffusion: Diffusion, io: Shapes) -> Sampler:
+def build_sampler(node: object, diffusion: Diffusion, shapes: Shapes) -> Sampler:
     """The sampler of `node`. Raises UserError, naming those that can, where it does not integrate the process."""
-    sampler = SAMPLERS.build(node, io)
+    sampler = SAMPLERS.build(node, shapes)
     if not sampler.supports(diffusion):
         name = SAMPLERS.config(node).name
         process, schedule = PROCESSES.name_of(diffusion.process), SCHEDULES.name_of(diffusion.schedule)
-        able = [other for other in SAMPLERS.names() if SAMPLERS.build({"name": other}, io).supports(diffusion)]
+        able = [other for other in SAMPLERS.names() if SAMPLERS.build({"name": other}, shapes).supports(diffusion)]
         raise UserError(
             f"sampler={name} does not integrate process={process} on schedule={schedule}: use one of {', '.join(able)}"
         )
@@ -142,7 +142,7 @@ def build_sampler(node: object, diffusion: Diffusion, io: Shapes) -> Sampler:
     return sampler
 
 
-def build_models_on_meta(config: RunConfig | ModelConfig) -> Models:
+def build_models_on_meta(config: RunConfig | ModelConfig) -> RunModels:
     """The components without memory for their weights: to check that they fit, and to count parameters.
 
     Raises UserError if they do not fit each other, or describe no network.

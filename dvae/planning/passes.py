@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from dvae.diffusion.conditioning import Conditioning, NoiseSample
 from dvae.layers.adversarial import discriminator_loss, generator_loss
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.planning.counting import ForwardPass
 from dvae.registry.encoders.base import Encoder
 
@@ -20,12 +20,12 @@ def place(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
-def images(made: Models, batch: int) -> torch.Tensor:
+def images(made: RunModels, batch: int) -> torch.Tensor:
     """A stand-in for the images of a micro-batch, (B, C, H, W)."""
-    return torch.zeros(batch, made.io.channels, made.io.image_size, made.io.image_size)
+    return torch.zeros(batch, made.shapes.channels, made.shapes.image_size, made.shapes.image_size)
 
 
-def encoder_passes(made: Models) -> dict[str, ForwardPass]:
+def encoder_passes(made: RunModels) -> dict[str, ForwardPass]:
     """The modules that the stage encoder trains, each with its pass: the encoder, and perhaps a discriminator."""
     encoder = made.encoder
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def encoder_passes(made: Models) -> dict[str, ForwardPass]:
     }
 
 
-def refiner_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
+def refiner_pass(made: RunModels, encodes: bool, decodes: bool) -> ForwardPass:
     denoiser = made.denoiser
 
     def loss(x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
@@ -69,7 +69,7 @@ def refiner_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
     return _noisy_state_pass(made, denoiser, (), encodes, decodes, loss)
 
 
-def classifier_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
+def classifier_pass(made: RunModels, encodes: bool, decodes: bool) -> ForwardPass:
     """The classifier's; the refiner itself has no part in it."""
     assert made.classifier is not None
     classifier, denoiser = made.classifier, made.denoiser
@@ -86,13 +86,18 @@ def classifier_pass(made: Models, encodes: bool, decodes: bool) -> ForwardPass:
 
 
 def _noisy_state_pass(
-    made: Models, trained: torch.nn.Module, beside: tuple[torch.nn.Module, ...], encodes: bool, decodes: bool, loss: Any
+    made: RunModels,
+    trained: torch.nn.Module,
+    beside: tuple[torch.nn.Module, ...],
+    encodes: bool,
+    decodes: bool,
+    loss: Any,
 ) -> ForwardPass:
     """A pass over noisy states; whether the frozen encoder encodes and decodes depends on what is cached."""
     encoder = made.encoder.eval().requires_grad_(False)
 
     def draw(batch: int) -> tuple[Any, ...]:
-        label = torch.zeros(batch, dtype=torch.int64) if made.io.labels else None
+        label = torch.zeros(batch, dtype=torch.int64) if made.shapes.labels else None
         noise = torch.zeros(batch, *encoder.latent_shape)
         return images(made, batch), noise, label, made.denoiser.sample_noise(0, torch.arange(batch))
 

@@ -13,14 +13,14 @@ from dvae.config.stage_names import settings_of
 from dvae.data.loading.loader import check_batch
 from dvae.data.shards.manifest import FILE, TRAIN, Manifest
 from dvae.models import components
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.planning import counting, passes
 from dvae.planning.counting import ForwardPass, Operations, PassCost
 from dvae.planning.hardware import GPU, gpu_of
 from dvae.planning.plan_settings import PlanConfig
 from dvae.registry.encoders.base import Encoder
 from dvae.training.engine.ema import ema_names
-from dvae.training.engine.footprint import FLOAT, Footprint, bytes_sent, footprint
+from dvae.training.engine.memory_estimate import FLOAT, Footprint, bytes_sent, footprint
 
 COUNTED_BATCHES = (2, 4)
 """Images of the two micro-batches that are counted: bytes are so much whatever their number, and so much for each."""
@@ -199,7 +199,7 @@ def manifest_bytes(manifest: Manifest) -> float:
     return sum(shard.bytes for shard in manifest.splits[TRAIN]) / manifest.count(TRAIN)
 
 
-def encoder_use(config: RunConfig, made: Models, manifest: Manifest | None) -> tuple[bool, bool]:
+def encoder_use(config: RunConfig, made: RunModels, manifest: Manifest | None) -> tuple[bool, bool]:
     """Whether the frozen encoder encodes, and decodes, in every step (dvae.stages.latent_sources.open_latents).
 
     Where there are no shards yet, that the posteriors would fit into data.cache_gib is not known: it encodes.
@@ -208,7 +208,7 @@ def encoder_use(config: RunConfig, made: Models, manifest: Manifest | None) -> t
         return False, config.cache.contents is CacheContents.posteriors
     if config.data.flip or "encoder" not in made.trained_parts() or manifest is None:
         return True, True
-    size = 2 * FLOAT * manifest.count(TRAIN) * math.prod(made.io.latent)
+    size = 2 * FLOAT * manifest.count(TRAIN) * math.prod(made.shapes.latent)
     return size > config.data.cache_gib * 2**30, True
 
 

@@ -20,7 +20,7 @@ def compose_recipe(overrides: list[str]) -> RunConfig:
     source = composed.get("source")
     if isinstance(source, DictConfig) and OmegaConf.is_missing(source, "path"):
         source.path = "not looked at"
-    return compose.typed(composed)
+    return compose.to_run_config(composed)
 
 
 def run(argv: list[str]) -> str:

@@ -189,10 +189,10 @@ class Registry(Generic[T]):
         except OmegaConfBaseException as error:
             raise UserError(f"{self.kind}.{error.full_key}: {fold(str(error.msg).splitlines()[0])}") from None
 
-    def build(self, node: Any, io: Shapes) -> T:
-        """The component that `node` describes, built for the shapes `io`."""
+    def build(self, node: Any, shapes: Shapes) -> T:
+        """The component that `node` describes, built for the shapes `shapes`."""
         config = self.config(node)
-        return self.get(config.name)(config, io)  # type: ignore[call-arg]
+        return self.get(config.name)(config, shapes)  # type: ignore[call-arg]
 
 
 KINDS: dict[str, Registry[Any]] = {}

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from dvae.errors import MachineError, UserError, describe, fold, printable_line
 from dvae.utils import atomic_files
-from dvae.utils.fields import Positive, Seconds
+from dvae.utils.number_types import Positive, Seconds
 from dvae.utils.read import DamagedFile, read_json_lines
 
 FILE = "attempts.jsonl"

@@ -22,7 +22,7 @@ from dvae.stages.refiner import run_refiner_stage
 from dvae.stages.shards import run_shards_stage
 from dvae.tracking.report import write_report
 from dvae.training.engine.deepspeed_engine import start_distributed
-from dvae.training.engine.memory import keep_freed_memory
+from dvae.training.engine.malloc_options import keep_freed_memory
 from dvae.training.resilience import ranks, stopping, watchdog
 
 RUNNERS: dict[str, Callable[[Run, RunConfig], None]] = {

@@ -14,7 +14,7 @@ from dvae.data.building import cache_build, shard_request
 from dvae.data.images import to_uint8
 from dvae.data.shards.manifest import FILE as MANIFEST
 from dvae.errors import UserError
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.registry.encoders.base import Posterior
 from dvae.runs.folder import Run
 from dvae.stages.posteriors import encode_images
@@ -46,7 +46,7 @@ def run_cache_part(folder: Path, part: int, parts: int) -> None:
     write_cache_part(run, config, load_models(run, config, "encoder"), part, parts)
 
 
-def expected_cache(run: Run, config: RunConfig, models: Models) -> latent_cache.CacheInfo:
+def expected_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.CacheInfo:
     """The description that the run's cache must have.
 
     Raises UserError if the stage encoder is not finished, or if no cache can serve the run.
@@ -66,7 +66,7 @@ def expected_cache(run: Run, config: RunConfig, models: Models) -> latent_cache.
     return latent_cache.CacheInfo(
         images=len(shards),
         draws=config.cache.draws if reconstructions else 0,
-        latent=list(models.io.latent),
+        latent=list(models.shapes.latent),
         encoder_sha256=sha256(run.weights("encoder")),
         images_sha256=sha256(shards.folder / MANIFEST),
         precision=config.train_refiner.precision.name,
@@ -74,7 +74,7 @@ def expected_cache(run: Run, config: RunConfig, models: Models) -> latent_cache.
     )
 
 
-def write_cache(run: Run, config: RunConfig, models: Models) -> latent_cache.CacheInfo:
+def write_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.CacheInfo:
     """The run's cache, written where it is not there yet. `models` holds the trained encoder."""
     spec = _cache_spec(run, config, models)
     with CountedProgress("cache") as progress:
@@ -83,7 +83,7 @@ def write_cache(run: Run, config: RunConfig, models: Models) -> latent_cache.Cac
     return spec.info
 
 
-def write_cache_part(run: Run, config: RunConfig, models: Models, part: int, parts: int) -> int:
+def write_cache_part(run: Run, config: RunConfig, models: RunModels, part: int, parts: int) -> int:
     """Make part number `part` (0 is the first) of `parts` of the run's cache, which `write_cache` publishes.
 
     Returns how many images the part has. `models` holds the trained encoder. Parts may be made at the same time, and
@@ -96,7 +96,7 @@ def write_cache_part(run: Run, config: RunConfig, models: Models, part: int, par
         )
 
 
-def _cache_spec(run: Run, config: RunConfig, models: Models) -> cache_build.CacheSpec:
+def _cache_spec(run: Run, config: RunConfig, models: RunModels) -> cache_build.CacheSpec:
     expected, shards = expected_cache(run, config, models), open_shards(config, "train")
 
     def samples(start: int, stop: int) -> Iterator[latent_cache.CachedSample]:
@@ -111,13 +111,13 @@ def _cache_spec(run: Run, config: RunConfig, models: Models) -> cache_build.Cach
 
 @torch.no_grad()
 def cache_sample(
-    config: RunConfig, models: Models, expected: latent_cache.CacheInfo, index: int, posterior: Posterior
+    config: RunConfig, models: RunModels, expected: latent_cache.CacheInfo, index: int, posterior: Posterior
 ) -> latent_cache.CachedSample:
     """The cached values of one image, whose posterior is (1, *latent)."""
     if not expected.draws:
         return latent_cache.CachedSample(torch.cat([posterior.mean, posterior.logvar]).cpu().numpy(), [])
     noise = [
-        rng.normal(config.seed, f"cached draw {draw}", [index], models.io.latent) for draw in range(expected.draws)
+        rng.normal(config.seed, f"cached draw {draw}", [index], models.shapes.latent) for draw in range(expected.draws)
     ]
     z = posterior.sample(torch.cat(noise).to(posterior.mean.device))
     with torch.autocast(z.device.type, torch.bfloat16, enabled=expected.precision == Precision.bf16.name):

@@ -124,7 +124,7 @@ def save_teacher(run: Run, config: RunConfig) -> None:
 
 def distil_rounds(config: RunConfig) -> dict[str, int]:
     """The names of the rounds, with the number of sampling steps of each round's student."""
-    rounds = DISTILLERS.build(config.distiller, components.build_models_on_meta(config).denoiser.io).rounds
+    rounds = DISTILLERS.build(config.distiller, components.build_models_on_meta(config).denoiser.shapes).rounds
     return {f"distil-{steps}": steps for steps in rounds}
 
 
@@ -132,7 +132,7 @@ def open_distil_task(run: Run, config: RunConfig, name: str) -> DistilTask:
     """The task of the round `name`, as it is before the first step. It starts from the weights of the round before."""
     models, rounds = load_models(run, config, "encoder"), distil_rounds(config)
     steps, before = rounds[name], ["teacher", *rounds][list(rounds).index(name)]
-    distiller = DISTILLERS.build(config.distiller, models.denoiser.io)
+    distiller = DISTILLERS.build(config.distiller, models.denoiser.shapes)
     weights = run.load_weights(before)
     teacher = components.build_models(config).denoiser
     for denoiser in (models.denoiser, teacher):

@@ -87,7 +87,7 @@ def evaluate_images(run: Run, config: RunConfig, pipeline: Pipeline, train: Shar
         entry["reconstructions"] = {
             "n": len(images),
             "psnr": float(psnr(images, x_hat).mean()),
-            "latent": list(pipeline.models.io.latent),
+            "latent": list(pipeline.models.shapes.latent),
         }
     sets, speed = generate_sets(config, pipeline)
     save_sample_pictures(run, sets)

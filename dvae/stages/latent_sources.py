@@ -12,7 +12,7 @@ import torch
 from dvae.config.schema import RunConfig
 from dvae.data.latent_cache import LatentCache
 from dvae.data.loading.loader import Batch
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.registry.encoders.base import Encoder, Posterior
 from dvae.runs.folder import Run
 from dvae.stages.cache import expected_cache
@@ -75,7 +75,7 @@ class CachedReconstructions:
         return z.to(noise.device), x_hat
 
 
-def open_latents(run: Run, config: RunConfig, models: Models) -> LatentSource:
+def open_latents(run: Run, config: RunConfig, models: RunModels) -> LatentSource:
     """The source of z for the refiner's training.
 
     The cache if that stage was run, else posteriors in memory if they fit, else the encoder itself.
@@ -86,7 +86,7 @@ def open_latents(run: Run, config: RunConfig, models: Models) -> LatentSource:
         return CachedReconstructions(cache, config.seed) if cache.info.draws else PosteriorLatents(cache.posteriors)
     if config.data.flip or "encoder" not in models.trained_parts():
         return EncodedLatents(models.encoder)
-    size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(models.io.latent)
+    size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(models.shapes.latent)
     if size > config.data.cache_gib * 2**30:
         return EncodedLatents(models.encoder)
     ranks.on_rank_zero(save_posteriors, run, config, models)

@@ -9,7 +9,7 @@ import torch
 from dvae.config.schema import Precision, RunConfig
 from dvae.data.images import to_float
 from dvae.data.shards.reader import Shards
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.registry.encoders.base import Encoder, Posterior
 from dvae.runs.folder import Run
 from dvae.training.batches import open_shards
@@ -29,14 +29,14 @@ def encode_images(config: RunConfig, encoder: Encoder, shards: Shards, start: in
         yield Posterior(posterior.mean.float(), posterior.logvar.float())
 
 
-def load_posteriors(run: Run, config: RunConfig, models: Models) -> Posterior:
+def load_posteriors(run: Run, config: RunConfig, models: RunModels) -> Posterior:
     """Posteriors of all training images, in the order of the data set. They are computed if they are not saved yet."""
     save_posteriors(run, config, models)
     state = run.load_weights("posteriors")
     return Posterior(state["mean"], state["logvar"])
 
 
-def save_posteriors(run: Run, config: RunConfig, models: Models) -> None:
+def save_posteriors(run: Run, config: RunConfig, models: RunModels) -> None:
     """Compute the posteriors into the run folder, unless they are there."""
     if not run.has_weights("posteriors"):
         shards = open_shards(config, "train")

@@ -6,7 +6,7 @@ import torch
 
 from dvae.config.schema import RunConfig
 from dvae.models import bundle_export, components
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.runs.folder import Run
 from dvae.utils.weights import fit_weights
 
@@ -19,7 +19,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_models(run: Run, config: RunConfig, *parts: str) -> Models:
+def load_models(run: Run, config: RunConfig, *parts: str) -> RunModels:
     """Build the run's models, with the weights of the finished stages `parts`.
 
     Raises UserError if one of these stages is not finished.

@@ -19,7 +19,7 @@ from dvae.registry.samplers.base import SAMPLERS, compatible_samplers
 from dvae.registry.schedules.base import SCHEDULES
 from dvae.runs.folder import Run
 from dvae.toy2d import point_scores, points
-from dvae.tracking import sheet
+from dvae.tracking import scatter_grid
 from dvae.tracking.console import Progress
 from dvae.utils import atomic_files
 
@@ -152,12 +152,12 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
         if settings.density not in names:
             raise UserError(f"density={settings.density}: {path} draws others; {suggest(settings.density, names)}")
         runs[name] = run
-    return dict(sorted(runs.items(), key=lambda item: item[1].models.denoiser.io.k))
+    return dict(sorted(runs.items(), key=lambda item: item[1].models.denoiser.shapes.k))
 
 
 def usable_samplers(run: Pipeline, settings: GalleryConfig) -> list[str]:
     """Those samplers asked for that integrate the run's process. Raises UserError where none does."""
-    names = compatible_samplers(run.models.denoiser.diffusion, run.models.denoiser.io, settings.samplers)
+    names = compatible_samplers(run.models.denoiser.diffusion, run.models.denoiser.shapes, settings.samplers)
     if not names:
         raise UserError(f"samplers={settings.samplers}: none integrates process={run.config.process.name}")
     return names
@@ -208,7 +208,9 @@ def draw_picture(
     """Draw the picture: `clouds` (n, 2) of the cells, `true` (n, 2) beside the title."""
     limit = NEAR_FLOOR * floor["mean"]
     panels = [
-        sheet.Panel(cell.run, row_name(cell), cell.column, cloud, caption(cell, settings), cell.distance <= limit)
+        scatter_grid.Panel(
+            cell.run, row_name(cell), cell.column, cloud, caption(cell, settings), cell.distance <= limit
+        )
         for cell, cloud in zip(cells, clouds, strict=True)
     ]
     title = (
@@ -216,7 +218,7 @@ def draw_picture(
         f"{settings.n} points each. Below: sliced Wasserstein distance to {settings.n} true points (gray).\n"
         f"Two sets of true points are {floor['mean']:.3f} apart; green: at most {NEAR_FLOOR:g} times that."
     )
-    sheet.draw(panels, [f"NFE {nfe}" for nfe in settings.nfe], true, title, Path(settings.out))
+    scatter_grid.draw(panels, [f"NFE {nfe}" for nfe in settings.nfe], true, title, Path(settings.out))
 
 
 def row_name(cell: GalleryCell) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from dvae.utils.fields import Count, Number, Seconds
+from dvae.utils.number_types import Count, Number, Seconds
 from dvae.utils.read import read_json
 
 

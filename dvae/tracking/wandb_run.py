@@ -27,7 +27,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from dvae.errors import MachineError, UserError, fold
-from dvae.tracking import code
+from dvae.tracking import provenance
 from dvae.tracking.console import say
 from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 from dvae.utils import atomic_files
@@ -55,7 +55,7 @@ class WandbRun:
 
         self.folder, self.config, self.stage = run_folder, config, stage
         self._record = _record(run_folder)
-        self._settings = _run_config(run_folder) | {"code": code.code(), "environment": code.environment()}
+        self._settings = _run_config(run_folder) | {"code": provenance.code(), "environment": provenance.environment()}
         self._image = wandb.Image
         self._sent: dict[str, int] = {}
         self._defined: set[str] = set()
@@ -79,7 +79,7 @@ class WandbRun:
             say(f"W&B cannot be had ({why}): training goes on, and what W&B should get is kept offline")
             self._run = self._open(WandbMode.offline)
         self._held = _held_online(self._run.summary) if self.online else held_here
-        if patch := code.diff():
+        if patch := provenance.diff():
             path = Path(self._run.dir) / "diff.patch"
             path.write_text(patch, encoding="utf-8")
             self._run.save(str(path), base_path=self._run.dir, policy="now")

@@ -114,7 +114,7 @@ def train_step(task: TrainTask, engines: dict[str, Engine], batches: list[Batch]
     if not all_finite:
         watchdog.suspend(task.name, number, "replay bundle")
         state.skipped += 1
-        nonfinite.skip_step(task, trained, batches, metrics, number, state.skipped, run)
+        nonfinite.record_nonfinite_step(task, trained, batches, metrics, number, state.skipped, run)
     for engine in trained.values():
         engine.step(number, all_finite)
     if buffers and not all_finite:

@@ -39,12 +39,14 @@ WAIT = 60
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """The bundle of a run that was never trained, with a direction."""
     composed = compose.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
-    made = components.build_models(compose.typed(composed))
+    made = components.build_models(compose.to_run_config(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     folder = tmp_path_factory.mktemp("page") / "bundle"
     bundle_export.export(
-        folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
+        folder,
+        compose.to_run_config(composed),
+        {name: part.state_dict() for name, part in made.trained_parts().items()},
     )
     directions.save(
         folder, [Direction("wide", torch.linspace(-1, 1, 8), DirectionMethod.pca, "one standard deviation")]
@@ -172,7 +174,7 @@ def test_principal_components_are_sliders_and_samplers_fit_the_refiner(tiny: lis
     from dvae.app.page import PageActions
 
     words = [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32", "denoiser.pca_components=2"]
-    made = compose.typed(compose.compose("train", words))
+    made = compose.to_run_config(compose.compose("train", words))
     actions = PageActions(Pipeline(model_config(made), components.build_models(made)), {})
     assert list(actions.known) == ["component 1", "component 2"]
     assert "ddim" in actions.samplers
@@ -195,7 +197,7 @@ def test_a_latent_that_is_a_map_is_edited() -> None:
         "refiner.multipliers=[1]", "refiner.blocks=1", "refiner.attention_resolutions=[]",
         "denoiser.condition_latent=false", "denoiser.data_scale=1",
     ]  # fmt: skip
-    made = compose.typed(compose.compose("train", words))
+    made = compose.to_run_config(compose.compose("train", words))
     pipeline = Pipeline(model_config(made), components.build_models(made))
     shape = pipeline.models.io.latent
     assert len(shape) == 3

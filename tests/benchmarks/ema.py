@@ -90,7 +90,7 @@ def step_costs(weights: list[torch.Tensor]) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     for title, words in NETWORKS.items():
-        settings = compose.typed(compose.compose("train", words))
+        settings = compose.to_run_config(compose.compose("train", words))
         weights = [parameter.detach() for parameter in components.build_models(settings).denoiser.parameters()]
         count = sum(weight.numel() for weight in weights)
         print(f"{title}: {count / 1e6:.1f}M parameters in {len(weights)} tensors")

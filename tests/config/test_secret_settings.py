@@ -119,7 +119,7 @@ def test_references_are_kept_and_places_of_the_system_are_resolved(monkeypatch: 
     assert kept["seed"] == "${oc.env:SEED_OF_THE_DAY}"
     assert kept["data"]["download_to"] == "/scratch/me/x"
     assert TOKEN not in json.dumps(kept)
-    assert compose.typed(composed).seed == 7
+    assert compose.to_run_config(composed).seed == 7
 
 
 def test_settings_read_as_data_resolve_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

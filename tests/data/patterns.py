@@ -25,8 +25,8 @@ class Patterns(Source):
 
     license = "CC0 1.0"
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        self.config, self.io = config, io
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        self.config, self.shapes = config, shapes
 
     def __len__(self) -> int:
         return self.config.count
@@ -34,7 +34,7 @@ class Patterns(Source):
     def __getitem__(self, index: int) -> Item:
         if index < self.config.damaged:
             raise DamagedImage(f"pattern.{index}: made so")
-        shape = (self.io.image_size, self.io.image_size, self.io.channels)
+        shape = (self.shapes.image_size, self.shapes.image_size, self.shapes.channels)
         seed = index % self.config.distinct if self.config.distinct else index
         pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
         return Item(f"pattern.{index}", pixels, {"parity": "odd" if index % 2 else "even", "number": index % 3})

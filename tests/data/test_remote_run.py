@@ -46,7 +46,7 @@ def command(tiny: list[str], server: Server, run: Path, *words: str) -> list[str
 @pytest.mark.slow
 def test_a_run_over_the_web_on_two_ranks_then_one(tmp_path: Path, tiny: list[str]) -> None:
     shards, run = tmp_path / "shards", tmp_path / "run"
-    build({"name": "avatars", "count": 160}, 16, shards, 0.2, shard_size=54, workers=1)
+    build({"name": "avatars", "n": 160}, 16, shards, 0.2, shard_size=54, workers=1)
     spoil(shards)
     count = Manifest.load(shards).count("train")
     with serving(shards) as server:

@@ -14,7 +14,7 @@ from dvae.diffusion.objective import PredictionType
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.processes.base import PROCESSES
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 from dvae.registry.schedules.base import SCHEDULES
 
 IO = Shapes(image_size=8, latent=(5,), condition_channels=3, condition_latent=True)
@@ -31,13 +31,13 @@ def make(schedule: str = "cosine", process: str = "vp", **config: object) -> Den
         matching=settings.matching,
         factor=settings.factor,
     )
-    io = replace(
+    shapes = replace(
         IO, k=diffusion.k, outputs=len(diffusion.predicted_components), labels=CLASSES * settings.condition_label
     )
-    refiner = REFINERS.build(UNET, io)
+    refiner = REFINERS.build(UNET, shapes)
     for parameter in refiner.parameters():  # zero-initialized layers would hide differences
         torch.nn.init.normal_(parameter, std=0.1)
-    return Denoiser(refiner, diffusion, settings, io).eval()
+    return Denoiser(refiner, diffusion, settings, shapes).eval()
 
 
 def batch(n: int = 4, k: int = 1) -> tuple[torch.Tensor, Conditioning, NoiseSample]:
@@ -84,7 +84,7 @@ class Perfect(torch.nn.Module):
         super().__init__()
         self.target = target
 
-    def forward(self, u: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         return self.target
 
 

@@ -12,11 +12,11 @@ from closed_forms import Mixture, diffusion, integrable, normal
 from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.denoiser import Center, Denoiser, DenoiserConfig
 from dvae.diffusion.guidance import Guidance, GuidedDenoiser, apply_threshold
-from dvae.diffusion.model import Threshold
 from dvae.diffusion.objective import PredictionType
+from dvae.diffusion.sampler_model import Threshold
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 from dvae.registry.samplers.base import SAMPLERS
 
 CLASSES = 3
@@ -29,14 +29,14 @@ def make(process: str = "vp", **config: object) -> Denoiser:
         **({"condition_latent": True, "condition_label": True, "condition_dropout": 0.1, "label_dropout": 0.1} | config)
     )
     d = diffusion(process, "linear")
-    io = Shapes(
+    shapes = Shapes(
         image_size=8, k=d.k, outputs=len(d.predicted_components), latent=(5,), condition_channels=3,
         condition_latent=True, labels=CLASSES,
     )  # fmt: skip
-    refiner = REFINERS.build(UNET, io)
+    refiner = REFINERS.build(UNET, shapes)
     for parameter in refiner.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return Denoiser(refiner, d, settings, io).eval()
+    return Denoiser(refiner, d, settings, shapes).eval()
 
 
 def conditioning(n: int = 2) -> Conditioning:
@@ -101,7 +101,7 @@ class LinearClassifier(torch.nn.Module):
         self.a = a
         self.features: list[torch.Tensor] = []
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         self.features.append(t_feature)
         logit = (u * self.a).flatten(1).sum(1)
         return torch.stack([torch.zeros_like(logit), logit], 1)
@@ -112,8 +112,8 @@ class Exact(Denoiser):
 
     def __init__(self, mixture: Mixture, prediction: PredictionType = PredictionType.eps, labels: int = 0) -> None:
         config = DenoiserConfig(prediction=prediction, condition_image=False, condition_label=labels > 0)
-        io = replace(PIXEL, k=mixture.diffusion.k, labels=labels)
-        super().__init__(torch.nn.Identity(), mixture.diffusion, config, io)
+        shapes = replace(PIXEL, k=mixture.diffusion.k, labels=labels)
+        super().__init__(torch.nn.Identity(), mixture.diffusion, config, shapes)
         self.mixture = mixture
 
     def network_output(self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_classifier_guidance_draws_from_the_class() -> None:
     parts = [Mixture(d, means=(m,), variances=(v,)) for m, v in zip(both.means, both.variances, strict=True)]
 
     class Posterior(torch.nn.Module):
-        def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+        def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
             t = t_feature.double() / 1000.0
             return torch.stack([part.log_density(u, t).flatten() for part in parts], 1)
 

@@ -12,7 +12,7 @@ from scipy.linalg import expm
 
 from dvae.diffusion.kernels import Diffusion, Prediction, Time
 from dvae.diffusion.likelihood import bits_per_dim, dequantize
-from dvae.diffusion.model import Threshold
+from dvae.diffusion.sampler_model import Threshold
 from dvae.errors import UserError
 
 MEAN, VARIANCE = 0.3, 0.25

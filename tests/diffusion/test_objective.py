@@ -14,7 +14,7 @@ from dvae.diffusion.denoiser import Denoiser, DenoiserConfig
 from dvae.diffusion.objective import LossConfig, Objective, PredictionType, TimeSampling, Weighting
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.refiners.base import NetworkCondition
 
 T = torch.tensor([0.003, 0.1, 0.5, 0.93], dtype=torch.float64)
 IO = Shapes(image_size=4, channels=2)
@@ -77,7 +77,7 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.output = output
 
-    def forward(self, u: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         return self.output
 
 

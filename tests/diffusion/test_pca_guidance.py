@@ -83,12 +83,12 @@ def test_moving_one_coordinate_leaves_the_others() -> None:
 
 def make(components: int = 0, **config: object) -> Denoiser:
     torch.manual_seed(0)
-    io = Shapes(image_size=8, latent=(D,), condition_channels=3, condition_latent=True)
-    refiner = REFINERS.build(UNET, io)
+    shapes = Shapes(image_size=8, latent=(D,), condition_channels=3, condition_latent=True)
+    refiner = REFINERS.build(UNET, shapes)
     for parameter in refiner.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     settings = DenoiserConfig(**({"condition_latent": True, "pca_components": components} | config))
-    denoiser = Denoiser(refiner, diffusion("vp", "cosine"), settings, io).eval()
+    denoiser = Denoiser(refiner, diffusion("vp", "cosine"), settings, shapes).eval()
     if components:
         moments = RunningCovariance(D)
         moments.add(latents())

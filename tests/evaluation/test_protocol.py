@@ -3,9 +3,9 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from dvae.errors import UserError
-from dvae.evaluation.protocol import Protocol, compare
+from dvae.evaluation.protocol import EvaluationProtocol, compare
 
-PROTOCOL = Protocol(
+PROTOCOL = EvaluationProtocol(
     backend="torch-fidelity 0.4.0",
     extractor="efficientnet-lite0",
     weights_sha256="ab",
@@ -28,7 +28,7 @@ PROTOCOL = Protocol(
 MUTABLE_FIELDS = {"sampler", "nfe", "packages", "made", "batch", "threads"}
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Protocol) if f.name not in MUTABLE_FIELDS])
+@pytest.mark.parametrize("name", [f.name for f in fields(EvaluationProtocol) if f.name not in MUTABLE_FIELDS])
 def test_results_of_two_protocols_are_refused(name):
     value = getattr(PROTOCOL, name)
     other = replace(PROTOCOL, **{name: [7] if isinstance(value, list) else value * 2})
@@ -47,8 +47,8 @@ def test_the_setting_of_a_metric_that_was_not_computed_decides_nothing():
 
 def test_read_back_from_json():
     record = asdict(PROTOCOL)
-    assert Protocol.read(record) == PROTOCOL
+    assert EvaluationProtocol.read(record) == PROTOCOL
     with pytest.raises(UserError, match="field 'n' is lacking"):
-        Protocol.read({key: value for key, value in record.items() if key != "n"})
+        EvaluationProtocol.read({key: value for key, value in record.items() if key != "n"})
     with pytest.raises(UserError, match="field 'color' is unknown"):
-        Protocol.read({**record, "color": 1})
+        EvaluationProtocol.read({**record, "color": 1})

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from dvae.errors import MachineError, UserError
 from dvae.evaluation import metrics
 from dvae.evaluation.metrics import Extractor, Features
-from dvae.evaluation.protocol import Protocol
+from dvae.evaluation.protocol import EvaluationProtocol
 from dvae.evaluation.scorer import score_tensors
 
 
@@ -65,7 +65,7 @@ def test_figures_floor_and_protocol(tmp_path):
     halves = result["floor"]["reference halves"]
     assert (halves["n"], halves["n_reference"], halves["KID-lite0"]["se"]) == (12, 18, None)
     assert halves["KID-lite0"]["mean"] == metrics.kid(real[:12], real[12:], 10, 5, 2020)[0]
-    protocol = Protocol.read(result["protocol"])
+    protocol = EvaluationProtocol.read(result["protocol"])
     assert (protocol.n, protocol.n_reference, protocol.seeds, protocol.nfe, protocol.image_size) == (
         12,
         30,

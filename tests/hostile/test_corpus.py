@@ -24,7 +24,9 @@ from dvae.models import bundle_export, components
 def sound(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """A folder with a sound bundle, of a run that was never trained, and images."""
     folder = tmp_path_factory.mktemp("sound")
-    settings = compose.typed(compose.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"]))
+    settings = compose.to_run_config(
+        compose.compose("train", [*tiny, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
+    )
     made = components.build_models(settings)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero

@@ -94,7 +94,7 @@ def test_the_hidden_folder_of_a_result_may_not_be_a_link(mine: Path, tmp_path: P
 def test_shards_from_elsewhere_are_kept_in_no_link(mine: Path, tmp_path: Path) -> None:
     from dvae.data.shards.remote import RemoteShards
 
-    build({"name": "avatars", "count": 12}, 16, tmp_path / "shards", 0.2, workers=1)
+    build({"name": "avatars", "n": 12}, 16, tmp_path / "shards", 0.2, workers=1)
     remote = RemoteShards(f"pipe:cat {tmp_path / 'shards'}/%s", tmp_path / "kept", 1.0)
     remote.folder.mkdir(parents=True)
     (remote.folder / ".room").symlink_to(mine / "thesis.txt")

@@ -124,7 +124,7 @@ def test_latent_space_and_no_encoder_say_what_they_cannot(tiny: list[str]) -> No
     latent = pipeline(LATENT, batch=None)
     vae, refined = latent.reconstruct(faces(2))
     assert refined is None
-    moved = latent.edit(faces(2), torch.zeros(latent.models.io.latent), 1.0)
+    moved = latent.edit(faces(2), torch.zeros(latent.models.shapes.latent), 1.0)
     assert torch.equal(moved, vae)
     assert torch.equal(latent.interpolate(0, 1, "noise", 2, seed=1)[0], latent.generate(2, 1)[1])
     with pytest.raises(UserError, match="space=z: this run draws no z besides its noise: use space=noise"):
@@ -151,7 +151,7 @@ def test_words_of_one_call_leave_the_pipeline_as_it_was(tiny: list[str]) -> None
     _, drawn = made.generate(2, 0, sampler="em", steps=3, temperature=0.5, prior="normal")
     assert made.nfe == 3
     assert (made.sampler, made.prior) == before
-    with made.using("em", prior=PRIORS.build({"name": "normal"}, made.models.io), steps=3, temperature=0.5):
+    with made.using("em", prior=PRIORS.build({"name": "normal"}, made.models.shapes), steps=3, temperature=0.5):
         assert torch.equal(made.generate(2, 0)[1], drawn)
     assert not torch.equal(made.generate(2, 0)[1], drawn)
     with pytest.raises(UserError, match="prior=gmm must be fitted"):

@@ -72,8 +72,8 @@ def test_what_is_drawn_is_decoded_from_latents_of_the_measured_scale(run: Run) -
     """With the exact denoiser of a point, sampling gives that point's image."""
     pipeline = load_pipeline(run.path)
     denoiser = pipeline.models.denoiser
-    assert denoiser.io.channels == 4
-    assert denoiser.io.image_size == 8
+    assert denoiser.shapes.channels == 4
+    assert denoiser.shapes.image_size == 8
     latents = torch.randn(2, 4, 8, 8) * 0.3
 
     def of_a_point(u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +156,7 @@ def test_webdataset_reads_the_cache(run: Run) -> None:
 def test_what_has_no_place_in_latent_space_is_refused(words: list[str], message: str) -> None:
     base = LATENT if "encoder=conv_vae_demo" not in words else ["recipe=ldm_avatars"]
     with pytest.raises(UserError, match=message):
-        components.build_models_on_meta(compose.typed(compose.compose("train", [*base, *words])))
+        components.build_models_on_meta(compose.to_run_config(compose.compose("train", [*base, *words])))
 
 
 def test_pixels_cannot_be_kept_in_latent_space(run: Run) -> None:

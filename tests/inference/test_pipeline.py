@@ -27,7 +27,7 @@ WORDS = {"vp": [], "psld": ["process=psld", *PHASE_SPACE], "cld": ["process=cld"
 
 
 def pipeline(tiny: list[str], *words: str, batch: int | None = 3) -> Pipeline:
-    settings = compose.typed(compose.compose("train", [*tiny, "denoiser.data_scale=1", *words]))
+    settings = compose.to_run_config(compose.compose("train", [*tiny, "denoiser.data_scale=1", *words]))
     torch.manual_seed(0)
     made = components.build_models(settings)
     for module in made.trained_parts().values():

@@ -21,7 +21,7 @@ def made(run: Path, *words: str) -> ModelConfig:
     """A run folder that was submitted with these words, and what inference needs of it."""
     composed = compose.compose("train", ["recipe=demo", "image_size=16", f"run={run}", *words])
     submit(composed)
-    return model_config(compose.typed(composed))
+    return model_config(compose.to_run_config(composed))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_bundle_says_nothing_of_images(run: Path, tmp_path: Path) -> None:
 
 
 def test_points_have_none() -> None:
-    own = model_config(compose.typed(compose.compose("train", ["recipe=toy2d"])))
-    assert components.build_models(own).io.channels == 2
+    own = model_config(compose.to_run_config(compose.compose("train", ["recipe=toy2d"])))
+    assert components.build_models(own).shapes.channels == 2
     with pytest.raises(UserError, match="run=r draws points"):
         run_shards("r", own)

@@ -31,7 +31,7 @@ from dvae.utils.child_processes import ChildGroup
 )
 def test_a_wrong_launcher_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
-        configuration.typed(configuration.compose("train", ["recipe=demo", *words]))
+        configuration.to_run_config(configuration.compose("train", ["recipe=demo", *words]))
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_started(tiny: list[str]) -> None:

@@ -52,7 +52,7 @@ def test_what_is_no_time_limit(time: str) -> None:
 )
 def test_wrong_settings_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        configuration.typed(configuration.compose("train", ["recipe=demo", "launcher=slurm", *words]))
+        configuration.to_run_config(configuration.compose("train", ["recipe=demo", "launcher=slurm", *words]))
 
 
 def sbatch(tiny: list[str], *words: str) -> list[str]:

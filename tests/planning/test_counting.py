@@ -83,7 +83,7 @@ def test_operations_are_those_of_torchs_own_counter() -> None:
 def test_a_real_forward_pass_keeps_the_counted_bytes(stage: str, again: bool, bf16: bool) -> None:
     config = compose_recipe([*TINY, f"refiner.checkpoint_blocks={str(again).lower()}"])
 
-    def one(made: components.Models) -> ForwardPass:
+    def one(made: components.RunModels) -> ForwardPass:
         return passes.encoder_passes(made)["encoder"] if stage == "encoder" else passes.refiner_pass(made, True, True)
 
     real = counting.saved_bytes(one(components.build_models(config)), BATCH, "cpu", bf16, faked=False)

@@ -21,7 +21,7 @@ from dvae.planning.counting import Operations
 from dvae.planning.hardware import GPUS
 from dvae.planning.plan import Activations, PlannedModule
 from dvae.planning.plan_settings import PlanConfig
-from dvae.training.engine.footprint import bytes_per_rank, bytes_sent
+from dvae.training.engine.memory_estimate import bytes_per_rank, bytes_sent
 
 H100 = GPUS["h100"]
 SMALL = [

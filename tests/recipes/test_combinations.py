@@ -45,7 +45,9 @@ CPU = torch.device("cpu")
 def plain() -> RunConfig:
     """A run without the choices that are tried here."""
     words = [f"image_size={SIZE}", "encoder=none", "prior=normal", "refiner=flat_resnet", "denoiser.data_scale=1"]
-    settings = compose.typed(compose.compose("train", ["recipe=demo", *words, "denoiser.condition_latent=false"]))
+    settings = compose.to_run_config(
+        compose.compose("train", ["recipe=demo", *words, "denoiser.condition_latent=false"])
+    )
     return replace(settings, train_refiner=replace(settings.train_refiner, precision=Precision.fp32, batch=2))
 
 

@@ -87,7 +87,7 @@ def test_a_papers_recipe_tells_images_published_figure_and_estimate(recipe: str)
 @every_recipe
 def test_foreign_presets_compose(recipe: str, published: dict[str, str]) -> None:
     """Every preset of a recipe can be replaced on the command line, since it sets no component's fields itself."""
-    settings = config.typed(compose(recipe, published, *FOREIGN))
+    settings = config.to_run_config(compose(recipe, published, *FOREIGN))
     assert settings.schedule == SCHEDULES.config({"name": "cosine"})
     assert settings.sampler == SAMPLERS.config({"name": "dpmpp_2m"})
     assert settings.refiner == REFINERS.config({"name": "dit"})
@@ -97,4 +97,4 @@ def test_foreign_presets_compose(recipe: str, published: dict[str, str]) -> None
 
 def test_dogs_alone_as_diffusevaes_code_takes_them() -> None:
     words = ["source=folder", "source.path=AFHQ/train/dog", "source.resize=bilinear"]
-    assert config.typed(config.compose("train", ["recipe=afhq256", *words])).source.name == "folder"
+    assert config.to_run_config(config.compose("train", ["recipe=afhq256", *words])).source.name == "folder"

@@ -24,7 +24,7 @@ QUICK = {"avatars_distil", "celebahq256_dit", "cifar10", "faces_guided", "ldm_av
 
 def launch(composed: DictConfig) -> folder.Run:
     """What tools/launch.py does with a composed config."""
-    validate.check(compose.typed(composed))
+    validate.check(compose.to_run_config(composed))
     submitted = folder.submit(composed)
     Job(str(submitted.path))()
     return submitted

@@ -17,7 +17,7 @@ from dvae.layers.pooling import AttentionPool
 from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
 from dvae.registry.core import Shapes
 from dvae.registry.processes.base import PROCESSES
-from dvae.registry.refiners.base import Condition
+from dvae.registry.refiners.base import NetworkCondition
 from dvae.registry.schedules.base import SCHEDULES
 
 IO = Shapes(image_size=8, channels=1, labels=2)
@@ -66,7 +66,7 @@ def trained() -> Classifier:
     for _ in range(STEPS):
         t = 1 - torch.rand(64, generator=draw, dtype=torch.float64)
         u, labels = noisy(64, t, draw)
-        loss = F.cross_entropy(classifier(u, feature(t), Condition()), labels)
+        loss = F.cross_entropy(classifier(u, feature(t), NetworkCondition()), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -78,7 +78,7 @@ def trained() -> Classifier:
 def test_accuracy_nears_the_best_at_every_time(trained: Classifier, t: float, low: float, high: float):
     times = torch.full((2000,), t, dtype=torch.float64)
     u, labels = noisy(2000, times, torch.Generator().manual_seed(2))
-    accuracy = float((trained(u, feature(times), Condition()).argmax(1) == labels).float().mean())
+    accuracy = float((trained(u, feature(times), NetworkCondition()).argmax(1) == labels).float().mean())
     assert low <= accuracy <= high
     assert accuracy == pytest.approx(best_accuracy(t), abs=0.03)
 
@@ -88,7 +88,7 @@ def test_its_gradient_is_near_that_of_the_exact_posterior(trained: Classifier):
     times = torch.full((1000,), 0.5, dtype=torch.float64)
     u, _ = noisy(1000, times, torch.Generator().manual_seed(3))
     u.requires_grad_()
-    log_p = F.log_softmax(trained(u, feature(times), Condition()), 1)[:, 1]
+    log_p = F.log_softmax(trained(u, feature(times), NetworkCondition()), 1)[:, 1]
     (gradient,) = torch.autograd.grad(log_p.sum(), u)
     found = gradient.flatten(1).sum(1)
     p = torch.sigmoid(2 * separation(times) * u.detach().flatten(1).sum(1))
@@ -99,15 +99,15 @@ def test_its_gradient_is_near_that_of_the_exact_posterior(trained: Classifier):
 
 
 def test_the_class_is_not_looked_at_and_x_hat_is(trained: Classifier):
-    io = replace(IO, condition_channels=1)
+    shapes = replace(IO, condition_channels=1)
     torch.manual_seed(0)
-    classifier = CLASSIFIERS.build(SMALL, io)
+    classifier = CLASSIFIERS.build(SMALL, shapes)
     u, t = torch.randn(2, 1, 8, 8), torch.tensor([10.0, 900.0])
-    first = classifier(u, t, Condition(image=torch.zeros(2, 1, 8, 8), label=torch.tensor([0, 1])))
-    assert torch.equal(first, classifier(u, t, Condition(image=torch.zeros(2, 1, 8, 8))))
-    assert not torch.equal(first, classifier(u, t, Condition(image=torch.ones(2, 1, 8, 8))))
+    first = classifier(u, t, NetworkCondition(image=torch.zeros(2, 1, 8, 8), label=torch.tensor([0, 1])))
+    assert torch.equal(first, classifier(u, t, NetworkCondition(image=torch.zeros(2, 1, 8, 8))))
+    assert not torch.equal(first, classifier(u, t, NetworkCondition(image=torch.ones(2, 1, 8, 8))))
     with pytest.raises(ValueError, match=r"condition\.image"):
-        classifier(u, t, Condition())
+        classifier(u, t, NetworkCondition())
 
 
 def test_pooling_by_hand():

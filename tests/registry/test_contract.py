@@ -18,7 +18,7 @@ from dvae.registry.classifiers.base import CLASSIFIERS
 from dvae.registry.core import ComponentConfig, Registry, Shapes
 from dvae.registry.discovery import registries
 from dvae.registry.encoders.base import ENCODERS
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 from dvae.registry.schedules.base import SCHEDULES, Schedule
 
 SHAPES = {
@@ -46,22 +46,22 @@ def build(registry: Registry, name: str, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
-def run(module: nn.Module, io: Shapes) -> dict[str, torch.Tensor]:
+def run(module: nn.Module, shapes: Shapes) -> dict[str, torch.Tensor]:
     """The component's outputs for fixed inputs, by name."""
     draw = torch.Generator().manual_seed(1)
-    side = (io.image_size, io.image_size)
-    if io is SHAPES["encoder"]:
-        x = torch.rand(BATCH, io.channels, *side, generator=draw) * 2 - 1
+    side = (shapes.image_size, shapes.image_size)
+    if shapes is SHAPES["encoder"]:
+        x = torch.rand(BATCH, shapes.channels, *side, generator=draw) * 2 - 1
         noise = torch.randn(BATCH, *module.latent_shape, generator=draw)
         terms = {key: value for key, value in module(x, noise).items() if value.ndim == 1}  # maps are an adversary's
         return terms | {"x_hat": module.decode(module.encode(x).sample(noise))}
-    condition = Condition(
-        image=torch.randn(BATCH, io.condition_channels, *side, generator=draw),
-        latent=torch.randn(BATCH, *io.latent, generator=draw),
-        label=torch.tensor([0, io.labels]),
+    condition = NetworkCondition(
+        image=torch.randn(BATCH, shapes.condition_channels, *side, generator=draw),
+        latent=torch.randn(BATCH, *shapes.latent, generator=draw),
+        label=torch.tensor([0, shapes.labels]),
     )
-    u = torch.randn(BATCH, io.k * io.channels, *side, generator=draw)
-    name = "logits" if io is SHAPES["classifier"] else "output"
+    u = torch.randn(BATCH, shapes.k * shapes.channels, *side, generator=draw)
+    name = "logits" if shapes is SHAPES["classifier"] else "output"
     return {name: module(u, torch.tensor([3.0, 900.0]), condition)}
 
 
@@ -73,12 +73,12 @@ def test_config_survives_yaml(registry, name):
 
 @every_component
 def test_shapes_and_gradients(registry, name):
-    io = SHAPES[registry.kind]
+    shapes = SHAPES[registry.kind]
     module = build(registry, name)
-    outputs = run(module, io)
-    images = {"x_hat": (BATCH, io.channels, io.image_size, io.image_size)}
-    images["output"] = (BATCH, io.k * io.channels, io.image_size, io.image_size)
-    images["logits"] = (BATCH, io.labels)
+    outputs = run(module, shapes)
+    images = {"x_hat": (BATCH, shapes.channels, shapes.image_size, shapes.image_size)}
+    images["output"] = (BATCH, shapes.k * shapes.channels, shapes.image_size, shapes.image_size)
+    images["logits"] = (BATCH, shapes.labels)
     for key, value in outputs.items():
         assert value.shape == images.get(key, (BATCH,)), key
         assert value.dtype == torch.float32, key
@@ -90,12 +90,12 @@ def test_shapes_and_gradients(registry, name):
 
 @every_component
 def test_bf16_autocast_is_finite_and_near_fp32(registry, name):
-    io = SHAPES[registry.kind]
+    shapes = SHAPES[registry.kind]
     module = build(registry, name)
     with torch.no_grad():
-        wanted = run(module, io)
+        wanted = run(module, shapes)
         with torch.autocast("cpu", torch.bfloat16):
-            got = run(module, io)
+            got = run(module, shapes)
     for key, value in got.items():
         assert value.dtype == torch.float32, key
         assert value.isfinite().all(), key
@@ -105,14 +105,14 @@ def test_bf16_autocast_is_finite_and_near_fp32(registry, name):
 
 @every_component
 def test_state_dict_restores_the_function(registry, name):
-    io = SHAPES[registry.kind]
+    shapes = SHAPES[registry.kind]
     first, second = build(registry, name), build(registry, name, seed=1)
     with torch.no_grad():
-        wanted, other = run(first, io), run(second, io)
+        wanted, other = run(first, shapes), run(second, shapes)
         same = all(torch.equal(wanted[key], other[key]) for key in wanted)
         assert same == (not first.state_dict())
         second.load_state_dict(first.state_dict(), strict=True)
-        restored = run(second, io)
+        restored = run(second, shapes)
     for key in wanted:
         assert torch.equal(wanted[key], restored[key]), key
 

@@ -7,13 +7,13 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 from dvae.registry.refiners.mlp import time_features
 
 
-def build(io: Shapes, **fields: int) -> torch.nn.Module:
+def build(shapes: Shapes, **fields: int) -> torch.nn.Module:
     torch.manual_seed(0)
-    module = REFINERS.build({"name": "mlp", "width": 32, "blocks": 2, **fields}, io)
+    module = REFINERS.build({"name": "mlp", "width": 32, "blocks": 2, **fields}, shapes)
     with torch.no_grad():
         for parameter in module.parameters():
             if not parameter.any():
@@ -39,19 +39,19 @@ def test_features_at_the_ends_are_finite() -> None:
 @pytest.mark.parametrize(("k", "outputs", "channels"), [(1, 0, 2), (2, 0, 4), (2, 1, 2)])
 def test_it_predicts_what_is_asked_for(k: int, outputs: int, channels: int) -> None:
     module = build(Shapes(image_size=1, channels=2, k=k, outputs=outputs))
-    assert module(torch.randn(3, 2 * k, 1, 1), torch.rand(3), Condition()).shape == (3, channels, 1, 1)
+    assert module(torch.randn(3, 2 * k, 1, 1), torch.rand(3), NetworkCondition()).shape == (3, channels, 1, 1)
 
 
 def test_every_condition_matters_and_must_be_given() -> None:
-    io = Shapes(image_size=2, channels=1, latent=(3,), condition_channels=1, condition_latent=True, labels=4)
-    module, u, t = build(io), torch.randn(2, 1, 2, 2), torch.tensor([1.0, 500.0])
+    shapes = Shapes(image_size=2, channels=1, latent=(3,), condition_channels=1, condition_latent=True, labels=4)
+    module, u, t = build(shapes), torch.randn(2, 1, 2, 2), torch.tensor([1.0, 500.0])
     given = {"image": torch.randn(2, 1, 2, 2), "latent": torch.randn(2, 3), "label": torch.tensor([0, 4])}
     others = {"image": torch.randn(2, 1, 2, 2), "latent": torch.randn(2, 3), "label": torch.tensor([1, 2])}
-    output = module(u, t, Condition(**given))
+    output = module(u, t, NetworkCondition(**given))
     for name in given:
-        assert not torch.allclose(module(u, t, Condition(**(given | {name: others[name]}))), output), name
+        assert not torch.allclose(module(u, t, NetworkCondition(**(given | {name: others[name]}))), output), name
         with pytest.raises(ValueError, match=f"condition.{name}, which was not given"):
-            module(u, t, Condition(**(given | {name: None})))
+            module(u, t, NetworkCondition(**(given | {name: None})))
 
 
 @pytest.mark.parametrize(

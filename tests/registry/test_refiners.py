@@ -5,7 +5,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 from dvae.registry.refiners.unet import UNet
 
 # The authors compare their list [16] with the downsampling factor, so attention is at image_size / 16 where the net
@@ -22,10 +22,10 @@ PUBLISHED = {  # name: (image size, multipliers, attention resolutions, latent w
 SMALL = {"width": 32, "multipliers": [1, 2], "blocks": 1, "attention_resolutions": []}
 
 
-def small(io: Shapes, seed: int = 0, **fields: object) -> UNet:
+def small(shapes: Shapes, seed: int = 0, **fields: object) -> UNet:
     """A small net whose zero-initialized layers are moved off zero."""
     torch.manual_seed(seed)
-    unet = REFINERS.build({"name": "unet", **SMALL, **fields}, io)
+    unet = REFINERS.build({"name": "unet", **SMALL, **fields}, shapes)
     with torch.no_grad():
         for parameter in unet.parameters():
             if not parameter.any():
@@ -36,18 +36,20 @@ def small(io: Shapes, seed: int = 0, **fields: object) -> UNet:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name):
     size, multipliers, attention, latent, millions = PUBLISHED[name]
-    io = Shapes(image_size=size, condition_channels=3, latent=(latent,) if latent else (), condition_latent=latent > 0)
+    shapes = Shapes(
+        image_size=size, condition_channels=3, latent=(latent,) if latent else (), condition_latent=latent > 0
+    )
     node = {"name": "unet", "multipliers": multipliers, "attention_resolutions": attention, "heads": 8}
     with torch.device("meta"):
-        unet = REFINERS.build(node, io)
+        unet = REFINERS.build(node, shapes)
     decimals = len(str(millions).split(".")[1])
     assert round(sum(p.numel() for p in unet.parameters()) / 1e6, decimals) == millions
 
 
 def test_parameter_names_of_the_public_checkpoints():
-    io = Shapes(image_size=32, condition_channels=3, latent=(512,), condition_latent=True)
+    shapes = Shapes(image_size=32, condition_channels=3, latent=(512,), condition_latent=True)
     with torch.device("meta"):
-        keys = REFINERS.build({"name": "unet", "attention_resolutions": [16]}, io).state_dict()
+        keys = REFINERS.build({"name": "unet", "attention_resolutions": [16]}, shapes).state_dict()
     shapes = {
         "time_embed.0.weight": (512, 128),
         "time_embed.2.bias": (512,),
@@ -77,21 +79,21 @@ def test_parameter_names_of_the_public_checkpoints():
 
 def test_starts_at_zero():
     unet = REFINERS.build({"name": "unet", **SMALL}, Shapes(image_size=8))
-    assert not unet(torch.randn(2, 3, 8, 8), torch.tensor([0.0, 999.0]), Condition()).any()
+    assert not unet(torch.randn(2, 3, 8, 8), torch.tensor([0.0, 999.0]), NetworkCondition()).any()
 
 
 @pytest.mark.parametrize("scale_shift_norm", [False, True])
 def test_every_condition_is_heard(scale_shift_norm):
-    io = Shapes(image_size=8, condition_channels=3, latent=(2, 2), condition_latent=True, labels=4)
-    unet = small(io, scale_shift_norm=scale_shift_norm)
+    shapes = Shapes(image_size=8, condition_channels=3, latent=(2, 2), condition_latent=True, labels=4)
+    unet = small(shapes, scale_shift_norm=scale_shift_norm)
     u, t = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0])
     image, latent, label = torch.randn(2, 3, 8, 8), torch.randn(2, 2, 2), torch.tensor([0, 4])
-    base = unet(u, t, Condition(image, latent, label))
+    base = unet(u, t, NetworkCondition(image, latent, label))
     others = [
-        unet(u, t + 50, Condition(image, latent, label)),
-        unet(u, t, Condition(image + 1, latent, label)),
-        unet(u, t, Condition(image, latent + 1, label)),
-        unet(u, t, Condition(image, latent, torch.tensor([1, 1]))),
+        unet(u, t + 50, NetworkCondition(image, latent, label)),
+        unet(u, t, NetworkCondition(image + 1, latent, label)),
+        unet(u, t, NetworkCondition(image, latent + 1, label)),
+        unet(u, t, NetworkCondition(image, latent, torch.tensor([1, 1]))),
     ]
     for other in others:
         assert (other - base).abs().amax(dim=(1, 2, 3)).min() > 1e-4  # heard by each sample
@@ -100,35 +102,35 @@ def test_every_condition_is_heard(scale_shift_norm):
 def test_samples_do_not_mix():
     unet = small(Shapes(image_size=8))
     u, t = torch.randn(3, 3, 8, 8), torch.tensor([1.0, 20.0, 300.0])
-    alone = torch.cat([unet(u[i : i + 1], t[i : i + 1], Condition()) for i in range(3)])
-    torch.testing.assert_close(unet(u, t, Condition()), alone, rtol=1e-4, atol=1e-5)
+    alone = torch.cat([unet(u[i : i + 1], t[i : i + 1], NetworkCondition()) for i in range(3)])
+    torch.testing.assert_close(unet(u, t, NetworkCondition()), alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_patch_keeps_the_shape(patch):
     unet = small(Shapes(image_size=16, k=2, channels=1, condition_channels=1), patch=patch)
     u = torch.randn(1, 2, 16, 16)
-    assert unet(u, torch.zeros(1), Condition(image=torch.randn(1, 1, 16, 16))).shape == u.shape
+    assert unet(u, torch.zeros(1), NetworkCondition(image=torch.randn(1, 1, 16, 16))).shape == u.shape
 
 
 @pytest.mark.parametrize("multipliers", [[1], [2, 1], [1, 3, 2]])
 def test_any_multipliers(multipliers):
     unet = small(Shapes(image_size=8), multipliers=multipliers, attention_resolutions=[8], heads=4, blocks=2)
-    assert unet(torch.randn(1, 3, 8, 8), torch.zeros(1), Condition()).shape == (1, 3, 8, 8)
+    assert unet(torch.randn(1, 3, 8, 8), torch.zeros(1), NetworkCondition()).shape == (1, 3, 8, 8)
 
 
 def test_a_missing_condition_is_named():
     unet = small(Shapes(image_size=8, latent=(4,), condition_latent=True))
     with pytest.raises(ValueError, match=r"condition\.latent"):
-        unet(torch.randn(1, 3, 8, 8), torch.zeros(1), Condition())
+        unet(torch.randn(1, 3, 8, 8), torch.zeros(1), NetworkCondition())
 
 
 def test_dropout_is_plain():
     unet = small(Shapes(image_size=8), dropout=0.5)
     u, t = torch.randn(2, 3, 8, 8), torch.zeros(2)
-    assert not torch.equal(unet(u, t, Condition()), unet(u, t, Condition()))
+    assert not torch.equal(unet(u, t, NetworkCondition()), unet(u, t, NetworkCondition()))
     unet.eval()
-    assert torch.equal(unet(u, t, Condition()), unet(u, t, Condition()))
+    assert torch.equal(unet(u, t, NetworkCondition()), unet(u, t, NetworkCondition()))
     assert {m.p for m in unet.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
 
 
@@ -148,7 +150,7 @@ def test_dropout_is_plain():
         ({}, Shapes(image_size=8, condition_latent=True), "needs a latent shape"),
     ],
 )
-def test_refuses_in_one_line(fields, io, says):
+def test_refuses_in_one_line(fields, shapes, says):
     with pytest.raises(UserError, match=says) as caught:
-        small(io, **fields)
+        small(shapes, **fields)
     assert "\n" not in str(caught.value)

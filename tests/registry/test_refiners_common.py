@@ -7,7 +7,7 @@ import torch
 
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 
 LEVELS = {"width": 32, "multipliers": [1, 2], "blocks": 1}
 SMALL = {
@@ -25,10 +25,10 @@ every_refiner = pytest.mark.parametrize("name", SMALL)
 ALL = Shapes(image_size=8, k=2, outputs=1, condition_channels=3, latent=(2, 2, 2), condition_latent=True, labels=4)
 
 
-def small(name: str, io: Shapes, **fields: object) -> Refiner:
+def small(name: str, shapes: Shapes, **fields: object) -> Refiner:
     """A small net whose zero-initialized layers are moved off zero."""
     torch.manual_seed(0)
-    refiner = REFINERS.build({"name": name.partition(",")[0], **SMALL[name], **fields}, io)
+    refiner = REFINERS.build({"name": name.partition(",")[0], **SMALL[name], **fields}, shapes)
     with torch.no_grad():
         for parameter in refiner.parameters():
             if not parameter.any():
@@ -41,17 +41,17 @@ def unattended(name: str) -> dict[str, object]:
     return {"attention_resolutions": []} if "attention_resolutions" in SMALL[name] else {}
 
 
-def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, NetworkCondition]:
     draw = torch.Generator().manual_seed(1)
     u, image = (torch.randn(batch, c, 8, 8, generator=draw) for c in (6, 3))
     latent, label = torch.randn(batch, 2, 2, 2, generator=draw), torch.tensor([0, 4, 2])[:batch]
-    return u, torch.tensor([0.1, 500.0, 20.0])[:batch], Condition(image, latent, label)
+    return u, torch.tensor([0.1, 500.0, 20.0])[:batch], NetworkCondition(image, latent, label)
 
 
 @every_refiner
 def test_starts_at_zero(name):
     refiner = REFINERS.build({"name": name.partition(",")[0], **SMALL[name]}, Shapes(image_size=8))
-    assert not refiner(torch.randn(2, 3, 8, 8), torch.tensor([0.0, 999.0]), Condition()).any()
+    assert not refiner(torch.randn(2, 3, 8, 8), torch.tensor([0.0, 999.0]), NetworkCondition()).any()
 
 
 @every_refiner
@@ -64,9 +64,9 @@ def test_every_condition_is_heard_by_each_sample(name):
         "state": refiner(u + 1, t, given),
         "time": refiner(u, t + 50, given),
         "small time": refiner(u, t + 1, given),
-        "image": refiner(u, t, Condition(given.image + 1, given.latent, given.label)),
-        "latent": refiner(u, t, Condition(given.image, given.latent + 1, given.label)),
-        "label": refiner(u, t, Condition(given.image, given.latent, torch.tensor([1, 1]))),
+        "image": refiner(u, t, NetworkCondition(given.image + 1, given.latent, given.label)),
+        "latent": refiner(u, t, NetworkCondition(given.image, given.latent + 1, given.label)),
+        "label": refiner(u, t, NetworkCondition(given.image, given.latent, torch.tensor([1, 1]))),
     }
     deaf = [key for key, other in others.items() if (other - base).abs().amax(dim=(1, 2, 3)).min() < 1e-5]
     assert deaf == []
@@ -79,7 +79,7 @@ def test_samples_do_not_mix(name):
     alone = []
     for i in range(3):
         one = slice(i, i + 1)
-        alone.append(refiner(u[one], t[one], Condition(given.image[one], given.latent[one], given.label[one])))
+        alone.append(refiner(u[one], t[one], NetworkCondition(given.image[one], given.latent[one], given.label[one])))
     torch.testing.assert_close(refiner(u, t, given), torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_memory_format_of_the_inputs_does_not_matter(name):
     refiner = small(name, ALL)
     u, t, given = inputs()
     last = torch.channels_last
-    again = refiner(u.contiguous(memory_format=last), t, Condition(given.image.contiguous(memory_format=last),
+    again = refiner(u.contiguous(memory_format=last), t, NetworkCondition(given.image.contiguous(memory_format=last),
                     given.latent, given.label))  # fmt: skip
     torch.testing.assert_close(again, refiner(u, t, given), rtol=1e-4, atol=1e-5)
 
@@ -113,10 +113,10 @@ def test_checkpointed_blocks_have_the_same_gradients(name, bf16):
 
 @every_refiner
 def test_checkpointed_blocks_keep_less(name):
-    io = Shapes(image_size=32)
+    shapes = Shapes(image_size=32)
     kept = []
     for again in (False, True):
-        refiner = small(name, io, checkpoint_blocks=again, **unattended(name))
+        refiner = small(name, shapes, checkpoint_blocks=again, **unattended(name))
         weights = {p.data_ptr() for p in refiner.parameters()}
         found: dict[int, int] = {}
 
@@ -126,7 +126,7 @@ def test_checkpointed_blocks_keep_less(name):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            refiner(torch.randn(1, 3, 32, 32), torch.ones(1), Condition())
+            refiner(torch.randn(1, 3, 32, 32), torch.ones(1), NetworkCondition())
         kept.append(sum(found.values()))
     assert kept[1] < 0.5 * kept[0]
 
@@ -137,7 +137,7 @@ def test_a_missing_condition_is_named(name, missing):
     u, t, given = inputs()
     parts = {key: getattr(given, key) for key in ("image", "latent", "label") if key != missing}
     with pytest.raises(ValueError, match=rf"condition\.{missing}, which was not given"):
-        small(name, ALL)(u, t, Condition(**parts))
+        small(name, ALL)(u, t, NetworkCondition(**parts))
 
 
 @every_refiner

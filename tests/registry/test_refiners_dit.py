@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 from dvae.registry.refiners.dit import DiT
 
 NODE = {"name": "dit", "patch": 2, "width": 16, "depth": 2, "heads": 2}
 
 
-def random_weights(io: Shapes, **fields: object) -> DiT:
+def random_weights(shapes: Shapes, **fields: object) -> DiT:
     torch.manual_seed(0)
-    refiner = REFINERS.build({**NODE, **fields}, io)
+    refiner = REFINERS.build({**NODE, **fields}, shapes)
     for parameter in refiner.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return refiner
@@ -59,7 +59,7 @@ def test_agrees_with_the_network_written_out(backend):
     seen: list[torch.Tensor] = []
     refiner.time_embed.register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad():
-        got = refiner(u, t, Condition(image=image))
+        got = refiner(u, t, NetworkCondition(image=image))
     for sample in range(2):
         wanted = plain(refiner, torch.cat([u, image], dim=1)[sample].double(), seen[0][sample].double())
         torch.testing.assert_close(got[sample], wanted.float(), rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
@@ -72,7 +72,7 @@ def test_blocks_start_as_the_identity_and_the_output_as_zero():
     for block in refiner.blocks:
         assert torch.equal(block(tokens, embedding), tokens)
     u = torch.randn(2, 3, 8, 8)
-    assert not refiner(u, torch.tensor([0.0, 999.0]), Condition(label=torch.tensor([0, 3]))).any()
+    assert not refiner(u, torch.tensor([0.0, 999.0]), NetworkCondition(label=torch.tensor([0, 3]))).any()
 
 
 def test_positions_are_fixed_and_saved():
@@ -84,7 +84,7 @@ def test_positions_are_fixed_and_saved():
 def test_patches_at_other_places_are_told_apart():
     refiner = random_weights(Shapes(image_size=8))
     u = torch.zeros(1, 3, 8, 8)
-    patches = F.pixel_unshuffle(refiner(u, torch.ones(1), Condition()), 2).flatten(2)[0].T
+    patches = F.pixel_unshuffle(refiner(u, torch.ones(1), NetworkCondition()), 2).flatten(2)[0].T
     assert (torch.cdist(patches, patches) + 9 * torch.eye(16)).min() > 1e-3
 
 
@@ -92,4 +92,6 @@ def test_vector_and_map_latents_are_heard_alike():
     vector = random_weights(Shapes(image_size=8, latent=(8,), condition_latent=True))
     folded = random_weights(Shapes(image_size=8, latent=(2, 2, 2), condition_latent=True))
     u, t, z = torch.randn(2, 3, 8, 8), torch.ones(2), torch.randn(2, 8)
-    assert torch.equal(vector(u, t, Condition(latent=z)), folded(u, t, Condition(latent=z.view(2, 2, 2, 2))))
+    assert torch.equal(
+        vector(u, t, NetworkCondition(latent=z)), folded(u, t, NetworkCondition(latent=z.view(2, 2, 2, 2)))
+    )

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from dvae.registry.classifiers.base import CLASSIFIERS
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 
 BEST = {"multipliers": [2, 2, 2], "blocks": 8, "fir": True, "progressive_input": True, "time": "fourier"}
 
 
-def shapes(registry, node: dict, io: Shapes) -> dict[str, tuple[int, ...]]:
+def shapes(registry, node: dict, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return {key: tuple(value.shape) for key, value in registry.build(node, io).state_dict().items()}
+        return {key: tuple(value.shape) for key, value in registry.build(node, shapes).state_dict().items()}
 
 
 def test_names_of_the_public_checkpoints():
@@ -174,16 +174,16 @@ class Plain:
 )
 def test_agrees_with_the_network_written_out(fields):
     node = {"name": "ncsnpp", "width": 32, "multipliers": [1, 2, 3], "attention_resolutions": [4], **fields}
-    io = Shapes(image_size=8, k=2, outputs=1)
+    shapes = Shapes(image_size=8, k=2, outputs=1)
     torch.manual_seed(0)
-    refiner = REFINERS.build(node, io).eval()
+    refiner = REFINERS.build(node, shapes).eval()
     for parameter in refiner.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     u, t = torch.randn(2, 6, 8, 8), torch.tensor([0.004, 0.7])
     plain = Plain({key: value.double() for key, value in refiner.state_dict().items()}, node.get("fir", False))
     with torch.no_grad():
         wanted = plain(u.double(), t.double(), node)
-        got = refiner(u, 1000.0 * t, Condition())
+        got = refiner(u, 1000.0 * t, NetworkCondition())
     assert got.shape == (2, 3, 8, 8)
     torch.testing.assert_close(got, wanted.float(), rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
@@ -200,23 +200,23 @@ def test_initial_weights():
 
 
 def test_classifier_halves_and_is_heard():
-    io = Shapes(image_size=8, k=2, condition_channels=3, labels=5)
+    shapes = Shapes(image_size=8, k=2, condition_channels=3, labels=5)
     node = {"name": "ncsnpp_classifier", "width": 32, "multipliers": [1, 2], "attention_resolutions": [4]}
     torch.manual_seed(0)
-    classifier = CLASSIFIERS.build(node, io).eval()
+    classifier = CLASSIFIERS.build(node, shapes).eval()
     for parameter in classifier.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    u, t, given = torch.randn(2, 6, 8, 8), torch.tensor([1.0, 500.0]), Condition(image=torch.randn(2, 3, 8, 8))
+    u, t, given = torch.randn(2, 6, 8, 8), torch.tensor([1.0, 500.0]), NetworkCondition(image=torch.randn(2, 3, 8, 8))
     base = classifier(u, t, given)
     assert base.shape == (2, 5)
-    brighter = Condition(image=given.image + 1)
+    brighter = NetworkCondition(image=given.image + 1)
     for other in (classifier(u + 1, t, given), classifier(u, t + 9, given), classifier(u, t, brighter)):
         assert (other - base).abs().amax(1).min() > 1e-4
-    again = CLASSIFIERS.build({**node, "checkpoint_blocks": True}, io).eval()
+    again = CLASSIFIERS.build({**node, "checkpoint_blocks": True}, shapes).eval()
     again.load_state_dict(classifier.state_dict())
     v = u.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(classifier(v, t, given).square().sum(), v)
     (got,) = torch.autograd.grad(again(v, t, given).square().sum(), v)  # as classifier guidance takes it
     assert torch.equal(got, wanted)
     with pytest.raises(ValueError, match=r"condition\.image"):
-        classifier(u, t, Condition())
+        classifier(u, t, NetworkCondition())

@@ -43,17 +43,17 @@ PUBLISHED = {  # preset: (shapes, millions of parameters as published)
 }
 
 
-def millions(registry, node: object, io: Shapes, decimals: int) -> str:
+def millions(registry, node: object, shapes: Shapes, decimals: int) -> str:
     with torch.device("meta"):
-        module = registry.build(node, io)
+        module = registry.build(node, shapes)
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.{decimals}f}"
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_refiner_has_its_published_size(preset):
-    io, wanted = PUBLISHED[preset]
+    shapes, wanted = PUBLISHED[preset]
     node = compose.compose("train", [f"refiner={preset}"]).refiner
-    assert millions(REFINERS, node, io, len(wanted.partition(".")[2])) == wanted
+    assert millions(REFINERS, node, shapes, len(wanted.partition(".")[2])) == wanted
 
 
 def test_every_preset_at_real_size_is_counted_here():
@@ -68,8 +68,8 @@ def test_vp_has_the_network_of_psld_with_fewer_channels():
 
 def test_latent_guidance_at_256_px():
     node = compose.compose("train", ["refiner=unet_celebahq256"]).refiner
-    io = Shapes(image_size=256, condition_channels=3, latent=(1024,), condition_latent=True)
-    assert millions(REFINERS, node, io, 2) == "114.46"
+    shapes = Shapes(image_size=256, condition_channels=3, latent=(1024,), condition_latent=True)
+    assert millions(REFINERS, node, shapes, 2) == "114.46"
 
 
 def test_classifier_has_its_published_size():

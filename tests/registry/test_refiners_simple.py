@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from dvae.layers.blocks import AttentionBlock
 from dvae.layers.embeddings import time_features
 from dvae.registry.core import Shapes
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 
 
-def build(io: Shapes, **node: object) -> torch.nn.Module:
+def build(shapes: Shapes, **node: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    refiner = REFINERS.build(node, io)
+    refiner = REFINERS.build(node, shapes)
     for parameter in refiner.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return refiner
@@ -31,22 +31,22 @@ def test_simple_unet_is_convolutional_and_sees_the_whole_image():
     refiner = build(Shapes(image_size=32), name="simple_unet", width=32, multipliers=[1, 2, 4], blocks=1)
     assert not any(isinstance(module, AttentionBlock) for module in refiner.modules())
     u = torch.randn(1, 3, 32, 32, requires_grad=True)
-    refiner(u, torch.ones(1), Condition())[0, 0, 16, 16].backward()
+    refiner(u, torch.ones(1), NetworkCondition())[0, 0, 16, 16].backward()
     assert (u.grad[0].abs().amax(0) > 0).all()
 
 
 def test_simple_unet_at_one_level_and_at_four():
     for multipliers in ([1], [1, 2, 3, 2]):
         refiner = build(Shapes(image_size=8), name="simple_unet", width=32, multipliers=multipliers, blocks=2)
-        assert refiner(torch.randn(1, 3, 8, 8), torch.ones(1), Condition()).shape == (1, 3, 8, 8)
+        assert refiner(torch.randn(1, 3, 8, 8), torch.ones(1), NetworkCondition()).shape == (1, 3, 8, 8)
         assert len(refiner.down) == len(refiner.up) + 1 == len(multipliers)
 
 
 def test_flat_resnet_tells_its_blocks_constant_channels():
-    io = Shapes(image_size=4, latent=(6,), condition_latent=True, labels=3)
-    refiner = build(io, name="flat_resnet", width=32, blocks=1)
+    shapes = Shapes(image_size=4, latent=(6,), condition_latent=True, labels=3)
+    refiner = build(shapes, name="flat_resnet", width=32, blocks=1)
     z, t, label = torch.randn(2, 6), torch.tensor([3.0, 800.0]), torch.tensor([2, 3])
-    told = refiner._condition_map(t, Condition(latent=z, label=label))[:, :, 0, 0]
+    told = refiner._condition_map(t, NetworkCondition(latent=z, label=label))[:, :, 0, 0]
     torch.testing.assert_close(told[:, :32], time_features(t, 16))
     assert told[:, 32:35].tolist() == [[0, 0, 1], [0, 0, 0]]  # the second is dropped
     assert torch.equal(told[:, 35:], z)
@@ -60,10 +60,10 @@ def test_flat_resnet_tells_its_blocks_constant_channels():
 
 
 def test_flat_resnet_stretches_a_latent_map_over_the_image():
-    io = Shapes(image_size=8, latent=(4, 2, 2), condition_latent=True)
-    refiner = without_norms(build(io, name="flat_resnet", width=32, blocks=1))
+    shapes = Shapes(image_size=8, latent=(4, 2, 2), condition_latent=True)
+    refiner = without_norms(build(shapes, name="flat_resnet", width=32, blocks=1))
     u, t, z = torch.randn(1, 3, 8, 8), torch.ones(1), torch.randn(1, 4, 2, 2, requires_grad=True)
-    output = refiner(u, t, Condition(latent=z))[0].square().sum(0)
+    output = refiner(u, t, NetworkCondition(latent=z))[0].square().sum(0)
     (grad,) = torch.autograd.grad(output[:2, :2].sum(), z, retain_graph=True)
     assert (grad[0].abs().amax(0) > 0).tolist() == [[True, False], [False, False]]
     (grad,) = torch.autograd.grad(output[6:, :2].sum(), z)
@@ -73,6 +73,6 @@ def test_flat_resnet_stretches_a_latent_map_over_the_image():
 def test_flat_resnet_sees_two_pixels_further_with_each_block():
     refiner = without_norms(build(Shapes(image_size=16), name="flat_resnet", width=32, blocks=2))
     u = torch.randn(1, 3, 16, 16, requires_grad=True)
-    refiner(u, torch.ones(1), Condition())[0, 0, 8, 8].backward()
+    refiner(u, torch.ones(1), NetworkCondition())[0, 0, 8, 8].backward()
     rows = (u.grad[0].abs().sum((0, 2)) > 0).nonzero().flatten()
     assert (int(rows[0]), int(rows[-1])) == (8 - 6, 8 + 6)  # stem, two blocks of two, last convolution

@@ -13,7 +13,7 @@ from closed_forms import IO, Mixture, affine, diffusion, integrable, normal
 from scipy.stats import norm
 
 from dvae.diffusion.kernels import Diffusion, Prediction, Time
-from dvae.diffusion.model import Threshold
+from dvae.diffusion.sampler_model import Threshold
 from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
 from dvae.models.components import build_sampler
@@ -178,10 +178,10 @@ def test_threshold_is_asked_of_every_call(name: str, process: str, schedule: str
 
 
 def test_a_sampler_that_cannot_integrate_the_process_names_those_that_can() -> None:
-    io = replace(IO, k=2)
+    shapes = replace(IO, k=2)
     for name in ("ddpm", "ddim", "heun", "dpmpp_2m", "unipc"):
         with pytest.raises(UserError, match=f"^sampler={name} does not integrate process=psld .*: use one of .*deis"):
-            build_sampler({"name": name}, diffusion("psld", "constant"), io)
+            build_sampler({"name": name}, diffusion("psld", "constant"), shapes)
 
 
 @pytest.mark.parametrize("spacing", ["log_snr", "karras"])

@@ -32,12 +32,12 @@ def submitted(tmp_path: Path) -> tuple[Run, RunConfig]:
         "refiner.attention_resolutions=[]", "prior.components=1", "evaluate.metrics=false",
     ]  # fmt: skip
     config = configuration.compose("train", words)
-    other = configuration.typed(config)
+    other = configuration.to_run_config(config)
     other.seed = 5
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps({"block_out_channels": [8], "norm_num_groups": 4}), encoding="utf-8")
     save_file(build_models(other).encoder.autoencoder.state_dict(), folder / WEIGHTS)
-    return submit(config), configuration.typed(config)
+    return submit(config), configuration.to_run_config(config)
 
 
 def test_run_and_bundle_hold_the_given_weights(submitted: tuple[Run, RunConfig]) -> None:
@@ -66,26 +66,28 @@ def test_preflight_refuses_an_absent_folder(submitted: tuple[Run, RunConfig]) ->
 @pytest.mark.slow
 def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list[str], tmp_path: Path) -> None:
     theirs = configuration.compose("train", [*tiny, f"run={tmp_path / 'theirs'}", "seed=5"])
-    encoder = build_models(configuration.typed(theirs)).encoder
-    bundle_export.export(tmp_path / "theirs" / "bundle", configuration.typed(theirs), {"encoder": encoder.state_dict()})
+    encoder = build_models(configuration.to_run_config(theirs)).encoder
+    bundle_export.export(
+        tmp_path / "theirs" / "bundle", configuration.to_run_config(theirs), {"encoder": encoder.state_dict()}
+    )
     words = [*tiny, f"run={tmp_path / 'ours'}", f"encoder_weights={tmp_path / 'theirs'}"]
     config = configuration.compose("train", words)
-    check(configuration.typed(config))
+    check(configuration.to_run_config(config))
     assert "parameters, taken over as they are" in describe(config)
     run = submit(config)
-    run_encoder_stage(run, configuration.typed(config))
-    got = load_models(run, configuration.typed(config), "encoder").encoder.state_dict()
+    run_encoder_stage(run, configuration.to_run_config(config))
+    got = load_models(run, configuration.to_run_config(config), "encoder").encoder.state_dict()
     assert all(torch.equal(got[name], value) for name, value in encoder.state_dict().items())
     assert "steps" not in run.records()["encoder"]
 
     def refused(*changed: str) -> str:
         with pytest.raises(UserError) as caught:
-            check(configuration.typed(configuration.compose("train", [*words, *changed])))
+            check(configuration.to_run_config(configuration.compose("train", [*words, *changed])))
         return str(caught.value)
 
     assert refused("encoder.latent_dim=16").endswith(
         "theirs has encoder.latent_dim=8, this run 16: it is another network"
     )
     assert refused(f"encoder_weights={tmp_path / 'nowhere'}").endswith("nowhere: no such run or bundle")
-    bundle_export.export(tmp_path / "empty", configuration.typed(theirs), {})
+    bundle_export.export(tmp_path / "empty", configuration.to_run_config(theirs), {})
     assert refused(f"encoder_weights={tmp_path / 'empty'}").endswith("name a run whose encoder stage is finished")

@@ -19,7 +19,7 @@ from tests_support import environment
 from dvae.config import compose as configuration
 from dvae.config import validate
 from dvae.diffusion.kernels import Diffusion, Prediction
-from dvae.diffusion.model import Threshold
+from dvae.diffusion.sampler_model import Threshold
 from dvae.errors import UserError
 from dvae.inference import pipeline
 from dvae.registry.distillers.base import DISTILLERS
@@ -249,4 +249,4 @@ def test_a_dry_run_tells_the_rounds(runs: Path, tiny: list[str]) -> None:
 )
 def test_what_does_not_go_together_is_refused(words: list[str], said: str, runs: Path, tiny: list[str]) -> None:
     with pytest.raises(UserError, match=said):
-        validate.check(configuration.typed(configuration.compose("train", words_of(tiny, runs, *words))))
+        validate.check(configuration.to_run_config(configuration.compose("train", words_of(tiny, runs, *words))))

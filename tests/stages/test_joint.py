@@ -29,9 +29,9 @@ TRAINING = TrainingConfig(batch=4, precision="fp32")
 STAGES = "stages=[shards,joint,prior,evaluate]"
 
 
-def made(tiny: list[str]) -> components.Models:
+def made(tiny: list[str]) -> components.RunModels:
     return components.build_models(
-        configuration.typed(configuration.compose("train", [*tiny, "denoiser.data_scale=2"]))
+        configuration.to_run_config(configuration.compose("train", [*tiny, "denoiser.data_scale=2"]))
     )
 
 
@@ -138,7 +138,7 @@ def test_what_does_not_go_together_is_refused(words: list[str], said: str, tiny:
     own = [word for word in tiny if not (words[0].startswith("encoder=") and word.startswith(("encoder.", "prior.")))]
     composed = configuration.compose("train", [*own, STAGES, "denoiser.data_scale=2", *words])
     with pytest.raises(UserError, match=said):
-        validate.check(configuration.typed(composed))
+        validate.check(configuration.to_run_config(composed))
 
 
 def test_a_dry_run_tells_of_it(tiny: list[str], tmp_path: Path) -> None:

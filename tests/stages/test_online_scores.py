@@ -74,4 +74,4 @@ def test_scores_are_those_of_evaluation_and_survive_a_resume(tmp_path: Path, tin
 )
 def test_wrong_settings_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        configuration.typed(configuration.compose("train", ["recipe=demo", *words]))
+        configuration.to_run_config(configuration.compose("train", ["recipe=demo", *words]))

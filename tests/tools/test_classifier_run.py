@@ -72,7 +72,7 @@ def test_a_bundle_before_its_classifier_is_trained(finished: Path, tmp_path: Pat
     settings, made = bundle.load(tmp_path / "bundle")
     assert made.classifier is None
     assert settings.classifier is None
-    assert made.io.labels == 5
+    assert made.shapes.labels == 5
 
 
 @pytest.mark.slow
@@ -162,6 +162,6 @@ def test_the_refiner_alone_may_be_trained_with_classes(
 @pytest.mark.parametrize("told", [True, False])
 def test_only_a_refiner_that_is_told_the_class_embeds_it(told: bool, guided: list[str]) -> None:
     word = f"denoiser.condition_label={str(told).lower()}"
-    made = components.build_models_on_meta(compose.typed(compose.compose("train", [*guided, word])))
+    made = components.build_models_on_meta(compose.to_run_config(compose.compose("train", [*guided, word])))
     assert (made.denoiser.refiner.label_emb is not None) == told
-    assert made.io.labels == 5
+    assert made.shapes.labels == 5

@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
         f"run={folder}/run",
     ]
     composed = compose.compose("train", words)
-    settings = compose.typed(composed)
+    settings = compose.to_run_config(composed)
     made = components.build_models(settings)
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero

@@ -32,9 +32,9 @@ FLOW = ["prior=flow", "prior.couplings=2", "prior.width=8", "prior.steps=20", "p
 def untrained(folder: Path, *words: str) -> Path:
     """A run folder with the bundle of a run that was never trained."""
     composed = compose.compose("train", [*words, f"run={folder}", "denoiser.data_scale=1"])
-    made = components.build_models(compose.typed(composed))
+    made = components.build_models(compose.to_run_config(composed))
     parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
-    bundle_export.export(submit(composed).bundle, compose.typed(composed), parts)
+    bundle_export.export(submit(composed).bundle, compose.to_run_config(composed), parts)
     return folder
 
 

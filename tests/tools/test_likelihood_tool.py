@@ -30,9 +30,11 @@ PLAIN = ["denoiser.data_scale=1", "denoiser.center=none", "train_refiner.precisi
 def untrained(folder: Path, *words: str) -> Path:
     """A bundle whose refiner puts out 0: as v that says that the state is N(0, I)."""
     composed = compose.compose("train", list(words))
-    made = components.build_models(compose.typed(composed))
+    made = components.build_models(compose.to_run_config(composed))
     bundle_export.export(
-        folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
+        folder,
+        compose.to_run_config(composed),
+        {name: part.state_dict() for name, part in made.trained_parts().items()},
     )
     return folder
 

@@ -101,7 +101,7 @@ def test_mistakes_are_one_line(from_idx: Path, tmp_path: Path, words: list[str],
     if "{other}" in " ".join(words):
         from dvae.data.building.shard_build import build
 
-        build({"name": "avatars", "count": 8}, 8, other, 0.5, workers=1)
+        build({"name": "avatars", "n": 8}, 8, other, 0.5, workers=1)
     with pytest.raises(UserError, match=says) as caught:
         recognize.command([word.format(run=from_idx, other=other) for word in words])
     assert "\n" not in str(caught.value)

@@ -125,7 +125,7 @@ def test_a_record_that_is_no_file_is_one_line(tmp_path: Path, make: Any) -> None
     "change", [{"stage": "distil-4"}, {"samples": [0, 1, 2, 3], "indices": [0, 1, 2, 3]}, {"step": 10**9}]
 )
 def test_a_record_of_another_run_is_refused(tiny: list[str], change: dict[str, Any]) -> None:
-    settings = compose.typed(compose.compose("train", [*tiny, "train_encoder.batch=2", "run=runs/mine"]))
+    settings = compose.to_run_config(compose.compose("train", [*tiny, "train_encoder.batch=2", "run=runs/mine"]))
     replay.check_same_run(settings, RECORD, Path("there"))
     with pytest.raises(UserError, match=r"bundle=there: step .* is none of the run around it"):
         replay.check_same_run(settings, RECORD | change, Path("there"))

@@ -182,14 +182,14 @@ def test_points_are_not_sampled_as_images(finished: Path) -> None:
 )
 def test_settings_that_cannot_be(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        validate.check(compose.typed(compose.compose("train", [*TINY, *words])))
+        validate.check(compose.to_run_config(compose.compose("train", [*TINY, *words])))
 
 
 def test_without_labels_the_densities_are_one_mixture() -> None:
     words = ["denoiser.condition_label=false", "classes=[]", "process=cld"]
-    settings = compose.typed(compose.compose("train", [*TINY, *words]))
+    settings = compose.to_run_config(compose.compose("train", [*TINY, *words]))
     assert points.label_groups(settings, points.open_source(settings)) == {"moons + rings": None}
-    assert components.build_models_on_meta(settings).denoiser.io.outputs == 1
+    assert components.build_models_on_meta(settings).denoiser.shapes.outputs == 1
 
 
 @pytest.mark.slow

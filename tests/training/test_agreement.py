@@ -56,7 +56,7 @@ def make(kind: str, words: list[str], zero: int) -> TrainTask:
         if kind == "classifier"
         else []
     )
-    config = configuration.typed(configuration.compose("train", [*words, *classes, "run=nowhere"]))
+    config = configuration.to_run_config(configuration.compose("train", [*words, *classes, "run=nowhere"]))
     made = components.build_models(config)
     if kind == "encoder":
         return EncoderTask(made.encoder, training, 1, CPU)

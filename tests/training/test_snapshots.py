@@ -20,10 +20,10 @@ from dvae.errors import MachineError, UserError, fold
 from dvae.models import components
 from dvae.runs.records import write_format
 from dvae.tools.ema import command
+from dvae.training.ema_from_snapshots import EmaFit, combine_snapshots
 from dvae.training.engine.ema import EmaSpec
 from dvae.training.engine.snapshot_writer import SnapshotWriter
 from dvae.training.engine.snapshots import HASHES, WeightSnapshot, list_snapshots, read_hashes
-from dvae.training.posthoc import EmaFit, combine_snapshots
 from dvae.utils import atomic_files
 
 POWER, CONSTANT = EmaProfile.power, EmaProfile.constant
@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     run.mkdir()
     write_format(run)
     (run / "config.yaml").write_text(to_yaml(stored(composed)))
-    denoiser = components.build_models(compose.typed(composed)).trained_parts()["denoiser"]
+    denoiser = components.build_models(compose.to_run_config(composed)).trained_parts()["denoiser"]
     writer = SnapshotWriter(run / "snapshots" / "refiner", TrainingConfig())
     for step in (3, 6):
         for width in (0.05, 0.1):

@@ -64,7 +64,7 @@ def test_the_time_limit_is_of_this_attempt(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_a_wrong_setting_is_refused(word: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        configuration.typed(configuration.compose("train", ["recipe=demo", word]))
+        configuration.to_run_config(configuration.compose("train", ["recipe=demo", word]))
 
 
 def launch(words: list[str], run: Path) -> list[str]:

@@ -40,7 +40,7 @@ def measure(order: Order, batch: int, classes: int = 10) -> Locality:
     epoch = order.indices(0, order.count)
     rows = epoch[: len(epoch) // batch * batch].reshape(-1, batch)
     windows = np.array_split(epoch, range(order.block * order.window, order.count, order.block * order.window))
-    share, suggest, mean = _full(order, batch, classes)
+    share, near, mean = _full(order, batch, classes)
     label = rows * classes // order.count
     counts = np.stack([(label == value).sum(1) for value in range(classes)])
     pairs = np.abs(rows[:, :, None] - rows[:, None, :])[:, *np.triu_indices(batch, 1)]
@@ -51,7 +51,7 @@ def measure(order: Order, batch: int, classes: int = 10) -> Locality:
         held=max(len(window) for window in windows) / order.count,
         shards=float(np.mean([len(np.unique(window // SHARD)) for window in windows])),
         distance=float(pairs.mean()) / mean,
-        neighbors=float((pairs < order.block).mean()) / suggest,
+        neighbors=float((pairs < order.block).mean()) / near,
         spread=float(((counts - batch / classes) ** 2).mean()) / share,
     )
 
@@ -61,8 +61,8 @@ def _full(order: Order, batch: int, classes: int) -> tuple[float, float, float]:
     length of each other, mean distance of a pair ((n + 1) / 3)."""
     n, b = order.count, min(order.block, order.count)
     share = batch / classes * (1 - 1 / classes) * (n - batch) / (n - 1)
-    suggest = sum(n - d for d in range(1, b)) / (n * (n - 1) / 2)
-    return share, max(suggest, 1 / (n * (n - 1) / 2)), (n + 1) / 3
+    near = sum(n - d for d in range(1, b)) / (n * (n - 1) / 2)
+    return share, max(near, 1 / (n * (n - 1) / 2)), (n + 1) / 3
 
 
 def table(count: int, batch: int, choices: list[tuple[int, int]]) -> str:

@@ -27,7 +27,7 @@ from dvae.planning.plan_run import compose_recipe
 from dvae.stages.latent_sources import EncodedLatents
 from dvae.stages.refiner import RefinerTask
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.engine.memory import keep_freed_memory
+from dvae.training.engine.malloc_options import keep_freed_memory
 from dvae.utils.text_tables import markdown_table
 
 SIDE = 1024

@@ -46,7 +46,7 @@ def compare_formulations(run: Path, steps: int, seed: int) -> ImageDifference:
     return ImageDifference(int(apart.max()), float((apart > 0).float().mean()))
 
 
-def formulation_2(config: ModelConfig, made: components.Models) -> tuple[ModelConfig, components.Models]:
+def formulation_2(config: ModelConfig, made: components.RunModels) -> tuple[ModelConfig, components.RunModels]:
     """The same refiner in the other coordinates."""
     other = replace(config, denoiser=replace(config.denoiser, center=Center.input))
     built = components.build_models(other)

@@ -24,7 +24,7 @@ from dvae.runs.folder import Run
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
 from dvae.utils.evenly_spaced import evenly_spaced
-from dvae.utils.fields import Seconds
+from dvae.utils.number_types import Seconds
 from dvae.utils.read import JSON_LIMIT, DamagedFile, check, parse_json, read_bytes
 
 KID = "KID-lite0"

@@ -28,7 +28,7 @@ def with_folders(jobs: list[list[str]]) -> list[list[str]]:
 
     All are composed and checked first, so that the last one's mistake is found before the first one is trained.
     """
-    folders = [configuration.typed(configuration.compose("train", job)).run for job in jobs]
+    folders = [configuration.to_run_config(configuration.compose("train", job)).run for job in jobs]
     if len(set(folders)) == len(jobs):
         return jobs
     return [

@@ -115,7 +115,7 @@ def check_first_trial(spec: SweepSpec, overrides: list[str]) -> RunConfig:
         raise UserError(f"{swept[0]}: the sweep chooses {key(swept[0])}: leave it out")
     parameters = sweep_engine.propose(spec.sweep, [])
     assert parameters is not None  # a grid has a first point
-    settings = configuration.typed(configuration.compose("train", spec.overrides(parameters, overrides)))
+    settings = configuration.to_run_config(configuration.compose("train", spec.overrides(parameters, overrides)))
     stage = spec.metric.partition("/")[0]
     if stage not in settings.stages:
         raise UserError(

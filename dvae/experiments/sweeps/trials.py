@@ -20,7 +20,7 @@ import yaml
 
 from dvae.errors import MachineError, UserError, printable_line
 from dvae.utils import atomic_files
-from dvae.utils.fields import Finite, Seconds
+from dvae.utils.number_types import Finite, Seconds
 from dvae.utils.read import DamagedFile, read_json
 from dvae.utils.user_yaml import read_user_yaml
 

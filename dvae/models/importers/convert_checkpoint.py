@@ -90,7 +90,7 @@ def convert(config: DictConfig) -> list[str]:
         vae = stack.enter_context(Checkpoint(Path(config.vae))) if config.vae else None
         match = READERS[config.layout](checkpoint, vae, config.weights is CheckpointWeights.ema, recipe)
         settled, changes = _settle(recipe, match)
-        typed = configuration.typed(OmegaConf.create(settled))
+        typed = configuration.to_run_config(OmegaConf.create(settled))
         _check(typed, match, checkpoint.path)
         lines = _say(config, settled, match, changes)
         if config.dry_run:

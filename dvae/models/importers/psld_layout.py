@@ -173,8 +173,8 @@ def _settings(checkpoint: Checkpoint, modules: list[NcsnppModule], config: dict[
 
 def _components(config: dict[str, Any]) -> int:
     """Components per channel of the recipe's process: 2 with a momentum."""
-    io = Shapes(image_size=config["image_size"], channels=config["channels"])
-    return PROCESSES.build(config["process"], io).k
+    shapes = Shapes(image_size=config["image_size"], channels=config["channels"])
+    return PROCESSES.build(config["process"], shapes).k
 
 
 def _check_channels(checkpoint: Checkpoint, inputs: int, config: dict[str, Any]) -> None:

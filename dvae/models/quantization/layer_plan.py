@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dvae.errors import UserError, fold, suggest
-from dvae.models.components import Models
+from dvae.models.components import RunModels
 from dvae.models.quantization import integer_layer, trace
 from dvae.models.quantization.quantized_layers import StorageFormat, StoredLayer, quantizable
 from dvae.utils import atomic_files
@@ -53,16 +53,16 @@ class QuantizationPlan:
     """Bytes, speed and KID beside the original, and whether it is offered for speed (quantization/compare.py)."""
 
 
-def make_plan(models: Models, method: QuantizationMethod, group: int, buckets: int) -> QuantizationPlan:
+def make_plan(models: RunModels, method: QuantizationMethod, group: int, buckets: int) -> QuantizationPlan:
     """The plan for the networks of `models`, in evaluation mode: every layer that they call is stored in less."""
     layers = {}
     for part, module in networks(models).items():
         if part == "encoder":
-            called = trace.trace_encoder(models.encoder, models.io)
+            called = trace.trace_encoder(models.encoder, models.shapes)
         elif part == "denoiser":
-            called = trace.trace_network(module, models.denoiser.refiner, models.denoiser.refiner.io)
+            called = trace.trace_network(module, models.denoiser.refiner, models.denoiser.refiner.shapes)
         else:
-            called = trace.trace_network(module, module, models.denoiser.io)
+            called = trace.trace_network(module, module, models.denoiser.shapes)
         most = {
             QuantizationMethod.int8_weights: StorageFormat.int8,
             QuantizationMethod.int4_weights: StorageFormat.int4,
@@ -76,12 +76,12 @@ def make_plan(models: Models, method: QuantizationMethod, group: int, buckets: i
     return QuantizationPlan(method=method.name, group=group, buckets=buckets, layers=layers)
 
 
-def networks(models: Models) -> dict[str, nn.Module]:
+def networks(models: RunModels) -> dict[str, nn.Module]:
     """The parts that are quantized."""
     return {name: part for name, part in models.trained_parts().items() if name != PRIOR}
 
 
-def replace_layers(models: Models, plan: QuantizationPlan, what: str) -> None:
+def replace_layers(models: RunModels, plan: QuantizationPlan, what: str) -> None:
     """Put the plan's layers in the place of those of `models`, with their weights.
 
     Raises UserError naming the first layer that the networks do not have, after `what`.
@@ -122,14 +122,14 @@ def _stored(layer: Any, store: StorageFormat, group: int, time_bucket: integer_l
     )
 
 
-def prepare_layers(models: Models) -> None:
+def prepare_layers(models: RunModels) -> None:
     """Let the layers that need it prepare their weights, once these are loaded."""
     for module in models.denoiser.modules():
         if isinstance(module, integer_layer.IntegerLayer):
             module.pack_weights()
 
 
-def parts_to_save(models: Models) -> dict[str, dict[str, torch.Tensor]]:
+def parts_to_save(models: RunModels) -> dict[str, dict[str, torch.Tensor]]:
     """State dicts for a bundle, of models whose layers are replaced: parameters that are left go in bf16.
 
     Buffers stay as they are: random frequencies would lose their phase in bf16.
@@ -143,7 +143,7 @@ def parts_to_save(models: Models) -> dict[str, dict[str, torch.Tensor]]:
     return parts
 
 
-def memory_bytes(models: Models) -> int:
+def memory_bytes(models: RunModels) -> int:
     """Bytes that weights and fitted figures take."""
     held = 0
     for part in models.trained_parts().values():
@@ -152,7 +152,7 @@ def memory_bytes(models: Models) -> int:
     return held
 
 
-def requires_cpu(models: Models) -> bool:
+def requires_cpu(models: RunModels) -> bool:
     """Whether the networks compute with kernels that are for CPUs."""
     return any(isinstance(layer, integer_layer.IntegerLayer) for layer in models.denoiser.modules())
 

@@ -17,7 +17,7 @@ from torch import nn
 from dvae.models.quantization.quantized_layers import quantizable
 from dvae.registry.core import Shapes
 from dvae.registry.encoders.base import Encoder
-from dvae.registry.refiners.base import Condition
+from dvae.registry.refiners.base import NetworkCondition
 
 TIME_LAYERS = 2
 """Layers of the embedding of the time."""
@@ -60,30 +60,32 @@ def record_inputs(module: nn.Module, call: Callable[[], object]) -> dict[str, to
     return seen
 
 
-def trace_encoder(encoder: Encoder, io: Shapes) -> CalledLayers:
+def trace_encoder(encoder: Encoder, shapes: Shapes) -> CalledLayers:
     """Of an encoder and its decoder; sensitive are their ends at the image: the first layer and the last."""
-    x = torch.linspace(-1, 1, io.channels * io.image_size**2).view(1, io.channels, io.image_size, io.image_size)
+    x = torch.linspace(-1, 1, shapes.channels * shapes.image_size**2).view(
+        1, shapes.channels, shapes.image_size, shapes.image_size
+    )
     down = list(record_inputs(encoder, lambda: encoder.encode(x)))
     up = list(record_inputs(encoder, lambda: encoder.decode(torch.ones(1, *encoder.latent_shape))))
     return CalledLayers(list(dict.fromkeys(down + up)), {*down[:1], *up[-1:]})
 
 
-Network = Callable[[torch.Tensor, torch.Tensor, Condition], object]
+Network = Callable[[torch.Tensor, torch.Tensor, NetworkCondition], object]
 
 
-def trace_network(module: nn.Module, network: Network, io: Shapes) -> CalledLayers:
+def trace_network(module: nn.Module, network: Network, shapes: Shapes) -> CalledLayers:
     """Of a network network(u, t_feature, condition), called as a refiner is; names are those in `module`."""
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, generator=draw)
 
-    side = (io.image_size, io.image_size)
-    u, t = normal(io.k * io.channels, *side), torch.tensor([300.0])
-    condition = Condition(
-        image=normal(io.condition_channels, *side) if io.condition_channels else None,
-        latent=normal(*io.latent) if io.condition_latent else None,
-        label=torch.zeros(1, dtype=torch.long) if io.labels else None,
+    side = (shapes.image_size, shapes.image_size)
+    u, t = normal(shapes.k * shapes.channels, *side), torch.tensor([300.0])
+    condition = NetworkCondition(
+        image=normal(shapes.condition_channels, *side) if shapes.condition_channels else None,
+        latent=normal(*shapes.latent) if shapes.condition_latent else None,
+        label=torch.zeros(1, dtype=torch.long) if shapes.labels else None,
     )
     first = record_inputs(module, lambda: network(u, t, condition))
     other_u = record_inputs(module, lambda: network(u + 1.0, t, condition))

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from dvae.registry.core import ComponentConfig, Registry, Shapes
-from dvae.registry.refiners.base import Condition, ConditionalNetwork
+from dvae.registry.refiners.base import ConditionalNetwork, NetworkCondition
 
 
 class Classifier(ConditionalNetwork, ABC):
@@ -16,12 +16,12 @@ class Classifier(ConditionalNetwork, ABC):
     Config: type[ComponentConfig]
 
     @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None:
-        super().__init__(io)
+    def __init__(self, config: ComponentConfig, shapes: Shapes) -> None:
+        super().__init__(shapes)
 
     @abstractmethod
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Logits (B, io.labels), fp32, of u (B, k*C, H, W) at t_feature (B,) in [0, 1000].
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
+        """Logits (B, shapes.labels), fp32, of u (B, k*C, H, W) at t_feature (B,) in [0, 1000].
 
         Of the condition, the class is not looked at.
         """

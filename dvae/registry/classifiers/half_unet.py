@@ -15,7 +15,7 @@ from dvae.layers.pooling import AttentionPool
 from dvae.layers.unet_blocks import build_down_blocks, build_middle_block, check_unet
 from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.refiners.base import NetworkCondition
 
 
 @CLASSIFIERS.register("half_unet")
@@ -49,20 +49,20 @@ class HalfUNet(Classifier):
         groups: int = 0
         """Groups of GroupNorm (0: 32, or fewer to have two channels in each); they divide `width`."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        check_unet("classifier", config, io.image_size)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        check_unet("classifier", config, shapes.image_size)
         self.config = config
         self.time_embed = mlp(config.width, 4 * config.width)
-        self.input_blocks, outputs = build_down_blocks(config, io.input_channels, io.image_size)
+        self.input_blocks, outputs = build_down_blocks(config, shapes.input_channels, shapes.image_size)
         channels = outputs[-1]
         self.middle_block = build_middle_block(config, channels)
-        side = io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
-        pool = AttentionPool(channels, side, config.heads, io.labels, config.attention)
+        side = shapes.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
+        pool = AttentionPool(channels, side, config.heads, shapes.labels, config.attention)
         # SiLU is part of the norm; Identity keeps the numbering of the pooling
         self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), pool)
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         h = fold_patches(self.concat_condition(u, condition), self.config.patch)
         embedding = self.time_embed(sinusoidal(t_feature, self.config.width))
         for block in self.input_blocks:

@@ -13,7 +13,7 @@ from dvae.layers.blocks import fold_patches
 from dvae.layers.ncsnpp_blocks import TimeEmbedding
 from dvae.registry.classifiers.base import CLASSIFIERS, Classifier
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import Condition
+from dvae.registry.refiners.base import NetworkCondition
 
 
 @CLASSIFIERS.register("ncsnpp_classifier")
@@ -48,19 +48,19 @@ class NCSNppClassifier(Classifier):
         checkpoint_blocks: bool = False
         """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        parts.check_ncsnpp("classifier", config, io.image_size)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        parts.check_ncsnpp("classifier", config, shapes.image_size)
         self.config = config
-        inputs = io.input_channels * config.patch**2
+        inputs = shapes.input_channels * config.patch**2
         time = parts.time_layers(config)
-        down, skips = parts.down_layers(config, inputs, io.image_size)
+        down, skips = parts.down_layers(config, inputs, shapes.image_size)
         middle = parts.middle_layers(config, skips[-1])
-        side = io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
-        head = nn.Linear(skips[-1] * side**2, io.labels, bias=False)
+        side = shapes.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
+        head = nn.Linear(skips[-1] * side**2, shapes.labels, bias=False)
         self.all_modules, self.sizes = parts.numbered(time, down, middle, [head])
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         time, down, middle, head = parts.split_parts(self.all_modules, self.sizes)
         x = fold_patches(self.concat_condition(u, condition), self.config.patch)
         embedding = parts.embed_time(self.config, time, t_feature)

@@ -21,7 +21,7 @@ class Distiller(ABC):
     """Whether targets are of the student as it is at that step; else of the teacher, which stays as it is."""
 
     @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None: ...
+    def __init__(self, config: ComponentConfig, shapes: Shapes) -> None: ...
 
     @property
     @abstractmethod

@@ -42,7 +42,7 @@ class ConsistencyTuning(Distiller):
 
     targets_from_student = True
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not config.q > 1.0:
             raise UserError(f"distiller.q={config.q}: use more than 1")
         for name in ("doublings", "steps"):

@@ -29,7 +29,7 @@ class ProgressiveDistillation(Distiller):
 
     targets_from_student = False
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         rounds, steps = [], config.start
         while steps > max(config.end, 1) and steps % 2 == 0:
             steps //= 2

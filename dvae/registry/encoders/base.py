@@ -69,7 +69,7 @@ class Encoder(nn.Module, ABC):
     """(D,) for a vector, (C, h, w) for a map."""
 
     @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None:
+    def __init__(self, config: ComponentConfig, shapes: Shapes) -> None:
         super().__init__()
 
     @abstractmethod

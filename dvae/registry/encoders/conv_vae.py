@@ -41,12 +41,12 @@ class ConvVAE(Encoder):
         patch: int = 1
         """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        _check(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        _check(config, shapes)
         self.config = config
         self.latent_shape = (config.latent_dim,)
-        folded = io.channels * config.patch**2
+        folded = shapes.channels * config.patch**2
         self.enc = ConvEncoder(config, folded)
         self.dec = ConvDecoder(config, folded)
 
@@ -160,7 +160,7 @@ class ConvDecoder(nn.Module):
         return self.last_conv(self.block_mod(self.in_conv(z)))
 
 
-def _check(config: ConvVAE.Config, io: Shapes) -> None:
+def _check(config: ConvVAE.Config, shapes: Shapes) -> None:
     """Raise UserError where the fields do not fit each other or the images."""
     sides = config.resolutions
     for name in ("channels", "encoder_blocks", "decoder_blocks"):
@@ -170,13 +170,13 @@ def _check(config: ConvVAE.Config, io: Shapes) -> None:
                 f"encoder.{name} {values} has {len(values)} entries: give {len(sides)}, one for each of "
                 f"encoder.resolutions {sides}"
             )
-    if config.patch < 1 or io.image_size % config.patch:
-        raise UserError(f"encoder.patch {config.patch} does not divide images of {io.image_size} px")
-    top = io.image_size // config.patch
+    if config.patch < 1 or shapes.image_size % config.patch:
+        raise UserError(f"encoder.patch {config.patch} does not divide images of {shapes.image_size} px")
+    top = shapes.image_size // config.patch
     if not sides or sides[0] != top or sides[-1] != 1:
         raise UserError(
-            f"encoder.resolutions {sides} do not fit images of {io.image_size} px with encoder.patch {config.patch}: "
-            f"start at {top} and end at 1"
+            f"encoder.resolutions {sides} do not fit images of {shapes.image_size} px with encoder.patch "
+            f"{config.patch}: start at {top} and end at 1"
         )
     if any(fine <= coarse or fine % coarse for fine, coarse in pairwise(sides)):
         raise UserError(f"encoder.resolutions {sides}: each must be a multiple of the next, and larger")

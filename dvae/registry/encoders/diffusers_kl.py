@@ -61,12 +61,12 @@ class DiffusersKL(Encoder):
         attention: AttentionBackend = AttentionBackend.auto
         """What computes attention."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         if config.scaling_factor <= 0:
             raise UserError(f"encoder.scaling_factor {config.scaling_factor} is not above 0: take that of {CONFIG}")
         plan = AutoencoderConfig(
-            colors=io.channels,
+            colors=shapes.channels,
             channels=config.block_out_channels,
             blocks=config.layers_per_block,
             latent_channels=config.latent_channels,
@@ -76,8 +76,8 @@ class DiffusersKL(Encoder):
             quant_conv=config.use_quant_conv,
             post_quant_conv=config.use_post_quant_conv,
         )
-        self.config, self.io = config, io
-        self.latent_shape = plan.latent_shape(io.image_size)
+        self.config, self.shapes = config, shapes
+        self.latent_shape = plan.latent_shape(shapes.image_size)
         self.autoencoder = Autoencoder(plan)
 
     def encode(self, x: torch.Tensor) -> Posterior:
@@ -128,7 +128,7 @@ class DiffusersKL(Encoder):
         except (OSError, DamagedFile) as error:
             reason = fold(error).removeprefix(f"{path}: ")
             raise UserError(f"{path}: not a readable {CONFIG} of an AutoencoderKL ({reason})") from None
-        colors = {"in_channels": self.io.channels, "out_channels": self.io.channels}
+        colors = {"in_channels": self.shapes.channels, "out_channels": self.shapes.channels}
         for name, value in (FIXED | colors).items():
             if stored.get(name, value) != value:
                 raise UserError(f"{path}: {name} is {str(stored[name])[:80]}, this encoder takes {value} alone")

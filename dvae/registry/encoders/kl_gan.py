@@ -53,17 +53,17 @@ class KLGAN(Encoder):
         gan_loss: GanLoss = GanLoss.hinge
         """What discriminator and decoder minimize."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         if config.discriminator_lr <= 0:
             raise UserError(f"encoder.discriminator_lr {config.discriminator_lr}: use a multiple above 0")
         for name in ("kl_weight", "discriminator_weight", "discriminator_start", "discriminator_warmup"):
             if getattr(config, name) < 0:
                 raise UserError(f"encoder.{name} {getattr(config, name)}: use 0 or more")
         if config.discriminator_weight:
-            check_discriminator(config.discriminator_width, config.discriminator_layers, io.image_size)
+            check_discriminator(config.discriminator_width, config.discriminator_layers, shapes.image_size)
         plan = AutoencoderConfig(
-            colors=io.channels,
+            colors=shapes.channels,
             channels=config.channels,
             blocks=config.blocks,
             latent_channels=config.latent_channels,
@@ -71,8 +71,8 @@ class KLGAN(Encoder):
             middle_attention=config.middle_attention,
             attention=config.attention,
         )
-        self.config, self.io = config, io
-        self.latent_shape = plan.latent_shape(io.image_size)
+        self.config, self.shapes = config, shapes
+        self.latent_shape = plan.latent_shape(shapes.image_size)
         self.autoencoder = Autoencoder(plan)
 
     def encode(self, x: torch.Tensor) -> Posterior:
@@ -101,7 +101,9 @@ class KLGAN(Encoder):
         if config.discriminator_weight == 0:
             return None
         return Adversary(
-            discriminator=PatchDiscriminator(self.io.channels, config.discriminator_width, config.discriminator_layers),
+            discriminator=PatchDiscriminator(
+                self.shapes.channels, config.discriminator_width, config.discriminator_layers
+            ),
             loss=config.gan_loss,
             weight=config.discriminator_weight,
             start=config.discriminator_start,

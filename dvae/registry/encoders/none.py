@@ -21,10 +21,10 @@ class NoEncoder(Encoder):
     class Config(ComponentConfig):
         pass
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         self.latent_shape = (0,)
-        self.io = io
+        self.shapes = shapes
 
     def encode(self, x: torch.Tensor) -> Posterior:
         """Mean and logvar of shape (B, 0)."""
@@ -33,7 +33,7 @@ class NoEncoder(Encoder):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Zeros (B, C, H, W)."""
-        return z.new_zeros(len(z), self.io.channels, self.io.image_size, self.io.image_size)
+        return z.new_zeros(len(z), self.shapes.channels, self.shapes.image_size, self.shapes.image_size)
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """ "loss" (B,): the squared error of x_hat = 0, which nothing can lower."""

@@ -26,13 +26,13 @@ class SimpleVAE(Encoder):
         kl_weight: float = 1.0
         """Weight of KL(q(z|x) || p(z)) against the squared error summed over pixels in [0, 1] units."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        _check(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        _check(config, shapes)
         self.config = config
         self.latent_shape = (config.latent_dim,)
-        widths = [io.channels, *config.channels]
-        side = io.image_size // 2 ** len(config.channels)
+        widths = [shapes.channels, *config.channels]
+        side = shapes.image_size // 2 ** len(config.channels)
         flat = widths[-1] * side**2
         down, up = nn.Sequential(), nn.Sequential()
         for inputs, outputs in pairwise(widths):
@@ -61,14 +61,14 @@ class SimpleVAE(Encoder):
         return terms | {"z": z, "x_hat": x_hat}
 
 
-def _check(config: SimpleVAE.Config, io: Shapes) -> None:
+def _check(config: SimpleVAE.Config, shapes: Shapes) -> None:
     """Raise UserError where the fields do not fit the images."""
     if not config.channels or min(config.channels) < 1 or config.latent_dim < 1 or config.kl_weight < 0:
         raise UserError(
             f"encoder.channels {config.channels}, encoder.latent_dim {config.latent_dim}, encoder.kl_weight "
             f"{config.kl_weight}: give at least one width, positive sizes, and a weight of 0 or more"
         )
-    if io.image_size % 2 ** len(config.channels):
+    if shapes.image_size % 2 ** len(config.channels):
         raise UserError(
-            f"images of {io.image_size} px do not halve {len(config.channels)} times: give fewer encoder.channels"
+            f"images of {shapes.image_size} px do not halve {len(config.channels)} times: give fewer encoder.channels"
         )

@@ -17,7 +17,7 @@ class Prior(nn.Module, ABC):
     Config: type[ComponentConfig]
 
     @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None:
+    def __init__(self, config: ComponentConfig, shapes: Shapes) -> None:
         super().__init__()
 
     def fit(self, mean: torch.Tensor, logvar: torch.Tensor, seed: int) -> dict[str, float]:

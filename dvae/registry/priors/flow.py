@@ -74,9 +74,9 @@ class NormalizingFlow(Prior):
     factor: torch.Tensor
     order: torch.Tensor
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        d = math.prod(io.latent)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        d = math.prod(shapes.latent)
         _check(config, d)
         self.config = config
         self.register_buffer("center", torch.zeros(d))

@@ -46,15 +46,15 @@ class GMM(Prior):
     means: torch.Tensor
     cholesky: torch.Tensor
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         if config.components < 1 or config.max_samples < config.components or config.regularization < 0:
             raise UserError(
                 f"prior.components {config.components}, prior.max_samples {config.max_samples}, prior.regularization "
                 f"{config.regularization}: give at least one component, a sample for each, and no negative number"
             )
         self.config = config
-        k, d = config.components, math.prod(io.latent)
+        k, d = config.components, math.prod(shapes.latent)
         unit = torch.eye(d) if config.covariance is Covariance.full else torch.ones(d)
         self.register_buffer("weights", torch.full((k,), 1.0 / k, dtype=torch.float64))
         self.register_buffer("means", torch.zeros(k, d))

@@ -18,8 +18,8 @@ class Normal(Prior):
     class Config(ComponentConfig):
         pass
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
 
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         """`normal` itself."""

@@ -24,7 +24,7 @@ class Process(ABC):
     """At t = 0 the components beside the image are N(0, kappa * their block of S_inf) (CLD and PSLD: 0.04)."""
 
     @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None: ...
+    def __init__(self, config: ComponentConfig, shapes: Shapes) -> None: ...
 
     @property
     def k(self) -> int:

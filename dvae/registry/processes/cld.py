@@ -24,7 +24,7 @@ class CLD(Process):
         kappa: float = 0.04
         """m_0 ~ N(0, kappa M); above 0."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not config.kappa > 0.0:
             raise UserError(f"process.kappa={config.kappa}: must be above 0; the paper has 0.04")
         M = 0.25

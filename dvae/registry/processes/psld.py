@@ -28,7 +28,7 @@ class PSLD(Process):
         kappa: float = 0.04
         """m_0 ~ N(0, kappa M); above 0."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if min(config.gamma, config.nu) < 0.0 or config.gamma == config.nu:
             raise UserError(
                 f"process.gamma={config.gamma}, nu={config.nu}: neither may be below 0, nor may they be equal"

@@ -18,7 +18,7 @@ class VariancePreserving(Process):
     class Config(ComponentConfig):
         pass
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         self.D = np.array([[0.5]])
         self.Q = np.array([[0.0]])
         self.S_inf = np.array([[1.0]])

@@ -15,7 +15,7 @@ from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 
 @dataclass(frozen=True)
-class Condition:
+class NetworkCondition:
     """What a refiner is conditioned on. A dropped condition is all zeros."""
 
     image: torch.Tensor | None = None
@@ -36,13 +36,13 @@ class Condition:
 class ConditionalNetwork(nn.Module):
     """A network whose input is a state u and, if it is conditioned on images, x_hat."""
 
-    def __init__(self, io: Shapes) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self.io = io
+        self.shapes = shapes
 
-    def concat_condition(self, u: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """u and, if there is one, x_hat: (B, io.input_channels, H, W)."""
-        return torch.cat([u, condition.require("image")], dim=1) if self.io.condition_channels else u
+    def concat_condition(self, u: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
+        """u and, if there is one, x_hat: (B, shapes.input_channels, H, W)."""
+        return torch.cat([u, condition.require("image")], dim=1) if self.shapes.condition_channels else u
 
 
 class Refiner(ConditionalNetwork, ABC):
@@ -51,23 +51,23 @@ class Refiner(ConditionalNetwork, ABC):
     Config: type[ComponentConfig]
 
     @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None:
-        super().__init__(io)
+    def __init__(self, config: ComponentConfig, shapes: Shapes) -> None:
+        super().__init__(shapes)
 
     @abstractmethod
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """u (B, k*C, H, W), t_feature (B,) in [0, 1000] -> (B, io.output_channels, H, W)."""
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
+        """u (B, k*C, H, W), t_feature (B,) in [0, 1000] -> (B, shapes.output_channels, H, W)."""
 
     def build_condition_embeddings(self, width: int) -> None:
         """Make the layers that bring z and the class to vectors of `width`; None where there is no such condition.
 
         Raises UserError on latent guidance without a latent.
         """
-        check_latent_guidance(self.io)
-        self.proj = embeddings.mlp(math.prod(self.io.latent), width) if self.io.condition_latent else None
-        self.label_emb = nn.Embedding(self.io.labels + 1, width) if self.io.labels else None
+        check_latent_guidance(self.shapes)
+        self.proj = embeddings.mlp(math.prod(self.shapes.latent), width) if self.shapes.condition_latent else None
+        self.label_emb = nn.Embedding(self.shapes.labels + 1, width) if self.shapes.labels else None
 
-    def add_condition_embedding(self, embedding: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def add_condition_embedding(self, embedding: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         """`embedding` (B, width) with z and the class added."""
         if self.proj is not None:
             embedding = embedding + self.proj(condition.require("latent").flatten(1))
@@ -76,9 +76,9 @@ class Refiner(ConditionalNetwork, ABC):
         return embedding
 
 
-def check_latent_guidance(io: Shapes) -> None:
+def check_latent_guidance(shapes: Shapes) -> None:
     """Raise UserError on latent guidance without a latent."""
-    if io.condition_latent and (not io.latent or 0 in io.latent):
+    if shapes.condition_latent and (not shapes.latent or 0 in shapes.latent):
         raise UserError(
             "latent guidance needs a latent shape, but the encoder gives none: set denoiser.condition_latent=false"
         )

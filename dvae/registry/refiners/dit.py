@@ -14,7 +14,7 @@ from dvae.layers.attention import AttentionBackend, attention
 from dvae.layers.blocks import zero_module
 from dvae.layers.embeddings import grid_positions, mlp, time_features
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 
 TIME_FEATURES = 256
 EXPANSION = 4
@@ -44,12 +44,12 @@ class DiT(Refiner):
         checkpoint_blocks: bool = False
         """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        _check(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        _check(config, shapes)
         self.config = config
-        side, width = io.image_size // config.patch, config.width
-        self.in_proj = nn.Linear(io.input_channels * config.patch**2, width)
+        side, width = shapes.image_size // config.patch, config.width
+        self.in_proj = nn.Linear(shapes.input_channels * config.patch**2, width)
         self.positions: torch.Tensor
         self.register_buffer("positions", grid_positions(side, width))
         self.time_embed = mlp(TIME_FEATURES, width)
@@ -57,7 +57,7 @@ class DiT(Refiner):
         self.blocks = nn.ModuleList(DiTBlock(width, config.heads, config.attention) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.out_proj = nn.Linear(width, io.output_channels * config.patch**2)
+        self.out_proj = nn.Linear(width, shapes.output_channels * config.patch**2)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -74,7 +74,7 @@ class DiT(Refiner):
             if isinstance(module, DiTBlock):  # each block starts as the identity
                 zero_module(module.modulate)
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         patches = F.pixel_unshuffle(
             self.concat_condition(u, condition), self.config.patch
         )  # (B, channels * patch^2, h, w)
@@ -112,10 +112,10 @@ class DiTBlock(nn.Module):
         return self.project(attention(q, k, v, self.backend).flatten(2))
 
 
-def _check(config: DiT.Config, io: Shapes) -> None:
+def _check(config: DiT.Config, shapes: Shapes) -> None:
     """Raise UserError where the fields do not fit each other or the images."""
-    if config.patch < 1 or io.image_size % config.patch:
-        raise UserError(f"refiner.patch {config.patch} does not divide {io.image_size} px: use a divisor")
+    if config.patch < 1 or shapes.image_size % config.patch:
+        raise UserError(f"refiner.patch {config.patch} does not divide {shapes.image_size} px: use a divisor")
     if config.heads < 1 or config.width < 4 or config.width % config.heads or config.width % 4:
         raise UserError(f"refiner.width {config.width} is not a multiple of 4 and of refiner.heads {config.heads}")
     if config.depth < 1:

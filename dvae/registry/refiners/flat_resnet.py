@@ -15,7 +15,7 @@ from dvae.layers.blocks import fold_patches, zero_module
 from dvae.layers.embeddings import time_features
 from dvae.layers.norms import GROUPS, GroupNorm
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner, check_latent_guidance
+from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner, check_latent_guidance
 
 
 @REFINERS.register("flat_resnet")
@@ -40,34 +40,34 @@ class FlatResNet(Refiner):
         checkpoint_blocks: bool = False
         """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        _check(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        _check(config, shapes)
         self.config = config
         # a latent vector is a map of one pixel
-        self.latent = io.latent if len(io.latent) == 3 else (math.prod(io.latent), 1, 1)
-        cond_channels = config.width + io.labels + (self.latent[0] if io.condition_latent else 0)
-        self.stem = nn.Conv2d(io.input_channels * config.patch**2, config.width, 3, padding=1)
+        self.latent = shapes.latent if len(shapes.latent) == 3 else (math.prod(shapes.latent), 1, 1)
+        cond_channels = config.width + shapes.labels + (self.latent[0] if shapes.condition_latent else 0)
+        self.stem = nn.Conv2d(shapes.input_channels * config.patch**2, config.width, 3, padding=1)
         self.blocks = nn.ModuleList(
             FlatResBlock(config.width, cond_channels, config.dropout) for _ in range(config.blocks)
         )
-        last = zero_module(nn.Conv2d(config.width, io.output_channels * config.patch**2, 3, padding=1))
+        last = zero_module(nn.Conv2d(config.width, shapes.output_channels * config.patch**2, 3, padding=1))
         self.out = nn.Sequential(GroupNorm(config.width, silu=True), last)
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         h = self.stem(fold_patches(self.concat_condition(u, condition), self.config.patch))
         cond = self._condition_map(t_feature, condition)
         for block in self.blocks:
             h = maybe_checkpoint(self.config.checkpoint_blocks, block, h, cond)
         return F.pixel_shuffle(self.out(h), self.config.patch).to(u.dtype)
 
-    def _condition_map(self, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def _condition_map(self, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         """Noise level, class and z as a map (B, cond_channels, h, w), of one pixel unless z is a map."""
         parts = [time_features(t_feature, self.config.width // 2)[:, :, None, None]]
-        if self.io.labels:  # one-hot; a dropped class is all zeros
-            known = F.one_hot(condition.require("label"), self.io.labels + 1)[:, :-1]
+        if self.shapes.labels:  # one-hot; a dropped class is all zeros
+            known = F.one_hot(condition.require("label"), self.shapes.labels + 1)[:, :-1]
             parts.append(known[:, :, None, None].to(parts[0].dtype))
-        if self.io.condition_latent:
+        if self.shapes.condition_latent:
             z = condition.require("latent").view(-1, *self.latent)
             parts = [part.expand(-1, -1, *z.shape[2:]) for part in parts] + [z]
         return torch.cat(parts, dim=1)
@@ -89,14 +89,14 @@ class FlatResBlock(nn.Module):
         return h + self.out_proj(self.in_proj(h) + spread)
 
 
-def _check(config: FlatResNet.Config, io: Shapes) -> None:
+def _check(config: FlatResNet.Config, shapes: Shapes) -> None:
     """Raise UserError where the fields do not fit each other or the images."""
     if config.width < 1 or config.width % GROUPS:
         raise UserError(f"refiner.width {config.width} is not a multiple of {GROUPS} (the groups of GroupNorm)")
     if config.blocks < 1:
         raise UserError(f"refiner.blocks {config.blocks}: give at least one")
-    if config.patch < 1 or io.image_size % config.patch:
-        raise UserError(f"refiner.patch {config.patch} does not divide {io.image_size} px: use a divisor")
+    if config.patch < 1 or shapes.image_size % config.patch:
+        raise UserError(f"refiner.patch {config.patch} does not divide {shapes.image_size} px: use a divisor")
     if not 0 <= config.dropout < 1:
         raise UserError(f"refiner.dropout {config.dropout} is not in [0, 1)")
-    check_latent_guidance(io)
+    check_latent_guidance(shapes)

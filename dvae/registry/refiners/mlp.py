@@ -12,7 +12,7 @@ from dvae.errors import UserError
 from dvae.layers.blocks import zero_module
 from dvae.layers.embeddings import mlp, time_features
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner, check_latent_guidance
+from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner, check_latent_guidance
 
 SINE_GAIN = 3.0
 """Factor on the initial weights in front of a sine: above 1, so that it bends."""
@@ -40,30 +40,30 @@ class MLP(Refiner):
 
     waves: torch.Tensor
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         if config.width < 4 or config.width % 4 or config.blocks < 1 or config.frequencies < 0:
             raise UserError(
                 f"refiner.width={config.width}, blocks={config.blocks}, frequencies={config.frequencies}: use a "
                 "multiple of 4, one block or more, 0 frequencies or more"
             )
-        check_latent_guidance(io)
+        check_latent_guidance(shapes)
         self.features = config.width // 2
-        pixels = io.image_size**2
-        inputs = io.input_channels * pixels
-        inputs += math.prod(io.latent) if io.condition_latent else 0
+        pixels = shapes.image_size**2
+        inputs = shapes.input_channels * pixels
+        inputs += math.prod(shapes.latent) if shapes.condition_latent else 0
         self.register_buffer("waves", config.bandwidth * torch.randn(inputs, config.frequencies))
         self.in_proj = nn.Linear(inputs + 2 * config.frequencies, config.width)
         self.embed_time = mlp(config.width, config.width)
-        self.embed_label = nn.Embedding(io.labels + 1, config.width) if io.labels else None
+        self.embed_label = nn.Embedding(shapes.labels + 1, config.width) if shapes.labels else None
         self.blocks = nn.ModuleList(MLPBlock(config.width) for _ in range(config.blocks))
         self.out_proj = nn.Sequential(
-            nn.LayerNorm(config.width), zero_module(nn.Linear(config.width, io.output_channels * pixels))
+            nn.LayerNorm(config.width), zero_module(nn.Linear(config.width, shapes.output_channels * pixels))
         )
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         inputs = [self.concat_condition(u, condition).flatten(1)]
-        if self.io.condition_latent:
+        if self.shapes.condition_latent:
             inputs.append(condition.require("latent").flatten(1))
         embedding = self.embed_time(time_features(t_feature, self.features))
         if self.embed_label is not None:
@@ -73,7 +73,7 @@ class MLP(Refiner):
         h = self.in_proj(torch.cat([x, torch.cos(angles), torch.sin(angles)], dim=1))
         for block in self.blocks:
             h = block(h, embedding)
-        return self.out_proj(h).to(u.dtype).view(len(u), self.io.output_channels, *u.shape[2:])
+        return self.out_proj(h).to(u.dtype).view(len(u), self.shapes.output_channels, *u.shape[2:])
 
 
 class MLPBlock(nn.Module):

@@ -15,7 +15,7 @@ from dvae.layers.blocks import fold_patches, with_skip, zero_module
 from dvae.layers.fir import fir_upsample, upsample
 from dvae.layers.ncsnpp_blocks import NCSNAttention, NCSNBlock, TimeEmbedding
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 
 
 @REFINERS.register("ncsnpp")
@@ -55,20 +55,20 @@ class NCSNpp(Refiner):
         checkpoint_blocks: bool = False
         """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        parts.check_ncsnpp("refiner", config, io.image_size)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        parts.check_ncsnpp("refiner", config, shapes.image_size)
         self.config = config
         self.build_condition_embeddings(4 * config.width)
         area = config.patch**2
         time = parts.time_layers(config)
         down, skips = parts.down_layers(
-            config, io.input_channels * area, io.image_size, config.fir, config.progressive_input
+            config, shapes.input_channels * area, shapes.image_size, config.fir, config.progressive_input
         )
         middle = parts.middle_layers(config, skips[-1])
         up = self._upward(skips)
         channels = config.multipliers[0] * config.width
-        out = [parts.group_norm(channels, silu=True), zero_module(parts.conv(channels, io.output_channels * area))]
+        out = [parts.group_norm(channels, silu=True), zero_module(parts.conv(channels, shapes.output_channels * area))]
         self.all_modules, self.sizes = parts.numbered(time, down, middle, up, out)
 
     def _upward(self, skips: list[int]) -> list[nn.Module]:
@@ -76,7 +76,7 @@ class NCSNpp(Refiner):
         config, skips = self.config, list(skips)
         layers: list[nn.Module] = []
         channels = skips[-1]
-        side = self.io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
+        side = self.shapes.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             for _ in range(config.blocks + 1):
                 layers.append(parts.res_block(config, channels + skips.pop(), multiplier * config.width))
@@ -88,7 +88,7 @@ class NCSNpp(Refiner):
                 side *= 2
         return layers
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         time, down, middle, up, out = parts.split_parts(self.all_modules, self.sizes)
         use_checkpoint = self.config.checkpoint_blocks
         x = fold_patches(self.concat_condition(u, condition), self.config.patch)

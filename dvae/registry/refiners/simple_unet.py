@@ -15,7 +15,7 @@ from dvae.layers.embeddings import mlp, time_features
 from dvae.layers.norms import GroupNorm
 from dvae.layers.unet_blocks import check_levels
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 
 
 @REFINERS.register("simple_unet")
@@ -40,15 +40,15 @@ class SimpleUNet(Refiner):
         checkpoint_blocks: bool = False
         """Compute activations inside a level again for the gradient, not keep them: less memory, a third more work."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
-        check_levels("refiner", config, io.image_size, [])
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        check_levels("refiner", config, shapes.image_size, [])
         self.config = config
         embedding = 4 * config.width
         widths = [multiplier * config.width for multiplier in config.multipliers]
         self.time_embed = mlp(config.width, embedding)
         self.build_condition_embeddings(embedding)
-        self.stem = nn.Conv2d(io.input_channels * config.patch**2, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(shapes.input_channels * config.patch**2, widths[0], 3, padding=1)
 
         def level(inputs: int, outputs: int) -> EmbeddedSequential:
             sizes = pairwise([inputs] + [outputs] * config.blocks)
@@ -59,10 +59,10 @@ class SimpleUNet(Refiner):
         self.shrink = nn.ModuleList(Downsample(a) for a in widths[:-1])
         self.grow = nn.ModuleList(Upsample(a) for a in widths[:0:-1])
         self.up = nn.ModuleList(level(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))
-        last = zero_module(nn.Conv2d(widths[0], io.output_channels * config.patch**2, 3, padding=1))
+        last = zero_module(nn.Conv2d(widths[0], shapes.output_channels * config.patch**2, 3, padding=1))
         self.out = nn.Sequential(GroupNorm(widths[0], silu=True), last)
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         h = self.stem(fold_patches(self.concat_condition(u, condition), self.config.patch))
         embedding = self.add_condition_embedding(
             self.time_embed(time_features(t_feature, self.config.width // 2)), condition

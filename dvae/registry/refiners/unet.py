@@ -15,7 +15,7 @@ from dvae.layers.embeddings import mlp, sinusoidal
 from dvae.layers.norms import GroupNorm
 from dvae.layers.unet_blocks import attention_block, build_down_blocks, build_middle_block, check_unet, res_block
 from dvae.registry.core import ComponentConfig, Shapes
-from dvae.registry.refiners.base import REFINERS, Condition, Refiner
+from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 
 
 @REFINERS.register("unet")
@@ -51,18 +51,18 @@ class UNet(Refiner):
         checkpoint_blocks: bool = False
         """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         self.config = config
-        check_unet("refiner", config, io.image_size)
+        check_unet("refiner", config, shapes.image_size)
         width, embedding = config.width, 4 * config.width
         self.time_embed = mlp(width, embedding)
         self.build_condition_embeddings(embedding)
-        self.input_blocks, skips = build_down_blocks(config, io.input_channels, io.image_size)
+        self.input_blocks, skips = build_down_blocks(config, shapes.input_channels, shapes.image_size)
         channels = skips[-1]
         self.middle_block = build_middle_block(config, channels)
 
-        side = io.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
+        side = shapes.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             for block in range(config.blocks + 1):
@@ -75,11 +75,11 @@ class UNet(Refiner):
                     side *= 2
                 self.output_blocks.append(EmbeddedSequential(*layers))
 
-        last = zero_module(nn.Conv2d(channels, io.output_channels * config.patch**2, 3, padding=1))
+        last = zero_module(nn.Conv2d(channels, shapes.output_channels * config.patch**2, 3, padding=1))
         # SiLU is part of the norm; Identity keeps the numbering of the convolution
         self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), last)
 
-    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
         h = fold_patches(self.concat_condition(u, condition), self.config.patch)
         embedding = self.add_condition_embedding(self.time_embed(sinusoidal(t_feature, self.config.width)), condition)
         use_checkpoint = self.config.checkpoint_blocks

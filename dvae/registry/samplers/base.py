@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from dvae.diffusion.kernels import Diffusion, Prediction
-from dvae.diffusion.model import Model, NoiseFn, OnStep, Threshold
+from dvae.diffusion.sampler_model import NoiseFn, OnStep, SamplerModel, Threshold
 from dvae.diffusion.time_grid import Spacing, time_grid
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry, Shapes
@@ -33,7 +33,7 @@ class SamplerOutput:
 class SamplerState:
     """One trajectory under way: what a step may use besides the state."""
 
-    model: Model
+    model: SamplerModel
     threshold: Threshold
     noise: NoiseFn
     times: list[float]
@@ -82,7 +82,7 @@ class Sampler(ABC):
     lockstep: bool = True
     """Whether all samples stand at the same time after each step, so that on_step can put in known pixels."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not 1 <= config.steps <= MAX_STEPS:
             raise UserError(f"sampler.steps={config.steps}: use 1 to {MAX_STEPS}")
         self.config = config
@@ -96,7 +96,9 @@ class Sampler(ABC):
         """u at s from u at t, 0 < s < t <= 1."""
 
     @torch.no_grad()
-    def sample(self, model: Model, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None) -> SamplerOutput:
+    def sample(
+        self, model: SamplerModel, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None
+    ) -> SamplerOutput:
         """Integrate from u at t = 1 to t = 0."""
         config = self.config
         times = time_grid(model.diffusion.schedule, config.steps, config.spacing, config.t_min, config.sigma_min)
@@ -114,7 +116,7 @@ class Sampler(ABC):
 SAMPLERS: Registry[Sampler] = Registry("sampler", __package__, Sampler)
 
 
-def compatible_samplers(diffusion: Diffusion, io: Shapes, asked: Sequence[str] = ()) -> list[str]:
+def compatible_samplers(diffusion: Diffusion, shapes: Shapes, asked: Sequence[str] = ()) -> list[str]:
     """Names of those samplers asked for (none: all but those that want a distilled refiner) which integrate it."""
     names = asked or [name for name in SAMPLERS.names() if SAMPLERS.get(name).needs_mean_denoiser]
-    return [name for name in names if SAMPLERS.build({"name": name}, io).supports(diffusion)]
+    return [name for name in names if SAMPLERS.build({"name": name}, shapes).supports(diffusion)]

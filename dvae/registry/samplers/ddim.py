@@ -23,8 +23,8 @@ class DDIM(Sampler):
 
     config: Config
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         if not 0.0 <= config.eta <= 1.0:
             raise UserError(f"sampler.eta={config.eta}: must be in [0, 1]; 0 is deterministic, 1 is DDPM")
 

@@ -41,8 +41,8 @@ class DDPM(Sampler):
 
     config: Config
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         if config.sigma_scale < 0.0:
             raise UserError(f"sampler.sigma_scale={config.sigma_scale}: must be 0 or more; 1 is DDPM")
 

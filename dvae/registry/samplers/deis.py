@@ -43,8 +43,8 @@ class DEIS(Sampler):
 
     config: Config
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         if config.order not in (1, 2, 3):
             raise UserError(f"sampler.order={config.order}: must be 1, 2 or 3")
 

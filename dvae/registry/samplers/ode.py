@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from dvae.diffusion.kernels import Diffusion
-from dvae.diffusion.model import Model, NoiseFn, OnStep, Threshold
 from dvae.diffusion.probability_flow import MIN_SQRT_CLOCK, flow_velocity, sqrt_clock
 from dvae.diffusion.rk45 import integrate
+from dvae.diffusion.sampler_model import NoiseFn, OnStep, SamplerModel, Threshold
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerOutput, SamplerState
@@ -37,8 +37,8 @@ class ProbabilityFlow(Sampler):
     config: Config
     lockstep = False
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         if not config.tolerance > 0.0:
             raise UserError(f"sampler.tolerance={config.tolerance}: must be above 0; 1e-5 is usual")
         if not 0.0 < config.t_min < 1.0:
@@ -51,7 +51,9 @@ class ProbabilityFlow(Sampler):
         raise AssertionError("the samples of this sampler stand at times of their own: see `sample`")
 
     @torch.no_grad()
-    def sample(self, model: Model, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None) -> SamplerOutput:
+    def sample(
+        self, model: SamplerModel, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None
+    ) -> SamplerOutput:
         """Integrate from u at t = 1 to t = 0; on_step sees these two states only."""
         config, diffusion = self.config, model.diffusion
         u = config.temperature * u

@@ -19,7 +19,7 @@ class Schedule(ABC):
     """Whether B(1) is infinite: at t = 1 nothing is left of the data, and eps says nothing of x0."""
 
     @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None: ...
+    def __init__(self, config: ComponentConfig, shapes: Shapes) -> None: ...
 
     @abstractmethod
     def integral(self, t: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Constant(Schedule):
         beta: float = 8.0
         """Noise rate per unit of time, above 0; abar(1) = exp(-beta)."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not 0.0 < config.beta < math.inf:
             raise UserError(f"schedule.beta={config.beta}: must be above 0 and finite; PSLD has 8")
         self._beta = config.beta

@@ -33,7 +33,7 @@ class Cosine(Schedule):
         zero_terminal_snr: bool = False
         """Leave nothing of the data at t = 1: abar without the cap; eps cannot be predicted there."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not config.offset > 0.0:
             raise UserError(f"schedule.offset={config.offset}: must be above 0; the paper has 0.008")
         self._speed = 0.5 * math.pi / (1.0 + config.offset)  # of the angle, in radians per unit of time

@@ -38,7 +38,7 @@ class DDPMLinear(Schedule):
     abar: torch.Tensor
     """(steps,), float64, decreasing."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if config.steps < 1:
             raise UserError(f"schedule.steps={config.steps}: must be at least 1")
         if not 0.0 < config.beta_start <= config.beta_end < 1.0:

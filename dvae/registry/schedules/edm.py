@@ -30,7 +30,7 @@ class EDM(Schedule):
         rho: float = 7.0
         """Power, at least 1: the larger, the finer the steps near the data."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not FEATURE_FROM < config.sigma_max < math.inf:
             raise UserError(
                 f"schedule.sigma_max={config.sigma_max}: must be above {FEATURE_FROM} and finite; EDM has 80"

@@ -28,7 +28,7 @@ class FlowMatching(Schedule):
 
     zero_terminal_snr: bool = True
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not 0.0 < config.shift < math.inf:
             raise UserError(f"schedule.shift={config.shift}: must be above 0 and finite; 1 is no shift, SD3 has 3")
         self._shift = config.shift

@@ -29,7 +29,7 @@ class Geometric(Schedule):
         sigma_max: float = 50.0
         """Noise at t = 1: about the largest distance between two images (50 for CIFAR-10 in [0, 1])."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not 0.0 < config.sigma_min < config.sigma_max < math.inf:
             raise UserError(
                 f"schedule.sigma_min={config.sigma_min}, sigma_max={config.sigma_max}: need 0 < min < max < inf"

@@ -29,7 +29,7 @@ class Linear(Schedule):
         zero_terminal_snr: bool = False
         """Rescale so that nothing of the data is left at t = 1 (Lin et al. 2024); eps cannot be predicted there."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if not 0.0 < config.beta_min <= config.beta_max < math.inf:
             raise UserError(
                 f"schedule.beta_min={config.beta_min}, beta_max={config.beta_max}: need 0 < min <= max < inf"

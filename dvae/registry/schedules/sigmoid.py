@@ -36,7 +36,7 @@ class Sigmoid(Schedule):
         zero_terminal_snr: bool = False
         """Leave nothing of the data at t = 1: abar as published, without its floor; eps cannot be predicted there."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         start, end, tau = config.start, config.end, config.tau
         if not (tau > 0.0 and -WIDEST <= start / tau < end / tau <= WIDEST):
             raise UserError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dvae.data.datasets import PublishedSplit
 from dvae.data.images import filtered
+from dvae.data.published_datasets import PublishedSplit
 from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
@@ -37,8 +37,8 @@ class AFHQ(ImageFileSource):
 
     config: Config
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         self.protocol = (
             f"AFHQ {self.version}, {config.split.value} images, the whole square image; {filtered(config.resize)}"
         )

@@ -81,13 +81,13 @@ class Avatars(Source):
         background: list[str] = field(default_factory=lambda: ["#f4a6a6", "#a6d8f4", "#b8e6b0", "#f6dd8a", "#c9b6f2"])
         """Colors to choose the background from, as #rrggbb."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         if config.n < 1:
             raise UserError(f"source.n={config.n}: use 1 or more")
         wrong = [color for color in config.background if not re.fullmatch("#[0-9a-fA-F]{6}", color)]
         if wrong or not config.background:
             raise UserError(f"source.background={wrong or '[]'}: give one or more colors as #rrggbb")
-        self.config, self.io = config, io
+        self.config, self.shapes = config, shapes
         self.protocol = f"drawn at {OVERSAMPLING}x, Pillow Lanczos"
         art = _definition(config.style.value)["meta"]["license"]["text"]
         self.license = f"{art}; drawn by DiceBear, with our colors and framing"
@@ -102,14 +102,14 @@ class Avatars(Source):
         key = f"{self.config.seed}-{index}"
         options = {"seed": key, "backgroundColor": self.config.background, **OPTIONS.get(self.config.style, {})}
         drawn = Avatar(_style(self.config.style.value), options).to_json()
-        size = self.io.image_size
+        size = self.shapes.image_size
         png = resvg_py.svg_to_bytes(
             svg_string=drawn["svg"], width=OVERSAMPLING * size, height=OVERSAMPLING * size, skip_system_fonts=True
         )
         image = decode(bytes(png), key).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image.convert("L") if self.io.channels == 1 else image)
+        pixels = np.asarray(image.convert("L") if self.shapes.channels == 1 else image)
         labels = _labels(_definition(self.config.style.value), drawn["options"])
-        return Item(key, pixels.reshape(size, size, self.io.channels), labels)
+        return Item(key, pixels.reshape(size, size, self.shapes.channels), labels)
 
 
 def _labels(definition: dict[str, Any], options: dict[str, Any]) -> dict[str, str | int]:

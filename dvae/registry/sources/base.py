@@ -20,7 +20,7 @@ class Item:
     key: str
     """Unique within the source, stable from build to build (a file name, an index, a seed)."""
     image: np.ndarray
-    """(H, W, C), uint8, H = W = io.image_size, C = io.channels."""
+    """(H, W, C), uint8, H = W = shapes.image_size, C = shapes.channels."""
     labels: dict[str, str | int] = field(default_factory=dict)
     """Known attributes of the image, by name."""
 
@@ -35,7 +35,7 @@ class Source(ABC):
     """How the images came to their size (crop, filter); kept in the manifest."""
 
     @abstractmethod
-    def __init__(self, config: ComponentConfig, io: Shapes) -> None: ...
+    def __init__(self, config: ComponentConfig, shapes: Shapes) -> None: ...
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -7,8 +7,8 @@ from enum import Enum
 
 from PIL import Image
 
-from dvae.data.datasets import AttributeList
 from dvae.data.images import DamagedImage, filtered
+from dvae.data.published_datasets import AttributeList
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
@@ -60,8 +60,8 @@ class CelebA(ImageFileSource):
 
     config: Config
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         left, top, right, bottom = BOXES[config.crop]
         self.protocol = (
             f"CelebA aligned {WIDTH}x{HEIGHT}, {config.crop.value}: x {left} to {right}, y {top} to {bottom}; "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dvae.data.datasets import AttributeList
 from dvae.data.images import filtered
+from dvae.data.published_datasets import AttributeList
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
@@ -36,8 +36,8 @@ class CelebAHQ(ImageFileSource):
 
     config: Config
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         self.protocol = f"CelebA-HQ, the whole square image as it was given; {filtered(config.resize)}"
         self._attributes = AttributeList(config.attributes, self.names) if config.attributes else None
         self._labeled = len({PurePath(name).parent.name for name in self.names}) > 1

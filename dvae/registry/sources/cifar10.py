@@ -15,8 +15,8 @@ from omegaconf import MISSING
 from PIL import Image
 
 from dvae.data.archives import files_of, open_tar
-from dvae.data.datasets import PublishedSplit
 from dvae.data.images import Crop, Resize, filtered, fit
+from dvae.data.published_datasets import PublishedSplit
 from dvae.errors import UserError, fold
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources.base import SOURCES, Item, Source
@@ -59,10 +59,10 @@ class Cifar10(Source):
         resize: Resize = Resize.lanczos
         """Filter for sizes other than 32."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        self.config, self.io = config, io
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        self.config, self.shapes = config, shapes
         self.protocol = f"CIFAR-10 {config.split.value} images, 32x32 as published"
-        if io.image_size != SIZE:
+        if shapes.image_size != SIZE:
             self.protocol += f", scaled; {filtered(config.resize)}"
         names = BATCHES[config.split]
         batches = {name: read_batch(path, data) for name, (path, data) in _find(config.path, names).items()}
@@ -79,7 +79,7 @@ class Cifar10(Source):
     def __getitem__(self, index: int) -> Item:
         image = Image.fromarray(np.ascontiguousarray(self.images[index].reshape(3, SIZE, SIZE).transpose(1, 2, 0)))
         key = self.keys[index]
-        pixels = fit(image, self.io.image_size, self.io.channels, Crop.none, key, self.config.resize)
+        pixels = fit(image, self.shapes.image_size, self.shapes.channels, Crop.none, key, self.config.resize)
         return Item(key, pixels, {"class": CLASSES[self.labels[index]]})
 
 

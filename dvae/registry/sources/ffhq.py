@@ -31,8 +31,8 @@ class FFHQ(ImageFileSource):
     class Config(FilesConfig):
         """Fields of FilesConfig."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
         self.protocol = f"FFHQ, the whole square image as it was given; {filtered(config.resize)}"
 
     def select(self, names: list[str]) -> list[str]:

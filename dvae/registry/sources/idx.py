@@ -41,8 +41,8 @@ class Idx(Source):
         license: str = Source.license
         """License of the images with the credit it asks for; kept in the manifest."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        self.config, self.io = config, io
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        self.config, self.shapes = config, shapes
         self.license, self.protocol = config.license, protocol(config.crop)
         self.images = read_idx(config.images, "source.images")
         if self.images.ndim not in (3, 4) or (self.images.ndim == 4 and self.images.shape[3] != 3):
@@ -63,7 +63,11 @@ class Idx(Source):
 
     def __getitem__(self, index: int) -> Item:
         pixels = fit(
-            Image.fromarray(self.images[index]), self.io.image_size, self.io.channels, self.config.crop, str(index)
+            Image.fromarray(self.images[index]),
+            self.shapes.image_size,
+            self.shapes.channels,
+            self.config.crop,
+            str(index),
         )
         return Item(f"{index:07d}", pixels, {} if self.labels is None else {"label": int(self.labels[index])})
 

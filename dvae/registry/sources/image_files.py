@@ -9,9 +9,9 @@ from pathlib import PurePath
 from omegaconf import MISSING
 from PIL import Image
 
-from dvae.data.datasets import require_square
 from dvae.data.image_tree import Tree, open_tree
 from dvae.data.images import Crop, Resize, decode, fit, printable, protocol
+from dvae.data.published_datasets import require_square
 from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources.base import Item, Source
@@ -46,8 +46,8 @@ class ImageFileSource(Source):
     _crop = Crop.none
     """Of what `square` returns."""
 
-    def __init__(self, config: FilesConfig, io: Shapes, opened: Callable[[str], Tree] = open_tree) -> None:
-        self.config, self.io = config, io
+    def __init__(self, config: FilesConfig, shapes: Shapes, opened: Callable[[str], Tree] = open_tree) -> None:
+        self.config, self.shapes = config, shapes
         self.tree = opened(config.path)
         self.names = self.select(self.tree.names)
         if not self.names:
@@ -59,7 +59,7 @@ class ImageFileSource(Source):
 
     def square(self, image: Image.Image, name: str) -> Image.Image:
         """The part of an image that is scaled to a square. Raises DamagedImage where it is none of the data set."""
-        return require_square(image, name, self.io.image_size)
+        return require_square(image, name, self.shapes.image_size)
 
     def labels(self, index: int) -> dict[str, str | int]:
         """Known attributes of image number `index`."""
@@ -71,7 +71,7 @@ class ImageFileSource(Source):
     def __getitem__(self, index: int) -> Item:
         name = self.names[index]
         image = self.square(decode(self.tree.read(name), name), name)
-        pixels = fit(image, self.io.image_size, self.io.channels, self._crop, name, self.config.resize)
+        pixels = fit(image, self.shapes.image_size, self.shapes.channels, self._crop, name, self.config.resize)
         return Item(PurePath(printable(name)).as_posix(), pixels, self.labels(index))
 
 
@@ -80,8 +80,8 @@ class AnyImageFileSource(ImageFileSource):
 
     config: AnyFilesConfig
 
-    def __init__(self, config: AnyFilesConfig, io: Shapes, opened: Callable[[str], Tree]) -> None:
-        super().__init__(config, io, opened)
+    def __init__(self, config: AnyFilesConfig, shapes: Shapes, opened: Callable[[str], Tree]) -> None:
+        super().__init__(config, shapes, opened)
         self.license, self.protocol = config.license, protocol(config.crop, config.resize)
         self._crop = config.crop
         self._labeled = len({PurePath(name).parent for name in self.names}) > 1

@@ -18,5 +18,5 @@ class ImageFolder(AnyImageFileSource):
     class Config(AnyFilesConfig):
         """Fields of AnyFilesConfig."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io, FolderTree)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes, FolderTree)

@@ -40,8 +40,8 @@ class Mnist5k(Source):
     class Config(ComponentConfig):
         pass
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        self.io = io
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        self.shapes = shapes
         self.protocol = protocol(Crop.none)
         self.images, self.digits = read_digits()
 
@@ -50,7 +50,7 @@ class Mnist5k(Source):
 
     def __getitem__(self, index: int) -> Item:
         image = Image.fromarray(self.images[index])
-        pixels = fit(image, self.io.image_size, self.io.channels, Crop.none, str(index))
+        pixels = fit(image, self.shapes.image_size, self.shapes.channels, Crop.none, str(index))
         return Item(f"{index:04d}", pixels, {"digit": int(self.digits[index])})
 
 

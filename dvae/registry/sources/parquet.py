@@ -46,8 +46,8 @@ class Parquet(Source):
         license: str = Source.license
         """License of the images with the credit it asks for; kept in the manifest."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        self.config, self.io = config, io
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        self.config, self.shapes = config, shapes
         self.license, self.protocol = config.license, protocol(config.crop, config.resize)
         self.files = _files(config.path)
         self._class_names: dict[str, list[str]] = {}
@@ -97,7 +97,7 @@ class Parquet(Source):
         if not data:
             raise DamagedImage(f"{name}: column {self.config.image!r} holds no bytes")
         pixels = fit(
-            decode(data, name), self.io.image_size, self.io.channels, self.config.crop, name, self.config.resize
+            decode(data, name), self.shapes.image_size, self.shapes.channels, self.config.crop, name, self.config.resize
         )
         return Item(name, pixels, {c: self._label(c, cells[c][row].as_py(), name) for c in self.config.labels})
 

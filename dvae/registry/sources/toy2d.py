@@ -81,15 +81,16 @@ class Toy2D(StreamSource):
         densities: list[str] = field(default_factory=lambda: list(DENSITIES))
         """rings | moons | checkerboard | spirals | pinwheel | gaussians; label i is the i-th of them."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         unknown = [name for name in config.densities if name not in DENSITIES]
         if unknown:
             raise UserError(f"source.densities: unknown density {unknown[0]!r}: {suggest(unknown[0], DENSITIES)}")
         if not config.densities or len(set(config.densities)) < len(config.densities):
             raise UserError(f"source.densities={config.densities}: name one or more, each once")
-        if (io.channels, io.image_size) != (2, 1):
+        if (shapes.channels, shapes.image_size) != (2, 1):
             raise UserError(
-                f"source toy2d draws points: set image_size=1 and channels=2, not {io.image_size} and {io.channels}"
+                "source toy2d draws points: set image_size=1 and channels=2, "
+                f"not {shapes.image_size} and {shapes.channels}"
             )
         self.classes = tuple(config.densities)
 

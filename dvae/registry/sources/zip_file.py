@@ -18,5 +18,5 @@ class ZipSource(AnyImageFileSource):
     class Config(AnyFilesConfig):
         """Fields of AnyFilesConfig."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
-        super().__init__(config, io, ZipTree)
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes, ZipTree)

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from dvae.errors import MachineError, fold
 from dvae.utils import atomic_files
-from dvae.utils.fields import Seconds
+from dvae.utils.number_types import Seconds
 from dvae.utils.read import DamagedFile, read_json
 
 FOLDER = "slurm"

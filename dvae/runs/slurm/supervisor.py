@@ -30,7 +30,7 @@ from dvae.runs.exit_status import GRACE, RankExit, raise_for
 from dvae.runs.slurm import queue
 from dvae.runs.slurm.rank import ENDED_KEY, STARTED_KEY, STOP_SIGNALS
 from dvae.tracking.console import say
-from dvae.utils.fields import Positive, Seconds
+from dvae.utils.number_types import Positive, Seconds
 from dvae.utils.read import check, parse_json, read_yaml
 from dvae.utils.secrets import guard_streams
 

@@ -16,7 +16,6 @@ from torch import nn
 from dvae.config.schema import Decay, Precision, TrainingConfig
 from dvae.errors import MachineError
 from dvae.training.engine.ema import MAIN, AdamWEma, ema_decays
-from dvae.training.engine.footprint import bucket_size
 from dvae.training.engine.fragments import (
     STEP,
     WEIGHT,
@@ -28,6 +27,7 @@ from dvae.training.engine.fragments import (
     owned_slices,
     persistent_buffers,
 )
+from dvae.training.engine.memory_estimate import bucket_size
 from dvae.training.resilience import ranks
 
 if not torch.cuda.is_available():

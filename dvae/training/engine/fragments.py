@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dvae.errors import MachineError, fold
-from dvae.utils.fields import Count
+from dvae.utils.number_types import Count
 from dvae.utils.read import DamagedFile, check, parse_json, read_weights_header, read_weights_metadata
 
 WEIGHT, BUFFER, STEP = "weight", "buffer", "step"

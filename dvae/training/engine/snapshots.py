@@ -1,4 +1,4 @@
-"""Snapshots: averages of the weights at some steps of a stage, from which others are made afterwards (posthoc.py).
+"""Snapshots: averages of the weights at some steps of a stage, from which ema_from_snapshots.py makes others.
 
 A stage's folder holds one weights file per snapshot, and hashes.json with the hash of each: {file name: sha256}.
 """

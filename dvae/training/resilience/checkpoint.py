@@ -19,7 +19,7 @@ from dvae.errors import MachineError, printable_line
 from dvae.training.metric_sums import MetricSums
 from dvae.training.resilience import ranks
 from dvae.utils import atomic_files
-from dvae.utils.fields import Count, Seconds
+from dvae.utils.number_types import Count, Seconds
 from dvae.utils.read import (
     JSON_LIMIT,
     DamagedFile,

@@ -26,7 +26,7 @@ from dvae.training.resilience import ranks
 from dvae.training.resilience.sample_log import gather_samples
 from dvae.training.train_task import TrainTask
 from dvae.utils import atomic_files
-from dvae.utils.fields import Number, Positive
+from dvae.utils.number_types import Number, Positive
 from dvae.utils.read import DamagedFile, read_json
 from dvae.utils.weights import save_weights
 
@@ -55,7 +55,7 @@ class NonFiniteStep(MachineError):
     retryable = False
 
 
-def skip_step(
+def record_nonfinite_step(
     task: TrainTask,
     engines: Mapping[str, TrainedEngine],
     batches: list[Batch],

@@ -30,13 +30,15 @@ DIT = ["refiner=dit", "refiner.width=64", "refiner.depth=2", "refiner.heads=2", 
 def exported(folder: Path, words: list[str]) -> Path:
     """The bundle of a run that was never trained."""
     composed = compose.compose("train", [*words, "denoiser.data_scale=1"])
-    made = components.build_models(compose.typed(composed))
+    made = components.build_models(compose.to_run_config(composed))
     with torch.no_grad():
         for parameter in made.denoiser.refiner.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.05)
     bundle_export.export(
-        folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
+        folder,
+        compose.to_run_config(composed),
+        {name: part.state_dict() for name, part in made.trained_parts().items()},
     )
     return folder
 
@@ -204,7 +206,7 @@ def test_nothing_is_trained_from_a_quantized_bundle(
     quantized: dict[QuantizationMethod, Path], words: list[str]
 ) -> None:
     folder = quantized[QuantizationMethod.int8_weights]
-    run = compose.typed(compose.compose("train", [*words, f"encoder_weights={folder}"]))
+    run = compose.to_run_config(compose.compose("train", [*words, f"encoder_weights={folder}"]))
     with pytest.raises(UserError, match=r"is quantized \(int8_weights\): name the bundle that it was made of"):
         bundle_reuse.load_encoder_weights(run)
 

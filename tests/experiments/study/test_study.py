@@ -73,7 +73,7 @@ def test_the_studies_that_are_shipped(name: str) -> None:
             f"stages=[{stages}]",
             *study_spec.arm_overrides(settings, arm, 4),
         ]
-        found = compose.typed(compose.compose("train", words))
+        found = compose.to_run_config(compose.compose("train", words))
         assert components.build_models_on_meta(found).has_generator
         assert set(stages.split(",")) <= set(STAGES)
 
@@ -143,11 +143,11 @@ def test_the_table_has_errors_over_seeds() -> None:
 def test_formulation_2_draws_the_same_images(tiny: list[str], tmp_path: Path, image: bool) -> None:
     words = [*tiny, "denoiser.center=none", "denoiser.data_scale=1", f"denoiser.condition_image={image}"]
     composed = compose.compose("train", words)
-    made = components.build_models(compose.typed(composed))
+    made = components.build_models(compose.to_run_config(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
-    bundle_export.export(tmp_path / "bundle", compose.typed(composed), parts)
+    bundle_export.export(tmp_path / "bundle", compose.to_run_config(composed), parts)
     if not image:
         with pytest.raises(UserError, match="is not of formulation 1"):
             equivalence.compare_formulations(tmp_path / "bundle", 3, 0)

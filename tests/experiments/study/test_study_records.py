@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from dvae.errors import MachineError, UserError
-from dvae.evaluation.protocol import Protocol
+from dvae.evaluation.protocol import EvaluationProtocol
 from dvae.experiments.study import study_runs, study_spec
 from dvae.experiments.study.study_spec import StudyConfig
 
 KID = {"mean": 0.5, "se": None}
 FIGURES = {"n": 10, "KID-lite0": KID}
-PROTOCOL = Protocol(
+PROTOCOL = EvaluationProtocol(
     backend="b", extractor="e", weights_sha256="w", resize="r", image_size=8, n=10, reference_split="train",
     n_reference=20, reference_sha256="s", seeds=[0, 1, 2], kid_subset_size=5, kid_subsets=5, kid_seed=1,
     sampler={"name": "ddim"}, nfe=5, packages={},

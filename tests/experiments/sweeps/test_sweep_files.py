@@ -56,7 +56,7 @@ def test_every_parameter_is_an_override_of_its_recipe(path: Path, monkeypatch: p
     for number in range(max(map(len, values.values()))):
         chosen = {name: some[number % len(some)] for name, some in values.items()}
         words = sweep_spec.expand(content["command"], content["program"], chosen)
-        settings = compose.typed(
+        settings = compose.to_run_config(
             compose.compose("train", words[words.index(sweep_spec.program(content["program"])) + 1 :])
         )
         assert settings.run.endswith("/abc123")

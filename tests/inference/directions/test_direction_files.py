@@ -117,15 +117,15 @@ def test_move_adds_the_vector_by_strength() -> None:
 
 def test_a_new_export_keeps_them_while_the_encoder_is_the_same(tiny: list[str], tmp_path: Path) -> None:
     composed = compose.compose("train", tiny)
-    built = components.build_models(compose.typed(composed))
+    built = components.build_models(compose.to_run_config(composed))
     parts = {name: part.state_dict() for name, part in built.trained_parts().items()}
     place = tmp_path / "bundle"
-    bundle_export.export(place, compose.typed(composed), {"encoder": parts["encoder"]})
+    bundle_export.export(place, compose.to_run_config(composed), {"encoder": parts["encoder"]})
     directions.save(place, [Direction("pca_1", torch.ones(8), DirectionMethod.pca, "one standard deviation")])
-    bundle_export.export(place, compose.typed(composed), parts)  # the refiner is trained now
+    bundle_export.export(place, compose.to_run_config(composed), parts)  # the refiner is trained now
     assert directions.names(place) == ["pca_1"]
     changed = {name: value + 1 for name, value in parts["encoder"].items()}
-    bundle_export.export(place, compose.typed(composed), parts | {"encoder": changed})
+    bundle_export.export(place, compose.to_run_config(composed), parts | {"encoder": changed})
     with pytest.raises(UserError, match="was found for other weights of the encoder"):
         directions.names(place)
 
@@ -166,14 +166,16 @@ def test_a_new_export_leaves_out_directions_that_do_not_match_their_hash(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     composed = compose.compose("train", tiny)
-    encoder = {"encoder": components.build_models(compose.typed(composed)).trained_parts()["encoder"].state_dict()}
+    encoder = {
+        "encoder": components.build_models(compose.to_run_config(composed)).trained_parts()["encoder"].state_dict()
+    }
     for name, (damage, says) in LEFT_OUT.items():
         place = tmp_path / name / "bundle"
-        bundle_export.export(place, compose.typed(composed), encoder)
+        bundle_export.export(place, compose.to_run_config(composed), encoder)
         directions.save(place, [Direction("pca_1", torch.ones(8), DirectionMethod.pca, "one standard deviation")])
         assert "directions" not in capsys.readouterr().err
         damage(place / direction_files.FILE)
-        bundle_export.export(place, compose.typed(composed), encoder)
+        bundle_export.export(place, compose.to_run_config(composed), encoder)
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1, name
         assert said[0].startswith("dvae: the new bundle has no directions, find them again: "), name

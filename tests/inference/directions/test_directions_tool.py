@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     words = [f"run={place / 'run'}", f"data.shards={place / 'shards'}", "train_refiner.precision=fp32"]
     composed = compose.compose("train", [*tiny, *words, "denoiser.data_scale=1"])
     submit(composed)
-    typed = compose.typed(composed)
+    typed = compose.to_run_config(composed)
     shard_build.build(typed.source, 16, place / "shards", heldout_fraction=0.2, workers=1)
     made = components.build_models(typed)
     parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
@@ -98,8 +98,8 @@ def test_a_run_without_an_encoder_is_refused(tmp_path: Path, tiny: list[str]) ->
     words = ["encoder=none", "denoiser.condition_image=false", "denoiser.condition_latent=false", "prior=normal"]
     kept = [word for word in tiny if not word.startswith(("encoder.", "prior."))]
     composed = compose.compose("train", [*kept, *words, "stages=[shards,refiner]", "denoiser.center=none"])
-    made = components.build_models(compose.typed(composed))
+    made = components.build_models(compose.to_run_config(composed))
     parts = {name: part.state_dict() for name, part in made.trained_parts().items()}
-    bundle_export.export(tmp_path / "bundle", compose.typed(composed), parts)
+    bundle_export.export(tmp_path / "bundle", compose.to_run_config(composed), parts)
     with pytest.raises(UserError, match="has no encoder, so no latent to find directions of"):
         run(tmp_path / "bundle", "find=[pca]")

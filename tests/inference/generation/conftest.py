@@ -24,11 +24,13 @@ CLASSES = ["classes=[cat,dog]", "data.label=kind", "denoiser.condition_label=tru
 def exported(folder: Path, *words: str) -> Path:
     """The bundle of a run that was never trained, in fp32."""
     composed = compose.compose("train", [*words, "denoiser.data_scale=1", "train_refiner.precision=fp32"])
-    made = components.build_models(compose.typed(composed))
+    made = components.build_models(compose.to_run_config(composed))
     with torch.no_grad():
         made.denoiser.refiner.out[2].weight.normal_(std=0.02)  # it starts at zero
     bundle_export.export(
-        folder, compose.typed(composed), {name: part.state_dict() for name, part in made.trained_parts().items()}
+        folder,
+        compose.to_run_config(composed),
+        {name: part.state_dict() for name, part in made.trained_parts().items()},
     )
     return folder
 

@@ -46,7 +46,7 @@ PER = {"interpolate": 2}
 def wide(run: Path, kinds: dict[str, Path]) -> torch.Tensor:
     """A direction of each run, the same for those whose latent is a vector."""
     for place in (run, *kinds.values()):
-        shape = dvae.load(place).models.io.latent
+        shape = dvae.load(place).models.shapes.latent
         vector = torch.linspace(-1, 1, int(np.prod(shape))).view(shape)
         save(place, [Direction("wide", vector, DirectionMethod.labels, unit="one")])
     return torch.linspace(-1, 1, 8)

@@ -13,7 +13,7 @@ from dvae.errors import UserError
 from dvae.inference import pipeline
 from dvae.layers.norms import GroupNorm, default_groups
 from dvae.models.importers import convert_checkpoint
-from dvae.registry.refiners.base import Condition
+from dvae.registry.refiners.base import NetworkCondition
 
 CHANNELS = {16: 8, 8: 16, 4: 16, 1: 24}
 STRINGS = {
@@ -73,7 +73,7 @@ def test_networks_compute_what_the_public_code_does(tmp_path, vae, weights):
     with torch.no_grad():
         wanted = (average if weights == "ema" else online)(u, steps, x_hat, z)
         torch.testing.assert_close(
-            denoiser.refiner(u, steps.float(), Condition(x_hat, z)), wanted, atol=1e-5, rtol=1e-5
+            denoiser.refiner(u, steps.float(), NetworkCondition(x_hat, z)), wanted, atol=1e-5, rtol=1e-5
         )
         mean, logvar = vae.encode(0.5 * (x_hat + 1))
         posterior = encoder.encode(x_hat)
@@ -91,7 +91,7 @@ def test_groups_are_those_of_the_public_code_at_any_width(tmp_path, vae, width, 
     loaded = pipeline.load(tmp_path / "bundle")
     u, x_hat, z, steps = inputs()
     with torch.no_grad():
-        ours = loaded.models.denoiser.refiner(u, steps.float(), Condition(x_hat, z))
+        ours = loaded.models.denoiser.refiner(u, steps.float(), NetworkCondition(x_hat, z))
         torch.testing.assert_close(ours, network(u, steps, x_hat, z), atol=1e-6, rtol=1e-6)
     assert loaded.config.refiner.groups == groups
     assert f"refiner.groups={groups} " in next(line for line in lines if line.startswith("known from"))
@@ -109,7 +109,7 @@ def test_a_network_of_width_32_needs_these_groups(tmp_path, vae):
             module.num_groups = default_groups(module.num_channels)
     u, x_hat, z, steps = inputs()
     with torch.no_grad():
-        other = refiner(u, steps.float(), Condition(x_hat, z))
+        other = refiner(u, steps.float(), NetworkCondition(x_hat, z))
         assert (other - network(u, steps, x_hat, z)).abs().max() > 0.1
 
 
@@ -178,7 +178,7 @@ def test_an_unconditional_network_has_no_encoder(tmp_path, vae):
     assert loaded.config.encoder.name == "none"
     u, _, _, steps = inputs()
     with torch.no_grad():
-        ours = loaded.models.denoiser.refiner(u, steps.float(), Condition())
+        ours = loaded.models.denoiser.refiner(u, steps.float(), NetworkCondition())
         torch.testing.assert_close(ours, network(u, steps, None, None), atol=1e-5, rtol=1e-5)
     assert loaded.generate(2, seed=0)[1].shape == (2, 3, 16, 16)
 

@@ -35,10 +35,10 @@ def preset(kind: str, name: str) -> tuple[dict, int]:
     return {"name": component} | plain if component.islower() else plain, size
 
 
-def stored(registry, node: dict, io: Shapes) -> tuple[dict[str, CheckpointTensor], object]:
+def stored(registry, node: dict, shapes: Shapes) -> tuple[dict[str, CheckpointTensor], object]:
     """The network's tensors as a file would hold them, and its settings."""
     with torch.device("meta"):
-        made = registry.build(node, io)
+        made = registry.build(node, shapes)
     held = {}
     for name, value in made.state_dict().items():
         ref = TensorRef(TensorStorage(torch.float32, "0", value.numel()), 0, tuple(value.shape), value.stride())
@@ -59,8 +59,8 @@ def agree(found: dict, kind: str, config: object, but: tuple[str, ...]) -> None:
 def test_unet(name, guided):
     node, size = preset("refiner", name)
     latent = (512,) if guided else ()
-    io = Shapes(image_size=size, condition_channels=3, latent=latent, condition_latent=guided)
-    net, config = stored(REFINERS, node | {"scale_shift_norm": guided}, io)
+    shapes = Shapes(image_size=size, condition_channels=3, latent=latent, condition_latent=guided)
+    net, config = stored(REFINERS, node | {"scale_shift_norm": guided}, shapes)
     found = diffusevae_layout._unet(FILE, net, size)
     agree(found, "refiner", config, ("heads", "attention", "dropout", "checkpoint_blocks"))
     assert (found["denoiser.condition_latent"], found["denoiser.condition_image"], found["channels"]) == (

@@ -59,7 +59,9 @@ def no_numbers(tensor: CheckpointTensor) -> torch.Tensor:
 def test_fits(recipe, layout, changed, tmp_path, monkeypatch):
     words = [f"from={layout}", f"recipe={recipe}", "ckpt=a.ckpt", f"out={tmp_path / 'b'}", "dry_run=true"]
     config = convert_checkpoint.compose(words)
-    made = components.build_models_on_meta(configuration.typed(OmegaConf.create(convert_checkpoint._plain(config))))
+    made = components.build_models_on_meta(
+        configuration.to_run_config(OmegaConf.create(convert_checkpoint._plain(config)))
+    )
     refiner = made.denoiser.refiner.state_dict()
     held = hold("ema_score_fn.", refiner)
     if layout == "diffusevae":

@@ -14,7 +14,7 @@ from dvae.models.quantization.quantized_layers import StorageFormat, StoredLayer
 from dvae.registry.classifiers.base import CLASSIFIERS
 from dvae.registry.core import Shapes
 from dvae.registry.encoders.base import ENCODERS
-from dvae.registry.refiners.base import REFINERS, Condition
+from dvae.registry.refiners.base import REFINERS, NetworkCondition
 
 LEVELS = {"width": 32, "multipliers": [1, 2], "blocks": 1}
 SMALL: dict[str, dict[str, Any]] = {
@@ -38,35 +38,35 @@ KEPT = {
 TIMES = torch.tensor([3.0, 900.0])
 
 
-def inputs(io: Shapes) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+def inputs(shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor, NetworkCondition]:
     draw = torch.Generator().manual_seed(1)
-    given = Condition()
-    if io is ALL:
+    given = NetworkCondition()
+    if shapes is ALL:
         latent = torch.randn(2, 5, generator=draw)
-        given = Condition(torch.randn(2, 3, 8, 8, generator=draw), latent, torch.tensor([0, 4]))
-    return torch.randn(2, io.k * 3, 8, 8, generator=draw), TIMES, given
+        given = NetworkCondition(torch.randn(2, 3, 8, 8, generator=draw), latent, torch.tensor([0, 4]))
+    return torch.randn(2, shapes.k * 3, 8, 8, generator=draw), TIMES, given
 
 
 @pytest.mark.parametrize("io", [PLAIN, ALL], ids=["plain", "all conditions"])
 @pytest.mark.parametrize("name", REFINERS.names())
-def test_every_refiner_is_quantized_and_runs(name: str, io: Shapes) -> None:
+def test_every_refiner_is_quantized_and_runs(name: str, shapes: Shapes) -> None:
     torch.manual_seed(0)
-    refiner = REFINERS.build({"name": name, **SMALL.get(name, {})}, io).eval().requires_grad_(False)
+    refiner = REFINERS.build({"name": name, **SMALL.get(name, {})}, shapes).eval().requires_grad_(False)
     for parameter in refiner.parameters():
         if not parameter.any():
             parameter.normal_(std=0.05)
-    called = trace.trace_network(refiner, refiner, io)
+    called = trace.trace_network(refiner, refiner, shapes)
     assert KEPT.get(name, set()) <= called.sensitive <= set(called.names)
     assert len(called.sensitive) <= 4
-    wanted = refiner(*inputs(io))
+    wanted = refiner(*inputs(shapes))
     rest = [layer for layer in called.names if layer not in called.sensitive]
     assert rest
     replace_in(refiner, rest, StorageFormat.int8, 0, TimeBucket(1), "a test")
     replace_in(refiner, sorted(called.sensitive), StorageFormat.bf16, 0, TimeBucket(1), "a test")
-    found = refiner(*inputs(io))
+    found = refiner(*inputs(shapes))
     assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
     with torch.autocast("cpu", torch.bfloat16):
-        assert refiner(*inputs(io)).isfinite().all()
+        assert refiner(*inputs(shapes)).isfinite().all()
     assert sum(isinstance(layer, StoredLayer) for layer in refiner.modules()) == len(called.names)
 
 
@@ -74,9 +74,9 @@ def test_every_refiner_is_quantized_and_runs(name: str, io: Shapes) -> None:
 def test_every_encoder_is_quantized_and_runs(name: str) -> None:
     # diffusers_kl is the network of kl_gan, in the size of public weights
     torch.manual_seed(0)
-    io = Shapes(image_size=32)
-    encoder = ENCODERS.build({"name": name}, io).eval().requires_grad_(False)
-    called = trace.trace_encoder(encoder, io)
+    shapes = Shapes(image_size=32)
+    encoder = ENCODERS.build({"name": name}, shapes).eval().requires_grad_(False)
+    called = trace.trace_encoder(encoder, shapes)
     assert len(called.sensitive) == 2
     x = torch.randn(1, 3, 32, 32).clamp(-1, 1)
     wanted = encoder.decode(encoder.encode(x).mean)

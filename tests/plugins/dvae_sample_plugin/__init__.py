@@ -23,7 +23,7 @@ class SigmoidSample(Schedule):
         floor: float = 1e-4
         """abar at t = 1, above 0 so that B stays finite."""
 
-    def __init__(self, config: Config, io: Shapes) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         self.start, self.end, self.floor = config.start, config.end, config.floor
 
     def _fall(self, t: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dvae.config.schema import Precision, TrainingConfig
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
-from dvae.training.engine.footprint import FLOAT, bytes_per_rank, bytes_sent, footprint
+from dvae.training.engine.memory_estimate import FLOAT, bytes_per_rank, bytes_sent, footprint
 from dvae.training.resilience import ranks
 
 SETTINGS = [(stage, precision) for stage in range(4) for precision in Precision]

@@ -24,12 +24,17 @@ from dvae.errors import UserError, fold
 from dvae.inference import pipeline
 from dvae.tools.ema import command
 from dvae.tracking.tracker import NoTracker
+from dvae.training.ema_from_snapshots import (
+    combine_snapshots,
+    fit_average,
+    profile_inner_products,
+    solve_coefficients,
+)
 from dvae.training.engine.deepspeed_engine import start_distributed
 from dvae.training.engine.ema import power_exponent
 from dvae.training.engine.snapshot_writer import SnapshotWriter, to_half
 from dvae.training.engine.snapshots import WeightSnapshot, list_snapshots, read_hashes
 from dvae.training.loop import TrainHooks, train
-from dvae.training.posthoc import combine_snapshots, fit_average, profile_inner_products, solve_coefficients
 from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.training.train_task import StepOutput, TrainTask
 from dvae.utils import atomic_files, rng
@@ -327,5 +332,5 @@ REFUSED = {
 @pytest.mark.parametrize("word", REFUSED)
 def test_averages_that_are_none_are_refused_at_once(word: str, tiny: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        config.typed(config.compose("train", [*tiny, word]))
+        config.to_run_config(config.compose("train", [*tiny, word]))
     assert REFUSED[word] in fold(caught.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dvae
-from dvae.tracking import code
+from dvae.tracking import provenance
 from dvae.utils import package
 from dvae.utils.secrets import scrub
 
@@ -25,12 +25,12 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_commit_and_diff_without_secrets(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True)
-    assert code.code() == {"version": dvae.__version__, "commit": head.stdout.strip(), "changed": False}
-    assert code.diff() == ""
+    assert provenance.code() == {"version": dvae.__version__, "commit": head.stdout.strip(), "changed": False}
+    assert provenance.diff() == ""
     monkeypatch.setenv("MY_API_KEY", "abcdefgh12345678")
     (checkout / "dvae" / "__init__.py").write_text("x = 2  # abcdefgh12345678 at https://me:word@host/path\n")
-    assert code.code()["changed"] is True
-    assert "+x = 2  # *** at https://***@host/path" in code.diff()
+    assert provenance.code()["changed"] is True
+    assert "+x = 2  # *** at https://***@host/path" in provenance.diff()
 
 
 def test_an_installed_package_inside_somebody_elses_repository_has_no_commit(
@@ -39,8 +39,8 @@ def test_an_installed_package_inside_somebody_elses_repository_has_no_commit(
     site = checkout / "site-packages" / "dvae"
     site.mkdir(parents=True)
     monkeypatch.setattr(package, "FOLDER", site)
-    assert code.code() == {"version": dvae.__version__}
-    assert code.diff() == ""
+    assert provenance.code() == {"version": dvae.__version__}
+    assert provenance.diff() == ""
 
 
 def test_only_what_is_secret_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:

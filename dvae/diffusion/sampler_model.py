@@ -1,4 +1,4 @@
-"""The interface between networks and samplers: a sampler integrates a `Model` and knows nothing else of it."""
+"""The interface between networks and samplers: a sampler integrates a `SamplerModel` and knows nothing else of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Threshold(Enum):
     """Cut at the 99.5% quantile of its own absolute values and scaled back to it (Saharia et al. 2022, section 2.3)."""
 
 
-class Model(Protocol):
+class SamplerModel(Protocol):
     """What a sampler integrates: a denoiser bound to its condition and guidance, or a closed form in a test."""
 
     @property
@@ -37,7 +37,7 @@ class Model(Protocol):
         """Prediction for u (B, k*C, H, W) at one time t, or at a time per image (B,)."""
         ...
 
-    def __getitem__(self, rows: torch.Tensor) -> Model:
+    def __getitem__(self, rows: torch.Tensor) -> SamplerModel:
         """The model of some images of its batch, rows (n,) int64: for samplers in which images go their own ways."""
         ...
 
