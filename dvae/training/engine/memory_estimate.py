@@ -87,7 +87,7 @@ def bytes_sent(parameters: int, ranks: int, zero: int, micro_batches: int) -> fl
     A ring's gather, or scattered reduction, of S bytes sends S (N - 1) / N; an all-reduce is both. DeepSpeed 0.19
     reduces the gradients of each micro-batch, at stages 0 to 2 by an all-reduce, though stages 1 and 2 keep a part;
     these gather the weights after the step. Stage 3 gathers them for each micro-batch, once where all of them may stay
-    until the backward pass, and twice beyond; it reduces in parts (counted in tests/training/test_footprint.py).
+    until the backward pass, and twice beyond; it reduces in parts (counted in tests/training/test_memory_estimate.py).
     """
     once = FLOAT * parameters * (ranks - 1) / ranks
     if zero == 3:
