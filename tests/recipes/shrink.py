@@ -60,7 +60,7 @@ def shrink(config: DictConfig) -> DictConfig:
             plain[kind] |= sizes.get(plain[kind]["name"], {})
     plain["image_size"] = min(SIZE, plain["image_size"])
     plain["sampler"]["steps"] = 2
-    plain["data"] |= {"heldout": 0.4, "workers": 1}
+    plain["data"] |= {"heldout_fraction": 0.4, "workers": 1}
     plain["evaluate"] |= {"n": 2, "batch": 4, "seeds": [0], "metrics": False}
     for stage in TRAININGS:
         plain[stage] |= TRAINING
