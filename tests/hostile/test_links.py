@@ -80,14 +80,14 @@ def test_only_what_dvae_left_unfinished_is_removed(mine: Path) -> None:
 
 
 def test_the_hidden_folder_of_a_result_may_not_be_a_link(mine: Path, tmp_path: Path) -> None:
-    from dvae.inference.generation.chunks import Chunks
+    from dvae.inference.generation.chunks import ChunkStore
 
     (tmp_path / ".x.npy.drawing").symlink_to(mine)
     before = content(mine)
-    with pytest.raises(UserError, match="is a link to another folder"), Chunks.opened(tmp_path / "x.npy", {}):
+    with pytest.raises(UserError, match="is a link to another folder"), ChunkStore.opened(tmp_path / "x.npy", {}):
         pass
     with pytest.raises(UserError, match="is a link to another folder"):
-        Chunks.remove_at(tmp_path / "x.npy")
+        ChunkStore.remove_at(tmp_path / "x.npy")
     assert content(mine) == before
 
 
