@@ -310,7 +310,7 @@ def test_a_sweep_whose_trials_are_jobs(runs: Runs) -> None:
         "command": ["${env}", "${interpreter}", "${program}", "run=x", "${args_no_hyphens}"],
     }
     (runs.folder / "mine.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
-    words = ["sweep=mine.yaml", "count=2", "parallel=2", "out=sweep", "stages=[shards,encoder]"]
+    words = ["sweep=mine.yaml", "n=2", "parallel=2", "out=sweep", "stages=[shards,encoder]"]
     done = runs.tool("sweep", *words, *runs.words, *SLURM, "launcher.nodes=1")
     assert done.returncode == 0, done.stderr
     assert "2 of 2 trials finished" in done.stdout
