@@ -5,11 +5,19 @@ run.json           format version of the folder, and the version of dvae that ma
 attempts.jsonl     when it was started, where, and how that ended
 stages.json        what is finished, with times and counts
 metrics.jsonl      figures by stage and step
+shards/            images to train on, if they are not elsewhere; damaged.json names images that cannot be read
+remote/            shards that were fetched from elsewhere
+latents/           what the stage cache writes
+cache/             features of real images, for metrics
 checkpoints/       resume state of the stage in progress
 snapshots/         averages at steps of a stage, for tools/ema.py
 weights/           averaged weights of finished stages (safetensors), and hashes.json with the hash of each
 bundle/            what users run on
 images/            pictures; samples.png and reconstructions.png beside it
+nonfinite-*/       steps whose gradient was not finite, for tools/replay.py
+samples-*.jsonl    numbers of the samples of each step, if data.log_samples is set
+slurm/             jobs of the run on SLURM, with their logs
+wandb/ wandb.json  files of W&B's client, and which W&B run this is
 summary.json report.html
 """
 

@@ -1,1 +1,1 @@
-"""Score directions of the latent space."""
+"""Score directions of the latent space. dvae/inference/directions/ finds them and applies them."""

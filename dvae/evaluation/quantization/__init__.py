@@ -1,1 +1,1 @@
-"""Quantize a bundle and compare it with its original."""
+"""Quantize a bundle and compare it with its original. The quantized layers are in dvae/models/quantization/."""

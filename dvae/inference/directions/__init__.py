@@ -1,4 +1,7 @@
-"""Directions: vectors of the latent space with a name, that change something of an image; see docs/directions.md."""
+"""Directions of the latent space: find, store and apply them (docs/directions.md).
+
+dvae/evaluation/directions/ scores them.
+"""
 
 from __future__ import annotations
 

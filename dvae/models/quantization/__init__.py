@@ -1,1 +1,1 @@
-"""Quantized layers and which layers of a bundle use them."""
+"""Quantized layers, and which layers of a bundle use them. dvae/evaluation/quantization/ makes and measures bundles."""

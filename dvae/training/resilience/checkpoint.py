@@ -1,4 +1,10 @@
-"""Checkpoints: complete or absent, hashed, written in the background, newest good one first."""
+"""Checkpoints: complete or absent, hashed, written in the background, newest good one first.
+
+checkpoints/STAGE/step-00001000/
+    state.json                      TrainState: step, seconds, metric sums of all ranks, skipped steps
+    MODULE/rank-00000.safetensors   what rank 0 owns of the module: weights, moments, averages (engine/fragments.py)
+    hashes.json                     SHA-256 of every file above
+"""
 
 from __future__ import annotations
 
