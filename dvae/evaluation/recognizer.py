@@ -122,7 +122,7 @@ def fit_network(
         network = build_network(images.shape[1], images.shape[2], outputs).to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-        with Progress("judge", steps) as progress:
+        with Progress("recognizer", steps) as progress:
             for step in range(steps):
                 images, known = draw(order.indices(step * batch, (step + 1) * batch))
                 found = loss(network, random_shift(to_float(images)), known)
@@ -238,7 +238,7 @@ def choose_attribute(settings: RecognizeConfig, learned: str, shards: Shards) ->
     known = shards.labels
     attribute = settings.label or learned or (next(iter(known)) if len(known) == 1 else "")
     if not known:
-        raise UserError(f"shards at {shards.folder} have no labels, which a judge learns from: use a labeled source")
+        raise UserError(f"shards at {shards.folder} have no labels, which the recognizer learns from: use a labeled source")
     if not attribute:
         raise UserError(f"label= is not set and the images have several attributes: name one of {', '.join(known)}")
     if attribute not in known:

@@ -21,7 +21,7 @@ from dvae.errors import UserError, printable_line
 from dvae.utils import secrets
 from dvae.utils.secrets import scrub
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from server import serving
 
 TOKEN = "tok-9f8e7d6c5b4a"
