@@ -7,8 +7,8 @@ from dvae.tools.sample import own_sampler
 
 USAGE = """usage: python tools/directions.py run=FOLDER [find=[labels,pca,jacobian]] [labels=[NAME,...]]
        [components=8] [n_train=20000] [jacobians=64] [shards=FOLDER] [seed=0] [batch=64]
-       [score=true [directions=[NAME,...]] [strengths=[0.75,1,1.5,3]] [validation=60] [n=150] [steps=2000]
-       [out=directions.md] [sampler=NAME] [sampler.FIELD=VALUE]]
+       [score=true [directions=[NAME,...]] [strengths=[0.75,1,1.5,3]] [validation=60] [n=150]
+       [recognizer_steps=2000] [recognizer_batch=64] [out=directions.md] [sampler=NAME] [sampler.FIELD=VALUE]]
 
 find= finds directions in the latents of the training images and keeps them with the run, for tools/edit.py: one to each
 value of each attribute that the images are labeled with (labels), the principal components (pca), and what moves the

@@ -13,7 +13,7 @@ else that takes a run; quantization.json in it says which layers were stored how
 int8_weights keeps weights as int8 with a scale per output channel, int4_weights as int4 with a scale per `group`
 inputs; both compute as before. int8 makes the refiner's activations int8 too, scaled by what `calibration` images show
 in each of `buckets` parts of the time, and multiplies with oneDNN's int8 kernels: on CPUs, without gradients.
-Original and quantized then take turns, `turns` times, and with n= are compared by KID on real images. The bundle is
+Original and quantized then take turns in `rounds` rounds, and with n= are compared by KID on real images. The bundle is
 offered for speed only if it was faster than the original in bf16 and KID grew by no more than `budget`."""
 
 

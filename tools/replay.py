@@ -17,7 +17,7 @@ that makes a value that is not finite; and whether the step is reproduced. Nothi
 
 
 def command(argv: list[str]) -> None:
-    """Compose the words, replay, and print what was result."""
+    """Compose the words, replay, and print what was found."""
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return

@@ -238,7 +238,9 @@ def choose_attribute(settings: RecognizeConfig, learned: str, shards: Shards) ->
     known = shards.labels
     attribute = settings.label or learned or (next(iter(known)) if len(known) == 1 else "")
     if not known:
-        raise UserError(f"shards at {shards.folder} have no labels, which the recognizer learns from: use a labeled source")
+        raise UserError(
+            f"shards at {shards.folder} have no labels, which the recognizer learns from: use a labeled source"
+        )
     if not attribute:
         raise UserError(f"label= is not set and the images have several attributes: name one of {', '.join(known)}")
     if attribute not in known:

@@ -87,7 +87,7 @@ def exit_on_signal(number: int, frame: FrameType | None) -> None:
 def stop_on_signal(number: int, frame: FrameType | None) -> None:
     """A signal outside training: there is nothing to save but what is saved already."""
     name = signal.Signals(number).name
-    raise Stopped(f"stopped between two steps ({name}): the same command again resumes", name)
+    raise Stopped(f"stopped outside training ({name}): the same command again resumes", name)
 
 
 if __name__ == "__main__":
