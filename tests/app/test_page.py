@@ -199,7 +199,7 @@ def test_a_latent_that_is_a_map_is_edited() -> None:
     ]  # fmt: skip
     made = compose.to_run_config(compose.compose("train", words))
     pipeline = Pipeline(model_config(made), components.build_models(made))
-    shape = pipeline.models.io.latent
+    shape = pipeline.models.shapes.latent
     assert len(shape) == 3
     wide = Direction("wide", torch.ones(shape), DirectionMethod.pca, "one standard deviation")
     shown, said = PageActions(pipeline, {"wide": wide}).edit(0, 1, "wide", 2.0, "ddim", 2)

@@ -135,7 +135,7 @@ def test_dropout_is_plain():
 
 
 @pytest.mark.parametrize(
-    ("fields", "io", "says"),
+    ("fields", "shapes", "says"),
     [
         ({"width": 48}, Shapes(image_size=8), "48 is not a multiple of 32"),
         ({"multipliers": [1, 1, 1, 1, 1]}, Shapes(image_size=8), "8 px do not halve 4 times"),

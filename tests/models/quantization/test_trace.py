@@ -47,7 +47,7 @@ def inputs(shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor, NetworkCondition
     return torch.randn(2, shapes.k * 3, 8, 8, generator=draw), TIMES, given
 
 
-@pytest.mark.parametrize("io", [PLAIN, ALL], ids=["plain", "all conditions"])
+@pytest.mark.parametrize("shapes", [PLAIN, ALL], ids=["plain", "all conditions"])
 @pytest.mark.parametrize("name", REFINERS.names())
 def test_every_refiner_is_quantized_and_runs(name: str, shapes: Shapes) -> None:
     torch.manual_seed(0)
