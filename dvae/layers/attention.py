@@ -20,6 +20,8 @@ log = logging.getLogger("dvae")
 SHORT = 64
 """Longest sequence at which, on a CPU, the formula trains faster than sdpa (2.7 times at 64 in bf16; even at 256)."""
 
+XFORMERS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class AttentionBackend(Enum):
     """What computes attention."""
@@ -57,19 +59,20 @@ def attention(
 def _choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: AttentionBackend) -> AttentionBackend:
     if backend in (AttentionBackend.sdpa, AttentionBackend.math):
         return backend
-    usable = _xformers_supports(q, k, v)
     if backend is AttentionBackend.auto and q.device.type == "cpu" and q.shape[1] <= SHORT and _trained(q, k, v):
         return AttentionBackend.math
+    usable = _xformers_supports(q, k, v)
     if backend is AttentionBackend.xformers and not usable:
-        why = f"has no operator for {q.dtype} on {q.device.type}" if _fmha() else "is not installed"
+        why = f"has no operator for {q.dtype} on {q.device.type}" if _installed() else "is not installed"
         raise UserError(f"attention backend xformers {why}: use auto or sdpa")
     return AttentionBackend.xformers if usable else AttentionBackend.sdpa
 
 
 def _xformers_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    fmha = _fmha()
-    if fmha is None or q.device.type != "cuda":
+    # no operator computes on CPUs, so xformers is not imported there; its checks fail with KeyError on other dtypes
+    if q.device.type != "cuda" or q.dtype not in XFORMERS_DTYPES or not _installed():
         return False
+    fmha = _fmha()
     inputs = fmha.Inputs(query=q, key=k, value=v)
     needed = (fmha.ALL_FW_OPS, fmha.ALL_BW_OPS) if _trained(q, k, v) else (fmha.ALL_FW_OPS,)
     return all(any(op.supports(inputs) for op in ops) for ops in needed)
@@ -80,11 +83,34 @@ def _trained(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 @functools.cache
+def _installed() -> bool:
+    """Whether xformers is installed."""
+    return importlib.util.find_spec("xformers") is not None
+
+
+@functools.cache
 def _fmha() -> Any:
-    """The module xformers.ops.fmha, or None where xformers is not installed."""
-    if importlib.util.find_spec("xformers") is None:
-        return None
-    return importlib.import_module("xformers.ops.fmha")
+    """The module xformers.ops.fmha, ready for the operators that call PyTorch's own kernels.
+
+    xformers 0.0.35 is built for PyTorch 2.10 with CUDA 12. Beside another PyTorch its own extension does not load. It
+    then prints a warning, and it refuses all CUDA inputs, also for its operators "-pt", which call kernels that PyTorch
+    brings. The warning is silenced here, and that refusal is taken back. Operators of the extension stay refused,
+    because each operator checks for itself whether its kernel exists (`is_available`).
+    """
+    logger = logging.getLogger("xformers")
+    logger.addFilter(_no_extension_warning)
+    try:
+        fmha = importlib.import_module("xformers.ops.fmha")
+    finally:
+        logger.removeFilter(_no_extension_warning)
+    common = importlib.import_module("xformers.ops.fmha.common")
+    common._built_with_cuda = common._built_with_cuda or torch.version.cuda is not None
+    return fmha
+
+
+def _no_extension_warning(record: logging.LogRecord) -> bool:
+    """False for the one warning that xformers' extension does not load."""
+    return "can't load C++/CUDA extensions" not in record.getMessage()
 
 
 @functools.cache

@@ -24,7 +24,7 @@ def score_images(
     reconstructions: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Score `sets`, which hold evaluate.n images (n, C, H, W) uint8 per seed, against training and held-out images."""
-    from dvae.evaluation.scorer import score_tensors  # here, since it needs the extra `metrics`
+    from dvae.evaluation.scorer import score_tensors  # here, because evaluate.metrics=false needs no torch-fidelity
 
     settings = config.evaluate
     return score_tensors(

@@ -16,6 +16,7 @@ B, L, S, H, D = 2, 5, 7, 3, 4
 @pytest.fixture(autouse=True)
 def _fresh_caches():
     module._say.cache_clear()
+    module._installed.cache_clear()
 
 
 def qkv(**kwargs: object) -> list[torch.Tensor]:
@@ -91,12 +92,14 @@ class OnCuda:
     ],
 )
 def test_auto_asks_xformers_for_an_operator(monkeypatch, forward, backward, trained, chosen):
+    monkeypatch.setattr(module, "_installed", lambda: True)
     monkeypatch.setattr(module, "_fmha", lambda: fake_fmha(forward, backward))
     tensors = [OnCuda(trained)] * 3
     assert module._choose(*tensors, AttentionBackend.auto) is chosen  # type: ignore[arg-type]
 
 
 def test_xformers_is_not_used_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(module, "_installed", lambda: True)
     monkeypatch.setattr(module, "_fmha", lambda: fake_fmha(True, True))
     assert isinstance(attention(*qkv()), torch.Tensor)
     with pytest.raises(UserError, match=r"no operator for torch\.float32 on cpu"):

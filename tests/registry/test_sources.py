@@ -77,7 +77,7 @@ def test_gray_avatars():
 def test_avatars_without_dicebear(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "dicebear", None)
     _definition.cache_clear()
-    with pytest.raises(UserError, match=r"pip install 'dvae\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install dicebear-core"):
         make(name="avatars")
     _definition.cache_clear()
 

