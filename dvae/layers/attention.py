@@ -103,7 +103,7 @@ def _fmha() -> Any:
         fmha = importlib.import_module("xformers.ops.fmha")
     finally:
         logger.removeFilter(_no_extension_warning)
-    common = importlib.import_module("xformers.ops.fmha.common")
+    common: Any = importlib.import_module("xformers.ops.fmha.common")
     common._built_with_cuda = common._built_with_cuda or torch.version.cuda is not None
     return fmha
 
