@@ -12,7 +12,8 @@ from typing import Any
 
 from dvae.config import compose as configuration
 from dvae.config.recipe_files import RECIPES, recipe_names
-from dvae.config.schema import RunConfig
+from dvae.config.schema import TRAININGS, RunConfig
+from dvae.config.stage_names import settings_of, stage_of
 from dvae.errors import UserError, fold, suggest
 from dvae.experiments.sweeps import sweep_engine
 from dvae.tracking.figures import EVALUATE
@@ -23,8 +24,6 @@ from dvae.utils.user_yaml import read_user_yaml
 SERVER_ONLY = ("run", "tracking.wandb.mode")
 """Overrides in a command that suit W&B's agent: here trials have a folder of the sweep's, and need no server."""
 PROGRAM = "tools/launch.py"
-STAGES_WITH_HISTORY = ("encoder", "refiner", "classifier")
-"""Stages whose figures metrics.jsonl holds by step, as hyperband needs them."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +115,17 @@ def check_first_trial(spec: SweepSpec, overrides: list[str]) -> RunConfig:
     parameters = sweep_engine.propose(spec.sweep, [])
     assert parameters is not None  # a grid has a first point
     settings = configuration.to_run_config(configuration.compose("train", spec.overrides(parameters, overrides)))
-    stage = spec.metric.partition("/")[0]
-    if stage not in settings.stages:
+    training = spec.metric.partition("/")[0]  # "distil-32" is a training of the stage distil
+    if stage_of(training) not in settings.stages:
         raise UserError(
             f"metric {spec.metric!r} is no figure of the stages {', '.join(settings.stages)}: "
             f"name one like refiner/loss or {EVALUATE}/reconstructions/psnr"
         )
-    if "early_terminate" in spec.sweep and stage not in STAGES_WITH_HISTORY:
+    # hyperband compares trials by step, and only trainings have metrics by step
+    if "early_terminate" in spec.sweep and settings_of(training) not in TRAININGS:
         raise UserError(
-            f"early_terminate: {spec.metric!r} is known at a trial's end only: name a metric of "
-            f"{', '.join(STAGES_WITH_HISTORY)}, or leave early_terminate out"
+            f"early_terminate: {spec.metric!r} is known at a trial's end only: name a metric of a stage that trains, "
+            "such as refiner/loss, or leave early_terminate out"
         )
     return settings
 

@@ -156,6 +156,21 @@ def test_what_is_no_yaml_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("metric", "override"),
+    [
+        ("encoder/loss", "recipe=demo"),
+        ("joint/loss", "stages=[shards,joint,prior]"),
+        ("distil-8/loss", "recipe=avatars_distil"),
+    ],
+)
+def test_every_training_has_metrics_by_step_for_hyperband(metric: str, override: str) -> None:
+    changed = {"metric": {"name": metric}, "early_terminate": {"type": "hyperband", "min_iter": 2}}
+    spec = sweep_spec.SweepSpec("mine", sweep_spec.check("mine", GOOD | changed))
+    settings = sweep_spec.check_first_trial(spec, [override])
+    assert metric.partition("/")[0].partition("-")[0] in settings.stages
+
+
+@pytest.mark.parametrize(
     ("change", "words", "said"),
     [
         ({}, ["train_refiner.lr=1"], "train_refiner.lr=1: the sweep chooses train_refiner.lr: leave it out"),
