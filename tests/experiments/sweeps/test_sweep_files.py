@@ -156,17 +156,17 @@ def test_what_is_no_yaml_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "override"),
+    ("metric", "overrides"),
     [
-        ("encoder/loss", "recipe=demo"),
-        ("joint/loss", "stages=[shards,joint,prior]"),
-        ("distil-8/loss", "recipe=avatars_distil"),
+        ("encoder/loss", ["recipe=demo"]),
+        ("joint/loss", ["stages=[shards,joint,prior]", "denoiser.data_scale=2"]),
+        ("distil-8/loss", ["recipe=avatars_distil"]),
     ],
 )
-def test_every_training_has_metrics_by_step_for_hyperband(metric: str, override: str) -> None:
+def test_every_training_has_metrics_by_step_for_hyperband(metric: str, overrides: list[str]) -> None:
     changed = {"metric": {"name": metric}, "early_terminate": {"type": "hyperband", "min_iter": 2}}
     spec = sweep_spec.SweepSpec("mine", sweep_spec.check("mine", GOOD | changed))
-    settings = sweep_spec.check_first_trial(spec, [override])
+    settings = sweep_spec.check_first_trial(spec, overrides)
     assert metric.partition("/")[0].partition("-")[0] in settings.stages
 
 
