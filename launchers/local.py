@@ -24,9 +24,9 @@ class Local(Launcher):
         return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
     def launch(self, folder: Path) -> None:
-        from dvae.runs.job import Job  # here, since importing DeepSpeed takes seconds
+        from dvae.runs.job import RunJob  # here, since importing DeepSpeed takes seconds
 
         name = "torchrun" if "RANK" in os.environ else "local"
         first = os.environ.get("RANK", "0") == "0"
         with attempts.recorded(folder, name, self.ranks) if first else nullcontext():
-            Job(str(folder))()
+            RunJob(str(folder))()

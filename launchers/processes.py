@@ -85,7 +85,7 @@ def run_rank(folder: str, send: Callable[[Any], None]) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, chain=True)  # says where it is, and ends
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from dvae.runs.job import Job  # here, since the launcher itself has no use for DeepSpeed
+    from dvae.runs.job import RunJob  # here, since the launcher itself has no use for DeepSpeed
     from dvae.training.resilience import watchdog
 
     def on_hang(message: str, speaks: bool) -> None:
@@ -93,7 +93,7 @@ def run_rank(folder: str, send: Callable[[Any], None]) -> None:
         watchdog.exit_now(HANGS)
 
     watchdog.on_hang = on_hang
-    Job(folder)()
+    RunJob(folder)()
 
 
 def wait_for_ranks(ranks: ChildGroup) -> list[RankExit]:

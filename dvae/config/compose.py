@@ -66,7 +66,7 @@ def _import_groups(config_name: str, words: list[str]) -> None:
 
 
 def _without_null(word: str) -> str:
-    """Hydra's word `~classifier` for `classifier=null`, which it has no ear for."""
+    """Hydra's word `~classifier` for `classifier=null`, because Hydra cannot select no component otherwise."""
     kind, _, value = word.partition("=")
     registry = registries().get(kind)
     if registry is None or value != "null":

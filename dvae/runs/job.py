@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvae.config.schema import RunConfig
+from dvae.config.schema import STAGES, RunConfig
 from dvae.registry.launchers.base import launcher_of
 from dvae.runs.folder import Run
 from dvae.stages import evaluate
@@ -36,13 +36,13 @@ RUNNERS: dict[str, Callable[[Run, RunConfig], None]] = {
     "distil": run_distil_stage,
     "evaluate": run_evaluate_stage,
 }
-"""The stages in the order in which they run."""
+"""What runs each stage. Their order is that of STAGES."""
 RANK_ZERO_ONLY = ("shards", "prior", "cache", "evaluate")
 """Stages that rank 0 runs alone while the other ranks wait. All ranks take part in the others, which train."""
 
 
 @dataclass(frozen=True)
-class Job:
+class RunJob:
     """Runs the stages of a folder's config.yaml. It holds nothing but the folder, so it can be sent to any process."""
 
     folder: str
@@ -87,7 +87,7 @@ def finish_job(run: Run, config: RunConfig, has_run: bool) -> None:
 
 def stages_to_run(run: Run, config: RunConfig, selected: tuple[str, ...] = ()) -> list[str]:
     """The unfinished stages of the config in their order, or, if some are `selected`, those among them."""
-    stages = [stage for stage in RUNNERS if stage in config.stages and (not selected or stage in selected)]
+    stages = [stage for stage in STAGES if stage in config.stages and (not selected or stage in selected)]
     return [stage for stage in stages if not is_finished(run, stage, config)]
 
 

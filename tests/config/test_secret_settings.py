@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shard_server import serving
 from tests_support import ROOT, Tool, environment
 
 from dvae.config import compose, stored
@@ -20,9 +21,6 @@ from dvae.data.shards.remote import RemoteShards
 from dvae.errors import UserError, printable_line
 from dvae.utils import secrets
 from dvae.utils.secrets import scrub
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from server import serving
 
 TOKEN = "tok-9f8e7d6c5b4a"
 REFERENCE = "${oc.env:SHARDS_PART}"

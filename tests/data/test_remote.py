@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from server import Server, serving
+from shard_server import Server, serving
 
 from dvae.data.loading.loader import Loader
 from dvae.data.loading.order import Order

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from server import Server, serving
+from shard_server import Server, serving
 from tests_support import ROOT, environment
 
 from dvae.data.building.shard_build import build

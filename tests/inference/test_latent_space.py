@@ -21,7 +21,7 @@ from dvae.inference.refine import refine_images
 from dvae.models import components
 from dvae.registry.encoders.base import Posterior
 from dvae.runs.folder import Run, submit
-from dvae.runs.job import Job
+from dvae.runs.job import RunJob
 from dvae.stages.cache import expected_cache
 from dvae.stages.latent_sources import CachedReconstructions, open_latents
 
@@ -43,7 +43,7 @@ QUICK = [
 
 def trained(tmp_path: Path, name: str, *words: str) -> Run:
     run = submit(compose.compose("train", [*LATENT, *QUICK, f"run={tmp_path / name}", *words]))
-    Job(str(run.path))()
+    RunJob(str(run.path))()
     return run
 
 

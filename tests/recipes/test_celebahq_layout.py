@@ -22,7 +22,7 @@ from dvae.registry.sources.base import SOURCES
 from dvae.runs.folder import submit
 
 FACES = 60
-LAUNCH = "import pathlib, sys; from dvae.runs.job import Job; Job(sys.argv[1])()"
+LAUNCH = "import pathlib, sys; from dvae.runs.job import RunJob; RunJob(sys.argv[1])()"
 
 
 def words(folder: Path, run: Path) -> list[str]:

@@ -15,7 +15,7 @@ from dvae.inference import pipeline
 from dvae.inference.noise import KeyedNoise
 from dvae.inference.refine import refine_images
 from dvae.runs import folder
-from dvae.runs.job import Job
+from dvae.runs.job import RunJob
 from dvae.stages import classifier, refiner
 
 QUICK = {"avatars_distil", "celebahq256_dit", "cifar10", "faces_guided", "ldm_avatars", "mnist", "psld_cifar10"}
@@ -26,7 +26,7 @@ def launch(composed: DictConfig) -> folder.Run:
     """What tools/launch.py does with a composed config."""
     validate.check(compose.to_run_config(composed))
     submitted = folder.submit(composed)
-    Job(str(submitted.path))()
+    RunJob(str(submitted.path))()
     return submitted
 
 

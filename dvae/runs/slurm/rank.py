@@ -54,7 +54,7 @@ def torch_environment(given: Any) -> dict[str, str]:
 def run(words: list[str], store: Any) -> dict[str, Any]:
     """Run the job; returns how it ended, for the supervisor."""
     from dvae.runs.exit_status import HANGS
-    from dvae.runs.job import Job
+    from dvae.runs.job import RunJob
     from dvae.training.resilience import watchdog
 
     def on_hang(message: str, speaks: bool) -> None:
@@ -63,7 +63,7 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
 
     watchdog.on_hang = on_hang
     try:
-        Job(words[0], tuple(words[1:]))()
+        RunJob(words[0], tuple(words[1:]))()
     except BaseException as error:  # noqa: BLE001 told to the supervisor, whatever it is
         message, status = summarize(error)
         print(f"dvae: {message}", file=sys.stderr, flush=True)
