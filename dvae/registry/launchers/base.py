@@ -25,8 +25,9 @@ class LauncherConfig(ComponentConfig):
 class Launcher(ABC):
     """Takes a run folder through its stages, somewhere, on some number of ranks.
 
-    It runs `dvae.runs.job.RunJob(folder)` on every rank, which reads the folder's config.yaml and needs nothing else
-    but the variables of torch.distributed: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (none of them: one rank).
+    It runs `dvae.runs.job.RunJob(folder)` on every rank, which reads the folder's config.yaml. Each rank needs nothing
+    else but the variables of torch.distributed: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (none of them
+    if there is one rank).
     Heavy imports belong into `launch`: this module is imported to compose any config.
     """
 
