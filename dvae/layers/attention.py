@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -56,7 +58,27 @@ def attention(
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v).transpose(1, 2)
 
 
+_planned = False
+
+
+@contextmanager
+def planned_attention() -> Iterator[None]:
+    """Within, attention that a GPU computes is sdpa, whatever it would choose.
+
+    For planning, whose tensors are of a GPU that need not exist: xformers would ask that GPU what it can do. Both keep
+    the same tensors for the gradient.
+    """
+    global _planned
+    before, _planned = _planned, True
+    try:
+        yield
+    finally:
+        _planned = before
+
+
 def _choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: AttentionBackend) -> AttentionBackend:
+    if _planned and q.device.type == "cuda" and backend is not AttentionBackend.math:
+        return AttentionBackend.sdpa
     if backend in (AttentionBackend.sdpa, AttentionBackend.math):
         return backend
     if backend is AttentionBackend.auto and q.device.type == "cpu" and q.shape[1] <= SHORT and _trained(q, k, v):

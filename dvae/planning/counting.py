@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from dvae.layers.attention import planned_attention
+
 aten = torch.ops.aten
 
 
@@ -192,7 +194,11 @@ class ForwardPass:
 @contextmanager
 def fake_pass(of: ForwardPass, device: str) -> Iterator[None]:
     """Make the modules fake, and every tensor that is made within."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FusedAttention() if device == "cuda" else nullcontext():
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        planned_attention(),
+        FusedAttention() if device == "cuda" else nullcontext(),
+    ):
         make_fake((of.trained, *of.frozen), device)
         yield
 

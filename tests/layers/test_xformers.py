@@ -61,6 +61,13 @@ def test_without_an_operator_it_is_sdpa(gpu: None) -> None:
     assert module._choose(q, k, v, AttentionBackend.auto) is AttentionBackend.sdpa
 
 
+@pytest.mark.parametrize("backend", [AttentionBackend.auto, AttentionBackend.sdpa, AttentionBackend.xformers])
+def test_a_plan_asks_no_gpu(backend: AttentionBackend) -> None:
+    with FakeTensorMode(), module.planned_attention():
+        q, k, v = inputs(64, 64, BF16, True)
+        assert module._choose(q, k, v, backend) is AttentionBackend.sdpa
+
+
 def test_it_is_imported_for_a_gpu_alone_and_without_its_warning() -> None:
     script = """
 import sys, torch
