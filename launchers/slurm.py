@@ -17,16 +17,13 @@ from typing import Any
 
 from dvae.errors import Stopped, UserError, fold
 from dvae.registry.launchers.base import LAUNCHERS, Launcher, LauncherConfig
+from dvae.registry.stages.base import STAGES
 from dvae.runs.slurm import queue
 from dvae.runs.slurm.queue import SubmittedJob
 from dvae.utils.child_processes import handling
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 CONF = "SLURM_CONF"
-CPU_STAGES = ("shards", "cache")
-"""Stages that a chain runs on `cpu_partition`."""
-ONE_TASK_STAGES = (*CPU_STAGES, "evaluate")
-"""Stages that a chain runs in jobs of one task."""
 
 
 @LAUNCHERS.register("slurm")
@@ -134,11 +131,11 @@ class Slurm(Launcher):
     def waits(self) -> bool:
         return sys.stdout.isatty() if self.config.wait is None else bool(self.config.wait)
 
-    def attach(self, folder: Path) -> bool:
-        if not self.waits or not queue.active_jobs(folder):
-            return False
+    def can_attach(self, folder: Path) -> bool:
+        return self.waits and bool(queue.active_jobs(folder))
+
+    def attach(self, folder: Path) -> None:
         follow(folder)
-        return True
 
     def submit(self, folder: Path, stages: list[str]) -> list[SubmittedJob]:
         """Submit a job, or a chain of jobs; what was submitted is canceled where a later one is refused."""
@@ -176,20 +173,18 @@ class Slurm(Launcher):
         here = str(folder.absolute())
         for part in self.stages_by_job(stages):
             count = self.config.array_jobs
-            if self.config.chain and part[0] in CPU_STAGES and count > 1:
+            if self.config.chain and STAGES.get(part[0]).in_parts and count > 1:
                 yield self.executor(folder, part, submitted, array=True), ArrayTask(here, part[0], count), count, part
             yield self.executor(folder, part, submitted), Supervisor(here, part), 1, part
 
     def stages_by_job(self, stages: list[str]) -> list[tuple[str, ...]]:
         """The stages of each job, in their order; one job takes all of them unless `chain` is set."""
-        from dvae.config.schema import STAGES
-
-        ordered = [stage for stage in STAGES if stage in stages]
+        ordered = STAGES.order(stages)
         if not self.config.chain:
             return [tuple(ordered)]
         found: list[tuple[str, ...]] = []
         for stage in ordered:
-            if found and not {stage, found[-1][-1]} & set(ONE_TASK_STAGES):
+            if found and not STAGES.get(stage).own_job and not STAGES.get(found[-1][-1]).own_job:
                 found[-1] += (stage,)
             else:
                 found.append((stage,))
@@ -216,8 +211,8 @@ class Slurm(Launcher):
     def options(self, folder: Path, stages: tuple[str, ...], array: bool) -> dict[str, Any]:
         """Of submitit's executor; what is empty is left to the cluster."""
         config = self.config
-        small = config.chain and set(stages) <= set(ONE_TASK_STAGES)
-        on_cpus = config.chain and set(stages) <= set(CPU_STAGES)
+        small = config.chain and all(STAGES.get(stage).own_job for stage in stages)
+        on_cpus = config.chain and not any(STAGES.get(stage).needs_gpus for stage in stages)
         gpus = 0 if on_cpus else min(config.gpus_per_node, 1) if small else config.gpus_per_node
         given = {
             "partition": (config.cpu_partition if on_cpus else "") or config.partition, "account": config.account,
@@ -258,11 +253,11 @@ class ArrayTask:
     parts: int
 
     def __call__(self, part: int) -> None:
-        from dvae.stages.cache import run_cache_part
-        from dvae.stages.shards import run_shards_part
+        from dvae.runs.folder import Run
+        from dvae.stages.base import open_stage
 
-        run_part = run_shards_part if self.stage == "shards" else run_cache_part
-        run_part(Path(self.folder), part, self.parts)
+        run = Run(Path(self.folder))
+        open_stage(self.stage, run.own_config()).run_part(run, part, self.parts)
 
     def checkpoint(self, part: int) -> Any:
         """submitit calls it when the job's time is nearly over, and requeues it: what is finished is on disk."""

@@ -15,7 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-import dvae.runs.job  # noqa: F401 # imports all that the job needs
+import deepspeed  # noqa: F401
+
+import dvae.runs.job  # noqa: F401 # imports all else that the job needs
 from dvae.errors import run_command
 from dvae.tools import launch
 

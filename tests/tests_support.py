@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 ROOT = Path(__file__).parent.parent
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 """What the fixture `tool` gives: tool(name, *words, **environment)."""
@@ -24,6 +26,14 @@ def environment(**more: str) -> dict[str, str]:
     """The environment of a tool: one thread, and nothing of a surrounding W&B, process group or SLURM."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SURROUNDING)}
     return kept | {"OMP_NUM_THREADS": "1"} | more
+
+
+def dry_run(composed: DictConfig) -> str:
+    """What dry_run=true prints of a composed config."""
+    from dvae.runs.dry_run import describe  # here, because every test imports this file
+    from dvae.runs.launch_checks import check_launch
+
+    return describe(check_launch(composed))
 
 
 def reseal(folder: Path) -> None:

@@ -20,10 +20,10 @@ def command(argv: list[str]) -> None:
     from pathlib import Path
 
     from dvae.config import compose
-    from dvae.config.schema import CacheToolConfig
     from dvae.data.building import shard_request
     from dvae.data.latent_cache import FILE
     from dvae.models import components
+    from dvae.registry.stages.base import with_settings
     from dvae.runs.folder import Run
     from dvae.stages import cache
     from dvae.stages.run_models import load_models
@@ -31,14 +31,14 @@ def command(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
-    words: CacheToolConfig = compose.tool_settings(compose.compose("cache", argv))
+    words: cache.CacheToolConfig = compose.tool_settings(compose.compose("cache", argv))
     shard_request.check_part(words.part, words.parts)
     run = Run(Path(words.run))
     settings = run.config()
     components.build_models_on_meta(
         settings
     )  # the settings may be a stranger's: their size is checked before memory is taken
-    settings.cache = words
+    settings = with_settings(settings, cache.CacheStage.Config(cache=words))
     if words.shards:
         settings.data.shards = words.shards
     if words.part is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import MISSING, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+from dvae.config.schema import TrainingConfig
 from dvae.errors import UserError, printable_line, run_command, suggest
 from dvae.registry.core import Registry, broken_plugins_note
 from dvae.registry.discovery import discover, load_plugins, origin, registries
@@ -41,14 +43,21 @@ def print_kind(registry: Registry[Any]) -> None:
         cls = registry.get(name)
         summary = printable_line((inspect.getdoc(cls) or "").partition("\n")[0])
         print(f"  {name:<14} {summary}  [{' '.join(origin(cls))}]")
-        for field in fields(cls.Config):
-            if field.name != "name":
-                print(f"    {registry.kind}.{field.name}={_default(field)}")
+        prefix = f"{registry.kind}." if registry.chosen else ""  # fields of a stage stand beside those of a run
+        for name, value in _defaults(cls.Config):
+            print(f"    {prefix}{name}={value}")
 
 
-def _default(field: Any) -> str:
-    value = field.default if field.default is not MISSING else field.default_factory()
-    return printable_line(getattr(value, "name", value))
+def _defaults(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The fields of a dataclass with their defaults; those of a training are told by their common type."""
+    for field in fields(config):
+        value: Any = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[operator]
+        if isinstance(value, TrainingConfig):
+            yield f"{field.name}.steps", "...  (and all else that train_refiner has)"
+        elif is_dataclass(value):
+            yield from _defaults(value, f"{prefix}{field.name}.")
+        elif field.name != "name":
+            yield f"{prefix}{field.name}", printable_line(getattr(value, "name", value))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def resume(folder: Path, trust: bool) -> None:
     from dvae.config import stored
     from dvae.runs import manage
     from dvae.runs.folder import Run
+    from dvae.runs.launch_checks import check_config
     from dvae.tools import launch
 
     manage.refuse_busy(folder)
@@ -82,8 +83,8 @@ def resume(folder: Path, trust: bool) -> None:
         )
     launch.silence()
     config = run.own_config()
-    launch.check(config)
-    launch.start(config, Path(config.run))
+    launcher, *_ = check_config(config)
+    launcher.launch(Path(config.run))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -15,23 +16,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dvae.config.recipe_files import RECIPES
-from dvae.config.schema import (
-    STAGES,
-    TRAININGS,
-    WIDTHS,
-    EmaConfig,
-    EmaProfile,
-    ModelConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from dvae.diffusion.denoiser import Space
+from dvae.config.schema import WIDTHS, EmaConfig, EmaProfile, ModelConfig, RunConfig, TrainingConfig
 from dvae.errors import UserError, fold, suggest
 from dvae.registry.core import broken_plugins_note
-from dvae.registry.discovery import load_plugins, registries
+from dvae.registry.discovery import chosen_kinds, load_plugins
 from dvae.registry.launchers.base import launcher_of
 from dvae.registry.sources.base import SOURCES, StreamSource
+from dvae.registry.stages.base import STAGES, run_config_class, training_fields
 from dvae.utils.read import read_yaml
+
+RUN_SCHEMA = "run_schema"
+"""The name by which recipes/train.yaml includes the fields of a run."""
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
@@ -40,7 +35,7 @@ def compose(config_name: str, words: list[str]) -> DictConfig:
     Raises UserError, one line, for an unknown component or recipe, a misspelled field, a wrong type, a broken plugin.
     """
     words = [word for word in words if word]
-    load_plugins(_plugins_of(words))
+    load_plugins(plugins_of(words))
     _import_groups(config_name, words)
     words = [_without_null(word) for word in words]
     try:
@@ -58,9 +53,11 @@ def _compose(config_name: str, words: list[str]) -> DictConfig:
 def _import_groups(config_name: str, words: list[str]) -> None:
     """Import the components of the kinds that recipes/<config_name>.yaml or the words name: Hydra's config groups."""
     defaults = read_yaml(RECIPES / f"{config_name}.yaml")["defaults"]
+    if RUN_SCHEMA in defaults:  # the fields that the stages add, those of plug-ins too
+        ConfigStore.instance().store(name=RUN_SCHEMA, node=run_config_class(), provider="dvae")
     groups = {name for entry in defaults if isinstance(entry, dict) for name in entry}
     groups |= {re.split("[=.@]", word.lstrip("+~"))[0] for word in words}
-    for kind, registry in registries().items():
+    for kind, registry in chosen_kinds().items():
         if kind in groups:
             registry.import_builtins()
 
@@ -68,7 +65,7 @@ def _import_groups(config_name: str, words: list[str]) -> None:
 def _without_null(word: str) -> str:
     """Hydra's word `~classifier` for `classifier=null`, because Hydra cannot select no component otherwise."""
     kind, _, value = word.partition("=")
-    registry = registries().get(kind)
+    registry = chosen_kinds().get(kind)
     if registry is None or value != "null":
         return word
     if not registry.optional:
@@ -76,7 +73,7 @@ def _without_null(word: str) -> str:
     return f"~{kind}"
 
 
-def _plugins_of(words: list[str]) -> list[str]:
+def plugins_of(words: list[str]) -> list[str]:
     """Modules named by a `plugins=[...]` word; they must be imported before Hydra composes."""
     for word in words:
         if word.startswith(("plugins=", "+plugins=")):
@@ -144,7 +141,7 @@ def _missing(prefix: str, plain: Any) -> Iterator[str]:
 def to_run_config(config: Any) -> RunConfig:
     """A RunConfig with a typed Config for each component. Raises UserError on a foreign field or a wrong type."""
     try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
+        merged: Any = OmegaConf.merge(OmegaConf.structured(run_config_class()), config)
         missing = [str(key) for key in OmegaConf.missing_keys(merged)]
         if missing:
             words = " ".join(f"{key}=..." for key in sorted(missing))
@@ -152,7 +149,7 @@ def to_run_config(config: Any) -> RunConfig:
         OmegaConf.resolve(merged)  # while the components that `run` or `classes` may name are there
         components = {
             kind: None if registry.optional and merged[kind] is None else registry.config(merged[kind])
-            for kind, registry in registries().items()
+            for kind, registry in chosen_kinds().items()
         }
         for kind in components:
             merged[kind] = None  # made typed above: to_object would fail on a foreign field without saying which
@@ -171,17 +168,15 @@ def to_run_config(config: Any) -> RunConfig:
 
 
 def _fields(node: Any) -> list[str]:
-    kind = OmegaConf.get_type(node) if node is not None else RunConfig
+    kind = OmegaConf.get_type(node) if node is not None else run_config_class()
     return [f.name for f in fields(kind)] if isinstance(kind, type) and is_dataclass(kind) else []
 
 
 def check_config(config: RunConfig) -> RunConfig:
     """Refuse what can be known to be wrong before anything is written."""
-    wrong = [name for name in config.stages if name not in STAGES]
-    if wrong:
-        raise UserError(f"unknown stage {wrong[0]!r}: {suggest(wrong[0], STAGES)}")
+    stages = [STAGES.get(name)(config) for name in STAGES.order(config.stages)]
     if uses_stream(config):
-        shards = [name for name in config.stages if name in ("shards", "encoder", "prior")]
+        shards = [stage.name for stage in stages if not stage.takes_streams]
         if shards:
             raise UserError(
                 f"stages: {shards[0]} needs shards, which an endless source has not: use [refiner,evaluate]"
@@ -191,17 +186,12 @@ def check_config(config: RunConfig) -> RunConfig:
     elif config.image_size < 4:
         raise UserError(f"image_size={config.image_size}: use 4 or more")
     check_classes(config)
-    if "joint" in config.stages:
-        check_joint(config)
-    if "distil" in config.stages:
-        if config.distiller is None:
-            raise UserError("stages: distil needs a distiller: set distiller=consistency or progressive")
-        if not config.teacher:
-            raise UserError("stages: distil needs what it starts from: set teacher=RUN, the folder of a finished run")
+    for stage in stages:
+        stage.check_settings()
     launcher_of(config.launcher)  # refuses settings that are none
     if not config.max_hours >= 0:
         raise UserError(f"max_hours={config.max_hours:g}: use 0 (no limit) or more")
-    for name in TRAININGS:
+    for name in training_fields():
         training: TrainingConfig = getattr(config, name)
         for key in ("steps", "batch", "micro_batches", "log_every", "save_every", "keep"):
             if getattr(training, key) < 1:
@@ -222,21 +212,6 @@ def check_config(config: RunConfig) -> RunConfig:
             "use a smaller subset"
         )
     return config
-
-
-def check_joint(config: RunConfig) -> None:
-    """Refuse what does not go together with training encoder and refiner end to end."""
-    apart = [name for name in ("encoder", "cache", "refiner") if name in config.stages]
-    if apart:
-        raise UserError(f"stages: joint trains encoder and refiner together: leave {apart[0]} out")
-    if config.denoiser.space is Space.latent:
-        raise UserError("stages: joint has no latent space that stays as it is: set denoiser.space=pixel")
-    if config.denoiser.data_scale is None:
-        raise UserError(
-            "denoiser.data_scale=null is measured with a trained encoder, which joint has not: set a number"
-        )
-    if not config.joint.weight > 0.0:
-        raise UserError(f"joint.weight={config.joint.weight:g}: use more than 0")
 
 
 def check_ema(name: str, ema: EmaConfig) -> None:
@@ -277,8 +252,6 @@ def check_classes(config: RunConfig) -> None:
         raise UserError(f"data.label={config.data.label} needs its values, in the order of their numbers: set classes")
     if config.classifier is not None and len(config.classes) < 2:
         raise UserError(f"classifier={config.classifier.name} needs two or more classes: set classes=[...]")
-    if config.classifier is None and "classifier" in config.stages:
-        raise UserError("stages: classifier trains a classifier, and classifier=null: set classifier=half_unet")
 
 
 def uses_stream(config: RunConfig) -> bool:

@@ -81,7 +81,7 @@ def model_config(run: RunConfig) -> ModelConfig:
         classes=list(run.classes),
         label=run.data.label,
         seed=run.seed,
-        precision=run.train_refiner.precision,
+        precision=run.training("refiner").precision,
         crop=_choice(run.source, "crop", Crop.center),
         resize=_choice(run.source, "resize", Resize.lanczos),
         denoiser=run.denoiser,

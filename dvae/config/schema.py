@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, field, make_dataclass
 from enum import Enum
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from dvae.config.stage_names import training_field
 from dvae.data.images import Crop, Resize
 from dvae.diffusion.denoiser import DenoiserConfig
 from dvae.tracking.wandb_settings import WandbConfig
 
-STAGES = ("shards", "encoder", "joint", "prior", "cache", "refiner", "classifier", "distil", "evaluate")
-"""In the order in which they run."""
 DEFAULT_STAGES = ["shards", "encoder", "prior", "refiner", "evaluate"]
 
 
@@ -139,50 +138,9 @@ class DataConfig:
     """Processes that read or render images when shards are built."""
 
 
-class CacheContents(Enum):
-    """What the cache stage keeps of each training image."""
-
-    posteriors = "posteriors"
-    reconstructions = "reconstructions"
-
-
-@dataclass(kw_only=True, slots=True)
-class CacheConfig:
-    """What the cache stage computes with the trained encoder, so that the refiner's training need not."""
-
-    folder: str = "${run}/latents"
-    """Folder of the shards; written where they do not exist yet."""
-    contents: CacheContents = CacheContents.posteriors
-    """posteriors: mean and logvar, from which z is drawn anew at every visit; reconstructions: `draws` fixed draws of z
-    and their x_hat, rounded to 8 bits, so that nothing is decoded either."""
-    draws: int = 8
-    """For reconstructions: how many there are of each image."""
-
-
-class GradientTo(Enum):
-    """By what the gradient of the refiner's loss reaches the encoder."""
-
-    nothing = "nothing"
-    z = "z"
-    x_hat = "x_hat"
-    both = "both"
-
-
-@dataclass(kw_only=True, slots=True)
-class JointConfig:
-    """How the stage joint adds up the objectives of encoder and refiner."""
-
-    weight: float = 1.0
-    """Factor on the refiner's loss, the mean over pixels; the encoder's is a sum over them."""
-    gradient_to: GradientTo = GradientTo.both
-    """nothing | z | x_hat | both: by what the gradient of the refiner's loss reaches the encoder."""
-    start: int = 0
-    """Steps before it does."""
-
-
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """The last stage: what is drawn and how it is scored."""
+    """What is drawn and how it is scored: by the stage evaluate, and by others while they train."""
 
     n: int = 1000
     """Images per set and seed."""
@@ -252,7 +210,10 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """A whole run, as config.yaml holds it."""
+    """The settings of a whole run, but for the fields that the stages add (registry/stages/base.py).
+
+    Those that are read are of a class that derives from this one and has all fields, `run_config_class`.
+    """
 
     recipe: str = MISSING
     """Name of the recipe."""
@@ -267,13 +228,9 @@ class RunConfig:
     classes: list[str] = field(default_factory=list)
     """Names of the classes, in the order of their numbers: values of the attribute data.label ([]: no classes)."""
     stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
-    """Stages to run, of shards, encoder, joint, prior, cache, refiner, classifier, distil, evaluate."""
+    """Stages to run; `python tools/components.py stage` lists them."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import, which register components."""
-    encoder_weights: str = ""
-    """A run folder or bundle whose trained encoder is taken over, instead of training one (empty: none)."""
-    teacher: str = ""
-    """A run folder or bundle from whose trained models the stage distil starts."""
     max_hours: float = 0.0
     """Hours after which this attempt saves and stops, as at a signal (0: no limit)."""
     dry_run: bool = False
@@ -287,43 +244,24 @@ class RunConfig:
     sampler: Any = MISSING
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     classifier: Any = None
-    distiller: Any = None
     data: DataConfig = field(default_factory=DataConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    joint: JointConfig = field(default_factory=JointConfig)
-    train_encoder: TrainingConfig = field(default_factory=TrainingConfig)
-    train_refiner: TrainingConfig = field(default_factory=TrainingConfig)
-    train_classifier: TrainingConfig = field(default_factory=TrainingConfig)
-    """preview_every is without effect here."""
-    train_joint: TrainingConfig = field(default_factory=TrainingConfig)
-    """Of encoder and refiner together."""
-    train_distil: TrainingConfig = field(default_factory=TrainingConfig)
-    """Of each round of the distiller."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launcher: Any = None
     """How a run is started (null: as local)."""
 
-
-TRAININGS = tuple(each.name for each in fields(RunConfig) if each.name.startswith("train_"))
-"""Fields that hold the settings of a training."""
-
-
-@dataclass(kw_only=True, slots=True)
-class CacheToolConfig(CacheConfig):
-    """What tools/cache.py takes."""
-
-    run: str = MISSING
-    """A run folder with a trained encoder."""
-    part: int | None = None
-    """Make only this part (0 is the first) of `parts`, and publish nothing; null: all."""
-    parts: int = 1
-    """How many parts are made, each by a command of its own."""
-    shards: str = ""
-    """Place of the run's shards if it is a command or an address, or if they were moved (empty: where the run says)."""
-    plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    def training(self, stage: str) -> TrainingConfig:
+        """How a stage that trains, or a round of one, is trained: the field train_STAGE."""
+        found: TrainingConfig = getattr(self, training_field(stage))
+        return found
 
 
-ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="dvae")
-ConfigStore.instance().store(name="cache_schema", node=CacheToolConfig, provider="dvae")
+def extended_run_config(added: Iterable[tuple[Field[Any], Any]]) -> type[RunConfig]:
+    """RunConfig with further fields: `added` are fields of other dataclasses, each with its type."""
+    own = [
+        (one.name, kind, field(default=one.default, default_factory=one.default_factory, metadata=one.metadata))
+        for one, kind in added
+    ]
+    return make_dataclass(
+        "RunConfig", own, bases=(RunConfig,), namespace={"__module__": __name__}, kw_only=True, slots=True
+    )

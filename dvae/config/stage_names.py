@@ -1,13 +1,16 @@
-"""Names of trainings: those of a stage with several rounds are distil-32, distil-16, and so on."""
+"""Names of trainings: those of a stage with several rounds are NAME-32, NAME-16, and so on."""
 
 from __future__ import annotations
 
+TRAINING_PREFIX = "train_"
+"""Begins the name of a field of a run's settings that says how a stage is trained."""
+
 
 def stage_of(training: str) -> str:
-    """The stage that a training belongs to: "distil" of "distil-32"."""
+    """The stage that a training belongs to: "sharpen" of "sharpen-32"."""
     return training.partition("-")[0]
 
 
-def settings_of(training: str) -> str:
-    """The field of a run's config that holds a training's settings: "train_distil" of "distil-32"."""
-    return f"train_{stage_of(training)}"
+def training_field(training: str) -> str:
+    """The field of a run's settings that holds those of a training: "train_sharpen" of "sharpen-32"."""
+    return f"{TRAINING_PREFIX}{stage_of(training)}"

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import importlib
-import math
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from dvae.config import compose as configuration
-from dvae.config import stored
 from dvae.config.schema import RunConfig
-from dvae.config.stage_names import settings_of
 from dvae.data.images import DamagedImage
 from dvae.data.labels import check_label
 from dvae.data.loading.loader import check_batch
 from dvae.data.shards.manifest import Manifest
 from dvae.data.shards.remote import is_remote, read_manifest
 from dvae.errors import UserError, fold
-from dvae.models import bundle_reuse, components
+from dvae.models import components
 from dvae.registry.core import Shapes
-from dvae.registry.distillers.base import DISTILLERS
-from dvae.registry.launchers.base import launcher_of
 from dvae.registry.sources.base import SOURCES, Item, Source
-from dvae.runs.folder import Run
+from dvae.stages.base import TrainStage, open_stages
+from dvae.stages.encoder import EncoderStage
 from dvae.toy2d import points
 
 PROBED = 8
 """Images of a source that are tried before a run begins."""
-SHARD_SIZE = 10_000
-"""Images of the source that make a shard of each split, as dvae.data.building.shard_build takes them by default."""
 
 
 def check(config: RunConfig, ranks: int = 1) -> tuple[components.RunModels, dict[str, int]]:
@@ -38,25 +30,12 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[components.RunModels, dict
     Returns the models, on meta, and the number of images by split (none where the source is endless).
     """
     made = components.build_models_on_meta(config)
-    if "encoder" in config.stages and not made.parameters()["encoder"]:
-        raise UserError(f"stages: encoder={config.encoder.name} has nothing to train: leave encoder and prior out")
-    if "cache" in config.stages and not made.parameters()["encoder"]:
-        raise UserError(f"stages: cache keeps what an encoder makes, encoder={config.encoder.name} makes nothing")
-    if "joint" in config.stages and (not made.parameters()["encoder"] or made.encoder.adversary() is not None):
-        raise UserError(f"stages: joint needs an encoder to train without a discriminator, not {config.encoder.name}")
-    apart = {"encoder", "joint", "distil"}.isdisjoint(config.stages)
-    if config.encoder_weights and apart and not Run(Path(config.run)).weights("encoder").exists():
-        raise UserError(
-            f"encoder_weights={config.encoder_weights} is taken over by the stage encoder, which trains nothing then: "
-            "add encoder to stages=[...]"
-        )
-    if "encoder" in config.stages:
-        bundle_reuse.adopted_encoder_weights(config, made.encoder)  # refuses weights that do not fit
-    for training in (getattr(config, settings_of(stage)) for stage in [*made.parameters(), "joint", "distil"]):
+    stages = open_stages(config)
+    EncoderStage(config).refuse_unused_weights()
+    for stage in stages:
+        stage.check(made)
+    for training in (config.training(stage.name) for stage in stages if isinstance(stage, TrainStage)):
         check_batch(training.batch, ranks, training.micro_batches)
-    if "distil" in config.stages:
-        DISTILLERS.build(config.distiller, made.denoiser.shapes).check(made.denoiser)
-        bundle_reuse.load_teacher(config)  # refuses what is not there, or other networks
     if configuration.uses_stream(config):
         _check_classes(config)
         return made, {}
@@ -116,34 +95,3 @@ def _probe(source: Source, name: str) -> list[Item]:
     if items:
         return items
     raise UserError(f"source={name}: none of the first images can be read ({damage}): are these files images?")
-
-
-def describe(config: DictConfig) -> str:
-    """What `dry_run=true` prints: the resolved config, stages, parameter counts and shards."""
-    settings = configuration.to_run_config(config)
-    launcher = launcher_of(settings.launcher)
-    made, counts = check(settings, launcher.ranks)
-    splits = sum(count > 0 for count in counts.values())
-    shards = splits * math.ceil(sum(counts.values()) / SHARD_SIZE)
-    kept = stored.to_yaml(stored.stored(config)).rstrip()
-    lines = [kept, "---", f"stages: {' -> '.join(settings.stages)}"]
-    for stage, parameters in made.parameters().items():
-        training = getattr(settings, f"train_{stage}")
-        if stage in settings.stages:
-            given = stage == "encoder" and bundle_reuse.adopted_encoder_weights(settings, made.encoder) is not None
-            work = "taken over as they are" if given else f"{training.steps} steps of {training.batch} images"
-            lines.append(f"{stage}: {parameters / 1e6:.1f}M parameters, {work}")
-    if "joint" in settings.stages:
-        total = made.parameters()["encoder"] + made.parameters()["refiner"]
-        training = settings.train_joint
-        lines.append(f"joint: {total / 1e6:.1f}M parameters, {training.steps} steps of {training.batch} images")
-    if "distil" in settings.stages:
-        training, made_for = settings.train_distil, DISTILLERS.build(settings.distiller, made.denoiser.shapes).rounds
-        rounds = " -> ".join(map(str, made_for))
-        lines.append(f"distil: for {rounds} steps, {training.steps} steps of {training.batch} images each")
-    if counts:
-        lines.append(f"images: about {counts['train']} to train on, {counts['heldout']} held out")
-        lines.append(f"shards: {shards} in {settings.data.shards}")
-    lines += filter(None, [launcher.plan(Path(settings.run), settings.stages)])
-    lines.append("dry run: nothing was written")
-    return "\n".join(lines)

@@ -11,25 +11,16 @@ from dvae.config.schema import ModelConfig, RunConfig
 from dvae.errors import UserError
 from dvae.models.bundle import WEIGHTS, build_verified, find_bundle, read_verified, refuse_quantized
 from dvae.models.components import RunModels
-from dvae.registry.encoders.base import Encoder
 from dvae.utils.weights import StateDict, load_weights, part_of, refuse_nonfinite
 
 
-def adopted_encoder_weights(config: RunConfig, encoder: Encoder) -> StateDict | None:
-    """The weights that the encoder stage takes over instead of training `encoder`; None if it trains.
-
-    Raises UserError if they cannot be read or do not fit.
-    """
-    return load_encoder_weights(config) if config.encoder_weights else encoder.pretrained()
-
-
-def load_encoder_weights(config: RunConfig) -> StateDict:
-    """The trained encoder of the run folder or bundle `config.encoder_weights`, for an encoder that is the same.
+def load_encoder_weights(source: str, config: RunConfig) -> StateDict:
+    """The trained encoder of the run folder or bundle `source`, for an encoder that is the same.
 
     Raises UserError if there is none, or it is another.
     """
-    what = f"encoder_weights={config.encoder_weights}"
-    folder = find_bundle(config.encoder_weights)
+    what = f"encoder_weights={source}"
+    folder = find_bundle(source)
     info, theirs = read_verified(folder)
     refuse_quantized(what, info)
     if "encoder" not in info.parts:
@@ -40,12 +31,12 @@ def load_encoder_weights(config: RunConfig) -> StateDict:
     return weights
 
 
-def load_teacher(config: RunConfig) -> RunModels:
-    """The trained models of the run folder or bundle `config.teacher`, for a run with the same networks.
+def load_teacher(source: str, config: RunConfig) -> RunModels:
+    """The trained models of the run folder or bundle `source`, for a run with the same networks.
 
     Raises UserError if they are not all there, or others.
     """
-    what, folder = f"teacher={config.teacher}", find_bundle(config.teacher)
+    what, folder = f"teacher={source}", find_bundle(source)
     info, theirs = read_verified(folder)
     refuse_quantized(what, info)
     require_same_networks(what, theirs, config, ("encoder", "prior", "process", "schedule", "refiner", "denoiser"))

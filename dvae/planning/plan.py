@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dvae.config.compose import uses_stream
-from dvae.config.schema import CacheContents, Precision, RunConfig, TrainingConfig
-from dvae.config.stage_names import settings_of
+from dvae.config.schema import Precision, RunConfig, TrainingConfig
 from dvae.data.loading.loader import check_batch
 from dvae.data.shards.manifest import FILE, TRAIN, Manifest
 from dvae.models import components
@@ -19,6 +18,9 @@ from dvae.planning.counting import ForwardPass, Operations, PassCost
 from dvae.planning.hardware import GPU, gpu_of
 from dvae.planning.plan_settings import PlanConfig
 from dvae.registry.encoders.base import Encoder
+from dvae.registry.stages.base import STAGES
+from dvae.stages.cache import CacheContents, cache_settings
+from dvae.stages.encoder import EncoderStage
 from dvae.training.engine.ema import ema_names
 from dvae.training.engine.memory_estimate import FLOAT, Footprint, bytes_sent, footprint
 
@@ -140,9 +142,10 @@ def make_plan(config: RunConfig, settings: PlanConfig) -> ResourcePlan:
     """Plan the recipe's trainings. Raises UserError for a GPU that is not known, or a batch that does not divide."""
     gpu, ranks = gpu_of(settings.gpu), settings.nodes * settings.gpus_per_node
     made = components.build_models_on_meta(config)
-    given = bool(config.encoder_weights) or type(made.encoder).pretrained is not Encoder.pretrained
+    adopted = EncoderStage(config).settings.encoder_weights
+    given = bool(adopted) or type(made.encoder).pretrained is not Encoder.pretrained
     stages = [name for name in FROZEN_MODELS if name in config.stages]
-    left_out = [name for name in config.stages if hasattr(config, settings_of(name)) and name not in FROZEN_MODELS]
+    left_out = [name for name in STAGES.trained() if name in config.stages and name not in FROZEN_MODELS]
     stages = [name for name in stages if not (name == "encoder" and given)]
     micro = {name: _micro_batch(config, name, ranks) for name in stages}  # refused before anything is counted
     manifest = _manifest(config)
@@ -153,13 +156,8 @@ def make_plan(config: RunConfig, settings: PlanConfig) -> ResourcePlan:
     )  # fmt: skip
 
 
-def training_of(config: RunConfig, stage: str) -> TrainingConfig:
-    found: TrainingConfig = getattr(config, settings_of(stage))
-    return found
-
-
 def _micro_batch(config: RunConfig, stage: str, ranks: int) -> int:
-    training = training_of(config, stage)
+    training = config.training(stage)
     return check_batch(training.batch, ranks, training.micro_batches)
 
 
@@ -171,7 +169,7 @@ def _manifest(config: RunConfig) -> Manifest | None:
 def _stage(
     config: RunConfig, settings: PlanConfig, gpu: GPU, manifest: Manifest | None, name: str, micro: int
 ) -> StagePlan:
-    training, ranks = training_of(config, name), settings.nodes * settings.gpus_per_node
+    training, ranks = config.training(name), settings.nodes * settings.gpus_per_node
     made = components.build_models_on_meta(config)
     frozen = FLOAT * sum(made.parameters()[part] for part in FROZEN_MODELS[name])
     modules = modules_of(config, name, manifest)
@@ -205,7 +203,7 @@ def encoder_use(config: RunConfig, made: RunModels, manifest: Manifest | None) -
     Where there are no shards yet, that the posteriors would fit into data.cache_gib is not known: it encodes.
     """
     if "cache" in config.stages:
-        return False, config.cache.contents is CacheContents.posteriors
+        return False, cache_settings(config).contents is CacheContents.posteriors
     if config.data.flip or "encoder" not in made.trained_parts() or manifest is None:
         return True, True
     size = 2 * FLOAT * manifest.count(TRAIN) * math.prod(made.shapes.latent)
@@ -223,7 +221,7 @@ def passes_of(config: RunConfig, stage: str, manifest: Manifest | None) -> dict[
 
 def modules_of(config: RunConfig, stage: str, manifest: Manifest | None) -> list[PlannedModule]:
     """Count a stage's passes, as the recipe has them and with activation checkpointing the other way."""
-    training, component = training_of(config, stage), getattr(config, stage)
+    training, component = config.training(stage), getattr(config, stage)
     ways = [passes_of(config, stage, manifest)]
     recomputed = [bool(getattr(component, RECOMPUTES, False))]
     if any(field.name == RECOMPUTES for field in fields(component)):

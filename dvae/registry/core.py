@@ -69,6 +69,9 @@ class Registry(Generic[T]):
     without a component of an `optional` kind (`classifier: null`).
     """
 
+    chosen = True
+    """Whether the settings of a run choose one component of this kind, in a field of its name."""
+
     def __init__(self, kind: str, package: str, base: Callable[..., T], optional: bool = False) -> None:
         self.kind = kind
         self.package = package

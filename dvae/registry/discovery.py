@@ -25,6 +25,11 @@ def registries() -> dict[str, Registry[Any]]:
     return dict(sorted(KINDS.items()))
 
 
+def chosen_kinds() -> dict[str, Registry[Any]]:
+    """The registries of the kinds of which a run's settings choose one component: all but the stages."""
+    return {kind: registry for kind, registry in registries().items() if registry.chosen}
+
+
 @functools.cache
 def _import_kinds() -> None:
     """Import the base class of every kind, which enters its registry in KINDS; no component is imported."""

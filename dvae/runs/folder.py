@@ -23,17 +23,20 @@ summary.json report.html
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from dvae.config import stored
-from dvae.config.schema import TRAININGS, RunConfig
+from dvae.config.schema import RunConfig
 from dvae.errors import MachineError, UserError
+from dvae.registry.stages.base import STAGES, run_config_class, stage_fields, training_fields
 from dvae.runs import attempts
 from dvae.runs.records import RECORDS, check_format, read_records, write_format
 from dvae.utils import atomic_files
@@ -43,16 +46,14 @@ from dvae.utils.weights import StateDict, load_weights, save_weights
 MUTABLE_FIELDS = {
     "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
     "data.workers", "data.cache_gib", "data.download_to", "data.download_gib", "data.log_samples", "max_hours",
-} | {
-    f"{training}.{name}"
-    for training in TRAININGS
-    for name in (
-        "keep", "keep_every", "save_every", "preview_every", "zero_stage", "offload", "micro_batches",
-        "nonfinite_skips", "ema.snapshot_every",
-    )
 }  # fmt: skip
 """Settings that may change from one attempt to the next: they do not touch what was trained (a cache refuses
 others by itself)."""
+MUTABLE_TRAINING_FIELDS = (
+    "keep", "keep_every", "save_every", "preview_every", "zero_stage", "offload", "micro_batches", "nonfinite_skips",
+    "ema.snapshot_every",
+)  # fmt: skip
+"""The same of each training."""
 
 
 LINKS_ALLOWED = ("shards", "wandb")
@@ -142,18 +143,28 @@ class Run:
             yield
 
 
-def submit(config: DictConfig) -> Run:
-    """The run folder for a composed config, made or taken up.
+def check_folder(config: DictConfig) -> None:
+    """Raise UserError if the folder of a composed config cannot hold this run: it is another's, or not writable.
 
-    Raises UserError if it is not this run's, or not writable.
+    Nothing is written.
     """
     run = Run(Path(str(config.run)))
-    kept = stored.stored(config)
     if run.config_file.exists():
         refuse_other(run, config)
         atomic_files.refuse_links(run.path, LINKS_ALLOWED)
     elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise UserError(f"run={run.path} exists and is not a run: use another run=, or remove it")
+    there = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "is not writable" if there.is_dir() else "is a file"
+        raise UserError(f"run={run.path} cannot be written ({there} {why}): use another run=")
+
+
+def submit(config: DictConfig) -> Run:
+    """The run folder for a composed config, made or taken up. Raises UserError as `check_folder` does."""
+    check_folder(config)
+    run = Run(Path(str(config.run)))
+    kept = stored.stored(config)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run.path):
@@ -166,27 +177,39 @@ def submit(config: DictConfig) -> Run:
 
 
 def refuse_other(run: Run, config: DictConfig) -> None:
-    """Raise UserError if the folder holds a run with other settings, or of another format."""
+    """Raise UserError if the folder holds a run with other settings, or of another format.
+
+    Fields of a stage that was not installed before, or is not any more, are passed over: the run does not have it.
+    """
     check_format(run.path)
     before, now = _settings(stored.read_plain(run.config_file)), _settings(stored.stored(config))
     if before.get("recipe") != now.get("recipe"):
         raise UserError(
             f"run={run.path} belongs to recipe {before.get('recipe')!r}, not {now.get('recipe')!r}: use another run="
         )
+    in_both = {_top(key) for key in before} & {_top(key) for key in now}
+    of_stages = {field for name in STAGES.names() for field in stage_fields(STAGES.get(name))}
+    always = {field.name for field in fields(run_config_class())} - of_stages
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+        if before.get(key) != now.get(key) and _top(key) in in_both | always:
             raise UserError(
                 f"run={run.path} was made with {key}={before.get(key)}, now {now.get(key)}: use another run=, "
                 "or take back the change"
             )
 
 
+def _top(key: str) -> str:
+    return key.partition(".")[0]
+
+
 def _settings(plain: dict[str, Any]) -> dict[str, Any]:
     """Flat settings that must stay as they are through a run's life."""
     flat: dict[str, Any] = {}
+    mutable = MUTABLE_FIELDS | {f"{training}.{name}" for training in training_fields()
+                                for name in MUTABLE_TRAINING_FIELDS}  # fmt: skip
 
     def walk(prefix: str, value: Any) -> None:
-        if prefix in MUTABLE_FIELDS:
+        if prefix in mutable:
             return
         if isinstance(value, dict):
             for key, item in value.items():

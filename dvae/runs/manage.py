@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dvae.config.stage_names import settings_of, stage_of
+from dvae.config.stage_names import TRAINING_PREFIX, stage_of, training_field
 from dvae.errors import MachineError, UserError, printable_line
 from dvae.runs import attempts
 from dvae.runs.attempts import Attempt
@@ -106,7 +106,7 @@ def run_status(folder: Path, jobs: list[SlurmJob] | None = None) -> RunStatus:
     if not left:
         return RunStatus(path=folder, state=state, message=message, age=age)
     if row is None or stage_of(row["stage"]) not in left or row.get("images_per_second") is None:
-        total = config.get(f"train_{left[0]}", {}).get("steps", 0)
+        total = config.get(training_field(left[0]), {}).get("steps", 0)
         return RunStatus(path=folder, state=state, message=message, stage=left[0], total=total, age=age)
     training = _training(config, row["stage"], folder)
     speed = row["images_per_second"]
@@ -154,14 +154,14 @@ def _config(folder: Path) -> dict[str, Any]:
     plain = read_yaml(path)
     check(_RunFields, plain, path)
     for name, value in plain.items():
-        if name.startswith("train_"):
+        if name.startswith(TRAINING_PREFIX):
             check(_TrainingFields, value, f"{path}: {name}")
     return plain
 
 
 def _training(config: dict[str, Any], stage: str, folder: Path) -> dict[str, Any]:
     """The settings by which a stage is trained. Raises DamagedFile for a stage that config.yaml does not know."""
-    training: dict[str, Any] | None = config.get(settings_of(stage))
+    training: dict[str, Any] | None = config.get(training_field(stage))
     if training is None:
         raise DamagedFile(folder / "config.yaml", f"has no settings for the stage {stage[:40]!r} of metrics.jsonl")
     return training

@@ -13,17 +13,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from torch import nn
 
-from dvae.config.schema import TRAININGS, RunConfig, TrainingConfig
-from dvae.config.stage_names import settings_of, stage_of
+from dvae.config.schema import RunConfig, TrainingConfig
+from dvae.config.stage_names import stage_of, training_field
 from dvae.data.loading.loader import Batch
 from dvae.errors import UserError, fold
 from dvae.models import components
 from dvae.runs.folder import Run
-from dvae.stages.classifier import open_classifier_task
-from dvae.stages.distil import distil_rounds, open_distil_task
-from dvae.stages.encoder import open_encoder_task
-from dvae.stages.joint import open_joint_task
-from dvae.stages.refiner import open_refiner_task
+from dvae.stages.base import open_train_stage
 from dvae.training.batches import open_loader
 from dvae.training.engine.deepspeed_engine import Engine, start_distributed
 from dvae.training.loop import accumulate_gradients
@@ -96,7 +92,7 @@ def replay(folder: str, shards: str = "") -> ReplayResult:
         config.data.shards = shards
     check_same_run(config, record, path)
     training = merge_ranks(config, record)
-    task = open_task(run, config, record["stage"])
+    task = open_train_stage(stage_of(record["stage"]), config).open_task(run, record["stage"])
     batches = recorded_batches(config, training, task, record, path)
     engines = recorded_engines(task, record["step"], path)
     with record_nonfinite_layers(engines) as layers:
@@ -110,38 +106,20 @@ def replay(folder: str, shards: str = "") -> ReplayResult:
 def check_same_run(config: RunConfig, record: dict[str, Any], path: Path) -> None:
     """Raise UserError if the run has no such training, or one of another batch."""
     name = record["stage"]
-    trainings = [each.removeprefix("train_") for each in TRAININGS if each != "train_distil"]
-    if config.distiller is not None:
-        trainings += distil_rounds(config)
-    training: TrainingConfig = getattr(config, settings_of(name))
-    if name not in trainings or len(record["samples"]) != training.batch or record["step"] > training.steps:
+    stage, training = open_train_stage(stage_of(name), config), config.training(name)
+    if name not in stage.trainings() or len(record["samples"]) != training.batch or record["step"] > training.steps:
         raise UserError(
             f"bundle={path}: step {record['step']} of {name} with {len(record['samples'])} samples is none of the run "
             "around it: leave the bundle where it was written"
         )
 
 
-def open_task(run: Run, config: RunConfig, name: str) -> TrainTask:
-    """The training `name`, with its modules as they are before the first step."""
-    match stage_of(name):
-        case "encoder":
-            return open_encoder_task(run, config)
-        case "joint":
-            return open_joint_task(run, config)
-        case "refiner":
-            return open_refiner_task(run, config)
-        case "classifier":
-            return open_classifier_task(run, config)
-    return open_distil_task(run, config, name)
-
-
 def merge_ranks(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
     """Change the stage's settings in `config`, so that one process takes the parts of all ranks as micro-batches."""
-    name = settings_of(record["stage"])
-    training: TrainingConfig = getattr(config, name)
+    training = config.training(record["stage"])
     parts = record["world_size"] * record["micro_batches"]
     training = replace(training, zero_stage=0, offload=False, micro_batches=parts)
-    setattr(config, name, training)
+    setattr(config, training_field(record["stage"]), training)
     return training
 
 

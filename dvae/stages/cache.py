@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
 
-from dvae.config.schema import CacheContents, Precision, RunConfig
+from dvae.config.schema import Precision, RunConfig
 from dvae.data import latent_cache
 from dvae.data.building import cache_build, shard_request
 from dvae.data.images import to_uint8
@@ -16,7 +20,9 @@ from dvae.data.shards.manifest import FILE as MANIFEST
 from dvae.errors import UserError
 from dvae.models.components import RunModels
 from dvae.registry.encoders.base import Posterior
+from dvae.registry.stages.base import STAGES, StageConfig, settings_of
 from dvae.runs.folder import Run
+from dvae.stages.base import Stage
 from dvae.stages.posteriors import encode_images
 from dvae.stages.run_models import load_models
 from dvae.tracking.console import CountedProgress
@@ -26,24 +32,63 @@ from dvae.utils import rng
 from dvae.utils.atomic_files import sha256
 
 
-def run_cache_stage(run: Run, config: RunConfig) -> None:
-    models = load_models(run, config, "encoder")
-    if (run.checkpoints("refiner")).exists() and any(run.checkpoints("refiner").iterdir()):
-        raise UserError(
-            f"run={run.path} has begun to train its refiner without a cache: leave cache out of stages=[...], or use "
-            "another run="
-        )
-    began = time.perf_counter()
-    written = write_cache(run, config, models)
-    seconds = time.perf_counter() - began
-    run.finish("cache", {"seconds": seconds, "images": written.images, "draws": written.draws})
+class CacheContents(Enum):
+    """What the cache stage keeps of each training image."""
+
+    posteriors = "posteriors"
+    reconstructions = "reconstructions"
 
 
-def run_cache_part(folder: Path, part: int, parts: int) -> None:
-    """Make part number `part` of `parts` of a run's cache; the stage publishes it once all are made."""
-    run = Run(folder)
-    config = run.own_config()
-    write_cache_part(run, config, load_models(run, config, "encoder"), part, parts)
+@dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """What the cache stage computes with the trained encoder, so that the refiner's training need not."""
+
+    folder: str = "${run}/latents"
+    """Folder of the shards; written where they do not exist yet."""
+    contents: CacheContents = CacheContents.posteriors
+    """posteriors: mean and logvar, from which z is drawn anew at every visit; reconstructions: `draws` fixed draws of z
+    and their x_hat, rounded to 8 bits, so that nothing is decoded either."""
+    draws: int = 8
+    """For reconstructions: how many there are of each image."""
+
+
+@STAGES.register("cache")
+class CacheStage(Stage):
+    """Computes with the trained encoder what the refiner's training need not compute again."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(StageConfig):
+        cache: CacheConfig = field(default_factory=CacheConfig)
+
+    after, before = ("encoder", "prior"), ("refiner",)
+    own_job, needs_gpus = True, False
+    in_parts = True
+
+    def check(self, models: RunModels) -> None:
+        if not models.parameters()["encoder"]:
+            name = self.config.encoder.name
+            raise UserError(f"stages: cache keeps what an encoder makes, encoder={name} makes nothing")
+
+    def run(self, run: Run) -> None:
+        models = load_models(run, self.config, "encoder")
+        if run.checkpoints("refiner").exists() and any(run.checkpoints("refiner").iterdir()):
+            raise UserError(
+                f"run={run.path} has begun to train its refiner without a cache: leave cache out of stages=[...], or "
+                "use another run="
+            )
+        began = time.perf_counter()
+        written = write_cache(run, self.config, models)
+        seconds = time.perf_counter() - began
+        run.finish(self.name, {"seconds": seconds, "images": written.images, "draws": written.draws})
+
+    def run_part(self, run: Run, part: int, parts: int) -> None:
+        models = load_models(run, self.config, "encoder")
+        write_cache_part(run, self.config, models, part, parts)
+
+
+def cache_settings(config: RunConfig) -> CacheConfig:
+    """The settings of a run's cache."""
+    return settings_of(config, CacheStage.Config).cache
 
 
 def expected_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.CacheInfo:
@@ -55,21 +100,22 @@ def expected_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cac
         raise UserError(f"run={run.path} has no finished stage encoder yet: a cache is made of what it has trained")
     if config.data.flip:
         raise UserError("stages: cache holds each image as it is, data.flip=true asks for both: set data.flip=false")
-    reconstructions = config.cache.contents is CacheContents.reconstructions
+    settings = cache_settings(config)
+    reconstructions = settings.contents is CacheContents.reconstructions
     if reconstructions and models.latent_space:
         raise UserError(
             "cache.contents=reconstructions has no use where denoiser.space=latent: use cache.contents=posteriors"
         )
-    if reconstructions and config.cache.draws < 1:
-        raise UserError(f"cache.draws={config.cache.draws}: use 1 or more")
+    if reconstructions and settings.draws < 1:
+        raise UserError(f"cache.draws={settings.draws}: use 1 or more")
     shards = open_shards(config, "train")
     return latent_cache.CacheInfo(
         images=len(shards),
-        draws=config.cache.draws if reconstructions else 0,
+        draws=settings.draws if reconstructions else 0,
         latent=list(models.shapes.latent),
         encoder_sha256=sha256(run.weights("encoder")),
         images_sha256=sha256(shards.folder / MANIFEST),
-        precision=config.train_refiner.precision.name,
+        precision=config.training("refiner").precision.name,
         seed=config.seed,
     )
 
@@ -78,7 +124,7 @@ def write_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.
     """The run's cache, written where it is not there yet. `models` holds the trained encoder."""
     spec = _cache_spec(run, config, models)
     with CountedProgress("cache") as progress:
-        cache_build.build_cache(Path(config.cache.folder), spec, progress)
+        cache_build.build_cache(Path(cache_settings(config).folder), spec, progress)
     record_damage(run.path, spec.images)
     return spec.info
 
@@ -92,7 +138,7 @@ def write_cache_part(run: Run, config: RunConfig, models: RunModels, part: int, 
     shard_request.check_part(part, parts)
     with CountedProgress(f"cache, part {part + 1} of {parts}") as progress:
         return cache_build.build_cache_part(
-            Path(config.cache.folder), _cache_spec(run, config, models), part, parts, progress
+            Path(cache_settings(config).folder), _cache_spec(run, config, models), part, parts, progress
         )
 
 
@@ -123,3 +169,22 @@ def cache_sample(
     with torch.autocast(z.device.type, torch.bfloat16, enabled=expected.precision == Precision.bf16.name):
         x_hat = to_uint8(models.encoder.decode(z).float())
     return latent_cache.CachedSample(z.cpu().numpy(), list(x_hat.permute(0, 2, 3, 1).cpu().contiguous().numpy()))
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheToolConfig(CacheConfig):
+    """What tools/cache.py takes."""
+
+    run: str = MISSING
+    """A run folder with a trained encoder."""
+    part: int | None = None
+    """Make only this part (0 is the first) of `parts`, and publish nothing; null: all."""
+    parts: int = 1
+    """How many parts are made, each by a command of its own."""
+    shards: str = ""
+    """Place of the run's shards if it is a command or an address, or if they were moved (empty: where the run says)."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import, which register components."""
+
+
+ConfigStore.instance().store(name="cache_schema", node=CacheToolConfig, provider="dvae")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dvae.config.schema import RunConfig, TrainingConfig
+from dvae.config.schema import TrainingConfig
 from dvae.data.loading.loader import Batch, Batches
 from dvae.diffusion.denoiser import Denoiser
+from dvae.errors import UserError
 from dvae.registry.classifiers.base import Classifier
 from dvae.registry.encoders.base import Encoder
+from dvae.registry.stages.base import STAGES, StageConfig
 from dvae.runs.folder import Run
+from dvae.stages.base import TrainStage
 from dvae.stages.latent_sources import EncodedLatents, LatentSource, open_latents
 from dvae.stages.noisy_task import NoisyTask
 from dvae.stages.run_models import default_device, load_models
 from dvae.stages.train_stage import train_stage
 from dvae.training.batches import open_loader
-from dvae.training.loop import TrainHooks
 from dvae.training.metric_sums import add_metric_sums, metric_means, metric_sums, metrics_by_time
 from dvae.training.train_task import Engines, StepOutput
 from dvae.utils import rng
@@ -64,31 +69,48 @@ class ClassifierTask(NoisyTask):
         return StepOutput(losses.mean(), sums)
 
 
-def run_classifier_stage(run: Run, config: RunConfig) -> None:
-    task, training = open_classifier_task(run, config), config.train_classifier
-    classifier, encoder = task.classifier, task.encoder
-    seed = rng.child(config.seed, "held-out")
-    heldout_task = ClassifierTask(
-        classifier, encoder, task.denoiser, EncodedLatents(encoder), training, seed, default_device()
-    )
+@STAGES.register("classifier")
+class ClassifierStage(TrainStage):
+    """Trains a classifier of noisy states, for guidance."""
 
-    with open_loader(config, training, "classifier held-out", "heldout", all_ranks=True) as heldout:
+    @dataclass(kw_only=True, slots=True)
+    class Config(StageConfig):
+        train_classifier: TrainingConfig = field(default_factory=TrainingConfig)
+        """preview_every is without effect here."""
 
-        def final_metrics(weights: StateDict) -> dict[str, float]:
-            classifier.load_state_dict(weights)
-            return heldout_accuracy(heldout_task, heldout)
+    after = ("refiner",)
+    makes = ("classifier",)
+    parts: ClassVar = {"classifier": ""}
+    takes_streams = True
 
-        train_stage(run, config, task, {"classifier": ""}, TrainHooks(), final_metrics)
+    def check_settings(self) -> None:
+        if self.config.classifier is None:
+            raise UserError("stages: classifier trains a classifier, and classifier=null: set classifier=half_unet")
 
+    def open_task(self, run: Run, name: str) -> ClassifierTask:
+        models = load_models(run, self.config, "encoder", "denoiser")
+        assert models.classifier is not None
+        latents = open_latents(run, self.config, models)
+        return self.task_of(models.classifier, models.encoder, models.denoiser, latents, self.config.seed)
 
-def open_classifier_task(run: Run, config: RunConfig) -> ClassifierTask:
-    """The stage's task, with its modules as they are before the first step."""
-    models = load_models(run, config, "encoder", "denoiser")
-    assert models.classifier is not None
-    latents, training = open_latents(run, config, models), config.train_classifier
-    return ClassifierTask(
-        models.classifier, models.encoder, models.denoiser, latents, training, config.seed, default_device()
-    )
+    def task_of(
+        self, classifier: Classifier, encoder: Encoder, denoiser: Denoiser, latents: LatentSource, seed: int
+    ) -> ClassifierTask:
+        return ClassifierTask(classifier, encoder, denoiser, latents, self.training, seed, default_device())
+
+    def run(self, run: Run) -> None:
+        config, task = self.config, self.open_task(run, self.name)
+        classifier, encoder = task.classifier, task.encoder
+        seed = rng.child(config.seed, "held-out")
+        heldout_task = self.task_of(classifier, encoder, task.denoiser, EncodedLatents(encoder), seed)
+
+        with open_loader(config, self.training, "classifier held-out", "heldout", all_ranks=True) as heldout:
+
+            def final_metrics(weights: StateDict) -> dict[str, float]:
+                classifier.load_state_dict(weights)
+                return heldout_accuracy(heldout_task, heldout)
+
+            train_stage(run, config, task, self.parts, self.hooks(run, task), final_metrics)
 
 
 @torch.no_grad()

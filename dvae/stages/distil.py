@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from dvae.config.schema import RunConfig, TrainingConfig
+from dvae.config.schema import TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.diffusion.conditioning import Conditioning
 from dvae.diffusion.denoiser import Denoiser
+from dvae.errors import UserError
 from dvae.models import bundle_reuse, components
+from dvae.models.components import RunModels
 from dvae.registry.distillers.base import DISTILLERS, Distiller
 from dvae.registry.encoders.base import Encoder
+from dvae.registry.stages.base import STAGES, StageConfig, settings_of
 from dvae.runs.folder import Run
+from dvae.stages.base import TrainStage
 from dvae.stages.latent_sources import LatentSource, open_latents
 from dvae.stages.noisy_task import NoisyTask
 from dvae.stages.previews import build_pipeline, save_samples
 from dvae.stages.run_models import default_device, export_bundle, load_models
 from dvae.stages.train_stage import train_stage
-from dvae.training.loop import PreviewHook, TrainHooks
+from dvae.training.loop import TrainHooks
 from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.resilience import ranks
-from dvae.training.train_task import Engines, StepOutput
+from dvae.training.train_task import Engines, StepOutput, TrainTask
 from dvae.utils import rng
 from dvae.utils.weights import StateDict, fit_weights, part_of
 
@@ -64,6 +70,7 @@ class DistilTask(NoisyTask):
 
     def __init__(
         self,
+        name: str,
         student: StudentModel,
         teacher: Denoiser,
         steps: int,
@@ -74,8 +81,7 @@ class DistilTask(NoisyTask):
         device: torch.device,
     ) -> None:
         super().__init__(encoder, teacher.eval().requires_grad_(False), latents, config, seed, device)
-        self.name = f"distil-{steps}"
-        self.student, self.steps = student, steps
+        self.name, self.student, self.steps = name, student, steps
 
     def modules(self) -> dict[str, nn.Module]:
         return {self.name: self.student}
@@ -95,62 +101,104 @@ class DistilTask(NoisyTask):
         return StepOutput(losses.mean(), metric_sums({"loss": losses}) | metrics_by_time("loss", losses, t))
 
 
-def run_distil_stage(run: Run, config: RunConfig) -> None:
-    """Run all rounds, each once. The last student becomes the run's refiner."""
-    ranks.on_rank_zero(save_teacher, run, config)
-    names = list(distil_rounds(config))
-    for name in names:
-        if name not in ranks.on_rank_zero(run.records):
-            task = open_distil_task(run, config, name)
-            hooks = TrainHooks(student_preview(run, config, name, task.steps))
-            train_stage(run, config, task, {name: STUDENT}, hooks)
+@STAGES.register("distil")
+class DistilStage(TrainStage):
+    """Trains students that sample in few steps what a trained run samples in many; the last is the run's refiner."""
 
-    def finish() -> None:
-        run.save_weights("denoiser", run.load_weights(names[-1]))
-        export_bundle(run, config)
-        records = run.records()
-        run.finish("distil", {"seconds": sum(records[name]["seconds"] for name in names)})
+    @dataclass(kw_only=True, slots=True)
+    class Config(StageConfig):
+        teacher: str = ""
+        """A run folder or bundle from whose trained models the students start."""
+        distiller: Any = None
+        train_distil: TrainingConfig = field(default_factory=TrainingConfig)
+        """Of each round of the distiller."""
 
-    ranks.on_rank_zero(finish)
+    after, before = ("refiner", "classifier"), ("evaluate",)
+    makes = ("encoder", "prior", "denoiser")
+    takes_streams = True
 
+    @property
+    def settings(self) -> Config:
+        return settings_of(self.config, self.Config)
 
-def save_teacher(run: Run, config: RunConfig) -> None:
-    """Save the parts that the run shares with its teacher, and the teacher's refiner."""
-    if run.has_weights("teacher"):  # the last that is saved
-        return
-    for part, module in bundle_reuse.load_teacher(config).trained_parts().items():
-        run.save_weights("teacher" if part == "denoiser" else part, module.state_dict())
+    def check_settings(self) -> None:
+        if self.settings.distiller is None:
+            raise UserError(f"stages: {self.name} needs a distiller: set distiller=consistency or progressive")
+        if not self.settings.teacher:
+            raise UserError(
+                f"stages: {self.name} needs what it starts from: set teacher=RUN, the folder of a finished run"
+            )
 
+    def check(self, models: RunModels) -> None:
+        self.distiller(models).check(models.denoiser)
+        self.load_teacher()  # refuses what is not there, or other networks
 
-def distil_rounds(config: RunConfig) -> dict[str, int]:
-    """The names of the rounds, with the number of sampling steps of each round's student."""
-    rounds = DISTILLERS.build(config.distiller, components.build_models_on_meta(config).denoiser.shapes).rounds
-    return {f"distil-{steps}": steps for steps in rounds}
+    def distiller(self, models: RunModels) -> Distiller:
+        return DISTILLERS.build(self.settings.distiller, models.denoiser.shapes)
 
+    def load_teacher(self) -> RunModels:
+        return bundle_reuse.load_teacher(self.settings.teacher, self.config)
 
-def open_distil_task(run: Run, config: RunConfig, name: str) -> DistilTask:
-    """The task of the round `name`, as it is before the first step. It starts from the weights of the round before."""
-    models, rounds = load_models(run, config, "encoder"), distil_rounds(config)
-    steps, before = rounds[name], ["teacher", *rounds][list(rounds).index(name)]
-    distiller = DISTILLERS.build(config.distiller, models.denoiser.shapes)
-    weights = run.load_weights(before)
-    teacher = components.build_models(config).denoiser
-    for denoiser in (models.denoiser, teacher):
-        distiller.check(denoiser)
-        fit_weights(denoiser, weights, str(run.weights(before)))
-        denoiser.to(default_device())
-    student, latents = StudentModel(models.denoiser, distiller), open_latents(run, config, models)
-    return DistilTask(
-        student, teacher, steps, models.encoder, latents, config.train_distil, config.seed, default_device()
-    )
+    def describe(self, models: RunModels) -> str:
+        rounds = " -> ".join(map(str, self.distiller(models).rounds))
+        return f"for {rounds} steps, {self.training.steps} steps of {self.training.batch} images each"
 
+    def rounds(self) -> dict[str, int]:
+        """The names of the rounds, with the number of sampling steps of each round's student."""
+        rounds = self.distiller(components.build_models_on_meta(self.config)).rounds
+        return {f"{self.name}-{steps}": steps for steps in rounds}
 
-def student_preview(run: Run, config: RunConfig, name: str, steps: int) -> PreviewHook:
-    """Samples of the averaged student in as many steps as its round is for."""
+    def trainings(self) -> list[str]:
+        return [] if self.settings.distiller is None else list(self.rounds())
 
-    def preview(step: int, weights: StateDict) -> Path:
-        pipeline = build_pipeline(run, config, part_of(weights, STUDENT))
-        pipeline.use_sampler(steps=steps)
-        return save_samples(run, pipeline, f"{name}-{step:08d}.png")
+    def run(self, run: Run) -> None:
+        """Run all rounds, each once. The last student becomes the run's refiner."""
+        config, names = self.config, self.trainings()
+        ranks.on_rank_zero(self.save_teacher, run)
+        for name in names:
+            if name not in ranks.on_rank_zero(run.records):
+                task = self.open_task(run, name)
+                train_stage(run, config, task, {name: STUDENT}, self.hooks(run, task))
 
-    return preview
+        def finish() -> None:
+            run.save_weights("denoiser", run.load_weights(names[-1]))
+            export_bundle(run, config)
+            records = run.records()
+            run.finish(self.name, {"seconds": sum(records[name]["seconds"] for name in names)})
+
+        ranks.on_rank_zero(finish)
+
+    def save_teacher(self, run: Run) -> None:
+        """Save the parts that the run shares with its teacher, and the teacher's refiner."""
+        if run.has_weights("teacher"):  # the last that is saved
+            return
+        for part, module in self.load_teacher().trained_parts().items():
+            run.save_weights("teacher" if part == "denoiser" else part, module.state_dict())
+
+    def open_task(self, run: Run, name: str) -> DistilTask:
+        """The task of the round `name`, as it is before the first step: the student starts as the round's teacher."""
+        config, rounds = self.config, self.rounds()
+        models = load_models(run, config, "encoder")
+        before = ["teacher", *rounds][list(rounds).index(name)]
+        distiller = self.distiller(models)
+        weights = run.load_weights(before)
+        teacher = components.build_models(config).denoiser
+        for denoiser in (models.denoiser, teacher):
+            distiller.check(denoiser)
+            fit_weights(denoiser, weights, str(run.weights(before)))
+            denoiser.to(default_device())
+        student, latents = StudentModel(models.denoiser, distiller), open_latents(run, config, models)
+        return DistilTask(
+            name, student, teacher, rounds[name], models.encoder, latents, self.training, config.seed, default_device()
+        )
+
+    def hooks(self, run: Run, task: TrainTask) -> TrainHooks:
+        """Samples of the averaged student in as many steps as its round is for."""
+        name, steps = task.name, self.rounds()[task.name]
+
+        def preview(step: int, weights: StateDict) -> Path:
+            pipeline = build_pipeline(run, self.config, part_of(weights, STUDENT))
+            pipeline.use_sampler(steps=steps)
+            return save_samples(run, pipeline, f"{name}-{step:08d}.png")
+
+        return TrainHooks(preview)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -11,14 +13,17 @@ from torch import nn
 from dvae.config.schema import RunConfig, TrainingConfig
 from dvae.data.images import to_float, to_uint8
 from dvae.data.loading.loader import Batch
+from dvae.errors import UserError
 from dvae.models import bundle_reuse, components
+from dvae.models.components import RunModels
 from dvae.registry.encoders.base import Encoder
+from dvae.registry.stages.base import STAGES, StageConfig, settings_of
 from dvae.runs.folder import Run
+from dvae.stages.base import TrainStage
 from dvae.stages.encoder_terms import encoder_losses
 from dvae.stages.gan import GanTask
 from dvae.stages.previews import preview_images
 from dvae.stages.run_models import default_device, export_bundle, load_models
-from dvae.stages.train_stage import train_stage
 from dvae.tracking import pictures
 from dvae.training.loop import PreviewHook, TrainHooks
 from dvae.training.metric_sums import metric_sums
@@ -45,19 +50,66 @@ class EncoderTask(TrainTask):
         return StepOutput(terms["loss"].mean(), metric_sums(encoder_losses(terms)))
 
 
-def run_encoder_stage(run: Run, config: RunConfig) -> None:
-    models = load_models(run, config)
-    pretrained = bundle_reuse.adopted_encoder_weights(config, models.encoder)
-    if pretrained is not None:
-        ranks.on_rank_zero(adopt_encoder, run, config, models.encoder, pretrained)
-        return
-    task = build_encoder_task(models.encoder, config)
-    train_stage(run, config, task, {"encoder": ""}, TrainHooks(reconstruction_preview(run, config)))
+@STAGES.register("encoder")
+class EncoderStage(TrainStage):
+    """Trains the VAE alone, or takes over weights that were trained elsewhere."""
 
+    @dataclass(kw_only=True, slots=True)
+    class Config(StageConfig):
+        encoder_weights: str = ""
+        """A run folder or bundle whose trained encoder is taken over, instead of training one (empty: none)."""
+        train_encoder: TrainingConfig = field(default_factory=TrainingConfig)
 
-def open_encoder_task(run: Run, config: RunConfig) -> TrainTask:
-    """The stage's task, with its modules as they are before the first step."""
-    return build_encoder_task(load_models(run, config).encoder, config)
+    after = ("shards",)
+    makes = ("encoder",)
+    parts: ClassVar = {"encoder": ""}
+
+    @property
+    def settings(self) -> Config:
+        return settings_of(self.config, self.Config)
+
+    def adopted_weights(self, encoder: Encoder) -> StateDict | None:
+        """The weights that are taken over instead of training `encoder`; None if it is trained.
+
+        Raises UserError if they cannot be read or do not fit.
+        """
+        folder = self.settings.encoder_weights
+        return bundle_reuse.load_encoder_weights(folder, self.config) if folder else encoder.pretrained()
+
+    def refuse_unused_weights(self) -> None:
+        """Raise UserError for weights that nothing takes over, as this stage is not among the run's."""
+        folder, config = self.settings.encoder_weights, self.config
+        made = any("encoder" in STAGES.get(name).makes for name in config.stages)
+        if folder and not made and not Run(Path(config.run)).weights("encoder").exists():
+            raise UserError(
+                f"encoder_weights={folder} is taken over by the stage encoder, which trains nothing then: "
+                "add encoder to stages=[...]"
+            )
+
+    def check(self, models: RunModels) -> None:
+        if not models.parameters()["encoder"]:
+            name = self.config.encoder.name
+            raise UserError(f"stages: encoder={name} has nothing to train: leave encoder and prior out")
+        self.adopted_weights(models.encoder)  # refuses weights that do not fit
+
+    def describe(self, models: RunModels) -> str:
+        if self.adopted_weights(models.encoder) is None:
+            return super().describe(models)
+        return f"{models.parameters()['encoder'] / 1e6:.1f}M parameters, taken over as they are"
+
+    def open_task(self, run: Run, name: str) -> TrainTask:
+        return build_encoder_task(load_models(run, self.config).encoder, self.config)
+
+    def hooks(self, run: Run, task: TrainTask) -> TrainHooks:
+        return TrainHooks(reconstruction_preview(run, self.config))
+
+    def run(self, run: Run) -> None:
+        encoder = load_models(run, self.config).encoder
+        pretrained = self.adopted_weights(encoder)
+        if pretrained is None:
+            super().run(run)
+        else:
+            ranks.on_rank_zero(adopt_encoder, run, self.config, encoder, pretrained)
 
 
 def build_encoder_task(encoder: Encoder, config: RunConfig) -> TrainTask:
@@ -66,8 +118,8 @@ def build_encoder_task(encoder: Encoder, config: RunConfig) -> TrainTask:
         torch.manual_seed(rng.child(config.seed, "discriminator"))
         adversary = encoder.adversary()
     if adversary is None:
-        return EncoderTask(encoder, config.train_encoder, config.seed, default_device())
-    return GanTask(encoder, adversary, config.train_encoder, config.seed, default_device())
+        return EncoderTask(encoder, config.training("encoder"), config.seed, default_device())
+    return GanTask(encoder, adversary, config.training("encoder"), config.seed, default_device())
 
 
 def reconstruction_preview(run: Run, config: RunConfig) -> PreviewHook:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from dvae.config.schema import RunConfig
 from dvae.data.images import to_float, to_uint8
 from dvae.data.shards.reader import Shards
 from dvae.inference.pipeline import Pipeline
+from dvae.registry.stages.base import STAGES, StageConfig
 from dvae.runs.folder import Run
+from dvae.stages.base import Stage
 from dvae.stages.image_scores import score_images
 from dvae.stages.run_models import BUNDLE_PARTS, load_models
 from dvae.toy2d.evaluate_points import evaluate_points
@@ -34,40 +36,51 @@ ImageSets = dict[str, list[torch.Tensor]]
 """Generated images by name, one tensor (n, C, H, W) uint8 per seed; "vae" only if there is a VAE."""
 
 
-def run_evaluate_stage(run: Run, config: RunConfig) -> None:
-    if not run.has_weights("classifier"):
-        config = replace(config, classifier=None)  # not trained yet: all else works without it
-    models = load_models(run, config, *BUNDLE_PARTS)
-    for module in models.trained_parts().values():
-        module.eval().requires_grad_(False)
-    stages = run.records()
-    began = time.perf_counter()
-    pipeline = Pipeline(model_config(config), models, config.evaluate.batch)
-    if uses_stream(config):
-        evaluation = evaluate_points(run, config, pipeline)
-    else:
-        evaluation = evaluate_images(
-            run, config, pipeline, open_shards(config, "train"), open_shards(config, "heldout")
-        )
-    record = {"seconds": time.perf_counter() - began, "settings": settings_fingerprint(config)}
-    scores = figures.evaluation_figures(evaluation)
-    summary = {
-        "recipe": config.recipe,
-        "stages": stages | {"evaluate": record},
-        "evaluation": evaluation,
-        "figures": figures.training_figures(run.path) | scores,
-    }
-    with Tracker(run.path, config.tracking.wandb, "evaluate") as tracker:
-        tracker.summarize(scores)
-        paths = [path for path in (run.path / "samples.png", run.path / "reconstructions.png") if path.exists()]
-        tracker.results(scores, paths, run.bundle)
-    atomic_files.write_json(run.summary, summary)
-    run.finish("evaluate", record)
+@STAGES.register("evaluate")
+class EvaluateStage(Stage):
+    """Generates sets of images, keeps the pictures, and scores the sets. It is repeated if its settings change."""
 
+    @dataclass(kw_only=True, slots=True)
+    class Config(StageConfig):
+        """It adds no settings."""
 
-def is_up_to_date(record: dict[str, Any], config: RunConfig) -> bool:
-    """Whether a finished evaluation used the settings of `config`. Otherwise the stage is repeated."""
-    return bool(record["settings"] == settings_fingerprint(config))
+    after = ("prior", "refiner", "classifier")
+    own_job = True
+    takes_streams = True
+
+    def is_current(self, record: dict[str, Any]) -> bool:
+        return bool(record["settings"] == settings_fingerprint(self.config))
+
+    def run(self, run: Run) -> None:
+        config = self.config
+        if not run.has_weights("classifier"):
+            config = replace(config, classifier=None)  # not trained yet: all else works without it
+        models = load_models(run, config, *BUNDLE_PARTS)
+        for module in models.trained_parts().values():
+            module.eval().requires_grad_(False)
+        stages = run.records()
+        began = time.perf_counter()
+        pipeline = Pipeline(model_config(config), models, config.evaluate.batch)
+        if uses_stream(config):
+            evaluation = evaluate_points(run, config, pipeline)
+        else:
+            evaluation = evaluate_images(
+                run, config, pipeline, open_shards(config, "train"), open_shards(config, "heldout")
+            )
+        record = {"seconds": time.perf_counter() - began, "settings": settings_fingerprint(config)}
+        scores = figures.evaluation_figures(evaluation)
+        summary = {
+            "recipe": config.recipe,
+            "stages": stages | {self.name: record},
+            "evaluation": evaluation,
+            "figures": figures.training_figures(run.path) | scores,
+        }
+        with Tracker(run.path, config.tracking.wandb, self.name) as tracker:
+            tracker.summarize(scores)
+            paths = [path for path in (run.path / "samples.png", run.path / "reconstructions.png") if path.exists()]
+            tracker.results(scores, paths, run.bundle)
+        atomic_files.write_json(run.summary, summary)
+        run.finish(self.name, record)
 
 
 def settings_fingerprint(config: RunConfig) -> str:

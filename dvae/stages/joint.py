@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from dvae.config.model_config import model_config
-from dvae.config.schema import GradientTo, JointConfig, RunConfig, TrainingConfig
+from dvae.config.schema import TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.diffusion.conditioning import Conditioning, NoiseSample
-from dvae.diffusion.denoiser import Denoiser
+from dvae.diffusion.denoiser import Denoiser, Space
+from dvae.errors import UserError
 from dvae.inference.pipeline import Pipeline
 from dvae.models import components
+from dvae.models.components import RunModels
 from dvae.registry.encoders.base import Encoder
+from dvae.registry.stages.base import STAGES, StageConfig, settings_of
 from dvae.runs.folder import Run
+from dvae.stages.base import TrainStage
 from dvae.stages.encoder_terms import encoder_losses
 from dvae.stages.previews import preview_images
 from dvae.stages.run_models import default_device, load_models
-from dvae.stages.train_stage import train_stage
 from dvae.tracking import pictures
 from dvae.training.loop import PreviewHook, TrainHooks
 from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.train_task import Engines, StepOutput, TrainTask
 from dvae.utils.weights import StateDict, part_of
 
-PARTS = {"encoder": "encoder", "denoiser": "denoiser"}
-"""Part of the bundle -> submodule of JointModel."""
+
+class GradientTo(Enum):
+    """By what the gradient of the refiner's loss reaches the encoder."""
+
+    nothing = "nothing"
+    z = "z"
+    x_hat = "x_hat"
+    both = "both"
+
+
+@dataclass(kw_only=True, slots=True)
+class JointConfig:
+    """How the objectives of encoder and refiner are added up."""
+
+    weight: float = 1.0
+    """Factor on the refiner's loss, the mean over pixels; the encoder's is a sum over them."""
+    gradient_to: GradientTo = GradientTo.both
+    """nothing | z | x_hat | both: by what the gradient of the refiner's loss reaches the encoder."""
+    start: int = 0
+    """Steps before it does."""
 
 
 class JointModel(nn.Module):
@@ -63,11 +87,9 @@ class JointModel(nn.Module):
 class JointTask(TrainTask):
     """Encoder and refiner at once."""
 
-    name = "joint"
-
-    def __init__(self, joint: JointModel, config: TrainingConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, name: str, joint: JointModel, config: TrainingConfig, seed: int, device: torch.device) -> None:
         super().__init__(config, seed, device)
-        self.joint = joint
+        self.name, self.joint = name, joint
 
     def modules(self) -> dict[str, nn.Module]:
         return {self.name: self.joint}
@@ -80,32 +102,63 @@ class JointTask(TrainTask):
         return StepOutput(terms["loss"].mean(), metric_sums(terms) | metrics_by_time("loss", terms["refiner"], noise.t))
 
 
-def run_joint_stage(run: Run, config: RunConfig) -> None:
-    """Train the run's encoder and refiner. The prior is fitted afterwards."""
-    task = open_joint_task(run, config)
-    train_stage(run, config, task, PARTS, TrainHooks(refinement_preview(run, config)))
+@STAGES.register("joint")
+class JointStage(TrainStage):
+    """Trains encoder and refiner end to end; the prior is fitted afterwards."""
 
+    @dataclass(kw_only=True, slots=True)
+    class Config(StageConfig):
+        joint: JointConfig = field(default_factory=JointConfig)
+        train_joint: TrainingConfig = field(default_factory=TrainingConfig)
 
-def open_joint_task(run: Run, config: RunConfig) -> JointTask:
-    """The stage's task, with its modules as they are before the first step."""
-    models = load_models(run, config)
-    joint = JointModel(models.encoder, models.denoiser, config.joint)
-    return JointTask(joint, config.train_joint, config.seed, default_device())
+    after, before = ("shards",), ("prior",)
+    makes = ("encoder", "denoiser")
+    parts: ClassVar = {"encoder": "encoder", "denoiser": "denoiser"}
 
+    @property
+    def settings(self) -> JointConfig:
+        return settings_of(self.config, self.Config).joint
 
-def refinement_preview(run: Run, config: RunConfig) -> PreviewHook:
-    """Held-out images above their reconstructions x_hat and the refined ones."""
-    images = preview_images(config)
+    def check_settings(self) -> None:
+        config = self.config
+        apart = [name for name in ("encoder", "cache", "refiner") if name in config.stages]
+        if apart:
+            raise UserError(f"stages: joint trains encoder and refiner together: leave {apart[0]} out")
+        if config.denoiser.space is Space.latent:
+            raise UserError("stages: joint has no latent space that stays as it is: set denoiser.space=pixel")
+        if config.denoiser.data_scale is None:
+            raise UserError(
+                "denoiser.data_scale=null is measured with a trained encoder, which joint has not: set a number"
+            )
+        if not self.settings.weight > 0.0:
+            raise UserError(f"joint.weight={self.settings.weight:g}: use more than 0")
 
-    def preview(step: int, weights: StateDict) -> Path:
-        models = components.build_models(config)
-        for name, submodule in PARTS.items():
-            part = models.trained_parts()[name]
-            part.load_state_dict(part_of(weights, submodule))
-            part.eval().requires_grad_(False)
-        x_hat, refined = Pipeline(model_config(config), models, config.evaluate.batch).reconstruct(images)
-        path = run.images / f"joint-{step:08d}.png"
-        pictures.grid(torch.cat([images, x_hat, *([] if refined is None else [refined])]), path)
-        return path
+    def check(self, models: RunModels) -> None:
+        if not models.parameters()["encoder"] or models.encoder.adversary() is not None:
+            name = self.config.encoder.name
+            raise UserError(f"stages: joint needs an encoder to train without a discriminator, not {name}")
 
-    return preview
+    def open_task(self, run: Run, name: str) -> JointTask:
+        models = load_models(run, self.config)
+        joint = JointModel(models.encoder, models.denoiser, self.settings)
+        return JointTask(name, joint, self.training, self.config.seed, default_device())
+
+    def hooks(self, run: Run, task: TrainTask) -> TrainHooks:
+        return TrainHooks(self.refinement_preview(run))
+
+    def refinement_preview(self, run: Run) -> PreviewHook:
+        """Held-out images above their reconstructions x_hat and the refined ones."""
+        config, images = self.config, preview_images(self.config)
+
+        def preview(step: int, weights: StateDict) -> Path:
+            models = components.build_models(config)
+            for name, submodule in self.parts.items():
+                part = models.trained_parts()[name]
+                part.load_state_dict(part_of(weights, submodule))
+                part.eval().requires_grad_(False)
+            x_hat, refined = Pipeline(model_config(config), models, config.evaluate.batch).reconstruct(images)
+            path = run.images / f"{self.name}-{step:08d}.png"
+            pictures.grid(torch.cat([images, x_hat, *([] if refined is None else [refined])]), path)
+            return path
+
+        return preview

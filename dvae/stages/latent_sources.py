@@ -15,7 +15,7 @@ from dvae.data.loading.loader import Batch
 from dvae.models.components import RunModels
 from dvae.registry.encoders.base import Encoder, Posterior
 from dvae.runs.folder import Run
-from dvae.stages.cache import expected_cache
+from dvae.stages.cache import cache_settings, expected_cache
 from dvae.stages.posteriors import load_posteriors, save_posteriors
 from dvae.training.batches import open_shards
 from dvae.training.resilience import ranks
@@ -82,7 +82,7 @@ def open_latents(run: Run, config: RunConfig, models: RunModels) -> LatentSource
     """
     if "cache" in run.records():
         shape = (config.channels, config.image_size, config.image_size)
-        cache = LatentCache(Path(config.cache.folder), expected_cache(run, config, models), shape)
+        cache = LatentCache(Path(cache_settings(config).folder), expected_cache(run, config, models), shape)
         return CachedReconstructions(cache, config.seed) if cache.info.draws else PosteriorLatents(cache.posteriors)
     if config.data.flip or "encoder" not in models.trained_parts():
         return EncodedLatents(models.encoder)

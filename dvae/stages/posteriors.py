@@ -21,7 +21,7 @@ def encode_images(config: RunConfig, encoder: Encoder, shards: Shards, start: in
     """Posteriors of the training images start, ..., stop - 1 in batches, in the precision of the refiner's training."""
     encoder.eval()
     device = next(encoder.parameters()).device
-    bf16 = config.train_refiner.precision is Precision.bf16
+    bf16 = config.training("refiner").precision is Precision.bf16
     for indices in torch.arange(start, stop).split(config.evaluate.batch):
         x = to_float(shards.read(indices.numpy())).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
-from dvae.config.schema import RunConfig
+from dvae.registry.stages.base import STAGES, StageConfig
 from dvae.runs.folder import Run
+from dvae.stages.base import Stage
 from dvae.stages.posteriors import load_posteriors
 from dvae.stages.run_models import export_bundle, load_models
 from dvae.utils import rng
 
 
-def run_prior_stage(run: Run, config: RunConfig) -> None:
-    began = time.perf_counter()
-    models = load_models(run, config, "encoder")
-    posterior = load_posteriors(run, config, models)
-    seed = rng.child(config.seed, "prior") % 2**31
-    figures = models.prior.fit(posterior.mean, posterior.logvar, seed)
-    run.save_weights("prior", models.prior.state_dict())
-    export_bundle(run, config)
-    run.finish("prior", {"seconds": time.perf_counter() - began, **figures})
+@STAGES.register("prior")
+class PriorStage(Stage):
+    """Fits a distribution of z to the posteriors of the training images."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(StageConfig):
+        """It adds no settings."""
+
+    after = ("encoder",)
+    makes = ("prior",)
+
+    def run(self, run: Run) -> None:
+        began, config = time.perf_counter(), self.config
+        models = load_models(run, config, "encoder")
+        posterior = load_posteriors(run, config, models)
+        seed = rng.child(config.seed, "prior") % 2**31
+        figures = models.prior.fit(posterior.mean, posterior.logvar, seed)
+        run.save_weights("prior", models.prior.state_dict())
+        export_bundle(run, config)
+        run.finish(self.name, {"seconds": time.perf_counter() - began, **figures})

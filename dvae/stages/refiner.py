@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from dvae.config.compose import uses_stream
-from dvae.config.schema import RunConfig
+from dvae.config.schema import RunConfig, TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.layers.whitening import RunningCovariance
+from dvae.registry.stages.base import STAGES, StageConfig
 from dvae.runs.folder import Run
+from dvae.stages.base import TrainStage
 from dvae.stages.latent_sources import open_latents
 from dvae.stages.noisy_task import NoisyTask
 from dvae.stages.online_scores import online_scorer
@@ -24,7 +28,7 @@ from dvae.training.batches import open_loader, open_shards
 from dvae.training.loop import TrainHooks
 from dvae.training.metric_sums import metric_sums, metrics_by_time
 from dvae.training.resilience import ranks
-from dvae.training.train_task import Engines, StepOutput
+from dvae.training.train_task import Engines, StepOutput, TrainTask
 from dvae.utils.weights import StateDict
 
 SCALE_IMAGES = 1024
@@ -46,20 +50,34 @@ class RefinerTask(NoisyTask):
         return StepOutput(losses.mean(), metric_sums({"loss": losses}) | metrics_by_time("loss", losses, noise.t))
 
 
-def run_refiner_stage(run: Run, config: RunConfig) -> None:
-    task = open_refiner_task(run, config)
-    if config.denoiser.data_scale is None:
-        task.denoiser.data_scale.fill_(ranks.on_rank_zero(measure_data_scale, config, task))
-    if config.denoiser.pca_components:
-        task.denoiser.whitening.fit(ranks.on_rank_zero(latent_moments, run, config, task))
-    train_stage(run, config, task, {"denoiser": ""}, refiner_hooks(run, config))
+@STAGES.register("refiner")
+class RefinerStage(TrainStage):
+    """Trains the conditional diffusion model."""
 
+    @dataclass(kw_only=True, slots=True)
+    class Config(StageConfig):
+        train_refiner: TrainingConfig = field(default_factory=TrainingConfig)
 
-def open_refiner_task(run: Run, config: RunConfig) -> RefinerTask:
-    """The stage's task, with its modules as they are before the first step."""
-    models = load_models(run, config, "encoder")
-    latents = open_latents(run, config, models)
-    return RefinerTask(models.encoder, models.denoiser, latents, config.train_refiner, config.seed, default_device())
+    after = ("encoder", "prior")
+    makes = ("denoiser",)
+    parts: ClassVar = {"denoiser": ""}
+    takes_streams = True
+
+    def open_task(self, run: Run, name: str) -> RefinerTask:
+        models = load_models(run, self.config, "encoder")
+        latents = open_latents(run, self.config, models)
+        return RefinerTask(models.encoder, models.denoiser, latents, self.training, self.config.seed, default_device())
+
+    def run(self, run: Run) -> None:
+        config, task = self.config, self.open_task(run, self.name)
+        if config.denoiser.data_scale is None:
+            task.denoiser.data_scale.fill_(ranks.on_rank_zero(measure_data_scale, config, task))
+        if config.denoiser.pca_components:
+            task.denoiser.whitening.fit(ranks.on_rank_zero(latent_moments, run, config, task))
+        train_stage(run, config, task, self.parts, self.hooks(run, task))
+
+    def hooks(self, run: Run, task: TrainTask) -> TrainHooks:
+        return refiner_hooks(run, self.config)
 
 
 def refiner_hooks(run: Run, config: RunConfig) -> TrainHooks:
@@ -81,9 +99,9 @@ def refiner_hooks(run: Run, config: RunConfig) -> TrainHooks:
 @torch.no_grad()
 def measure_data_scale(config: RunConfig, task: RefinerTask) -> float:
     """1 / standard deviation of the unscaled clean state, over the first training images of the run."""
-    loader = open_loader(config, config.train_refiner, task.name, images=task.needs_images, all_ranks=True)
+    loader = open_loader(config, task.config, task.name, images=task.needs_images, all_ranks=True)
     states = []
-    for start in range(0, SCALE_IMAGES, config.train_refiner.batch):
+    for start in range(0, SCALE_IMAGES, task.config.batch):
         for batch in loader.step(start):
             states.append(task.denoiser.to_state(*task.clean_data(batch)) / task.denoiser.data_scale)
     return float(1.0 / torch.cat(states).std())

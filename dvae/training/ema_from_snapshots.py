@@ -21,10 +21,11 @@ from omegaconf import MISSING
 from dvae.config.schema import WIDTHS, EmaProfile, RunConfig
 from dvae.errors import UserError
 from dvae.models import components
+from dvae.registry.stages.base import exported_parts
 from dvae.runs.folder import Run
 from dvae.training.engine.ema import power_exponent
 from dvae.training.engine.snapshots import WeightSnapshot, list_snapshots
-from dvae.training.export import STAGE_PARTS, export_with_part, open_run
+from dvae.training.export import export_with_part, open_run
 from dvae.utils.weights import StateDict, refuse_nonfinite, save_weights
 
 RIDGE = 1e-10
@@ -144,7 +145,7 @@ def build_average(settings: EmaToolConfig) -> EmaFit:
         fit = _stored_average(snapshots, settings)
     else:
         fit = _fitted_average(snapshots, settings, settings.width)
-    part, trained = STAGE_PARTS[settings.stage], components.build_models_on_meta(config).trained_parts()
+    part, trained = exported_parts()[settings.stage], components.build_models_on_meta(config).trained_parts()
     if part not in trained:
         raise UserError(f"stage={settings.stage}: by its config, run={settings.run} has none with weights")
     weights = combine_snapshots(fit, trained[part])

@@ -11,14 +11,12 @@ from omegaconf import MISSING
 from dvae.config.schema import RunConfig
 from dvae.errors import UserError, suggest
 from dvae.models import bundle, bundle_export, components
+from dvae.registry.stages.base import exported_parts
 from dvae.runs.folder import Run
 from dvae.training.engine.ema import MAIN
 from dvae.training.engine.fragments import WEIGHT, SavedEngine
 from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.utils.weights import StateDict
-
-STAGE_PARTS = {"encoder": "encoder", "refiner": "denoiser", "classifier": "classifier"}
-"""Stage -> the part of a bundle that it trains."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +28,7 @@ class ExportConfig:
     out: str = MISSING
     """Folder of the bundle; it must not be there yet."""
     stage: str = "refiner"
-    """Stage whose checkpoint is taken: encoder, refiner or classifier."""
+    """Stage whose checkpoint is taken, one that trains one part of the model: encoder, refiner or classifier."""
     step: int = 0
     """Step of the checkpoint (0: the newest)."""
     average: bool = True
@@ -55,7 +53,7 @@ def export(settings: ExportConfig) -> int:
     step = settings.step or steps[-1]
     saved = SavedEngine(checkpoints.verified_folder(step) / settings.stage)
     kind = MAIN if settings.average and any(saved.kinds.values()) else WEIGHT
-    export_with_part(run, config, STAGE_PARTS[settings.stage], saved.state_dict(kind), Path(settings.out))
+    export_with_part(run, config, exported_parts()[settings.stage], saved.state_dict(kind), Path(settings.out))
     return step
 
 
@@ -64,8 +62,8 @@ def open_run(run: str, stage: str, out_key: str, out: str) -> Run:
 
     `out_key` is the name of the setting that holds `out`.
     """
-    if stage not in STAGE_PARTS:
-        raise UserError(f"unknown stage {stage!r}: {suggest(stage, STAGE_PARTS)}")
+    if stage not in exported_parts():
+        raise UserError(f"unknown stage {stage!r}: {suggest(stage, exported_parts())}")
     if out and Path(out).exists():
         raise UserError(f"{out_key}={out} is there already: name a folder that is not")
     found = Run(Path(run))

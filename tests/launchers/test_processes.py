@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from made_up_ranks import deaf, fails, hangs, stands_still
+from tests_support import dry_run
 
 from dvae.config import compose as configuration
-from dvae.config import validate
 from dvae.errors import UserError
 from dvae.launchers import processes
 from dvae.runs.exit_status import HANGS, RankExit
@@ -37,7 +37,7 @@ def test_a_wrong_launcher_is_refused(words: list[str], said: str) -> None:
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_started(tiny: list[str]) -> None:
     words = [*tiny, "launcher=processes", "launcher.ranks=3", "dry_run=true"]
     with pytest.raises(UserError, match="batch 8 does not divide into 3 ranks x 1 micro-batches: use 6 or 9"):
-        validate.describe(configuration.compose("train", words))
+        dry_run(configuration.compose("train", words))
 
 
 def test_the_launcher_may_change_between_attempts(tiny: list[str], tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests_support import dry_run
 
 from dvae.config import compose as configuration
-from dvae.config import validate
 from dvae.errors import MachineError, UserError
 from dvae.launchers.slurm import Slurm, hidden_job_environment, sbatch_error, time_limit_minutes
 from dvae.runs import attempts, manage
@@ -57,7 +57,7 @@ def test_wrong_settings_are_refused(words: list[str], said: str) -> None:
 
 def sbatch(tiny: list[str], *words: str) -> list[str]:
     """The sbatch files that a dry run prints, one each."""
-    text = validate.describe(configuration.compose("train", [*tiny, "run=runs/x", "launcher=slurm", *words]))
+    text = dry_run(configuration.compose("train", [*tiny, "run=runs/x", "launcher=slurm", *words]))
     return text.split("--- sbatch file of ")[1:]
 
 

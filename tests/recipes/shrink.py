@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dvae.config.schema import TRAININGS
+from dvae.registry.stages.base import training_fields
 
 SIZE = 16
 """Height and width of the images."""
@@ -62,6 +62,6 @@ def shrink(config: DictConfig) -> DictConfig:
     plain["sampler"]["steps"] = 2
     plain["data"] |= {"heldout_fraction": 0.4, "workers": 1}
     plain["evaluate"] |= {"n": 2, "batch": 4, "seeds": [0], "metrics": False}
-    for stage in TRAININGS:
+    for stage in training_fields():
         plain[stage] |= TRAINING
     return OmegaConf.create(plain)

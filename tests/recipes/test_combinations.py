@@ -31,9 +31,10 @@ from dvae.registry.processes.base import PROCESSES
 from dvae.registry.refiners.base import REFINERS
 from dvae.registry.samplers.base import SAMPLERS
 from dvae.registry.schedules.base import SCHEDULES
-from dvae.stages.encoder import build_encoder_task
+from dvae.registry.stages.base import with_settings
+from dvae.stages.encoder import EncoderStage, build_encoder_task
 from dvae.stages.latent_sources import EncodedLatents
-from dvae.stages.refiner import RefinerTask
+from dvae.stages.refiner import RefinerStage, RefinerTask
 from dvae.training.train_task import TrainTask
 
 IMAGES = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -48,7 +49,8 @@ def plain() -> RunConfig:
     settings = compose.to_run_config(
         compose.compose("train", ["recipe=demo", *words, "denoiser.condition_latent=false"])
     )
-    return replace(settings, train_refiner=replace(settings.train_refiner, precision=Precision.fp32, batch=2))
+    training = replace(settings.training("refiner"), precision=Precision.fp32, batch=2)
+    return with_settings(settings, RefinerStage.Config(train_refiner=training))
 
 
 @cache
@@ -139,7 +141,8 @@ def take_a_step(stage: TrainTask) -> None:
 def test_every_encoder_takes_a_step(encoder: str) -> None:
     settings = replace(plain(), encoder=chosen(ENCODERS, encoder))
     made = components.build_models(settings).encoder
-    take_a_step(build_encoder_task(made, replace(settings, train_encoder=settings.train_refiner)))
+    training = EncoderStage.Config(train_encoder=settings.training("refiner"))
+    take_a_step(build_encoder_task(made, with_settings(settings, training)))
 
 
 @pytest.mark.parametrize("refiner", REFINERS.names())
@@ -150,7 +153,7 @@ def test_what_fits_trains_and_samples(encoder: str, refiner: str) -> None:
     for row in mine:
         settings = settings_of(row)
         made = components.build_models(settings)
-        training = settings.train_refiner
+        training = settings.training("refiner")
         take_a_step(RefinerTask(made.encoder, made.denoiser, EncodedLatents(made.encoder), training, 0, CPU))
         for module in made.trained_parts().values():
             module.eval().requires_grad_(False)

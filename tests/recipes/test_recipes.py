@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
-from tests_support import ROOT
+from tests_support import ROOT, dry_run
 
 from dvae.config import compose as config
-from dvae.config import validate
 from dvae.config.recipe_files import recipe_names
 from dvae.errors import UserError
 from dvae.models import components
@@ -56,9 +55,9 @@ def test_dry_run_writes_nothing_and_tells_what_the_table_does(
         composed.evaluate.kid_subset_size = 2
     if composed.teacher:  # a run that is not there yet: what is told then, tests/stages/test_distil.py sees
         with pytest.raises(UserError, match=f"{composed.teacher}: no such run or bundle"):
-            validate.describe(composed)
+            dry_run(composed)
         return
-    said = validate.describe(composed)
+    said = dry_run(composed)
     assert f"stages: {' -> '.join(composed.stages)}" in said
     _, images, encoder, refiner, *_ = table()[recipe]
     assert f"{composed.image_size} px" in images

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests_support import dry_run
 
 from dvae.config import compose as configuration
 from dvae.config.schema import RunConfig
-from dvae.config.validate import check, describe
+from dvae.config.validate import check
 from dvae.errors import UserError
 from dvae.models import bundle_export
 from dvae.models.components import build_models
 from dvae.registry.encoders.diffusers_kl import CONFIG, WEIGHTS
 from dvae.runs.folder import Run, submit
-from dvae.stages.encoder import run_encoder_stage
+from dvae.stages.encoder import EncoderStage
 from dvae.stages.run_models import load_models
 
 
@@ -47,7 +48,7 @@ def test_run_and_bundle_hold_the_given_weights(submitted: tuple[Run, RunConfig])
     wanted = {name: value.clone() for name, value in given.items()}
     assert not torch.equal(build_models(config).encoder.state_dict()["autoencoder.encoder.conv_in.weight"],
                            wanted["autoencoder.encoder.conv_in.weight"])  # fmt: skip
-    run_encoder_stage(run, config)
+    EncoderStage(config).run(run)
     shutil.rmtree(config.encoder.folder)  # the run needs it no more
     got = load_models(run, config, "encoder").encoder.state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
@@ -73,9 +74,9 @@ def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list
     words = [*tiny, f"run={tmp_path / 'ours'}", f"encoder_weights={tmp_path / 'theirs'}"]
     config = configuration.compose("train", words)
     check(configuration.to_run_config(config))
-    assert "parameters, taken over as they are" in describe(config)
+    assert "parameters, taken over as they are" in dry_run(config)
     run = submit(config)
-    run_encoder_stage(run, configuration.to_run_config(config))
+    EncoderStage(configuration.to_run_config(config)).run(run)
     got = load_models(run, configuration.to_run_config(config), "encoder").encoder.state_dict()
     assert all(torch.equal(got[name], value) for name, value in encoder.state_dict().items())
     assert "steps" not in run.records()["encoder"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from dvae.config import compose as config
 from dvae.data.building import cache_build
 from dvae.errors import UserError
 from dvae.models import components
+from dvae.registry.stages.base import with_settings
 from dvae.runs.folder import Run, submit
 from dvae.stages import cache
-from dvae.stages.cache import run_cache_part, run_cache_stage
+from dvae.stages.cache import CacheStage
 from dvae.stages.run_models import load_models
-from dvae.stages.shards import run_shards_stage
+from dvae.stages.shards import ShardsStage
 from dvae.tools import cache as cache_tool
 from dvae.training.batches import open_shards
 from dvae.training.resilience.damage_record import load_damaged
@@ -39,7 +41,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_encoder(folder: Path, *words: str) -> Run:
     """A run whose encoder stage is finished; its weights are the first ones."""
     run = submit(config.compose("train", [*WORDS, f"run={folder}", *words]))
-    run_shards_stage(run, run.config())
+    ShardsStage(run.config()).run(run)
     run.save_weights("encoder", components.build_models(run.config()).encoder.state_dict())
     run.finish("encoder", {})
     return run
@@ -52,8 +54,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def settings_for(run: Run, folder: Path) -> Any:
     settings = run.config()
-    settings.cache.folder = str(folder)
-    return settings
+    own = cache.cache_settings(settings)
+    return with_settings(settings, CacheStage.Config(cache=replace(own, folder=str(folder))))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -121,7 +123,7 @@ def test_the_job_and_the_tool_beside_a_held_folder(
     file, offset, _ = shards.members.where(9, 0)
     flip(shards.folder / file, offset + 60)
     with run.held():
-        run_cache_part(run.path, 0, 2)
+        CacheStage(run.own_config()).run_part(run, 0, 2)
         cache_tool.command([f"run={run.path}", "part=1", "parts=2"])
     said = capsys.readouterr().out
     assert "part=1 parts=2 has" in said
@@ -133,7 +135,7 @@ def test_the_job_and_the_tool_beside_a_held_folder(
         raise AssertionError("nothing is left to encode")
 
     monkeypatch.setattr(cache, "encode_images", never)
-    run_cache_stage(run, run.config())
+    CacheStage(run.config()).run(run)
     assert run.records()["cache"]["images"] > 25
     assert [path.name for path in run.path.glob("*latents*")] == ["latents"]
     assert list(load_damaged(run.path, "train")) == [9]
@@ -153,10 +155,10 @@ def test_other_weights_are_another_request_and_unfinished_ones_none(run: Run, tm
         cache.write_cache_part(other, settings, made, 1, 5)
     (other.path / "stages.json").unlink()  # as while they are being saved
     with pytest.raises(UserError, match="has no finished stage encoder yet"):
-        run_cache_part(other.path, 0, 2)
+        CacheStage(other.own_config()).run_part(other, 0, 2)
     other.weights("encoder").unlink()
     with pytest.raises(UserError, match="has no trained encoder yet"):
-        run_cache_part(other.path, 0, 2)
+        CacheStage(other.own_config()).run_part(other, 0, 2)
     assert not list(other.path.glob(".latents*"))
 
 

@@ -14,7 +14,7 @@ from closed_forms import IO, diffusion, normal
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests_support import environment
+from tests_support import dry_run, environment
 
 from dvae.config import compose as configuration
 from dvae.config import validate
@@ -231,7 +231,7 @@ def words_of(tiny: list[str], runs: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_dry_run_tells_the_rounds(runs: Path, tiny: list[str]) -> None:
-    said = validate.describe(configuration.compose("train", words_of(tiny, runs, "train_distil.batch=8")))
+    said = dry_run(configuration.compose("train", words_of(tiny, runs, "train_distil.batch=8")))
     assert "distil: for 32 -> 16 -> 8 -> 4 steps, 100000 steps of 8 images each" in said
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests_support import environment
+from tests_support import dry_run, environment
 
 from dvae.config import compose as configuration
 from dvae.config import validate
-from dvae.config.schema import GradientTo, JointConfig, TrainingConfig
+from dvae.config.schema import TrainingConfig
 from dvae.data.loading.loader import Batch
 from dvae.errors import UserError
 from dvae.inference import pipeline
 from dvae.models import components
 from dvae.stages.encoder import EncoderTask
-from dvae.stages.joint import JointModel, JointTask
+from dvae.stages.joint import GradientTo, JointConfig, JointModel, JointTask
 from dvae.stages.latent_sources import EncodedLatents
 from dvae.stages.refiner import RefinerTask
 
@@ -45,7 +45,7 @@ def gradients(tiny: list[str], config: JointConfig, step: int = 0) -> dict[str, 
     """Of every weight, for one batch."""
     built = made(tiny)
     joint = JointModel(built.encoder, built.denoiser, config)
-    stage = JointTask(joint, TRAINING, 0, CPU)
+    stage = JointTask("joint", joint, TRAINING, 0, CPU)
     stage.loss("joint", {"joint": joint}, batch(step)).loss.backward()
     return {name: weight.grad for name, weight in joint.named_parameters() if weight.grad is not None}
 
@@ -150,4 +150,4 @@ def test_a_dry_run_tells_of_it(tiny: list[str], tmp_path: Path) -> None:
         "train_joint.steps=7",
         "train_joint.batch=8",
     ]
-    assert "M parameters, 7 steps of 8 images" in validate.describe(configuration.compose("train", words))
+    assert "M parameters, 7 steps of 8 images" in dry_run(configuration.compose("train", words))

@@ -108,14 +108,14 @@ def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
     """Operations of a step, counted as the planner does."""
     config = compose_recipe([f"recipe={settings.recipe}", word])
     one = passes.refiner_pass(components.build_models_on_meta(config), encodes=True, decodes=True)
-    found = counting.count_pass(one, settings.batch, config.train_refiner.precision is Precision.bf16)
+    found = counting.count_pass(one, settings.batch, config.training("refiner").precision is Precision.bf16)
     return found.frozen + found.trained
 
 
 def a_step(settings: PlannerBenchConfig, word: str) -> Callable[[], object]:
     """A step of a refiner as training has it, on noise."""
     config = compose_recipe([f"recipe={settings.recipe}", word, f"train_refiner.batch={settings.batch}"])
-    made, training = components.build_models(config), config.train_refiner
+    made, training = components.build_models(config), config.training("refiner")
     latents = EncodedLatents(made.encoder)
     stage = RefinerTask(made.encoder, made.denoiser, latents, training, config.seed, torch.device("cpu"))
     engine, keys = Engine(made.denoiser, training), torch.arange(settings.batch)

@@ -146,7 +146,7 @@ def run(settings: TrainerBenchConfig) -> dict[str, float]:
     """Measure the refiner of a run whose encoder is trained; figures are printed and returned. Raises UserError."""
     measured_run = Run(Path(settings.run))
     config = measured_run.own_config()
-    training = config.train_refiner
+    training = config.training("refiner")
     if training.zero_stage or training.micro_batches > 1 or "encoder" not in config.stages:
         raise UserError(
             f"run={measured_run.path}: this takes a run with an encoder, zero_stage=0 and whole batches: the demo's"

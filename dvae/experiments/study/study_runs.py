@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dvae.config.schema import STAGES
 from dvae.data.shards.reader import Shards
 from dvae.errors import MachineError, UserError
 from dvae.evaluation.results import damaged_cache_file, read_result
@@ -20,6 +19,7 @@ from dvae.experiments.study.equivalence import ImageDifference, compare_formulat
 from dvae.experiments.study.study_spec import GENERATOR, StudyConfig, arm_overrides, arm_stages, run_folder, shards
 from dvae.inference import pipeline as pipelines
 from dvae.inference.generation.task import json_value
+from dvae.registry.stages.base import STAGES
 from dvae.runs.folder import Run
 from dvae.tracking.console import say
 from dvae.utils import atomic_files
@@ -184,4 +184,4 @@ def seconds(settings: StudyConfig, points: StudyPoints) -> dict[str, float]:
 def training_seconds(settings: StudyConfig, name: str) -> list[float]:
     """Wall-clock seconds of each seed's run of an arm, by the records of its stages."""
     records = [Run(run_folder(settings, name, seed)).records() for seed in settings.seeds]
-    return [sum(float(found["seconds"]) for stage, found in of.items() if stage in STAGES) for of in records]
+    return [sum(float(found["seconds"]) for stage, found in of.items() if stage in STAGES.names()) for of in records]

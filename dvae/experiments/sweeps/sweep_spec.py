@@ -12,10 +12,11 @@ from typing import Any
 
 from dvae.config import compose as configuration
 from dvae.config.recipe_files import RECIPES, recipe_names
-from dvae.config.schema import TRAININGS, RunConfig
-from dvae.config.stage_names import settings_of, stage_of
+from dvae.config.schema import RunConfig
+from dvae.config.stage_names import stage_of
 from dvae.errors import UserError, fold, suggest
 from dvae.experiments.sweeps import sweep_engine
+from dvae.registry.stages.base import STAGES
 from dvae.tracking.figures import EVALUATE
 from dvae.utils import package
 from dvae.utils.read import DamagedFile
@@ -115,14 +116,14 @@ def check_first_trial(spec: SweepSpec, overrides: list[str]) -> RunConfig:
     parameters = sweep_engine.propose(spec.sweep, [])
     assert parameters is not None  # a grid has a first point
     settings = configuration.to_run_config(configuration.compose("train", spec.overrides(parameters, overrides)))
-    training = spec.metric.partition("/")[0]  # "distil-32" is a training of the stage distil
+    training = spec.metric.partition("/")[0]  # a stage may have several trainings, NAME-32
     if stage_of(training) not in settings.stages:
         raise UserError(
             f"metric {spec.metric!r} is no figure of the stages {', '.join(settings.stages)}: "
             f"name one like refiner/loss or {EVALUATE}/reconstructions/psnr"
         )
     # hyperband compares trials by step, and only trainings have metrics by step
-    if "early_terminate" in spec.sweep and settings_of(training) not in TRAININGS:
+    if "early_terminate" in spec.sweep and stage_of(training) not in STAGES.trained():
         raise UserError(
             f"early_terminate: {spec.metric!r} is known at a trial's end only: name a metric of a stage that trains, "
             "such as refiner/loss, or leave early_terminate out"

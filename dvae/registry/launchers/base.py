@@ -52,9 +52,13 @@ class Launcher(ABC):
         Returns when that is done, or under way elsewhere. Raises UserError or MachineError in one line where it failed.
         """
 
-    def attach(self, folder: Path) -> bool:
-        """Wait for a run that is under way already, where this launcher waits; False where there is none."""
+    def can_attach(self, folder: Path) -> bool:
+        """Whether the run in `folder` is under way already, and `attach` would wait for it."""
         return False
+
+    def attach(self, folder: Path) -> None:
+        """Wait for a run that is under way. Called only if `can_attach` says that it can."""
+        raise NotImplementedError(f"launcher {self.config.name!r} waits for no run")
 
     def plan(self, folder: Path, stages: list[str]) -> str:
         """What `dry_run=true` prints of it, beyond the config of the run and its stages."""

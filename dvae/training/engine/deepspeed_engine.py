@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,12 +33,13 @@ from dvae.training.engine.fragments import (
 from dvae.training.engine.memory_estimate import bucket_size
 from dvae.training.resilience import ranks
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
 
-import deepspeed
-from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
+@functools.cache
+def _deepspeed() -> ModuleType:
+    """DeepSpeed, imported at its first use: it takes a second, and composing a run's settings imports every stage."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
+    return importlib.import_module("deepspeed")
 
 
 def start_distributed() -> None:
@@ -44,8 +48,8 @@ def start_distributed() -> None:
     ranks.join()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     # on CPUs DeepSpeed compiles this operator, for a minute, and uses it in inference alone
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    _deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _deepspeed().init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -68,7 +72,7 @@ class Engine:
         """Global gradient norm of the latest step, before clipping."""
         betas = (config.betas[0], config.betas[1])
         self.optimizer = AdamWEma(module.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-        self.deepspeed, *_ = deepspeed.initialize(
+        self.deepspeed, *_ = _deepspeed().initialize(
             model=module, optimizer=self.optimizer, config=self._settings(), dist_init_required=False
         )
 
@@ -113,7 +117,7 @@ class Engine:
             self.deepspeed.optimizer._wait_for_offload_copies()
             norm = self.deepspeed.optimizer.scaled_global_norm()
         else:
-            norm = combine_grad_norm_groups(self.deepspeed.optimizer._get_norm_groups())
+            norm = _deepspeed().runtime.utils.combine_grad_norm_groups(self.deepspeed.optimizer._get_norm_groups())
         self.grad_norm = float(norm)
         return math.isfinite(self.grad_norm)
 
@@ -143,7 +147,7 @@ class Engine:
             elif self.config.zero_stage < 3:  # its own .grad is this rank's alone
                 gradient = parameter.get_full_hp_grad()  # type: ignore[attr-defined]
             else:
-                gradient = safe_get_full_grad(parameter)
+                gradient = _deepspeed().utils.safe_get_full_grad(parameter)
             if gradient is not None:
                 norms[name] = float(torch.linalg.vector_norm(gradient.float()))
         return norms
@@ -152,7 +156,7 @@ class Engine:
         """State dict of the module as it is, whole on every rank; every rank takes part."""
         state = {name: value.detach().clone() for name, value in persistent_buffers(self.module).items()}
         for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if self.config.zero_stage == 3 else parameter
+            full = _deepspeed().utils.safe_get_full_fp32_param(parameter) if self.config.zero_stage == 3 else parameter
             state[name] = full.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state
 
@@ -167,8 +171,8 @@ class Engine:
             if self.config.zero_stage == 0:
                 average = self.optimizer.state.get(parameter, {}).get(ema, parameter)
             else:  # a weight has no average before the first step; at stage 3 its own tensor is an empty placeholder
-                average = safe_get_full_optimizer_state(parameter, ema) if started else None
-                average = safe_get_full_fp32_param(parameter) if average is None else average
+                average = _deepspeed().utils.safe_get_full_optimizer_state(parameter, ema) if started else None
+                average = _deepspeed().utils.safe_get_full_fp32_param(parameter) if average is None else average
             state[name] = average.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
         return state
 

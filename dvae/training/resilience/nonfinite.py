@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import nn
 from typing_extensions import TypedDict
 
-from dvae.config.schema import TRAININGS
-from dvae.config.stage_names import settings_of
+from dvae.config.stage_names import stage_of, training_field
 from dvae.data.loading.loader import Batch
 from dvae.errors import MachineError
+from dvae.registry.stages.base import STAGES
 from dvae.training.metric_sums import MetricSums, add_metric_sums, metric_means
 from dvae.training.resilience import ranks
 from dvae.training.resilience.sample_log import gather_samples
@@ -78,7 +78,7 @@ def record_nonfinite_step(
     if skipped > allowed:
         raise NonFiniteStep(
             f"{what}{f' like {allowed} before' if allowed else ''}, the last checkpoint is good: look at the step "
-            f"({where}), lower the learning rate, or raise {settings_of(task.name)}.nonfinite_skips={allowed}"
+            f"({where}), lower the learning rate, or raise {training_field(task.name)}.nonfinite_skips={allowed}"
         )
     if ranks.rank() == 0:
         log.warning("%s (%d of %d that may be, %s)", what, skipped, allowed, where)
@@ -157,7 +157,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record of a replay bundle. Raises OSError if there is none, DamagedFile if it is damaged."""
     record: dict[str, Any] = dict(read_json(path / RECORD, ReplayRecord))
     parts, samples = record["world_size"] * record["micro_batches"], len(record["samples"])
-    if settings_of(record["stage"]) not in TRAININGS:
+    if stage_of(record["stage"]) not in STAGES.trained():
         raise DamagedFile(path / RECORD, f"stage: {record['stage']!r} is no training")
     if samples % parts or samples != len(record["indices"]):
         raise DamagedFile(path / RECORD, f"holds {samples} samples, which are not those of {parts} micro-batches")

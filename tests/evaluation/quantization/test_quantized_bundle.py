@@ -208,7 +208,7 @@ def test_nothing_is_trained_from_a_quantized_bundle(
     folder = quantized[QuantizationMethod.int8_weights]
     run = compose.to_run_config(compose.compose("train", [*words, f"encoder_weights={folder}"]))
     with pytest.raises(UserError, match=r"is quantized \(int8_weights\): name the bundle that it was made of"):
-        bundle_reuse.load_encoder_weights(run)
+        bundle_reuse.load_encoder_weights(str(folder), run)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from tests_support import Tool
 
 from dvae.config import compose
 from dvae.config.recipe_files import recipe_names
-from dvae.config.schema import STAGES
 from dvae.diffusion.denoiser import Center
 from dvae.errors import UserError
 from dvae.experiments.study import equivalence, study_report, study_runs, study_spec
 from dvae.experiments.study.study_spec import StudyConfig
 from dvae.inference.pipeline import Pipeline
 from dvae.models import bundle, bundle_export, components
+from dvae.registry.stages.base import STAGES
 from dvae.runs.folder import Run
 
 
@@ -75,7 +75,7 @@ def test_the_studies_that_are_shipped(name: str) -> None:
         ]
         found = compose.to_run_config(compose.compose("train", words))
         assert components.build_models_on_meta(found).has_generator
-        assert set(stages.split(",")) <= set(STAGES)
+        assert set(stages.split(",")) <= set(STAGES.names())
 
 
 def test_the_words_of_arms() -> None:

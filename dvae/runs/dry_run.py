@@ -1,0 +1,50 @@
+"""What `dry_run=true` prints: the resolved settings, each stage and its state, images, and the launcher's jobs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from dvae.config import stored
+from dvae.runs.folder import Run
+from dvae.runs.launch_checks import CheckedLaunch
+from dvae.runs.stage_states import StageState, saved_steps, stage_state
+from dvae.stages.base import Stage, open_stages
+
+SHARD_SIZE = 10_000
+"""Images of the source that make a shard of each split, as dvae.data.building.shard_build takes them by default."""
+
+
+def describe(checked: CheckedLaunch) -> str:
+    """The text of a dry run."""
+    config = checked.config
+    lines = [stored.to_yaml(checked.kept).rstrip(), "---", *_stage_lines(checked)]
+    if counts := checked.images:
+        shards = sum(count > 0 for count in counts.values()) * math.ceil(sum(counts.values()) / SHARD_SIZE)
+        lines.append(f"images: about {counts['train']} to train on, {counts['heldout']} held out")
+        lines.append(f"shards: {shards} in {config.data.shards}")
+    lines += filter(None, [checked.launcher.plan(Path(config.run), config.stages)])
+    if checked.under_way:
+        lines.append(f"run={config.run} is under way: the command would wait for it")
+    lines.append("dry run: nothing was written")
+    return "\n".join(lines)
+
+
+def _stage_lines(checked: CheckedLaunch) -> Iterator[str]:
+    """The stages in a line, then one line for each."""
+    run, stages = Run(Path(checked.config.run)), open_stages(checked.config)
+    yield f"stages: {' -> '.join(stage.name for stage in stages)}"
+    for stage in stages:
+        told = [stage.describe(checked.models), _told_state(run, stage)]
+        yield f"{stage.name}: {'; '.join(filter(None, told))}"
+
+
+def _told_state(run: Run, stage: Stage) -> str:
+    state = stage_state(run, stage)
+    if state is StageState.begun:
+        steps = ", ".join(f"{name} at step {step}" for name, step in saved_steps(run, stage).items())
+        return f"begun, goes on from the checkpoint of {steps}"
+    if state is StageState.stale:
+        return "stale, as its settings have changed: it is run again"
+    return state.value
