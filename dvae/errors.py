@@ -70,7 +70,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except BrokenPipeError:  # the reader of our stdout (head, less) left: nothing to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, MachineError, OSError, KeyboardInterrupt) as error:
+    except (UserError, MachineError, OSError, ModuleNotFoundError, KeyboardInterrupt) as error:
         words = describe(error)
         if words is None:
             fail_with_traceback()
@@ -95,6 +95,10 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         error, KeyboardInterrupt
     ):  # training saves first (training/resilience/stopping.py); the other stages start over
         return "interrupted: the same command again resumes", 130
+    if isinstance(error, ModuleNotFoundError) and error.name and not f"{error.name}.".startswith("dvae."):
+        package = error.name.partition(".")[0]
+        advice = "`pip install dvae` brings what all commands need; requirements-inference.txt what bundles need"
+        return printable_line(f"the package {package} is not installed: {advice}"), UserError.exit_status
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = f" ({error.filename})" if error.filename else ""
         mend = "finished stages and checkpoints are whole; mend the disk, then run the same command again"

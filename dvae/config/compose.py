@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -15,11 +16,11 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dvae.config.recipe_files import RECIPES
+from dvae.config.recipe_files import RECIPES, enter_recipe, file_of, read_recipe, recipe_names, recipe_path
 from dvae.config.schema import WIDTHS, EmaConfig, EmaProfile, ModelConfig, RunConfig, TrainingConfig
 from dvae.errors import UserError, fold, suggest
 from dvae.registry.core import broken_plugins_note
-from dvae.registry.discovery import chosen_kinds, load_plugins
+from dvae.registry.discovery import RECIPE_FOLDERS, chosen_kinds, load_plugins
 from dvae.registry.launchers.base import launcher_of
 from dvae.registry.sources.base import SOURCES, StreamSource
 from dvae.registry.stages.base import STAGES, run_config_class, training_fields
@@ -36,16 +37,25 @@ def compose(config_name: str, words: list[str]) -> DictConfig:
     """
     words = [word for word in words if word]
     load_plugins(plugins_of(words))
+    recipes = [path for word in words if (path := file_of(word))]
+    words = [f"recipe={enter_recipe(path)}" if (path := file_of(word)) else word for word in words]
     _import_groups(config_name, words)
     words = [_without_null(word) for word in words]
     try:
         return _compose(config_name, words)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, config_name, words)) from None
+    except (ValueError, TypeError, AssertionError, RecursionError) as error:
+        if not recipes:
+            raise
+        raise UserError(f"recipe={recipes[0]}: Hydra cannot read its defaults ({fold(error)[:200]})") from None
 
 
 def _compose(config_name: str, words: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
+    if RECIPE_FOLDERS:
+        places = ",".join(json.dumps(f"file://{folder}") for folder in RECIPE_FOLDERS)
+        words = [*words, f"hydra.searchpath=[{places}]"]
     with hydra.initialize_config_module("dvae.recipes", version_base="1.3"):
         return hydra.compose(config_name, overrides=words)
 
@@ -74,7 +84,10 @@ def _without_null(word: str) -> str:
 
 
 def plugins_of(words: list[str]) -> list[str]:
-    """Modules named by a `plugins=[...]` word; they must be imported before Hydra composes."""
+    """Modules that a word `plugins=[...]` names, or else a user's recipe; they are imported before Hydra composes.
+
+    Raises UserError for a word that Hydra does not understand, and for a recipe that cannot be read.
+    """
     for word in words:
         if word.startswith(("plugins=", "+plugins=")):
             try:
@@ -82,6 +95,9 @@ def plugins_of(words: list[str]) -> list[str]:
             except HydraException as error:
                 raise UserError(f"{word}: {fold(error)}") from None
             return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    for path in filter(None, map(file_of, words)):
+        named = read_recipe(path).get("plugins") or []
+        return [str(v) for v in named] if isinstance(named, list) else [str(named)]
     return []
 
 
@@ -89,7 +105,15 @@ def _explain(error: Exception, config_name: str, words: list[str]) -> str:
     """One line for a composition error: what, value, what to do."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-        return f"unknown {group or 'config'} {name!r}: {suggest(name, error.options or [])}{broken_plugins_note()}"
+        options = error.options or (recipe_names() if group == "recipe" else [])
+        return f"unknown {group or 'config'} {name!r}: {suggest(name, options)}{broken_plugins_note()}"
+    if in_file := re.match(r"In '([^']+)': \w+ raised while composing config:\n(.*)\n\s+full_key: (\S*)", str(error)):
+        file, reason, name = in_file.groups()
+        if reason.startswith("Key '"):
+            beside = _fields_beside(name)
+            known = suggest(name.rpartition(".")[2], beside) if beside else "`python tools/components.py` lists fields"
+            reason = f"unknown field {name!r}: {known}"
+        return f"{recipe_path(file) or f'recipes/{file}.yaml'}: {fold(reason)}"
     cause = error.__cause__ or error
     key = re.search(r"Could not override '([^']+)'", str(error))
     misspelled = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or key is not None
@@ -116,6 +140,14 @@ def _siblings(name: str, config_name: str, words: list[str]) -> list[str]:
     except (HydraException, OmegaConfBaseException):
         return []  # another word is wrong too: the near names are lost, the message is not
     node = OmegaConf.select(config, parent) if parent else config
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+
+
+def _fields_beside(name: str) -> list[str]:
+    """Fields beside `name` of a run's settings, as far as they do not depend on its components."""
+    node: Any = OmegaConf.structured(run_config_class())
+    parent = name.rpartition(".")[0]
+    node = OmegaConf.select(node, parent) if parent else node
     return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
 
@@ -155,9 +187,8 @@ def to_run_config(config: Any) -> RunConfig:
             merged[kind] = None  # made typed above: to_object would fail on a foreign field without saying which
         result: Any = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise UserError(
-            f"unknown field {error.full_key!r}: {suggest(str(error.key), _fields(error.parent_node))}"
-        ) from None
+        known = suggest(str(error.key), _fields(error.parent_node))
+        raise UserError(f"unknown field {error.full_key!r}: {known}{_plugin_hint(str(error.full_key))}") from None
     except OmegaConfBaseException as error:
         if variable := re.search(r"Environment variable '(\w+)' not found", str(error)):
             raise UserError(unset(variable.group(1))) from None
@@ -165,6 +196,12 @@ def to_run_config(config: Any) -> RunConfig:
     for kind, component in components.items():
         setattr(result, kind, component)
     return check_config(result)
+
+
+def _plugin_hint(name: str) -> str:
+    """What to add where a field at the top level is unknown: the stage of a plug-in may have added it."""
+    hint = "; if it is of a plug-in's stage, install that, or add plugins=[MODULE]"
+    return "" if "." in name else hint + broken_plugins_note()
 
 
 def _fields(node: Any) -> list[str]:

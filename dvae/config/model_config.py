@@ -192,7 +192,7 @@ def _require_registered(
     module = info.cls.rpartition(".")[0]
     raise UserError(
         f"{path} needs the {kind} {name!r} of the package {info.package}, version {info.version}, which is not loaded: "
-        f"if you trust its code, install the package, or put its file on PYTHONPATH and add plugins=[{module}] "
+        f"if you trust its code, install the package, or run this from its folder and add plugins=[{module}] "
         f"(in Python: import {module} first)"
     )
 

@@ -1,12 +1,67 @@
-"""The files of the folder recipes/: recipes, sweeps, studies, and the settings of tools."""
+"""The files of the folder recipes/, recipes that users wrote, and those of plug-ins."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+
+from dvae.errors import UserError, fold
+from dvae.registry.discovery import RECIPE_FOLDERS
 from dvae.utils import package
+from dvae.utils.read import DamagedFile, read_yaml
 
 RECIPES = package.FOLDER / "recipes"
+_entered: dict[str, Path] = {}
+"""Recipes of users, by the name by which Hydra selects them."""
 
 
 def recipe_names(folder: str = "recipe") -> list[str]:
-    """The names of the YAML files in a folder of recipes/, sorted: what recipe=, sweep= or study= takes."""
-    return sorted(path.stem for path in (RECIPES / folder).glob("*.yaml"))
+    """The names of the YAML files in a folder of recipes/, sorted: what recipe=, sweep= or study= takes.
+
+    Recipes of plug-ins that are imported are among them.
+    """
+    folders = [RECIPES, *RECIPE_FOLDERS] if folder == "recipe" else [RECIPES]
+    return sorted(path.stem for one in folders for path in (one / folder).glob("*.yaml"))
+
+
+def file_of(word: str) -> Path | None:
+    """The file of `recipe=PATH`, a word of the command line; None for `recipe=NAME` and for other words."""
+    key, _, value = word.partition("=")
+    is_path = "/" in value or value.endswith((".yaml", ".yml"))
+    return Path(value).expanduser() if key == "recipe" and is_path else None
+
+
+def read_recipe(path: Path) -> dict[str, object]:
+    """The content of a user's recipe. Raises UserError if it cannot be read."""
+    try:
+        content = read_yaml(path)
+        defaults = content.get("defaults", [])
+        if not isinstance(defaults, list) or not all(isinstance(entry, str | dict) for entry in defaults):
+            raise DamagedFile(path, "has defaults that are no list of names such as `- override /refiner: unet_demo`")
+        return content
+    except DamagedFile as error:
+        raise UserError(f"recipe={error}: mend the file, or copy one of {RECIPES / 'recipe'}") from None
+    except OSError as error:
+        raise UserError(
+            f"recipe={path} cannot be read ({fold(error.strerror or error)}): name a file, or one of "
+            f"{', '.join(recipe_names())}"
+        ) from None
+
+
+def enter_recipe(path: Path) -> str:
+    """Enter a user's recipe in Hydra's ConfigStore; returns the name by which Hydra selects it.
+
+    It is written like the files of recipes/recipe/. Its name is that of the file, unless it has a field `recipe`.
+    """
+    content = read_recipe(path)
+    content.setdefault("recipe", path.stem)
+    name = f"file_{path.stem}"  # never that of a recipe of dvae
+    ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_", provider="dvae")
+    _entered[name] = path
+    return name
+
+
+def recipe_path(config: str) -> Path | None:
+    """The file of a recipe that Hydra calls recipe/NAME, if a user wrote it."""
+    return _entered.get(config.removeprefix("recipe/"))

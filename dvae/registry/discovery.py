@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from dvae.errors import UserError, printable_line
 from dvae.registry import plugins
 from dvae.registry.core import BEFORE_LOOKUP, BROKEN_PLUGINS, KINDS, Registry
-from dvae.utils.package import VERSION
+from dvae.utils.package import FOLDER, VERSION
 
 ENTRY_POINT_GROUP = "dvae.plugins"
+RECIPE_FOLDERS: list[Path] = []
+"""The folders recipes/ of the plug-ins that were imported: each is laid out as the folder recipes/ of dvae."""
 _imported_installed = False
 
 
@@ -62,8 +65,10 @@ def import_installed_plugins() -> None:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         _import_builtins()
         try:
-            with plugins.all_or_nothing(entry.value.partition(":")[0].strip(), KINDS):
+            module = entry.value.partition(":")[0].strip()
+            with plugins.all_or_nothing(module, KINDS):
                 entry.load()
+                _enter_recipes(module)
         except plugins.PluginError as error:
             BROKEN_PLUGINS[printable_line(f"{entry.name} ({entry.value})")] = str(error)
 
@@ -74,7 +79,8 @@ BEFORE_LOOKUP.append(import_installed_plugins)
 def load_plugins(modules: Iterable[str]) -> None:
     """Import the modules of `plugins=[...]`, which register components. Raises UserError if one cannot be imported.
 
-    What dvae brings is imported first if there is a module, because a plug-in may not take a name that exists.
+    What dvae brings is imported first if there is a module, because a plug-in may not take a name that exists. Modules
+    are looked for in the working folder too, after all other places.
     """
     import_installed_plugins()
     if isinstance(modules, Mapping) or not isinstance(modules, Iterable):
@@ -82,14 +88,35 @@ def load_plugins(modules: Iterable[str]) -> None:
     for name in [modules] if isinstance(modules, str) else modules:
         _refuse_no_module(name)
         _import_builtins()
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.append(here)  # and left there: processes that are started from this one look for the module too
         try:
             with plugins.all_or_nothing(name, KINDS):
                 importlib.import_module(name)
+                _enter_recipes(name)
         except plugins.PluginError as error:
             advice = f'`python -c "import {name}"` shows where it fails'
             if error.absent:
-                advice = "install it or put its folder on PYTHONPATH"
+                advice = "install it, or run this from the folder that it lies in"
             raise UserError(f"plugins: module {name!r} cannot be imported ({error}); {advice}") from None
+
+
+def _enter_recipes(module: str) -> None:
+    """Enter the folder recipes/ of a plug-in that is a package.
+
+    Raises ValueError if a file in it has the name of one that dvae, or another plug-in, brings.
+    """
+    found = sys.modules[module]
+    if not hasattr(found, "__path__") or found.__file__ is None:
+        return
+    folder = Path(found.__file__).parent / "recipes"
+    if not folder.is_dir() or folder in RECIPE_FOLDERS:
+        return
+    for path in sorted(folder.rglob("*.yaml")):
+        name = path.relative_to(folder)
+        if owner := next((one for one in (FOLDER / "recipes", *RECIPE_FOLDERS) if (one / name).exists()), None):
+            raise ValueError(f"its recipes/{name} has the name of {owner / name}: choose another")
+    RECIPE_FOLDERS.append(folder)
 
 
 def _refuse_no_module(name: object) -> None:
@@ -98,7 +125,7 @@ def _refuse_no_module(name: object) -> None:
     if "/" in text or text.endswith(".py"):
         module = text.rpartition("/")[2].removesuffix(".py")
         raise UserError(
-            f"plugins: {text!r} is a file: name its module, plugins=[{module}], with its folder on PYTHONPATH"
+            f"plugins: {text!r} is a file: name its module, plugins=[{module}], and run this from the file's folder"
         )
     if not isinstance(name, str) or not all(part.isidentifier() for part in text.split(".")):
         raise UserError(f"plugins: {name!r} is no module: give a list of modules, such as plugins=[my_plugin]")

@@ -111,7 +111,7 @@ class JointStage(TrainStage):
         joint: JointConfig = field(default_factory=JointConfig)
         train_joint: TrainingConfig = field(default_factory=TrainingConfig)
 
-    after, before = ("shards",), ("prior",)
+    after, before = ("shards", "encoder"), ("prior",)
     makes = ("encoder", "denoiser")
     parts: ClassVar = {"encoder": "encoder", "denoiser": "denoiser"}
 

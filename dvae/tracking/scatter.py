@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 
 from dvae.utils import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRUE, DRAWN = "#8a8780", "#2f5fd0"
 """Colors of true and of drawn points."""
@@ -20,6 +20,8 @@ TRUE, DRAWN = "#8a8780", "#2f5fd0"
 
 def compare(true: Mapping[str, torch.Tensor], drawn: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write true points over drawn ones, a column per name; each (n, 2), in [-1, 1]. One rename."""
+    from matplotlib.figure import Figure  # here, since settings import every stage, and this takes a while
+
     figure = Figure(figsize=(1.9 * len(true), 4.1), dpi=100, layout="constrained")
     axes = figure.subplots(2, len(true), squeeze=False)
     for column, name in enumerate(true):

@@ -1,4 +1,4 @@
-"""A third-party package that brings a schedule to dvae; installed by a test."""
+"""A third-party package that brings a schedule, a stage and a recipe to dvae; installed by a test."""
 
 from setuptools import setup
 
@@ -6,5 +6,6 @@ setup(
     name="dvae-sample-plugin",
     version="1.2.3",
     packages=["dvae_sample_plugin"],
+    package_data={"dvae_sample_plugin": ["recipes/**/*.yaml"]},
     entry_points={"dvae.plugins": ["sample = dvae_sample_plugin"]},
 )

@@ -238,14 +238,17 @@ def test_installed_plug_ins_of_the_same_name_are_named_each(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("plugins=[nowhere]", "ModuleNotFoundError: No module named 'nowhere'); install it or put its folder on"),
+        (
+            "plugins=[nowhere]",
+            "ModuleNotFoundError: No module named 'nowhere'); install it, or run this from",
+        ),
         ("plugins=[nowhere.at_all]", "No module named 'nowhere'); install it"),
         ("plugins=[json.nothing]", "No module named 'json.nothing'); install it"),
         ("plugins=[3]", "'3' is no module: give a list of modules, such as plugins=[my_plugin]"),
         ("plugins=[a b]", "'a b' is no module"),
         ("plugins=[.mine]", "'.mine' is no module"),
         ("plugins=[mine.]", "'mine.' is no module"),
-        ("plugins=[./folder/mine.py]", "is a file: name its module, plugins=[mine], with its folder on PYTHONPATH"),
+        ("plugins=[./folder/mine.py]", "is a file: name its module, plugins=[mine], and run this from the file"),
         ("plugins=[mine.py]", "is a file: name its module, plugins=[mine]"),
         ("plugins=[folder/mine]", "is a file: name its module, plugins=[mine]"),
     ],

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests_support import ROOT
+import torch
+from safetensors.torch import load_file
+from tests_support import ROOT, environment
+
+SHORT_BRIGHTNESS = ["train_brightness.steps=60", "train_brightness.batch=8", "train_brightness.log_every=1",
+                    "train_brightness.lr=0.05", "train_brightness.warmup=1"]  # fmt: skip
 
 
 def launch(*words: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -20,15 +29,43 @@ def launch(*words: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics of a run that are complete so far."""
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def examples() -> dict[str, str]:
+    """The whole examples in CONTRIBUTING.md, by the file name that the text gives each."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"`(my_\w+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL))
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A working folder with the examples of CONTRIBUTING.md in it, and nothing else."""
+    for name, code in examples().items():
+        (tmp_path / name).write_text(code)
+    return tmp_path
+
+
 @pytest.mark.slow
-def test_the_example_of_contributing_is_a_whole_component(tmp_path: Path, tiny: list[str]) -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    assert code is not None
-    (tmp_path / "my_schedule.py").write_text(code.group(1))
-    words = [*tiny, "plugins=[my_schedule]", "schedule=constant_rate", "schedule.beta=10"]
-    done = launch(*words, f"run={tmp_path}/run", path=tmp_path, cwd=tmp_path)
+def test_the_schedule_of_contributing_trains_from_the_working_folder(mine: Path, tiny: list[str]) -> None:
+    words = [*tiny, "plugins=[my_schedule]", "schedule=constant_rate", "schedule.beta=10", "run=run"]
+    done = launch(*words, path=ROOT, cwd=mine)
     assert done.returncode == 0, done.stderr
-    assert "name: constant_rate\n  beta: 10" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "name: constant_rate\n  beta: 10" in (mine / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_the_stage_of_contributing_trains_from_the_working_folder(mine: Path, tiny: list[str]) -> None:
+    words = [*tiny, "plugins=[my_stage]", "stages=[shards,encoder,brightness]", "run=run", *SHORT_BRIGHTNESS]
+    done = launch(*words, path=ROOT, cwd=mine)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in rows_of(mine / "run") if row["stage"] == "brightness"]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+    assert {"brightness", "encoder"} <= json.loads((mine / "run" / "stages.json").read_text()).keys()
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +86,91 @@ def test_an_installed_plugin_trains(installed: Path, tmp_path: Path, tiny: list[
     about = (tmp_path / "run" / "bundle" / "bundle.json").read_text()
     assert '"package": "dvae_sample_plugin"' in about
     assert '"version": "1.2.3"' in about
+
+
+PROBED = ["stages=[shards,encoder,probe]", "train_probe.steps=400", "train_probe.batch=8", "train_probe.save_every=20",
+          "train_probe.log_every=1", "train_probe.warmup=1", "train_probe.preview_every=0", "probe.power=0.5"]  # fmt: skip
+"""Overrides for a run with the stage of the sample package."""
+
+
+def test_the_stage_of_an_installed_package_appears(installed: Path, tmp_path: Path, tiny: list[str]) -> None:
+    """In the help, in the list of components, and in a dry run, which refuses wrong settings of it."""
+    listed = launch("--help", path=installed, cwd=tmp_path).stdout
+    assert "shards, encoder, joint, prior, cache, probe, refiner" in " ".join(listed.split())
+    told = launch(*tiny, *PROBED, "dry_run=true", path=installed, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert "stages: shards -> encoder -> probe\n" in told.stdout
+    assert "probe: 400 steps of 8 images; to do" in told.stdout
+    assert "probe:\n  power: 0.5" in told.stdout
+    for word, said in (("probe.power=0", "probe.power=0: use more than 0"), ("probe.powr=1", "did you mean 'power'?")):
+        wrong = launch(*tiny, *PROBED, word, "dry_run=true", path=installed, cwd=tmp_path)
+        assert wrong.returncode == 2
+        assert said in wrong.stderr
+        assert len(wrong.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_stage_of_an_installed_package_resumes_after_a_kill(
+    installed: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    words = [*tiny, *PROBED]
+    whole = launch(*words, "run=whole", path=installed, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), *words, "run=killed"]
+    path = environment(PYTHONPATH=f"{installed}{os.pathsep}{ROOT}")
+    with subprocess.Popen(command, cwd=tmp_path, env=path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None and sum(row["stage"] == "probe" for row in rows_of(tmp_path / "killed")) < 50:
+            time.sleep(0.01)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    told = launch(*words, "run=killed", "dry_run=true", path=installed, cwd=tmp_path)
+    assert re.search(
+        r"probe: 400 steps of 8 images; begun, goes on from the checkpoint of probe at step \d+", told.stdout
+    )
+    assert "encoder: 0.0M parameters, 6 steps of 8 images; finished" in told.stdout
+    again = launch(*words, "run=killed", path=installed, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    ours, theirs = (load_file(tmp_path / name / "weights" / "probe.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    steps = [row["step"] for row in rows_of(tmp_path / "killed") if row["stage"] == "probe"]
+    assert steps == list(range(1, 401))
+
+
+@pytest.mark.slow
+def test_runs_outlive_the_coming_and_going_of_a_package(installed: Path, tmp_path: Path, tiny: list[str]) -> None:
+    """A run that has not its stage is taken up with the package and without; one that has it says what is missing."""
+    short = [*tiny, "stages=[shards,encoder]", "run=run"]
+    for path in (ROOT, installed, ROOT):
+        done = launch(*short, path=path, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    changed = launch(*short, "train_encoder.steps=7", path=installed, cwd=tmp_path)
+    assert "was made with train_encoder.steps=6, now 7" in changed.stderr
+    missing = launch(*tiny, *PROBED, "run=other", path=ROOT, cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "unknown field 'train_probe" in missing.stderr or "unknown stage 'probe'" in missing.stderr
+
+
+@pytest.mark.slow
+def test_the_recipes_of_an_installed_package(installed: Path, tmp_path: Path, tiny: list[str]) -> None:
+    words = ["recipe=sample_demo", *tiny[1:], "run=run", "stages=[shards,encoder]"]
+    done = launch(*words, path=installed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "recipe: sample_demo" in config
+    assert "name: sigmoid_sample" in config
+    assert "sample_demo" in launch("--help", path=installed, cwd=tmp_path).stdout
+    wrong = launch("recipe=sample_dem", "dry_run=true", path=installed, cwd=tmp_path)
+    assert "did you mean 'sample_demo'?" in wrong.stderr
+
+
+def test_a_package_may_not_replace_a_recipe(installed: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(installed, site)
+    shutil.copyfile(ROOT / "recipes/recipe/demo.yaml", site / "dvae_sample_plugin" / "recipes" / "recipe" / "demo.yaml")
+    done = launch("recipe=sample_demo", "dry_run=true", path=site, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "its recipes/recipe/demo.yaml has the name of" in done.stderr
+    assert launch("recipe=demo", "dry_run=true", path=site, cwd=tmp_path).returncode == 0
 
 
 def test_a_broken_plugin_breaks_nothing_and_is_named_where_a_name_is_not_found(installed: Path, tmp_path: Path) -> None:
