@@ -42,6 +42,8 @@ setup(
         "pillow>=12,<14",
         "matplotlib>=3.11,<4",
         "jinja2>=3.1,<4",
+        "markupsafe>=3,<4",
+        "protobuf>=7,<8",
         "ninja>=1.11",
         # the faces of `make demo`
         "dicebear-core>=10.7,<11",
@@ -54,7 +56,7 @@ setup(
         "parquet": ["pyarrow>=24,<27"],
         # what `sweeps` needs; itself it asks for numpy<2, so: pip install --no-deps sweeps==0.3.0
         "sweep": ["jsonref>=1.1,<2", "jsonschema>=4.23,<5"],
-        "page": ["gradio>=6.31,<7"],
+        "page": ["gradio>=6.31,<7", "fastapi>=0.165,<1", "uvicorn>=0.54,<1"],
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",
@@ -63,6 +65,7 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
             "build>=1.6,<2",
+            "packaging>=26,<27",
             "selenium>=4.40,<5",
         ],
     },

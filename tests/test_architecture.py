@@ -1,22 +1,17 @@
-"""The structure of the package: the way imports run, what is unique, who may import or parse what, the wheel."""
+"""The structure of the package: the way imports run, what is unique, who may import or parse what."""
 
 from __future__ import annotations
 
 import ast
 import re
-import shutil
 import statistics
-import subprocess
-import sys
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import pytest
-from tests_support import ROOT, environment
+from tests_support import ROOT
 
 PACKAGE = ROOT / "dvae"
 LINKED = ("launchers", "recipes", "tools")
@@ -260,30 +255,3 @@ def test_files_are_read_through_the_bounded_readers() -> None:
 def test_launchers_recipes_and_tools_are_imported_as_parts_of_dvae() -> None:
     for source in sources():
         assert not {name.partition(".")[0] for name in imported(source.tree)} & set(LINKED), source.name
-
-
-@pytest.mark.slow
-def test_a_wheel_installs_only_dvae_and_its_command(tmp_path: Path) -> None:
-    (tmp_path / "source").mkdir()  # a copy, because a build leaves files in its tree
-    for name in ("dvae", *LINKED):
-        shutil.copytree(ROOT / name, tmp_path / "source" / name, True, shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "README.md"):
-        shutil.copyfile(ROOT / name, tmp_path / "source" / name)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([*build, str(tmp_path / "source")], check=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"dvae"}
-    for needed in ("dvae/recipes/recipe/demo.yaml", "dvae/tools/launch.py", "dvae/tracking/report.html.jinja"):
-        assert needed in names
-    site = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True
-    )
-    assert {path.name.partition("-")[0] for path in site.iterdir()} == {"dvae", "bin"}
-    done = subprocess.run(
-        [sys.executable, str(site / "bin" / "dvae"), "launch", "recipe=demo", "dry_run=true"],
-        cwd=tmp_path, env=environment(PYTHONPATH=str(site)), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "dry run: nothing was written" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,10 @@ def check_config(config: RunConfig) -> tuple[Launcher, RunModels, dict[str, int]
     name = launcher.config.name
     if "RANK" in os.environ and name != DEFAULT:  # this is one of several ranks already
         raise UserError(f"launcher={name}: torchrun has started the ranks already: leave launcher={name} out")
-    return launcher, *validate.check(config, launcher.ranks)
+    checked = validate.check(config, launcher.ranks)
+    if importlib.util.find_spec("deepspeed") is None:  # which is imported when training begins
+        raise ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed")
+    return launcher, *checked
 
 
 def check_launch(composed: DictConfig) -> CheckedLaunch:

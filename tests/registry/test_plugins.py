@@ -88,8 +88,10 @@ def test_an_installed_plugin_trains(installed: Path, tmp_path: Path, tiny: list[
     assert '"version": "1.2.3"' in about
 
 
-PROBED = ["stages=[shards,encoder,probe]", "train_probe.steps=400", "train_probe.batch=8", "train_probe.save_every=20",
-          "train_probe.log_every=1", "train_probe.warmup=1", "train_probe.preview_every=0", "probe.power=0.5"]  # fmt: skip
+PROBED = [
+    "stages=[shards,encoder,probe]", "train_probe.steps=400", "train_probe.batch=8", "train_probe.save_every=20",
+    "train_probe.log_every=1", "train_probe.warmup=1", "train_probe.preview_every=0", "probe.power=0.5",
+]  # fmt: skip
 """Overrides for a run with the stage of the sample package."""
 
 
@@ -124,9 +126,7 @@ def test_the_stage_of_an_installed_package_resumes_after_a_kill(
         run.kill()
     assert run.returncode == -signal.SIGKILL
     told = launch(*words, "run=killed", "dry_run=true", path=installed, cwd=tmp_path)
-    assert re.search(
-        r"probe: 400 steps of 8 images; begun, goes on from the checkpoint of probe at step \d+", told.stdout
-    )
+    assert re.search(r"probe: 400 steps of 8 images; begun, goes on .* checkpoint of probe at step \d+", told.stdout)
     assert "encoder: 0.0M parameters, 6 steps of 8 images; finished" in told.stdout
     again = launch(*words, "run=killed", path=installed, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
