@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from dvae.errors import UserError, run_command, suggest
+from dvae.utils.package import VERSION
 
 TOOLS = {
     "launch": "train a recipe: dvae launch recipe=demo",
@@ -43,6 +44,9 @@ def dispatch(argv: list[str]) -> None:
         print("usage: dvae TOOL [key=value ...]\n")
         print("\n".join(f"  {name:<12}{about}" for name, about in TOOLS.items()))
         print("\n`dvae TOOL --help` tells more.")
+        return
+    if argv[0] == "--version":
+        print(f"dvae {VERSION}")
         return
     if argv[0] not in TOOLS:
         raise UserError(f"unknown tool {argv[0]!r}: {suggest(argv[0], TOOLS)}")

@@ -5,46 +5,37 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/launch.py recipe=NAME [run=FOLDER] [key=value ...]
+ABOUT = Command(
+    name="launch",
+    text="""Train a recipe, stage by stage, into a run folder.
 
-Trains the recipe, stage by stage, into the run folder (default runs/NAME). The same command again resumes it.
+  python tools/launch.py recipe=demo                                    # into runs/demo
+  python tools/launch.py recipe=demo run=runs/mine source=folder source.path=DIR    # your own images
+  python tools/launch.py recipe=demo refiner.width=96 schedule=cosine   # any field, any component
+  python tools/launch.py recipe=/path/to/mine.yaml dry_run=true         # print what would be done, write nothing
+  python tools/launch.py recipe=avatars launcher=processes launcher.ranks=2         # two processes on this machine
+  python tools/launch.py recipe=celebahq256 launcher=slurm launcher.nodes=2         # a SLURM job: docs/cluster.md
+  python tools/launch.py recipe=demo --multirun seed=1,2                # one run after the other, for each combination
 
-  recipe=NAME            {recipes}
-  run=FOLDER             where everything about this run is kept
-  stages=[encoder,...]   some of: {stages}
-  source=folder source.path=DIR image_size=64
-                         train on your own images
-  refiner.width=96       set any field of any component
-  schedule=cosine        swap a component ({kinds})
-  launcher=processes launcher.ranks=2
-                         train on that many processes of this machine (torchrun works too)
-  launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8
-                         train as a job on SLURM (docs/cluster.md)
-  plugins=[my_module]    import modules that register components
-  dry_run=true           print the resolved config, stages and parameter counts; write nothing
-  --multirun seed=1,2    a run for every combination, one after the other, in run=FOLDER/0, /1, ...; tools/sweep.py
-                         does more
-
-`python tools/components.py` lists the components with their fields."""
+The same command again resumes the run. Ctrl-C saves a checkpoint first.""",
+    bare="recipe",
+    flags=("--multirun", "-m"),
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the config from the words of argv, check it, and run it."""
+    if any(word in ("-h", "--help") for word in argv):
+        ABOUT.end(f"{ABOUT.help()}\n\n{launch_help(argv)}")
+    argv = ABOUT.arguments(argv)
     silence()
     from dvae.config import compose
-    from dvae.config.recipe_files import recipe_names
     from dvae.experiments.sweeps import multirun
-    from dvae.registry.discovery import chosen_kinds, load_plugins
-    from dvae.registry.stages.base import STAGES
     from dvae.runs import dry_run, folder, launch_checks
 
-    if any(word in ("-h", "--help") for word in argv):
-        load_plugins(compose.plugins_of(argv))
-        stages = ", ".join(STAGES.order())
-        print(USAGE.format(recipes=", ".join(recipe_names()), stages=stages, kinds=", ".join(chosen_kinds())))
-        return
     if any(word in multirun.FLAGS for word in argv):
         multirun.run([word for word in argv if word not in multirun.FLAGS])
         return
@@ -57,6 +48,23 @@ def command(argv: list[str]) -> None:
     else:
         path = folder.submit(composed).path if checked.first else Path(checked.config.run)
         checked.launcher.launch(path)
+
+
+def launch_help(argv: list[str]) -> str:
+    """What there is to choose from; with `plugins=` also what these bring, which takes the time to import them."""
+    from dvae.config.launch_help import launch_sections
+
+    text = launch_sections()
+    if any(word.startswith("plugins=") for word in argv):
+        from dvae.config import compose
+        from dvae.registry.discovery import load_plugins, registries
+
+        load_plugins(compose.plugins_of(argv))
+        brought = [f"  {kind} {name}" for kind, registry in registries().items() for name in registry.names()
+                   if not registry.get(name).__module__.startswith("dvae.")]  # fmt: skip
+        text += "\n\nFrom plug-ins (`python tools/components.py KIND NAME plugins=[...]` shows the fields):\n"
+        text += "\n".join(brought or ["  nothing"])
+    return text
 
 
 def silence() -> None:

@@ -35,7 +35,7 @@ def compose(config_name: str, words: list[str]) -> DictConfig:
 
     Raises UserError, one line, for an unknown component or recipe, a misspelled field, a wrong type, a broken plugin.
     """
-    words = [word for word in words if word]
+    words = [_readable(word) for word in words if word]
     load_plugins(plugins_of(words))
     recipes = [path for word in words if (path := file_of(word))]
     words = [f"recipe={enter_recipe(path)}" if (path := file_of(word)) else word for word in words]
@@ -81,6 +81,35 @@ def _without_null(word: str) -> str:
     if not registry.optional:
         raise UserError(f"{word}: a run needs a {kind}: name one of {', '.join(registry.names())}")
     return f"~{kind}"
+
+
+def _readable(word: str) -> str:
+    """The word as Hydra's grammar has it: a value with spaces, parentheses and so on, such as a path, is put in quotes.
+
+    Raises UserError for a list, a mapping or a quoted text that is not complete.
+    """
+    if not word.lstrip("+~").partition("=")[0]:
+        raise UserError(f"{word}: a setting has a name: write key=value")
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        key, equals, value = word.partition("=")
+        quoted = f"{key}={json.dumps(value, ensure_ascii=False)}"
+        if equals and value and value[0] not in "[{'\"" and "${" not in value and _is_readable(quoted):
+            return quoted
+        raise UserError(
+            f"{word}: this cannot be read as key=value: lists are [a,b], texts with spaces or signs "
+            f"{key or 'key'}='\"...\"'"
+        ) from None
+    return word
+
+
+def _is_readable(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def plugins_of(words: list[str]) -> list[str]:

@@ -1,0 +1,111 @@
+"""Command lines of the tools: help from the settings' own documentation, and other ways to write a setting.
+
+Imports no torch, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+from dvae.errors import UserError
+from dvae.utils.class_fields import REQUIRED, FieldText, fields_of, find_class
+from dvae.utils.package import VERSION
+
+COLUMN = 30
+"""Width of the left column of a table of settings."""
+WIDEST = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a tool tells of itself, and how its arguments are read."""
+
+    name: str
+    """The tool's name: tools/NAME.py, or `dvae NAME`."""
+    text: str
+    """What it does, with examples; the first line is a sentence of its own."""
+    settings: tuple[str, ...] = ()
+    """Classes whose fields are its settings, such as "dvae.training.export:ExportConfig"."""
+    subcommands: tuple[str, ...] = ()
+    """Words of which one may come first."""
+    bare: str = ""
+    """The setting that a word without `=` means, such as "run"; empty if there is none."""
+    flags: tuple[str, ...] = ()
+    """Words with dashes that the tool reads itself."""
+
+    def arguments(self, argv: list[str]) -> list[str]:
+        """The arguments as `key=value` words, and the flags.
+
+        `--key value` and `--key=value` are `key=value`, and a path alone is the setting `bare`. Prints help or the
+        version, and ends the program, if that is asked for. Raises UserError for a word that means nothing.
+        """
+        if any(word in ("-h", "--help") for word in argv):
+            self.end(self.help())
+        if "--version" in argv:
+            self.end(f"dvae {VERSION}")
+        first = argv[:1] if argv and argv[0] in self.subcommands else []
+        return first + list(self._words(argv[len(first) :]))
+
+    def _words(self, argv: list[str]) -> Iterator[str]:
+        left, bare = list(argv), self.bare
+        while left:
+            word = left.pop(0)
+            if word in self.flags:
+                yield word
+            elif word.startswith("--"):
+                key, equals, value = word[2:].partition("=")
+                if not equals and (not left or left[0].startswith("--")):
+                    raise UserError(f"{word} has no value: write {key or 'key'}=VALUE")
+                yield f"{key.replace('-', '_')}={value if equals else left.pop(0)}"
+            elif "=" in word or word.startswith(("~", "+")):
+                yield word
+            elif bare and not word.startswith("-") and not any(one.startswith(f"{bare}=") for one in argv):
+                yield f"{bare}={word}"
+                bare = ""  # a second word would be another
+            else:
+                self._refuse(word)
+
+    def _refuse(self, word: str) -> NoReturn:
+        known = f"; the first word is one of {', '.join(self.subcommands)}" if self.subcommands else ""
+        what = "option" if word.startswith("-") else "word"
+        raise UserError(f"unknown {what} {word!r}: settings are written key=value{known}; `--help` lists them")
+
+    def end(self, text: str) -> NoReturn:
+        """Print a text, and end the program."""
+        print(text)
+        raise SystemExit(0)
+
+    def help(self) -> str:
+        """The text, and a table of the settings."""
+        parts = [self.text.strip()]
+        for place in self.settings:
+            module, _, name = place.partition(":")
+            heading = "Settings" if len(self.settings) == 1 else find_class(module, name).summary.rstrip(".")
+            parts.append(f"{heading}:\n{settings_table(fields_of(find_class(module, name)))}")
+        return "\n\n".join(parts)
+
+
+def settings_table(fields: Iterable[FieldText]) -> str:
+    """A line for each setting: name and default, then type and meaning."""
+    return "\n".join(f"  {row}" for field in fields for row in _rows(field))
+
+
+def _rows(field: FieldText) -> Iterator[str]:
+    default = "..." if field.default == REQUIRED else field.default
+    meaning = f"{field.meaning} ({field.type})" if field.meaning else f"({field.type})"
+    yield from table_rows(f"{field.name}={default}", meaning)
+
+
+def table_rows(left: str, right: str) -> Iterator[str]:
+    """Two columns, the right one wrapped at the width of the terminal."""
+    width = min(WIDEST, shutil.get_terminal_size((100, 24)).columns) - COLUMN - 3
+    lines = textwrap.wrap(right, max(width, 30)) or [""]
+    if len(left) >= COLUMN:
+        yield left
+    else:
+        yield f"{left:<{COLUMN}}{lines.pop(0)}"
+    yield from (" " * COLUMN + line for line in lines)
