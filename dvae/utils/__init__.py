@@ -1,1 +1,1 @@
-"""Small pieces that every part of dvae may use; they know nothing of images or models."""
+"""Helpers that every part of dvae may use. They do not depend on images or models."""

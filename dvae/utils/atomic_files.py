@@ -1,4 +1,7 @@
-"""Files that are complete or absent: written aside, fsynced, then renamed."""
+"""Write files atomically, and lock files.
+
+A file is written under a temporary name, fsynced, and then renamed. A crash thus leaves it either complete or absent.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ from dvae.utils.read import DamagedFile, require_regular
 from dvae.utils.secrets import scrub
 
 LOOKED_AT = 0.2
-"""Seconds that somebody who looks whether a lock is held may be in the way of who takes it, at the most."""
+"""Seconds for which `locked` retries. A concurrent `is_locked` also holds the lock, but only for a moment."""
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file or a folder to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -33,23 +36,28 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Replace the file `path` by what `write(temporary path)` makes, in one rename."""
+    """Replace the file `path` in one rename.
+
+    Args:
+        path: The file. Its folder is created if it is missing.
+        write: Called with a temporary path in the same folder; it writes the new content there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     os.close(handle)
     aside = Path(name)
     try:
         write(aside)
-        aside.chmod(0o644)  # mkstemp makes it private
-        sync(aside)
+        aside.chmod(0o644)  # mkstemp makes files that only their owner can read
+        sync(aside)  # before the rename: after a crash, the new name must not point to an incomplete file
         aside.replace(path)
-        sync(path.parent)
+        sync(path.parent)  # makes the rename itself durable
     finally:
         aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, complete or absent, without secrets (see dvae/utils/secrets.py)."""
+    """Write a text file atomically, in UTF-8 and without secrets (see dvae/utils/secrets.py)."""
     write_file(path, lambda aside: _put(aside, scrub(text)))
 
 
@@ -58,11 +66,15 @@ def _put(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value` as a JSON file atomically, without secrets."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes. Raises DamagedFile for a pipe, a device or a folder; OSError if it is missing."""
+    """Return the SHA-256 of a file as a hex string.
+
+    Raises DamagedFile for a pipe, a device or a folder, and OSError if the file is missing.
+    """
     require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -70,15 +82,16 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; on a clean exit it is fsynced and takes the place of `path`, otherwise it is removed.
+    """Yield a temporary folder that replaces `path` when the block ends without an error.
 
-    A folder already at `path` is moved aside first and removed last, so its content is never mixed with the new.
+    The temporary folder is fsynced before the rename. If the block raises an error, the folder is removed. If a folder
+    exists at `path`, it is first moved aside and removed last, so old and new content are never mixed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield aside
-        aside.chmod(0o755)
+        aside.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         for item in sorted(aside.rglob("*")):
             sync(item)
         sync(aside)
@@ -95,11 +108,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.(?:tmp|old)(?:\.\w+)?")
-"""Names that `write_file` and `new_folder` give to what is not finished yet."""
+"""The temporary names that `write_file` and `new_folder` use."""
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`, which is no link."""
+    """Remove the temporary files and folders that a killed process left in `folder`.
+
+    Nothing is removed if `folder` is a symbolic link.
+    """
     if folder.is_symlink():
         return
     for item in folder.glob(".*"):
@@ -112,9 +128,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, allowed: Collection[str] = ()) -> None:
-    """Raise DamagedFile for a link in the place of a folder below `folder`: what is written there would land elsewhere.
+    """Raise DamagedFile if a folder below `folder` is a symbolic link, because dvae would write through it.
 
-    Links at or below one of the names `allowed` are passed over. `folder` itself may be a link.
+    Entries of `folder` whose names are in `allowed` are not checked, nor is anything below them. `folder` itself may be
+    a link.
     """
     for here, folders, _ in os.walk(folder):
         for name in list(folders):
@@ -126,10 +143,10 @@ def refuse_links(folder: Path, allowed: Collection[str] = ()) -> None:
 
 
 def open_own(path: Path, flags: int) -> BinaryIO:
-    """Open a file that only dvae writes; what it holds is not changed by that.
+    """Open a file that only dvae writes, without changing its content.
 
-    A link is not followed, because it could lead to any file of the user's. Raises OSError for a link, and DamagedFile
-    for a pipe or a device, which could block.
+    `flags` are flags of os.open. Symbolic links are not followed, because a link could lead to any file of the user.
+    Raises OSError for a link, and DamagedFile for a pipe or a device, because reading it could block.
     """
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
@@ -142,7 +159,10 @@ def open_own(path: Path, flags: int) -> BinaryIO:
 
 
 def is_same_file(handle: int, path: Path) -> bool:
-    """Whether `path` still names the open file; another process may have renamed or removed it meanwhile."""
+    """Return whether `path` still names the open file `handle`.
+
+    Another process may have renamed or removed the file in the meantime.
+    """
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -151,9 +171,10 @@ def is_same_file(handle: int, path: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, refusal: Exception) -> Iterator[None]:
-    """Hold the lock file `path`; the hold ends with this process, however it ends.
+    """Hold an exclusive lock on the file `path` while the block runs.
 
-    Raises `refusal` if another process holds it, OSError or DamagedFile if no file of that name can be opened.
+    The kernel releases the lock when this process ends, even if it is killed. Raises `refusal` if another process
+    holds the lock, and OSError or DamagedFile if the file cannot be opened.
     """
     deadline = time.monotonic() + LOOKED_AT
     with open_own(path, os.O_RDWR | os.O_CREAT) as handle:
@@ -161,7 +182,7 @@ def locked(path: Path, refusal: Exception) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except BlockingIOError:  # held by another process, or by is_locked for a moment
                 if time.monotonic() >= deadline:
                     raise refusal from None
                 time.sleep(LOOKED_AT / 10)
@@ -169,11 +190,15 @@ def locked(path: Path, refusal: Exception) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock file `path`. Raises as `locked`."""
+    """Return whether a process holds the lock file `path`.
+
+    Raises OSError or DamagedFile if the file cannot be opened.
+    """
     if not path.exists():
         return False
     with open_own(path, os.O_RDONLY) as handle:
         try:
+            # A shared lock, so that two processes that only check do not report each other as holders.
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True

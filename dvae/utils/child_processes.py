@@ -1,10 +1,16 @@
-"""Child processes of a command. They are started, watched and ended here, and none outlives the command.
+"""Start, watch and end the child processes of a command. No child outlives the command.
 
-A child is either a Python function in a new interpreter, which can send messages to its parent, or a program. Each is
-the leader of a process group, so that Ctrl-C reaches the parent alone, which decides what its children shall do.
+There are two kinds of children:
 
-A child ends with its parent, even if the parent is killed and can do nothing itself. A function watches the parent from
-a thread (`end_with_parent`). The kernel kills a program, on Linux alone (`parent_death_signal`).
+- A Python function in a new interpreter. It can send messages to its parent.
+- A program.
+
+Each child leads its own process group, so Ctrl-C reaches only the parent. The parent decides whether to pass it on.
+
+A child ends when its parent ends, even if the parent is killed by SIGKILL:
+
+- A function watches its parent from a thread (`end_with_parent`).
+- The kernel kills a program (`parent_death_signal`, on Linux only).
 """
 
 from __future__ import annotations
@@ -31,23 +37,23 @@ from dvae.errors import summarize
 from dvae.utils.secrets import guard_streams
 
 POLL_SECONDS = 0.2
-"""Seconds after which children are looked at again, even if nothing was heard of any."""
+"""Seconds between two checks of the children if none sends a message."""
 PR_SET_PDEATHSIG = 1
-"""Linux, prctl(2): the signal that a process gets when its parent ends."""
+"""The option of prctl(2) on Linux that sets the signal a process receives when its parent ends."""
 
 
 @dataclass(frozen=True)
 class ChildFailure:
-    """Why the function of a child failed."""
+    """The error that ended a child's function."""
 
     message: str
-    """One line."""
+    """The error in one line."""
     status: int
-    """Exit status."""
+    """The exit status of the child."""
 
 
 class _Returned:
-    """The last message of a child whose function has returned."""
+    """The last message that a child sends if its function returns without an error."""
 
 
 @dataclass(eq=False)
@@ -55,28 +61,29 @@ class Child:
     """A child process."""
 
     number: int
-    """Given by the caller: a rank, or a place in a list."""
+    """A rank or a list index, chosen by the caller."""
     process: SpawnProcess | subprocess.Popen[bytes]
+    """The process: SpawnProcess for a function, Popen for a program."""
     messages: Connection | None = None
-    """Where messages of a function arrive; None for a program, and once no more can come."""
+    """The receiving end of the function's pipe. None for a program, and after the pipe is closed."""
     returned: bool = False
-    """Whether its function has returned."""
+    """Whether the function has returned without an error."""
     failure: ChildFailure | None = None
-    """What its function raised."""
+    """The error that the function raised, or None."""
 
     @property
     def status(self) -> int | None:
-        """Exit status; below 0 the signal that ended it; None while it runs."""
+        """The exit status. None while the child runs; minus the signal number if a signal ended it."""
         return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, if the child still runs."""
+        """Send the signal `number` if the child still runs."""
         if self.status is None and self.process.pid:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait for the end of the child, at most some seconds."""
+        """Wait until the child ends, for at most `seconds` (None: without a limit)."""
         if isinstance(self.process, subprocess.Popen):
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
@@ -84,8 +91,12 @@ class Child:
             self.process.join(seconds)
 
     def receive(self) -> Iterator[Any]:
-        """Messages that have arrived and are the caller's; what tells of the function's end is kept here."""
-        # A grandchild may hold the other end open, so this asks whether something is there and never waits for it.
+        """Yield the messages that have arrived, without waiting.
+
+        The message that reports the end of the function is not yielded. It sets `returned` or `failure`.
+        """
+        # A grandchild may hold the other end of the pipe open. A recv() that waits might then never return, so
+        # poll() is called first.
         while self.messages is not None and self.messages.poll():
             try:
                 message = self.messages.recv()
@@ -102,11 +113,11 @@ class Child:
 
 
 class ChildGroup:
-    """Children that live and die together. A context manager: who still runs when the block is left is killed."""
+    """A group of children. As a context manager, it kills the children that still run when the block ends."""
 
     def __init__(self) -> None:
         self.running: list[Child] = []
-        """Children whose end `ended` has not returned yet."""
+        """The children that `ended` has not returned yet."""
 
     def start_function(
         self,
@@ -115,15 +126,23 @@ class ChildGroup:
         *arguments: Any,
         environment: Mapping[str, object] | None = None,
     ) -> Child:
-        """Start function(*arguments, send) in a new interpreter; send(message) passes a message to this process.
+        """Start function(*arguments, send) in a new interpreter.
 
-        The child's environment is that of this process and `environment`. An error that the function raises is sent
-        as well, and becomes the exit status.
+        The function calls send(message) to pass a message to this process. If the function raises an error, the child
+        sends it to this process and ends with the error's exit status.
+
+        Args:
+            number: A rank or a list index, stored in the child.
+            function: The function. It must be picklable, as the arguments and messages must.
+            arguments: Its positional arguments.
+            environment: Variables that are added to the environment of this process.
         """
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_run_function, args=(function, arguments, sender), name=f"child {number}")
-        with _added_to_environment(environment or {}):  # libraries read variables as soon as they are loaded
+        # The child inherits the environment when it starts. Setting variables in the child itself would be too late,
+        # because libraries read them when they are loaded.
+        with _added_to_environment(environment or {}):
             process.start()
         sender.close()
         return self._add(Child(number, process, receiver))
@@ -131,7 +150,7 @@ class ChildGroup:
     def start_program(
         self, number: int, command: list[str], log: Path, environment: Mapping[str, object] | None = None
     ) -> Child:
-        """Start a program without input, whose output is added to a log."""
+        """Start a program without input. Its stdout and stderr are appended to the file `log`."""
         added = {name: str(value) for name, value in (environment or {}).items()}
         with log.open("ab") as out:
             process = subprocess.Popen(
@@ -141,18 +160,23 @@ class ChildGroup:
         return self._add(Child(number, process))
 
     def _add(self, child: Child) -> Child:
-        self.running = [*self.running, child]  # not in place, because a signal handler may be reading the list
+        self.running = [*self.running, child]  # a new list, because a signal handler may be iterating over the old one
         return child
 
     def ended(self, seconds: float = 0.0, on_message: Callable[[Child, Any], None] | None = None) -> list[Child]:
-        """Wait up to some seconds until something happens. Returns the children that have ended since the last call."""
+        """Wait for a message or the end of a child, for at most `seconds`.
+
+        Calls on_message(child, message) for every message that has arrived. Returns the children that have ended since
+        the last call.
+        """
         sources = [child.messages for child in self.running if child.messages is not None]
         sentinels = [child.process.sentinel for child in self.running if isinstance(child.process, SpawnProcess)]
         if sources or sentinels:
             connection.wait([*sources, *sentinels], seconds)
         else:
             time.sleep(seconds)
-        gone = [child for child in self.running if child.status is not None]  # before their last messages are read
+        # This list is made before the messages are read. Every child in it has thus already sent its last message.
+        gone = [child for child in self.running if child.status is not None]
         for child in self.running:
             for message in child.receive():
                 if on_message:
@@ -167,10 +191,16 @@ class ChildGroup:
         on_message: Callable[[Child, Any], None] | None = None,
         before_kill: Callable[[list[Child], list[Child]], None] | None = None,
     ) -> list[Child]:
-        """Wait until all children have ended. If one has failed, the others are killed `grace` seconds later.
+        """Wait until all children have ended. If one fails, kill the others after `grace` seconds.
 
-        before_kill(ended, running) is called before that. Returns the children that ended by themselves, in the order
-        in which they did.
+        Args:
+            failed: failed(child) says whether a child that has ended counts as failed.
+            grace: Seconds between the first failure and the kill.
+            on_message: on_message(child, message) is called for every message.
+            before_kill: before_kill(ended, running) is called once before the kill.
+
+        Returns:
+            The children that were not killed here, in the order in which they ended.
         """
         ended: list[Child] = []
         deadline: float | None = None
@@ -186,7 +216,7 @@ class ChildGroup:
         return ended
 
     def kill(self) -> None:
-        """Kill all children that run, and wait for their ends."""
+        """Kill all children that still run, and wait until they have ended."""
         for child in self.running:
             child.process.kill()
         for child in self.running:
@@ -195,7 +225,10 @@ class ChildGroup:
 
     @contextmanager
     def forwarding(self, numbers: Iterable[int]) -> Iterator[list[int]]:
-        """Pass signals on to all children while the block runs; gives the list of the signals that came."""
+        """Pass the signals `numbers` on to all children while the block runs.
+
+        Yields a list, to which each signal that arrives is appended.
+        """
         came: list[int] = []
 
         def forward(number: int, frame: FrameType | None) -> None:
@@ -215,7 +248,7 @@ class ChildGroup:
 
 @contextmanager
 def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Have signals handled by `handler` while the block runs, and by their earlier handlers afterwards."""
+    """Install `handler` for the signals `numbers` while the block runs, and restore the earlier handlers afterwards."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -225,7 +258,7 @@ def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], 
 
 
 def begin_child() -> None:
-    """Call this first in a child that multiprocessing has started.
+    """Prepare a child that multiprocessing has started. Call this first in the child.
 
     The child becomes the leader of a process group, ends when its parent ends, and prints no secrets.
     """
@@ -235,7 +268,10 @@ def begin_child() -> None:
 
 
 def end_with_parent() -> None:
-    """End this child of multiprocessing as soon as its parent ends, even if the parent is killed."""
+    """Kill this process as soon as its parent ends, even if the parent is killed.
+
+    This process must be a child that multiprocessing has started.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -247,11 +283,12 @@ def end_with_parent() -> None:
 
 
 def parent_death_signal(number: int = signal.SIGKILL) -> Callable[[], None] | None:
-    """A `preexec_fn` for subprocess.Popen: the kernel sends the program a signal when this process ends.
+    """Return a `preexec_fn` for subprocess.Popen, so that the kernel signals the program when this process ends.
 
-    None outside Linux.
+    The kernel also sends the signal `number` if only the thread that started the program ends.
 
-    It counts as an end of this process if the thread that starts the program ends.
+    Returns:
+        The function, or None on other systems than Linux.
     """
     if sys.platform != "linux":
         return None
@@ -259,18 +296,19 @@ def parent_death_signal(number: int = signal.SIGKILL) -> Callable[[], None] | No
 
     def request() -> None:
         prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it ended before the request
+        # If the parent ended before prctl() was called, the kernel sends no signal.
+        if os.getppid() != parent:
             os._exit(1)
 
     return request
 
 
 def _run_function(function: Callable[..., None], arguments: tuple[Any, ...], sender: Connection) -> None:
-    """The main function of a child that is a function."""
+    """Run a child's function, and send its result or its error to the parent."""
     begin_child()
     try:
         function(*arguments, sender.send)
-    except BaseException as error:  # noqa: BLE001 the parent is told, whatever it is
+    except BaseException as error:  # noqa: BLE001 every error must reach the parent
         failure = ChildFailure(*summarize(error))
         sender.send(failure)
         sys.exit(failure.status)

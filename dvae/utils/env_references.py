@@ -1,6 +1,6 @@
-"""References to the environment in settings, ${oc.env:NAME}: resolved as OmegaConf does, and remembered as secrets.
+"""Resolve ${oc.env:NAME} in settings as OmegaConf does, and register the values as secrets.
 
-Importing this module replaces OmegaConf's own resolver.
+Importing this module replaces OmegaConf's resolver for "oc.env".
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from omegaconf.resolvers.oc import env
 from dvae.utils import secrets
 
 MARK = "VALUE_OF_A_SECRET_VARIABLE_7f3a1c"
-"""What ${oc.env:...} of a variable that may be secret gives inside `marked_variables`."""
+"""The value of ${oc.env:NAME} inside `marked_variables` if the variable may be secret."""
 _marking = ContextVar("marking", default=False)
 
 
 def _env(name: str, default: object = ...) -> object:
-    """The resolver ${oc.env:NAME}, as OmegaConf has it; the values of variables that may be secret are remembered."""
+    """Resolve ${oc.env:NAME} or ${oc.env:NAME,DEFAULT}, and register the value if the variable may be secret."""
     secret = secrets.is_secret_variable(name)
     if secret and _marking.get():
         return MARK
@@ -36,7 +36,7 @@ OmegaConf.register_new_resolver("oc.env", _env, replace=True)
 
 @contextmanager
 def marked_variables() -> Iterator[None]:
-    """While the block runs, ${oc.env:...} of a variable that may be secret gives MARK, not its value."""
+    """Make ${oc.env:NAME} resolve to `MARK` while the block runs, if the variable may be secret."""
     token = _marking.set(True)
     try:
         yield

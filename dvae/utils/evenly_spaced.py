@@ -6,9 +6,12 @@ import numpy as np
 
 
 def evenly_spaced(size: int, n: int, *, endpoint: bool = True) -> np.ndarray:
-    """Up to n distinct indices of range(size), evenly spaced, in increasing order, int64. The first one is 0.
+    """Return min(n, size) evenly spaced indices of range(size), int64, in increasing order. The first one is 0.
 
-    With `endpoint` the last one is size - 1 (as in numpy.linspace), otherwise it is one spacing before `size`.
+    Args:
+        size: The number of items to choose from.
+        n: The number of indices.
+        endpoint: If true, the last index is size - 1, as in numpy.linspace. Otherwise it is one spacing before `size`.
     """
     n = min(n, size)
     if endpoint:

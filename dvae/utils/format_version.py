@@ -1,4 +1,7 @@
-"""Format versions of bundles and run folders: an older or newer one is refused in one line that says what reads it."""
+"""Check the format versions of bundles and run folders.
+
+An older or a newer version is rejected. The one-line message says which version of dvae can read it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,18 @@ from dvae.errors import UserError
 from dvae.utils import package
 
 NEWEST = 10**6
-"""A version beyond this was never written by any dvae."""
+"""Upper bound of format versions. A larger number does not come from a newer dvae."""
 
 
 def refuse_format(what: str, place: Path, found: object, wanted: int, readers: Mapping[int, str]) -> None:
-    """Raise UserError unless the format version `found` is the `wanted` one.
+    """Raise UserError unless the format version `found` equals `wanted`.
 
-    `readers` maps older versions to the version of dvae that reads each.
+    Args:
+        what: The kind of the file, for the message.
+        place: The path, for the message.
+        found: The version in the file. It may be of any type.
+        wanted: The version that this dvae reads.
+        readers: Maps older format versions to the version of dvae that reads them.
     """
     known = type(found) is int  # not a bool
     if known and found == wanted:

@@ -1,7 +1,7 @@
-"""Read files that a stranger may have written.
+"""Read files safely, even if they are damaged or hostile.
 
-Each reader checks that the path is a regular file, bounds its size before it takes memory, and returns typed values.
-Everything that is wrong with a file ends in `DamagedFile`, whose message is one line. Nothing in a file is executed.
+Each reader checks that the path is a regular file, limits its size before it allocates memory, and returns typed
+values. Every fault of a file raises `DamagedFile`, whose message is one line. No code in a file is executed.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from dvae.errors import MachineError, fold, printable_line
 T = TypeVar("T")
 MIB = 2**20
 JSON_LIMIT = 4 * MIB
-"""Bytes of a JSON file. Parsed values take up to 25 times as much memory, and a second or two."""
+"""Maximum size of a JSON file in bytes. Parsed values take up to 25 times as much memory, and 1 to 2 seconds."""
 YAML_LIMIT = MIB // 4
-"""Bytes of a YAML file."""
+"""Maximum size of a YAML file in bytes."""
 YAML_EVENTS = 20_000
-"""Values, keys and brackets in a YAML file."""
+"""Maximum number of parser events (values, keys, starts and ends of collections) in a YAML file."""
 YAML_DEPTH = 32
-"""Nested lists and mappings in a YAML file."""
+"""Maximum nesting of lists and mappings in a YAML file."""
 NPY_LIMIT = 256 * MIB
-"""Bytes of an array that is read into memory."""
+"""Maximum size in bytes of an array that is read into memory."""
 HEADER_LIMIT = 16 * MIB
-"""Bytes of the header of a weights file."""
+"""Maximum size in bytes of the header of a weights file."""
 ARCHIVE_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError, RuntimeError,
     ValueError, OverflowError,
 )  # fmt: skip
-"""What zipfile raises for damaged or encrypted archives, besides OSError."""
+"""Errors that zipfile raises for damaged or encrypted archives, besides OSError."""
 HEADER_ERRORS = (ValueError, KeyError, EOFError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
-"""What NumPy raises for a damaged header of an array."""
+"""Errors that NumPy raises for a damaged array header."""
 FILE_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
               stat.S_IFDIR: "a folder"}  # fmt: skip
 
 REASONS = {"unexpected_keyword_argument": "there is no such field", "missing": "is missing"}
-"""Plain words for some of pydantic's messages."""
+"""Messages that replace those of pydantic, by error type."""
 forbid_extra = with_config(ConfigDict(extra="forbid"))
-"""Class decorator: `check` and `read_json` then refuse fields that the dataclass does not have."""
+"""Class decorator: `check` and `read_json` then reject fields that the dataclass does not have."""
 
 
 class DamagedFile(MachineError):
-    """A file that cannot be read: `path` and `reason`. The message is "PATH: REASON"."""
+    """A file cannot be read. The message is "PATH: REASON"."""
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {printable_line(reason)}")
@@ -71,10 +71,10 @@ class DamagedFile(MachineError):
 
 
 def require_regular(path: str | Path) -> os.stat_result:
-    """Return the status of a regular file (or a link to one).
+    """Return the status of a regular file, or of a link to one.
 
-    Raises DamagedFile for a pipe, a device, a socket or a folder: opening one may block for ever, and a device never
-    ends. Raises OSError if there is no such file.
+    Raises DamagedFile for a pipe, a device, a socket or a folder: opening a pipe may block forever, and a device may
+    never end. Raises OSError if the file does not exist.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -84,19 +84,22 @@ def require_regular(path: str | Path) -> os.stat_result:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes. Raises DamagedFile for any other; OSError if missing."""
+    """Read a regular file of at most `limit` bytes.
+
+    Raises DamagedFile for another kind of file and for a larger file, and OSError if the file is missing.
+    """
     size = require_regular(path).st_size
     if size > limit:
         raise DamagedFile(path, f"has {size} bytes, more than the {limit} that such a file may have")
     with Path(path).open("rb") as file:
-        data = file.read(limit + 1)
+        data = file.read(limit + 1)  # the file may have grown since its size was read
     if len(data) > limit:
         raise DamagedFile(path, f"has more than the {limit} bytes that such a file may have")
     return data
 
 
 def read_text(path: str | Path, limit: int) -> str:
-    """As `read_bytes`, decoded from UTF-8. Raises DamagedFile for other bytes."""
+    """Read a text file of at most `limit` bytes. Raises as `read_bytes`, and DamagedFile if it is not UTF-8."""
     try:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -104,10 +107,9 @@ def read_text(path: str | Path, limit: int) -> str:
 
 
 def parse_json(text: str | bytes, what: object) -> Any:
-    """Parse one JSON value; `what` names its place in messages.
+    """Parse one JSON value. `what` names the file in messages.
 
-    Raises DamagedFile for a syntax error, a key that is there twice, too deep nesting, and numbers of thousands of
-    digits.
+    Raises DamagedFile for a syntax error, a duplicate key, too deep nesting, and numbers with thousands of digits.
     """
     try:
         return json.loads(text, object_pairs_hook=_refuse_duplicates)
@@ -132,11 +134,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def check(kind: Callable[..., T], value: Any, what: object) -> T:
-    """`value` (of JSON or YAML) as `kind`: a dataclass, or a type such as `dict[str, int]`.
+    """Convert a value parsed from JSON or YAML to `kind`: a dataclass, or a type such as `dict[str, int]`.
 
-    Types are strict: no text is taken for a number. Raises DamagedFile naming the first wrong field.
+    Types are strict: a string is never converted to a number. Raises DamagedFile, which names the first wrong field.
+    `what` names the file in messages.
     """
     try:
+        # In strict mode, only pydantic's JSON validator accepts a mapping for a dataclass and a list for a tuple.
         return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
@@ -148,12 +152,12 @@ def check(kind: Callable[..., T], value: Any, what: object) -> T:
 
 
 def read_json(path: str | Path, kind: Callable[..., T], limit: int = JSON_LIMIT) -> T:
-    """The JSON file at `path` as `kind` (see `check`). Raises DamagedFile, or OSError if it is missing."""
+    """Read the JSON file `path` as `kind` (see `check`). Raises DamagedFile, or OSError if the file is missing."""
     return check(kind, parse_json(read_bytes(path, limit), path), path)
 
 
 def read_json_lines(path: str | Path, kind: Callable[..., T], limit: int = JSON_LIMIT) -> list[T]:
-    """The values of a file with one JSON value per line, each as `kind`. Raises DamagedFile naming the line."""
+    """Read a file with one JSON value per line, each as `kind`. Raises DamagedFile, which names the wrong line."""
     lines = read_text(path, limit).splitlines()
     return [
         check(kind, parse_json(line, f"{path} line {number}"), f"{path} line {number}")
@@ -162,10 +166,11 @@ def read_json_lines(path: str | Path, kind: Callable[..., T], limit: int = JSON_
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file as plain values; interpolations such as ${a.b} stay text.
+    """Read the mapping in a YAML file as plain values. Interpolations such as ${a.b} stay strings.
 
-    Raises DamagedFile for a syntax error, a key that is there twice, an alias (aliases can grow to any size), a tag,
-    too deep nesting, or anything but a mapping with text as keys.
+    Raises DamagedFile for a syntax error, a duplicate key, an alias, a tag, or too deep nesting, and if the file is not
+    a mapping whose keys are strings. Aliases are rejected because a small file with nested aliases can expand to any
+    size. Raises OSError if the file is missing.
     """
     text = read_text(path, YAML_LIMIT)
     try:
@@ -179,7 +184,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _check_yaml_events(text: str, path: object) -> None:
-    """Refuse, before any value is built, what can make a small YAML file large."""
+    """Raise DamagedFile for YAML features that dvae never writes and that could exhaust the memory.
+
+    The check reads parser events, before any value is built.
+    """
     depth = 0
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for count, event in enumerate(yaml.parse(text, Loader=loader)):
@@ -201,12 +209,16 @@ def _has_text_keys(value: Any) -> bool:
 
 
 def read_npy(path: str | Path, limit: int = NPY_LIMIT) -> np.ndarray:
-    """The array of a .npy file. Raises DamagedFile for a damaged header, and for anything but plain numbers."""
+    """Read the array in a .npy file of at most `limit` bytes.
+
+    Raises DamagedFile for a damaged header and for a dtype other than booleans, integers and floats, and OSError if
+    the file is missing.
+    """
     return parse_npy(read_bytes(path, limit), path)
 
 
 def parse_npy(data: bytes, what: object) -> np.ndarray:
-    """The array of the bytes of a .npy file; raises as `read_npy`."""
+    """Return the array in the bytes of a .npy file. Raises DamagedFile as `read_npy` does."""
     stream = io.BytesIO(data)
     shape, fortran, dtype = _npy_header(stream, what, len(data))
     values = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
@@ -214,18 +226,24 @@ def parse_npy(data: bytes, what: object) -> np.ndarray:
 
 
 def map_npy(path: str | Path) -> np.ndarray:
-    """The array of a .npy file of any size, read from the disk as it is used; raises as `read_npy`."""
+    """Map a .npy file of any size, so that its values are read from the disk when they are used.
+
+    Raises as `read_npy` does.
+    """
     size = require_regular(path).st_size
     with Path(path).open("rb") as file:
         shape, fortran, dtype = _npy_header(file, path, size)
         offset = file.tell()
-    if 0 in shape:
+    if 0 in shape:  # an empty file range cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
 def _npy_header(file: Any, what: object, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, order and dtype, which fit the bytes that follow."""
+    """Read a .npy header: the shape, whether the order is Fortran's, and the dtype.
+
+    Raises DamagedFile if the array does not fit in the rest of the file, which has `size` bytes.
+    """
     try:
         version = np.lib.format.read_magic(file)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -241,7 +259,17 @@ def _npy_header(file: Any, what: object, size: int) -> tuple[tuple[int, ...], bo
 
 
 def read_npz(path: str | Path, limit: int = NPY_LIMIT, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file, by name, or only those of `names` that it has; raises as `read_npy`."""
+    """Read the arrays of a .npz file, by name.
+
+    Args:
+        path: The file.
+        limit: Maximum size of all arrays together after decompression, in bytes.
+        names: If given, only these arrays are read. A name that the file does not contain is ignored.
+
+    Raises:
+        DamagedFile: The file is not a valid archive of plain arrays, or it is larger than `limit`.
+        OSError: The file is missing.
+    """
     require_regular(path)
     with archive_errors(path, "is not a .npz archive"), zipfile.ZipFile(path) as archive:
         members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
@@ -256,25 +284,31 @@ def read_npz(path: str | Path, limit: int = NPY_LIMIT, names: Collection[str] | 
 
 @contextmanager
 def archive_errors(what: object, reason: str) -> Iterator[None]:
-    """Translate what zipfile raises for a damaged archive into DamagedFile, whose `reason` is followed by its words."""
+    """Turn the errors that zipfile raises for a damaged archive into DamagedFile.
+
+    Its reason is `reason`, followed by the text of the original error in parentheses.
+    """
     try:
         yield
     except (*ARCHIVE_ERRORS, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a place before the file's beginning
+        # EINVAL comes from a seek to a negative offset, which a damaged archive asks for. Other OSErrors are faults of
+        # the disk.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DamagedFile(what, f"{reason} ({fold(error)[:200]})") from None
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
-    """The bytes of a member of a zip archive, of which at most `limit` are ever in memory.
+    """Read a member of a zip archive without holding much more than `limit` bytes in memory.
 
-    The size that the archive states need not be true: `ZipFile.read` would decompress far more before it notices.
-    Raises DamagedFile naming the archive and the member; OSError if the archive cannot be read.
+    The size that the archive states may be wrong. `ZipFile.read` would decompress far more before it notices. Raises
+    DamagedFile, which names the archive and the member, and OSError if the archive cannot be read.
     """
     what, parts, size = f"{archive.filename}:{member.filename}", [], 0
     if not 0 <= member.file_size <= limit:
         raise DamagedFile(what, f"has {member.file_size} bytes, more than the {limit} that such a file may have")
-    # bz2 and LZMA decompress all of what they are fed, so they are fed little
+    # zipfile passes `step` compressed bytes to bz2 and LZMA, which decompress all of them at once. A small step limits
+    # the memory.
     step = MIB if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
     with archive_errors(what, "cannot be unpacked"), archive.open(member) as file:
         while size <= member.file_size and (part := file.read(step)):
@@ -287,16 +321,17 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the header of a weights file says of a tensor."""
+    """The description of a tensor in the header of a weights file."""
 
     dtype: str
-    """As in the file: F32, BF16, I8, ..."""
+    """The name of the dtype as in the file: F32, BF16, I8, ..."""
     shape: tuple[int, ...]
+    """The shape."""
 
 
 @dataclass
 class _HeaderEntry:
-    """One entry of the header."""
+    """The entry of one tensor in a safetensors header."""
 
     dtype: str
     shape: list[int]
@@ -304,24 +339,30 @@ class _HeaderEntry:
 
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Bytes per element of each dtype that dvae reads."""
 
 
 def read_weights_header(path: str | Path) -> dict[str, StoredTensor]:
-    """Names, dtypes and shapes of a safetensors file, without its numbers.
+    """Read the names, dtypes and shapes of the tensors in a safetensors file, without their values.
 
-    Raises DamagedFile if the header is damaged, or does not fit the size of the file; OSError if the file is missing.
+    Raises DamagedFile if the header is damaged or does not fit the size of the file, and OSError if the file is
+    missing.
     """
     return {name: StoredTensor(entry.dtype, tuple(entry.shape)) for name, entry in _weights_entries(path)}
 
 
 def read_weights_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; raises as `read_weights_header`."""
+    """Read the metadata of a safetensors file. Raises as `read_weights_header` does."""
     header, _ = _weights_header(path)
     return check(dict[str, str], header.get("__metadata__", {}), path)
 
 
 def _weights_header(path: str | Path) -> tuple[dict[str, Any], int]:
-    """The header as it is, and the bytes of numbers after it."""
+    """Read the header of a safetensors file without checking its entries.
+
+    Returns:
+        The parsed header, and the number of bytes after it.
+    """
     size = require_regular(path).st_size
     with Path(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -349,5 +390,6 @@ def _weights_entries(path: str | Path) -> Iterator[tuple[str, _HeaderEntry]]:
             raise DamagedFile(path, f"{name[:80]!r} reaches beyond the file: it is cut off")
         claimed = max(claimed, end)
         yield name, entry
-    if claimed != held:  # such a file cannot be loaded, and a sparse one would take hours to hash
+    # safetensors does not load a file with extra bytes. A sparse file with a huge gap would take hours to hash.
+    if claimed != held:
         raise DamagedFile(path, f"has {held - claimed} bytes that belong to no tensor")

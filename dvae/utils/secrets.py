@@ -1,9 +1,10 @@
 """Keep secrets out of everything that dvae writes or prints.
 
-A secret reaches dvae in two ways: as the value of an environment variable, or inside an address. `scrub` removes both
-from a text. All text files (dvae/utils/atomic_files.py) and all that a process prints (`guard_streams`) pass it.
-Settings are written down with references such as ${oc.env:TOKEN} in place of the values, so a resumed run reads the
-value from the environment again.
+A secret reaches dvae in two ways: as the value of an environment variable, or inside a URL. `scrub` removes both from a
+text. It is applied to all text files (dvae/utils/atomic_files.py) and to all that a process prints (`guard_streams`).
+
+Settings are stored with references such as ${oc.env:TOKEN} instead of the values. A resumed run therefore reads the
+values from the environment again.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 REMOVED = "***"
-"""What stands in the place of a secret."""
+"""The text that replaces a secret."""
 SHORTEST = 6
-"""Characters of a variable's value; a shorter one cannot be told from a common word."""
+"""Minimum length of a secret value, in characters. A shorter value may be a common word, so it is not removed."""
 SHORTEST_REFERRED = 4
-"""The same, of a variable to which a setting refers."""
+"""The same minimum, for a variable to which a setting refers."""
 SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|APIKEY|SSHPASS|(?:^|_)(?:KEY|PASS|AUTH)(?:_|$)", re.I
 )
@@ -31,51 +32,54 @@ NOT_SECRET = re.compile(
     r"HOME|USER|LOGNAME|HOSTNAME|PWD|TMPDIR|SCRATCH|WORK|PROJECT|DATA(?:_?DIR)?|RANK|LOCAL_RANK|WORLD_SIZE|SLURM_\w+|"
     r"WANDB_(?:RUN_ID|SWEEP_ID|PROJECT|ENTITY|NAME|DIR|MODE)"
 )
-"""Environment variables that hold places and numbers; their values are written down as they are."""
+"""Environment variables that hold paths, names and numbers. Their values are no secrets and are not removed."""
 USER_INFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
-"""user:password before the host of an address."""
+"""The part user:password before the host of a URL."""
 PARAMETER = re.compile(
     r"(?P<name>[?&;](?:x-\w+-)?\w*(?:token|key|sig|signature|password|passwd|secret|auth|credential|security-token)\w*=)"
     r"[^&\s'\"#;]+",
     re.I,
 )
-"""A parameter of an address whose name tells that it is secret."""
+"""A query parameter of a URL whose name says that its value is secret."""
 HEADER = re.compile(
     r"(?P<name>(?<![\w-])(?:(?:authorization|(?:x-)?api[_-]?key|[\w-]+-token|password)\s*[:=]\s*(?:(?:basic|bearer|token)\s+)?|"
     r"bearer\s+(?=\S{6})|(?:-u|--user)\s+[^\s:]+:))[^\s'\"]+",
     re.I,
 )
-"""A header or an option of a command that holds a secret."""
+"""An HTTP header or a command-line option that holds a secret."""
 _known: set[str] = set()
 
 
 def is_secret_variable(name: str) -> bool:
-    """Whether the value of the environment variable `name` is treated as a secret if a setting refers to it."""
+    """Return whether the variable `name` is treated as a secret if a setting refers to it."""
     return NOT_SECRET.fullmatch(name) is None
 
 
 def remember(value: str) -> None:
-    """Remove `value` from every later output of this process."""
+    """Register `value` as a secret, so that `scrub` removes it from now on. Values below 4 characters are ignored."""
     if len(value) >= SHORTEST_REFERRED:
         _known.add(value)
 
 
 def scrub(text: str) -> str:
-    """`text` without the values of secret environment variables and without the secret parts of addresses."""
+    """Remove the values of secret environment variables and the secret parts of URLs from `text`."""
     secret = {form for value in _known | set(_secret_variables().values()) for form in _forms(value)}
-    for value in sorted(secret, key=len, reverse=True):
+    for value in sorted(secret, key=len, reverse=True):  # longest first: a secret may contain another one
         text = text.replace(value, REMOVED)
     return _scrub_addresses(text)
 
 
 def _forms(value: str) -> set[str]:
-    """The ways in which a text may hold a value: as it is, quoted for Python, JSON, HTML or an address, folded."""
+    """The spellings of `value` that a text may contain.
+
+    These are the value itself, escaped for Python, JSON, HTML or a URL, and with line breaks folded.
+    """
     quoted = {value, repr(value)[1:-1], json.dumps(value)[1:-1], html.escape(value), " ".join(value.split())}
     return {*quoted, urllib.parse.quote(value), urllib.parse.quote(value, safe="")}
 
 
 class _Guarded:
-    """A text stream whose every write is scrubbed."""
+    """A text stream that removes secrets from everything written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -93,7 +97,7 @@ class _Guarded:
 
 
 def guard_streams() -> None:
-    """Scrub all that this process prints to stdout and stderr from now on."""
+    """Remove secrets from all that this process prints to stdout and stderr from now on."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Guarded):
@@ -101,9 +105,11 @@ def guard_streams() -> None:
 
 
 def literal_secret(text: str) -> str:
-    """The name of the variable whose value stands in `text`, or "password" for one in an address; "" if there is none.
+    """Find a secret in `text`. A setting that contains one is rejected before it is stored.
 
-    Used to refuse a setting before it is written down.
+    Returns:
+        The name of the environment variable whose value `text` contains, "PASSWORD" for a secret in a URL or a header,
+        or "" if there is none.
     """
     for name, value in _secret_variables().items():
         if value in text:
@@ -112,7 +118,10 @@ def literal_secret(text: str) -> str:
 
 
 def _secret_variables() -> dict[str, str]:
-    """Environment variables with a secret's name; a path to a file with a secret is none itself."""
+    """Return the environment variables whose names match `SECRET_NAME`, by name.
+
+    A value that is an existing path is left out: the file may hold a secret, but its path is none.
+    """
     return {
         name: value
         for name, value in os.environ.items()
@@ -121,7 +130,7 @@ def _secret_variables() -> dict[str, str]:
 
 
 def _is_path(value: str) -> bool:
-    """Whether a value names a file that exists, such as that of a key."""
+    """Return whether `value` is the path of something that exists, for example of a key file."""
     return value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value))
 
 

@@ -1,4 +1,4 @@
-"""Tables of text, whose columns are aligned: for Markdown files and for a terminal."""
+"""Text tables with aligned columns, for Markdown files and for terminals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dvae.errors import printable_line
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, aligned for readers of the plain text too. Control characters in cells are replaced."""
+    """Return a Markdown table whose columns are aligned in the plain text too.
+
+    Control characters in cells are replaced.
+    """
     header, *rows = [[printable_line(cell) for cell in row] for row in [header, *rows]]
     widths = column_widths([header, *rows])
     lines = [f"| {' | '.join(_pad(row, widths))} |" for row in [header, *rows]]
@@ -16,13 +19,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def aligned_lines(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
-    """The lines of a table for a terminal: cells stand at the left of their column, or at the `right`."""
+    """Return the lines of a table for a terminal. Cells are left-aligned, or right-aligned if `right` is true."""
     widths = column_widths(rows)
     return ["  ".join(_pad(row, widths, right)).rstrip() for row in rows]
 
 
 def column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    """Characters of the widest cell of each column."""
+    """Return the width of each column: the number of characters of its longest cell."""
     return [max(map(len, column)) for column in zip(*rows, strict=True)]
 
 

@@ -1,5 +1,7 @@
-"""Read YAML files that the user writes by hand: aliases and merge keys are allowed, a bounded amount of values is not
-exceeded, and every mistake has a line number.
+"""Read YAML files that a user writes by hand.
+
+Aliases and merge keys are allowed. The number of values is limited. Syntax errors, duplicate keys, bad aliases and too
+deep nesting are reported with their line numbers.
 """
 
 from __future__ import annotations
@@ -14,21 +16,29 @@ from dvae.errors import fold
 from dvae.utils.read import DamagedFile, read_text
 
 LIMIT = 2**22
-"""Bytes of the file."""
+"""Maximum size of the file, in bytes."""
 MOST_VALUES = 200_000
-"""Values, each alias counted with everything that it stands for."""
+"""Maximum number of values. Each use of an alias counts all the values that it refers to."""
 DEPTH = 64
-"""Nested lists and mappings."""
+"""Maximum nesting of lists and mappings."""
 _FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Written in C, where PyYAML was built with it."""
+"""The loader written in C, if PyYAML was built with it."""
 
 
 def read_user_yaml(path: str | Path, dialect: str = "omegaconf") -> dict[str, Any]:
-    """The mapping in a YAML file, of text, numbers, true and false, null, lists and mappings with text as keys.
+    """Read the mapping in a YAML file.
 
-    `dialect` says which plain words are numbers: "omegaconf" takes 1e-3 as one, "yaml" reads it as text, as PyYAML and
-    W&B do. Raises DamagedFile for a syntax error, a key that is there twice, other values and tags, aliases that stand
-    for too many values or for themselves, and anything but a mapping; OSError if there is no file.
+    Its values are strings, numbers, booleans, null, lists, and mappings whose keys are strings.
+
+    Args:
+        path: The file.
+        dialect: Which plain words are numbers. "omegaconf" reads 1e-3 as a number. "yaml" reads it as a string, as
+            PyYAML and W&B do.
+
+    Raises:
+        DamagedFile: The file has a syntax error, a duplicate key, a value of another type, an unknown tag, or an alias
+            that refers to itself; it has too many values or is nested too deeply; or it is not a mapping.
+        OSError: The file does not exist.
     """
     text = read_text(path, LIMIT)
     loader = get_yaml_loader() if dialect == "omegaconf" else yaml.SafeLoader
@@ -37,7 +47,7 @@ def read_user_yaml(path: str | Path, dialect: str = "omegaconf") -> dict[str, An
         node = yaml.compose(text, Loader=_FAST)
         if node is not None:
             _Sizes(path).of(node)
-        value = yaml.load(text, Loader=loader)  # both loaders are safe: they build plain values only
+        value = yaml.load(text, Loader=loader)  # both loaders are safe: they build only plain values
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedFile(path, f"is not valid YAML ({fold(error)[:300]})") from None
     if not isinstance(value, dict):
@@ -47,7 +57,10 @@ def read_user_yaml(path: str | Path, dialect: str = "omegaconf") -> dict[str, An
 
 
 def _refuse_deep(text: str, path: str | Path) -> None:
-    """Raise DamagedFile for too deep nesting, before the composer, which is written in C, calls itself as often."""
+    """Raise DamagedFile if the nesting is too deep.
+
+    This must be checked before `yaml.compose`: its C code recurses once per level.
+    """
     depth = 0
     for event in yaml.parse(text, Loader=_FAST):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -56,21 +69,24 @@ def _refuse_deep(text: str, path: str | Path) -> None:
 
 
 class _Sizes:
-    """Counts the values of nodes and their nesting, an aliased one wherever it is used, without building them."""
+    """Count the values and the nesting of YAML nodes without building the values.
+
+    The values of an alias count once for each use of it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._known: dict[int, tuple[int, int] | None] = {}
-        """By node: values and nesting; None while they are counted."""
+        """Number of values and nesting by node id. None while the node is being counted."""
 
     def of(self, node: yaml.Node) -> tuple[int, int]:
-        """The values in `node`, and how deeply they are nested.
+        """Return the number of values in `node`, and their nesting.
 
-        Raises DamagedFile for too many or too deep ones, and for a key that is there twice.
+        Raises DamagedFile for too many values, too deep nesting, an alias that refers to itself, and a duplicate key.
         """
         if id(node) in self._known:
             known = self._known[id(node)]
-            if known is None:
+            if known is None:  # the node contains itself
                 raise DamagedFile(self._path, f"an alias stands for itself{_line(node)}")
             return known
         self._known[id(node)] = None
@@ -102,7 +118,7 @@ def _line(node: yaml.Node) -> str:
 
 
 def _refuse_odd_values(value: Any, path: str | Path, place: str) -> None:
-    """Raise DamagedFile for a key that is no text, and for dates, bytes and sets."""
+    """Raise DamagedFile for a key that is not a string, and for dates, bytes and sets."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):

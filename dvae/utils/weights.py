@@ -1,4 +1,7 @@
-"""Weights files (safetensors): written whole, checked before memory is taken, loaded without executing anything."""
+"""Read and write weights files (safetensors).
+
+Files are written atomically. The header is checked before memory is allocated. Loading a file executes no code.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, StoredTensor, read_weights_header
 
 StateDict = dict[str, torch.Tensor]
-"""A state dict."""
+"""Tensors by name, as in torch.nn.Module.state_dict."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -22,7 +25,7 @@ DTYPES = {
 
 
 def save_weights(path: Path, state: StateDict) -> None:
-    """Write a state dict as safetensors, complete or absent. Raises MachineError if the disk is full."""
+    """Write a state dict to a safetensors file atomically. Raises MachineError if it cannot be written."""
     tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
     try:
         atomic_files.write_file(path, lambda aside: save_file(tensors, aside))
@@ -31,7 +34,7 @@ def save_weights(path: Path, state: StateDict) -> None:
 
 
 def load_weights(path: Path) -> StateDict:
-    """The tensors of a weights file, on the CPU. Raises UserError if it is missing or damaged."""
+    """Load the tensors of a weights file to the CPU. Raises UserError if the file is missing or damaged."""
     try:
         read_weights_header(path)
         return load_file(path)
@@ -42,19 +45,23 @@ def load_weights(path: Path) -> StateDict:
 
 
 def refuse_nonfinite(state: StateDict, what: str) -> None:
-    """Raise UserError naming the first tensor that holds NaN or infinity."""
+    """Raise UserError if a tensor holds NaN or infinity. The message names the first such tensor."""
     for name, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{what}: {name!r} holds NaN or infinity: such weights draw nothing, take an earlier save")
+            raise UserError(f"{what}: {name!r} holds NaN or infinity: such weights are useless, take an earlier save")
 
 
 def without_numbers(header: Mapping[str, StoredTensor]) -> StateDict:
-    """Tensors of the shapes and types in a header, on the meta device."""
+    """Return tensors on the meta device with the shapes and dtypes of a header."""
     return {name: torch.empty(one.shape, dtype=DTYPES[one.dtype], device="meta") for name, one in header.items()}
 
 
 def check_weights(module: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Raise UserError naming the first tensor of `state` that does not fit `module`; numbers are not looked at."""
+    """Raise UserError if the names, shapes or dtypes of `state` do not fit `module`.
+
+    The message names the first tensor that does not fit. A floating-point dtype fits any other floating-point dtype.
+    The values are not read.
+    """
     own = module.state_dict()
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
@@ -74,11 +81,11 @@ def check_weights(module: torch.nn.Module, state: Mapping[str, torch.Tensor], wh
 
 
 def fit_weights(module: torch.nn.Module, state: StateDict, what: str) -> None:
-    """Load `state` into `module`. Raises UserError naming the first tensor that does not fit."""
+    """Load `state` into `module`. Raises UserError if they do not fit (see `check_weights`)."""
     check_weights(module, state, what)
     module.load_state_dict(state)
 
 
 def part_of(state: Mapping[str, torch.Tensor], part: str) -> StateDict:
-    """The tensors of one part, by the rest of their names."""
+    """Return the tensors whose names start with "PART.", with that prefix removed."""
     return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
