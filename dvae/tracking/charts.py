@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colors and fonts come from the page's CSS, so that charts follow light and dark mode."""
+"""Draw line charts as inline SVG. The CSS of the page sets colors and fonts, so charts follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 420, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 24, 12, 52
 MOST_POINTS = 240
 LARGEST = 1e150
-"""Points with a larger value are left out: the arithmetic of axes would overflow."""
+"""Points with a larger absolute value are left out, because the computation of the axes would overflow."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, dots: bool = False) -> str:
-    """An <svg> of up to four lines, or "" if no point is finite. Names and labels are escaped.
+    """Return an <svg> element with up to four lines, or "" if no point is finite.
 
-    y is logarithmic where every y is positive and they span a factor of 5 or more. Long curves are averaged down to
-    240 points. A legend is drawn where there is more than one line.
+    The y axis is logarithmic if all y are positive and the largest is at least 5 times the smallest. Long curves are
+    averaged down to 240 points. A legend is drawn if there is more than one line. Names and labels are escaped.
     """
     lines = [Line(line.name, _thin([p for p in line.points if all(map(_drawable, p))])) for line in lines]
     lines = [line for line in lines if line.points]
@@ -54,7 +54,7 @@ def _drawable(value: float) -> bool:
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
-    """Three to seven round values, 1, 2 or 5 times a power of ten apart, within [low, high]."""
+    """Return three to seven round values within [low, high]. Their spacing is 1, 2 or 5 times a power of ten."""
     span = next((span for span in (high - low, abs(high)) if span > 1 / LARGEST), 1.0)
     power = 10.0 ** math.floor(math.log10(span / 3))
     step = next(f * power for f in (5, 2, 1) if span / (f * power) >= 3 or f == 1)
@@ -63,7 +63,7 @@ def linear_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within [low, high]; also twos and fives where there are few."""
+    """Return the powers of ten within [low, high]. If there are fewer than three, add 2 and 5 times powers of ten."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 2, 5)):
         ticks = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
@@ -73,7 +73,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of neighboring points, so that no more than MOST_POINTS are left."""
+    """Average neighboring points, so that at most MOST_POINTS are left."""
     size = -(-len(points) // MOST_POINTS)
     if size <= 1:
         return points
@@ -84,7 +84,10 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _scale(
     low: float, high: float, start: float, end: float, transform: Callable[[float], float]
 ) -> Callable[[float], float]:
-    """The map from data to pixels, low to start and high to end; to the middle where they are equal."""
+    """Return the map from values to pixels: `low` to `start` and `high` to `end`.
+
+    If `low` equals `high`, every value is mapped to the middle. `transform` is applied first (log10 or float).
+    """
     a, b = transform(low), transform(high)
     if a == b:
         return lambda value: (start + end) / 2
@@ -126,7 +129,7 @@ def _curve(index: int, points: Sequence[tuple[float, float]], dots: bool) -> str
 
 
 def _legend(names: Sequence[str]) -> str:
-    """Names at the top right, one under the other, each after a swatch."""
+    """Draw the names at the top right, one below the other, each after a swatch of its color."""
     width = 20 + 7.5 * max(map(len, names))
     left = WIDTH - RIGHT - width
     parts = [f'<rect class="plate" x="{left - 6}" y="{TOP - 4}" width="{width + 6}" height="{20 * len(names) + 4}"/>']
@@ -138,7 +141,7 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def tick_label(value: float) -> str:
-    """A tick's label: 0.001, 2.5, 400, 20k, 3M."""
+    """Format the label of a tick: 0.001, 2.5, 400, 20k, 3M."""
     for factor, unit in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * factor or (abs(value) >= factor and factor == 1e6):
             return f"{value / factor:.3g}{unit}"

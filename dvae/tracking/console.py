@@ -1,4 +1,4 @@
-"""Progress of a long piece of work: a bar on a terminal, a line now and then elsewhere."""
+"""Show the progress of long work: a bar on a terminal, or a line every few seconds if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from rich.progress import Progress as Bar
 from dvae.utils.secrets import scrub
 
 LINE_EVERY = 10.0
-"""Seconds between plain lines."""
+"""Seconds between two lines if stderr is not a terminal."""
 WINDOW = 15.0
-"""Seconds over which images/s is taken."""
+"""Seconds over which images/s is averaged."""
 
 
 class Progress:
-    """Context manager around work of `total` steps, of which `start` are done already. Writes to stderr, or nothing
-    (`quiet`)."""
+    """Context manager that shows the progress of `total` steps on stderr.
+
+    Args:
+        label: The name of the work.
+        total: The number of steps.
+        start: The number of steps that are already done.
+        quiet: Print nothing.
+    """
 
     def __init__(self, label: str, total: int, start: int = 0, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -34,7 +40,7 @@ class Progress:
         self.begin()
 
     def begin(self) -> None:
-        """Let the clock start now."""
+        """Restart the clock, from which the rate and the remaining time are computed."""
         self._began = self._printed_at = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque([(self._began, 0)])
 
@@ -48,7 +54,13 @@ class Progress:
         return self
 
     def update(self, step: int, images: int = 0, metrics: Mapping[str, float] | None = None) -> None:
-        """`step` steps are done; the last took `images` images; `metrics` are worth showing (a loss)."""
+        """Report that `step` steps are done.
+
+        Args:
+            step: The number of steps that are done.
+            images: Images processed since the last call.
+            metrics: Values to show, such as the loss. If empty, the earlier ones stay.
+        """
         now = time.monotonic()
         self.step = step
         self._images += images
@@ -62,7 +74,7 @@ class Progress:
             self._print(now)
 
     def text(self) -> str:
-        """Everything but the bar: "1200/5000 24%  182 images/s  loss 0.0123  2:13 left"."""
+        """Return the text beside the bar, such as "1200/5000 24%  182 images/s  loss 0.0123  2:13 left"."""
         parts = [f"{self.step}/{self.total} {100 * self.step / max(self.total, 1):.0f}%"]
         if rate := self.images_per_second():
             parts.append(f"{rate:.3g} images/s" if rate < 100 else f"{rate:.0f} images/s")
@@ -75,7 +87,7 @@ class Progress:
         return "  ".join(parts)
 
     def images_per_second(self) -> float:
-        """Images per second of late; 0 where there were none."""
+        """Return the images per second over the last `WINDOW` seconds; 0 before the first update."""
         (t0, n0), (t1, n1) = self._recent[0], self._recent[-1]
         return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
 
@@ -93,14 +105,15 @@ class Progress:
 
 
 def say(words: str) -> None:
-    """Print a line for the user beside the progress, on stderr, without secrets."""
+    """Print a line for the user on stderr, without secrets."""
     print(f"dvae: {scrub(words)}", file=sys.stderr, flush=True)
 
 
 class CountedProgress:
-    """Progress of images whose number is known only once the work begins: a function of (done, total).
+    """Progress of images whose number is not known before the work begins.
 
-    Its first call says how many an earlier attempt has done. A context manager, as Progress is.
+    Use it as a context manager, and call it with (done, total). The first call gives the number of images that an
+    earlier attempt has already done.
     """
 
     def __init__(self, label: str) -> None:
@@ -115,12 +128,14 @@ class CountedProgress:
             self._bar = Progress(self._label, total, done).__enter__()
             return
         if self._bar.step == self._bar.start:
-            self._bar.begin()  # with the first image: what starting processes took would spoil the rate for long
+            # Restart the clock at the first image. Otherwise the start of the processes would count as work, and the
+            # rate and the remaining time would be wrong for a long while.
+            self._bar.begin()
         self._bar.update(done, done - self._bar.step)
 
     @property
     def images(self) -> int:
-        """Images done since the first call."""
+        """The number of images that were processed since the first call."""
         return self._bar.step - self._bar.start if self._bar else 0
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -129,7 +144,7 @@ class CountedProgress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from one hour."""
+    """Format seconds as m:ss, or as h:mm:ss from one hour on."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

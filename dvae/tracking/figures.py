@@ -1,4 +1,7 @@
-"""The figures of a run by the names that W&B's summary has: "refiner/loss", "evaluate/sets/refined/KID-lite0/mean"."""
+"""Collect the metrics of a run under the names in W&B's summary.
+
+Examples of names are "refiner/loss" and "evaluate/sets/refined/KID-lite0/mean".
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,20 @@ from dvae.tracking.summary import read_summary
 from dvae.utils.read import DamagedFile
 
 EVALUATE = "evaluate"
-"""Prefix of what the evaluate stage found out; that of a row of metrics.jsonl is its stage."""
+"""Prefix of the results of the evaluate stage. Metrics of metrics.jsonl have their stage as the prefix."""
 
 
 def evaluation_figures(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
-    """Every single number that summary.json holds under "evaluation", by its path; settings are none."""
+    """Return every number in the "evaluation" entry of summary.json, by its path.
+
+    The settings ("protocol" and "sampler") and numbers in lists are left out.
+    """
     found = {name: value for name, value in evaluation.items() if name not in ("protocol", "sampler")}
     return dict(_leaves(EVALUATE, found))
 
 
 def training_figures(run_folder: Path) -> dict[str, float | None]:
-    """The last value of every number that metrics.jsonl holds; None if it was not finite."""
+    """Return the last value of every metric in metrics.jsonl. None if that value was not finite."""
     last: dict[str, float | None] = {}
     for row in MetricsLog(run_folder / "metrics.jsonl").rows():
         last |= {
@@ -35,7 +41,10 @@ def training_figures(run_folder: Path) -> dict[str, float | None]:
 
 
 def run_figures(run_folder: Path) -> dict[str, float | None]:
-    """All figures of a run, finished or not; None for what is not finite. Raises MachineError for damaged files."""
+    """Return all metrics of a run, whether it has finished or not. Values that are not finite are None.
+
+    Raises MachineError if a file is damaged.
+    """
     path = run_folder / "summary.json"
     if not path.exists():
         return training_figures(run_folder)
@@ -50,12 +59,15 @@ def run_figures(run_folder: Path) -> dict[str, float | None]:
 
 
 def finite(value: float | None) -> float | None:
-    """`value`, or None if it is not finite."""
+    """Return `value`, or None if it is not finite."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def metric_history(run_folder: Path, name: str) -> list[float]:
-    """The finite values of "STAGE/NAME" in metrics.jsonl, in order of step; empty for what only evaluation tells."""
+    """Return the finite values of the metric "STAGE/NAME" in metrics.jsonl, in the order of the steps.
+
+    The result is empty for a metric that only the evaluation computes.
+    """
     stage, _, key = name.partition("/")
     rows = MetricsLog(run_folder / "metrics.jsonl").rows(stage)
     return [float(row[key]) for row in rows if isinstance(row.get(key), int | float)]

@@ -12,10 +12,16 @@ from dvae.utils import atomic_files
 
 
 def grid(images: torch.Tensor, path: Path, columns: int = 8, scale: int = 1, pad: int = 1) -> None:
-    """Write images (N, C, H, W), uint8, C = 1 or 3, as one PNG, row by row from the top left.
+    """Write images as one PNG file, row by row from the top left.
 
-    Each pixel becomes scale x scale; `pad` pixels between images, and cells left over, are transparent. The file is
-    replaced in one rename.
+    The file is replaced in one rename. Empty cells of the last row are transparent.
+
+    Args:
+        images: uint8 tensor (N, C, H, W) with C = 1 or 3.
+        path: The PNG file.
+        columns: Images per row.
+        scale: Each pixel is drawn as scale x scale pixels.
+        pad: Transparent pixels between two images.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images are {tuple(images.shape)} {images.dtype}: want (N, 1 or 3, H, W) uint8, N >= 1")

@@ -1,5 +1,8 @@
-"""Which code a run is made by, and on what: for W&B's table of runs. No address of a repository, no command line: they
-may hold secrets, and what else might is scrubbed."""
+"""Describe the code and the machine of a run, for W&B's table of runs.
+
+The URL of the repository and the command line are left out, because they may contain secrets. Secrets are removed from
+the diff.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,22 @@ from dvae.utils.secrets import scrub
 
 
 def code() -> dict[str, Any]:
-    """Version of dvae; where it lies in a git checkout of its own, commit, and whether files differ from it."""
+    """Return the version of dvae. In a git checkout of dvae, add the commit and whether files differ from it."""
     commit = _git("rev-parse", "HEAD")
     changed = {"commit": commit.strip(), "changed": bool(diff().strip())} if commit else {}
     return {"version": package.VERSION, **changed}
 
 
 def diff() -> str:
-    """What differs from the commit in files that git knows, without secrets; empty where there is no checkout."""
+    """Return `git diff HEAD` without secrets, or "" if dvae is not in a git checkout."""
     return scrub(_git("diff", "HEAD"))
 
 
 def _git(*words: str) -> str:
-    """What git says of the checkout in whose root dvae lies; empty where there is none, or no git."""
+    """Run git in the checkout whose root contains dvae, and return its output.
+
+    Returns "" if there is no checkout, git is not installed, or git fails.
+    """
     root = package.FOLDER.parent
     if not (root / ".git").exists():
         return ""
@@ -39,7 +45,7 @@ def _git(*words: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, GPUs and ranks."""
+    """Return the host, the platform, versions, the names of the GPUs, and the number of ranks."""
     import torch
 
     return {

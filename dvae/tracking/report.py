@@ -1,16 +1,19 @@
-"""report.html: what a run made and measured, on one self-contained page.
+"""Write report.html, which shows the results of a run on one self-contained page.
 
-What is read from the run folder; each may be missing, and its section is then left out:
-- config.yaml: the resolved config ("recipe" and "image_size" go into the heading).
-- summary.json: {"recipe": str, "stages": {name: {"seconds", "steps", "images_per_second", "parameters"}}, "evaluation":
-  what dvae.evaluation.scorer.score_tensors, or for points dvae.toy2d.evaluate_points.evaluate_points, returns}. Any
-  figure of a stage may be missing or null.
-- metrics.jsonl: rows {"stage", "step", "loss", ...}. Of the encoder also "reconstruction" and "kl", and with a
-  discriminator "generator", "discriminator", "adaptive_weight", "confidence_real", "confidence_fake"; of the refiner
-  "loss_t0" to "loss_t9", the loss for t in (0, 0.1], ..., (0.9, 1]; of the classifier these, and "accuracy" likewise.
-- images/points.png: true points over drawn ones, of a run on points.
-- images/: grids of 8 columns. vae_samples.png and refined_samples.png from the same z; heldout.png, reconstructions.png
-  and refined_reconstructions.png of the same images.
+The report reads the following files of the run folder. If a file is missing, its section is left out.
+
+- config.yaml: the resolved config. "recipe" and "image_size" are shown in the heading.
+- summary.json: {"recipe": str, "stages": {name: {"seconds", "steps", "images_per_second", "parameters"}},
+  "evaluation": {...}}. Any value of a stage may be missing or null. "evaluation" is the result of
+  dvae.evaluation.scorer.score_tensors, or of dvae.toy2d.evaluate_points.evaluate_points for a run on points.
+- metrics.jsonl: rows {"stage", "step", "loss", ...} with more metrics by stage:
+  - Encoder: "reconstruction" and "kl". With a discriminator also "generator", "discriminator", "adaptive_weight",
+    "confidence_real" and "confidence_fake".
+  - Refiner: "loss_t0" to "loss_t9", the loss for t in (0, 0.1], ..., (0.9, 1].
+  - Classifier: the same as the refiner, and "accuracy" and "accuracy_t0" to "accuracy_t9".
+- images/points.png: for a run on points, scatter plots of true points above those of drawn points.
+- images/: image grids with 8 columns. vae_samples.png and refined_samples.png come from the same latents z.
+  heldout.png, reconstructions.png and refined_reconstructions.png show the same images.
 """
 
 from __future__ import annotations
@@ -36,11 +39,11 @@ from dvae.utils import atomic_files, package
 from dvae.utils.read import YAML_LIMIT, DamagedFile, read_bytes, read_text, read_yaml
 
 WIDEST = 1600
-"""Pixels; wider pictures are scaled down, so that the page stays light."""
+"""Maximum width of a picture in pixels. Wider pictures are scaled down to keep the page small."""
 PIXELS = 2**26
-"""Pixels of a picture, at most: a decoded one takes four bytes for each."""
+"""Maximum number of pixels of a picture. Each takes four bytes of memory when it is decoded."""
 PICTURE_LIMIT = 2**28
-"""Bytes of the file of a picture."""
+"""Maximum size of a picture file in bytes."""
 SETS = {"vae": "VAE samples", "refined": "Refined samples", "reconstructions": "Reconstructions"}
 FLOORS = {"heldout": "Real: held-out images", "reference halves": "Real: part of the reference against its rest"}
 
@@ -56,9 +59,9 @@ CURVES = {
     "discriminator": "loss of the discriminator",
     "adaptive_weight": "weight of the adversarial loss",
 }
-"""Figures of metrics.jsonl that are drawn over the steps, and what they are called."""
+"""The metrics of metrics.jsonl that are plotted against the step, and their titles."""
 CONFIDENCE = {"confidence_real": "images", "confidence_fake": "reconstructions"}
-"""Probabilities that the discriminator gives to being real, drawn in one chart."""
+"""The probabilities of "real" that the discriminator assigns. They share one chart."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,25 @@ class Picture:
     caption: str
     alt: str
     uri: str
+    """The PNG file as a data: URI."""
     width: int
     height: int
     sharp: bool
-    """Whether it is small, so that its pixels are shown as squares."""
+    """Whether the page shows the pixels of a small picture as sharp squares."""
 
 
 @dataclass(frozen=True)
 class Chart:
+    """A line chart of the page."""
+
     title: str
     svg: Markup
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write report.html, in one rename, and return its path.
+    """Write report.html atomically, and return its path.
 
-    Raises UserError if there is no such folder, MachineError for a damaged file in it.
+    Raises UserError if the folder does not exist, and MachineError if a file in it is damaged.
     """
     if not run_folder.is_dir():
         raise UserError(f"run={run_folder}: no such folder; give the folder of a run")
@@ -129,7 +135,7 @@ def _summary(path: Path) -> Summary:
 
 
 def _facts(summary: Summary, config: Mapping[str, Any]) -> list[str]:
-    """The line under the title."""
+    """Return the items of the line under the title: image size, stages and total time."""
     stages = summary.stages or {}
     size = config.get("image_size")
     seconds = sum(stage.seconds or 0 for stage in stages.values())
@@ -143,27 +149,27 @@ def _facts(summary: Summary, config: Mapping[str, Any]) -> list[str]:
 
 def _samples(folder: Path) -> list[Picture]:
     named = [
-        ("vae_samples", "VAE samples", "Decoded from a latent z: the right idea, but blurry."),
-        ("refined_samples", "Refined samples", "The same z in the same places, after the diffusion refiner."),
+        ("vae_samples", "VAE samples", "Decoded by the VAE from random latents z."),
+        ("refined_samples", "Refined samples", "The VAE samples after the diffusion refiner, in the same order."),
     ]
     return [picture for name, title, caption in named if (picture := _picture(folder / f"{name}.png", title, caption))]
 
 
 def _reconstructions(folder: Path) -> list[Picture]:
     named = [
-        ("heldout", "Held-out images", "Real images that training never saw."),
-        ("reconstructions", "Reconstructions", "Encoded and decoded again by the VAE."),
-        ("refined_reconstructions", "Refined reconstructions", "Those reconstructions, refined."),
+        ("heldout", "Held-out images", "Real images that were not used in training."),
+        ("reconstructions", "Reconstructions", "The held-out images, encoded and decoded by the VAE."),
+        ("refined_reconstructions", "Refined reconstructions", "The reconstructions after the diffusion refiner."),
     ]
     return [picture for name, title, caption in named if (picture := _picture(folder / f"{name}.png", title, caption))]
 
 
 def _scatter(folder: Path) -> Picture | None:
-    return _picture(folder / "points.png", "True and drawn points", "A column for each density.")
+    return _picture(folder / "points.png", "True and drawn points", "One column per density.")
 
 
 def _points(evaluation: Evaluation) -> list[dict[str, str]]:
-    """Rows of the table of distances, a class each."""
+    """Return the rows of the table of distances, one per class."""
 
     def text(distance: Figure) -> str:
         return f"{distance.mean:.4f}" + (f" ± {distance.se:.4f}" if distance.se is not None else "")
@@ -184,12 +190,15 @@ def _points(evaluation: Evaluation) -> list[dict[str, str]]:
 
 
 def _picture(path: Path, title: str, caption: str) -> Picture | None:
-    """The PNG as a data: URI. Raises MachineError for a file that is no PNG, and for one of too many pixels."""
+    """Load a PNG file for the page. Returns None if the file is missing.
+
+    Raises MachineError if the file is not a readable PNG or has too many pixels.
+    """
     if not path.exists():
         return None
     try:
         data = read_bytes(path, PICTURE_LIMIT)
-        with warnings.catch_warnings():  # Pillow warns of large images in lines of its own
+        with warnings.catch_warnings():  # Pillow only warns of a very large image: turn the warning into an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data), formats=["PNG"])
         if image.width * image.height > PIXELS:
@@ -197,7 +206,7 @@ def _picture(path: Path, title: str, caption: str) -> Picture | None:
         image.load()
     except DamagedFile as error:
         raise MachineError(f"{error}; run the evaluate stage again") from None
-    except Exception as error:  # noqa: BLE001 damaged bytes make the decoder raise nearly anything
+    except Exception as error:  # noqa: BLE001 for damaged bytes, the decoder may raise an error of any type
         raise MachineError(f"{path}: not a readable PNG ({fold(error)[:200]}); run the evaluate stage again") from None
     if image.width > WIDEST:
         height = max(1, round(image.height * WIDEST / image.width))
@@ -211,7 +220,7 @@ def _picture(path: Path, title: str, caption: str) -> Picture | None:
 
 
 def _fidelity(evaluation: Evaluation) -> str:
-    """How faithful reconstructions are, in a sentence; empty where there are none."""
+    """Return a sentence with the PSNR of the reconstructions, or "" if there are none."""
     found = evaluation.reconstructions
     if not found:
         return ""
@@ -228,13 +237,13 @@ def _floors(evaluation: Evaluation) -> dict[str, SetFigures]:
 
 
 def _results(evaluation: Evaluation) -> list[dict[str, str]]:
-    """KID-lite0 of each set and of the first floor, for the large figures at the top."""
+    """Return KID-lite0 of each set and of the first floor, for the tiles at the top."""
     named = _sets(evaluation) | dict(list(_floors(evaluation).items())[:1])
     return [{"name": name, "value": _figure(found.kid)} for name, found in named.items() if found.kid]
 
 
 def _table(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Rows of the metrics table; the floors last."""
+    """Return the rows of the metrics table. The floors are last."""
     sets, floors = _sets(evaluation), _floors(evaluation)
     return [
         {
@@ -251,7 +260,7 @@ def _table(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _figure(figure: Figure | None) -> str:
-    """Mean ± standard error, with as many digits as the error (or else the size) warrants."""
+    """Format mean ± standard error: 1 decimal if |mean| >= 10, otherwise 4. "–" for None."""
     if not figure:
         return "–"
     digits = 1 if abs(figure.mean) >= 10 else 4
@@ -259,7 +268,7 @@ def _figure(figure: Figure | None) -> str:
 
 
 def _protocol(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """The protocol as names and texts, hashes shortened."""
+    """Return the protocol as pairs of names and texts. Hashes are cut to 12 characters."""
 
     def text(name: str, value: Any) -> str:
         if isinstance(value, dict):
@@ -272,7 +281,7 @@ def _protocol(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Curves of each stage, and what there is by time."""
+    """Return the charts of each stage: metrics against the step, and losses and accuracies against the time t."""
     charts = []
     for stage in dict.fromkeys(row["stage"] for row in rows):
         mine = [row for row in rows if row["stage"] == stage]
@@ -293,7 +302,10 @@ def _line(rows: Sequence[Mapping[str, Any]], name: str, title: str) -> Line:
 
 
 def _by_time(rows: Sequence[Mapping[str, Any]], name: str) -> list[Line]:
-    """Mean of a figure in each tenth of t, over the first and over the last tenth of the rows."""
+    """Return two lines with the mean of a metric in each tenth of t.
+
+    One is for the first tenth of the rows, the other for the last tenth. A single row gives only the last line.
+    """
     part = max(1, len(rows) // 10)
     lines = []
     for title, some in (("first tenth of training", rows[:part]), ("last tenth of training", rows[-part:])):
@@ -307,7 +319,7 @@ def _by_time(rows: Sequence[Mapping[str, Any]], name: str) -> list[Line]:
 
 
 def _stages(summary: Summary) -> list[dict[str, str]]:
-    """Rows of the timings table."""
+    """Return the rows of the timings table, one per stage."""
 
     def row(name: str, stage: StageRecord) -> dict[str, str]:
         return {

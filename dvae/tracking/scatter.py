@@ -1,4 +1,4 @@
-"""Points in the plane as PNG files."""
+"""Draw scatter plots of 2D points as PNG files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ TRUE, DRAWN = "#8a8780", "#2f5fd0"
 
 
 def compare(true: Mapping[str, torch.Tensor], drawn: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write true points over drawn ones, a column per name; each (n, 2), in [-1, 1]. One rename."""
-    from matplotlib.figure import Figure  # here, since settings import every stage, and this takes a while
+    """Write a PNG file atomically: true points in the top row, drawn points in the bottom row, one column per name.
+
+    Each tensor has the shape (n, 2), with values in [-1, 1].
+    """
+    # Imported here because matplotlib loads slowly and every command imports this module through the stages.
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.9 * len(true), 4.1), dpi=100, layout="constrained")
     axes = figure.subplots(2, len(true), squeeze=False)
@@ -34,7 +38,7 @@ def compare(true: Mapping[str, torch.Tensor], drawn: Mapping[str, torch.Tensor],
 
 
 def panel(axes: Axes, points: torch.Tensor, color: str) -> None:
-    """Points (n, 2) in a square from -1 to 1, without ticks; those outside are cut off."""
+    """Draw points (n, 2) in a square from -1.05 to 1.05 without ticks. Points outside are not shown."""
     axes.scatter(points[:, 0], points[:, 1], s=1.0, c=color, alpha=0.5, linewidths=0)
     axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[], aspect="equal")
     for spine in axes.spines.values():
@@ -42,5 +46,5 @@ def panel(axes: Axes, points: torch.Tensor, color: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG in one rename."""
+    """Write a figure as a PNG file atomically."""
     atomic_files.write_file(path, lambda aside: figure.savefig(aside, format="png"))

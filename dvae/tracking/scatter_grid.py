@@ -1,4 +1,4 @@
-"""A sheet of scatter plots: a block of rows per run, in one or two columns of about the same height."""
+"""Draw a sheet of scatter plots. Each run has a block of rows; blocks are in one or two columns of similar height."""
 
 from __future__ import annotations
 
@@ -12,46 +12,60 @@ from matplotlib.figure import Figure
 from dvae.tracking import scatter
 
 SIDE, GAP, BELOW = 1.14, 0.06, 0.23
-"""Inches: side of a panel, space between panels, height of a panel's caption."""
+"""In inches: the side of a panel, the space between panels, and the height of a panel's caption."""
 NAMES, HEADING, TOP = 0.95, 0.55, 1.36
-"""Inches: width of the rows' names, height of a block's heading, height of the sheet's."""
+"""In inches: the width of the row names, the height of a block's heading, and the height of the sheet's heading."""
 DPI = 110
 INK, SOFT, GOOD = "#1c1b19", "#6a675f", "#1f7a5f"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The points of one place on the sheet."""
+    """One scatter plot of the sheet."""
 
     block: str
+    """The name of the block."""
     row: str
+    """The name of the row in the block."""
     column: int
+    """The index of the column, from 0."""
     points: torch.Tensor
-    """(n, 2), in [-1, 1]."""
+    """The points (n, 2), in [-1, 1]."""
     caption: str
+    """The text below the plot."""
     good: bool
-    """Whether the caption is shown as a success."""
+    """Whether the caption is green."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A figure whose places are given in inches from its upper left corner."""
+    """A figure on which positions are given in inches from the upper left corner."""
 
     figure: Figure
     width: float
     height: float
 
     def panel(self, points: torch.Tensor, color: str, left: float, top: float) -> None:
+        """Draw points (n, 2) in a square whose upper left corner is at (left, top)."""
         size = (SIDE / self.width, SIDE / self.height)
         axes = self.figure.add_axes((left / self.width, 1 - (top + SIDE) / self.height, *size))
         scatter.panel(axes, points, color)
 
     def text(self, text: str, left: float, top: float, **style: str | float) -> None:
+        """Write text at (left, top). `style` is passed to matplotlib."""
         self.figure.text(left / self.width, 1 - top / self.height, text, **style)  # type: ignore[arg-type]
 
 
 def draw(panels: Sequence[Panel], columns: Sequence[str], true: torch.Tensor, title: str, path: Path) -> None:
-    """Write the sheet as PNG, in one rename; the title's first line is bold, `true` points (n, 2) stand beside it."""
+    """Write the sheet as a PNG file atomically.
+
+    Args:
+        panels: The scatter plots.
+        columns: The names of the columns.
+        true: True points (n, 2), which are drawn beside the title.
+        title: The title of the sheet. Its first line is bold.
+        path: The PNG file.
+    """
     rows: dict[str, list[str]] = {}
     for panel in panels:
         names = rows.setdefault(panel.block, [])
@@ -77,7 +91,7 @@ def draw(panels: Sequence[Panel], columns: Sequence[str], true: torch.Tensor, ti
 def block(
     sheet: Sheet, panels: Sequence[Panel], rows: Sequence[str], columns: Sequence[str], left: float, top: float
 ) -> None:
-    """One run: its name, the names of the columns, and its rows."""
+    """Draw the block of one run: its name, the names of the columns, and its rows."""
     sheet.text(panels[0].block, left + NAMES - 0.12, top + 0.44, fontsize=14, color=INK, weight="bold", ha="right")
     for number, name in enumerate(columns):
         middle = left + NAMES + number * (SIDE + GAP) + SIDE / 2
@@ -93,12 +107,15 @@ def block(
 
 
 def height(rows: int) -> float:
-    """Inches that a block of so many rows takes."""
+    """Return the height of a block with that many rows, in inches."""
     return HEADING + rows * (SIDE + BELOW)
 
 
 def split(heights: Mapping[str, float]) -> list[list[str]]:
-    """Names in one side, or in two, in their order, such that the taller side is as low as can be."""
+    """Divide blocks into one or two columns, in their order, so that the taller column is as short as possible.
+
+    `heights` maps the names of the blocks to their heights. Returns the names in each column.
+    """
     names = list(heights)
     cuts = [[side for side in (names[:cut], names[cut:]) if side] for cut in range(1, len(names) + 1)]
     return min(cuts, key=lambda sides: max(sum(heights[name] for name in side) for side in sides))

@@ -1,4 +1,4 @@
-"""What a stage measured, to wherever it is wanted: metrics.jsonl always, W&B where it is switched on."""
+"""Record the metrics of a stage in metrics.jsonl, and in W&B if it is enabled."""
 
 from __future__ import annotations
 
@@ -13,39 +13,42 @@ from dvae.tracking.wandb_settings import WandbConfig, WandbMode
 
 
 class Tracker:
-    """The records of one stage of a run. Call `rewind` once before the first `log`, and `close` at the end."""
+    """Records the metrics of one stage. Call `rewind` once before the first `log`, and `close` at the end."""
 
     def __init__(self, run_folder: Path, wandb: WandbConfig, stage: str) -> None:
-        """Raises UserError where W&B is wanted and cannot be had."""
+        """Open the records of a stage. Raises UserError if W&B is enabled and rejects the run (see `WandbRun`)."""
         self.stage = stage
         self.metrics = MetricsLog(run_folder / "metrics.jsonl")
         self.wandb = None if wandb.mode is WandbMode.disabled else WandbRun(run_folder, wandb, stage)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Training of `stage` (re)starts after `step`: drop its later rows, and send W&B those that it lacks."""
+        """Prepare for training of `stage` to start or resume after `step`.
+
+        Later rows of the stage are dropped, and W&B receives the rows that it lacks.
+        """
         self.metrics.rewind(stage, step)
         if self.wandb:
             self.wandb.catch_up(self.metrics.rows())
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Record flat figures at `step`. "time" is added: seconds since 1970."""
+        """Record metrics at `step`. "time", in seconds since 1970, is added unless `metrics` has it."""
         row = {"time": round(time.time(), 3), **metrics}
         self.metrics.append({"stage": self.stage, "step": step, **row})
         if self.wandb:
             self.wandb.log(self.stage, step, row)
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Show W&B a PNG of the run folder, after the row of its step."""
+        """Send a PNG file of the run folder to W&B. Call this after `log` for the same step."""
         if self.wandb:
             self.wandb.image(self.stage, step, name, path)
 
     def summarize(self, figures: dict[str, float | None]) -> None:
-        """Enter figures of the whole run, by full name, in W&B's summary; summary.json is the caller's."""
+        """Write metrics of the whole run, by full name, to W&B's summary. The caller writes summary.json."""
         if self.wandb:
             self.wandb.summarize(figures)
 
     def results(self, figures: dict[str, float | None], pictures: list[Path], bundle: Path) -> None:
-        """Show W&B what an evaluation found, and the rows of metrics that it lacks."""
+        """Send the results of an evaluation to W&B, after the rows of metrics that it lacks."""
         if self.wandb:
             self.wandb.catch_up(self.metrics.rows())
             self.wandb.results(figures, pictures, bundle)
@@ -63,7 +66,7 @@ class Tracker:
 
 
 class NoTracker(Tracker):
-    """Records nothing: that of the ranks beside the first."""
+    """A tracker that records nothing, for all ranks except the first."""
 
     def __init__(self) -> None:
         self.wandb = None

@@ -1,15 +1,23 @@
-"""Weights & Biases as a mirror of metrics.jsonl. The only file that imports wandb, and only where it is switched on.
+"""Mirror metrics.jsonl to Weights & Biases.
 
-How a step that is taken twice reaches W&B once: W&B's client is a process of its own, which writes (offline) or uploads
-(online) in batches, and a kill -9 of training ends it at once, so no note of ours could say what arrived. Instead each
-session begins by asking W&B how far it holds each stage: offline, its own log files in the run folder; online, the
-run's summary on the server. Rows of metrics.jsonl beyond that are sent again, rows up to it never. So after a kill W&B
-holds every row once. A picture of the last seconds before the kill may be missing there; it lies in the run folder.
-Online, rows that the server stored without the summary that follows them would be sent again: same step, same values.
+This is the only file that imports wandb, and it does so only if W&B is enabled.
 
-Online never stops training: where the server cannot be reached, or takes nothing more, a session's data stay in its own
-folder below the run folder's wandb/, and a line says how to send them; a later session that does reach the server sends
-the figures by itself. wandb.json names the sessions whose data are on the disk alone.
+**W&B holds every row once, even if training is killed and repeats steps.** W&B's client is a separate process. It
+writes (offline) or uploads (online) in batches, and kill -9 of training ends it at once. dvae therefore cannot record
+by itself which rows have arrived. Instead, each session first asks W&B for the last step that it holds of each stage:
+
+- Offline, dvae reads W&B's log files in the run folder.
+- Online, dvae reads the summary of the run on the server.
+
+The session sends the rows of metrics.jsonl after that step, and none before it. There are two limits:
+
+- A picture of the last seconds before the kill may be missing in W&B. It is still in the run folder.
+- Online, the server may have stored rows but not yet the summary. These rows are sent again, with the same steps and
+  values.
+
+**A failure of W&B's server never stops training.** If the server cannot be reached or takes no more data, the data of
+the session stay in their folder below wandb/ in the run folder. A line says how to send them. A later session that
+reaches the server sends the missing metrics itself. wandb.json lists the sessions whose data are only on the disk.
 """
 
 from __future__ import annotations
@@ -35,22 +43,28 @@ from dvae.utils.read import DamagedFile, parse_json, read_json, read_yaml, requi
 from dvae.utils.secrets import scrub
 
 OPEN, CLOSE = 30.0, 60.0
-"""Seconds that W&B's server has to open a run, and to take the last of what it was sent."""
+"""Timeouts in seconds: to open a run, and to send the remaining data at its end."""
 BUNDLE = 1800.0
-"""Seconds that it has to take a bundle too."""
+"""Timeout in seconds to send the remaining data if they include a bundle."""
 BLOCK = 32768
-"""Bytes of a block of W&B's own log files."""
+"""Bytes of a block in W&B's log files."""
 RECORD_LIMIT = 2**26
-"""Bytes of a record in them; a row of metrics has some thousand."""
+"""Maximum size of a record in W&B's log files, in bytes. A row of metrics has about a thousand."""
 GAVE_UP = b"filestream: fatal error"
-"""What W&B's log says where the server refused figures; its client says it nowhere else."""
+"""The text in W&B's internal log if the server rejected metrics. The client reports this nowhere else."""
 
 
 class WandbRun:
-    """One session of a W&B run. Its id is kept in the run folder's wandb.json: every session continues the same run."""
+    """One session of a W&B run.
+
+    wandb.json in the run folder stores the id of the W&B run, so all sessions continue the same run.
+    """
 
     def __init__(self, run_folder: Path, config: WandbConfig, stage: str) -> None:
-        """Open the run; its job type is the stage. Raises UserError where W&B refuses a run that has no figures yet."""
+        """Open the W&B run. Its job type is `stage`.
+
+        Raises UserError if W&B rejects the run before metrics.jsonl exists, or if an offline run cannot be opened.
+        """
         import wandb
 
         self.folder, self.config, self.stage = run_folder, config, stage
@@ -60,8 +74,8 @@ class WandbRun:
         self._sent: dict[str, int] = {}
         self._defined: set[str] = set()
         self.online, self._works = config.mode is WandbMode.online, True
-        held_here = _held_here(run_folder, self._record["id"])  # before this session adds its own file
-        wandb.setup(wandb.Settings(silent=True))  # what there is to tell is told here
+        held_here = _held_here(run_folder, self._record["id"])  # read before this session adds its own file
+        wandb.setup(wandb.Settings(silent=True))  # dvae prints the messages itself
         try:
             self._run: Any = self._open(config.mode)
         except wandb.errors.Error as error:
@@ -69,14 +83,14 @@ class WandbRun:
             why = fold(error)[:200]
             refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
             refused = refused or re.search(r"returned error 4\d\d", why) is not None
-            begun = (run_folder / "metrics.jsonl").exists()  # then training must not end for a key that has
+            begun = (run_folder / "metrics.jsonl").exists()  # a run that has begun must not end for an expired API key
             if not self.online or (refused and not begun):
                 raise UserError(
                     f"tracking.wandb.mode={config.mode.value}: W&B did not open the run ({why}); "
                     "run `wandb login`, or use tracking.wandb.mode=offline"
                 ) from None
             self.online = False
-            say(f"W&B cannot be had ({why}): training goes on, and what W&B should get is kept offline")
+            say(f"W&B is not available ({why}): training goes on, and its data for W&B are kept offline")
             self._run = self._open(WandbMode.offline)
         self._held = _held_online(self._run.summary) if self.online else held_here
         if patch := provenance.diff():
@@ -102,9 +116,9 @@ class WandbRun:
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                disable_git=True,  # a remote's address may hold a token
+                disable_git=True,  # the URL of a remote may contain a token
                 disable_code=True,
-                x_disable_meta=True,  # so may the command line
+                x_disable_meta=True,  # the metadata include the command line, which may contain a secret
                 x_transaction_log_flush_interval=1.0,
                 init_timeout=OPEN,
                 finish_timeout=BUNDLE if self.config.bundle and self.stage == "evaluate" else CLOSE,
@@ -113,31 +127,32 @@ class WandbRun:
         )
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send one row as "<stage>/<name>", unless W&B holds that step already."""
+        """Send one row as "<stage>/<name>", unless W&B already holds that step."""
         if step > self._last(stage):
             self._send(stage, step, metrics)
             self._sent[stage] = step
 
     def image(self, stage: str, step: int, name: str, path: Path) -> None:
-        """Send a PNG as "<stage>/<name>", unless W&B held this step or a later one when the session began.
+        """Send a PNG file as "<stage>/<name>", unless W&B held this step or a later one when the session began.
 
-        Goes after the row of its step: a session killed between the two leaves W&B with a step that has no row.
+        Call this after `log` for the same step. If the picture came first and the session were killed before the row,
+        W&B would hold the step without its row, and the row would never be sent.
         """
         if step > self._held.get(stage, -1):
             self._send(stage, step, {name: self._image(str(path))})
 
     def catch_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Send those of metrics.jsonl's rows that W&B lacks."""
+        """Send the rows of metrics.jsonl that W&B lacks."""
         for row in rows:
             figures = {key: v for key, v in row.items() if key not in ("stage", "step")}
             self.log(row["stage"], row["step"], figures)
 
     def summarize(self, figures: Mapping[str, float | None]) -> None:
-        """Enter figures of the whole run, by full name, in the summary: what a sweep can optimize."""
+        """Write metrics of the whole run, by full name, to the W&B summary. A sweep can optimize them."""
         self._do(lambda run: run.summary.update(dict(figures)))
 
     def results(self, figures: Mapping[str, float | None], pictures: Iterable[Path], bundle: Path) -> None:
-        """Send what an evaluation found as a table and as pictures; and the bundle, where the config asks for it."""
+        """Send the results of an evaluation as a table, and its pictures. Send the bundle too if `config.bundle`."""
         import wandb
 
         table = wandb.Table(columns=["figure", "value"], data=[[name, value] for name, value in figures.items()])
@@ -148,46 +163,52 @@ class WandbRun:
             self._do(lambda run: run.log_artifact(artifact))
 
     def close(self) -> None:
-        """Wait until W&B has written or uploaded what it was given, and its helper process has ended."""
+        """Wait until W&B has written or uploaded all data, and its helper process has ended."""
         import wandb
 
         here, log = Path(self._run.settings.sync_dir), Path(self._run.settings.log_internal)
         why = self._call(lambda run: run.finish()) if self._works else "its client failed"
-        self._call(lambda run: wandb.teardown())  # finish alone returns before the helper lets go of the run's files
+        # finish() returns before W&B's helper process has closed the files of the run; teardown() ends the process.
+        self._call(lambda run: wandb.teardown())
         if self.config.mode is not WandbMode.online:
             if why:
-                say(f"W&B's files may lack figures ({why}); metrics.jsonl holds all")
+                say(f"W&B's files may lack metrics ({why}); metrics.jsonl holds all rows")
             return
         if not self.online:
-            why = why or "it could not be had"
+            why = why or "it was not available"
         elif log.exists() and GAVE_UP in log.read_bytes():
-            why = why or "it refused them"
+            why = why or "it rejected them"
         self._tell(here.name, why)
 
     def _tell(self, session: str, why: str) -> None:
-        """Say how to send what W&B's server did not get, and why it did not; empty: it got all."""
+        """Update the list of unsent sessions in wandb.json, and print how to send them.
+
+        Args:
+            session: The name of the folder of this session.
+            why: Why the server did not receive all data; "" if it did.
+        """
         kept = self._record["kept"]
         if why:
             kept = [*kept, session]
             sync = " ".join(["wandb sync --include-online", *(str(self.folder / "wandb" / name) for name in kept)])
-            say(f"W&B's server did not get all figures ({why}); they are kept, send them with: {sync}")
+            say(f"W&B's server did not receive all metrics ({why}); they are kept, send them with: {sync}")
         elif kept:
             kept = []
-            say("W&B can be had again, and was sent the figures that it lacked: nothing is left to sync")
+            say("W&B is available again and has received the missing metrics: nothing is left to sync")
         atomic_files.write_json(self.folder / "wandb.json", self._record | {"kept": kept})
 
     def _call(self, do: Callable[[Any], object]) -> str:
-        """Have W&B do something. Returns why it did not, or nothing."""
+        """Call do(run). Returns the error as text, or "" if there is none."""
         try:
             do(self._run)
-        except Exception as error:  # noqa: BLE001 whatever it is, a mirror must not stop what it shows
+        except Exception as error:  # noqa: BLE001 no error of W&B may stop training
             return fold(error) or type(error).__name__
         return ""
 
     def _do(self, do: Callable[[Any], object]) -> None:
-        """Have W&B do something; where it fails, that is said, and it is asked no more in this session."""
+        """Call do(run). After the first error, print it and send nothing more in this session."""
         if self._works and (why := self._call(do)):
-            say(f"W&B failed ({why}): training goes on, metrics.jsonl holds all")
+            say(f"W&B failed ({why}): training goes on, metrics.jsonl holds all rows")
             self._works = False
 
     def _last(self, stage: str) -> int:
@@ -206,16 +227,16 @@ class WandbRun:
 
 @dataclass
 class WandbRecord:
-    """wandb.json."""
+    """The content of wandb.json."""
 
     id: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
-    """Id of the run, made at the first session; that of a trial comes from W&B's sweep agent."""
+    """The id of the W&B run, created by the first session. For a trial of a sweep, W&B's sweep agent gives it."""
     kept: list[Annotated[str, Field(pattern=r"^[\w.:-]+$")]] = field(default_factory=list)
-    """Folders of the sessions whose data are on the disk alone."""
+    """Folders of the sessions whose data are only on the disk."""
 
 
 def _record(run_folder: Path) -> dict[str, Any]:
-    """What wandb.json holds, made if there is none. Raises MachineError for a damaged one."""
+    """Read wandb.json, and create it if it is missing. Raises MachineError if it is damaged."""
     path = run_folder / "wandb.json"
     if not path.exists():
         given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
@@ -227,7 +248,7 @@ def _record(run_folder: Path) -> dict[str, Any]:
 
 
 def _run_config(run_folder: Path) -> dict[str, Any]:
-    """The run's config as it is written, for W&B's table of runs."""
+    """Return the stored config of the run without secrets, for W&B's table of runs."""
     path = run_folder / "config.yaml"
     config = read_yaml(path) if path.exists() else {}
     scrubbed: dict[str, Any] = parse_json(scrub(json.dumps(config)), path)
@@ -235,12 +256,15 @@ def _run_config(run_folder: Path) -> dict[str, Any]:
 
 
 def _held_online(summary: Any) -> dict[str, int]:
-    """Last step of each stage by the server's summary, which a resumed run is given when it opens."""
+    """Return the last step of each stage in the server's summary, which W&B passes on when a run is resumed."""
     return {key.removesuffix("/step"): int(summary[key]) for key in list(summary.keys()) if key.endswith("/step")}
 
 
 def _held_here(run_folder: Path, run_id: str) -> dict[str, int]:
-    """Last step of each stage in the files that earlier sessions left, of either mode: each has what it was given."""
+    """Return the last step of each stage in the log files of earlier sessions.
+
+    Online sessions write such files too. Each file holds all that its session was given.
+    """
     held: dict[str, int] = {}
     for path in sorted(run_folder.glob(f"wandb/*run-*/run-{run_id}.wandb")):
         for row in offline_rows(path):
@@ -258,9 +282,10 @@ def _step(value: Any, path: Path) -> int:
 
 
 def offline_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The history rows of one of W&B's own log files; what a killed session left unfinished at its end is no row.
+    """Yield the history rows of one of W&B's log files.
 
-    Raises MachineError for a damaged file.
+    An incomplete record at the end, which a killed session left, is ignored. Raises MachineError if the file is
+    damaged.
     """
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
@@ -281,9 +306,12 @@ def _damaged(path: Path, reason: str) -> MachineError:
 
 
 def _log_records(path: Path) -> Iterator[bytes]:
-    """Records of a file in LevelDB's log format: 32 KiB blocks of chunks with header crc32, length, type.
+    """Yield the records of a file in LevelDB's log format.
 
-    Only one record is in memory at a time, and none may have more than RECORD_LIMIT bytes.
+    The file consists of 32 KiB blocks of chunks. Each chunk has a 7-byte header: crc32 (4 bytes), length (2), type (1).
+    A record is one chunk, or a first chunk, any number of middle chunks and a last chunk.
+
+    Only one record is in memory at a time. Raises MachineError for a record of more than RECORD_LIMIT bytes.
     """
     require_regular(path)
     with path.open("rb") as file:
@@ -295,13 +323,13 @@ def _log_records(path: Path) -> Iterator[bytes]:
         position, record = 7, b""
         while True:
             rest = BLOCK - position % BLOCK
-            if rest < 7:  # too little for a header: zeros up to the next block
+            if rest < 7:  # no room for a header: the rest of the block is zeros
                 position += len(file.read(rest))
                 if position % BLOCK:
                     return
                 continue
             header = file.read(7)
-            if len(header) < 7 or header == bytes(7):  # unfinished, or zeros that a lost machine left
+            if len(header) < 7 or header == bytes(7):  # an incomplete header, or zeros that a crashed machine left
                 return
             _, length, kind = struct.unpack("<IHB", header)
             if kind not in (whole, first, middle, last) or length > rest - 7:

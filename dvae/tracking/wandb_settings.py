@@ -1,4 +1,4 @@
-"""The settings of Weights & Biases. Imports nothing heavy, because every command reads them."""
+"""The settings of Weights & Biases. This module imports no large packages, because every command imports it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class WandbMode(Enum):
-    """Whether and where W&B is used."""
+    """Whether W&B is used, and whether its data go to the server or to files."""
 
     online = "online"
     offline = "offline"
@@ -16,19 +16,19 @@ class WandbMode(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class WandbConfig:
-    """Weights & Biases. Log in with `wandb login` or WANDB_API_KEY: a key has no place in a config."""
+    """Weights & Biases. Log in with `wandb login` or WANDB_API_KEY; do not write the API key into a config."""
 
     mode: WandbMode = WandbMode.disabled
-    """online, offline (files in the run folder; `wandb sync` sends them) or disabled."""
+    """online, offline (files in the run folder, which `wandb sync` sends) or disabled."""
     project: str = "dvae"
-    """Project of the run."""
+    """W&B project of the run."""
     name: str | None = None
-    """Name of the run; by default that of its folder."""
+    """Name of the run in W&B (default: the name of the run folder)."""
     entity: str | None = None
-    """User or team; by default that of the login."""
+    """W&B user or team (default: the default entity of the login)."""
     group: str | None = None
-    """Group of the run; by default its recipe."""
+    """Group of the run in W&B (default: the name of the recipe)."""
     tags: list[str] = field(default_factory=list)
-    """Tags of the run."""
+    """Tags of the run in W&B."""
     bundle: bool = False
-    """Upload the bundle as an artifact, after evaluation."""
+    """Upload the bundle as a W&B artifact after evaluation."""

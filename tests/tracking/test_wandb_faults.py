@@ -109,12 +109,12 @@ def test_a_server_that_never_answers_and_comes_back(tmp_path, server, capsys):
     server.fault = "hangs"
     assert session(tmp_path, STEPS) < 60
     first, line = told(capsys)
-    assert first.startswith("dvae: W&B cannot be had (")
+    assert first.startswith("dvae: W&B is not available (")
     assert kept(line) == STEPS
     server.fault = ""
     session(tmp_path, [41, 42])
     assert told(capsys) == [
-        "dvae: W&B can be had again, and was sent the figures that it lacked: nothing is left to sync"
+        "dvae: W&B is available again and has received the missing metrics: nothing is left to sync"
     ]
     assert arrived(server) == [*STEPS, 41, 42]
     no_secret_in(tmp_path)
