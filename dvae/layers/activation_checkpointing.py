@@ -1,4 +1,4 @@
-"""Activation checkpointing: computing a block again for its gradient, instead of keeping its activations."""
+"""Activation checkpointing: recompute a block in the backward pass instead of storing its activations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def maybe_checkpoint(wanted: bool, block: Callable[..., Any], *inputs: Any) -> Any:
-    """block(*inputs); where `wanted`, only its inputs are kept for the gradient (Chen et al. 2016).
+    """Return block(*inputs). If `wanted`, store only the inputs for the backward pass (Chen et al. 2016).
 
-    Same outputs and gradients, dropout too, for about a third more computation.
+    Outputs and gradients are the same, also with dropout. Checkpointing costs about a third more computation.
     """
     if wanted and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)

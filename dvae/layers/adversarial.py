@@ -1,4 +1,4 @@
-"""A patch discriminator, the losses of a GAN, and the weight that balances them with a reconstruction error."""
+"""A patch discriminator, GAN losses, and the adaptive weight that balances them with the reconstruction error."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from dvae.errors import UserError
 from dvae.layers.norms import GroupNorm
 
 LARGEST_WEIGHT = 1e4
-"""The adaptive weight goes no higher (Esser et al. 2021, public code)."""
+"""Upper bound of the adaptive weight (from the public code of Esser et al. 2021)."""
 
 
 class GanLoss(Enum):
-    """What discriminator and generator minimize, in logits l that are high where an image is taken for real."""
+    """The losses of the discriminator and the generator, as functions of the logits l. A high logit means "real"."""
 
     hinge = "hinge"
-    """max(0, 1 - l(real)) / 2 + max(0, 1 + l(fake)) / 2 against -l(fake) (Lim & Ye 2017)."""
+    """Discriminator: max(0, 1 - l(real)) / 2 + max(0, 1 + l(fake)) / 2. Generator: -l(fake). Lim & Ye (2017)."""
     non_saturating = "non_saturating"
-    """-log sigmoid(l(real)) / 2 - log sigmoid(-l(fake)) / 2 against -log sigmoid(l(fake)) (Goodfellow et al. 2014)."""
+    """Discriminator: -log sigmoid(l(real)) / 2 - log sigmoid(-l(fake)) / 2. Generator: -log sigmoid(l(fake)).
+    Goodfellow et al. (2014)."""
 
 
 def discriminator_loss(kind: GanLoss, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Logits of any shape, equal for both, to the loss of each."""
+    """Return the elementwise loss of the discriminator for logits of any shape. Both shapes must be equal."""
     if kind is GanLoss.hinge:
         return 0.5 * (F.relu(1.0 - real) + F.relu(1.0 + fake))
     return 0.5 * (F.softplus(-real) + F.softplus(fake))
 
 
 def generator_loss(kind: GanLoss, fake: torch.Tensor) -> torch.Tensor:
-    """Logits of any shape to the loss of each."""
+    """Return the elementwise loss of the generator for logits of any shape."""
     return -fake if kind is GanLoss.hinge else F.softplus(-fake)
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, C, H, W) to logits (B, 1, h, w), one for each patch; high where it is taken for real.
+    """Map images (B, C, H, W) to logits (B, 1, h, w), one for each patch. A high logit means "real".
 
-    Isola et al. (2017), section 3.2: 4x4 convolutions, LeakyReLU 0.2. Normalization is by groups instead of by batch,
-    so that the verdict on an image does not depend on its neighbors, nor on how a batch is spread over ranks.
+    Isola et al. (2017), section 3.2: 4x4 convolutions and LeakyReLU with slope 0.2. GroupNorm replaces BatchNorm, so
+    the logits of an image do not depend on the rest of the batch or on how the batch is distributed over ranks.
     """
 
     def __init__(self, colors: int, width: int, layers: int) -> None:
@@ -67,20 +68,21 @@ class PatchDiscriminator(nn.Module):
 
 
 def check_discriminator(width: int, layers: int, image_size: int) -> None:
-    """Raise UserError where a discriminator of `layers` halvings does not fit the images."""
+    """Raise UserError if the settings are invalid, or if the images are too small for `layers` halvings."""
     if width < 8 or width % 8 or layers < 1:
         raise UserError(
             f"encoder.discriminator_width {width}, encoder.discriminator_layers {layers}: use a multiple of 8, and 1 "
             "or more layers"
         )
-    if image_size // 2**layers < 3:  # two 4x4 convolutions with padding 1 take a pixel off each
+    # The two 4x4 convolutions with stride 1 and padding 1 each make the map one pixel smaller.
+    if image_size // 2**layers < 3:
         raise UserError(f"encoder.discriminator_layers {layers} leave no patch of images of {image_size} px: use fewer")
 
 
 def weight_gradient(layer: nn.Conv2d, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Gradient of `layer`'s weight, fp32, given its inputs (B, C, H, W) and the gradient at its outputs.
+    """Return the gradient of the weight of `layer`, fp32, from its inputs (B, C, H, W) and the gradient at its outputs.
 
-    The weight itself is not looked at, which may lie on other ranks (ZeRO stage 3).
+    The weight itself is not read, because at ZeRO stage 3 it may be on other ranks.
     """
     height, width = layer.kernel_size
     shape = (layer.out_channels, layer.in_channels, height, width)
@@ -91,9 +93,16 @@ def weight_gradient(layer: nn.Conv2d, inputs: torch.Tensor, gradient: torch.Tens
 def adaptive_weight(
     layer: nn.Conv2d, inputs: torch.Tensor, reconstruction: torch.Tensor, adversarial: torch.Tensor
 ) -> torch.Tensor:
-    """|grad of the reconstruction error| / (|grad of the adversarial loss| + 1e-4) at the weight of the last `layer`.
+    """Return the adaptive weight of the adversarial loss (Esser et al. 2021, eq. 7), at most 1e4.
 
-    Both are given as gradients at the layer's outputs (B, C, H, W). Esser et al. (2021), eq. 7; at most 1e4.
+    It is |gradient of the reconstruction error| / (|gradient of the adversarial loss| + 1e-4). Both gradients are taken
+    with respect to the weight of `layer`, the last layer of the decoder.
+
+    Args:
+        layer: The last convolution of the decoder.
+        inputs: Its inputs (B, C, H, W).
+        reconstruction: The gradient of the reconstruction error at the outputs of the layer, (B, C, H, W).
+        adversarial: The gradient of the adversarial loss at the outputs of the layer, (B, C, H, W).
     """
     wanted = weight_gradient(layer, inputs, reconstruction).norm()
     present = weight_gradient(layer, inputs, adversarial).norm()

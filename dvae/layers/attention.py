@@ -1,4 +1,4 @@
-"""Scaled dot-product attention behind one function; the only file that imports xformers."""
+"""Scaled dot-product attention with several backends. This is the only file that imports xformers."""
 
 from __future__ import annotations
 
@@ -20,32 +20,43 @@ from dvae.errors import UserError
 log = logging.getLogger("dvae")
 
 SHORT = 64
-"""Longest sequence at which, on a CPU, the formula trains faster than sdpa (2.7 times at 64 in bf16; even at 256)."""
+"""Sequence length up to which the formula trains faster than sdpa on a CPU. In bf16 it is 2.7 times as fast at 64, and
+equally fast at 256."""
 
 XFORMERS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that xformers supports."""
 
 
 class AttentionBackend(Enum):
-    """What computes attention."""
+    """The implementation of attention."""
 
     auto = "auto"
-    """xformers where it is installed and has an operator for the inputs (CUDA), else sdpa; math where that trains
-    faster (short sequences on a CPU)."""
+    """xformers if it is installed and has an operator for the inputs (CUDA only), otherwise sdpa. math for training
+    with short sequences on a CPU, because it is faster there."""
     sdpa = "sdpa"
     """PyTorch's scaled_dot_product_attention."""
     xformers = "xformers"
     """xformers' memory_efficient_attention."""
     math = "math"
-    """The formula written out; keeps the (L, L) weights in memory."""
+    """The formula, computed directly. It stores the (L, S) attention weights in memory."""
 
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: AttentionBackend = AttentionBackend.auto
 ) -> torch.Tensor:
-    """softmax(q k' / sqrt(D)) v (Vaswani et al. 2017, eq. 1), per head.
+    """Compute softmax(q k' / sqrt(D)) v for each head (Vaswani et al. 2017, eq. 1).
 
-    q (B, L, heads, D), k and v (B, S, heads, D) -> (B, L, heads, D).
-    Raises UserError where `backend` is xformers and it cannot be used for these inputs.
+    Args:
+        q: Queries (B, L, heads, D).
+        k: Keys (B, S, heads, D).
+        v: Values (B, S, heads, D).
+        backend: The implementation.
+
+    Returns:
+        The result (B, L, heads, D).
+
+    Raises:
+        UserError: `backend` is xformers, and xformers is not installed or does not support these inputs.
     """
     chosen = _choose(q, k, v, backend)
     _say(chosen)
@@ -54,6 +65,7 @@ def attention(
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     if chosen is AttentionBackend.sdpa:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    # The softmax is computed in fp32 or higher, also for half-precision inputs.
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v).transpose(1, 2)
 
@@ -63,10 +75,10 @@ _planned = False
 
 @contextmanager
 def planned_attention() -> Iterator[None]:
-    """Within, attention that a GPU computes is sdpa, whatever it would choose.
+    """Use sdpa for all attention on CUDA tensors while the block runs, except for the math backend.
 
-    For planning, whose tensors are of a GPU that need not exist: xformers would ask that GPU what it can do. Both keep
-    the same tensors for the gradient.
+    This is for planning, which uses tensors on a GPU that may not exist. xformers would query the capabilities of that
+    GPU. sdpa and xformers store the same tensors for the backward pass, so the planned memory is right for both.
     """
     global _planned
     before, _planned = _planned, True
@@ -91,7 +103,7 @@ def _choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: Attentio
 
 
 def _xformers_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    # no operator computes on CPUs, so xformers is not imported there; its checks fail with KeyError on other dtypes
+    # xformers has no operators for CPUs, so it is not imported there. For other dtypes, its checks raise KeyError.
     if q.device.type != "cuda" or q.dtype not in XFORMERS_DTYPES or not _installed():
         return False
     fmha = _fmha()
@@ -106,18 +118,20 @@ def _trained(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 @functools.cache
 def _installed() -> bool:
-    """Whether xformers is installed."""
+    """Return whether xformers is installed."""
     return importlib.util.find_spec("xformers") is not None
 
 
 @functools.cache
 def _fmha() -> Any:
-    """The module xformers.ops.fmha, ready for the operators that call PyTorch's own kernels.
+    """Import xformers.ops.fmha, and enable its operators that call PyTorch's kernels.
 
-    xformers 0.0.35 is built for PyTorch 2.10 with CUDA 12. Beside another PyTorch its own extension does not load. It
-    then prints a warning, and it refuses all CUDA inputs, also for its operators "-pt", which call kernels that PyTorch
-    brings. The warning is silenced here, and that refusal is taken back. Operators of the extension stay refused,
-    because each operator checks for itself whether its kernel exists (`is_available`).
+    xformers 0.0.35 is built for PyTorch 2.10 with CUDA 12. With another PyTorch, its C++ extension does not load. It
+    then prints a warning and rejects all CUDA inputs. It even rejects them for its "-pt" operators, whose kernels are
+    part of PyTorch.
+
+    This function silences the warning and enables CUDA inputs again. Operators of the extension stay disabled, because
+    each operator checks whether its kernel exists (`is_available`).
     """
     logger = logging.getLogger("xformers")
     logger.addFilter(_no_extension_warning)
@@ -131,7 +145,7 @@ def _fmha() -> Any:
 
 
 def _no_extension_warning(record: logging.LogRecord) -> bool:
-    """False for the one warning that xformers' extension does not load."""
+    """Logging filter: return False for the warning that the extension of xformers does not load."""
     return "can't load C++/CUDA extensions" not in record.getMessage()
 
 

@@ -1,6 +1,6 @@
 """The convolutional autoencoder of latent diffusion (Rombach et al. 2022, appendix G; after Esser et al. 2021).
 
-Parameter names are those of diffusers' AutoencoderKL, so that public weights load as they are.
+The parameters have the same names as in diffusers' AutoencoderKL, so public weights load without conversion.
 """
 
 from __future__ import annotations
@@ -19,27 +19,32 @@ from dvae.layers.norms import GroupNorm
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """What the network is made of."""
+    """The architecture of the autoencoder."""
 
     colors: int
-    """Channels of the images."""
+    """Number of color channels of the images."""
     channels: list[int]
-    """Channels at each resolution, from that of the images down by halves."""
+    """Number of channels at each resolution. The first is the resolution of the images; each next one is half of it."""
     blocks: int
-    """Residual blocks of the encoder at each resolution; the decoder has one more."""
+    """Number of residual blocks of the encoder at each resolution (at least 1). The decoder has one more."""
     latent_channels: int
+    """Number of channels of the latent (at least 1)."""
     groups: int
-    """Groups of GroupNorm; they divide every entry of `channels`."""
+    """Number of groups of GroupNorm. It must divide every entry of `channels`."""
     middle_attention: bool
-    """Whether the pixels of the coarsest map attend to each other."""
+    """Whether there is self-attention at the lowest resolution."""
     attention: AttentionBackend
+    """The implementation of attention."""
     quant_conv: bool = True
     """Whether a 1x1 convolution follows the encoder."""
     post_quant_conv: bool = True
-    """Whether a 1x1 convolution goes before the decoder."""
+    """Whether a 1x1 convolution precedes the decoder."""
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, h, w). Raises UserError where the fields do not fit each other or the images."""
+        """Return the shape (C, h, w) of the latent of one image of `image_size` pixels per side.
+
+        Raises UserError if the fields do not fit each other or the image size.
+        """
         factor = 2 ** (len(self.channels) - 1)
         if not self.channels or self.blocks < 1 or self.latent_channels < 1:
             raise UserError(
@@ -57,7 +62,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(nn.Module):
-    """Both halves; its four parts are named as in the public checkpoints."""
+    """The encoder and the decoder. The four submodules have the same names as in the public checkpoints."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -68,17 +73,20 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.post_quant_conv else nn.Identity()
 
     def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, C, H, W) in [-1, 1] to mean and logvar of q(z | x), both (B, latent, h, w), fp32."""
+        """Return the mean and the log variance of q(z | x), both (B, latent_channels, h, w), fp32.
+
+        `x` are images (B, C, H, W) in [-1, 1]. The log variance is clamped to [-30, 20].
+        """
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
-        return mean, logvar.clamp(-30.0, 20.0)  # exp must not overflow while training has not settled
+        return mean, logvar.clamp(-30.0, 20.0)  # so that exp(logvar) does not overflow early in training
 
     def features(self, z: torch.Tensor) -> torch.Tensor:
-        """z (B, latent, h, w) to the input (B, C, H, W) of the last convolution."""
+        """Return the input (B, channels[0], H, W) of the last convolution for latents z (B, latent_channels, h, w)."""
         return self.decoder(self.post_quant_conv(z))
 
     @property
     def last_layer(self) -> nn.Conv2d:
-        """The last convolution: features to images, which may leave [-1, 1]."""
+        """The last convolution. It maps features to images, whose values may leave [-1, 1]."""
         return self.decoder.conv_out
 
 
@@ -99,7 +107,7 @@ class KLResBlock(nn.Module):
 
 
 class KLAttention(nn.Module):
-    """Self-attention of one head over the pixels of a map, with a residual connection."""
+    """Self-attention with one head over the pixels of a feature map, with a residual connection."""
 
     def __init__(self, channels: int, groups: int, backend: AttentionBackend) -> None:
         super().__init__()
@@ -118,7 +126,7 @@ class KLAttention(nn.Module):
 
 
 class KLMiddle(nn.Module):
-    """Attention between two residual blocks, at the coarsest resolution."""
+    """Two residual blocks at the lowest resolution, with optional attention between them."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -135,7 +143,7 @@ class KLMiddle(nn.Module):
 
 
 class KLDownsample(nn.Module):
-    """Convolution of stride 2, padded to the right and below only, as the public weights were trained."""
+    """A 3x3 convolution with stride 2. Only the right and the bottom are padded, as for the public weights."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -157,7 +165,10 @@ class KLUpsample(nn.Module):
 
 
 class KLLevel(nn.Module):
-    """The residual blocks of one resolution, and what leads down or up to the next where there is one."""
+    """The residual blocks of one resolution, followed by a downsampling or an upsampling layer if there is one.
+
+    `widths` are the pairs (inputs, outputs) of the channels of the residual blocks.
+    """
 
     def __init__(
         self,
@@ -178,7 +189,7 @@ class KLLevel(nn.Module):
 
 
 class KLEncoder(nn.Module):
-    """Images (B, C, H, W) to moments (B, 2 * latent, h, w)."""
+    """The encoder: images (B, C, H, W) to moments (B, 2 * latent_channels, h, w)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -201,7 +212,7 @@ class KLEncoder(nn.Module):
 
 
 class KLDecoder(nn.Module):
-    """Latents (B, latent, h, w) to the input (B, C, H, W) of `conv_out`."""
+    """The decoder: latents (B, latent_channels, h, w) to the input (B, channels[0], H, W) of `conv_out`."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()

@@ -11,10 +11,10 @@ from dvae.layers.norms import GroupNorm
 
 
 class ResBlock(nn.Module):
-    """(B, inputs, H, W) and embedding (B, embedding) to (B, outputs, H, W).
+    """Residual block: x (B, inputs, H, W) and embedding (B, embedding) to (B, outputs, H, W).
 
-    The embedding is added after the first convolution, or, with `scale_shift`, modulates the second normalization.
-    `groups` are those of the normalization (0: `norms.default_groups`).
+    The embedding is added after the first convolution. If `scale_shift` is true, it scales and shifts the second
+    normalization instead. `groups` is the number of groups of GroupNorm (0: `norms.default_groups`).
     """
 
     def __init__(
@@ -22,7 +22,8 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        # SiLU is part of the norm; Identity keeps the numbering of the convolution
+        # GroupNorm includes SiLU. Identity takes the place of SiLU, so that the convolution has the same index, and
+        # thus the same parameter names, as in the public checkpoints.
         self.in_layers = nn.Sequential(
             GroupNorm(inputs, silu=True, groups=groups), nn.Identity(), nn.Conv2d(inputs, outputs, 3, padding=1)
         )
@@ -47,9 +48,9 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a map, with a residual connection: (B, C, H, W) to the same.
+    """Self-attention over the pixels of a feature map (B, C, H, W), with a residual connection.
 
-    `groups` are those of the normalization (0: `norms.default_groups`).
+    The output has the shape of the input. `groups` is the number of groups of GroupNorm (0: `norms.default_groups`).
     """
 
     def __init__(self, channels: int, heads: int, backend: AttentionBackend, groups: int = 0) -> None:
@@ -62,7 +63,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2)
-        # the checkpoints' order of the 3C channels is (heads, qkv, D); Linear on (B, L, C) spares a transposition
+        # In the public checkpoints, the 3C channels have the order (heads, qkv, D). F.linear on (B, L, C) computes the
+        # same as the Conv1d and avoids a transposition.
         qkv = F.linear(pixels, self.qkv.weight.squeeze(2), self.qkv.bias).unflatten(2, (self.heads, 3, -1))
         q, k, v = qkv.unbind(3)
         h = attention(q, k, v, self.backend).flatten(2)
@@ -71,7 +73,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2: (B, C, H, W) to (B, C, H/2, W/2)."""
+    """3x3 convolution with stride 2: (B, C, H, W) to (B, C, H/2, W/2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class Upsample(nn.Module):
 
 
 class EmbeddedSequential(nn.Sequential):
-    """A Sequential that hands the embedding to those of its layers that take one."""
+    """A Sequential that passes the embedding to its residual blocks. Its other layers receive only the feature map."""
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         for layer in self:
@@ -102,17 +104,17 @@ class EmbeddedSequential(nn.Sequential):
 
 
 def fold_patches(x: torch.Tensor, patch: int) -> torch.Tensor:
-    """Patches folded into channels: (B, C, H, W) to (B, C * patch^2, H / patch, W / patch), in channels_last."""
+    """Fold patches into channels: (B, C, H, W) to (B, C * patch^2, H / patch, W / patch), in channels_last."""
     return F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)
 
 
 def with_skip(block: nn.Module, h: torch.Tensor, skip: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """`block` on a map h and a skip connection, concatenated along the channels."""
+    """Run `block` on a feature map h and a skip connection, concatenated along the channels."""
     return block(torch.cat([h, skip], dim=1), embedding)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """`module` with all parameters set to zero, so that its residual branch starts as nothing."""
+    """Set all parameters of `module` to zero, so that its residual branch is zero at first. Returns the module."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -9,9 +9,9 @@ from torch import nn
 
 
 def sinusoidal(t: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoidal embedding of t (B,), fp32: [cos(t f), sin(t f)], (B, width), `width` even.
+    """Return the sinusoidal embedding [cos(t f), sin(t f)] of t (B,), as (B, width), fp32. `width` must be even.
 
-    Frequencies f fall geometrically from 1 to 1/10000 (Vaswani et al. 2017), so t should span about [0, 1000].
+    The frequencies f fall geometrically from 1 to 1/10000 (Vaswani et al. 2017), so t should span about [0, 1000].
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
@@ -20,13 +20,14 @@ def sinusoidal(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 SMALLEST = 1e-5
-"""Share of [0, 1000] below which times look alike to `time_features`."""
+"""Scale of the logarithm in `time_features`, as a fraction of [0, 1000]. Smaller times are hardly distinguished."""
 
 
 def time_features(t_feature: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoidal features (B, 2 * width), fp32, of t_feature (B,) in [0, 1000] and of its logarithm; `width` even.
+    """Return sinusoidal features of t_feature (B,) in [0, 1000] and of its logarithm, as (B, 2 * width), fp32.
 
-    Features of t alone barely separate times below a thousandth, where a k = 2 process does the most.
+    `width` must be even. The logarithm is needed because features of t alone hardly separate times t below 1/1000,
+    at which a k = 2 process changes the most.
     """
     share = t_feature.float() / 1000.0
     log = torch.log1p(share / SMALLEST) / math.log1p(1.0 / SMALLEST)  # 0 at t = 0, 1 at t = 1
@@ -34,15 +35,16 @@ def time_features(t_feature: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def mlp(inputs: int, width: int) -> nn.Sequential:
-    """Linear, SiLU, Linear: (B, inputs) to (B, width)."""
+    """Return Linear, SiLU, Linear, which map (B, inputs) to (B, width)."""
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def grid_positions(side: int, width: int) -> torch.Tensor:
-    """Sinusoidal embedding of the places of a side x side grid, row by row: (side^2, width), fp32; `width` % 4 == 0.
+    """Return the sinusoidal position embedding of a side x side grid, row by row, as (side^2, width), fp32.
 
-    The first half is of the column, the second of the row, each [sin, cos] with frequencies from 1 down to 1/10000
-    (Vaswani et al. 2017 in two dimensions, as in MAE and DiT).
+    The first half of an embedding encodes the column, the second half the row. Each half is [sin, cos] with
+    frequencies from 1 down to 1/10000 (Vaswani et al. 2017 in two dimensions, as in MAE and DiT). `width` must be a
+    multiple of 4.
     """
     quarter = width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)

@@ -1,4 +1,4 @@
-"""Blocks of NCSN++ (Song et al. 2021) and its downward half, with the parameter names of the public checkpoints."""
+"""Blocks and the downsampling half of NCSN++ (Song et al. 2021), with the parameter names of the public checkpoints."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dvae.layers.norms import GROUPS, GroupNorm
 from dvae.layers.unet_blocks import LevelsConfig, check_levels
 
 RESCALE = 2**-0.5
-"""Factor on the sum of a block and its skip connection, which keeps the variance."""
+"""Factor on the sum of a block and its skip connection. It keeps the variance constant."""
 MIN_TIME = 1e-5
-"""Smallest t whose logarithm is taken."""
+"""Times t are clamped to at least this value before the logarithm is taken."""
 
 
 class TimeEmbedding(Enum):
@@ -35,28 +35,39 @@ class TimeEmbedding(Enum):
 
 
 class NCSNConfig(LevelsConfig, Protocol):
-    """Fields that the Config of such a network has; the embedding is 4 * width wide."""
+    """The fields that the Config of an NCSN++ network must have. The time embedding has 4 * width values."""
 
     attention_resolutions: list[int]
+    """Heights of the feature maps, in pixels, at which attention is used."""
     attention: AttentionBackend
+    """The implementation of attention."""
     time: TimeEmbedding
+    """The embedding of the time."""
     time_scale: float
+    """Factor on t for the positional embedding (> 0)."""
     fourier_scale: float
+    """Standard deviation of the random frequencies of the Fourier embedding (> 0)."""
     checkpoint_blocks: bool
+    """Whether the activations of blocks are recomputed in the backward pass."""
 
 
 def check_ncsnpp(kind: str, config: NCSNConfig, image_size: int) -> None:
-    """Raise UserError if the fields do not fit each other or the images; `kind` is the component's, for messages."""
+    """Raise UserError if the fields do not fit each other or the image size.
+
+    `kind` is the name of the component in messages.
+    """
     check_levels(kind, config, image_size, config.attention_resolutions)
     if config.time_scale <= 0 or config.fourier_scale <= 0:
         raise UserError(f"{kind}.time_scale {config.time_scale} or fourier_scale {config.fourier_scale}: not above 0")
 
 
 def group_norm(channels: int, silu: bool = False) -> GroupNorm:
+    """Return GroupNorm with at least 4 channels per group and at most 32 groups."""
     return GroupNorm(channels, silu, groups=min(channels // 4, GROUPS), eps=1e-6)
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, padding: int = 1) -> nn.Conv2d:
+    """Return a convolution with Xavier-uniform weights and zero bias."""
     layer = nn.Conv2d(inputs, outputs, size, stride=stride, padding=padding)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -64,6 +75,7 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, padding: int
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
+    """Return a linear layer with Xavier-uniform weights and zero bias."""
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -71,7 +83,10 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def positional_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
-    """[sin(t f), cos(t f)] of t (B,), (B, width), fp32; f falls from 1 to 1/10000 in width / 2 steps, both included."""
+    """Return the embedding [sin(t f), cos(t f)] of t (B,), as (B, width), fp32.
+
+    The width / 2 frequencies f fall geometrically from 1 to 1/10000, both included.
+    """
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, dtype=torch.float32, device=t.device))
     angles = t.float()[:, None] * frequencies
@@ -79,9 +94,9 @@ def positional_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class GaussianFourierFeatures(nn.Module):
-    """t in [0, 1] (B,) to [sin, cos](2 pi W log t), (B, 2 * width), fp32; W ~ N(0, scale^2) is fixed.
+    """Fourier features [sin, cos](2 pi W log t) of t (B,) in [0, 1], as (B, 2 * width), fp32.
 
-    Tancik et al. 2020, on log t as in PSLD.
+    W ~ N(0, scale^2) is drawn once and not trained (Tancik et al. 2020). The features use log t, as in PSLD.
     """
 
     def __init__(self, width: int, scale: float) -> None:
@@ -95,7 +110,7 @@ class GaussianFourierFeatures(nn.Module):
 
 
 class PixelLinear(nn.Module):
-    """A linear layer at every pixel: (B, L, inputs) to (B, L, outputs)."""
+    """A linear layer that is applied to every pixel: (B, L, inputs) to (B, L, outputs)."""
 
     def __init__(self, inputs: int, outputs: int, gain: float) -> None:
         super().__init__()
@@ -108,9 +123,9 @@ class PixelLinear(nn.Module):
 
 
 class NCSNBlock(nn.Module):
-    """BigGAN's residual block: (B, inputs, H, W) and embedding (B, embedding) to (B, outputs, H', W').
+    """The residual block of BigGAN: x (B, inputs, H, W) and embedding (B, embedding) to (B, outputs, H', W').
 
-    `resample` changes the resolution, of the skip connection too.
+    `resample` changes the resolution, both in the block and in the skip connection.
     """
 
     def __init__(
@@ -142,7 +157,10 @@ class NCSNBlock(nn.Module):
 
 
 class NCSNAttention(nn.Module):
-    """Self-attention of one head over the pixels of a map, with a skip connection: (B, C, H, W) to the same."""
+    """Self-attention with one head over the pixels of a feature map, with a skip connection.
+
+    The output has the shape of the input, (B, C, H, W).
+    """
 
     def __init__(self, channels: int, backend: AttentionBackend) -> None:
         super().__init__()
@@ -159,7 +177,7 @@ class NCSNAttention(nn.Module):
 
 
 class InputPyramid(nn.Module):
-    """The input at half the resolution: (B, inputs, H, W) to (B, outputs, H/2, W/2)."""
+    """A 3x3 convolution that halves the resolution of the input: (B, inputs, H, W) to (B, outputs, H/2, W/2)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -170,7 +188,7 @@ class InputPyramid(nn.Module):
 
 
 class FirInputPyramid(nn.Module):
-    """The same, filtered before it is halved."""
+    """The same as `InputPyramid`, with a low-pass filter before the convolution."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -181,7 +199,10 @@ class FirInputPyramid(nn.Module):
 
 
 def time_layers(config: NCSNConfig) -> list[nn.Module]:
-    """Layers of the time embedding, 4 * width wide; the positional features are no layer."""
+    """Return the layers of the time embedding, whose output has 4 * width values.
+
+    The positional features have no parameters, so they are not among the layers.
+    """
     width = config.width
     if config.time is TimeEmbedding.positional:
         return [linear(width, 4 * width), linear(4 * width, 4 * width)]
@@ -190,7 +211,7 @@ def time_layers(config: NCSNConfig) -> list[nn.Module]:
 
 
 def embed_time(config: NCSNConfig, layers: list[nn.Module], t_feature: torch.Tensor) -> torch.Tensor:
-    """The embedding (B, 4 * width) of t_feature (B,) in [0, 1000] by `time_layers`."""
+    """Return the embedding (B, 4 * width) of t_feature (B,) in [0, 1000]. `layers` come from `time_layers`."""
     *fourier, first, second = layers
     t = t_feature / 1000.0
     if fourier:
@@ -201,7 +222,18 @@ def embed_time(config: NCSNConfig, layers: list[nn.Module], t_feature: torch.Ten
 def down_layers(
     config: NCSNConfig, inputs: int, image_size: int, fir: bool = False, progressive_input: bool = False
 ) -> tuple[list[nn.Module], list[int]]:
-    """Layers from the input to the coarsest level in the checkpoints' order, and the channels of all skips."""
+    """Build the layers from the input to the lowest resolution.
+
+    Args:
+        config: The architecture.
+        inputs: Number of input channels.
+        image_size: Height of the images in pixels.
+        fir: Downsample through the low-pass filter (`fir_downsample`).
+        progressive_input: Add the downsampled input to the feature map at each level.
+
+    Returns:
+        The layers in the order of the public checkpoints, and the channels of all skip connections.
+    """
     width, side = config.width, image_size // config.patch
     layers: list[nn.Module] = [conv(inputs, width)]
     channels, pyramid, skips = width, inputs, [width]
@@ -223,18 +255,18 @@ def down_layers(
 
 
 def middle_layers(config: NCSNConfig, channels: int) -> list[nn.Module]:
-    """Attention between two residual blocks, at the coarsest level."""
+    """Return a residual block, attention and a residual block, for the lowest resolution."""
     attention_layer = NCSNAttention(channels, config.attention)
     return [res_block(config, channels, channels), attention_layer, res_block(config, channels, channels)]
 
 
 def numbered(*parts: list[nn.Module]) -> tuple[nn.ModuleList, list[int]]:
-    """All layers in one list, as the checkpoints number them, and the number of layers of each part."""
+    """Return all layers in one list, as the public checkpoints number them, and the number of layers of each part."""
     return nn.ModuleList([layer for part in parts for layer in part]), [len(part) for part in parts]
 
 
 def split_parts(layers: nn.ModuleList, sizes: list[int]) -> Iterator[list[nn.Module]]:
-    """The parts that `numbered` joined."""
+    """Yield the parts that `numbered` joined. `sizes` are the numbers of layers of the parts."""
     remaining = iter(layers)
     return ([next(remaining) for _ in range(size)] for size in sizes)
 
@@ -245,15 +277,19 @@ def res_block(
     outputs: int,
     resample: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> NCSNBlock:
+    """Return a residual block for the width of the embedding and the dropout of `config`."""
     return NCSNBlock(inputs, outputs, 4 * config.width, config.dropout, resample)
 
 
 def run_down_layers(
     layers: Iterable[nn.Module], x: torch.Tensor, embedding: torch.Tensor, use_checkpoint: bool
 ) -> list[torch.Tensor]:
-    """All skips of `down_layers`'s layers for the input x, the coarsest last.
+    """Run the layers of `down_layers` on the input x.
 
-    `use_checkpoint`: blocks are computed again for the gradient.
+    If `use_checkpoint` is true, the activations of blocks are recomputed in the backward pass.
+
+    Returns:
+        The feature maps of all skip connections. The last one has the lowest resolution.
     """
     stem, *rest = layers
     skips = [stem(x)]
@@ -262,7 +298,7 @@ def run_down_layers(
             skips.append(maybe_checkpoint(use_checkpoint, layer, skips[-1], embedding))
         elif isinstance(layer, NCSNAttention):
             skips[-1] = maybe_checkpoint(use_checkpoint, layer, skips[-1])
-        else:  # the pyramid carries on what it was added to
+        else:  # an input pyramid: the sum is both the skip and the input of the next pyramid layer
             x = skips[-1] = RESCALE * (layer(x) + skips[-1])
     return skips
 
@@ -270,7 +306,7 @@ def run_down_layers(
 def run_layers(
     layers: Iterable[nn.Module], h: torch.Tensor, embedding: torch.Tensor, use_checkpoint: bool
 ) -> torch.Tensor:
-    """h through blocks and attention, one after the other."""
+    """Run residual blocks and attention layers on the feature map h, one after another."""
     for layer in layers:
         inputs = (h, embedding) if isinstance(layer, NCSNBlock) else (h,)
         h = maybe_checkpoint(use_checkpoint, layer, *inputs)

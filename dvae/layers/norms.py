@@ -1,4 +1,4 @@
-"""Group normalization (Wu & He 2018), with what follows it in a U-Net."""
+"""Group normalization (Wu & He 2018), with the modulation and the SiLU that follow it in a U-Net."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import torch.nn.functional as F
 from torch import nn
 
 GROUPS = 32
-"""Groups of channels, as in the published U-Nets of this family, which have two channels or more in each: in a group of
-one, what is added to a whole channel (a time, a latent) is its mean, and normalized away."""
+"""Number of groups in the published U-Nets of this family. Each group should have at least two channels. If a group
+has only one, a value that is added to the whole channel (a time, a latent) is part of the mean and is normalized away.
+"""
 
 
 def default_groups(channels: int) -> int:
-    """Groups that `channels` are normalized in if nothing else is asked for: 32, or fewer to have two in each."""
+    """Return the default number of groups: 32, or fewer so that each group has at least two channels."""
     return min(GROUPS, channels // 2)
 
 
 class GroupNorm(nn.GroupNorm):
     """GroupNorm with fp32 statistics, optionally followed by SiLU: (B, C, H, W) to the same shape.
 
-    `scale` and `shift` (B, C), where given, modulate the normalized map before SiLU: y * (1 + scale) + shift
-    (adaptive group normalization, Dhariwal & Nichol 2021). `groups` None or 0: `default_groups`.
+    If `scale` and `shift` (B, C) are given, the normalized map y becomes y * (1 + scale) + shift before SiLU (adaptive
+    group normalization, Dhariwal & Nichol 2021). If `groups` is None or 0, `default_groups` applies.
     """
 
     def __init__(self, channels: int, silu: bool = False, groups: int | None = None, eps: float = 1e-5) -> None:
@@ -38,5 +39,6 @@ class GroupNorm(nn.GroupNorm):
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or x.is_contiguous():
             return super().forward(x)
-        # on a CPU the channels_last kernel walks small maps with a stride: two transpositions cost a fifth of that
+        # On a CPU, the channels_last kernel reads small maps with a stride. Two transpositions and the contiguous
+        # kernel take a fifth of its time.
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Pooling of a map into one vector."""
+"""Attention pooling of a feature map into one vector."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dvae.layers.attention import AttentionBackend, attention
 
 
 class AttentionPool(nn.Module):
-    """A map (B, C, side, side) to (B, outputs): its mean attends to the mean and to every pixel.
+    """Pool a feature map (B, C, side, side) into (B, outputs). The mean pixel attends to itself and to every pixel.
 
-    Radford et al. (2021), section 2.4; the head of Dhariwal & Nichol's classifier (2021), with its parameter names.
+    Radford et al. (2021), section 2.4. This is the head of the classifier of Dhariwal & Nichol (2021), with the same
+    parameter names.
     """
 
     def __init__(self, channels: int, side: int, heads: int, outputs: int, backend: AttentionBackend) -> None:
@@ -24,7 +25,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixels = x.flatten(2)
         tokens = torch.cat([pixels.mean(2, keepdim=True), pixels], dim=2) + self.positional_embedding.to(x.dtype)
-        # heads split each third of the 3C channels: the checkpoints' order here is (qkv, heads, D)
+        # In the public checkpoints, the 3C channels of this layer have the order (qkv, heads, D).
         q, k, v = self.qkv_proj(tokens).transpose(1, 2).unflatten(2, (3, self.heads, -1)).unbind(2)
         pooled = attention(q[:, :1], k, v, self.backend).flatten(2)
         return self.c_proj(pooled.transpose(1, 2)).squeeze(2)

@@ -1,4 +1,4 @@
-"""The downward half of the U-Net of Dhariwal & Nichol (2021), which their denoiser and their classifier share."""
+"""The downsampling half of the U-Net of Dhariwal & Nichol (2021). Their denoiser and their classifier both use it."""
 
 from __future__ import annotations
 
@@ -13,37 +13,52 @@ from dvae.layers.norms import GROUPS
 
 
 class LevelsConfig(Protocol):
-    """Fields that the Config of any network with levels of resolution has."""
+    """The fields that the Config of any network with several resolutions must have."""
 
     width: int
+    """Base number of channels. It must be a multiple of 32."""
     multipliers: list[int]
+    """For each resolution from the highest down, the number of channels divided by `width` (at least 1)."""
     blocks: int
+    """Number of residual blocks at each resolution (at least 1)."""
     dropout: float
+    """Dropout probability in [0, 1)."""
     patch: int
+    """Side of the pixel patches that are folded into channels before the first layer (at least 1)."""
 
 
 class UNetConfig(LevelsConfig, Protocol):
-    """Fields that the Config of a network with this trunk has; the embedding is 4 * width wide."""
+    """The fields that the Config of a network with these blocks must have. The embedding has 4 * width values."""
 
     attention_resolutions: list[int]
+    """Heights of the feature maps, in pixels, at which attention is used."""
     heads: int
+    """Number of attention heads. It must divide the channels of every resolution."""
     attention: AttentionBackend
+    """The implementation of attention."""
     scale_shift_norm: bool
+    """Whether the embedding scales and shifts the second normalization of a block. Otherwise it is added."""
     groups: int
+    """Number of groups of GroupNorm (0: `norms.default_groups`). It must divide `width`."""
 
 
 def res_block(config: UNetConfig, inputs: int, outputs: int) -> ResBlock:
+    """Return a residual block with the settings of `config`."""
     return ResBlock(inputs, outputs, 4 * config.width, config.dropout, config.scale_shift_norm, config.groups)
 
 
 def attention_block(config: UNetConfig, channels: int) -> AttentionBlock:
+    """Return an attention block with the settings of `config`."""
     return AttentionBlock(channels, config.heads, config.attention, config.groups)
 
 
 def build_down_blocks(config: UNetConfig, inputs: int, image_size: int) -> tuple[nn.ModuleList, list[int]]:
-    """The blocks down to the coarsest level, and the channels that each puts out.
+    """Build the blocks from the input to the lowest resolution.
 
-    The first takes maps (B, inputs * patch^2, image_size / patch, image_size / patch).
+    The input of the first block is (B, inputs * patch^2, image_size / patch, image_size / patch).
+
+    Returns:
+        The blocks, and the number of output channels of each.
     """
     width, side = config.width, image_size // config.patch
     stem = nn.Conv2d(inputs * config.patch**2, width, 3, padding=1)
@@ -65,14 +80,17 @@ def build_down_blocks(config: UNetConfig, inputs: int, image_size: int) -> tuple
 
 
 def build_middle_block(config: UNetConfig, channels: int) -> EmbeddedSequential:
-    """Attention between two residual blocks, at the coarsest level."""
+    """Return a residual block, attention and a residual block, for the lowest resolution."""
     return EmbeddedSequential(
         res_block(config, channels, channels), attention_block(config, channels), res_block(config, channels, channels)
     )
 
 
 def check_unet(kind: str, config: UNetConfig, image_size: int) -> None:
-    """Raise UserError where the fields do not fit each other or the images; `kind` is the component's, for messages."""
+    """Raise UserError if the fields do not fit each other or the image size.
+
+    `kind` is the name of the component in messages.
+    """
     check_levels(kind, config, image_size, config.attention_resolutions)
     for multiplier in config.multipliers:
         if config.heads < 1 or (multiplier * config.width) % config.heads:
@@ -84,7 +102,10 @@ def check_unet(kind: str, config: UNetConfig, image_size: int) -> None:
 
 
 def check_levels(kind: str, config: LevelsConfig, image_size: int, attention_resolutions: list[int]) -> None:
-    """Raise UserError where the levels do not fit the images; `kind` is the component's, for messages."""
+    """Raise UserError if the resolutions do not fit the image size, or a setting is out of range.
+
+    `kind` is the name of the component in messages.
+    """
     if config.width < 1 or config.width % GROUPS:
         raise UserError(f"{kind}.width {config.width} is not a multiple of {GROUPS} (the groups of GroupNorm)")
     if not config.multipliers or min(config.multipliers) < 1 or config.blocks < 1:

@@ -1,4 +1,4 @@
-"""Principal components of latents: counted in one pass, and coordinates on them that stay bounded."""
+"""Principal components of latents, computed in one pass, and bounded coordinates of latents along them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import torch
 from torch import nn
 
 FLOOR = 1e-4
-"""Least variance of a component, as a part of the greatest: fewer images than numbers leave some without any."""
+"""Lower bound of the variance of a component, relative to the largest variance. If there are fewer images than latent
+values, some components have zero variance, and coordinates are divided by the standard deviation."""
 CLIP = 4.0
-"""Standard deviations at which coordinates are cut."""
+"""Coordinates are clamped to [-CLIP, CLIP] standard deviations."""
 
 
 class RunningCovariance:
-    """Mean and covariance of rows (n, D) that come in parts, in float64 (Chan, Golub & LeVeque 1983, equation 2.1)."""
+    """Mean and covariance of vectors of `size` values, updated batch by batch.
+
+    Computed in float64 with the update of Chan, Golub & LeVeque (1983), equation 2.1.
+    """
 
     def __init__(self, size: int) -> None:
         self.count = 0
@@ -20,6 +24,7 @@ class RunningCovariance:
         self.scatter = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, rows: torch.Tensor) -> None:
+        """Add a batch of n vectors (n, ...). Each is flattened to `size` values."""
         rows = rows.detach().cpu().flatten(1).double()
         mean, count = rows.mean(0), self.count + len(rows)
         apart = mean - self.mean
@@ -30,14 +35,15 @@ class RunningCovariance:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """(D, D), over count - 1."""
+        """The covariance (size, size), with the divisor count - 1."""
         return self.scatter / max(self.count - 1, 1)
 
 
 class Whitening(nn.Module):
-    """Coordinates (B, d) of latents (B, *latent) on their first d principal components, in standard deviations.
+    """Coordinates (B, d) of latents (B, *latent) along their first d principal components, in standard deviations.
 
-    What it knows are buffers, which no gradient reaches: nothing is differentiated through an eigendecomposition.
+    The mean, the components and the standard deviations are buffers, so no gradient flows through the
+    eigendecomposition.
     """
 
     mean: torch.Tensor
@@ -52,7 +58,10 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, moments: RunningCovariance) -> None:
-        """Take the components of greatest variance; of each the largest entry is positive."""
+        """Set the buffers to the components of largest variance.
+
+        The sign of each component is chosen so that its entry of largest absolute value is positive.
+        """
         variances, vectors = torch.linalg.eigh(moments.covariance)
         chosen = vectors.flip(1).T[: len(self.deviation)]
         signs = chosen.gather(1, chosen.abs().argmax(1, keepdim=True)).sign()
@@ -67,7 +76,10 @@ class Whitening(nn.Module):
             return (away / self.deviation).clamp(-CLIP, CLIP)
 
     def with_coordinate(self, z: torch.Tensor, number: int, value: torch.Tensor) -> torch.Tensor:
-        """z with coordinate `number` (from 0) at value (B,), in standard deviations, and the others as they are."""
+        """Return latents z with coordinate `number` (from 0) set to `value` (B,), and the other coordinates unchanged.
+
+        `value` is in standard deviations.
+        """
         away = (z.flatten(1) - self.mean) @ self.basis[number]
         step = value * self.deviation[number] - away
         return z + (step[:, None] * self.basis[number]).view_as(z)

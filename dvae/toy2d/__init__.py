@@ -1,1 +1,1 @@
-"""Runs on points in the plane."""
+"""Runs on 2D points instead of images."""

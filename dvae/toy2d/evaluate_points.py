@@ -1,4 +1,4 @@
-"""The evaluate stage of a run on points: scatter plots, and the distance of each class to the truth."""
+"""The evaluate stage of a run on points: scatter plots, and the distance of each class to the true density."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from dvae.tracking import scatter
 from dvae.tracking.console import Progress
 
 PANEL_POINTS = 2000
-"""Points in each panel of the picture, at most."""
+"""Maximum number of points in each scatter plot."""
 
 
 def evaluate_points(run: Run, config: RunConfig, pipeline: Pipeline) -> dict[str, Any]:
-    """Write points.png and compute the sliced Wasserstein distances. Returns the entry of summary.json."""
+    """Write points.png, and compute the sliced Wasserstein distances.
+
+    Returns:
+        The "evaluation" entry of summary.json.
+    """
     settings, source = config.evaluate, points.open_source(config)
     groups = points.label_groups(config, source)
     true = {name: points.true_points(source, label, settings.n, config.seed) for name, label in groups.items()}

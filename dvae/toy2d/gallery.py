@@ -1,4 +1,4 @@
-"""The gallery: what every sampler makes of every process at few and at many network evaluations, on points."""
+"""The gallery: scatter plots of 2D points for every process, sampler and number of network evaluations (NFE)."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from dvae.tracking.console import Progress
 from dvae.utils import atomic_files
 
 PUBLISHED_SPACING = {"heun": Spacing.karras, "dpmpp_2m": Spacing.log_snr, "unipc": Spacing.log_snr}
-"""Steps that a sampler was published with; quadratic for the others."""
+"""The spacing of the steps with which each sampler was published. All other samplers use quadratic spacing."""
 
 NEAR_FLOOR = 1.5
-"""Multiple of the floor up to which a distance is marked."""
+"""A distance of at most this multiple of the floor is marked green."""
 
 
 @dataclass(kw_only=True, slots=True)
 class GalleryConfig:
-    """What tools/gallery.py takes."""
+    """The settings of tools/gallery.py."""
 
     runs: str = "runs/toy2d"
-    """Folder of runs on points, or one run."""
+    """A folder of runs on points, or the folder of one run."""
     out: str = "gallery.png"
-    """The picture; its figures go into a JSON file of the same name beside it."""
+    """The PNG file to write. The distances are written to a JSON file of the same name."""
     density: str = "spirals"
-    """Class that is drawn."""
+    """The class of points that is drawn."""
     samplers: list[str] = field(default_factory=list)
-    """Samplers ([]: all but those of distilled refiners); each is used on the processes that it integrates."""
+    """Samplers ([]: all except those of distilled refiners). Each is used on the processes that it can integrate."""
     nfe: list[int] = field(default_factory=lambda: [5, 11, 25, 99])
-    """Network evaluations per point, a column each; heun hits odd ones only."""
+    """Network evaluations per point (>= 1), one column each. heun can use only odd numbers."""
     tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
-    """Of samplers that choose their steps by one (ode), a column each."""
+    """Tolerances (> 0) of samplers with adaptive steps (ode), one for each column of `nfe`."""
     n: int = 4000
-    """Points per cell."""
+    """Points per scatter plot (>= 1)."""
     seed: int = 0
-    """Seed of the points and of the noise."""
+    """Seed of the true points and of the noise."""
     batch: int = 4000
-    """Points per forward pass."""
+    """Points per forward pass (>= 1)."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Modules to import. They register components."""
 
 
 ConfigStore.instance().store(name="gallery_schema", node=GalleryConfig, provider="dvae")
@@ -61,23 +61,28 @@ ConfigStore.instance().store(name="gallery_schema", node=GalleryConfig, provider
 
 @dataclass(frozen=True)
 class GalleryCell:
-    """One panel of the gallery."""
+    """One scatter plot of the gallery."""
 
     run: str
+    """Name of the run."""
     process: str
+    """Name of its process."""
     schedule: str
+    """Name of its schedule."""
     sampler: str
+    """Name of the sampler."""
     fields: dict[str, Any]
-    """The sampler's settings: steps and spacing, or tolerance."""
+    """Settings of the sampler: steps and spacing, or tolerance."""
     column: int
+    """Index of the column, from 0."""
     nfe: float
-    """Network evaluations per point, as counted; their mean where points differ."""
+    """Counted network evaluations per point; the mean if they differ between points."""
     distance: float
     """Sliced Wasserstein distance to the true points."""
 
 
 def check_settings(settings: GalleryConfig) -> GalleryConfig:
-    """Refuse words that cannot be drawn. Raises UserError."""
+    """Raise UserError if a setting is invalid. Returns the settings."""
     for name in ("n", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
@@ -86,14 +91,17 @@ def check_settings(settings: GalleryConfig) -> GalleryConfig:
     if len(settings.tolerances) != len(settings.nfe) or min(settings.tolerances) <= 0:
         raise UserError(f"tolerances={settings.tolerances}: give one above 0 for each column of nfe={settings.nfe}")
     if Path(settings.out).suffix != ".png":
-        raise UserError(f"out={settings.out}: the picture is a PNG file, name it so")
+        raise UserError(f"out={settings.out}: the picture is a PNG file, so its name must end in .png")
     for name in settings.samplers:
         SAMPLERS.get(name)
     return settings
 
 
 def make_gallery(settings: GalleryConfig) -> dict[str, Any]:
-    """Write picture and figures; returns the figures. Raises UserError where there are no runs of that density."""
+    """Write the picture and the JSON file, and return the content of the JSON file.
+
+    Raises UserError if a setting is invalid, or if there are no trained runs on the density.
+    """
     check_settings(settings)
     runs = load_runs(settings)
     first = Run(run_folders(settings)[next(iter(runs))]).config()
@@ -129,18 +137,23 @@ def make_gallery(settings: GalleryConfig) -> dict[str, Any]:
 
 
 def run_folders(settings: GalleryConfig) -> dict[str, Path]:
-    """The folders of trained runs, by the names of the runs: those below `settings.runs`, or that one itself."""
+    """Return the folders of trained runs by name: `settings.runs` if it is a run, otherwise the runs in that folder."""
     folder = Path(settings.runs)
     found = [folder] if (folder / "bundle").is_dir() else sorted(path.parent for path in folder.glob("*/bundle"))
     return {path.name: path for path in found}
 
 
 def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
-    """The trained runs of a folder by name, processes of one component first. Raises UserError where there is none."""
+    """Load the trained runs of a folder, by name. Runs whose process has one component (k = 1) are first.
+
+    Raises UserError if there is no run, or if a run is not on points or not on the density.
+    """
     folder = Path(settings.runs)
     found = run_folders(settings)
     if not found:
-        raise UserError(f"runs={folder}: no trained run there: python tools/launch.py recipe=toy2d process=psld")
+        raise UserError(
+            f"runs={folder}: no trained run there: train one with python tools/launch.py recipe=toy2d process=psld"
+        )
     runs = {}
     for name, path in found.items():
         run = pipelines.load(path)
@@ -156,7 +169,7 @@ def load_runs(settings: GalleryConfig) -> dict[str, Pipeline]:
 
 
 def usable_samplers(run: Pipeline, settings: GalleryConfig) -> list[str]:
-    """Those samplers asked for that integrate the run's process. Raises UserError where none does."""
+    """Return the chosen samplers that can integrate the process of the run. Raises UserError if there is none."""
     names = compatible_samplers(run.models.denoiser.diffusion, run.models.denoiser.shapes, settings.samplers)
     if not names:
         raise UserError(f"samplers={settings.samplers}: none integrates process={run.config.process.name}")
@@ -166,7 +179,11 @@ def usable_samplers(run: Pipeline, settings: GalleryConfig) -> list[str]:
 def sampler_config(
     run: Pipeline, sampler: str, column: int, settings: GalleryConfig, label: int | None
 ) -> dict[str, Any]:
-    """The sampler's config node for a column: by tolerance, or the most steps that need no more evaluations."""
+    """Return the config of the sampler for a column.
+
+    A sampler with a tolerance gets the tolerance of the column. Every other sampler gets the largest number of steps
+    that needs at most the network evaluations of the column.
+    """
     node: dict[str, Any] = {"name": sampler, "threshold": "none"}
     if any(f.name == "tolerance" for f in fields(SAMPLERS.get(sampler).Config)):
         return node | {"tolerance": settings.tolerances[column]}
@@ -177,7 +194,9 @@ def sampler_config(
         points.sample_points(run, label, 1, settings.seed)
         return run.nfe
 
-    low, high = 1, settings.nfe[column]  # at least one evaluation a step, and more for more steps
+    # Binary search. A step takes at least one evaluation, so `nfe` steps are the upper bound. It is tried first,
+    # because it is the answer for samplers with exactly one evaluation per step.
+    low, high = 1, settings.nfe[column]
     while low < high:
         steps = (low + high + 1) // 2 if high < settings.nfe[column] else high
         low, high = (steps, high) if evaluations(steps) <= settings.nfe[column] else (low, steps - 1)
@@ -185,6 +204,7 @@ def sampler_config(
 
 
 def make_cell(name: str, run: Pipeline, node: dict[str, Any], column: int, distance: float) -> GalleryCell:
+    """Return the record of a cell. `run` must have just drawn its points, because `run.nfe` is read."""
     diffusion = run.models.denoiser.diffusion
     return GalleryCell(
         run=name,
@@ -205,7 +225,7 @@ def draw_picture(
     true: torch.Tensor,
     floor: dict[str, Any],
 ) -> None:
-    """Draw the picture: `clouds` (n, 2) of the cells, `true` (n, 2) beside the title."""
+    """Write the picture. `clouds` are the points (n, 2) of each cell; the points `true` (n, 2) are beside the title."""
     limit = NEAR_FLOOR * floor["mean"]
     panels = [
         scatter_grid.Panel(
@@ -222,11 +242,12 @@ def draw_picture(
 
 
 def row_name(cell: GalleryCell) -> str:
+    """Return the name of the sampler, followed by the spacing unless it is quadratic."""
     spacing = cell.fields.get("spacing")
     return cell.sampler + (f"\n{spacing}" if spacing not in (None, "quadratic") else "")
 
 
 def caption(cell: GalleryCell, settings: GalleryConfig) -> str:
-    """The distance, and the true number of evaluations where it is not the column's."""
+    """Return the distance as text, with the counted number of evaluations if it differs from the column's."""
     text = f"{cell.distance:.3f}"
     return text if cell.nfe == settings.nfe[cell.column] else f"{text} ({cell.nfe:.0f})"

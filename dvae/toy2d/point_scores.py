@@ -1,4 +1,4 @@
-"""Scores of points: sliced Wasserstein distances to true points, and the distance of two sets of true points."""
+"""Score points by the sliced Wasserstein distance to true points, and compute its floor."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from dvae.toy2d.points import true_points
 
 
 def distances(sets: Sequence[torch.Tensor], true: torch.Tensor) -> dict[str, Any]:
-    """Sliced Wasserstein distance of each set of points (n, 2) to the true points, summarized."""
+    """Return the sliced Wasserstein distance of each set of points (n, 2) to the true points (see `summarize`)."""
     return summarize([sliced_wasserstein(points, true) for points in sets])
 
 
 def floor(source: StreamSource, label: int | None, n: int) -> dict[str, Any]:
-    """Distances between two sets of n true points of a class, summarized: no model can do better on average."""
+    """Return the distances between pairs of sets of n true points of a class (see `summarize`).
+
+    On average, no model can have a smaller distance.
+    """
     return summarize(two_sample_floor(lambda n, seed: true_points(source, label, n, seed), n))
 
 
 def summarize(values: list[float]) -> dict[str, Any]:
-    """Mean, standard error (none of a single value) and the values."""
+    """Return the mean, the standard error of the mean (None for a single value), and the values."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return {"mean": statistics.mean(values), "se": error, "values": values}
