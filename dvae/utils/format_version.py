@@ -25,7 +25,7 @@ def refuse_format(what: str, place: Path, found: object, wanted: int, readers: M
         wanted: The version that this dvae reads.
         readers: Maps older format versions to the version of dvae that reads them.
     """
-    known = type(found) is int  # not a bool
+    known = type(found) is int  # isinstance would accept a bool too
     if known and found == wanted:
         return
     if known and found in readers:

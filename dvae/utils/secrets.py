@@ -32,7 +32,7 @@ NOT_SECRET = re.compile(
     r"HOME|USER|LOGNAME|HOSTNAME|PWD|TMPDIR|SCRATCH|WORK|PROJECT|DATA(?:_?DIR)?|RANK|LOCAL_RANK|WORLD_SIZE|SLURM_\w+|"
     r"WANDB_(?:RUN_ID|SWEEP_ID|PROJECT|ENTITY|NAME|DIR|MODE)"
 )
-"""Environment variables that hold paths, names and numbers. Their values are no secrets and are not removed."""
+"""Environment variables that hold paths, names and numbers. Their values are not secret, so they are not removed."""
 USER_INFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
 """The part user:password before the host of a URL."""
 PARAMETER = re.compile(
