@@ -73,7 +73,7 @@ def test_a_run_leaves_figures_and_pictures(finished: Path) -> None:
             assert Image.open(run / "images" / picture).width > 300
         page = (run / "report.html").read_text()
         assert f"{classes['rings']['floor']['mean']:.4f}" in page
-        assert "Points it drew" in page
+        assert "Generated points" in page
 
 
 def test_a_bundle_draws_the_class_that_it_is_asked_for(finished: Path) -> None:
