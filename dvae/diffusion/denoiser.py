@@ -1,16 +1,16 @@
-"""The denoiser: refiner + diffusion + condition in one place, with the loss, so that scalings cannot drift apart.
+"""The denoiser: refiner, diffusion, condition and loss in one module, so that all of them use the same scaling.
 
-Coordinates. The diffusion runs in a state whose clean image is y_0 = data_scale * (x - shift):
+Coordinates. The clean state of the diffusion is y_0 = data_scale * (x - shift), for an image x:
 
-    center     shift    the refiner sees     known as
-    none       0        u                    DiffuseVAE formulation 1
-    input      0        u + x_hat            DiffuseVAE formulation 2 (in the coordinate y = x_t - x_hat)
-    residual   x_hat    u                    the refiner draws only what the VAE left out
+    center     shift    input of the refiner   description
+    none       0        u                      DiffuseVAE formulation 1
+    input      0        u + x_hat              DiffuseVAE formulation 2 (in the coordinate y = x_t - x_hat)
+    residual   x_hat    u                      the refiner generates only the residual x - x_hat
 
-Where a sample's condition is dropped (classifier-free training), x_hat is zero for it, and so is every shift.
+If a sample's condition is dropped (classifier-free training), its x_hat is zero, and therefore its shift too.
 
-In latent space (Rombach et al. 2022) x is the encoder's latent map instead: x_hat is zero, there is no z besides, and
-the state is y_0 = data_scale * x.
+In latent space (Rombach et al. 2022), x is the encoder's latent map instead of an image. Then x_hat is zero, there is
+no separate z, and the clean state is y_0 = data_scale * x.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dvae.utils import rng
 
 
 class Center(Enum):
-    """Where x_hat enters besides concatenation; see the table above."""
+    """How x_hat enters, apart from concatenation. The table in the module docstring defines the values."""
 
     none = "none"
     input = "input"
@@ -42,7 +42,7 @@ class Center(Enum):
 
 
 class Space(Enum):
-    """What is diffused."""
+    """Space of the diffusion."""
 
     pixel = "pixel"
     latent = "latent"
@@ -53,39 +53,47 @@ class DenoiserConfig:
     """Settings of the denoiser."""
 
     space: Space = Space.pixel
-    """pixel: images, given x_hat; latent: the encoder's latent maps, which its decoder makes images of."""
+    """pixel: diffuse images, conditioned on x_hat; latent: diffuse the encoder's latent maps, which its decoder turns
+    into images."""
     prediction: PredictionType = PredictionType.eps
-    """eps (DDPM, DiffuseVAE, PSLD), x0, or v (flow matching and EDM too); x0 and v need k = 1."""
+    """Quantity that the refiner predicts: eps (DDPM, DiffuseVAE, PSLD), x0, or v (also for flow matching and EDM). x0
+    and v need k = 1."""
     mixed: bool = False
-    """Mixed score: the refiner's eps is added to that of standard normal data (Dockhorn et al. 2022, section 3.3)."""
+    """Mixed score: add the eps of standard normal data to the refiner's output (Dockhorn et al. 2022, section 3.3)."""
     matching: Matching = Matching.hsm
-    """hsm | dsm: what training conditions on at t = 0, for k > 1."""
+    """hsm | dsm: hybrid or denoising score matching. It makes a difference for k > 1 only."""
     factor: Factor = Factor.lower
-    """lower | upper: triangular factor of the covariance that multiplies the noise, for k > 1."""
+    """lower | upper: triangular factor of the covariance that multiplies the noise. It matters for k > 1 only."""
     center: Center = Center.none
-    """none: formulation 1; input: formulation 2; residual: diffuse what x_hat lacks."""
+    """none: DiffuseVAE formulation 1; input: formulation 2; residual: diffuse the residual x - x_hat."""
     data_scale: float | None = 1.0
-    """Factor on the clean state; null: 1 / standard deviation, measured on training images when the stage starts."""
+    """Factor on the clean state, above 0. null: 1 / standard deviation of training images, measured when the stage
+    starts."""
     condition_image: bool = True
     """Concatenate x_hat to the refiner's input."""
     condition_latent: bool = False
-    """Latent guidance: the refiner is also given z."""
+    """Condition the refiner on z too (latent guidance)."""
     condition_label: bool = False
-    """The refiner is also given the class."""
+    """Condition the refiner on the class too."""
     condition_dropout: float = 0.0
-    """Probability, per sample, of dropping all conditions together in training; above 0 it allows guidance != 1."""
+    """Probability in [0, 1], per sample, of dropping all conditions together in training. guidance != 1 needs a value
+    above 0."""
     pca_components: int = 0
-    """Latent guidance is also given the coordinates of z on so many principal components, whitened (0: no)."""
+    """Number of principal components of z whose whitened coordinates are added to latent guidance. 0: none."""
     pca_dropout: float = 0.1
-    """Probability, per sample, of dropping these coordinates alone; above 0 it allows pca_guidance != 1."""
+    """Probability in [0, 1], per sample, of dropping the principal coordinates alone. pca_guidance != 1 needs a value
+    above 0."""
     label_dropout: float = 0.0
-    """Probability, per sample, of dropping the class alone; above 0 it allows label_guidance != 1."""
+    """Probability in [0, 1], per sample, of dropping the class alone. label_guidance != 1 needs a value above 0."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """The objective over time."""
+    """The training objective: weights and times."""
 
 
 class Denoiser(nn.Module):
-    """Loss and prediction of a conditional refiner. Everything but the network itself runs in fp32."""
+    """Loss and prediction of a conditional refiner. All computation outside the network runs in fp32.
+
+    Raises UserError if the settings contradict each other, the diffusion or the shapes.
+    """
 
     data_scale: torch.Tensor
 
@@ -97,28 +105,28 @@ class Denoiser(nn.Module):
         self.config = config
         self.shapes = shapes
         self.objective = Objective(config.loss, diffusion, config.prediction)
-        # a buffer, so that a measured scale travels with the weights
         if config.pca_components:
             size = math.prod(shapes.latent)
             self.whitening = Whitening(config.pca_components, size)
-            # zero, so that a refiner that has learned nothing of them yet is the one without
+            # zero at initialization, so that the coordinates have no effect until training gives them one
             self.pca_projection = nn.Parameter(torch.zeros(size, config.pca_components))
+        # a buffer, so that checkpoints save a measured scale with the weights
         self.register_buffer("data_scale", torch.tensor(config.data_scale or 1.0, dtype=torch.float32))
 
     def shift(self, conditioning: Conditioning) -> torch.Tensor:
-        """Center of the state, (B, C, H, W)."""
+        """Return the shift of the clean state, (B, C, H, W): x_hat for center=residual, otherwise zero."""
         return conditioning.x_hat if self.config.center is Center.residual else torch.zeros_like(conditioning.x_hat)
 
     def to_state(self, x: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Clean state y_0 of images x (B, C, H, W)."""
+        """Return the clean states y_0 of images x; both are (B, C, H, W)."""
         return self.data_scale * (x - self.shift(conditioning))
 
     def to_image(self, state: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Images of clean states (B, C, H, W)."""
+        """Return the images of clean states; both are (B, C, H, W). This is the inverse of `to_state`."""
         return state / self.data_scale + self.shift(conditioning)
 
     def sample_noise(self, seed: int, keys: torch.Tensor) -> NoiseSample:
-        """Times, noise and the dropping of conditions for the sample numbers keys (B,)."""
+        """Draw times, noise and the masks that drop conditions, for the global sample numbers `keys` (B,) int64."""
         numbers, config = keys.tolist(), self.config
         t, weight = self.objective.sample_times(rng.uniform(seed, "time", numbers))
         shape = (self.shapes.k * self.shapes.channels, self.shapes.image_size, self.shapes.image_size)
@@ -133,7 +141,7 @@ class Denoiser(nn.Module):
         return NoiseSample(t, rng.normal(seed, "noise", numbers, shape), keep, keep_label, keep_pca, weight, aux_noise)
 
     def build_condition(self, conditioning: Conditioning) -> NetworkCondition:
-        """The input of the refiner besides state and time."""
+        """Return the condition that the refiner receives besides state and time."""
         label = None
         if self.config.condition_label:
             none = torch.full((len(conditioning.z),), NO_LABEL, device=conditioning.z.device)
@@ -146,7 +154,7 @@ class Denoiser(nn.Module):
         )
 
     def _latent_condition(self, conditioning: Conditioning) -> torch.Tensor:
-        """z, and what is made of its principal coordinates where these are given."""
+        """Return z (B, *latent) plus the projection of its whitened principal coordinates, if the refiner has them."""
         if not self.config.pca_components:
             return conditioning.z
         coordinates = self.whitening(conditioning.z)
@@ -155,7 +163,10 @@ class Denoiser(nn.Module):
         return conditioning.z + (coordinates @ self.pca_projection.T).view_as(conditioning.z)
 
     def network_output(self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The refiner's raw output (B, shapes.output_channels, H, W), fp32, for states u at times t (B,)."""
+        """Return the refiner's raw output for states u (B, k*C, H, W) at times t (B,).
+
+        The output is (B, shapes.output_channels, H, W) in fp32. Its meaning depends on `config.prediction`.
+        """
         inputs = u
         if self.config.center is Center.input:
             inputs = u + self.diffusion.initial_state(conditioning.x_hat)
@@ -163,12 +174,12 @@ class Denoiser(nn.Module):
         return self.refiner(inputs, feature, self.build_condition(conditioning)).float()
 
     def add_noise(self, x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
-        """The state u_t (B, k*C, H, W) of images x (B, C, H, W)."""
+        """Return the noisy states u_t (B, k*C, H, W) of images x (B, C, H, W)."""
         u0 = self.diffusion.initial_state(self.to_state(x, conditioning), noise_sample.aux_noise)
         return self.diffusion.perturb(u0, noise_sample.t, noise_sample.eps)
 
     def forward(self, x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
-        """Per-sample loss (B,): weighted mean squared error of the predicted quantity."""
+        """Return the loss of each sample, (B,): the weighted mean squared error of the predicted quantity."""
         conditioning = conditioning.drop(noise_sample.keep)
         if noise_sample.keep_label is not None:
             conditioning = conditioning.drop_label(noise_sample.keep_label)
@@ -182,7 +193,7 @@ class Denoiser(nn.Module):
     def _target(
         self, x: torch.Tensor, u: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample
     ) -> torch.Tensor:
-        """What the refiner should put out for u, (B, shapes.output_channels, H, W)."""
+        """Return the training target of the refiner for u, (B, shapes.output_channels, H, W)."""
         match self.config.prediction:
             case PredictionType.eps:
                 eps = (
@@ -198,7 +209,7 @@ class Denoiser(nn.Module):
                 return alpha * noise_sample.eps - sigma * self.to_state(x, conditioning)
 
     def _predicted(self, eps: torch.Tensor) -> torch.Tensor:
-        """The components of eps (B, k*C, H, W) that the refiner predicts."""
+        """Select the components of eps (B, k*C, H, W) that the refiner predicts."""
         chosen = self.diffusion.predicted_components
         if len(chosen) == self.diffusion.k:
             return eps
@@ -210,7 +221,7 @@ class Denoiser(nn.Module):
     def predict(
         self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(eps (B, k*C, H, W), y_0 (B, C, H, W)) from states u at times t (B,)."""
+        """Return (eps (B, k*C, H, W), y_0 (B, C, H, W)) for states u (B, k*C, H, W) at times t (B,)."""
         output = self.network_output(u, t, conditioning)
         if self.config.prediction is PredictionType.x0:
             return self.diffusion.eps_from_x0(u, t, output), output
@@ -224,7 +235,7 @@ class Denoiser(nn.Module):
 
 
 def _check(config: DenoiserConfig, diffusion: Diffusion, shapes: Shapes) -> None:
-    """Raise UserError where a setting is not defined for the others."""
+    """Raise UserError if a setting is out of range or contradicts another setting."""
     prediction = config.prediction.name
     if config.center is not Center.none and not config.condition_image:
         raise UserError(f"denoiser.center={config.center.name} needs x_hat: set denoiser.condition_image=true")
@@ -233,7 +244,7 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, shapes: Shapes) -> None
             raise UserError(f"denoiser.{name}={getattr(config, name)} is not a probability: use 0 to 1")
     size = math.prod(shapes.latent)
     if config.pca_components and not config.condition_latent:
-        raise UserError("denoiser.pca_components are of the z that latent guidance gives: set condition_latent=true")
+        raise UserError("denoiser.pca_components needs latent guidance: set denoiser.condition_latent=true")
     if not 0 <= config.pca_components <= (size if config.condition_latent else 0):
         raise UserError(f"denoiser.pca_components={config.pca_components}: z has {size} numbers, use 0 to {size}")
     if config.condition_label and not shapes.labels:
@@ -244,8 +255,8 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, shapes: Shapes) -> None
         raise UserError(f"denoiser.prediction={prediction} is defined for k = 1 only: use eps")
     if diffusion.schedule.zero_terminal_snr and config.prediction is PredictionType.eps:
         raise UserError(
-            "denoiser.prediction=eps says nothing of the image where B is infinite, at t = 1 of this schedule: "
-            "use v or x0"
+            "denoiser.prediction=eps does not determine the image at t = 1 of this schedule, because B is infinite "
+            "there: use v or x0"
         )
     if config.mixed and config.prediction is not PredictionType.eps:
-        raise UserError(f"denoiser.mixed=true is defined for eps, not {prediction}: v has the normal part built in")
+        raise UserError(f"denoiser.mixed=true is defined for eps, not {prediction}: set denoiser.mixed=false")

@@ -1,4 +1,4 @@
-"""The model that a sampler integrates: a denoiser bound to its condition, guided, and kept within the image range."""
+"""The model that a sampler integrates: a denoiser with its condition, guidance and threshold."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from dvae.errors import UserError
 from dvae.registry.classifiers.base import Classifier
 
 QUANTILE = 0.995
-"""Of the absolute pixel values of an image, for dynamic thresholding (Saharia et al. 2022, appendix E)."""
+"""Quantile of an image's absolute pixel values at which dynamic thresholding cuts (Saharia et al. 2022, appendix E)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How strongly conditions are followed. The defaults are the conditional model itself."""
+    """Guidance weights. The defaults give the conditional model without guidance."""
 
     condition: float = 1.0
-    """w in eps(0) + w (eps(c) - eps(0)), c = (x_hat, z, class): 0 unconditional, 1 conditional (Ho & Salimans 2022;
-    their weight is w - 1)."""
+    """Weight w in eps(0) + w (eps(c) - eps(0)), with c = (x_hat, z, class). 0 is the unconditional model and 1 the
+    conditional model. The weight of Ho & Salimans 2022 is w - 1."""
     label: float = 1.0
-    """The same for the class alone: eps(c) is itself eps(x_hat, z) + label (eps(x_hat, z, class) - eps(x_hat, z))."""
+    """Weight for the class alone: eps(c) above is eps(x_hat, z) + label (eps(x_hat, z, class) - eps(x_hat, z))."""
     pca: float = 1.0
-    """The same for the principal coordinates of z alone (denoiser.pca_components)."""
+    """Weight for the principal coordinates of z alone (denoiser.pca_components), in the same form."""
     classifier: float = 0.0
-    """Factor on the gradient of log p(class | u_t) (Dhariwal & Nichol 2021, section 4)."""
+    """Factor on the gradient of log p(class | u_t) (Dhariwal & Nichol 2021, section 4). 0 uses no classifier."""
 
 
 class GuidedDenoiser:
-    """A denoiser with its condition and guidance: a Model (dvae.diffusion.sampler_model).
+    """A denoiser with its condition and guidance. It is a SamplerModel (dvae.diffusion.sampler_model).
 
-    Raises UserError where the denoiser was not trained for the guidance.
+    Raises UserError if the denoiser was not trained for the guidance, or if the guidance needs a classifier or a class
+    that is missing.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class GuidedDenoiser:
 
     @property
     def nfe_per_call(self) -> int:
-        """Passes of the refiner per call: one for each condition that has a weight; a classifier's are not counted."""
+        """Evaluations of the refiner per call, one per view of nonzero weight. The classifier is not counted."""
         return len(self._views)
 
     def __getitem__(self, rows: torch.Tensor) -> GuidedDenoiser:
@@ -70,12 +71,14 @@ class GuidedDenoiser:
             eps = sum((weight * view[0] for weight, view in views), torch.zeros_like(eps))
             x0 = sum((weight * view[1] for weight, view in views), torch.zeros_like(x0))
         if self.guidance.classifier:
+            # the gradient is added to the score, and eps = -L^T score
             eps = eps - apply_matrix(
                 self.diffusion.marginal(times)[1].mT, self.guidance.classifier * self._gradient(u, times)
             )
+            # for k > 1, remove the part of the changed eps that does not agree with u
             eps = self.diffusion.project_eps(u, times, eps)
             x0 = self.diffusion.x0_from_eps(u, times, eps)
-        if threshold is not Threshold.none and self.denoiser.config.space is Space.pixel:  # latents have no range
+        if threshold is not Threshold.none and self.denoiser.config.space is Space.pixel:  # latents are unbounded
             image = apply_threshold(self.denoiser.to_image(x0, self.conditioning), threshold)
             kept = self.denoiser.to_state(image, self.conditioning)
             eps, x0 = self.diffusion.shift_eps(kept - x0, times, eps), kept
@@ -84,9 +87,10 @@ class GuidedDenoiser:
     def _predict(
         self, u: torch.Tensor, t: torch.Tensor, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(eps, x0) under `conditioning`.
+        """Return (eps, x0) under `conditioning`.
 
-        If x_hat was dropped, so was its shift: the same noisy image is another state.
+        If x_hat is dropped, its shift is dropped too. The same noisy image is then a different state, so u is moved
+        before the prediction and x0 is moved back after it.
         """
         if conditioning.x_hat is self.conditioning.x_hat:
             return self.denoiser.predict(u, t, conditioning)
@@ -96,7 +100,7 @@ class GuidedDenoiser:
         return eps, x0 - moved
 
     def _gradient(self, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """grad_u log p(class | u_t), (B, k*C, H, W), of the classifier at the physical time t (B,)."""
+        """Return the classifier's grad_u log p(class | u_t), (B, k*C, H, W), at times t (B,)."""
         assert self.classifier is not None
         assert self.conditioning.label is not None
         feature = self.diffusion.schedule.time_feature(t).to(u.device, torch.float32)
@@ -108,7 +112,10 @@ class GuidedDenoiser:
 
 
 def _weighted_views(guidance: Guidance, conditioning: Conditioning) -> list[tuple[float, Conditioning]]:
-    """(weight, conditioning) whose weighted sum is the guided prediction; those of weight 0 are left out."""
+    """Return pairs (weight, conditioning). The guided prediction is the weighted sum of their predictions.
+
+    The weights add up to 1. Pairs of weight 0 are left out, because each pair costs one network evaluation.
+    """
     w, label, pca = guidance.condition, guidance.label, guidance.pca
     keep_none = torch.zeros(len(conditioning.z), dtype=torch.bool)
     views = [
@@ -121,7 +128,7 @@ def _weighted_views(guidance: Guidance, conditioning: Conditioning) -> list[tupl
 
 
 def apply_threshold(images: torch.Tensor, threshold: Threshold) -> torch.Tensor:
-    """Images (B, C, H, W) brought within [-1, 1]."""
+    """Return images (B, C, H, W) limited to [-1, 1] by `threshold`, which is clamp or dynamic."""
     if threshold is Threshold.clamp:
         return images.clamp(-1.0, 1.0)
     limit = torch.quantile(images.float().abs().flatten(1), QUANTILE, dim=1).clamp(min=1.0).to(images.dtype)
@@ -157,5 +164,6 @@ def _check(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, c
         raise UserError(f"classifier_guidance={guidance.classifier} needs a class: give label=NAME")
     if denoiser.diffusion.schedule.zero_terminal_snr:
         raise UserError(
-            f"classifier_guidance={guidance.classifier} is not defined at t = 1 of a schedule whose B is infinite there"
+            f"classifier_guidance={guidance.classifier} is not defined at t = 1 of this schedule, because B is "
+            "infinite there: use classifier_guidance=0"
         )

@@ -1,18 +1,20 @@
-"""Log-likelihood through the probability flow, in bits per dimension (Song et al. 2021, section 4.3).
+"""Log-likelihood from the probability flow, in bits per dimension (Song et al. 2021, section 4.3).
 
-Along the flow d log p(u_t) = -div(velocity), so log p(u) at t_min is log N(u_1; 0, S_inf) plus the integral of the
-divergence from t_min to 1. For k = 1, u = x. For k > 1 the other components m are drawn from their start q(m), and
+Along the flow, d log p(u_t) = -div(velocity). So log p(u) at t_min is log N(u_1; 0, S_inf) plus the integral of the
+divergence from t_min to 1. For k = 1, u = x. For k > 1, the other components m are drawn from their initial
+distribution q(m), and
 
     log p(x) >= E_m[log p(x, m)] + H(q) = E_m[log p(x, m) - log q(m)],     with the gap KL(q(m) || p(m | x))
 
-(Dockhorn et al. 2022, appendix B.3). The second form is the one used: what a draw of m adds to both nearly cancels.
+(Dockhorn et al. 2022, appendix B.3). The code uses the second form, because the contributions of a draw of m to its two
+terms nearly cancel.
 
-An 8-bit image is a bin of width 2/255 in [-1, 1] per pixel and channel. With x drawn uniformly in its bin, which is
-`dequantize`, n = C H W, and the clean state data_scale * (x - shift),
+An 8-bit image is a bin of width 2/255 in [-1, 1] per pixel and channel. `dequantize` draws x uniformly in its bin. Let
+n = C H W, and let data_scale * (x - shift) be the clean state. Then
 
     bits per dimension = -(log p(clean state) / n + log(data_scale)) / log 2 + log2(255 / 2)
 
-bounds from above the bits that a lossless code of the image needs, in expectation over the draws.
+In expectation over the draws, this is an upper bound on the bits per dimension of a lossless code of the image.
 """
 
 from __future__ import annotations
@@ -36,16 +38,21 @@ from dvae.utils import rng
 
 @dataclass(frozen=True)
 class Likelihood:
+    """Likelihood of a batch of images."""
+
     bits_per_dim: torch.Tensor
-    """Of each 8-bit image, (B,), float64; for k > 1 an upper bound."""
+    """Bits per dimension of each 8-bit image, (B,), float64. For k > 1 it is an upper bound."""
     log_density: torch.Tensor
-    """log p of each clean state, in nats, (B,), float64; for k > 1 a lower bound."""
+    """log p of each clean state in nats, (B,), float64. For k > 1 it is a lower bound."""
     nfe: torch.Tensor
-    """Network evaluations of each sample, (B,), int64; those of its gradient are not counted."""
+    """Network evaluations of each sample, (B,), int64. Gradient computations are not counted."""
 
 
 def dequantize(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """x from images in {0..255} and draws in [0, 1), same shape: uniform in the bin around each level, in [-1, 1]."""
+    """Draw x uniformly in the bin around each gray level, on the scale on which the levels span [-1, 1].
+
+    `images` has levels in {0..255}, and `uniform` has draws in [0, 1). Both have the shape of the result.
+    """
     return (images.to(uniform.dtype) + uniform - 0.5) / 127.5 - 1.0
 
 
@@ -57,10 +64,11 @@ def estimate(
     seed: int,
     tolerance: float,
 ) -> Likelihood:
-    """Likelihood of images (B, C, H, W) uint8 under the refiner, given `conditioning`.
+    """Estimate the likelihood of images (B, C, H, W) uint8 under the refiner, given `conditioning`.
 
-    One draw of dequantization, of the momentum where k > 1, and of the probe of the divergence per image, keyed by the
-    image's number.
+    Each image gets one draw for dequantization, one for the probe of the divergence, and for k > 1 one for the
+    momentum. The draws depend only on `seed` and on the image's entry in `numbers`. `tolerance` is the tolerated error
+    of each integration step, relative and absolute.
     """
     shapes, device = denoiser.shapes, conditioning.z.device
     shape = (shapes.k * shapes.channels, shapes.image_size, shapes.image_size)
@@ -87,17 +95,25 @@ def bits_per_dim(
     t_min: float = 1e-5,
     tolerance: float = 1e-5,
 ) -> Likelihood:
-    """Likelihood of clean states x (B, C, H, W) = data_scale * (image - shift).
+    """Compute the likelihood of clean states x (B, C, H, W) = data_scale * (image - shift).
 
-    noise: for k > 1, standard normal (B, k*C, H, W): draws the components beside the image; average over draws.
-    probes: +1 and -1 with equal chance, (B, k*C, H, W): the divergence is estimated with them (Hutchinson 1989),
-    unbiased; none: it is exact, at k*C*H*W gradients per evaluation.
-    t_min: where the flow starts, with u = (x, m) as it is; in (0, 1), or where sqrt(B) is 1e-3, if that is later: on
-    the linear clock that is 1e-5, as Song et al. have it, but on edm 1e-5 is a noise of 1e-33, which a network's x0 is
-    divided by twice. Whatever the start, the density is one: that of the model's states there.
+    The model must be differentiable in u, so it cannot have classifier guidance.
 
-    Raises UserError on a schedule whose B is infinite at t = 1, ValueError where noise is missing. The model must be
-    differentiable in u (not with classifier guidance).
+    Args:
+        noise: Standard normal (B, k*C, H, W), needed for k > 1. It draws the components other than the image. Average
+            the result over several draws for a better estimate.
+        probes: +1 and -1 with equal probability, (B, k*C, H, W). They give an unbiased estimate of the divergence
+            (Hutchinson 1989). With None the divergence is exact, at k*C*H*W gradients per evaluation.
+        data_scale: Factor on the clean states, above 0.
+        t_min: Time at which the flow starts from u = (x, m), in (0, 1). If sqrt(B(t_min)) is below 1e-3, the flow
+            starts at sqrt(B) = 1e-3 instead. On the linear clock the default is 1e-5 as in Song et al. On edm, t = 1e-5
+            is a noise of 1e-33, and the velocity divides the network's x0 by the noise twice. For every start, the
+            result is the density of the model's states at that time.
+        tolerance: Tolerated error of each integration step, relative and absolute.
+
+    Raises:
+        UserError: The schedule's B is infinite at t = 1.
+        ValueError: k > 1 and `noise` is None.
     """
     diffusion, n = model.diffusion, x[0].numel()
     if diffusion.schedule.zero_terminal_snr:
@@ -106,8 +122,9 @@ def bits_per_dim(
             "another schedule, such as linear"
         )
     if diffusion.k > 1 and noise is None:
-        raise ValueError(f"the components beside the image (k = {diffusion.k}) need noise to be drawn from")
+        raise ValueError(f"a process with k = {diffusion.k} needs noise to draw the components other than the image")
     u = diffusion.initial_state(x, noise)
+    # the last column integrates the divergence along with u
     state = torch.cat([u.flatten(1), u.new_zeros(len(u), 1)], dim=1)
     flow = _flow_and_divergence(model, u.shape[1:], probes)
     start = max(sqrt_clock(diffusion, t_min), MIN_SQRT_CLOCK)
@@ -121,7 +138,7 @@ def bits_per_dim(
 
 
 def _flow_and_divergence(model: SamplerModel, shape: torch.Size, probes: torch.Tensor | None) -> Velocity:
-    """d/dr of (u, integral of the divergence), flattened to (n, k*C*H*W + 1), with r = sqrt(B)."""
+    """Build d/dr of (u, integral of the divergence), flattened to (n, k*C*H*W + 1), with r = sqrt(B)."""
     diffusion = model.diffusion
     trace_A = float(diffusion.A.trace()) * shape.numel() / diffusion.k
 
@@ -139,13 +156,13 @@ def _flow_and_divergence(model: SamplerModel, shape: torch.Size, probes: torch.T
 
 
 def _estimated_trace(f: torch.Tensor, u: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
-    """probe^T (df/du) probe, (n,), whose mean over probes is the trace."""
+    """Return probe^T (df/du) probe, (n,). Its mean over probes is the trace of df/du."""
     (product,) = torch.autograd.grad((f * probe).sum(), u)
     return (product * probe).flatten(1).sum(1)
 
 
 def _exact_trace(f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Trace of df/du, (n,)."""
+    """Return the trace of df/du, (n,), with one gradient per element of a sample."""
     trace = u.new_zeros(len(u))
     for i, element in enumerate(f.flatten(1).unbind(1)):
         (gradient,) = torch.autograd.grad(element.sum(), u, retain_graph=True)
@@ -154,7 +171,7 @@ def _exact_trace(f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def _log_normal(u: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
-    """log N(u; 0, S), summed over channels and pixels, (B,), float64."""
+    """Return log N(u; 0, S), summed over channels and pixels, (B,), float64."""
     u = u.double().cpu()
     square = (u * apply_matrix(torch.linalg.inv(S), u)).flatten(1).sum(1)
     return -0.5 * (square + u[0].numel() / len(S) * torch.logdet(2.0 * math.pi * S))

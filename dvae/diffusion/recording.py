@@ -1,4 +1,4 @@
-"""Denoised estimates on a sampler's way: the images that the network predicts as it goes."""
+"""Recording of the images that the network predicts during sampling."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from dvae.diffusion.sampler_model import SamplerModel, Threshold
 
 
 class RecordingDenoiser:
-    """A model whose predictions of the clean state are kept: the first of each of the wanted steps.
+    """A SamplerModel that records the first prediction of the clean state in each of the given steps.
 
-    Goes with samplers whose images move in the same steps: `on_step` tells it where they stand.
+    It needs a sampler that moves all images in the same steps (`Sampler.lockstep`). Pass `on_step` to the sampler, so
+    that this object knows the current step.
+
+    Args:
+        model: The model that makes the predictions.
+        steps: The step numbers to record, in increasing order. The first step is number 0.
     """
 
     def __init__(self, model: SamplerModel, steps: Sequence[int]) -> None:
         self.model, self.steps = model, steps
         self.x0: list[torch.Tensor] = []
-        """(B, C, H, W) of each of the wanted steps that are behind."""
+        """The recorded predictions (B, C, H, W), one for each step of `steps` that has been taken."""
         self._step = 0
 
     @property
@@ -40,6 +45,6 @@ class RecordingDenoiser:
         return prediction
 
     def on_step(self, i: int, t: float, u: torch.Tensor) -> torch.Tensor:
-        """An on_step that replaces nothing."""
+        """Note the current step. This is an OnStep callback that returns the state unchanged."""
         self._step = i
         return u

@@ -1,7 +1,7 @@
-"""An adaptive Runge-Kutta method whose samples keep their own step sizes (Dormand & Prince 1980).
+"""An adaptive Runge-Kutta method with a separate step size for each sample (Dormand & Prince 1980).
 
-Samples are evaluated together, but each has its own time, step and error control. So what becomes of a sample, and how
-many evaluations it takes, does not depend on the batch it is in, as it does where one step size serves all.
+Samples are evaluated together, but each has its own time, step size and error control. Therefore the result of a
+sample, and its number of evaluations, do not depend on the rest of the batch. They would with one common step size.
 """
 
 from __future__ import annotations
@@ -18,37 +18,44 @@ C = [float(c) for c in RK45.C]
 A = [[float(a) for a in row] for row in RK45.A]
 B = [float(b) for b in RK45.B]
 E = [float(e) for e in RK45.E]
-"""The tableau: nodes, stages, the step of order 5, and its difference from that of order 4."""
+"""The tableau: nodes C, stages A, weights B of the step of order 5, and weights E of its difference from the step of
+order 4."""
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
-"""Aim below the tolerance, and the least and greatest factor from one step size to the next (Hairer et al., II.4)."""
+"""Safety factor on the step size, and the smallest and largest factor from one step size to the next (Hairer et al.,
+II.4)."""
 FIRST_STEP = 0.01
-"""First step, as a share of the whole way."""
+"""First step, as a fraction of the whole interval."""
 MAX_STEP = 0.2
-"""Largest step, as a share of the whole way. The error estimate of a sample of few elements may vanish by chance; were
-steps free to grow while it does, some samples would be off by 200 times the tolerance."""
+"""Largest step, as a fraction of the whole interval. The error estimate of a sample with few elements can vanish by
+chance. Without this limit the step would then grow so far that some errors reach 200 times the tolerance."""
 MIN_STEP = 1e-12
-"""Step, as a share of the whole way, below which there is no hope."""
+"""Step, as a fraction of the whole interval, below which `integrate` gives up."""
 MAX_STEPS = 2000
-"""Steps tried per sample."""
+"""Maximum number of attempted steps per sample."""
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""velocity(y (n, ...), t (n,) float64 on the CPU, rows (n,) int64): dy/dt of the samples `rows` of the batch."""
+"""velocity(y (n, ...), t (n,) float64 on the CPU, rows (n,) int64) returns dy/dt (n, ...) of the samples `rows` of the
+batch."""
 
 
 @dataclass(frozen=True)
 class Solution:
+    """Result of `integrate`."""
+
     y: torch.Tensor
     """State at the end, (B, ...)."""
     evaluations: torch.Tensor
-    """Evaluations of the velocity that each sample took, (B,), int64: 1 + 6 for every step tried."""
+    """Velocity evaluations of each sample, (B,), int64: 1, plus 6 for every attempted step."""
 
 
 def integrate(velocity: Velocity, y: torch.Tensor, start: float, end: float, tolerance: float) -> Solution:
-    """Solve dy/dt = velocity from y (B, ...) at `start` to `end`, in either direction.
+    """Solve dy/dt = velocity from y (B, ...) at `start` to `end`. `end` can be below `start`.
 
-    A step is kept where the root mean square, over a sample's elements, of its estimated error is at most
-    tolerance * (1 + |y|). A sample that has arrived is evaluated no more. Raises UserError where one cannot arrive.
+    A sample's step is accepted if its error estimate, divided by tolerance * (1 + |y|) in each element, has a root mean
+    square of at most 1. A sample that has reached `end` is not evaluated any more.
+
+    Raises UserError if a sample cannot reach `end`: its step is below MIN_STEP, or it needs more than MAX_STEPS steps.
     """
     y_end, evaluations = y.clone(), torch.ones(len(y), dtype=torch.int64)
     rows, t = torch.arange(len(y)), torch.full((len(y),), start, dtype=torch.float64)
@@ -61,8 +68,10 @@ def integrate(velocity: Velocity, y: torch.Tensor, start: float, end: float, tol
         y_new, slope_new, error = _attempt_step(velocity, y, slope, t, h, rows, tolerance)
         evaluations[rows] += 6
 
-        kept = error <= 1.0  # not where it is nan
+        kept = error <= 1.0  # a nan compares as false, so the step is rejected
+        # the exponent is -1/5 because the error estimate is of order h^5; an error of 0 makes the factor infinite
         factor = torch.nan_to_num(SAFETY * error**-0.2, nan=SHRINK, posinf=GROW).clamp(SHRINK, GROW)
+        # a step that is accepted right after a rejection must not grow
         factor = torch.where(rejected & kept, factor.clamp(max=1.0), factor)
         y, slope = _where(kept, y_new, y), _where(kept, slope_new, slope)
         t, h, rejected = torch.where(kept, t + h, t), h * factor, ~kept
@@ -92,7 +101,10 @@ def _attempt_step(
     rows: torch.Tensor,
     tolerance: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y (n, ...), slope there (n, ...), error / tolerated error (n,)) one step of h (n,) further."""
+    """Take one step of h (n,) for each sample.
+
+    Returns (y (n, ...), slope at the new y (n, ...), error / tolerated error (n,) float64 on the CPU).
+    """
     step = h.to(y.device, y.dtype).view(-1, *[1] * (y.ndim - 1))
     slopes = [slope]
     for c, a in zip(C[1:], A[1:], strict=True):
@@ -105,7 +117,7 @@ def _attempt_step(
 
 
 def _sum(weights: list[float], slopes: list[torch.Tensor]) -> torch.Tensor:
-    """The weighted sum; weights beyond the slopes there are do not count (they are zero in the tableau)."""
+    """Return the weighted sum of slopes. Weights without a slope are ignored; they are zero in the tableau."""
     total = weights[0] * slopes[0]
     for weight, slope in zip(weights[1:], slopes[1:], strict=False):
         total = total + weight * slope
@@ -113,4 +125,5 @@ def _sum(weights: list[float], slopes: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _where(chosen: torch.Tensor, there: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    """Return the samples of `there` (n, ...) if `chosen` (n,) is true, else the samples of `here` (n, ...)."""
     return torch.where(chosen.to(here.device).view(-1, *[1] * (here.ndim - 1)), there, here)

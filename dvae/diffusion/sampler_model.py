@@ -1,4 +1,4 @@
-"""The interface between networks and samplers: a sampler integrates a `SamplerModel` and knows nothing else of it."""
+"""The interface between networks and samplers. A sampler uses only the methods of `SamplerModel`."""
 
 from __future__ import annotations
 
@@ -12,38 +12,44 @@ from dvae.diffusion.kernels import Diffusion, Prediction, Time
 
 
 class Threshold(Enum):
-    """What is done to the predicted image at each step, where it leaves the range of images."""
+    """How to limit the predicted image to [-1, 1] at each step."""
 
     none = "none"
-    """Nothing."""
+    """Do not limit it."""
     clamp = "clamp"
-    """Cut at -1 and 1."""
+    """Clamp pixel values to [-1, 1]."""
     dynamic = "dynamic"
-    """Cut at the 99.5% quantile of its own absolute values and scaled back to it (Saharia et al. 2022, section 2.3)."""
+    """Clamp to [-q, q] and divide by q. q is the 99.5% quantile of the image's absolute pixel values, or 1 if the
+    quantile is below 1 (Saharia et al. 2022, section 2.3)."""
 
 
 class SamplerModel(Protocol):
-    """What a sampler integrates: a denoiser bound to its condition and guidance, or a closed form in a test."""
+    """The model that a sampler integrates: a denoiser with its condition and guidance, or a closed form in a test."""
 
     @property
     def diffusion(self) -> Diffusion: ...
 
     @property
     def nfe_per_call(self) -> int:
-        """Network evaluations per call: 2 with classifier-free guidance."""
+        """Network evaluations (NFE) per call, for example 2 with classifier-free guidance."""
         ...
 
     def __call__(self, u: torch.Tensor, t: Time, *, threshold: Threshold = Threshold.none) -> Prediction:
-        """Prediction for u (B, k*C, H, W) at one time t, or at a time per image (B,)."""
+        """Return the prediction for u (B, k*C, H, W) at one time t, or at one time per image, (B,)."""
         ...
 
     def __getitem__(self, rows: torch.Tensor) -> SamplerModel:
-        """The model of some images of its batch, rows (n,) int64: for samplers in which images go their own ways."""
+        """Return the model of the images `rows` (n,) int64 of the batch.
+
+        Samplers that give each image its own steps use it.
+        """
         ...
 
 
 NoiseFn = Callable[[int], torch.Tensor]
-"""noise(i): standard normal noise number i of u's shape; keyed per image, so it does not depend on the batch."""
+"""noise(i) returns the standard normal noise number i, in the shape of u. An image's noise does not depend on the rest
+of the batch."""
 
 OnStep = Callable[[int, float, torch.Tensor], torch.Tensor]
-"""on_step(i, t, u) -> u: called with each state reached, i = 0 for the start; may replace it (inpainting, previews)."""
+"""on_step(i, t, u) -> u is called with the start (i = 0) and with the state after each step i. The sampler continues
+with the returned state, so the callback can replace it (inpainting, previews)."""

@@ -154,7 +154,7 @@ def test_guidance_goes_on_from_without_to_with() -> None:
     [
         ({"pca_components": 7}, r"pca_components=7: z has 6 numbers, use 0 to 6"),
         ({"pca_components": -1}, r"pca_components=-1: z has 6 numbers"),
-        ({"pca_components": 2, "condition_latent": False}, "set condition_latent=true"),
+        ({"pca_components": 2, "condition_latent": False}, "set denoiser.condition_latent=true"),
         ({"pca_components": 2, "pca_dropout": 1.5}, r"pca_dropout=1\.5 is not a probability"),
     ],
 )
