@@ -67,8 +67,8 @@ class DenoiserConfig:
     center: Center = Center.none
     """none: DiffuseVAE formulation 1; input: formulation 2; residual: diffuse the residual x - x_hat."""
     data_scale: float | None = 1.0
-    """Factor on the clean state, above 0. null: 1 / standard deviation of training images, measured when the stage
-    starts."""
+    """Factor on the clean state, above 0. null: 1 / standard deviation of x - shift, measured on training images when
+    the stage starts."""
     condition_image: bool = True
     """Concatenate x_hat to the refiner's input."""
     condition_latent: bool = False

@@ -1,1 +1,1 @@
-"""Processes, one file each. base.py has the abstract class and the registry."""
+"""Processes, one file each. base.py defines the abstract class and the registry."""

@@ -12,7 +12,10 @@ from dvae.registry.processes.base import PROCESSES, Process
 
 @PROCESSES.register("vp")
 class VariancePreserving(Process):
-    """Variance preserving, du = -u/2 dB + sqrt(dB) w: DDPM in continuous time (Song et al. 2021, equation 11)."""
+    """Variance-preserving process: du = -u/2 dB + sqrt(dB) w.
+
+    It is DDPM in continuous time (Song et al. 2021, equation 11).
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
