@@ -1,1 +1,1 @@
-"""Schedules, one file each. base.py has the abstract class and the registry."""
+"""Schedules, one file each. base.py defines the abstract class and the registry."""

@@ -1,4 +1,4 @@
-"""The schedule of constant beta."""
+"""The schedule with constant beta."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Constant(Schedule):
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         beta: float = 8.0
-        """Noise rate per unit of time, above 0; abar(1) = exp(-beta)."""
+        """Noise rate per unit of time, above 0. abar(1) = exp(-beta)."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         if not 0.0 < config.beta < math.inf:
-            raise UserError(f"schedule.beta={config.beta}: must be above 0 and finite; PSLD has 8")
+            raise UserError(f"schedule.beta={config.beta}: must be above 0 and finite; PSLD uses 8")
         self._beta = config.beta
 
     def integral(self, t: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The geometric schedule."""
+"""The schedule with geometric noise levels."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from dvae.registry.schedules.base import SCHEDULES, Schedule
 class Geometric(Schedule):
     """Geometric noise levels: VE-SDE scaled to unit variance (Song et al. 2021, equations 30 and 31).
 
-    B = log(1 + r^2), r^2 = sigma_min^2 ((sigma_max / sigma_min)^(2t) - 1): r = sigma/alpha is their noise in units of
-    the data, log r close to linear in t once above sigma_min. Their experiments leave out the -1, which leaves noise
-    sigma_min at t = 0; here, as in their SDE, t = 0 is clean. Their images are in [0, 1], half as wide as ours: with
-    `denoiser.data_scale` 0.5 their values of sigma mean the same here.
+    B = log(1 + r^2), r^2 = sigma_min^2 ((sigma_max / sigma_min)^(2t) - 1). r = sigma/alpha is the paper's noise in
+    units of the data. Above sigma_min, log r is close to linear in t. The paper's experiments leave out the -1, which
+    leaves noise sigma_min at t = 0. Here, as in the paper's SDE, t = 0 is clean.
+
+    The paper's images are in [0, 1], and the images here are in [-1, 1]. With `denoiser.data_scale=0.5` the paper's
+    values of sigma apply here.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         sigma_min: float = 0.01
-        """Noise at which the geometric growth sets in, in units of the diffused state, above 0."""
+        """sigma/alpha at which the geometric growth begins, above 0, in units of the diffused state."""
         sigma_max: float = 50.0
-        """Noise at t = 1: about the largest distance between two images (50 for CIFAR-10 in [0, 1])."""
+        """sigma/alpha at t = 1, above sigma_min, in units of the diffused state. Use about the largest distance between
+        two images: 50 for CIFAR-10 in [0, 1]."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         if not 0.0 < config.sigma_min < config.sigma_max < math.inf:

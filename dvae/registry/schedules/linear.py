@@ -17,17 +17,19 @@ from dvae.registry.schedules.zero_terminal import ZeroTerminal
 class Linear(Schedule):
     """Linear beta: B = beta_min t + (beta_max - beta_min) t^2 / 2, VP-SDE (Song et al. 2021, equations 32 and 33).
 
-    The limit of `ddpm_linear` with `steps` = n, beta_start = beta_min / n, beta_end = beta_max / n for n to infinity.
+    It is the limit for n to infinity of `ddpm_linear` with steps = n, beta_start = beta_min / n, beta_end =
+    beta_max / n.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         beta_min: float = 0.1
-        """beta at t = 0 per unit of time, above 0."""
+        """beta at t = 0, per unit of time, above 0."""
         beta_max: float = 20.0
-        """beta at t = 1 per unit of time."""
+        """beta at t = 1, per unit of time, at least beta_min."""
         zero_terminal_snr: bool = False
-        """Rescale so that nothing of the data is left at t = 1 (Lin et al. 2024); eps cannot be predicted there."""
+        """Rescale B so that u is pure noise at t = 1 (Lin et al. 2024). The refiner must then predict v or x0 instead
+        of eps."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         if not 0.0 < config.beta_min <= config.beta_max < math.inf:
@@ -39,7 +41,7 @@ class Linear(Schedule):
         self.zero_terminal_snr: bool = config.zero_terminal_snr
 
     def _plain(self, t: torch.Tensor) -> torch.Tensor:
-        """B without the rescaling."""
+        """Return B without the rescaling."""
         return (self._low + 0.5 * self._rise * t) * t
 
     def integral(self, t: torch.Tensor) -> torch.Tensor:
@@ -51,5 +53,5 @@ class Linear(Schedule):
 
     def inverse(self, integral: torch.Tensor) -> torch.Tensor:
         B = self._rescaled.inverse(integral) if self._rescaled else integral
-        # the root of a quadratic, in the form in which nothing cancels at small B
+        # the root of a quadratic equation, in the form without cancellation at small B
         return 2.0 * B / (self._low + torch.sqrt(self._low**2 + 2.0 * self._rise * B))
