@@ -1,1 +1,1 @@
-"""Samplers, one file each. base.py has the abstract class and the registry."""
+"""Samplers, one file each. base.py defines the abstract class and the registry."""

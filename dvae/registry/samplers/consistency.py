@@ -13,15 +13,19 @@ from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 @SAMPLERS.register("consistency")
 class ConsistencySampler(Sampler):
-    """The predicted image, noised anew to each lower time (Song et al. 2023, algorithm 1): for refiners that were tuned
-    to see the image itself (distiller=consistency), in 1 to 4 steps."""
+    """Predict the image, add new noise for the next lower time, and repeat (Song et al. 2023, algorithm 1).
+
+    It takes 1 to 4 steps. It needs a refiner that was tuned with distiller=consistency, so that it predicts one image
+    instead of a mean.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Sampler.Config):
         steps: int = 2
-        """Steps of the grid, the last to t = 0 included."""
+        """Number of steps, including the last one to t = 0."""
         spacing: Spacing = Spacing.quadratic
-        """As of other samplers; quadratic was better than uniform where it was measured (docs/extensions.md)."""
+        """Spacing of the times: uniform | quadratic | log_snr | karras. quadratic was better than uniform in the
+        measurements of docs/extensions.md."""
 
     needs_mean_denoiser = False
 

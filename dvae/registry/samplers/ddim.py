@@ -1,4 +1,4 @@
-"""DDIM."""
+"""DDIM, the denoising diffusion implicit model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class DDIM(Sampler):
     @dataclass(kw_only=True, slots=True)
     class Config(Sampler.Config):
         eta: float = 0.0
-        """Noise per step, as a fraction in [0, 1] of the standard deviation of q(u_s | u_t, x0)."""
+        """Standard deviation of the noise of each step, as a fraction in [0, 1] of the standard deviation of
+        q(u_s | u_t, x0)."""
 
     config: Config
 
@@ -34,6 +35,6 @@ class DDIM(Sampler):
     def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, prediction = state.diffusion, state.predict(u, t)
         added = self.config.eta**2 * diffusion.posterior(s, t)[2].item()
-        kept = max(diffusion.sigma(s).item() ** 2 - added, 0.0)
+        kept = max(diffusion.sigma(s).item() ** 2 - added, 0.0)  # rounding can make the difference negative
         u = diffusion.alpha(s).item() * prediction.x0 + kept**0.5 * prediction.eps
         return u + added**0.5 * state.noise(state.i) if added > 0.0 else u

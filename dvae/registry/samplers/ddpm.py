@@ -17,27 +17,29 @@ class Variance(Enum):
     """The variance of the noise that one reverse step from t to s adds (Ho et al. 2020, section 3.2)."""
 
     fixedlarge = 1
-    """1 - abar_t / abar_s, which is beta_t between neighbors: right for data ~ N(0, I)."""
+    """1 - abar_t / abar_s, which is beta_t between neighbors in the table. It is exact for data ~ N(0, I)."""
     fixedsmall = 2
-    """That of q(u_s | u_t, x0): right for data that are one point."""
+    """Variance of q(u_s | u_t, x0). It is exact for data that are a single point."""
 
 
 @SAMPLERS.register("ddpm")
 class DDPM(Sampler):
     """Ancestral sampling: u_s ~ q(u_s | u_t, x0(u_t)) (Ho et al. 2020, algorithm 2), over any subset of the times.
 
-    The last step, to t = 0, adds no noise and returns x0. So the first entries of the tables "fixedlarge" =
-    [posterior_variance[1], beta[1:]] and "fixedsmall" (clipped at index 0) are never met.
+    The last step, to t = 0, adds no noise and returns x0. So the first entries of the variance tables are never used:
+    "fixedlarge" = [posterior_variance[1], beta[1:]] and "fixedsmall", which is clipped at index 0.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Sampler.Config):
         steps: int = 1000
-        """Steps, and network evaluations; at most the number of the schedule's discrete times, where it has them."""
+        """Number of steps, including the last one to t = 0. A schedule with discrete times limits it to their
+        number."""
         variance: Variance = Variance.fixedlarge
-        """fixedlarge | fixedsmall."""
+        """Variance of the noise of each step: fixedlarge | fixedsmall."""
         sigma_scale: float = 1.0
-        """Factor on the standard deviation of the noise of each step; 0.95 trades variety for sharpness."""
+        """Factor on the standard deviation of the noise of each step, 0 or more. 0.95 gives sharper but less varied
+        images."""
 
     config: Config
 

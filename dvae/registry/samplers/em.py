@@ -1,4 +1,4 @@
-"""Euler-Maruyama."""
+"""The Euler-Maruyama method."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 @SAMPLERS.register("em")
 class EulerMaruyama(Sampler):
-    """Euler-Maruyama of the reverse SDE, for any process (Song et al. 2021, equation 6; Pandey & Mandt 2023).
+    """Euler-Maruyama steps of the reverse SDE, for any process (Song et al. 2021, equation 6; Pandey & Mandt 2023).
 
-    u_s = u_t + (-A u_t + 2 D score) dB + sqrt(2 D dB) noise, with dB = B(t) - B(s) exact on every clock.
+    u_s = u_t + (-A u_t + 2 D score) dB + sqrt(2 D dB) noise, with the exact dB = B(t) - B(s) of the clock.
     """
 
     @dataclass(kw_only=True, slots=True)

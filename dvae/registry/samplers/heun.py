@@ -1,4 +1,4 @@
-"""Heun's method of EDM."""
+"""Heun's method, the sampler of EDM."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 @SAMPLERS.register("heun")
 class Heun(Sampler):
-    """Heun's trapezoid in r = sigma/alpha: with w = u/alpha the flow is dw = eps dr (Karras et al. 2022, algorithm 1).
+    """Heun's trapezoidal rule in r = sigma/alpha (Karras et al. 2022, algorithm 1).
 
-    Order 2, without their churn; two evaluations a step, 2 steps - 1 in all. Over one step r should fall by a modest
-    factor, as with spacing karras and log_snr. Where B(1) is infinite, so is r, and the first step is DDIM's.
+    With w = u/alpha the flow is dw = eps dr. The method has order 2, and leaves out the paper's churn. It makes two
+    model calls per step and one in the last, so 2 * steps - 1 in total. r should decrease by a modest factor in each
+    step, as it does with spacing karras and log_snr. If B(1) is infinite, r is infinite too, and the first step is the
+    same as in DDIM.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Sampler.Config):
         spacing: Spacing = Spacing.karras
-        """karras | log_snr; uniform and quadratic only on a schedule that is fine in r near t = 1, such as edm."""
+        """Spacing of the times: karras | log_snr. Use uniform or quadratic only on a schedule on which r changes slowly
+        near t = 1, such as edm."""
 
     def supports(self, diffusion: Diffusion) -> bool:
         return diffusion.k == 1

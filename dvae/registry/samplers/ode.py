@@ -1,4 +1,4 @@
-"""The probability flow, with adaptive steps."""
+"""The probability-flow ODE with adaptive steps."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerOutput, Sample
 
 @SAMPLERS.register("ode")
 class ProbabilityFlow(Sampler):
-    """The probability-flow ODE by adaptive Runge-Kutta steps, for any process (Song et al. 2021, section 4.3).
+    """Solve the probability-flow ODE by adaptive Runge-Kutta steps, for any process (Song et al. 2021, section 4.3).
 
-    Each sample has its own steps (rk45.py): its result and its number of evaluations do not depend on the batch.
-    `steps`, `spacing` and `sigma_min` play no part, since the tolerance chooses the steps. From t_min to 0 it takes
-    the predicted image, as all samplers do, one evaluation more.
+    Each sample has its own steps (rk45.py), so its result and its number of evaluations do not depend on the batch. The
+    tolerance determines the steps, so `steps`, `spacing` and `sigma_min` have no effect. The last step, from t_min to
+    0, takes the predicted image as in all samplers. It costs one more model call.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Sampler.Config):
         tolerance: float = 1e-5
-        """Tolerated error of each step, relative and absolute."""
+        """Tolerated error of each step, relative and absolute, above 0."""
         t_min: float = 1e-3
-        """The last time before 0, in (0, 1), or where sqrt(B) is 1e-3, if that is later; below 1e-3 it takes more
-        evaluations to no visible gain."""
+        """Last time before 0, in (0, 1). If sqrt(B) is below 1e-3 there, the time at which it is 1e-3 is used instead.
+        Values below 1e-3 take more evaluations without a visible gain."""
         threshold: Threshold = Threshold.none
-        """none | clamp | dynamic; one that acts bends the flow, which takes many more evaluations."""
+        """none | clamp | dynamic: how to limit the predicted image to [-1, 1]. clamp and dynamic make the flow less
+        smooth, so it takes many more evaluations."""
 
     config: Config
     lockstep = False
@@ -48,13 +49,13 @@ class ProbabilityFlow(Sampler):
         return not diffusion.schedule.zero_terminal_snr
 
     def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        raise AssertionError("the samples of this sampler stand at times of their own: see `sample`")
+        raise AssertionError("sampler ode has no common step, because each sample has its own times: call `sample`")
 
     @torch.no_grad()
     def sample(
         self, model: SamplerModel, u: torch.Tensor, noise: NoiseFn, on_step: OnStep | None = None
     ) -> SamplerOutput:
-        """Integrate from u at t = 1 to t = 0; on_step sees these two states only."""
+        """Integrate from u (B, k*C, H, W) at t = 1 to t = 0. `on_step` is called with these two states only."""
         config, diffusion = self.config, model.diffusion
         u = config.temperature * u
         if on_step is not None:

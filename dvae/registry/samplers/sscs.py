@@ -1,4 +1,4 @@
-"""Symmetric splitting."""
+"""SSCS, the symmetric splitting sampler of critically damped Langevin diffusion."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 class SSCS(Sampler):
     """Symmetric splitting of the reverse SDE, for any process (Dockhorn et al. 2022, section 4 and appendix D).
 
-    Its drift, along falling B, is that of the stationary process run backwards, which is solved exactly, plus
-    2 D (score + S_inf^-1 u), which vanishes for data that are N(0, S_inf). A step is half of the first, a full Euler
-    step of the second with the score at t (where the step starts, as published), half of the first. The halves meet at
-    the middle in t; each has its own time on the clock. Two noises per step, numbers 2 i and 2 i + 1.
+    Along falling B, the SDE is split into two parts:
+
+    - the stationary process run backwards, which is solved exactly,
+    - the drift 2 D (score + S_inf^-1 u), which vanishes for data that are N(0, S_inf).
+
+    A step consists of half of the first part, a full Euler step of the second, and the other half of the first. The
+    Euler step uses the score at t, the start of the step, as published. The two halves meet at the middle in t, so they
+    can differ in length on the clock B. Step i uses the noises 2 i and 2 i + 1.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -41,6 +45,6 @@ class SSCS(Sampler):
 
 
 def _relax(diffusion: Diffusion, u: torch.Tensor, t: float, s: float, noise: torch.Tensor) -> torch.Tensor:
-    """A draw of u_s given u_t under the backward process that keeps N(0, S_inf)."""
+    """Draw u_s given u_t under the backward process that keeps N(0, S_inf). All are (B, k*C, H, W)."""
     Phi, S = diffusion.stationary_reverse_kernel(s, t)
     return apply_matrix(Phi, u) + apply_matrix(matrix_sqrt(S), noise)

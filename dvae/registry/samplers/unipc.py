@@ -1,4 +1,4 @@
-"""UniPC."""
+"""UniPC, the unified predictor-corrector method."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 @SAMPLERS.register("unipc")
 class UniPC(Sampler):
-    """Unified predictor-corrector, multistep, in x0, B(h) = e^h - 1 (Zhao et al. 2023, section 3).
+    """Unified predictor-corrector, multistep, for predictions of x0, with B(h) = e^h - 1 (Zhao et al. 2023, section 3).
 
-    In lambda = log(alpha/sigma) the flow from t to s is exactly u_s = sigma_s / sigma_t u_t + alpha_s times the
-    integral of e^(lambda - lambda_s) x0. The predictor puts in for x0 the polynomial through the last `order`
-    predictions. The model's call at s, which the next step makes anyhow, gives one point more: the corrector then adds
-    what that point changes in u_s. So one evaluation a step, and order `order` + 1.
+    With lambda = log(alpha/sigma), the exact flow from t to s is u_s = sigma_s / sigma_t u_t + alpha_s times the
+    integral of e^(lambda - lambda_s) x0. The predictor replaces x0 by the polynomial through the last `order`
+    predictions. The next step calls the model at s anyway, which gives one more point of x0. The corrector then adds
+    the change of u_s that this point makes. So the method needs one model call per step and has order `order` + 1.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Sampler.Config):
         order: int = 2
-        """Predictions in the polynomial, 1 to 3; the first steps have fewer."""
+        """Number of predictions in the polynomial, 1 to 3. The first steps have fewer."""
 
     config: Config
 
@@ -43,7 +43,7 @@ class UniPC(Sampler):
     def step(self, state: SamplerState, u: torch.Tensor, t: float, s: float) -> torch.Tensor:
         diffusion, x0 = state.diffusion, state.predict(u, t).x0
         now, then = diffusion.log_snr(t).item(), diffusion.log_snr(s).item()
-        if state.history:  # added to u, so that what on_step put into u stays
+        if state.history:  # the corrector adds to u, so changes that on_step made to u are kept
             u = u + diffusion.alpha(t).item() * (curvature(state.history, now, x0) - curvature(state.history, now))
         state.history = [*state.history, (now, x0)][-self.config.order :]
         bent = x0 * -math.expm1(now - then) + curvature(state.history, then)
@@ -53,12 +53,13 @@ class UniPC(Sampler):
 def curvature(
     history: list[tuple[float, torch.Tensor]], then: float, x0_then: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What the change of x0 since the newest of `history`, (lambda, x0), adds to the integral up to lambda = `then`.
+    """Return the part of the integral up to lambda = `then` that comes from the change of x0.
 
-    Where x0 is known there, from it as well.
+    The change is relative to the newest entry (lambda, x0) of `history`. It is approximated by a polynomial through the
+    older entries, and through `x0_then`, the prediction at `then`, if it is given. x0 and the result are (B, C, H, W).
     """
     *before, (now, x0) = history
-    # no polynomial reaches back to lambda = -inf
+    # an entry at lambda = -inf, where B is infinite, cannot be a point of the polynomial
     points = [((earlier - now) / (then - now), value - x0) for earlier, value in before if math.isfinite(earlier)]
     if x0_then is not None:
         points.append((1.0, x0_then - x0))
@@ -69,10 +70,12 @@ def curvature(
 
 
 def weights(h: float, at: list[float]) -> list[float]:
-    """w with sum_j w_j f(at_j) = integral over r in [0, 1] of h e^(-h (1 - r)) f(r), for f = r, r^2, ... , r^len(at).
+    """Return quadrature weights w for the points `at`.
 
-    One point is given half of the integral of 1, as in the paper: for small h the same, and right for h infinite too,
-    where f is linear in e^lambda.
+    sum_j w_j f(at_j) = integral over r in [0, 1] of h e^(-h (1 - r)) f(r), for f = r, r^2, ... , r^len(at).
+
+    A single point is an exception, as in the paper: its weight uses half of the integral of 1. That is the same for
+    small h. It is also correct for infinite h, if f is linear in e^lambda.
     """
     if not at:
         return []
@@ -84,5 +87,5 @@ def weights(h: float, at: list[float]) -> list[float]:
 
 
 def moment(h: float, k: int) -> float:
-    """Integral over r in [0, 1] of h e^(-h (1 - r)) r^k, for h above 0 and k >= 0."""
+    """Return the integral over r in [0, 1] of h e^(-h (1 - r)) r^k, for h > 0 and k >= 0."""
     return h / (k + 1) * hyp1f1(1, k + 2, -h)
