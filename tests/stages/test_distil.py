@@ -148,8 +148,8 @@ def test_the_consistency_sampler_ends_at_what_is_seen_and_noises_anew() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"name": "progressive", "start": 64, "end": 5}, "halved some times must be the second"),
-        ({"name": "progressive", "start": 4, "end": 4}, "halved some times must be the second"),
+        ({"name": "progressive", "start": 64, "end": 5}, "end must be start halved one or more times"),
+        ({"name": "progressive", "start": 4, "end": 4}, "end must be start halved one or more times"),
         ({"name": "consistency", "q": 1.0}, r"distiller\.q=1\.0: use more than 1"),
         ({"name": "consistency", "doublings": 0}, r"distiller\.doublings=0: use 1 or more"),
     ],

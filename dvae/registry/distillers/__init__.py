@@ -1,1 +1,1 @@
-"""Distillers, one file each. base.py has the abstract class and the registry."""
+"""Distillers, one file each. base.py defines the abstract class and the registry."""

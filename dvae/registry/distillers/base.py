@@ -1,4 +1,4 @@
-"""Distillers: how a refiner learns to draw in few steps what its teacher draws in many."""
+"""Distillers: methods that train a refiner to sample in a few steps what its teacher samples in many."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 
 class Distiller(ABC):
-    """Trains a denoiser's clean state at (u_t, t), for t drawn by `times`, towards `target`. Needs k = 1."""
+    """A distillation method. It needs a process with k = 1.
+
+    Training draws t by `times`. It fits the clean state that the student predicts at (u_t, t) to `target`.
+    """
 
     Config: type[ComponentConfig]
     targets_from_student: bool
-    """Whether targets are of the student as it is at that step; else of the teacher, which stays as it is."""
+    """Whether targets come from the student with its current weights. Otherwise they come from the frozen teacher."""
 
     @abstractmethod
     def __init__(self, config: ComponentConfig, shapes: Shapes) -> None: ...
@@ -26,16 +29,23 @@ class Distiller(ABC):
     @property
     @abstractmethod
     def rounds(self) -> tuple[int, ...]:
-        """Trainings one after the other, each from the averaged weights of the one before, which are its teacher; by
-        the number of steps that the student of each is for."""
+        """Number of sampling steps of the student of each round.
+
+        The rounds are trained one after the other. The averaged weights (EMA) of a round initialize the next round, and
+        are its teacher.
+        """
 
     @abstractmethod
     def times(
         self, diffusion: Diffusion, steps: int, uniform: torch.Tensor, progress: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(t, s), both (B,) float64, 1 >= t > s >= 0, for a student of `steps` steps.
+        """Draw (t, s), both (B,) float64, 1 >= t > s >= 0, for a student that samples in `steps` steps.
 
-        From uniform draws (B,) in [0, 1), and the part of the round's training that is done, (B,) in [0, 1).
+        Args:
+            diffusion: The diffusion, with k = 1.
+            steps: Number of sampling steps of the student.
+            uniform: Uniform draws (B,) in [0, 1).
+            progress: Fraction of the round's training that is done, (B,), in [0, 1).
         """
 
     @abstractmethod
@@ -48,21 +58,21 @@ class Distiller(ABC):
         s: torch.Tensor,
         conditioning: Conditioning,
     ) -> torch.Tensor:
-        """The clean state (B, C, H, W) that the student is to see in u_t = alpha_t y0 + sigma_t eps."""
+        """Return the clean state (B, C, H, W) that the student must predict for u_t = alpha_t y0 + sigma_t eps."""
 
     @abstractmethod
     def loss(self, diffusion: Diffusion, error: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """(B,) of the error of the clean state (B, C, H, W)."""
+        """Return the loss (B,) for the error of the predicted clean state, (B, C, H, W)."""
 
     def check(self, denoiser: Denoiser) -> None:
-        """Raise UserError where the denoiser cannot be distilled."""
+        """Raise UserError if the denoiser cannot be distilled."""
         name = DISTILLERS.name_of(self)
         if denoiser.diffusion.k != 1:
             raise UserError(f"distiller={name} needs a process with k = 1, this has k = {denoiser.diffusion.k}: use vp")
         if denoiser.config.prediction.name == "eps":
             raise UserError(
-                f"distiller={name}: denoiser.prediction=eps says little of the image where few steps begin: distil a "
-                "teacher that predicts v or x0"
+                f"distiller={name}: denoiser.prediction=eps determines the image poorly at high noise, where sampling "
+                "in few steps begins: distil a teacher that predicts v or x0"
             )
 
 

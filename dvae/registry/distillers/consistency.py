@@ -16,29 +16,35 @@ from dvae.registry.distillers.base import DISTILLERS, Distiller
 
 @DISTILLERS.register("consistency")
 class ConsistencyTuning(Distiller):
-    """The same clean image is to be seen at two neighboring noise levels of one noise, ever nearer to each other (easy
-    consistency tuning, Geng et al. 2024). Its sampler is sampler=consistency.
+    """Easy consistency tuning (Geng et al. 2024). Sample with sampler=consistency.
 
-    With r = sigma/alpha, the noise level of data of unit variance: ln r_t ~ N(log_mean, log_std^2), and r_s is
-    r_t (1 - n(r_t) / q^(1 + doublings so far)), n(r) = 1 + k sigmoid(-b r), or 0, the image itself, where that is less.
+    The student learns to predict the same clean image at two neighboring noise levels with the same noise. The levels
+    come nearer to each other during training. Let r = sigma/alpha be the noise level for data of unit variance. Then
+
+        ln r_t ~ N(log_mean, log_std^2),     r_s = r_t (1 - n(r_t) / q^(1 + doublings so far)),
+        n(r) = 1 + k sigmoid(-b r)
+
+    If this r_s is below 0, it is set to 0, which is the clean image itself.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         log_mean: float = -0.4
-        """Mean of ln(sigma/alpha): the paper's -1.1 for data of standard deviation 0.5."""
+        """Mean of ln(sigma/alpha). -0.4 is the paper's -1.1, which is for data of standard deviation 0.5."""
         log_std: float = 2.0
-        """Standard deviation of ln(sigma/alpha)."""
+        """Standard deviation of ln(sigma/alpha), above 0."""
         q: float = 2.0
-        """How much nearer the levels are after each doubling."""
+        """Factor by which the distance of the two noise levels decreases at each doubling, above 1."""
         doublings: int = 4
-        """How often they come nearer, evenly over training; 8 for trainings of many more steps than a few thousand."""
+        """Number of equal parts of the training, at least 1. The distance of the two levels decreases by the factor q
+        from each part to the next. Use 8 if training takes many more than a few thousand steps."""
         k: float = 8.0
-        """n(0) = 1 + k / 2: how much wider the distance is where there is little noise."""
+        """Extra distance of the two levels at low noise: n(0) = 1 + k / 2."""
         b: float = 0.5
-        """How fast that ends as noise grows: the paper's 1 for data of standard deviation 0.5."""
+        """Rate at which the extra distance decreases as the noise level grows. 0.5 is the paper's 1, which is for data
+        of standard deviation 0.5."""
         steps: int = 4
-        """Steps of the sampler in its previews."""
+        """Number of sampling steps in the training previews, at least 1."""
 
     targets_from_student = True
 
@@ -60,7 +66,7 @@ class ConsistencyTuning(Distiller):
         self, diffusion: Diffusion, steps: int, uniform: torch.Tensor, progress: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config, schedule = self.config, diffusion.schedule
-        normal = torch.special.ndtri(uniform.clamp(2.0**-53, 1.0 - 2.0**-53))
+        normal = torch.special.ndtri(uniform.clamp(2.0**-53, 1.0 - 2.0**-53))  # ndtri is infinite at 0 and 1
         last = schedule.integral(torch.ones(1, dtype=torch.float64))
         r = torch.minimum(torch.exp(config.log_mean + config.log_std * normal), torch.expm1(last).sqrt())
         gap = (1.0 + config.k * torch.sigmoid(-config.b * r)) / config.q ** (
@@ -79,12 +85,15 @@ class ConsistencyTuning(Distiller):
         conditioning: Conditioning,
     ) -> torch.Tensor:
         clean = (s <= 0.0).to(y0.device).view(-1, 1, 1, 1)
-        # predicted at some time above 0 where nothing of it is used
+        # the prediction needs a time above 0, so use t if s is 0; torch.where then discards that prediction
         s = torch.where(s <= 0.0, t, s)
         return torch.where(clean, y0, denoiser.predict(denoiser.diffusion.perturb(y0, s, eps), s, conditioning)[1])
 
     def loss(self, diffusion: Diffusion, error: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """The error's Euclidean norm, over r_t - r_s (their adaptive weighting without an offset)."""
+        """Return the Euclidean norm of the error, divided by r_t - r_s, (B,).
+
+        This is the paper's adaptive weighting without an offset.
+        """
         r_t, r_s = (torch.expm1(diffusion.schedule.integral(times)).sqrt() for times in (t, s))
-        norm = (error.square().flatten(1).sum(1) + 1e-12).sqrt()  # smooth where the error is zero
+        norm = (error.square().flatten(1).sum(1) + 1e-12).sqrt()  # 1e-12 makes it smooth at zero error
         return norm / (r_t - r_s).to(norm.device, norm.dtype)

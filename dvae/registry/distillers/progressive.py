@@ -17,15 +17,18 @@ from dvae.registry.distillers.base import DISTILLERS, Distiller
 
 @DISTILLERS.register("progressive")
 class ProgressiveDistillation(Distiller):
-    """One step of the student is two of the teacher's DDIM, and the student is the next round's teacher (Salimans & Ho
-    2022, algorithm 2). Its sampler is sampler=ddim with uniform spacing and as many steps as the round's."""
+    """Progressive distillation (Salimans & Ho 2022, algorithm 2).
+
+    In each round, the student learns to do two DDIM steps of its teacher in one step. The student is then the teacher
+    of the next round. Sample with sampler=ddim, uniform spacing, and the round's number of steps.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         start: int = 64
-        """Steps of the first teacher."""
+        """Number of sampling steps of the first teacher, above `end`."""
         end: int = 4
-        """Steps of the last student: start, halved some times."""
+        """Number of sampling steps of the last student. It must be `start`, halved one or more times."""
 
     targets_from_student = False
 
@@ -36,8 +39,8 @@ class ProgressiveDistillation(Distiller):
             rounds.append(steps)
         if not rounds or steps != config.end:
             raise UserError(
-                f"distiller.start={config.start}, distiller.end={config.end}: the first halved some times must be the "
-                "second, as 64 and 4"
+                f"distiller.start={config.start}, distiller.end={config.end}: end must be start halved one or more "
+                "times, for example 64 and 4"
             )
         self._rounds = tuple(rounds)
 
@@ -61,23 +64,28 @@ class ProgressiveDistillation(Distiller):
         s: torch.Tensor,
         conditioning: Conditioning,
     ) -> torch.Tensor:
-        """Where the teacher's two steps from t over the middle to s lead, as one step of DDIM would get there."""
+        """Return the clean state with which one DDIM step from t to s has the result of two steps of the teacher.
+
+        The teacher's first step ends at the middle (t + s) / 2, and its second at s.
+        """
         diffusion = denoiser.diffusion
         u = diffusion.perturb(y0, t, eps)
         end = u
         for now, then in ((t, (t + s) / 2), ((t + s) / 2, s)):
             noise, clean = denoiser.predict(end, now, conditioning)
             end = diffusion.perturb(clean, then, noise)
+        # one DDIM step is u_s = of_u u_t + of_x x0; solve it for x0
         sigma_t, sigma_s = diffusion.sigma(t), diffusion.sigma(s)
         of_u = sigma_s / sigma_t
         of_x = diffusion.alpha(s) - of_u * diffusion.alpha(t)
         return _column(1.0 / of_x, u) * (end - _column(of_u, u) * u)
 
     def loss(self, diffusion: Diffusion, error: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """Squared, times max(SNR, 1) (their section 4)."""
+        """Return the mean squared error times max(SNR, 1), (B,) (section 4 of the paper)."""
         snr = torch.exp(2.0 * diffusion.log_snr(t))
         return snr.clamp(min=1.0).to(error.device, error.dtype) * error.square().flatten(1).mean(1)
 
 
 def _column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshape values (B,) to (B, 1, 1, 1), with the dtype and device of `like`."""
     return values.to(like.device, like.dtype).view(-1, 1, 1, 1)
