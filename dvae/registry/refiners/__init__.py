@@ -1,1 +1,1 @@
-"""Refiners, one file each. base.py has the abstract class and the registry."""
+"""Refiners, one file each. base.py defines the abstract class and the registry."""

@@ -1,4 +1,4 @@
-"""The diffusion transformer (DiT): attention among the patches of an image."""
+"""The diffusion transformer (DiT): attention between the patches of an image."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 
 TIME_FEATURES = 256
+"""Size of the input of the time embedding."""
 EXPANSION = 4
-"""Hidden units of a block's MLP per channel."""
+"""Hidden units of a block's MLP, as a multiple of `width`."""
 
 
 @REFINERS.register("dit")
 class DiT(Refiner):
     """Transformer on patches, modulated by time, z and label (adaLN-zero; Peebles & Xie 2023).
 
-    x_hat is concatenated to the input; z and label are added to the time embedding. Two things differ from the paper:
-    the time embedding also sees log t, and there is no output for the variance.
+    x_hat is concatenated to the input. The embeddings of z and label are added to the time embedding. There are two
+    differences from the paper: the time embedding also uses log t, and the network does not predict a variance.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         patch: int = 2
-        """Side of a patch, in pixels of what is diffused; there are (image_size / patch)^2 tokens."""
+        """Side of a patch, in pixels of the diffused image or latent map. There are (image_size / patch)^2 tokens."""
         width: int = 384
-        """Channels of a token; a multiple of `heads` and of 4."""
+        """Channels of a token, a multiple of `heads` and of 4."""
         depth: int = 12
-        """Transformer blocks."""
+        """Number of transformer blocks, at least 1."""
         heads: int = 6
-        """Attention heads."""
+        """Number of attention heads."""
         attention: AttentionBackend = AttentionBackend.auto
-        """What computes attention."""
+        """Implementation of attention: auto | sdpa | xformers | math."""
         checkpoint_blocks: bool = False
-        """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
+        """Recompute the activations inside blocks for the gradient instead of keeping them. This needs less memory, but
+        a third more computation."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -61,6 +63,7 @@ class DiT(Refiner):
         self._initialize()
 
     def _initialize(self) -> None:
+        """Initialize the weights. The blocks are the identity at first, and the network's output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -71,7 +74,7 @@ class DiT(Refiner):
         zero_module(self.modulate)
         zero_module(self.out_proj)
         for module in self.modules():
-            if isinstance(module, DiTBlock):  # each block starts as the identity
+            if isinstance(module, DiTBlock):  # gates of zero make each block the identity at first
                 zero_module(module.modulate)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
@@ -90,7 +93,10 @@ class DiT(Refiner):
 
 
 class DiTBlock(nn.Module):
-    """Attention and an MLP, each normalized, modulated and gated: tokens (B, L, width), embedding (B, width)."""
+    """Attention and an MLP, each with normalization, modulation and a gate.
+
+    It maps tokens (B, L, width) and an embedding (B, width) to tokens (B, L, width).
+    """
 
     def __init__(self, width: int, heads: int, backend: AttentionBackend) -> None:
         super().__init__()
@@ -113,10 +119,10 @@ class DiTBlock(nn.Module):
 
 
 def _check(config: DiT.Config, shapes: Shapes) -> None:
-    """Raise UserError where the fields do not fit each other or the images."""
+    """Raise UserError if the settings contradict each other or the image size."""
     if config.patch < 1 or shapes.image_size % config.patch:
         raise UserError(f"refiner.patch {config.patch} does not divide {shapes.image_size} px: use a divisor")
     if config.heads < 1 or config.width < 4 or config.width % config.heads or config.width % 4:
         raise UserError(f"refiner.width {config.width} is not a multiple of 4 and of refiner.heads {config.heads}")
     if config.depth < 1:
-        raise UserError(f"refiner.depth {config.depth}: give at least one block")
+        raise UserError(f"refiner.depth {config.depth}: use at least 1 block")

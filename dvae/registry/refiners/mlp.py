@@ -15,30 +15,32 @@ from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner, check_latent_guidance
 
 SINE_GAIN = 3.0
-"""Factor on the initial weights in front of a sine: above 1, so that it bends."""
+"""Factor on the initial weights before a sine. It is above 1, so that the sine is not close to linear."""
 
 
 @REFINERS.register("mlp")
 class MLP(Refiner):
     """Residual MLP on the flattened state and condition, modulated by time and label (AdaLN: Peebles & Xie 2023).
 
-    An MLP learns fine structure last, hence Fourier features of the input (Tancik et al. 2020) and sines in place of
-    rectifiers (Sitzmann et al. 2020). The time embedding is of t and of log t: positional features of t alone barely
-    separate times below 1/1000.
+    An MLP learns fine structure last. So this one has Fourier features of the input (Tancik et al. 2020), and sines
+    instead of rectifiers (Sitzmann et al. 2020). The time embedding uses t and log t, because positional features of t
+    alone barely distinguish times below 1/1000.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         width: int = 128
-        """Hidden units, a multiple of 4."""
+        """Number of hidden units, a multiple of 4."""
         blocks: int = 4
-        """Residual blocks of two layers."""
+        """Number of residual blocks, at least 1. Each has two layers."""
         frequencies: int = 64
-        """Random Fourier features of the input (0: none)."""
+        """Number of random Fourier features of the input. 0: none."""
         bandwidth: float = 1.0
-        """Standard deviation of their angular frequencies, for inputs of about unit variance."""
+        """Standard deviation of the angular frequencies of the Fourier features. The default is for inputs of about
+        unit variance."""
 
     waves: torch.Tensor
+    """Angular frequencies of the Fourier features, (inputs, frequencies)."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -77,7 +79,7 @@ class MLP(Refiner):
 
 
 class MLPBlock(nn.Module):
-    """h (B, width) and embedding (B, width) to (B, width)."""
+    """Residual block that maps h (B, width) and embedding (B, width) to (B, width)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -20,40 +20,44 @@ from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 
 @REFINERS.register("ncsnpp")
 class NCSNpp(Refiner):
-    """NCSN++ (Song et al. 2021, appendix H) as PSLD uses it (Pandey & Mandt 2023); x_hat is concatenated to the input.
+    """NCSN++ (Song et al. 2021, appendix H), in the form that PSLD uses (Pandey & Mandt 2023).
 
-    `all_modules` holds the layers in the order of construction of the public code, with its names: all_modules.N.Conv_0
-    here is all_modules.N.Conv_0 there. z and label, which it does not know, are `proj` and `label_emb`.
+    x_hat is concatenated to the input. `all_modules` holds the layers in the order in which the public code constructs
+    them, with the same parameter names, such as all_modules.N.Conv_0. The public code has no z and no label. Their
+    layers here are `proj` and `label_emb`.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         width: int = 128
-        """Channels at the finest level; a multiple of 32."""
+        """Channels at the finest level, a multiple of 32."""
         multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
-        """Channels of each level as multiples of `width`; each level halves the resolution of the one before."""
+        """Channels of each level as multiples of `width`. Each level has half the resolution of the level before."""
         blocks: int = 2
-        """Residual blocks per level on the way down; the way up has one more."""
+        """Residual blocks per level on the way down. The way up has one more per level."""
         attention_resolutions: list[int] = field(default_factory=lambda: [16])
-        """Heights of the feature maps, in pixels (after `patch`), that get attention; the coarsest always has one."""
+        """Heights, in pixels after `patch`, of the feature maps that get attention. The coarsest always gets one."""
         attention: AttentionBackend = AttentionBackend.auto
-        """What computes attention."""
+        """Implementation of attention: auto | sdpa | xformers | math."""
         dropout: float = 0.1
-        """Dropout rate before the last convolution of each residual block."""
+        """Dropout rate before the last convolution of each residual block, in [0, 1)."""
         fir: bool = False
-        """Filter feature maps before they are halved and after they are doubled."""
+        """Filter feature maps with an FIR filter before downsampling and after upsampling."""
         progressive_input: bool = False
-        """Add the input, halved and convolved, to the features of each level ("residual" in the papers)."""
+        """Add the input, downsampled and convolved, to the features of each level ("residual" in the papers)."""
         time: TimeEmbedding = TimeEmbedding.positional
-        """positional or fourier."""
+        """Time embedding: positional | fourier."""
         time_scale: float = 1000.0
-        """For positional: what t in [0, 1] is multiplied by; PSLD's public networks have 1, which blurs small t."""
+        """Factor on t in [0, 1] for time=positional. PSLD's public networks use 1, which hardly distinguishes small
+        t."""
         fourier_scale: float = 16.0
-        """For fourier: standard deviation of the frequencies."""
+        """Standard deviation of the frequencies for time=fourier."""
         patch: int = 1
-        """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        """Side, in pixels, of the patches that are folded into channels. The network works at resolution image_size /
+        patch."""
         checkpoint_blocks: bool = False
-        """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
+        """Recompute the activations inside blocks for the gradient instead of keeping them. This needs less memory, but
+        a third more computation."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -72,7 +76,7 @@ class NCSNpp(Refiner):
         self.all_modules, self.sizes = parts.numbered(time, down, middle, up, out)
 
     def _upward(self, skips: list[int]) -> list[nn.Module]:
-        """Layers from the coarsest level to the finest, given the channels of the skips."""
+        """Build the layers from the coarsest level to the finest, for skip connections with `skips` channels."""
         config, skips = self.config, list(skips)
         layers: list[nn.Module] = []
         channels = skips[-1]

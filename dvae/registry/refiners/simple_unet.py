@@ -1,4 +1,4 @@
-"""A U-Net without attention: the smallest network that sees an image at several resolutions."""
+"""A U-Net without attention: the smallest refiner that works at several resolutions."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 class SimpleUNet(Refiner):
     """U-Net of residual blocks, without attention and with one skip connection per level (Ronneberger et al. 2015).
 
-    x_hat is concatenated to the input; time, z and label are added to the features of every residual block.
+    x_hat is concatenated to the input. The embeddings of time, z and label are added to the features of every residual
+    block.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         width: int = 64
-        """Channels at the finest level; a multiple of 32."""
+        """Channels at the finest level, a multiple of 32."""
         multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
-        """Channels of each level as multiples of `width`; each level halves the resolution of the one before."""
+        """Channels of each level as multiples of `width`. Each level has half the resolution of the level before."""
         blocks: int = 2
         """Residual blocks per level, on the way down and on the way up."""
         dropout: float = 0.0
-        """Dropout rate before the last convolution of each residual block."""
+        """Dropout rate before the last convolution of each residual block, in [0, 1)."""
         patch: int = 1
-        """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        """Side, in pixels, of the patches that are folded into channels. The network works at resolution image_size /
+        patch."""
         checkpoint_blocks: bool = False
-        """Compute activations inside a level again for the gradient, not keep them: less memory, a third more work."""
+        """Recompute the activations inside a level for the gradient instead of keeping them. This needs less memory,
+        but a third more computation."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -54,7 +57,7 @@ class SimpleUNet(Refiner):
             sizes = pairwise([inputs] + [outputs] * config.blocks)
             return EmbeddedSequential(*(ResBlock(a, b, embedding, config.dropout, False) for a, b in sizes))
 
-        finer = [widths[0], *widths[:-1]]  # channels that a level is given from the one above it
+        finer = [widths[0], *widths[:-1]]  # channels that each level receives from the next finer level
         self.down = nn.ModuleList(level(a, b) for a, b in zip(finer, widths, strict=True))
         self.shrink = nn.ModuleList(Downsample(a) for a in widths[:-1])
         self.grow = nn.ModuleList(Upsample(a) for a in widths[:0:-1])

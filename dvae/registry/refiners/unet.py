@@ -20,36 +20,40 @@ from dvae.registry.refiners.base import REFINERS, NetworkCondition, Refiner
 
 @REFINERS.register("unet")
 class UNet(Refiner):
-    """OpenAI-style U-Net; x_hat is concatenated to the input, z is added to the time embedding.
+    """OpenAI's U-Net (Dhariwal & Nichol 2021), conditioned as in DiffuseVAE (Pandey et al. 2022).
 
-    Dhariwal & Nichol 2021; conditioning as in DiffuseVAE (Pandey et al. 2022). Parameter names are those of OpenAI's
-    code (time_embed, input_blocks.N.M, middle_block, output_blocks, out), and of the authors' for z (proj).
+    x_hat is concatenated to the input. The embeddings of z and label are added to the time embedding. The parameters
+    have the names of OpenAI's code (time_embed, input_blocks.N.M, middle_block, output_blocks, out). The layer for z
+    has the name of DiffuseVAE's code (proj).
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         width: int = 128
-        """Channels at the finest level; a multiple of 32."""
+        """Channels at the finest level, a multiple of 32."""
         multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
-        """Channels of each level as multiples of `width`; each level halves the resolution of the one before."""
+        """Channels of each level as multiples of `width`. Each level has half the resolution of the level before."""
         blocks: int = 2
-        """Residual blocks per level on the way down; the way up has one more."""
+        """Residual blocks per level on the way down. The way up has one more per level."""
         attention_resolutions: list[int] = field(default_factory=lambda: [16])
-        """Heights of the feature maps, in pixels (after `patch`), that get attention; the coarsest always has one."""
+        """Heights, in pixels after `patch`, of the feature maps that get attention. The coarsest always gets one."""
         heads: int = 1
-        """Attention heads."""
+        """Number of attention heads."""
         attention: AttentionBackend = AttentionBackend.auto
-        """What computes attention."""
+        """Implementation of attention: auto | sdpa | xformers | math."""
         dropout: float = 0.0
-        """Dropout rate before the last convolution of each residual block."""
+        """Dropout rate before the last convolution of each residual block, in [0, 1)."""
         scale_shift_norm: bool = False
-        """Whether the embedding scales and shifts the normalized features, instead of being added to the features."""
+        """If true, the embedding scales and shifts the normalized features. If false, it is added to the features."""
         patch: int = 1
-        """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        """Side, in pixels, of the patches that are folded into channels. The network works at resolution image_size /
+        patch."""
         groups: int = 0
-        """Groups of GroupNorm (0: 32, or fewer to have two channels in each); they divide `width`."""
+        """Number of groups of GroupNorm, a divisor of `width`. 0: 32, or fewer so that a group has at least two
+        channels."""
         checkpoint_blocks: bool = False
-        """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
+        """Recompute the activations inside blocks for the gradient instead of keeping them. This needs less memory, but
+        a third more computation."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -76,7 +80,7 @@ class UNet(Refiner):
                 self.output_blocks.append(EmbeddedSequential(*layers))
 
         last = zero_module(nn.Conv2d(channels, shapes.output_channels * config.patch**2, 3, padding=1))
-        # SiLU is part of the norm; Identity keeps the numbering of the convolution
+        # SiLU is part of GroupNorm here, and Identity takes its place, so that the convolution keeps its index 2
         self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), last)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
