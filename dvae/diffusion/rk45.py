@@ -52,8 +52,8 @@ class Solution:
 def integrate(velocity: Velocity, y: torch.Tensor, start: float, end: float, tolerance: float) -> Solution:
     """Solve dy/dt = velocity from y (B, ...) at `start` to `end`. `end` can be below `start`.
 
-    A sample's step is accepted if its error estimate, divided by tolerance * (1 + |y|) in each element, has a root mean
-    square of at most 1. A sample that has reached `end` is not evaluated any more.
+    The error estimate of a step is divided by tolerance * (1 + |y|) in each element of a sample. The sample's step is
+    accepted if the root mean square of this is at most 1. A sample that has reached `end` is not evaluated any more.
 
     Raises UserError if a sample cannot reach `end`: its step is below MIN_STEP, or it needs more than MAX_STEPS steps.
     """

@@ -71,8 +71,8 @@ class Distiller(ABC):
             raise UserError(f"distiller={name} needs a process with k = 1, this has k = {denoiser.diffusion.k}: use vp")
         if denoiser.config.prediction.name == "eps":
             raise UserError(
-                f"distiller={name}: denoiser.prediction=eps determines the image poorly at high noise, where sampling "
-                "in few steps begins: distil a teacher that predicts v or x0"
+                f"distiller={name}: denoiser.prediction=eps determines the image poorly at the high noise levels at "
+                "which sampling begins: distil a teacher that predicts v or x0"
             )
 
 

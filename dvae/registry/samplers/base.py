@@ -31,7 +31,7 @@ class SamplerOutput:
 
 @dataclass
 class SamplerState:
-    """What a step can use besides u: the model, the noise, and the progress of the trajectory."""
+    """Inputs of a step other than u: the model, the noise, and the progress of the trajectory."""
 
     model: SamplerModel
     threshold: Threshold

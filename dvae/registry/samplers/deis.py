@@ -17,8 +17,8 @@ from dvae.registry.core import Shapes
 from dvae.registry.samplers.base import SAMPLERS, Sampler, SamplerState
 
 NODES, WEIGHTS = legendre.leggauss(48)
-# Row n holds the weights of the integral from -1 to NODES[n]. It is exact for the polynomials that their values at the
-# nodes determine, which are those of degree below 48.
+# Row n holds the weights of the integral from -1 to NODES[n]. They are exact for polynomials of degree below 48, which
+# are determined by their values at the 48 nodes.
 UP_TO = legendre.legval(NODES, legendre.legint(np.linalg.inv(legendre.legvander(NODES, len(NODES) - 1)), lbnd=-1)).T
 
 

@@ -16,9 +16,9 @@ class Heun(Sampler):
     """Heun's trapezoidal rule in r = sigma/alpha (Karras et al. 2022, algorithm 1).
 
     With w = u/alpha the flow is dw = eps dr. The method has order 2, and leaves out the paper's churn. It makes two
-    model calls per step and one in the last, so 2 * steps - 1 in total. r should decrease by a modest factor in each
-    step, as it does with spacing karras and log_snr. If B(1) is infinite, r is infinite too, and the first step is the
-    same as in DDIM.
+    model calls per step and one in the last, so 2 * steps - 1 in total. Choose a spacing in which r decreases by a
+    modest factor per step, such as karras and log_snr. If B(1) is infinite, r is infinite too, and the first step is
+    the same as in DDIM.
     """
 
     @dataclass(kw_only=True, slots=True)
