@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from dvae.config.command_line import Command
@@ -51,20 +52,22 @@ def command(argv: list[str]) -> None:
 
 
 def launch_help(argv: list[str]) -> str:
-    """What there is to choose from; with `plugins=` also what these bring, which takes the time to import them."""
-    from dvae.config.launch_help import launch_sections
+    """What there is to choose from. What plug-ins bring is listed too, if there are any: they must be imported for it."""
+    from dvae.config.launch_help import launch_sections, yaml_names
 
     text = launch_sections()
-    if any(word.startswith("plugins=") for word in argv):
-        from dvae.config import compose
-        from dvae.registry.discovery import load_plugins, registries
+    if not entry_points(group="dvae.plugins") and not any(word.startswith("plugins=") for word in argv):
+        return text
+    from dvae.config.compose import plugins_of
+    from dvae.config.recipe_files import recipe_names
+    from dvae.registry.discovery import load_plugins, registries
 
-        load_plugins(compose.plugins_of(argv))
-        brought = [f"  {kind} {name}" for kind, registry in registries().items() for name in registry.names()
-                   if not registry.get(name).__module__.startswith("dvae.")]  # fmt: skip
-        text += "\n\nFrom plug-ins (`python tools/components.py KIND NAME plugins=[...]` shows the fields):\n"
-        text += "\n".join(brought or ["  nothing"])
-    return text
+    load_plugins(plugins_of(argv))
+    brought = [f"{kind} {name}" for kind, registry in registries().items() for name in registry.names()
+               if not registry.get(name).__module__.startswith("dvae.")]  # fmt: skip
+    brought += [f"recipe {name}" for name in recipe_names() if name not in yaml_names("recipe")]
+    heading = "From plug-ins (`python tools/components.py KIND NAME plugins=[...]` shows the fields)"
+    return "\n".join([text, "", f"{heading}:", *(f"  {name}" for name in brought or ["nothing"])])
 
 
 def silence() -> None:

@@ -98,7 +98,8 @@ PROBED = [
 def test_the_stage_of_an_installed_package_appears(installed: Path, tmp_path: Path, tiny: list[str]) -> None:
     """In the help, in the list of components, and in a dry run, which refuses wrong settings of it."""
     listed = launch("--help", path=installed, cwd=tmp_path).stdout
-    assert "shards, encoder, joint, prior, cache, probe, refiner" in " ".join(listed.split())
+    assert "\n  stage probe\n" in listed
+    assert "\n  schedule sigmoid_sample\n" in listed
     told = launch(*tiny, *PROBED, "dry_run=true", path=installed, cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert "stages: shards -> encoder -> probe\n" in told.stdout
@@ -186,9 +187,16 @@ def test_a_broken_plugin_breaks_nothing_and_is_named_where_a_name_is_not_found(i
 
 
 def test_components_lists_name_summary_fields_and_package(installed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "components.py"), "schedule"]
-    environment = os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}"}
-    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"sigmoid_sample +abar\(t\) falls along a sigmoid.*\[dvae_sample_plugin 1\.2\.3\]", listed)
-    assert re.search(r"cosine .*\[dvae [0-9.]+\]", listed)
-    assert "schedule.start=-3.0" in listed
+    def listed(*words: str) -> str:
+        command = [sys.executable, str(ROOT / "tools" / "components.py"), *words]
+        path = os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}", "COLUMNS": "150"}
+        done = subprocess.run(command, env=path, capture_output=True, text=True, check=True)
+        return " ".join(done.stdout.split())
+
+    schedules = listed("schedule")
+    assert re.search(r"sigmoid_sample abar\(t\) falls along a sigmoid.*?\[dvae_sample_plugin 1\.2\.3\]", schedules)
+    assert re.search(r"cosine .*?\[dvae [0-9.]+\]", schedules)
+    assert "schedule.start=-3.0 Argument of the sigmoid at t = 0. (float)" in listed("schedule", "sigmoid_sample")
+    stage = listed("stage", "probe")
+    assert "probe.power=1.0 The mean of the pixels to this power. (float)" in stage
+    assert "train_probe.steps=100000 Optimizer steps." in stage

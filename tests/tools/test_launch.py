@@ -101,7 +101,9 @@ def test_dry_run_prints_and_writes_nothing(
 
 
 def test_help_names_recipes_and_kinds(capsys: pytest.CaptureFixture[str]) -> None:
-    launch.command(["--help"])
+    with pytest.raises(SystemExit) as ended:
+        launch.command(["--help"])
+    assert ended.value.code == 0
     said = capsys.readouterr().out
     assert "demo" in said
     assert "avatars" in said
