@@ -1,7 +1,13 @@
-"""The registries, one per kind of component; each kind has a folder here, each component a file in it.
+"""The registries: one per kind of component.
 
-Launchers alone lie elsewhere, in the folder launchers/. `base.py` of a kind's folder has its abstract class and its
-registry, core.py what all registries share, discovery.py the import of components and plug-ins.
+Each kind has a folder here, and each component is one file in that folder. Only the launchers lie elsewhere, in the
+folder launchers/.
+
+base.py       in each folder: the abstract class of the kind, and its registry
+core.py       code that all registries share
+discovery.py  import of the components and of plug-ins
+plugins.py    import of one plug-in, which is undone if it fails
 """
 
-from dvae.registry import discovery as discovery  # so that every lookup in a registry knows of installed plug-ins
+# this import makes every lookup in a registry find installed plug-ins
+from dvae.registry import discovery as discovery

@@ -1,4 +1,7 @@
-"""The registry: a component is one class in one file, found by name, configured by its own typed Config."""
+"""The registry of components.
+
+A component is one class in one file. The registry finds it by name, and its own typed Config holds its settings.
+"""
 
 from __future__ import annotations
 
@@ -19,73 +22,78 @@ from dvae.errors import UserError, fold, reason_of, suggest
 
 T = TypeVar("T")
 NAME = re.compile("[a-z0-9_]+")
-"""What a component may be called."""
+"""Pattern that the name of a component must match."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ComponentConfig:
-    """Base of every component's nested Config. Subclasses are dataclasses with `kw_only=True, slots=True`."""
+    """Base class of every component's nested Config. Subclasses are dataclasses with `kw_only=True, slots=True`."""
 
     name: str = MISSING
-    """The component's name in its registry; set by `register`, never by hand."""
+    """Name of the component in its registry. The registry sets it; do not set it by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What a component must know of the tensors around it, so that it never guesses."""
+    """Shapes of the tensors that a component receives and returns."""
 
     image_size: int
     """Height and width of the images x, in pixels."""
     channels: int = 3
     """Channels C of the images."""
     k: int = 1
-    """Components of the diffusion state per channel: u is (B, k*C, H, W); 1 for vp, 2 for cld and psld."""
+    """Components of the diffusion state per channel: u is (B, k*C, H, W). 1 for vp, 2 for cld and psld."""
     outputs: int = 0
-    """Components that the refiner predicts per channel (0: all k)."""
+    """Components per channel that the refiner predicts (0: all k)."""
     latent: tuple[int, ...] = ()
-    """Shape of one latent z: (D,) is a vector, (C, h, w) a map, () where there is none yet."""
+    """Shape of one latent z: (D,) for a vector, (C, h, w) for a map, () if the latent is not known yet."""
     condition_channels: int = 0
-    """Channels of the image condition that is concatenated to u (0: none)."""
+    """Channels of the image condition, which is concatenated to u (0: no image condition)."""
     condition_latent: bool = False
-    """Whether the refiner is given z (latent guidance)."""
+    """Whether the refiner receives z as a condition (latent guidance)."""
     labels: int = 0
     """Number of classes (0: no labels)."""
 
     @property
     def input_channels(self) -> int:
-        """Channels of a refiner's input: the state u and the image condition, concatenated."""
+        """Number of input channels of a refiner: the state u concatenated with the image condition."""
         return self.k * self.channels + self.condition_channels
 
     @property
     def output_channels(self) -> int:
-        """Channels of a refiner's output."""
+        """Number of output channels of a refiner."""
         return (self.outputs or self.k) * self.channels
 
 
 class Registry(Generic[T]):
-    """Components of one kind, by name. `kind` is also the Hydra config group (`schedule=linear`).
+    """Registry of the components of one kind, by name.
 
-    Every component derives from the abstract class `base`; if `base` has a Config, theirs derive from it. A run may do
-    without a component of an `optional` kind (`classifier: null`).
+    Args:
+        kind: Name of the kind. It is also the Hydra config group, as in `schedule=linear`.
+        package: Package whose modules hold the built-in components of this kind.
+        base: Abstract class from which every component derives. If it has a Config, the components' Configs derive
+            from that Config.
+        optional: Whether a run may have no component of this kind (`classifier: null`).
     """
 
     chosen = True
-    """Whether the settings of a run choose one component of this kind, in a field of its name."""
+    """Whether a run chooses one component of this kind in its settings. The field has the name of the kind."""
 
     def __init__(self, kind: str, package: str, base: Callable[..., T], optional: bool = False) -> None:
         self.kind = kind
         self.package = package
-        self.base: type = cast(type, base)  # typed as a callable, because mypy refuses an abstract class for type[T]
+        # the parameter is typed as a Callable, because mypy rejects an abstract class as an argument for type[T]
+        self.base: type = cast(type, base)
         self.optional = optional
         self._classes: dict[str, type[T]] = {}
         self._imported = False
         KINDS[kind] = self
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: enter the class under `name` and its Config in Hydra's ConfigStore.
+        """Return a class decorator that registers the class as `name` and its Config in Hydra's ConfigStore.
 
-        Raises TypeError or ValueError, before anything is entered, as `check_component` does; ValueError also for a
-        name that is registered already.
+        Raises TypeError or ValueError if `check_component` does. Raises ValueError if `name` is already registered.
+        Nothing is registered if an error is raised.
         """
 
         def enter(cls: type[T]) -> type[T]:
@@ -103,10 +111,14 @@ class Registry(Generic[T]):
         return enter
 
     def check_component(self, name: object, cls: Any) -> DictConfig:
-        """Check that `cls` can be registered as `name`; returns its default Config as a node.
+        """Check that `cls` can be registered as `name`.
 
-        Raises TypeError if `cls` does not derive from `base`, leaves abstract methods open, or has no nested Config
-        whose fields all have defaults of their types; ValueError for a bad name.
+        Returns the default Config of `cls` as an OmegaConf node.
+
+        Raises:
+            ValueError: `name` has other characters than lower-case letters, digits and underscores.
+            TypeError: `name` is not text, `cls` does not derive from `base`, an abstract method is not implemented,
+                or the nested Config is missing or has a field without a valid default.
         """
         if not isinstance(name, str):
             raise TypeError(f"{self.kind} {name!r}: a name is text, such as 'my_{self.kind}'")
@@ -120,7 +132,7 @@ class Registry(Generic[T]):
         return self._check_config(name, cls, what)
 
     def _check_config(self, name: str, cls: type, what: str) -> DictConfig:
-        """The default Config of a component, as a node. Raises TypeError if there is none."""
+        """Return the default Config of a component as a node. Raises TypeError if it has no valid nested Config."""
         config, base = cls.__dict__.get("Config"), getattr(self.base, "Config", ComponentConfig)
         if not (inspect.isclass(config) and issubclass(config, base) and _is_plain_dataclass(config)):
             raise TypeError(
@@ -136,41 +148,42 @@ class Registry(Generic[T]):
         return node
 
     def import_builtins(self) -> None:
-        """Import the components of this kind that dvae brings, once."""
+        """Import the built-in components of this kind. Further calls do nothing."""
         if self._imported:
             return
-        self._imported = True  # first, because component modules may ask the registry while they are imported
+        self._imported = True  # set first, because a component module may look up the registry while it is imported
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
 
     def _discover(self) -> None:
-        """Import all components of this kind, and the installed plug-ins."""
+        """Import all built-in components of this kind and all installed plug-ins."""
         self.import_builtins()
         for hook in BEFORE_LOOKUP:
             hook()
 
     def names(self) -> list[str]:
-        """The names of all components of this kind, sorted."""
+        """Return the names of all components of this kind, sorted."""
         self._discover()
         return sorted(self._classes)
 
     def get(self, name: str) -> type[T]:
-        """The class registered as `name`. Raises UserError with the nearest name where there is none."""
+        """Return the class registered as `name`. Raises UserError, with the nearest known name, if there is none."""
         self._discover()
         if name not in self._classes:
             raise UserError(f"unknown {self.kind} {name!r}: {suggest(name, self._classes)}{broken_plugins_note()}")
         return self._classes[name]
 
     def name_of(self, component: T) -> str:
-        """The name that a component's class is registered by, or the class's own where it is not."""
+        """Return the registered name of a component's class, or the name of the class if it is not registered."""
         names = {cls: name for name, cls in self._classes.items()}
         return names.get(type(component), type(component).__name__)
 
     def config(self, node: Any) -> ComponentConfig:
-        """The typed Config of a node (mapping or DictConfig with `name`; or typed already).
+        """Return the typed Config of a node.
 
-        Raises UserError on an unknown name, a foreign field or a wrong type.
+        `node` is a mapping or DictConfig that has a `name`. A typed Config is returned unchanged. Raises UserError if
+        the name is unknown, a field does not exist, or a value has the wrong type.
         """
         if isinstance(node, ComponentConfig):
             return node
@@ -193,17 +206,20 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind}.{error.full_key}: {fold(str(error.msg).splitlines()[0])}") from None
 
     def build(self, node: Any, shapes: Shapes) -> T:
-        """The component that `node` describes, built for the shapes `shapes`."""
+        """Build the component that `node` describes, for tensors of the given shapes."""
         config = self.config(node)
         return self.get(config.name)(config, shapes)  # type: ignore[call-arg]
 
 
 KINDS: dict[str, Registry[Any]] = {}
 BEFORE_LOOKUP: list[Callable[[], None]] = []
-"""Called before each lookup. registry/discovery.py enters the import of installed plug-ins here, because it imports
-this file and not the other way round."""
+"""Functions that are called before each lookup.
+
+registry/discovery.py appends the import of installed plug-ins to this list. This file cannot call discovery.py itself,
+because discovery.py imports this file.
+"""
 BROKEN_PLUGINS: dict[str, str] = {}
-"""Installed plug-ins that could not be imported, and the reason."""
+"""Installed plug-ins whose import failed -> reason of the failure."""
 
 
 def _place(cls: type) -> str:
@@ -217,7 +233,7 @@ def _is_plain_dataclass(config: type) -> bool:
 
 
 def broken_plugins_note() -> str:
-    """A note on installed plugins that failed to import, or nothing."""
+    """Return a note that lists installed plug-ins whose import failed; empty if none failed."""
     if not BROKEN_PLUGINS:
         return ""
     return "; plugins that failed to load: " + ", ".join(f"{name}: {why}" for name, why in BROKEN_PLUGINS.items())

@@ -1,7 +1,7 @@
-"""Import plug-ins so that one that fails leaves nothing behind.
+"""Import plug-ins, and undo the import if it fails.
 
-A plug-in is a Python package that somebody else wrote: importing it executes its code. What can go wrong then is found
-here and told in one line, and the registries and Hydra's ConfigStore are as they were before.
+A plug-in is a Python package that somebody else wrote. Importing it executes its code, which may fail in any way.
+A failure is reported as one line, and the registries and Hydra's ConfigStore are restored to their earlier state.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from dvae.registry.core import Registry
 
 
 class PluginError(Exception):
-    """A plug-in that cannot be used. The message says why, in one line."""
+    """A plug-in cannot be used. The message is one line that gives the reason."""
 
     def __init__(self, module: str, error: BaseException) -> None:
         super().__init__(reason_of(error))
         lacks = error.name if isinstance(error, ModuleNotFoundError) else None
         self.absent = lacks is not None and f"{module}.".startswith(f"{lacks}.")
-        """Whether there is no such module, or no package around it."""
+        """Whether the module itself, or a package that contains it, does not exist."""
 
 
 @contextmanager
 def all_or_nothing(module: str, kinds: dict[str, Registry[Any]]) -> Iterator[None]:
-    """Undo everything that the block registered if it fails. The block imports the plug-in `module`.
+    """Run a block that imports the plug-in `module`, and undo all its registrations if the block fails.
 
-    Text that the plug-in prints while it is imported goes to stderr, because the stdout of a tool may be data.
+    Text that the plug-in prints during the import goes to stderr, because the stdout of a tool may be data.
 
-    Raises PluginError if the block fails, ends the program, or changes components that were there before.
+    Raises PluginError if the block fails, exits the program, or changes components that existed before.
     """
     before = RegistrySnapshot(kinds)
     printed = CapturedOutput()
-    importlib.invalidate_caches()  # the file may have been written a moment ago
+    importlib.invalidate_caches()  # else Python may not find a file that was written a moment ago
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             yield
         before.refuse_changes()
-    except (KeyboardInterrupt, Stopped):  # meant for dvae, not caused by the plug-in
+    except (KeyboardInterrupt, Stopped):  # a request to stop dvae, not a fault of the plug-in
         before.restore(module)
         raise
-    except BaseException as error:  # noqa: BLE001 SystemExit too: a stranger's code may raise anything
+    except BaseException as error:  # noqa: BLE001 SystemExit too: plug-in code may raise anything
         before.restore(module)
         printed.drop()
         raise PluginError(module, error) from None
@@ -55,7 +55,7 @@ def all_or_nothing(module: str, kinds: dict[str, Registry[Any]]) -> Iterator[Non
 
 
 class RegistrySnapshot:
-    """The registries, Hydra's ConfigStore and the imported modules at one moment."""
+    """A snapshot of the registries, Hydra's ConfigStore and the set of imported modules."""
 
     def __init__(self, kinds: dict[str, Registry[Any]]) -> None:
         self.kinds = kinds
@@ -66,7 +66,12 @@ class RegistrySnapshot:
         self._modules = set(sys.modules)
 
     def refuse_changes(self) -> None:
-        """Raise TypeError if components were replaced or removed, or if new ones were entered past `register`."""
+        """Raise an error if existing components or configs were replaced or removed.
+
+        Components that were added without `register` are checked here, with `Registry.check_component`.
+
+        Raises TypeError, or ValueError if an added component has a bad name.
+        """
         if self.kinds != self._registries:
             changed = [kind for kind in {**self.kinds, **self._registries} if not self._has_kind(kind)]
             raise TypeError(f"it changes the registry of the kind {changed[0]!r}; a plug-in may only add components")
@@ -85,7 +90,7 @@ class RegistrySnapshot:
         return self.kinds.get(kind) is self._registries.get(kind)
 
     def restore(self, module: str) -> None:
-        """Bring everything back, and forget the modules of the plug-in, so that it can be imported again."""
+        """Restore the earlier state, and remove the plug-in's modules so that it can be imported again."""
         tops = {_top(module)}
         for kind, table in self._tables.items():
             registry, earlier = self._registries[kind], self._classes[kind]
@@ -103,7 +108,10 @@ class RegistrySnapshot:
                 del sys.modules[name]
 
     def _restore_configs(self) -> None:
-        """Bring the configs back; those of dvae's own modules stay, because these are not imported a second time."""
+        """Restore the configs, but keep new configs of dvae's own modules.
+
+        The plug-in may have imported modules of dvae. These stay imported, so their configs are not stored again.
+        """
         store, earlier = ConfigStore.instance(), dict(_leaves(self._configs))
         added = [node for path, node in _leaves(store.repo) if path not in earlier]
         store.repo = self._configs
@@ -121,7 +129,7 @@ def _top(module: str) -> str:
 
 
 def _copy(repo: dict[str, Any]) -> dict[str, Any]:
-    """The nested dicts of a ConfigStore; the nodes in them are the same objects."""
+    """Return a copy of the nested dicts of a ConfigStore. The nodes are not copied."""
     return {name: _copy(item) if isinstance(item, dict) else item for name, item in repo.items()}
 
 
@@ -134,9 +142,10 @@ def _leaves(repo: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 class CapturedOutput:
-    """A text stream that keeps what is written, until `release` passes it and all later text on to stderr.
+    """A text stream that stores the text written to it.
 
-    It stays usable afterwards, because a logging handler may keep the stream that it found at import.
+    `release` writes the stored text to stderr. Text that is written later goes to stderr at once: a logging handler
+    that was created during the import may keep this stream and use it afterwards.
     """
 
     def __init__(self) -> None:
@@ -154,17 +163,17 @@ class CapturedOutput:
             self.write(line)
 
     def drop(self) -> None:
-        """Forget what was written: the error line says what matters."""
+        """Discard the stored text, because the error line gives the reason of the failure."""
         self._text = []
 
     def release(self) -> None:
-        """Pass on what was written."""
+        """Write the stored text to stderr, and pass on all later text at once."""
         text, self._text = "".join(self._text or []), None
         if text:
             self._stream.write(text)
 
     def close(self) -> None:
-        """Do nothing: the stream belongs to dvae."""
+        """Do nothing, because the plug-in does not own stderr."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

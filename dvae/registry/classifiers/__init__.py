@@ -1,1 +1,1 @@
-"""Classifiers, one file each. base.py has the abstract class and the registry."""
+"""Classifiers, one per file. base.py has the abstract class and the registry."""

@@ -1,4 +1,7 @@
-"""Classifiers: networks that tell the class of an image from its noisy state; their gradient guides samplers."""
+"""Classifiers: networks that predict the class of an image from its noisy state.
+
+Samplers use their gradient for classifier guidance.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dvae.registry.refiners.base import ConditionalNetwork, NetworkCondition
 
 
 class Classifier(ConditionalNetwork, ABC):
-    """p(class | u_t), as logits."""
+    """Base class of classifiers. A classifier computes p(class | u_t) as logits."""
 
     Config: type[ComponentConfig]
 
@@ -21,9 +24,15 @@ class Classifier(ConditionalNetwork, ABC):
 
     @abstractmethod
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:
-        """Logits (B, shapes.labels), fp32, of u (B, k*C, H, W) at t_feature (B,) in [0, 1000].
+        """Compute the logits of the classes.
 
-        Of the condition, the class is not looked at.
+        Args:
+            u: Noisy state (B, k*C, H, W).
+            t_feature: Time (B,) in [0, 1000].
+            condition: Conditions of the network. The label in it is ignored.
+
+        Returns:
+            Logits (B, shapes.labels), fp32.
         """
 
 

@@ -1,4 +1,4 @@
-"""The noisy classifier of Dhariwal & Nichol (2021): the downward half of their U-Net, and a pooled head."""
+"""The noisy classifier of Dhariwal & Nichol (2021): the encoder half of their U-Net with a pooling head."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dvae.registry.refiners.base import NetworkCondition
 
 @CLASSIFIERS.register("half_unet")
 class HalfUNet(Classifier):
-    """Downward half of OpenAI's U-Net with attention pooling; x_hat is concatenated to the input.
+    """Encoder half of OpenAI's U-Net with attention pooling; x_hat is concatenated to the input.
 
-    Dhariwal & Nichol 2021, section 4.3. Levels are halved by strided convolutions, as in `unet`; in their released
-    classifiers residual blocks do that.
+    Dhariwal & Nichol 2021, section 4.3. Strided convolutions halve the resolution, as in `unet`. The released
+    classifiers use residual blocks for that.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -31,23 +31,23 @@ class HalfUNet(Classifier):
         width: int = 128
         """Channels at the finest level; a multiple of 32."""
         multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
-        """Channels of each level as multiples of `width`; each level halves the resolution of the one before."""
+        """Channels of each level, as multiples of `width`. Each level has half the resolution of the level before."""
         blocks: int = 2
         """Residual blocks per level."""
         attention_resolutions: list[int] = field(default_factory=lambda: [16, 8])
-        """Heights of the feature maps, in pixels (after `patch`), that get attention; the coarsest always has one."""
+        """Heights in pixels, after `patch`, of the maps that get attention. The coarsest map always gets it."""
         heads: int = 4
-        """Attention heads, those of the pooling too."""
+        """Number of attention heads, also in the attention pooling."""
         attention: AttentionBackend = AttentionBackend.auto
-        """What computes attention."""
+        """Implementation that computes attention."""
         dropout: float = 0.0
         """Dropout rate before the last convolution of each residual block."""
         scale_shift_norm: bool = True
-        """Whether the embedding scales and shifts the normalized features, instead of being added to the features."""
+        """True: the embedding scales and shifts the normalized features. False: it is added to the features."""
         patch: int = 1
-        """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        """Side, in pixels, of the patches that are folded into channels. The network works at image_size / patch."""
         groups: int = 0
-        """Groups of GroupNorm (0: 32, or fewer to have two channels in each); they divide `width`."""
+        """Number of groups of GroupNorm; must divide `width`. 0: 32, or fewer so that each has two channels."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -59,7 +59,7 @@ class HalfUNet(Classifier):
         self.middle_block = build_middle_block(config, channels)
         side = shapes.image_size // config.patch // 2 ** (len(config.multipliers) - 1)
         pool = AttentionPool(channels, side, config.heads, shapes.labels, config.attention)
-        # SiLU is part of the norm; Identity keeps the numbering of the pooling
+        # SiLU is part of the norm; Identity takes its place, so that the pooling keeps its index and parameter names
         self.out = nn.Sequential(GroupNorm(channels, silu=True, groups=config.groups), nn.Identity(), pool)
 
     def forward(self, u: torch.Tensor, t_feature: torch.Tensor, condition: NetworkCondition) -> torch.Tensor:

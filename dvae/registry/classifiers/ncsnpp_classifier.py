@@ -1,4 +1,4 @@
-"""The noisy classifier of PSLD: the downward half of NCSN++, and a linear head."""
+"""The noisy classifier of PSLD: the encoder half of NCSN++ with a linear head."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dvae.registry.refiners.base import NetworkCondition
 
 @CLASSIFIERS.register("ncsnpp_classifier")
 class NCSNppClassifier(Classifier):
-    """Downward half of NCSN++ and a linear layer on all features; x_hat is concatenated to the input.
+    """Encoder half of NCSN++ with a linear layer on all features; x_hat is concatenated to the input.
 
-    Pandey & Mandt 2023. `all_modules` holds the layers in the order of construction of the public code.
+    Pandey & Mandt 2023. `all_modules` holds the layers in the order in which the public code constructs them.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -28,25 +28,25 @@ class NCSNppClassifier(Classifier):
         width: int = 128
         """Channels at the finest level; a multiple of 32."""
         multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
-        """Channels of each level as multiples of `width`; each level halves the resolution of the one before."""
+        """Channels of each level, as multiples of `width`. Each level has half the resolution of the level before."""
         blocks: int = 2
         """Residual blocks per level."""
         attention_resolutions: list[int] = field(default_factory=lambda: [16])
-        """Heights of the feature maps, in pixels (after `patch`), that get attention; the coarsest always has one."""
+        """Heights in pixels, after `patch`, of the maps that get attention. The coarsest map always gets it."""
         attention: AttentionBackend = AttentionBackend.auto
-        """What computes attention."""
+        """Implementation that computes attention."""
         dropout: float = 0.1
         """Dropout rate before the last convolution of each residual block."""
         time: TimeEmbedding = TimeEmbedding.positional
-        """positional or fourier."""
+        """Embedding of the time: positional or fourier."""
         time_scale: float = 1000.0
-        """For positional: what t in [0, 1] is multiplied by; PSLD's public networks have 1, which blurs small t."""
+        """For positional: factor on t in [0, 1]. PSLD's public networks use 1, which hardly separates small t."""
         fourier_scale: float = 16.0
-        """For fourier: standard deviation of the frequencies."""
+        """For fourier: standard deviation of the random frequencies."""
         patch: int = 1
-        """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        """Side, in pixels, of the patches that are folded into channels. The network works at image_size / patch."""
         checkpoint_blocks: bool = False
-        """Compute activations inside blocks again for the gradient, not keep them: less memory, a third more work."""
+        """Activation checkpointing: recompute activations in the backward pass. Less memory, a third more compute."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)

@@ -1,1 +1,1 @@
-"""Priors, one file each. base.py has the abstract class and the registry."""
+"""Priors, one per file. base.py has the abstract class and the registry."""

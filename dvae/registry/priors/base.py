@@ -1,4 +1,4 @@
-"""Priors: p(z), from which new images start."""
+"""Priors: distributions p(z) of the latent. Generation of a new image starts with a sample of the prior."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 
 class Prior(nn.Module, ABC):
-    """A distribution over latents. What is fitted lives in buffers, so that a bundle's state dict holds it."""
+    """Base class of distributions over latents.
+
+    Fitted values are buffers, so that the state dict of a bundle contains them.
+    """
 
     Config: type[ComponentConfig]
 
@@ -21,20 +24,34 @@ class Prior(nn.Module, ABC):
         super().__init__()
 
     def fit(self, mean: torch.Tensor, logvar: torch.Tensor, seed: int) -> dict[str, float]:
-        """Fit to the posteriors of the training images, both (N, *latent), float32. Returns figures worth logging."""
+        """Fit the prior to the posteriors of the training images.
+
+        Args:
+            mean: Means of the posteriors (N, *latent), float32.
+            logvar: Logarithms of their variances (N, *latent), float32.
+            seed: Seed of all random draws of the fit.
+
+        Returns:
+            Metrics for the log, by name. The default does nothing and returns no metrics.
+        """
         return {}
 
     @abstractmethod
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        """z (n, *latent) as a pure function of uniform (n,) in [0, 1) and normal (n, *latent) ~ N(0, I)."""
+        """Return z (n, *latent), a pure function of the given random numbers.
+
+        Args:
+            uniform: Uniform random numbers (n,) in [0, 1).
+            normal: Normal random numbers (n, *latent) ~ N(0, I).
+        """
 
     @abstractmethod
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
-        """log p(z) of latents (n, *latent), in nats, (n,), float64."""
+        """Return log p(z) (n,) of latents (n, *latent), in nats, float64."""
 
 
 def log_normal(e: torch.Tensor) -> torch.Tensor:
-    """log N(e; 0, I) of rows (n, D), in nats, (n,), float64."""
+    """Return log N(e; 0, I) (n,) of the rows of e (n, D), in nats, float64."""
     return -0.5 * (e.double().square().sum(1) + e.shape[1] * math.log(2.0 * math.pi))
 
 

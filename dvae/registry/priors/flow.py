@@ -1,4 +1,4 @@
-"""A normalizing flow fitted to the latents after training (real NVP: Dinh et al. 2017)."""
+"""A normalizing flow that is fitted to the latents after training (real NVP: Dinh et al. 2017)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from dvae.registry.priors.base import PRIORS, Prior, log_normal
 from dvae.utils import rng
 
 LARGEST_LOG_SCALE = 2.0
-"""Of one coupling: tanh keeps the logarithm of every scale within this, so that no latent is thrown far away."""
+"""Bound on the absolute log-scale of one coupling.
+
+tanh keeps the log-scale within this bound, so that no coupling moves a latent very far away.
+"""
 PURPOSE = "prior.flow"
-"""Purpose of the keyed draws."""
+"""Purpose (a key of dvae.utils.rng) of the random draws of this prior."""
 
 
 class Coupling(nn.Module):
-    """Scales and shifts some coordinates by functions of the others; the identity until it is trained."""
+    """Affine coupling: scales and shifts some coordinates by functions of the other coordinates.
+
+    It starts as the identity, because the last layer of its network starts at zero.
+    """
 
     def __init__(self, known: int, changed: int, width: int) -> None:
         super().__init__()
@@ -35,40 +41,42 @@ class Coupling(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log of the scale, shift) of the changed coordinates, each (n, changed), from the known ones (n, known)."""
+        """Return (log-scale, shift) of the changed coordinates, each (n, changed), from the known ones (n, known)."""
         raw, shift = self.net(known).chunk(2, 1)
         return LARGEST_LOG_SCALE * torch.tanh(raw / LARGEST_LOG_SCALE), shift
 
 
 @PRIORS.register("flow")
 class NormalizingFlow(Prior):
-    """Affine couplings on whitened latents. N(0, I) until it is fitted. Maps are flattened.
+    """Normalizing flow of affine couplings on whitened latents.
 
-    Whitened by the mean and the full covariance of the latents, the couplings start as the identity, so that before its
-    first step the flow is the full-covariance Gaussian fit. Each pair of couplings divides the coordinates anew, by a
-    permutation that the seed of the fit decides, and changes either half given the other.
+    The prior is N(0, I) until it is fitted. Latents that are maps are flattened.
+
+    The latents are whitened by their mean and full covariance, and the couplings start as the identity. So the flow
+    equals a full-covariance Gaussian fit before the first training step. Each pair of couplings splits the coordinates
+    into two new halves, and changes each half given the other. The seed of the fit decides the permutations.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         couplings: int = 8
-        """Couplings, an even number; every two of them change each coordinate once."""
+        """Number of couplings; must be even. Each pair of couplings changes every coordinate once."""
         width: int = 128
-        """Width of the two hidden layers of each coupling's network."""
+        """Width of the two hidden layers in the network of each coupling."""
         steps: int = 3000
-        """Steps of Adam, at most; those after the best figure on the validation latents are taken back."""
+        """Number of Adam steps. The weights with the best validation log-likelihood are kept."""
         batch: int = 256
-        """Latents per step."""
+        """Batch size: latents per step."""
         lr: float = 1e-3
-        """Learning rate at the first step, from which it falls to 0 as a cosine."""
+        """Learning rate at the first step. It decays to 0 along a cosine."""
         validation: float = 0.1
-        """Share of the latents that is kept from training, to find the best step."""
+        """Fraction of the latents, between 0 and 1, that is held out to find the best step."""
         check_every: int = 100
-        """Steps between looks at the validation latents."""
+        """Steps between two evaluations on the validation latents."""
         regularization: float = 1e-6
-        """Added to the variances before whitening, in squared units of z."""
+        """Constant that is added to the variances before whitening, in squared units of z; 0 or more."""
         fit_noise: bool = True
-        """Whether to fit draws z ~ q(z|x), drawn anew at every step, instead of the posteriors' means."""
+        """Fit samples z ~ q(z|x), drawn again at every step, instead of the posterior means."""
 
     center: torch.Tensor
     factor: torch.Tensor
@@ -87,7 +95,7 @@ class NormalizingFlow(Prior):
     # -- the two directions --------------------------------------------------------------------------------------------
 
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        """Every coupling undone, the last one first; `uniform` plays no part."""
+        """Invert every coupling, the last one first, and undo the whitening. `uniform` is not used."""
         with torch.no_grad():
             e = normal.flatten(1).to(self.center)
             for known, changed, coupling in reversed(list(self._parts())):
@@ -100,22 +108,22 @@ class NormalizingFlow(Prior):
             return self._log_density(self._whitened(z.flatten(1).to(self.center)))
 
     def to_noise(self, z: torch.Tensor) -> torch.Tensor:
-        """The `normal` from which `sample` makes z, both (n, *latent)."""
+        """Return the noise `normal` (n, *latent) from which `sample` computes z (n, *latent)."""
         with torch.no_grad():
             return self._forward(self._whitened(z.flatten(1).to(self.center)))[0].view_as(z).to(z.dtype)
 
     def _parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, nn.Module]]:
-        """(known coordinates, changed coordinates, coupling), from z to noise."""
+        """Yield (known coordinates, changed coordinates, coupling) of every coupling, in order from z to noise."""
         for i, coupling in enumerate(self.couplings):
             first, second = self.order[i // 2].tensor_split(2)
             yield (first, second, coupling) if i % 2 == 0 else (second, first, coupling)
 
     def _whitened(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents (n, D) with mean 0 and covariance I over the fit's."""
+        """Return whitened latents (n, D). The latents of the fit have mean 0 and covariance I after whitening."""
         return torch.linalg.solve_triangular(self.factor, (z - self.center).T, upper=False).T
 
     def _forward(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(noise (n, D), log of the determinant of d noise / dw (n,)) from whitened latents w (n, D)."""
+        """Return (noise (n, D), log |det d noise / dw| (n,)) of whitened latents w (n, D)."""
         volume = w.new_zeros(len(w))
         for known, changed, coupling in self._parts():
             log_scale, shift = coupling(w[:, known])
@@ -124,18 +132,24 @@ class NormalizingFlow(Prior):
         return w, volume
 
     def _log_density(self, w: torch.Tensor) -> torch.Tensor:
-        """log p(z) in nats, (n,), float64, from whitened latents."""
+        """Return log p(z) (n,) in nats, float64, of whitened latents w (n, D)."""
         e, volume = self._forward(w)
         return log_normal(e) + volume.double() - self.factor.diagonal().double().log().sum()
 
     # -- the fit -------------------------------------------------------------------------------------------------------
 
     def fit(self, mean: torch.Tensor, logvar: torch.Tensor, seed: int) -> dict[str, float]:
-        """Maximize the likelihood by Adam; keep the step that is best on the validation latents.
+        """Maximize the likelihood with Adam, and keep the weights that are best on the validation latents.
 
-        Returns the latents trained on, the validation log-likelihood in nats before (the full-covariance Gaussian) and
-        after, and the step that is kept. Same bits for the same seed and number of threads. Raises UserError where
-        there are fewer latents than twice their length.
+        The result is bit-identical for the same seed and number of threads. Raises UserError if there are fewer than
+        2 D latents, because D coordinates could not be whitened.
+
+        Returns:
+            "samples": number of training latents.
+            "log_likelihood_gaussian": validation log-likelihood before the first step, in nats (the full-covariance
+            Gaussian fit).
+            "log_likelihood": validation log-likelihood of the weights that are kept, in nats.
+            "step": step of the weights that are kept.
         """
         config, n, d = self.config, len(mean), len(self.center)
         if n < 2 * d:
@@ -164,7 +178,7 @@ class NormalizingFlow(Prior):
         }
 
     def _train(self, mean: torch.Tensor, std: torch.Tensor, seed: int) -> Iterator[int]:
-        """Take the steps, on latents of N(mean, std^2), both (n, D); yields the number of each that was taken."""
+        """Train on samples of N(mean, std^2), both (n, D). Yields the number of steps taken, after each step."""
         config = self.config
         optimizer = torch.optim.Adam(self.parameters(), lr=config.lr)
         for step in range(config.steps):
@@ -182,7 +196,7 @@ class NormalizingFlow(Prior):
             yield step + 1
 
     def _initialize(self, latents: torch.Tensor, seed: int) -> None:
-        """Whiten by latents (n, D), divide the coordinates, and draw the first weights."""
+        """Set whitening, permutations and initial weights of the couplings, from latents (n, D)."""
         centered = latents.double() - latents.double().mean(0)
         covariance = centered.T @ centered / len(latents)
         covariance.diagonal().add_(self.config.regularization)
@@ -195,7 +209,7 @@ class NormalizingFlow(Prior):
             self.couplings.load_state_dict(_couplings(self.config, len(self.center)).state_dict())
 
     def _mean_log_prob(self, z: torch.Tensor) -> float:
-        """Over z (n, D), in nats."""
+        """Return the mean of log p(z) over z (n, D), in nats."""
         return float(self.log_prob(z.to(self.center.device)).mean())
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -203,21 +217,21 @@ class NormalizingFlow(Prior):
 
 
 def _couplings(config: NormalizingFlow.Config, d: int) -> nn.ModuleList:
-    """New ones for d coordinates, every other one from the first half to the second."""
-    more, less = d - d // 2, d // 2  # as torch.tensor_split divides
+    """Build new couplings for d coordinates. They alternate between changing the second and the first half."""
+    more, less = d - d // 2, d // 2  # torch.tensor_split makes the first part the larger one
     sizes = [(more, less), (less, more)]
     return nn.ModuleList(Coupling(*sizes[i % 2], config.width) for i in range(config.couplings))
 
 
 def _draw(mean: torch.Tensor, std: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
-    """Latents of N(mean, std^2), both (n, D), float32."""
+    """Return samples (n, D) of N(mean, std^2), float32. mean and std have shape (n, D)."""
     return mean + std * torch.from_numpy(generator.standard_normal(mean.shape, dtype=np.float32))
 
 
 def _check(config: NormalizingFlow.Config, d: int) -> None:
-    """Raise UserError for a field that cannot be."""
+    """Raise UserError if a field is out of range."""
     if d < 2:
-        raise UserError(f"prior=flow changes numbers given others, the latent has {d}: use prior=gmm or normal")
+        raise UserError(f"prior=flow needs a latent of 2 or more numbers, this latent has {d}: use prior=gmm or normal")
     if config.couplings < 2 or config.couplings % 2:
         raise UserError(f"prior.couplings={config.couplings}: use an even number, 2 or more")
     for name in ("width", "steps", "batch", "check_every"):

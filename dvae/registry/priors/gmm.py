@@ -1,4 +1,7 @@
-"""A Gaussian mixture fitted to the latents after training (ex-post density estimation, Ghosh et al. 2020)."""
+"""A Gaussian mixture that is fitted to the latents after training.
+
+This is the ex-post density estimation of Ghosh et al. 2020.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +23,30 @@ class Covariance(Enum):
     """Shape of each component's covariance."""
 
     full = "full"
-    """Any covariance: D * D numbers per component."""
+    """Full covariance matrix: D * D numbers per component."""
     diag = "diag"
-    """Independent coordinates: D numbers per component."""
+    """Diagonal covariance (independent coordinates): D numbers per component."""
 
 
 @PRIORS.register("gmm")
 class GMM(Prior):
-    """Mixture of Gaussians on z, by expectation maximization; N(0, I) until it is fitted. Maps are flattened."""
+    """Mixture of Gaussians on z, fitted by expectation maximization.
+
+    The prior is N(0, I) until it is fitted. Latents that are maps are flattened.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         components: int = 50
-        """Gaussians in the mixture."""
+        """Number of Gaussians in the mixture."""
         covariance: Covariance = Covariance.full
         """Shape of each Gaussian's covariance."""
         max_samples: int = 50_000
-        """Latents used for the fit, drawn without replacement; all where there are fewer."""
+        """Most latents used for the fit. If there are more, a random subset of this size is used."""
         regularization: float = 1e-6
-        """Added to the variances, in squared units of z."""
+        """Constant that is added to the variances, in squared units of z; 0 or more."""
         fit_noise: bool = False
-        """Whether to fit draws z ~ q(z|x), which cover the width of the posteriors, instead of their means."""
+        """Fit samples z ~ q(z|x) instead of the posterior means. Samples include the spread of the posteriors."""
 
     weights: torch.Tensor
     means: torch.Tensor
@@ -51,7 +57,7 @@ class GMM(Prior):
         if config.components < 1 or config.max_samples < config.components or config.regularization < 0:
             raise UserError(
                 f"prior.components {config.components}, prior.max_samples {config.max_samples}, prior.regularization "
-                f"{config.regularization}: give at least one component, a sample for each, and no negative number"
+                f"{config.regularization}: use components >= 1, max_samples >= components and regularization >= 0"
             )
         self.config = config
         k, d = config.components, math.prod(shapes.latent)
@@ -61,9 +67,10 @@ class GMM(Prior):
         self.register_buffer("cholesky", unit.repeat(k, *[1] * unit.dim()))
 
     def fit(self, mean: torch.Tensor, logvar: torch.Tensor, seed: int) -> dict[str, float]:
-        """Fit in float64. Returns the samples used, the mean log-likelihood in nats, iterations and convergence.
+        """Fit the mixture in float64.
 
-        Raises UserError where there are fewer samples than components.
+        Returns the number of samples used, the mean log-likelihood in nats, the number of iterations, and whether the
+        fit converged (1.0 or 0.0). Raises UserError if there are fewer latents than components.
         """
         config = self.config
         if len(mean) < config.components:
@@ -71,9 +78,8 @@ class GMM(Prior):
                 f"prior gmm has {config.components} components but only {len(mean)} latents to fit: use "
                 f"prior.components={max(1, len(mean) // 10)} or more images"
             )
-        from sklearn.exceptions import (
-            ConvergenceWarning,  # here, since that takes seconds, and a config names this file
-        )
+        # Imported here, because the import takes seconds, and every config of this prior imports this file.
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
 
         latents = self._training_latents(mean, logvar, seed)
@@ -84,7 +90,7 @@ class GMM(Prior):
             random_state=seed % 2**32,
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # reported below as a figure
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the result "converged" below reports it
             mixture.fit(latents)
         covariances = mixture.covariances_
         full = config.covariance is Covariance.full
@@ -99,7 +105,7 @@ class GMM(Prior):
         }
 
     def _training_latents(self, mean: torch.Tensor, logvar: torch.Tensor, seed: int) -> np.ndarray:
-        """At most max_samples latents (n, D), float64."""
+        """Return at most max_samples latents (n, D), float64."""
         latents = mean.detach().cpu().double().flatten(1).numpy()
         if self.config.fit_noise:
             std = np.exp(0.5 * logvar.detach().cpu().double().flatten(1).numpy())
@@ -110,8 +116,12 @@ class GMM(Prior):
         return latents
 
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        """The component by the inverse CDF of `uniform`, then its mean + L `normal`."""
+        """Choose a component with the inverse CDF at `uniform`, and return its mean + L `normal`.
+
+        L is the Cholesky factor of the component's covariance.
+        """
         edges = torch.cumsum(self.weights, 0)
+        # edges[-1] may differ from 1 by rounding, so uniform is scaled by it; the clamp guards the upper edge
         component = torch.searchsorted(edges, uniform.to(edges) * edges[-1], right=True)
         component = component.clamp_max(len(edges) - 1)
         noise = normal.flatten(1).to(self.means)
@@ -120,7 +130,7 @@ class GMM(Prior):
         return (self.means[component] + spread).view_as(normal).to(normal.dtype)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
-        """In float64, one component after the other."""
+        """Return log p(z) (n,) in nats, float64. The components are computed one after the other."""
         z = z.flatten(1).to(self.means.device, torch.float64)
         parts = []
         for weight, mean, factor in zip(self.weights, self.means.double(), self.cholesky.double(), strict=True):

@@ -12,7 +12,7 @@ from dvae.registry.priors.base import PRIORS, Prior, log_normal
 
 @PRIORS.register("normal")
 class Normal(Prior):
-    """p(z) = N(0, I), the prior that the VAE was trained with."""
+    """Standard normal prior p(z) = N(0, I), which the VAE was trained with."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
@@ -22,7 +22,7 @@ class Normal(Prior):
         super().__init__(config, shapes)
 
     def sample(self, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        """`normal` itself."""
+        """Return `normal` unchanged."""
         return normal
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
