@@ -169,7 +169,7 @@ def test_refuses_fields(fields: dict[str, object], message: str) -> None:
 
 
 def test_refuses_too_little() -> None:
-    with pytest.raises(UserError, match="the latent has 1: use prior=gmm or normal"):
+    with pytest.raises(UserError, match="this latent has 1: use prior=gmm or normal"):
         flow((1,))
     with pytest.raises(UserError, match="5 latents are too few to whiten 3 coordinates: use 6 or more images"):
         flow((3,)).fit(torch.randn(5, 3), torch.zeros(5, 3), seed=0)

@@ -1,1 +1,1 @@
-"""Encoders, one file each. base.py has the abstract class and the registry."""
+"""Encoders, one per file. base.py has the abstract class and the registry."""

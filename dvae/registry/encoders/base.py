@@ -1,4 +1,7 @@
-"""Encoders: stage-1 models, an image x to a latent z and back to a blurry reconstruction x_hat."""
+"""Encoders: the models of stage 1.
+
+An encoder maps an image x to a latent z, and z back to a blurry reconstruction x_hat.
+"""
 
 from __future__ import annotations
 
@@ -15,58 +18,69 @@ from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(z | x) = N(mean, exp(logvar)), both (B, *latent)."""
+    """Diagonal Gaussian posterior q(z | x) = N(mean, exp(logvar)). mean and logvar have shape (B, *latent)."""
 
     mean: torch.Tensor
     logvar: torch.Tensor
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        """z = mean + std * noise, with noise ~ N(0, I) of shape (B, *latent)."""
+        """Return z = mean + std * noise (B, *latent), for noise ~ N(0, I) of the same shape."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> torch.Tensor:
-        """KL(q(z | x) || N(0, I)) per sample, (B,), in nats (Kingma & Welling 2014, appendix B)."""
+        """Return KL(q(z | x) || N(0, I)) per sample (B,), in nats (Kingma & Welling 2014, appendix B)."""
         terms = 0.5 * (self.mean**2 + torch.exp(self.logvar) - 1.0 - self.logvar)
         return terms.flatten(1).sum(1)
 
 
 def squared_error(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
-    """Sum of (x - x_hat)^2 over pixels in [0, 1] units, (B,), for images (B, C, H, W) in [-1, 1]."""
+    """Return the sum of (x - x_hat)^2 over pixels and channels, per sample (B,).
+
+    x and x_hat (B, C, H, W) are in [-1, 1]. The error is computed in units of [0, 1], hence the factor 0.5.
+    """
     return (0.5 * (x.float() - x_hat)).square().flatten(1).sum(1)
 
 
 def vae_terms(reconstruction: torch.Tensor, kl: torch.Tensor, kl_weight: float) -> dict[str, torch.Tensor]:
-    """The terms of a VAE's objective, each (B,): "loss" = reconstruction + kl_weight * kl, and both of them."""
+    """Return the terms of a VAE's objective, each (B,): "loss" = reconstruction + kl_weight * kl, and both terms."""
     return {"loss": reconstruction + kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
 
 
 @dataclass(frozen=True)
 class Adversary:
-    """What an encoder is trained against besides its own objective: a discriminator of real images and x_hat."""
+    """Adversarial part of an encoder's training: a discriminator between real images and x_hat, and its settings."""
 
     discriminator: nn.Module
-    """Images (B, C, H, W) to logits (B, 1, h, w), high where they are taken for real. Trained, and then thrown away."""
+    """Network from images (B, C, H, W) to logits (B, 1, h, w). High logits mean "real".
+
+    It is trained with the encoder and discarded afterwards.
+    """
     loss: GanLoss
+    """Losses of the discriminator and of the encoder."""
     weight: float
-    """Weight of the adversarial loss, times the adaptive weight (dvae.layers.adversarial)."""
+    """Weight of the adversarial loss. It is multiplied by the adaptive weight (dvae.layers.adversarial)."""
     start: int
-    """Steps before the discriminator is trained."""
+    """Number of steps before the training of the discriminator starts."""
     warmup: int
-    """Steps in which the discriminator is trained and the encoder is not yet trained against it."""
+    """Number of steps in which only the discriminator is trained, without effect on the encoder."""
     lr: float
     """Learning rate of the discriminator, as a multiple of the encoder's."""
     last_layer: nn.Conv2d
-    """The decoder's last layer, at which gradients are compared."""
+    """Last layer of the decoder. The adaptive weight compares gradients at this layer."""
     distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    """distance(x, x_hat), (B,): the reconstruction error that the adversarial loss is balanced with."""
+    """distance(x, x_hat) (B,): reconstruction error against which the adversarial loss is balanced."""
 
 
 class Encoder(nn.Module, ABC):
-    """An autoencoder. Images are (B, C, H, W) in [-1, 1]; latents are (B, *latent_shape)."""
+    """Base class of encoders. An encoder is an autoencoder with a Gaussian posterior.
+
+    Images have shape (B, C, H, W) and range [-1, 1]. Latents have shape (B, *latent_shape). `encode` returns the
+    posterior of images, `decode` the reconstruction from latents, and `forward` the training objective.
+    """
 
     Config: type[ComponentConfig]
     latent_shape: tuple[int, ...]
-    """(D,) for a vector, (C, h, w) for a map."""
+    """Shape of one latent: (D,) for a vector, (C, h, w) for a map."""
 
     @abstractmethod
     def __init__(self, config: ComponentConfig, shapes: Shapes) -> None:
@@ -77,25 +91,30 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """x_hat (B, C, H, W) in [-1, 1]."""
+        """Return the reconstruction x_hat (B, C, H, W), in [-1, 1], of latents z (B, *latent)."""
 
     @abstractmethod
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The training objective for one batch; noise ~ N(0, I) is (B, *latent).
+        """Compute the training objective of one batch.
 
-        Returns per-sample terms, each (B,) in fp32: "loss", which is minimized, and whatever else is worth a curve.
-        Beside them what was drawn, "z" (B, *latent) and "x_hat" (B, C, H, W), and where there is an adversary
-        "features", the input of the decoder's last layer.
+        Args:
+            x: Images (B, C, H, W) in [-1, 1].
+            noise: Random numbers (B, *latent) ~ N(0, I), for the sample of the posterior.
+
+        Returns:
+            Terms per sample, each (B,) in fp32: "loss", which is minimized, and further terms, which are logged.
+            The dict also holds the sample "z" (B, *latent) and its reconstruction "x_hat" (B, C, H, W). If there is an
+            adversary, it also holds "features", the input of the decoder's last layer.
         """
 
     def adversary(self) -> Adversary | None:
-        """A new discriminator and how to train against it; None where the objective is all."""
+        """Return a new discriminator and the settings of the adversarial training, or None if there is none."""
         return None
 
     def pretrained(self) -> dict[str, torch.Tensor] | None:
-        """A state dict that the encoder stage takes over instead of training; None where it trains.
+        """Return a state dict that the encoder stage uses instead of training, or None if the stage trains.
 
-        Raises UserError where it cannot be read or does not fit.
+        Raises UserError if the weights cannot be read or do not fit the encoder.
         """
         return None
 

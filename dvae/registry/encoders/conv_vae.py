@@ -1,4 +1,4 @@
-"""The convolutional VAE of DiffuseVAE: residual bottleneck blocks without normalization, a vector as latent."""
+"""The convolutional VAE of DiffuseVAE: residual bottleneck blocks without normalization, and a vector latent."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior, vae_terms
 class ConvVAE(Encoder):
     """VAE with residual bottleneck blocks and a vector latent (Pandey et al. 2022, appendix; after VDVAE).
 
-    Published block strings translate as follows: at resolution R, "RxN,Rd2" is N + 1 in `encoder_blocks` (the last of a
-    resolution is followed by average pooling), "RxN" in the decoder is N in `decoder_blocks`. Parameter names are those
-    of the authors' code (enc.in_conv, enc.block_mod.N.c1..c4, enc.mu, enc.logvar, dec.block_mod.N, dec.last_conv).
+    The block strings of the published configurations translate as follows, at resolution R:
+
+    - "RxN,Rd2" in the encoder is N + 1 in `encoder_blocks`. Average pooling follows the last block of a resolution.
+    - "RxN" in the decoder is N in `decoder_blocks`.
+
+    The parameters have the same names as in the authors' code: enc.in_conv, enc.block_mod.N.c1..c4, enc.mu,
+    enc.logvar, dec.block_mod.N, dec.last_conv.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         resolutions: list[int] = field(default_factory=lambda: [32, 16, 8, 4, 1])
-        """Heights of the feature maps in pixels, from image_size / patch down to 1; each divides the one before."""
+        """Heights of the feature maps in pixels, from image_size / patch down to 1. Each must divide the one before."""
         channels: list[int] = field(default_factory=lambda: [64, 128, 256, 256, 512])
-        """Channels at each resolution; even."""
+        """Number of channels at each resolution; must be even."""
         encoder_blocks: list[int] = field(default_factory=lambda: [8, 5, 5, 4, 3])
-        """Residual blocks of the encoder at each resolution."""
+        """Number of residual blocks of the encoder at each resolution, in the order of `resolutions`."""
         decoder_blocks: list[int] = field(default_factory=lambda: [15, 7, 3, 2, 1])
-        """Residual blocks of the decoder at each resolution, in the order of `resolutions`."""
+        """Number of residual blocks of the decoder at each resolution, in the order of `resolutions`."""
         latent_dim: int = 512
         """Length D of the latent z."""
         kl_weight: float = 1.0
-        """Weight of KL(q(z|x) || p(z)) against the squared error summed over pixels in [0, 1] units."""
+        """Weight of KL(q(z|x) || p(z)); 0 or more. The squared error, summed over pixels in [0, 1], has weight 1."""
         patch: int = 1
-        """Side, in pixels, of the patches folded into channels, so that the net works at image_size / patch."""
+        """Side, in pixels, of the patches that are folded into channels. The network works at image_size / patch."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -51,16 +55,19 @@ class ConvVAE(Encoder):
         self.dec = ConvDecoder(config, folded)
 
     def encode(self, x: torch.Tensor) -> Posterior:
-        """x (B, C, H, W) in [-1, 1] to q(z | x), mean and logvar (B, D) in fp32."""
+        """Return q(z | x), with mean and logvar (B, D) in fp32, of images x (B, C, H, W) in [-1, 1]."""
         mean, logvar = self.enc(F.pixel_unshuffle(0.5 * (x + 1.0), self.config.patch))
         return Posterior(mean.flatten(1).float(), logvar.flatten(1).float())
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """z (B, D) to x_hat (B, C, H, W) in [-1, 1], fp32."""
+        """Return x_hat (B, C, H, W), in [-1, 1], fp32, of latents z (B, D)."""
         return 2.0 * self._decode_unit(z) - 1.0
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Per-sample terms (B,), fp32: "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units), "kl" (nats)."""
+        """Compute the objective, see `Encoder.forward`.
+
+        The terms are "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units) and "kl" (nats), each (B,).
+        """
         posterior = self.encode(x)
         z = posterior.sample(noise)
         x_hat = self._decode_unit(z)
@@ -69,13 +76,13 @@ class ConvVAE(Encoder):
         return terms | {"z": z, "x_hat": 2.0 * x_hat - 1.0}
 
     def _decode_unit(self, z: torch.Tensor) -> torch.Tensor:
-        """x_hat in [0, 1], fp32."""
+        """Return x_hat (B, C, H, W), in [0, 1], fp32, of latents z (B, D)."""
         logits = F.pixel_shuffle(self.dec(z[:, :, None, None]), self.config.patch)
         return torch.sigmoid(logits.float())
 
 
 class BottleneckBlock(nn.Module):
-    """Residual bottleneck (B, C, H, W) to the same, or to (B, C, H/pool, W/pool)."""
+    """Residual bottleneck block: maps (B, C, H, W) to (B, C, H/pool, W/pool)."""
 
     def __init__(self, channels: int, resolution: int, pool: int = 1) -> None:
         super().__init__()
@@ -98,19 +105,19 @@ class BottleneckBlock(nn.Module):
 
 
 class NearestUpsample(nn.Module):
-    """Nearest-neighbor upsampling: (B, C, H, W) to (B, C, factor * H, factor * W), in channels_last."""
+    """Nearest-neighbor upsampling: maps (B, C, H, W) to (B, C, factor * H, factor * W), in channels_last."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
         self.factor = float(factor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # a map of 1x1 pixels has no memory format of its own, so the decoder's is set here
+        # the decoder starts at 1x1 pixels, where channels_last has no meaning and gets lost; it is set again here
         return F.interpolate(x, scale_factor=self.factor).contiguous(memory_format=torch.channels_last)
 
 
 class ConvEncoder(nn.Module):
-    """Images (B, folded, R, R) to mean and logvar, each (B, D, 1, 1)."""
+    """Encoder half: maps folded images (B, folded, R, R) to mean and logvar, each (B, D, 1, 1)."""
 
     def __init__(self, config: ConvVAE.Config, folded: int) -> None:
         super().__init__()
@@ -136,12 +143,12 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Latents (B, D, 1, 1) to logits (B, folded, R, R)."""
+    """Decoder half: maps latents (B, D, 1, 1) to logits of folded images (B, folded, R, R)."""
 
     def __init__(self, config: ConvVAE.Config, folded: int) -> None:
         super().__init__()
         width = config.channels[-1]
-        # the published models have D equal to the width, and no such layer
+        # in the published models D equals the width, and this layer does not exist
         self.in_conv = nn.Identity() if config.latent_dim == width else nn.Conv2d(config.latent_dim, width, 1)
         self.block_mod = nn.Sequential(*self._blocks(config))
         self.last_conv = nn.Conv2d(config.channels[0], folded, 3, padding=1)
@@ -161,7 +168,7 @@ class ConvDecoder(nn.Module):
 
 
 def _check(config: ConvVAE.Config, shapes: Shapes) -> None:
-    """Raise UserError where the fields do not fit each other or the images."""
+    """Raise UserError if the fields do not fit each other or the images."""
     sides = config.resolutions
     for name in ("channels", "encoder_blocks", "decoder_blocks"):
         values = getattr(config, name)

@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion: squared error, a light KL term, and a patch discriminator."""
+"""The autoencoder of latent diffusion: squared error, a KL term of small weight, and a patch discriminator."""
 
 from __future__ import annotations
 
@@ -16,42 +16,49 @@ from dvae.registry.encoders.base import ENCODERS, Adversary, Encoder, Posterior,
 
 @ENCODERS.register("kl_gan")
 class KLGAN(Encoder):
-    """Autoencoder with a map as latent, trained against a discriminator (Esser et al. 2021; Rombach et al. 2022).
+    """Autoencoder with a latent map, trained with a discriminator (Esser et al. 2021; Rombach et al. 2022).
 
-    The weights below have no published counterpart for squared error; the papers take |x - x_hat| and a perceptual
-    distance. With discriminator_weight=0 there is no discriminator.
+    This encoder uses the squared error, but the papers use |x - x_hat| and a perceptual distance. So the default
+    weights of the loss terms are not from a paper. With discriminator_weight=0 there is no discriminator.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         channels: list[int] = field(default_factory=lambda: [64, 128, 256])
-        """Channels at each resolution, from that of the images down by halves: three reduce height and width by 4."""
+        """Channels at each resolution. Each resolution is half the one before: three reduce height and width by 4."""
         blocks: int = 1
-        """Residual blocks of the encoder at each resolution; the decoder has one more."""
+        """Residual blocks of the encoder at each resolution. The decoder has one more at each."""
         latent_channels: int = 4
-        """Channels of the latent map."""
+        """Number of channels of the latent map."""
         groups: int = 32
-        """Groups of GroupNorm; they divide every entry of `channels`."""
+        """Number of groups of GroupNorm; must divide every entry of `channels`."""
         middle_attention: bool = True
-        """Whether the pixels of the coarsest map attend to each other."""
+        """Whether there is self-attention over the pixels of the coarsest map."""
         attention: AttentionBackend = AttentionBackend.auto
-        """What computes attention."""
+        """Implementation that computes attention."""
         kl_weight: float = 1e-6
-        """Weight of KL(q(z|x) || N(0, I)) against the squared error, both sums, the latter in [0, 1] units."""
+        """Weight of KL(q(z|x) || N(0, I)); 0 or more. The squared error, summed over pixels in [0, 1], has weight 1."""
         discriminator_weight: float = 0.5
-        """Weight of the adversarial loss, times |its gradient| over |the error's| at the last layer (0: no GAN)."""
+        """Weight of the adversarial loss (0: no GAN).
+
+        It is multiplied by the adaptive weight: |gradient of the reconstruction error| divided by |gradient of the
+        adversarial loss|, both at the last layer.
+        """
         discriminator_start: int = 50_000
-        """Steps before the discriminator is trained."""
+        """Number of steps before the training of the discriminator starts."""
         discriminator_warmup: int = 0
-        """Steps in which only the discriminator is trained: untrained, it would only spoil the decoder."""
+        """Number of steps, after `discriminator_start`, in which only the discriminator is trained.
+
+        The gradients of an untrained discriminator would harm the decoder.
+        """
         discriminator_width: int = 64
-        """Channels of the discriminator's first layer; a multiple of 8."""
+        """Channels of the first layer of the discriminator; a multiple of 8."""
         discriminator_layers: int = 3
-        """Halvings in the discriminator; 1, 2 and 3 judge patches of 16, 34 and 70 px."""
+        """Number of stride-2 convolutions of the discriminator. 1, 2, 3: it classifies patches of 16, 34, 70 px."""
         discriminator_lr: float = 1.0
-        """Learning rate of the discriminator, as a multiple of the encoder's."""
+        """Learning rate of the discriminator, as a multiple of the learning rate of the encoder; above 0."""
         gan_loss: GanLoss = GanLoss.hinge
-        """What discriminator and decoder minimize."""
+        """Loss functions of the discriminator and of the decoder."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -76,17 +83,21 @@ class KLGAN(Encoder):
         self.autoencoder = Autoencoder(plan)
 
     def encode(self, x: torch.Tensor) -> Posterior:
-        """x (B, C, H, W) in [-1, 1] to q(z | x), mean and logvar (B, latent_channels, h, w) in fp32."""
+        """Return the posterior q(z | x) of images x (B, C, H, W) in [-1, 1].
+
+        Its mean and logvar have shape (B, latent_channels, h, w) and dtype fp32.
+        """
         return Posterior(*self.autoencoder.moments(x))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """z (B, latent_channels, h, w) to x_hat (B, C, H, W) in [-1, 1], fp32."""
+        """Return x_hat (B, C, H, W), in [-1, 1], fp32, of latents z (B, latent_channels, h, w)."""
         return self.autoencoder.last_layer(self.autoencoder.features(z)).float().clamp(-1.0, 1.0)
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Per-sample terms (B,), fp32: "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units), "kl" (nats).
+        """Compute the objective, see `Encoder.forward`.
 
-        "x_hat" beside them is not clamped, so that every pixel has a gradient.
+        The terms are "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units) and "kl" (nats), each (B,).
+        "x_hat" is not clamped to [-1, 1], so that every pixel has a gradient.
         """
         posterior = self.encode(x)
         z = posterior.sample(noise)

@@ -1,4 +1,4 @@
-"""No encoder."""
+"""The component for runs without an encoder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior
 
 @ENCODERS.register("none")
 class NoEncoder(Encoder):
-    """No latent, and x_hat = 0, the mean of nothing: the refiner is then a plain diffusion model (Ho et al. 2020).
+    """No encoder: there is no latent, and x_hat is 0. The refiner is then a plain diffusion model (Ho et al. 2020).
 
-    Set denoiser.condition_image=false with it, and leave encoder and prior out of stages=[...].
+    Also set denoiser.condition_image=false, and leave encoder and prior out of stages=[...].
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -27,14 +27,14 @@ class NoEncoder(Encoder):
         self.shapes = shapes
 
     def encode(self, x: torch.Tensor) -> Posterior:
-        """Mean and logvar of shape (B, 0)."""
+        """Return an empty posterior: mean and logvar have shape (B, 0)."""
         nothing = x.new_zeros(len(x), 0)
         return Posterior(nothing, nothing)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Zeros (B, C, H, W)."""
+        """Return zeros (B, C, H, W)."""
         return z.new_zeros(len(z), self.shapes.channels, self.shapes.image_size, self.shapes.image_size)
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """ "loss" (B,): the squared error of x_hat = 0, which nothing can lower."""
+        """Return the squared error of x_hat = 0 as "loss" (B,). It is constant, because there are no parameters."""
         return {"loss": x.float().square().flatten(1).sum(1), "z": noise, "x_hat": torch.zeros_like(x)}

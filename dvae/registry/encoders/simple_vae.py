@@ -1,4 +1,4 @@
-"""The simplest VAE: strided convolutions, linear heads, and the same backwards."""
+"""The simplest VAE: strided convolutions, linear heads, and transposed convolutions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dvae.registry.encoders.base import ENCODERS, Encoder, Posterior, squared_er
 
 @ENCODERS.register("simple_vae")
 class SimpleVAE(Encoder):
-    """VAE of 4x4 convolutions of stride 2, with a vector as latent (Kingma & Welling 2014)."""
+    """VAE of 4x4 convolutions of stride 2 with a vector latent (Kingma & Welling 2014)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
-        """Channels after each convolution, which halves the map."""
+        """Channels after each convolution of the encoder. Each convolution halves height and width."""
         latent_dim: int = 128
         """Length D of the latent z."""
         kl_weight: float = 1.0
-        """Weight of KL(q(z|x) || p(z)) against the squared error summed over pixels in [0, 1] units."""
+        """Weight of KL(q(z|x) || p(z)); 0 or more. The squared error, summed over pixels in [0, 1], has weight 1."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -44,16 +44,19 @@ class SimpleVAE(Encoder):
         self.up = nn.Sequential(nn.Linear(config.latent_dim, flat), nn.Unflatten(1, (widths[-1], side, side)), *up)
 
     def encode(self, x: torch.Tensor) -> Posterior:
-        """x (B, C, H, W) in [-1, 1] to q(z | x), mean and logvar (B, D) in fp32."""
+        """Return q(z | x), with mean and logvar (B, D) in fp32, of images x (B, C, H, W) in [-1, 1]."""
         h = self.down(x)
         return Posterior(self.mean(h).float(), self.logvar(h).float())
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """z (B, D) to x_hat (B, C, H, W) in [-1, 1], fp32."""
+        """Return x_hat (B, C, H, W), in [-1, 1], fp32, of latents z (B, D)."""
         return torch.tanh(self.up(z).float())
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Per-sample terms (B,), fp32: "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units), "kl" (nats)."""
+        """Compute the objective, see `Encoder.forward`.
+
+        The terms are "loss", "reconstruction" (sum of (x - x_hat)^2 in [0, 1] units) and "kl" (nats), each (B,).
+        """
         posterior = self.encode(x)
         z = posterior.sample(noise)
         x_hat = self.decode(z)
@@ -62,7 +65,7 @@ class SimpleVAE(Encoder):
 
 
 def _check(config: SimpleVAE.Config, shapes: Shapes) -> None:
-    """Raise UserError where the fields do not fit the images."""
+    """Raise UserError if the fields are out of range or do not fit the images."""
     if not config.channels or min(config.channels) < 1 or config.latent_dim < 1 or config.kl_weight < 0:
         raise UserError(
             f"encoder.channels {config.channels}, encoder.latent_dim {config.latent_dim}, encoder.kl_weight "
