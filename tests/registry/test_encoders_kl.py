@@ -161,8 +161,8 @@ def test_diffusers_names_of_attention_before_2023(tmp_path: Path) -> None:
         ({"latent_channels": 16, "layers_per_block": 2}, "add encoder.layers_per_block=2 encoder.latent_channels=16"),
         ({"block_out_channels": [8, 8]}, r"add encoder.block_out_channels=\[8,8\]"),
         ({"use_quant_conv": False, "shift_factor": 0.1}, "encoder.use_quant_conv=false .*encoder.shift_factor=0.1"),
-        ({"in_channels": 1}, "in_channels is 1, this encoder takes 3"),
-        ({"act_fn": "gelu"}, "act_fn is gelu, this encoder takes silu"),
+        ({"in_channels": 1}, "in_channels is 1, this encoder supports only 3"),
+        ({"act_fn": "gelu"}, "act_fn is gelu, this encoder supports only silu"),
     ],
 )
 def test_another_network_is_refused_with_the_words_to_add(

@@ -180,7 +180,7 @@ def test_a_batch_that_would_execute_something_is_refused(tmp_path: Path, kind: s
     files = cifar_files("python")
     mark = tmp_path / "executed"
     files["cifar-10-batches-py/data_batch_3"] = hostile(kind, mark)
-    with pytest.raises(UserError, match=r"data_batch_3 asks for \S+, which no batch of CIFAR-10 does") as error:
+    with pytest.raises(UserError, match=r"data_batch_3 names \S+, which no batch of CIFAR-10 needs") as error:
         make(32, name="cifar10", path=unpacked(tmp_path / "data", files))
     assert "\n" not in str(error.value)
     assert not mark.exists()

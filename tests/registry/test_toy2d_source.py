@@ -130,5 +130,5 @@ def test_points_are_no_pictures() -> None:
     with pytest.raises(UserError, match="image_size=1 and channels=2"):
         SOURCES.build({"name": "toy2d"}, Shapes(image_size=32))
     for use in (len, lambda source: source[0]):
-        with pytest.raises(UserError, match="toy2d is endless"):
+        with pytest.raises(UserError, match="toy2d generates its samples"):
             use(make())

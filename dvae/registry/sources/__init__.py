@@ -1,1 +1,1 @@
-"""Sources, one file each. base.py has the abstract class and the registry."""
+"""Sources, one per file. base.py has the abstract class and the registry."""

@@ -1,4 +1,4 @@
-"""AFHQ: about 15,000 faces of cats, dogs and wild animals, 512x512 pixels, in two versions."""
+"""AFHQ: about 15,000 faces of cats, dogs and wild animals, of 512x512 pixels, in two versions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
 
 ANIMALS = ("cat", "dog", "wild")
 TEST_NAMES = {"val": "v1", "test": "v2"}
-"""What the two versions call the folder of their test images."""
+"""Folder of the test images -> version of AFHQ that has this folder."""
 
 
 @SOURCES.register("afhq")
 class AFHQ(ImageFileSource):
-    """AFHQ (Choi et al. 2020), all three animals; the label is "animal": cat, dog or wild.
+    """AFHQ (Choi et al. 2020), all three animals. The label "animal" is cat, dog or wild.
 
-    A folder or zip with train/cat, train/dog, train/wild and the same in val (version 1, JPEG, 14,630 images to train
-    on) or test (version 2, PNG, scaled anew with Lanczos). Where there is only train, PNG files mean version 2.
+    The source is a folder or zip archive with train/cat, train/dog and train/wild. The test images are in the same
+    folders below val or test:
+
+    - val: version 1, JPEG, 14,630 training images.
+    - test: version 2, PNG, rescaled with Lanczos.
+
+    If there is only train, PNG files mean version 2.
     """
 
     license = "AFHQ: CC BY-NC 4.0 (NAVER Corporation); Choi et al. 2020, StarGAN v2"
@@ -33,7 +38,7 @@ class AFHQ(ImageFileSource):
     @dataclass(kw_only=True, slots=True)
     class Config(FilesConfig):
         split: PublishedSplit = PublishedSplit.train
-        """train (what the papers train on), test (named val in version 1), or all."""
+        """Part of the data set: train (used by the papers for training), test (named val in version 1), or all."""
 
     config: Config
 
@@ -61,7 +66,10 @@ class AFHQ(ImageFileSource):
         return chosen
 
     def _version(self, names: list[str]) -> str:
-        """v1 or v2, by the name of the test images' folder, else by the format. Raises UserError on a mixture."""
+        """Return v1 or v2, from the folder of the test images, or from the file format if there is no such folder.
+
+        Raises UserError if the folders of both versions exist.
+        """
         found = {TEST_NAMES[_split(name)] for name in names if _split(name) in TEST_NAMES}
         if len(found) > 1:
             raise UserError(

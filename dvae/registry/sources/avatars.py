@@ -1,4 +1,4 @@
-"""Faces drawn by DiceBear: any number of them, and what each shows is known."""
+"""Faces drawn by DiceBear: any number of images, with known attributes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dvae.registry.core import ComponentConfig, Shapes
 from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import parse_json
 
-# Natural and dyed tones that stay apart at 32 pixels; DiceBear's own palettes are mostly shades of brown.
+# Colors that can be told apart at 32 pixels. DiceBear's own palettes are mostly shades of brown.
 SKIN = ["#f6cfb2", "#e0a982", "#bd8058", "#8a5640"]
 HAIR = ["#2c1b18", "#6b3f2a", "#e8c26a", "#d1512d", "#c9c9d2", "#4f7fd9", "#e0609a"]
-OVERSAMPLING = 2  # drawn at twice the size and scaled down: eyes and mouths are crisper than drawn directly
+OVERSAMPLING = 2  # faces are drawn at twice the size and scaled down, because eyes and mouths get sharper this way
 
 
 class AvatarStyle(Enum):
-    """DiceBear styles whose art may be used freely (CC BY 4.0 or CC0 1.0)."""
+    """DiceBear styles with a free license (CC BY 4.0 or CC0 1.0)."""
 
     toon_head = "toon-head"
     big_smile = "big-smile"
@@ -38,7 +38,7 @@ class AvatarStyle(Enum):
     notionists = "notionists"
 
 
-# Framing (the face fills the image), and weights that favor parts which can be told apart at 32 pixels.
+# Framing, so that the face fills the image, and weights that prefer parts that can be told apart at 32 pixels.
 OPTIONS: dict[AvatarStyle, dict[str, Any]] = {
     AvatarStyle.toon_head: {
         "scale": 1.42,
@@ -68,18 +68,18 @@ OPTIONS: dict[AvatarStyle, dict[str, Any]] = {
 
 @SOURCES.register("avatars")
 class Avatars(Source):
-    """Faces drawn by DiceBear; labels are the parts and colors that were drawn."""
+    """Faces drawn by DiceBear. The labels are the parts and colors of each face."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         style: AvatarStyle = AvatarStyle.toon_head
-        """DiceBear style, by another artist each."""
+        """DiceBear style. Each style is by a different artist."""
         n: int = 2000
         """Number of faces."""
         seed: int = 0
-        """Faces of different seeds are drawn independently."""
+        """Seed of the faces. Different seeds give independent faces."""
         background: list[str] = field(default_factory=lambda: ["#f4a6a6", "#a6d8f4", "#b8e6b0", "#f6dd8a", "#c9b6f2"])
-        """Colors to choose the background from, as #rrggbb."""
+        """Colors of the background, as #rrggbb. Each face gets one of them."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         if config.n < 1:
@@ -113,7 +113,7 @@ class Avatars(Source):
 
 
 def _labels(definition: dict[str, Any], options: dict[str, Any]) -> dict[str, str | int]:
-    """The part and the color chosen for each thing the style can draw; "none" where it was not drawn."""
+    """Return the variant and the color of each part that the style can draw; "none" if the part is absent."""
     labels: dict[str, str | int] = {part: options.get(f"{part}Variant", "none") for part in definition["components"]}
     for thing in ("background", *definition["colors"]):
         labels[f"{thing}_color"] = options.get(f"{thing}Color", ["none"])[0]
@@ -122,7 +122,7 @@ def _labels(definition: dict[str, Any], options: dict[str, Any]) -> dict[str, st
 
 @functools.cache
 def _definition(style: str) -> dict[str, Any]:
-    """DiceBear's definition of a style. Raises UserError where DiceBear is not installed."""
+    """Return DiceBear's definition of a style. Raises UserError if DiceBear is not installed."""
     try:
         import dicebear  # noqa: F401
         import resvg_py  # noqa: F401

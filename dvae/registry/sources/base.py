@@ -1,4 +1,4 @@
-"""Sources: where images come from when shards are built."""
+"""Sources: the images from which shards are built."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from dvae.registry.core import ComponentConfig, Registry, Shapes
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a source, resized already."""
+    """One image of a source, already resized."""
 
     key: str
-    """Unique within the source, stable from build to build (a file name, an index, a seed)."""
+    """Key that is unique within the source and the same in every build, such as a file name, an index or a seed."""
     image: np.ndarray
-    """(H, W, C), uint8, H = W = shapes.image_size, C = shapes.channels."""
+    """Pixels (H, W, C), uint8, with H = W = shapes.image_size and C = shapes.channels."""
     labels: dict[str, str | int] = field(default_factory=dict)
-    """Known attributes of the image, by name."""
+    """Known attributes of the image: name -> value."""
 
 
 class Source(ABC):
-    """A finite, indexable set of images. Picklable, so that several processes can read it."""
+    """Base class of sources: a finite set of images that are read by index.
+
+    A source must be picklable, because several processes read it.
+    """
 
     Config: type[ComponentConfig]
     license: str = "unknown: ask the owner of the images"
-    """License of the images, with the credit it asks for; kept in the manifest."""
+    """License of the images, with the credit that it requires. It is stored in the manifest."""
     protocol: str = "made at this size"
-    """How the images came to their size (crop, filter); kept in the manifest."""
+    """How the images were brought to their size (crop, filter). It is stored in the manifest."""
 
     @abstractmethod
     def __init__(self, config: ComponentConfig, shapes: Shapes) -> None: ...
@@ -42,20 +45,27 @@ class Source(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Item:
-        """Image number `index`. Raises dvae.data.images.DamagedImage, naming the file, where it cannot be read."""
+        """Return image number `index`. Raises dvae.data.images.DamagedImage, with its name, if it cannot be read."""
 
 
 class StreamSource(Source):
-    """A distribution: any number of samples, drawn by key, so that there is nothing to keep in shards."""
+    """Base class of sources that generate any number of samples.
+
+    Samples are generated from a seed and a number when they are needed, so there are no shards.
+    """
 
     classes: tuple[str, ...] = ()
-    """Names of the classes; a sample's label is an index into them."""
+    """Names of the classes. The label of a sample is an index into this tuple."""
 
     @abstractmethod
     def sample(self, seed: int, numbers: Sequence[int], label: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, C, H, W), float32 in [-1, 1], and labels (B,), int64, of the samples `numbers` of `seed`.
+        """Generate the samples `numbers` of `seed`.
 
-        Each is a pure function of (seed, number, label); without `label`, number n has class n mod len(classes).
+        Each sample is a pure function of (seed, number, label). If `label` is None, sample n has the class
+        n mod len(classes).
+
+        Returns:
+            x (B, C, H, W), float32 in [-1, 1], and labels (B,), int64.
         """
 
     def __len__(self) -> int:
@@ -66,7 +76,7 @@ class StreamSource(Source):
 
     def _refusal(self) -> UserError:
         return UserError(
-            f"source {SOURCES.name_of(self)} is endless, it has no shards: leave shards out of stages=[...]"
+            f"source {SOURCES.name_of(self)} generates its samples and has no shards: leave shards out of stages=[...]"
         )
 
 

@@ -1,4 +1,4 @@
-"""CelebA: 202,599 faces of celebrities, 178x218 pixels, with 40 attributes each."""
+"""CelebA: 202,599 faces of celebrities, of 178x218 pixels, with 40 attributes each."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
 
 WIDTH, HEIGHT = 178, 218
-"""Of the aligned and cropped images (img_align_celeba)."""
+"""Size in pixels of the aligned and cropped images (img_align_celeba)."""
 
 
 class CelebaCrop(Enum):
-    """Which part of an image is scaled to a square. Figures of different crops do not compare."""
+    """Part of an image that is scaled to a square. Metrics of different crops cannot be compared."""
 
     squash = "squash"
-    """The whole image, squeezed: what DiffuseVAE's and PSLD's public code does."""
+    """The whole image, squeezed to a square, as in the public code of DiffuseVAE and PSLD."""
     center_140 = "center_140"
-    """The middle 140x140: NCSN and score SDE (Song et al. 2021)."""
+    """The center 140x140 pixels, as in NCSN and score SDE (Song et al. 2021)."""
     center_148 = "center_148"
-    """The middle 148x148: common for VAEs."""
+    """The center 148x148 pixels, which is common for VAEs."""
     center_178 = "center_178"
-    """The middle 178x178, the largest square."""
+    """The center 178x178 pixels, the largest square."""
     face_128 = "face_128"
-    """128x128 about the face, at (89, 121): DDIM (Song et al. 2021)."""
+    """128x128 pixels around the face, with the center (89, 121), as in DDIM (Song et al. 2021)."""
 
 
 BOXES = {
@@ -39,12 +39,15 @@ BOXES = {
     CelebaCrop.center_178: (0, 20, 178, 198),
     CelebaCrop.face_128: (25, 57, 153, 185),
 }
-"""Left, top, right, bottom in pixels; right and bottom exclusive."""
+"""Left, top, right and bottom of each crop, in pixels; right and bottom are exclusive."""
 
 
 @SOURCES.register("celeba")
 class CelebA(ImageFileSource):
-    """CelebA (Liu et al. 2015), aligned: a folder or the original img_align_celeba.zip; labels are the attributes."""
+    """CelebA (Liu et al. 2015), aligned and cropped images; the labels are the attributes.
+
+    The source is a folder or the original img_align_celeba.zip.
+    """
 
     license = (
         "CelebA: non-commercial research only, no redistribution (agreement of MMLab, CUHK); Liu et al. 2015, "
@@ -54,9 +57,9 @@ class CelebA(ImageFileSource):
     @dataclass(kw_only=True, slots=True)
     class Config(FilesConfig):
         crop: CelebaCrop = CelebaCrop.center_140
-        """squash | center_140 | center_148 | center_178 | face_128."""
+        """Part of each image that is scaled: squash | center_140 | center_148 | center_178 | face_128."""
         attributes: str = ""
-        """list_attr_celeba.txt; its 40 attributes become labels, 1 or 0 (empty: no labels)."""
+        """Path of list_attr_celeba.txt. Its 40 attributes become labels, 1 or 0 (empty: no labels)."""
 
     config: Config
 

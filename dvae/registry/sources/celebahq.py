@@ -1,4 +1,4 @@
-"""CelebA-HQ and CelebAMask-HQ: 30,000 faces, 1024x1024 pixels or what they were scaled to."""
+"""CelebA-HQ and CelebAMask-HQ: 30,000 faces, of 1024x1024 pixels or smaller copies."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
 
 IMAGES, MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
-"""Folders of CelebAMask-HQ."""
+"""Folders of the images and of the masks in CelebAMask-HQ."""
 
 
 @SOURCES.register("celebahq")
 class CelebAHQ(ImageFileSource):
-    """CelebA-HQ (Karras et al. 2018): a folder or zip of square images, flat, CelebAMask-HQ's, or in male and female.
+    """CelebA-HQ (Karras et al. 2018): a folder or zip archive of square images.
 
-    Labels are CelebAMask-HQ's 40 attributes where the list is given, and "folder" where the images lie in several
-    (StarGAN v2's layout of 256x256 images: train/male, train/female, val/male, val/female).
+    The supported layouts are one flat folder, CelebAMask-HQ, and the layout of StarGAN v2 with 256x256 images
+    (train/male, train/female, val/male, val/female).
+
+    The labels are:
+
+    - the 40 attributes of CelebAMask-HQ, if `attributes` is set;
+    - "folder", if the images are in several folders.
     """
 
     license = (
@@ -32,7 +37,7 @@ class CelebAHQ(ImageFileSource):
     @dataclass(kw_only=True, slots=True)
     class Config(FilesConfig):
         attributes: str = ""
-        """CelebAMask-HQ-attribute-anno.txt; its 40 attributes become labels, 1 or 0 (empty: none)."""
+        """Path of CelebAMask-HQ-attribute-anno.txt. Its 40 attributes become labels, 1 or 0 (empty: no labels)."""
 
     config: Config
 

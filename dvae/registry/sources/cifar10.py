@@ -1,4 +1,4 @@
-"""CIFAR-10: 60,000 photographs of ten classes, 32x32 pixels."""
+"""CIFAR-10: 60,000 photographs of ten classes, of 32x32 pixels."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ BATCHES = {
 }
 SIZE = 32
 RECORD = 3 * SIZE * SIZE
-"""Bytes of one image: all red, then all green, then all blue."""
+"""Bytes of one image: all red values, then all green values, then all blue values."""
 LIMIT = 64 * 2**20
-"""Bytes of a batch, at most; the published ones have 31 million."""
+"""Largest accepted batch in bytes. The published batches have 31 million bytes."""
 ARRAY = "numpy.core.multiarray._reconstruct"
 NAMES = {ARRAY, "numpy.ndarray", "numpy.dtype"}
-"""All that the published batches name."""
+"""All classes and functions that the pickles of the published batches name."""
 
 
 @SOURCES.register("cifar10")
 class Cifar10(Source):
-    """CIFAR-10 (Krizhevsky 2009), cifar-10-python.tar.gz or cifar-10-binary.tar.gz or a folder; label "class".
+    """CIFAR-10 (Krizhevsky 2009). The label "class" is the name of the class.
 
-    Both archives hold the same images in the same order, and give the same shards.
+    The source is cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or a folder with the unpacked files. Both archives
+    hold the same images in the same order, and give the same shards.
     """
 
     license = (
@@ -53,11 +54,11 @@ class Cifar10(Source):
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         path: str = MISSING
-        """The python or binary archive (.tar.gz), or the folder that it was unpacked to."""
+        """The python or binary archive (.tar.gz), or a folder with the unpacked files."""
         split: PublishedSplit = PublishedSplit.train
-        """train (50,000 images), test (10,000), or all."""
+        """Part of the data set: train (50,000 images), test (10,000 images), or all."""
         resize: Resize = Resize.lanczos
-        """Filter for sizes other than 32."""
+        """Filter for scaling, if image_size is not 32."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes
@@ -84,9 +85,10 @@ class Cifar10(Source):
 
 
 def _find(path: str, names: list[str]) -> dict[str, tuple[str, bytes]]:
-    """Where each batch lies, and its bytes; either all in the python or all in the binary format.
+    """Return name of the batch -> (its place, its bytes).
 
-    Raises UserError where the archive or folder is missing, damaged, or lacks a batch.
+    All batches have the same format, either python or binary. Raises UserError if the archive or folder is missing or
+    damaged, or lacks a batch.
     """
     wanted = {f"{name}{suffix}" for name in names for suffix in ("", ".bin")}
     found = _members(path, wanted)
@@ -103,7 +105,7 @@ def _find(path: str, names: list[str]) -> dict[str, tuple[str, bytes]]:
 
 
 def _members(path: str, wanted: set[str]) -> dict[str, bytes]:
-    """The files of these names in an archive or below a folder. Nothing is unpacked to the disk."""
+    """Read the files named `wanted` from an archive or below a folder. Nothing is unpacked to the disk."""
     root = Path(path).expanduser()
     try:
         if root.is_dir():
@@ -126,7 +128,11 @@ def _members(path: str, wanted: set[str]) -> dict[str, bytes]:
 
 
 def read_batch(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) and images (N, 3072), uint8, of one batch in either format. Raises UserError naming `path`."""
+    """Read one batch in either format.
+
+    Returns labels (N,) and images (N, 3072), both uint8. Raises UserError with `path` in the message if `data` is not a
+    valid batch.
+    """
     labels, images = _binary(path, data) if path.endswith(".bin") else _pickled(path, data)
     if len(labels) == 0 or labels.max() >= len(CLASSES):
         raise UserError(f"{path}: labels must be 0 to 9: the file is damaged")
@@ -134,7 +140,7 @@ def read_batch(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _binary(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """A label byte before each image."""
+    """Read a batch of the binary format: one label byte before each image."""
     if len(data) % (1 + RECORD):
         raise UserError(f"{path} is {len(data)} bytes long, no multiple of {1 + RECORD}: the file is damaged")
     records = np.frombuffer(data, np.uint8).reshape(-1, 1 + RECORD)
@@ -142,19 +148,23 @@ def _binary(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pickled(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """A pickled dict: b"labels", a list, and b"data", an array (N, 3072)."""
+    """Read a batch of the python format: a pickled dict.
+
+    b"labels" is a list of N numbers, and b"data" is an array (N, 3072).
+    """
     try:
         _refuse_large_memo(data)
         batch = _Unpickler(bytes_io.BytesIO(data), encoding="bytes").load()
         listed, array = batch[b"labels"], batch[b"data"]
         if type(listed) is not list or not {type(label) for label in listed} <= {int}:
-            raise ValueError("labels are not a list of numbers")  # lists of one list many times would grow to any size
+            # checked before NumPy converts it, because a list that repeats one list many times could grow to any size
+            raise ValueError("labels are not a list of numbers")
         labels = np.array(listed, np.uint8)
         shape, raw = _described(array)
     except _Forbidden as error:
-        raise UserError(f"{path} asks for {error}, which no batch of CIFAR-10 does: it was not executed") from None
+        raise UserError(f"{path} names {error}, which no batch of CIFAR-10 needs: nothing was executed") from None
     except MemoryError:
-        raise UserError(f"{path} asks for more memory than there is: the file is damaged") from None
+        raise UserError(f"{path} needs more memory than is available: the file is damaged") from None
     except Exception as error:  # noqa: BLE001 damaged pickles raise nearly anything
         raise UserError(f"{path} is not a batch of CIFAR-10 ({type(error).__name__}): the file is damaged") from None
     if labels.ndim != 1 or shape != (len(labels), RECORD) or len(raw) != math.prod(shape):
@@ -163,19 +173,24 @@ def _pickled(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse_large_memo(data: bytes) -> None:
-    """Raise ValueError for instructions by which a short pickle takes a lot of memory: numbers of places to remember,
-    and arrays of bytes that it does not hold."""
+    """Raise ValueError for instructions with which a short pickle can allocate a lot of memory.
+
+    These are memo indices larger than the pickle itself, and byte arrays of a size that the instruction only states.
+    """
     for code, argument, _ in pickletools.genops(data):
         if code.name == "BYTEARRAY8" or ("PUT" in code.name and int(argument or 0) > len(data)):
             raise ValueError(f"{code.name} {argument}")
 
 
 class _Forbidden(Exception):
-    """A name that a batch has no business with."""
+    """A pickle names a class or function that no batch needs."""
 
 
 class _Described:
-    """What a pickle names or builds: keeps the name, the arguments and the state, and does nothing with them."""
+    """Inert record of a class or object in a pickle.
+
+    It stores the name, the arguments and the state, and executes nothing.
+    """
 
     __slots__ = ("arguments", "name", "state")
 
@@ -191,7 +206,10 @@ class _Described:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads plain values; of what a pickle could import, three names of NumPy, and those only as descriptions."""
+    """Unpickler of plain values that imports nothing.
+
+    The three names of NumPy in `NAMES` become inert records. All other names are rejected.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in NAMES:
@@ -200,7 +218,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _described(array: _Described) -> tuple[tuple[int, ...], bytes]:
-    """Shape and bytes of the array of unsigned bytes that a pickle describes. Raises ValueError, TypeError."""
+    """Return shape and bytes of a pickled array of unsigned bytes. Raises ValueError or TypeError for anything else."""
     _, shape, kind, by_columns, raw = array.state
     if array.name != ARRAY or kind.name != "numpy.dtype" or kind.arguments[0] != b"u1" or by_columns:
         raise ValueError("not an array of unsigned bytes")

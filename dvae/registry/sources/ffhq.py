@@ -1,4 +1,4 @@
-"""FFHQ: 70,000 faces of Flickr, 1024x1024 pixels or thumbnails of 128x128."""
+"""FFHQ: 70,000 faces from Flickr, of 1024x1024 pixels or as thumbnails of 128x128."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from dvae.registry.sources.base import SOURCES
 from dvae.registry.sources.image_files import FilesConfig, ImageFileSource
 
 VARIANTS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")
-"""Folders of the published set; the last holds photographs of any shape."""
+"""Folders of the published data set. The last one holds photographs of any shape."""
 
 
 @SOURCES.register("ffhq")
 class FFHQ(ImageFileSource):
-    """FFHQ (Karras et al. 2019): images1024x1024, thumbnails128x128, or any folder or zip of aligned square images.
+    """FFHQ (Karras et al. 2019), without labels.
 
-    The sub-folders of 1,000 images that the published set has carry no meaning: there are no labels.
+    The source is images1024x1024, thumbnails128x128, or any folder or zip archive of aligned square images. The
+    published data set has sub-folders of 1,000 images each. They have no meaning, so they do not become labels.
     """
 
     license = (
@@ -29,7 +30,7 @@ class FFHQ(ImageFileSource):
 
     @dataclass(kw_only=True, slots=True)
     class Config(FilesConfig):
-        """Fields of FilesConfig."""
+        """The fields of FilesConfig."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)

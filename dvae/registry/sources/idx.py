@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and Fashion-MNIST."""
+"""IDX files: the file format of MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from dvae.utils.read import DamagedFile, read_bytes
 
 UNSIGNED_BYTE = 0x08
 LIMIT = 2**30
-"""Bytes of a file, packed or unpacked, at most; EMNIST's largest has 547 million."""
+"""Largest accepted file in bytes, compressed or not. The largest file of EMNIST has 547 million bytes."""
 
 
 @SOURCES.register("idx")
 class Idx(Source):
-    """An IDX file of images, with an IDX file of labels where there is one (MNIST, Fashion-MNIST)."""
+    """An IDX file of images, and optionally an IDX file of their labels (MNIST, Fashion-MNIST)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         images: str = MISSING
-        """Images file, such as train-images-idx3-ubyte, plain or .gz: (N, H, W) or (N, H, W, 3) unsigned bytes."""
+        """File of images (N, H, W) or (N, H, W, 3), unsigned bytes, plain or .gz, such as train-images-idx3-ubyte."""
         labels: str = ""
-        """Labels file, such as train-labels-idx1-ubyte, plain or .gz: (N,) unsigned bytes; empty: no labels."""
+        """File of labels (N,), unsigned bytes, plain or .gz, such as train-labels-idx1-ubyte (empty: no labels)."""
         crop: Crop = Crop.center
-        """center: the middle square; none: the whole image, squeezed where it is not square."""
+        """center: crop the center square. none: keep the whole image, and squeeze it if it is not square."""
         license: str = Source.license
-        """License of the images with the credit it asks for; kept in the manifest."""
+        """License of the images, with the credit that it requires. It is stored in the manifest."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes
@@ -73,16 +73,18 @@ class Idx(Source):
 
 
 def read_idx(path: str, field: str) -> np.ndarray:
-    """The array of an IDX file: two zero bytes, a type byte, the number of dimensions, big-endian sizes, data.
+    """Read the array of an IDX file.
 
-    Raises UserError, naming the config's `field`, if the file is missing, not IDX, or of another length.
+    An IDX file holds two zero bytes, a type byte, the number of dimensions, the sizes (big-endian), and the data.
+    Raises UserError if the file is missing, is not an IDX file, or has another length than its header says. The message
+    names the config's `field`.
     """
     try:
         data = read_bytes(Path(path).expanduser(), LIMIT)
         raw: Any = bytes_io.BytesIO(data)
         with gzip.GzipFile(fileobj=raw) if data[:2] == b"\x1f\x8b" else raw as stream:
             shape = _shape(stream, f"{field}={path}")
-            values = stream.read(math.prod(shape) + 1)  # no more than that is ever unpacked
+            values = stream.read(math.prod(shape) + 1)  # the limit protects from archives that unpack to a huge size
     except FileNotFoundError:
         raise UserError(f"{field}={path} does not exist: name an IDX file") from None
     except DamagedFile as error:
@@ -99,7 +101,7 @@ def read_idx(path: str, field: str) -> np.ndarray:
 
 
 def _shape(stream: Any, word: str) -> tuple[int, ...]:
-    """The sizes in the header of an IDX file. Raises UserError if it is not IDX, or its array is larger than LIMIT."""
+    """Read the sizes in the header. Raises UserError if this is not an IDX file or the array is larger than LIMIT."""
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != UNSIGNED_BYTE:
         raise UserError(f"{word} is not an IDX file of unsigned bytes: it begins with 0x{magic.hex()}, not 0x000008")

