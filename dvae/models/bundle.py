@@ -1,10 +1,12 @@
-"""The bundle: a folder that users run and share. It is data: loading one never executes or opens anything else.
+"""The bundle: a folder with a trained model, for inference and for sharing.
 
-model.safetensors        averaged weights of all parts
-config.yaml              what inference needs of the run's settings (dvae/config/model_config.py)
-bundle.json              format, parts, component classes and versions, hashes of every file here, and its own hash
-quantization.json        which layers are stored in fewer bytes, if any
-directions.safetensors   directions of the latent space, if some were found
+A bundle contains data only. Loading it executes no code from it, and opens no files outside it.
+
+model.safetensors        averaged weights (EMA) of all parts
+config.yaml              the settings of the run that inference needs (dvae/config/model_config.py)
+bundle.json              format, parts, component classes and versions, hashes of all other files, and its own hash
+quantization.json        formats of the quantized layers, if the bundle is quantized
+directions.safetensors   directions in latent space, if they were computed
 """
 
 from __future__ import annotations
@@ -38,47 +40,47 @@ from dvae.utils.weights import check_weights, fit_weights, load_weights, part_of
 
 FORMAT = 2
 READERS = {1: "dvae 0.1"}
-"""Older formats, and the version of dvae that reads each."""
+"""Older format -> version of dvae that reads it."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 INFO = "bundle.json"
 DIRECTIONS = "directions.safetensors"
-"""Directions that were found for the encoder (dvae/inference/directions/direction_files.py), if there are any."""
+"""Optional file of directions in the encoder's latent space (dvae/inference/directions/direction_files.py)."""
 OPTIONAL_FILES = (layer_plan.FILE, DIRECTIONS)
 CLASSIFIER = "classifier"
-"""The part that a bundle may lack."""
+"""The only part that a bundle need not contain."""
 COPY_AGAIN = "get a new copy of the bundle, or export it again"
 
 
 @forbid_extra
 @dataclass(kw_only=True)
 class BundleInfo:
-    """The content of bundle.json."""
+    """Content of bundle.json."""
 
     format: int
     dvae: str
     parts: list[str]
     components: dict[str, ComponentInfo]
     sha256: dict[str, str]
-    """Of each other file of the bundle."""
+    """Name of each other file of the bundle -> its sha256."""
     quantized: str = ""
-    """A method of quantization; empty: none."""
+    """Method of quantization (empty: not quantized)."""
     self_sha256: str = field(default="")
-    """Of all the fields above."""
+    """sha256 of all fields above, see `digest`."""
 
     def digest(self) -> str:
-        """The hash of all fields but itself."""
+        """Return the sha256 of all fields except `self_sha256`."""
         hashed = {name: value for name, value in asdict(self).items() if name != "self_sha256"}
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write bundle.json into `folder`, with its own hash."""
+        """Set `self_sha256` and write bundle.json into `folder`."""
         self.self_sha256 = self.digest()
         atomic_files.write_json(folder / INFO, asdict(self))
 
 
 def read_info(folder: Path) -> BundleInfo:
-    """What bundle.json says. Raises UserError if it is missing, damaged, changed, or of another format version."""
+    """Read bundle.json. Raises UserError if it is missing, damaged, edited, or of another format version."""
     path = folder / INFO
     try:
         head = read_json(path, dict[str, Any], limit=MIB)
@@ -97,9 +99,9 @@ def read_info(folder: Path) -> BundleInfo:
 
 
 def read_verified(folder: Path) -> tuple[BundleInfo, ModelConfig]:
-    """What bundle.json says, and the settings.
+    """Read bundle.json and the settings of a bundle, and verify the hashes of its files.
 
-    Raises UserError if a file is missing or differs from its hash, and for settings that are no plain model.
+    Raises UserError if a file is missing or differs from its hash, or if the settings are not a valid model config.
     """
     info = read_info(folder)
     needed = [WEIGHTS, CONFIG] + ([layer_plan.FILE] if info.quantized else [])
@@ -109,7 +111,7 @@ def read_verified(folder: Path) -> tuple[BundleInfo, ModelConfig]:
 
 
 def verify_file(folder: Path, info: BundleInfo, name: str) -> None:
-    """Raise UserError if the file `name` of a bundle is missing, is no file, or differs from its hash."""
+    """Raise UserError if the file `name` of a bundle is missing, is not a regular file, or differs from its hash."""
     if name not in info.sha256:
         raise UserError(f"{folder / INFO} holds no hash of {name}: {COPY_AGAIN}")
     try:
@@ -127,7 +129,7 @@ def verify_file(folder: Path, info: BundleInfo, name: str) -> None:
 
 
 def require_size(path: Path) -> None:
-    """Raise DamagedFile for a file that is larger than its kind may be: to hash it could take for ever."""
+    """Raise DamagedFile if a file is larger than its kind allows, because hashing a huge file would take too long."""
     if path.suffix == ".safetensors":
         read_weights_header(path)
     elif (size := require_regular(path).st_size) > (YAML_LIMIT if path.name == CONFIG else JSON_LIMIT):
@@ -135,25 +137,32 @@ def require_size(path: Path) -> None:
 
 
 def read_hashes(path: str | Path) -> dict[str, str]:
-    """sha256 of `weights` and `config` of a run folder's bundle, or of a bundle, as its bundle.json says."""
+    """Return the sha256 of "weights" and "config" from bundle.json. The files are not hashed again.
+
+    `path` is a run folder with a bundle, or a bundle.
+    """
     recorded = read_info(find_bundle(path)).sha256
     return {"weights": recorded.get(WEIGHTS, ""), "config": recorded.get(CONFIG, "")}
 
 
 def load(folder: Path) -> tuple[ModelConfig, RunModels]:
-    """Settings and models of a bundle, in evaluation mode.
+    """Load the settings and the models of a bundle. The models are in evaluation mode.
 
-    The networks are first built without memory and compared with the header of the weights. Raises UserError if a file
-    is missing or changed, if the settings do not fit the weights, and for weights with NaN or infinity.
+    The networks are first built on the meta device and compared with the header of the weights, before memory is
+    allocated. Raises UserError if a file is missing or changed, if the settings do not fit the weights, or if a weight
+    is NaN or infinite.
     """
     info, config = read_verified(folder)
     return config, build_verified(folder, info, config)
 
 
 def build_verified(folder: Path, info: BundleInfo, config: ModelConfig) -> RunModels:
-    """The models of a read_verified bundle; `config` loses a classifier that is not there."""
+    """Build the models of a bundle that `read_verified` has checked.
+
+    Sets `config.classifier` to None if the bundle has no trained classifier.
+    """
     if CLASSIFIER not in info.parts:
-        config.classifier = None  # not trained yet, or never: all else works without it
+        config.classifier = None  # the classifier is not trained (yet); everything except guidance works without it
     plan = layer_plan.read_plan(folder, info.quantized) if info.quantized else None
     _check_shapes(folder, info, config, plan)
     models = components.build_models(config)
@@ -169,7 +178,7 @@ def build_verified(folder: Path, info: BundleInfo, config: ModelConfig) -> RunMo
 
 
 def _check_shapes(folder: Path, info: BundleInfo, config: ModelConfig, plan: QuantizationPlan | None) -> None:
-    """Raise UserError if the networks of `config` are not those of the weights, before memory is taken for either."""
+    """Raise UserError if the networks of `config` do not fit the weights. Allocates memory for neither."""
     try:
         header = without_numbers(read_weights_header(folder / WEIGHTS))
     except DamagedFile as error:
@@ -191,13 +200,13 @@ def _check_shapes(folder: Path, info: BundleInfo, config: ModelConfig, plan: Qua
 
 
 def refuse_quantized(what: str, info: BundleInfo) -> None:
-    """Raise UserError for a quantized bundle: nothing is trained from one."""
+    """Raise UserError if the bundle is quantized, because quantized weights cannot be used for training."""
     if info.quantized:
         raise UserError(f"{what} is quantized ({info.quantized}): name the bundle that it was made of")
 
 
 def find_bundle(path: str | Path) -> Path:
-    """The bundle of a run folder, or the bundle itself. Raises UserError if there is none."""
+    """Return the bundle in a run folder, or `path` itself if it is a bundle. Raises UserError if there is no folder."""
     folder = Path(path)
     inner = folder / "bundle"
     if inner.is_dir():

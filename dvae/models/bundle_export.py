@@ -31,7 +31,7 @@ from dvae.utils.weights import StateDict, save_weights
 
 
 def component_infos(config: ModelConfig) -> dict[str, ComponentInfo]:
-    """For each kind that the model has: component name, class, and the package it comes from with its version."""
+    """Return for each kind in the model: the name and class of its component, and its package with the version."""
     found = {}
     for kind in COMPONENT_KINDS:
         component = getattr(config, kind)
@@ -48,10 +48,17 @@ def export(
     parts: dict[str, StateDict],
     quantized: QuantizationPlan | None = None,
 ) -> None:
-    """Write a bundle of the given parts (name -> state dict), complete or absent; `quantized` says how, if they are.
+    """Write a bundle. After an interruption the folder is either complete or unchanged.
 
-    If it replaces an older bundle, it keeps that one's directions, which tell themselves whether they fit the encoder.
-    Directions that do not match their hash in the older bundle are left out, and a line says so.
+    If the folder already has a bundle, its directions are copied into the new bundle. The file of directions contains a
+    hash of the encoder's weights, so commands that read it detect directions of another encoder. Directions that do not
+    match their hash in the older bundle are left out, and a message is printed.
+
+    Args:
+        folder: Folder of the bundle.
+        config: Settings of the run or of the model.
+        parts: Name of the part -> its state dict.
+        quantized: Plan of the quantization, if the parts are quantized.
     """
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
     kept = model_config(config) if isinstance(config, RunConfig) else config
@@ -75,9 +82,10 @@ def export(
 
 
 def _copy_directions(old: Path, new: Path) -> None:
-    """Copy the directions of the bundle `old`, if it has any, into `new`, which will vouch for them with a hash.
+    """Copy the directions of the bundle `old`, if it has any, into the new bundle `new`.
 
-    So the copy must match the hash that `old` has of them; a link is not followed. Else they are left out.
+    The new bundle gets a hash of the copy, so a damaged copy would look valid. Therefore the copy must match the hash
+    in `old`, and links are not followed. If a check fails, a message is printed and the directions are left out.
     """
     path = old / DIRECTIONS
     if not os.path.lexists(path):
@@ -88,14 +96,14 @@ def _copy_directions(old: Path, new: Path) -> None:
         info = read_info(old)
         verify_file(old, info, DIRECTIONS)
         shutil.copyfile(path, new / DIRECTIONS)
-        verify_file(new, info, DIRECTIONS)  # again: it may have changed meanwhile
+        verify_file(new, info, DIRECTIONS)  # the original may have changed after the first check
     except (UserError, DamagedFile, OSError) as error:
         (new / DIRECTIONS).unlink(missing_ok=True)
         say(f"the new bundle has no directions, find them again: {printable_line(error)}")
 
 
 def update_hash(folder: Path, name: str) -> None:
-    """Enter the hash of the file `name`, which was written into a bundle after its export."""
+    """Update bundle.json with the hash of the file `name`, which was written into the bundle after its export."""
     info = read_info(folder)
     info.sha256[name] = atomic_files.sha256(folder / name)
     info.write(folder)

@@ -1,4 +1,4 @@
-"""Take trained parts of another run's bundle into a run: the encoder, or the models of a teacher."""
+"""Load trained parts of another run's bundle for a run: the encoder, or the models of a teacher."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dvae.utils.weights import StateDict, load_weights, part_of, refuse_nonfinit
 
 
 def load_encoder_weights(source: str, config: RunConfig) -> StateDict:
-    """The trained encoder of the run folder or bundle `source`, for an encoder that is the same.
+    """Return the trained weights of the encoder in the run folder or bundle `source`.
 
-    Raises UserError if there is none, or it is another.
+    Raises UserError if there is no trained encoder, or if its settings differ from the encoder of `config`.
     """
     what = f"encoder_weights={source}"
     folder = find_bundle(source)
@@ -32,9 +32,9 @@ def load_encoder_weights(source: str, config: RunConfig) -> StateDict:
 
 
 def load_teacher(source: str, config: RunConfig) -> RunModels:
-    """The trained models of the run folder or bundle `source`, for a run with the same networks.
+    """Load the trained models of the run folder or bundle `source`, for a run with the same networks.
 
-    Raises UserError if they are not all there, or others.
+    Raises UserError if a part is missing, or if the settings of the networks differ from `config`.
     """
     what, folder = f"teacher={source}", find_bundle(source)
     info, theirs = read_verified(folder)
@@ -44,7 +44,7 @@ def load_teacher(source: str, config: RunConfig) -> RunModels:
 
 
 def require_same_networks(what: str, theirs: ModelConfig, config: RunConfig, kinds: tuple[str, ...]) -> None:
-    """Raise UserError, naming the first field that differs, if the parts of two configs are not built alike."""
+    """Raise UserError, with the first field that differs, if components of `kinds` differ between two configs."""
     there, here = _network_settings(theirs, kinds), _network_settings(model_config(config), kinds)
     for name in [*here, *(name for name in there if name not in here)]:
         if there.get(name) != here.get(name):
@@ -52,7 +52,7 @@ def require_same_networks(what: str, theirs: ModelConfig, config: RunConfig, kin
 
 
 def _network_settings(config: ModelConfig, kinds: tuple[str, ...]) -> dict[str, Any]:
-    """What parts of a run are built from."""
+    """Return the settings from which the components of `kinds` are built: dotted field -> value."""
     found: dict[str, Any] = {"image_size": config.image_size, "channels": config.channels}
     for kind in kinds:
         fields: Any = OmegaConf.to_container(OmegaConf.structured(getattr(config, kind)), enum_to_str=True)

@@ -1,4 +1,4 @@
-"""The components of a run, built from its config."""
+"""Build the components of a run from its config."""
 
 from __future__ import annotations
 
@@ -25,40 +25,46 @@ from dvae.registry.samplers.base import SAMPLERS, Sampler
 from dvae.registry.schedules.base import SCHEDULES
 
 MAX_LAYERS = 100_000
-"""Layers and tensors that networks may be built of; the largest published ones have some thousand."""
+"""Most layers, parameters and buffers of the networks of a run. The largest published networks have thousands."""
 
 
 @dataclass(frozen=True)
 class RunModels:
-    """Encoder, prior, denoiser (refiner + diffusion), sampler, perhaps a classifier; with the shapes they agree on."""
+    """The models of a run, and the shapes that they share.
+
+    The denoiser contains the refiner and the diffusion process. The classifier is optional.
+    """
 
     encoder: Encoder
     prior: Prior
     denoiser: Denoiser
     sampler: Sampler
     shapes: Shapes
-    """Of the images and of z; `denoiser.shapes` tells the shapes of what is diffused."""
+    """Shapes of the images and of z.
+
+    `denoiser.shapes` has the shapes of the diffused state, which differ if the diffusion is in latent space.
+    """
     classifier: Classifier | None = None
 
     @property
     def latent_space(self) -> bool:
-        """Whether it is the encoder's latent that is diffused, not the image."""
+        """Whether the diffusion runs on the latent of the encoder instead of the image."""
         return self.denoiser.config.space is Space.latent
 
     @property
     def has_generator(self) -> bool:
-        """Whether there are samples before refinement: x_hat of a z from the prior."""
+        """Whether the encoder generates images before the refinement: x_hat of a sample z of the prior."""
         return "encoder" in self.trained_parts() and not self.latent_space
 
     def trained_parts(self) -> dict[str, nn.Module]:
-        """The parts that hold weights or fitted figures, by the name they have in a bundle."""
+        """Return the parts that have weights or fitted values, by their names in a bundle."""
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "prior": self.prior, "denoiser": self.denoiser}
         if self.classifier is not None:
             parts["classifier"] = self.classifier
         return {name: part for name, part in parts.items() if part.state_dict()}
 
     def parameters(self) -> dict[str, int]:
-        """Parameter counts by the stage that trains them."""
+        """Return the number of parameters by the stage that trains them."""
         stages: dict[str, nn.Module] = {"encoder": self.encoder, "refiner": self.denoiser}
         if self.classifier is not None:
             stages["classifier"] = self.classifier
@@ -66,9 +72,14 @@ class RunModels:
 
 
 def build_models(config: RunConfig | ModelConfig, seed_weights: bool = True) -> RunModels:
-    """All components of `config`. Raises UserError where they do not fit each other.
+    """Build all components of `config`.
 
-    Initial weights are keyed by the run's seed, so that they do not depend on what was built before.
+    Raises UserError if the components do not fit each other.
+
+    Args:
+        config: Config of the run or of the model.
+        seed_weights: Seed PyTorch's generator with the run's seed, so that the initial weights do not depend on random
+            numbers that were drawn before. The earlier state of the generator is restored afterwards.
     """
     shapes = Shapes(image_size=config.image_size, channels=config.channels)
     with torch.random.fork_rng(devices=[], enabled=seed_weights):
@@ -94,7 +105,10 @@ def build_models(config: RunConfig | ModelConfig, seed_weights: bool = True) -> 
 
 
 def _state_shapes(denoiser: DenoiserConfig, diffusion: Diffusion, shapes: Shapes) -> Shapes:
-    """Shapes of what is diffused, for the networks that see it: the images, or the encoder's latent maps."""
+    """Return the shapes of the diffused state, for the networks that process it.
+
+    The state has the shape of the images, or of the encoder's latent maps for denoiser.space=latent.
+    """
     if denoiser.space is Space.latent:
         shapes = replace(shapes, channels=shapes.latent[0], image_size=shapes.latent[1], latent=())
     return replace(
@@ -107,10 +121,10 @@ def _state_shapes(denoiser: DenoiserConfig, diffusion: Diffusion, shapes: Shapes
 
 
 def _check_latent_space(config: RunConfig | ModelConfig, shapes: Shapes, prior: Prior) -> None:
-    """Raise UserError where there is no latent space to diffuse in, or something besides that has no part in it."""
+    """Raise UserError if the latent is not a square map, or if a setting cannot be combined with latent diffusion."""
     if len(shapes.latent) != 3 or shapes.latent[1] != shapes.latent[2]:
         raise UserError(
-            f"denoiser.space=latent needs a latent that is a square map, that of encoder={config.encoder.name} is "
+            f"denoiser.space=latent needs a square latent map, but the latent of encoder={config.encoder.name} is "
             f"{shapes.latent}: use encoder=kl_gan or diffusers_kl"
         )
     for name in ("condition_image", "condition_latent"):
@@ -118,13 +132,16 @@ def _check_latent_space(config: RunConfig | ModelConfig, shapes: Shapes, prior: 
             raise UserError(f"denoiser.space=latent diffuses the latent itself: set denoiser.{name}=false")
     if prior.state_dict():
         raise UserError(
-            f"denoiser.space=latent draws latents by diffusion, prior={config.prior.name} has no part in it: "
+            f"denoiser.space=latent draws latents by diffusion and does not use prior={config.prior.name}: "
             "set prior=normal and leave prior out of stages=[...]"
         )
 
 
 def build_sampler(node: object, diffusion: Diffusion, shapes: Shapes) -> Sampler:
-    """The sampler of `node`. Raises UserError, naming those that can, where it does not integrate the process."""
+    """Build the sampler of `node`.
+
+    Raises UserError if it does not support the process and schedule. The message lists the samplers that do.
+    """
     sampler = SAMPLERS.build(node, shapes)
     if not sampler.supports(diffusion):
         name = SAMPLERS.config(node).name
@@ -143,9 +160,10 @@ def build_sampler(node: object, diffusion: Diffusion, shapes: Shapes) -> Sampler
 
 
 def build_models_on_meta(config: RunConfig | ModelConfig) -> RunModels:
-    """The components without memory for their weights: to check that they fit, and to count parameters.
+    """Build all components on the meta device, without memory for their weights.
 
-    Raises UserError if they do not fit each other, or describe no network.
+    This is for checks of the config and for counting parameters. Raises UserError if the components do not fit each
+    other, or if no network can be built from the settings.
     """
     with meta_device(MAX_LAYERS):
         return build_models(config, seed_weights=False)
@@ -153,9 +171,15 @@ def build_models_on_meta(config: RunConfig | ModelConfig) -> RunModels:
 
 @contextmanager
 def meta_device(tensors: int) -> Iterator[None]:
-    """While the block runs, networks are built on the meta device, which takes no memory for their weights.
+    """Context in which networks are built on the meta device, without memory for their weights.
 
-    Raises UserError if far more layers are built than so many weights need, and if building them fails.
+    The number of layers is limited, because a damaged or hostile config could describe any number of layers, and their
+    Python objects need memory on the meta device too.
+
+    Args:
+        tensors: Number of tensors in the weights. It sets the limit to 2000 + 10 * tensors, at most MAX_LAYERS.
+
+    Raises UserError if the limit is exceeded or if building the networks fails.
     """
     left = min(2000 + 10 * tensors, MAX_LAYERS)
 
@@ -177,7 +201,7 @@ def meta_device(tensors: int) -> Iterator[None]:
         with torch.device("meta"):
             yield
     except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
-        # settings may be a stranger's: the layers that they ask for can fail in any way
+        # the settings may be untrusted, and building layers from them can fail in any way
         raise UserError(f"the settings describe no network that can be built ({fold(error)[:200]})") from None
     finally:
         for hook in hooks:

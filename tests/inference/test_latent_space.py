@@ -147,10 +147,10 @@ def test_webdataset_reads_the_cache(run: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["encoder=conv_vae_demo", "image_size=32"], "needs a latent that is a square map"),
+        (["encoder=conv_vae_demo", "image_size=32"], "needs a square latent map"),
         (["denoiser.condition_image=true"], r"set denoiser\.condition_image=false"),
         (["denoiser.condition_latent=true"], r"set denoiser\.condition_latent=false"),
-        (["prior=gmm"], "prior=gmm has no part in it"),
+        (["prior=gmm"], "does not use prior=gmm"),
     ],
 )
 def test_what_has_no_place_in_latent_space_is_refused(words: list[str], message: str) -> None:

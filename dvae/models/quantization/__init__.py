@@ -1,1 +1,4 @@
-"""Quantized layers, and which layers of a bundle use them. dvae/evaluation/quantization/ makes and measures bundles."""
+"""Quantized layers, and the plan that says which layers of a bundle are quantized.
+
+dvae/evaluation/quantization/ creates and evaluates quantized bundles.
+"""

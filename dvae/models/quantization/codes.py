@@ -1,7 +1,7 @@
-"""Weights as small integers: symmetric int8 per output channel, symmetric int4 per group of inputs.
+"""Symmetric quantization of weights: int8 with a scale per output channel, int4 with a scale per group of inputs.
 
-w ~ scale * code. Scales are bf16 and rounded up, before the codes are made, so that no weight is clipped and the error
-of each is half a step (scale / 2) at the most.
+w ~ scale * code. The scales are rounded up to bf16 before the codes are computed. So no weight is clipped, and the
+error of each weight is at most half a step (scale / 2).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 
 INT8 = 127
 INT4 = 7
-"""Largest code; the smallest is its negative, so that zero is exact and the scale alone decides."""
+"""Largest code. The smallest code is its negative, so that zero is exact and no zero point is needed."""
 SMALLEST = 1e-30
-"""Least scale, for channels that are all zero."""
+"""Smallest scale. It avoids a division by zero for channels that are all zero."""
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes like weight (O, ...), int8; scales (O,), bf16) of a weight, one scale per output channel."""
+    """Return (codes (O, ...), int8; scales (O,), bf16) of a weight (O, ...), with one scale per output channel."""
     rows = weight.detach().float()
     scales = _rounded_up(rows.flatten(1).abs().amax(1) / INT8)
     codes = (rows / _column(scales, rows).float()).round().clamp(-INT8, INT8).to(torch.int8)
@@ -24,14 +24,15 @@ def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def from_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (O, ...) in `dtype`."""
+    """Return the dequantized weight (O, ...) in `dtype`."""
     return codes.to(dtype).mul_(_column(scales, codes).to(dtype))
 
 
 def to_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes (O, bytes), uint8, two weights a byte; scales (O, groups), bf16), a scale per `group` inputs.
+    """Return (codes (O, bytes), uint8; scales (O, groups), bf16) of a weight (O, ...).
 
-    The inputs of an output channel are those of all its pixels, one after the other. An even `group`.
+    One byte holds two codes. The weights of an output channel are flattened, and each `group` of them shares a scale.
+    `group` must be even.
     """
     rows = weight.detach().float().flatten(1)
     group = group_size(rows.shape[1], group)
@@ -43,14 +44,14 @@ def to_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def from_int4(codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of `shape` (O, ...) in `dtype`."""
+    """Return the dequantized weight of `shape` (O, ...) in `dtype`."""
     both = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1).to(dtype).sub_(INT4)
     rows = both.unflatten(1, (scales.shape[1], -1)).mul_(scales.to(dtype)[:, :, None]).flatten(1)
     return rows[:, : shape[1:].numel()].reshape(shape)
 
 
 def group_size(inputs: int, group: int) -> int:
-    """Inputs that share a scale in a layer of so many: `group`, or all of them where there are fewer."""
+    """Return how many of `inputs` inputs share a scale: `group`, or all (as an even number) if there are fewer."""
     return min(group, inputs + inputs % 2)
 
 
@@ -59,8 +60,9 @@ def _column(scales: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
-    """The least bf16 numbers that are not below `scales` (positive)."""
+    """Round positive `scales` up to bf16: the smallest bf16 numbers that are not below them."""
     scales = scales.clamp(min=SMALLEST)
     nearest = scales.to(torch.bfloat16)
+    # for a positive float, the next larger number has the next larger bit pattern
     next_up = (nearest.view(torch.int16) + 1).view(torch.bfloat16)
     return torch.where(nearest.float() < scales, next_up, nearest)

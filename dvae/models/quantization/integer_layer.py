@@ -1,7 +1,8 @@
-"""Layers that multiply int8 by int8, by oneDNN's kernels on a CPU (torch.ops.onednn).
+"""Layers that multiply int8 inputs with int8 weights, with oneDNN's CPU kernels (torch.ops.onednn).
 
-x ~ input_scale * (q - input_zero) with q in -128..127, so that x w = input_scale * scale * sum (q - input_zero) * code,
-summed up exactly in 32 bits. Ranges of x change along a trajectory, so there is a scale for each part of the time.
+x ~ input_scale * (q - input_zero), with q in -128..127. So x w = input_scale * scale * sum (q - input_zero) * code, and
+the sum is exact in 32-bit integers. The range of x changes along a sampling trajectory, so [0, 1000] is divided into
+buckets of time, and each bucket has its own input_scale and input_zero.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from dvae.models.quantization.quantized_layers import StorageFormat, StoredLayer
 
 LEAST = -128
 STEPS = 255
-"""Steps of an activation's range."""
+"""Number of steps between the smallest and the largest code of an activation."""
 NEEDED = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 TIMES = 1000.0
-"""Range of the time that refiners are told (Refiner.forward)."""
+"""Largest t_feature that refiners receive (Refiner.forward)."""
 
 
 def check_machine() -> None:
-    """Raise UserError where this PyTorch has no such kernels."""
+    """Raise UserError if this build of PyTorch lacks the oneDNN kernels."""
     lacking = [name for name in NEEDED if not hasattr(torch.ops.onednn, name)]
     if lacking or not torch.backends.mkldnn.is_available():
         raise UserError(
@@ -31,33 +32,42 @@ def check_machine() -> None:
 
 
 class TimeBucket:
-    """Which part of the time [0, 1000] a refiner works in: 0..buckets - 1, or `buckets` for a batch of several."""
+    """The bucket of time in [0, 1000] of the refiner's current batch.
+
+    `bucket` is 0..buckets - 1, or `buckets` if the times of the batch are in several buckets.
+    """
 
     def __init__(self, buckets: int) -> None:
         self.buckets = self.bucket = buckets
 
     def observe(self, refiner: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        """A forward pre-hook of the refiner, whose second input is t_feature (B,)."""
+        """Set `bucket`. This is a forward pre-hook of the refiner, whose second input is t_feature (B,)."""
         parts = (inputs[1] * (self.buckets / TIMES)).long().clamp(0, self.buckets - 1)
         low, high = int(parts.min()), int(parts.max())
         self.bucket = low if low == high else self.buckets
 
 
 def affine(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales, fp32; zeros, int8) of ranges: the 256 codes reach from low, or 0, to high, or 0, and 0 is exact."""
+    """Return (scales, fp32; zeros, int8) of ranges. The codes cover min(low, 0) to max(high, 0), and 0 is exact."""
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scales = ((high - low) / STEPS).clamp(min=1e-12)
     return scales, ((-low / scales).round().clamp(0, STEPS) + LEAST).to(torch.int8)
 
 
 def to_int8(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
-    """x / scale + zero, rounded, within -128..127: off by half a step, of bf16 x by 0.75, since the sum is bf16 too."""
+    """Return round(x / scale + zero), clamped to -128..127.
+
+    The rounding error is at most half a step. For x in bf16 it is at most 0.75 steps, because the sum is in bf16 too.
+    """
     shift = torch.tensor(zero, dtype=x.dtype, device=x.device)
     return torch.add(shift, x, alpha=1.0 / scale).round_().clamp_(LEAST, LEAST + STEPS).to(torch.int8)
 
 
 class IntegerLayer(StoredLayer):
-    """A nn.Conv2d or nn.Linear that is computed in int8; see `pack_weights`. It has no gradients."""
+    """A quantized nn.Conv2d or nn.Linear that computes in int8. It has no gradients.
+
+    Call `pack_weights` after the weights are loaded and before the first forward pass.
+    """
 
     input_scales: torch.Tensor
     input_zeros: torch.Tensor
@@ -70,11 +80,11 @@ class IntegerLayer(StoredLayer):
         self._packed: torch.Tensor | None = None
 
     def calibrate(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Take the ranges (buckets + 1,) of the input; the last is for batches of several times."""
+        """Set the ranges (buckets + 1,) of the input. The last range is for batches with times in several buckets."""
         self.input_scales, self.input_zeros = affine(low, high)
 
     def pack_weights(self) -> None:
-        """Bring the weights into the kernel's own order, after they were loaded; the codes are let go."""
+        """Convert the loaded weights to the memory layout of the kernel, and free the codes."""
         assert self.scales is not None
         device = self.codes.device
         self._scales, self._zeros = self.scales.float(), torch.zeros(len(self.scales), dtype=torch.int32, device=device)
@@ -82,14 +92,14 @@ class IntegerLayer(StoredLayer):
         self._bias = None if self.bias is None else self.bias.float()
         if self.convolution is None:
             self._packed = torch.ops.onednn.qlinear_prepack(self.codes, None)
-        else:  # scale and zero of the input, here 1 and 0, are told again with every call
+        else:  # scale 1 and zero 0 of the input are placeholders: every call passes the values of its bucket
             pack = torch.ops.onednn.qconv_prepack
             self._packed = pack(self.codes.contiguous(), self._scales, 1.0, 0, *self.convolution, 1, None)
         self.codes = torch.empty(0, dtype=torch.int8)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the weights in the kernel's order."""
+        """Bytes of the weights in the memory layout of the kernel; 0 before `pack_weights`."""
         return self.shape.numel() if self._packed is not None else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -105,8 +115,8 @@ class IntegerLayer(StoredLayer):
                 q, scale, zero, self._packed, self._scales, self._zeros, self._bias, 1.0, 0, dtype, "none", [], ""
             )
         q = to_int8(x.to(dtype).contiguous(memory_format=torch.channels_last), scale, zero)
-        # this kernel takes 0..255: the same codes with the highest bit flipped (PyTorch converts to int8 seven times
-        # faster than to uint8)
+        # This kernel takes unsigned inputs 0..255. Flipping the highest bit of an int8 code adds 128. The conversion
+        # goes through int8, because PyTorch converts to int8 seven times faster than to uint8.
         q, zero = q.view(torch.uint8).bitwise_xor_(128), zero - LEAST
         return torch.ops.onednn.qconv_pointwise(
             q, scale, zero, self._packed, self._scales, self._zeros, self._bias, *self.convolution, 1, 1.0, 0, dtype,

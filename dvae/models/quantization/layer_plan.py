@@ -1,4 +1,7 @@
-"""What is done to which layer of a bundle, and the file beside its weights that says so: quantization.json."""
+"""The plan of a quantized bundle: the storage format of each layer.
+
+The plan is stored in the bundle as quantization.json.
+"""
 
 from __future__ import annotations
 
@@ -22,39 +25,45 @@ FILE = "quantization.json"
 AGAIN = "quantize the run again"
 MAX_GROUP, MAX_BUCKETS = 2**20, 1000
 PRIOR = "prior"
-"""The part that is left as it is: fitted figures, not a network that is run at every step."""
+"""The part that is not quantized, because it holds fitted values and is not a network that runs at every step."""
 
 
 class QuantizationMethod(Enum):
-    """How a bundle is quantized."""
+    """Method of quantization of a bundle."""
 
     int8_weights = "int8_weights"
-    """Weights as int8, made whole where they are used; everything is computed as before."""
+    """int8 weights, which are dequantized when they are used. The computation is in floating point, as before."""
     int8 = "int8"
-    """Weights and, in the refiner, activations as int8, multiplied by oneDNN's int8 kernels; on CPUs."""
+    """int8 weights and, in the refiner, int8 activations, multiplied by oneDNN's int8 kernels. For CPUs only."""
     int4_weights = "int4_weights"
-    """Weights as int4, two a byte."""
+    """int4 weights, two per byte, which are dequantized when they are used."""
 
 
 @forbid_extra
 @dataclass(kw_only=True, slots=True)
 class QuantizationPlan:
-    """The content of quantization.json."""
+    """Content of quantization.json."""
 
     method: str
-    """A QuantizationMethod."""
+    """Name of a QuantizationMethod."""
     group: int
-    """Inputs that share a scale, for int4."""
+    """Number of inputs that share a scale, for int4."""
     buckets: int
-    """Parts of the time with scales of activations of their own, for int8."""
+    """Number of buckets of time, each with its own scales of activations, for int8."""
     layers: dict[str, dict[str, list[str]]]
-    """Part of the bundle -> StorageFormat -> names of layers in that part."""
+    """Part of the bundle -> name of a StorageFormat -> names of the layers stored in it."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """Bytes, speed and KID beside the original, and whether it is offered for speed (quantization/compare.py)."""
+    """Results of the comparison with the original (dvae/evaluation/quantization/compare.py).
+
+    These are bytes, speed, KID, and whether the bundle is recommended for its speed.
+    """
 
 
 def make_plan(models: RunModels, method: QuantizationMethod, group: int, buckets: int) -> QuantizationPlan:
-    """The plan for the networks of `models`, in evaluation mode: every layer that they call is stored in less."""
+    """Make the plan for the networks of `models`, which must be in evaluation mode.
+
+    Every quantizable layer that a network calls is stored in fewer bits. Sensitive layers are stored as bf16.
+    """
     layers = {}
     for part, module in networks(models).items():
         if part == "encoder":
@@ -67,7 +76,7 @@ def make_plan(models: RunModels, method: QuantizationMethod, group: int, buckets
             QuantizationMethod.int8_weights: StorageFormat.int8,
             QuantizationMethod.int4_weights: StorageFormat.int4,
         }.get(method)
-        if most is None:  # one pass of encoder or classifier is little beside the refiner's
+        if most is None:  # int8: only the refiner computes in integers, because one pass of the others costs little
             most = StorageFormat.integer if part == "denoiser" else StorageFormat.int8
         layers[part] = {
             StorageFormat.bf16.name: [name for name in called.names if name in called.sensitive],
@@ -77,20 +86,21 @@ def make_plan(models: RunModels, method: QuantizationMethod, group: int, buckets
 
 
 def networks(models: RunModels) -> dict[str, nn.Module]:
-    """The parts that are quantized."""
+    """Return the parts that are quantized: all trained parts except the prior."""
     return {name: part for name, part in models.trained_parts().items() if name != PRIOR}
 
 
 def replace_layers(models: RunModels, plan: QuantizationPlan, what: str) -> None:
-    """Put the plan's layers in the place of those of `models`, with their weights.
+    """Replace layers of `models` with the quantized layers of the plan, and quantize their weights.
 
-    Raises UserError naming the first layer that the networks do not have, after `what`.
+    Raises UserError, with the name of the layer, if the networks lack a layer of the plan. The message starts with
+    `what`.
     """
     time_bucket = integer_layer.TimeBucket(max(plan.buckets, 1))
     parts = networks(models)
     if parts.keys() != plan.layers.keys():
         there, here = ", ".join(sorted(plan.layers)), ", ".join(sorted(parts))
-        raise UserError(f"{what} is quantized in {there}, the config has {here}: quantize the run again")
+        raise UserError(f"{what}: its quantized parts are {there}, the config has {here}: quantize the run again")
     for part, module in parts.items():
         for store, names in plan.layers[part].items():
             replace_in(module, names, StorageFormat[store], plan.group, time_bucket, f"{what} ({part})")
@@ -106,7 +116,7 @@ def replace_in(
     time_bucket: integer_layer.TimeBucket,
     what: str,
 ) -> None:
-    """Put stored layers in the place of those called `names`. Raises UserError where one is no layer that can be."""
+    """Replace the layers `names` with stored layers. Raises UserError if one does not exist or cannot be quantized."""
     own = dict(module.named_modules())
     for name in names:
         if name not in own or not quantizable(own[name]):
@@ -123,16 +133,17 @@ def _stored(layer: Any, store: StorageFormat, group: int, time_bucket: integer_l
 
 
 def prepare_layers(models: RunModels) -> None:
-    """Let the layers that need it prepare their weights, once these are loaded."""
+    """Prepare the int8 layers for inference. Call this after the weights are loaded."""
     for module in models.denoiser.modules():
         if isinstance(module, integer_layer.IntegerLayer):
             module.pack_weights()
 
 
 def parts_to_save(models: RunModels) -> dict[str, dict[str, torch.Tensor]]:
-    """State dicts for a bundle, of models whose layers are replaced: parameters that are left go in bf16.
+    """Return the state dicts for a bundle, from models with replaced layers.
 
-    Buffers stay as they are: random frequencies would lose their phase in bf16.
+    The parameters that remain are converted to bf16, except in the prior. Buffers keep their dtype, because random
+    frequencies would lose their phase in bf16.
     """
     parts = {}
     for name, part in models.trained_parts().items():
@@ -144,7 +155,7 @@ def parts_to_save(models: RunModels) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def memory_bytes(models: RunModels) -> int:
-    """Bytes that weights and fitted figures take."""
+    """Return the bytes of memory that weights and fitted values need."""
     held = 0
     for part in models.trained_parts().values():
         held += sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
@@ -153,19 +164,20 @@ def memory_bytes(models: RunModels) -> int:
 
 
 def requires_cpu(models: RunModels) -> bool:
-    """Whether the networks compute with kernels that are for CPUs."""
+    """Return whether the networks use kernels that exist for CPUs only."""
     return any(isinstance(layer, integer_layer.IntegerLayer) for layer in models.denoiser.modules())
 
 
 def write_plan(folder: Path, plan: QuantizationPlan) -> None:
-    """Write quantization.json into a bundle, complete or not at all."""
+    """Write quantization.json into a bundle, atomically."""
     atomic_files.write_text(folder / FILE, json.dumps(asdict(plan), separators=(",", ":")) + "\n")
 
 
 def read_plan(folder: Path, method: str) -> QuantizationPlan:
-    """The plan of a bundle whose bundle.json says `method`.
+    """Read the plan of a bundle whose bundle.json names `method`.
 
-    Raises UserError if the file cannot be read, or does not fit.
+    Raises UserError if the file cannot be read, has invalid values or another method, or if this machine lacks the
+    kernels that it needs.
     """
     path = folder / FILE
     try:

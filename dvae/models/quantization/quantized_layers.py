@@ -1,4 +1,4 @@
-"""Convolutions and linear layers whose weights lie in memory as small numbers, and are made whole in use."""
+"""Convolutions and linear layers with weights in few bits, which are dequantized when they are used."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dvae.models.quantization import codes
 
 
 class StorageFormat(Enum):
-    """How a layer's weight lies in memory and in a bundle."""
+    """Storage format of the weight of a layer, in memory and in a bundle."""
 
     bf16 = "bf16"
-    """As it is, in half the bytes: layers that are sensitive."""
+    """Not quantized, half the bytes of fp32. For sensitive layers."""
     int8 = "int8"
-    """A scale per output channel."""
+    """One byte per weight, and one scale per output channel."""
     int4 = "int4"
-    """Two a byte, a scale per group of inputs."""
+    """Two weights per byte, and one scale per group of inputs."""
     integer = "integer"
-    """As int8; its inputs are made int8 too, and multiplied so (dvae/models/quantization/integer_layer.py)."""
+    """As int8, but the inputs are int8 too and the product is in integers (quantization/integer_layer.py)."""
 
 
 def quantizable(layer: nn.Module) -> bool:
-    """Whether it is a layer that this package knows to replace."""
+    """Return whether a layer can be replaced: nn.Linear, or nn.Conv2d with one group and zero padding."""
     if type(layer) is nn.Linear:
         return True
     plain = type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
@@ -33,9 +33,10 @@ def quantizable(layer: nn.Module) -> bool:
 
 
 class StoredLayer(nn.Module):
-    """A nn.Conv2d or nn.Linear with its weight in a Store, for inference. Gradients reach its input, not its weight.
+    """A nn.Conv2d or nn.Linear with its weight in a StorageFormat, for inference.
 
-    It computes in the dtype of autocast where that is on, else in that of its input.
+    It passes gradients to its input, but its weight has none. It computes in the dtype of autocast if autocast is on,
+    else in the dtype of its input.
     """
 
     codes: torch.Tensor
@@ -57,14 +58,14 @@ class StoredLayer(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(torch.bfloat16))
         self.convolution: tuple[list[int], list[int], list[int]] | None = None
-        """Stride, padding and dilation of a convolution; None of a linear layer."""
+        """Stride, padding and dilation of a convolution; None for a linear layer."""
         if isinstance(layer, nn.Conv2d):
             self.convolution = list(layer.stride), [int(side) for side in layer.padding], list(layer.dilation)
         else:
             self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as the layer had it, up to half a step, in `dtype`."""
+        """Return the dequantized weight in `dtype`. Its quantization error is at most half a step."""
         if self.scales is None:
             return self.codes.to(dtype)
         if self.store is StorageFormat.int4:
@@ -83,6 +84,6 @@ class StoredLayer(nn.Module):
 
 
 def dtype_for(x: torch.Tensor) -> torch.dtype:
-    """What a layer computes in for the input x."""
+    """Return the dtype in which a layer computes for the input x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,8 +1,14 @@
-"""Which layers a network calls, and which of them are sensitive: found by running it, whatever its layers are called.
+"""Find the layers that a network calls, and those that are sensitive to quantization.
 
-Kept in bf16 are the first layer that sees the state, the last layer, and the embedding of the time, which in this
-family of networks is the first two layers that see the time alone. What a network does not call as a layer
-(attention of U-Nets, which takes the weights itself; norms; embeddings) is never looked at here.
+The layers are found by running the network, so the result does not depend on their names. These layers are sensitive
+and are kept in bf16:
+
+- the first layer whose input depends on the state;
+- the last layer;
+- the embedding of the time: in this family of networks, the first two layers whose input depends on the time only.
+
+Weights that a network uses without calling their layer are not found. Examples are the attention of U-Nets, which
+uses the weights directly, norms and embeddings.
 """
 
 from __future__ import annotations
@@ -20,21 +26,21 @@ from dvae.registry.encoders.base import Encoder
 from dvae.registry.refiners.base import NetworkCondition
 
 TIME_LAYERS = 2
-"""Layers of the embedding of the time."""
+"""Number of layers in the embedding of the time."""
 
 
 @dataclass(frozen=True)
 class CalledLayers:
-    """Layers of a network that can be quantized, by name, in the order of their calls."""
+    """Names of the quantizable layers of a network, in the order in which they are called."""
 
     names: list[str]
     sensitive: set[str]
-    """Those to keep in bf16."""
+    """Names of the layers to keep in bf16."""
 
 
 @contextmanager
 def watch_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """While the context lasts, call see(name, x) with the first input x of every layer that is called."""
+    """Context in which see(name, x) is called with the first input x of every layer of `layers` that is called."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda layer, inputs: see(name, inputs[0])
@@ -48,7 +54,10 @@ def watch_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, torch.Tens
 
 
 def record_inputs(module: nn.Module, call: Callable[[], object]) -> dict[str, torch.Tensor]:
-    """The first input of each quantizable layer that `call()` calls, in the order of their calls."""
+    """Run `call()`, and return the first input of each quantizable layer of `module` that it calls.
+
+    The names are in the order of the calls. If a layer is called several times, its first call counts.
+    """
     seen: dict[str, torch.Tensor] = {}
 
     def record(name: str, x: torch.Tensor) -> None:
@@ -61,7 +70,10 @@ def record_inputs(module: nn.Module, call: Callable[[], object]) -> dict[str, to
 
 
 def trace_encoder(encoder: Encoder, shapes: Shapes) -> CalledLayers:
-    """Of an encoder and its decoder; sensitive are their ends at the image: the first layer and the last."""
+    """Find the layers of an encoder and its decoder.
+
+    Sensitive are the first layer of the encoder and the last layer of the decoder, which are next to the image.
+    """
     x = torch.linspace(-1, 1, shapes.channels * shapes.image_size**2).view(
         1, shapes.channels, shapes.image_size, shapes.image_size
     )
@@ -74,7 +86,11 @@ Network = Callable[[torch.Tensor, torch.Tensor, NetworkCondition], object]
 
 
 def trace_network(module: nn.Module, network: Network, shapes: Shapes) -> CalledLayers:
-    """Of a network network(u, t_feature, condition), called as a refiner is; names are those in `module`."""
+    """Find the layers of a network that is called as network(u, t_feature, condition), like a refiner.
+
+    The names are relative to `module`. The network runs four times: once, and then with another state, time or
+    condition. The comparison shows on which of these the input of each layer depends.
+    """
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

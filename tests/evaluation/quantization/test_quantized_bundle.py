@@ -163,7 +163,7 @@ def restore(record: dict, store: str) -> None:
         (lambda r: r["layers"]["denoiser"]["int8"].append("refiner.nowhere"), "names 'refiner.nowhere', which is no"),
         (lambda r: r["layers"]["denoiser"]["int8"].pop(), "the weights hold .*codes"),
         (lambda r: r["layers"]["encoder"].update(int7=[]), "unknown store 'int7'"),
-        (lambda r: r["layers"].pop("encoder"), "is quantized in denoiser, the config has denoiser, encoder"),
+        (lambda r: r["layers"].pop("encoder"), "its quantized parts are denoiser, the config has denoiser, encoder"),
         (lambda r: restore(r, "int4"), "in the weights and"),
         (lambda r: restore(r, "bf16"), "is torch.int8 in the weights, torch.bfloat16 by the config"),
         (lambda r: r.update(group="32"), "group: Input should be a valid integer: not a readable plan"),
