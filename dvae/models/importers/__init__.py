@@ -1,1 +1,1 @@
-"""Readers of public checkpoints: a torch file, read without running anything in it, becomes a bundle."""
+"""Import of public checkpoints: a torch file is read, without executing anything in it, and becomes a bundle."""

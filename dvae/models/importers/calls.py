@@ -1,6 +1,7 @@
-"""Calls in the pickle of a checkpoint: which are only data, which could run code, and what to say of the rest.
+"""Classification of the calls in the pickle of a checkpoint.
 
-dvae never makes a call that a pickle asks for. What stands in its place is an inert record, or a refusal.
+A call only makes a value, or could run code, or is unknown. dvae never executes a call of a pickle. It replaces calls
+that only make a value by inert records, and refuses all other calls.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ DATA_CALLS = {
     "collections.UserString", "functools.partial", "decimal.Decimal", "fractions.Fraction", "uuid.UUID",
     "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone",
 }  # fmt: skip
-"""Calls that make a value and do nothing else."""
+"""Functions and classes whose calls make a value and have no other effect."""
 DATA_TYPES = {
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
     "slice", "str", "tuple", "long", "unicode", "xrange",
 }  # fmt: skip
-"""Builtin types whose calls make a value; the last three are those of Python 2, whose names older pickles have."""
+"""Builtin types whose calls only make a value. The last three are types of Python 2, found in older pickles."""
 DATA_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "pathlib"}
-"""Packages whose classes (capitalized names) are called in checkpoints, to the same effect."""
+"""Packages whose classes (capitalized names) occur as calls in checkpoints. These calls only make a value."""
 BUILTINS = {"builtins", "__builtin__"}
 CODE_MODULES = {
     "_io", "_pickle", "_posixsubprocess", "_winapi", "asyncio", "bdb", "cProfile", "cloudpickle", "code", "codeop",
@@ -40,18 +41,18 @@ CODE_MODULES = {
     "telnetlib", "threading", "timeit", "trace", "types", "unittest", "urllib", "urllib2", "venv", "webbrowser",
     "xmlrpc", "zipimport",
 }  # fmt: skip
-"""Modules through which a pickle can run a program or code, or read and write files."""
+"""Modules with which a pickle can run a program or code, or read and write files."""
 CODE_PREFIXES = (
     "torch.load", "torch.serialization.", "torch.storage._load", "torch.hub.", "torch.jit.", "torch.package.",
     "torch.utils.cpp_extension.", "torch.utils.model_zoo.", "torch.multiprocessing.", "torch._inductor.",
     "numpy.testing.", "numpy.distutils.", "numpy.f2py.", "numpy.load", "numpy.memmap", "functools.reduce",
     "logging.config.",
 )  # fmt: skip
-"""Beginnings of such names in packages that are harmless otherwise."""
+"""Prefixes of names that can do the same, in packages that are harmless otherwise."""
 
 
 def is_data(path: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether the call of `path` with `arguments` only makes a value, so that a record can stand for the result."""
+    """Return whether calling `path` with `arguments` only makes a value, so that a record can replace the result."""
     package, _, rest = path.partition(".")
     if path in DATA_CALLS or (package in BUILTINS and rest in DATA_TYPES):
         return True
@@ -61,20 +62,20 @@ def is_data(path: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def is_enum_member(path: str, owner: str, member: object) -> bool:
-    """Whether getattr(owner, member) is how some versions of Python store a member of an enumeration."""
+    """Return whether the call is getattr(owner, member), with which some Python versions pickle an enum member."""
     plain = isinstance(member, str) and member.isidentifier() and not member.startswith("_")
     getter = path in {f"{module}.getattr" for module in BUILTINS}
     return getter and plain and _is_class(owner) and not runs_code(owner) and owner.partition(".")[0] not in BUILTINS
 
 
 def runs_code(path: str) -> bool:
-    """Whether a call of `path` can run code or touch files, if somebody makes it."""
+    """Return whether a call of `path`, if it were executed, could run code or access files."""
     package, _, rest = path.partition(".")
     return package in CODE_MODULES or path.startswith(CODE_PREFIXES) or (package in BUILTINS and rest not in DATA_TYPES)
 
 
 def refusal(path: str) -> str:
-    """What to tell the user of a file that calls `path`, which is no plain data."""
+    """Return the error message for a file that calls `path`, if `is_data` is false for the call."""
     if runs_code(path):
         return (
             f"its pickle calls {quoted(path)}, which no weights need: refused, and nothing in it was run; do not load "
@@ -88,10 +89,10 @@ def refusal(path: str) -> str:
 
 
 def _is_class(path: str) -> bool:
-    """Whether the last part of a dotted name looks like that of a class."""
+    """Return whether the last part of a dotted name looks like the name of a class."""
     return path.rpartition(".")[2].lstrip("_")[:1].isupper()
 
 
 def _is_member(arguments: tuple[Any, ...]) -> bool:
-    """Whether a class is called with one plain value, as pickles store members of enumerations."""
+    """Return whether the arguments are one plain value, which is how pickles store enum members."""
     return len(arguments) == 1 and isinstance(arguments[0], (str, int, float))

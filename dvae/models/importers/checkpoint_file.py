@@ -1,4 +1,7 @@
-"""A checkpoint of torch.save: a zip archive with a pickle and a record of numbers for each storage."""
+"""Reader of checkpoints of torch.save.
+
+A checkpoint is a zip archive with one pickle, and one record of numbers for each storage. The pickle is not executed.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,27 @@ from dvae.models.importers.unpickle import InertObject, TensorRef, TensorStorage
 from dvae.utils.read import DamagedFile, require_regular
 
 LARGEST_PICKLE = 32 * 2**20
-"""Bytes; those of published checkpoints have some hundred thousand."""
+"""Largest accepted pickle in bytes. Published checkpoints have some hundred thousand bytes."""
 LARGEST_DIRECTORY = 8 * 2**20
-"""Bytes of the archive's list of records; a record takes about 100."""
+"""Largest accepted list of records (central directory) in bytes. A record needs about 100 bytes."""
 MOST_TENSORS = 10_000
-"""Tensors of a state dict; those of published checkpoints have at most some thousand."""
+"""Most tensors of a state dict. Published checkpoints have at most some thousand."""
 LONGEST_NAME = 300
-"""Characters of a tensor's name."""
+"""Most characters of the name of a tensor."""
 DAMAGED = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error, OSError)
-"""What zipfile raises if a file is no whole archive."""
+"""Exceptions that zipfile raises if a file is not a complete archive."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Signature, and lengths of the name and of the extra field, which lie between this and the bytes of a record."""
+"""Signature, length of the name, and length of the extra field.
+
+The name and the extra field follow this header, and then the bytes of the record.
+"""
 CHUNK = 2**20
-"""Bytes that are taken at once to compute a checksum."""
+"""Bytes that are read at once to compute a checksum."""
 
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """A tensor of a checkpoint that is read when it is asked for."""
+    """A tensor of a checkpoint. Its numbers are read when `load` is called."""
 
     checkpoint: Checkpoint
     name: str
@@ -48,12 +54,15 @@ class CheckpointTensor:
         return self.ref.shape
 
     def load(self) -> torch.Tensor:
-        """The tensor, float64 if the file has that, else float32. Raises UserError if it is damaged."""
+        """Read the tensor, as float64 if the file has float64, else as float32. Raises UserError if it is damaged."""
         return self.checkpoint.tensor(self.name, self.ref)
 
 
 class _Reader(io.BufferedReader):
-    """A file of which no more than `limit` bytes are read at once, whatever sizes it tells of itself."""
+    """A file from which at most `limit` bytes can be read at once.
+
+    It limits the memory that zipfile allocates, because the sizes in a hostile archive can be wrong.
+    """
 
     limit = LARGEST_DIRECTORY
 
@@ -65,9 +74,10 @@ class _Reader(io.BufferedReader):
 
 
 class Checkpoint:
-    """A checkpoint file; nothing in it is executed. `contents` is its pickle as data (dvae.models.importers.unpickle).
+    """A checkpoint file. Nothing in it is executed.
 
-    Raises UserError if the file is missing, truncated, of another format, or its pickle calls anything foreign.
+    `contents` is the content of its pickle as data (dvae.models.importers.unpickle). Raises UserError if the file is
+    missing, truncated or of another format, or if its pickle has a call that is not allowed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,10 +89,10 @@ class Checkpoint:
             raise UserError(f"{error}: give a checkpoint file") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): give a checkpoint file") from None
-        except ValueError:  # of a NUL in the path
+        except ValueError:  # Python raises it for a NUL character in the path
             raise UserError(f"ckpt={quoted(str(path))} is no path: give a checkpoint file") from None
         self._checked: dict[str, int] = {}
-        """Where the bytes of records begin whose checksum was found right."""
+        """Name of a record whose checksum was verified -> position of its first byte in the file."""
         try:
             self._records = self._directory()
             if "byteorder" in self._records and self._record("byteorder", 16) != b"little":
@@ -99,7 +109,7 @@ class Checkpoint:
         self._file.close()
 
     def _directory(self) -> dict[str, zipfile.ZipInfo]:
-        """The records of the archive, by their names below its one folder."""
+        """Return the records of the archive, by their names below the folder of data.pkl."""
         try:
             records = zipfile.ZipFile(self._file).infolist()
         except DAMAGED:
@@ -114,7 +124,7 @@ class Checkpoint:
         if len(pickles) != 1:
             raise UserError(f"{self.path}: a zip archive, but not one of torch.save ({len(pickles)} records data.pkl)")
         held = sum(record.compress_size for record in records)
-        if held > self._size:  # else a small file can have any number of large records, one upon the other
+        if held > self._size:  # overlapping records, with which a small file could describe any amount of data
             raise UserError(
                 f"{self.path}: its records have {held} bytes, more than the {self._size} of the file: the file is cut "
                 "off, or torch did not write it"
@@ -125,7 +135,7 @@ class Checkpoint:
         }
 
     def _not_an_archive(self) -> str:
-        """What is wrong with a file that is no zip archive."""
+        """Return the reason why the file cannot be read as a zip archive."""
         self._file.seek(0)
         start = self._file.read(2)
         if not start:
@@ -140,7 +150,7 @@ class Checkpoint:
         return "not a checkpoint of torch (no zip archive)"
 
     def _record(self, name: str, limit: int) -> bytes:
-        """The bytes of a record that has at most `limit`. Raises UserError if it has more, or is damaged."""
+        """Return the bytes of a record. Raises UserError if it has more than `limit` bytes or is damaged."""
         start, size = self._find(name, limit)
         self._file.seek(start)
         data = bytearray(size)
@@ -148,15 +158,16 @@ class Checkpoint:
         return bytes(data)
 
     def _find(self, name: str, limit: int, exactly: bool = False) -> tuple[int, int]:
-        """Where the bytes of a record begin, and how many there are.
+        """Return the position of a record's first byte, and its size in bytes. The checksum is verified once.
 
-        Raises UserError if these are not `limit` at most, or exactly, or are damaged.
+        Raises UserError if the record is missing or damaged, or if its size is larger than `limit` (with `exactly`:
+        differs from it).
         """
         record = self._records.get(name)
         if record is None:
             raise UserError(f"{self.path}: the record {quoted(name)} is missing: the file is not whole, copy it again")
         size = record.file_size
-        # torch never compresses: a compressed record might be a bomb
+        # torch never compresses records, and a compressed record could unpack to a huge size
         plain = record.compress_type == zipfile.ZIP_STORED and record.compress_size == size
         if not plain or size > limit or (exactly and size != limit):
             raise UserError(
@@ -169,7 +180,7 @@ class Checkpoint:
         return self._checked[name], size
 
     def _check(self, name: str, record: zipfile.ZipInfo) -> int:
-        """Where the bytes of a record begin. Raises UserError if its checksum is wrong, or it is cut off."""
+        """Verify a record, and return the position of its first byte. Raises UserError if it is damaged or cut off."""
         damaged = UserError(f"{self.path}: the record {quoted(name)} is damaged or cut off: copy the file again")
         if not 0 <= record.header_offset <= self._size - LOCAL_HEADER.size:
             raise damaged
@@ -188,11 +199,11 @@ class Checkpoint:
         return start
 
     def check_storage(self, storage: TensorStorage) -> None:
-        """Raise UserError if the record of a storage is missing, damaged, or has another size than it should."""
+        """Raise UserError if the record of a storage is missing, is damaged, or has the wrong size."""
         self._find(f"data/{storage.key}", storage.numel * storage.dtype.itemsize, exactly=True)
 
     def tensor(self, name: str, ref: TensorRef) -> torch.Tensor:
-        """The tensor at `ref`; `name` is for messages. Raises UserError if it is damaged or not finite."""
+        """Read the tensor at `ref`. `name` is for messages. Raises UserError if it is damaged or not finite."""
         storage, itemsize = ref.storage, ref.storage.dtype.itemsize
         if not storage.dtype.is_floating_point:
             raise UserError(f"{self.path}: {quoted(name)} holds {storage.dtype}, not real numbers: another layout")
@@ -207,7 +218,10 @@ class Checkpoint:
         return value if value.dtype == torch.float64 else value.float()
 
     def state(self) -> dict[str, CheckpointTensor]:
-        """The tensors of "state_dict". Raises UserError if there is none, as in no checkpoint of Lightning."""
+        """Return the tensors in "state_dict", by name.
+
+        Raises UserError if there is no valid state dict. Every checkpoint of Lightning has one.
+        """
         state = self.contents.get("state_dict") if isinstance(self.contents, dict) else None
         if not isinstance(state, dict) or not state:
             raise UserError(f"{self.path}: holds no 'state_dict': not a checkpoint of PyTorch Lightning")
@@ -230,7 +244,10 @@ class Checkpoint:
         return {name: CheckpointTensor(self, name, ref) for name, ref in state.items()}
 
     def settings(self) -> dict[Any, Any]:
-        """The plain entries of "hyper_parameters", Lightning's own mapping or a dict; {} if there are none."""
+        """Return the entries of "hyper_parameters", or {} if there are none.
+
+        They are stored as a dict or as Lightning's own mapping class.
+        """
         found = self.contents.get("hyper_parameters") if isinstance(self.contents, dict) else None
         if isinstance(found, InertObject):
             found = found.items or found.state

@@ -1,4 +1,8 @@
-"""A public checkpoint to a bundle: the recipe's config, corrected by what the tensors tell, and the tensors."""
+"""Convert a public checkpoint to a bundle.
+
+The bundle has the tensors of the checkpoint, and the config of a recipe. Settings that the tensors determine replace
+the settings of the recipe.
+"""
 
 from __future__ import annotations
 
@@ -24,48 +28,51 @@ from dvae.utils.weights import check_weights
 
 
 class CheckpointLayout(Enum):
-    """Whose code wrote the checkpoint."""
+    """Public code that wrote the checkpoint."""
 
     diffusevae = "diffusevae"
     psld = "psld"
 
 
 class CheckpointWeights(Enum):
-    """Which of the weights are taken."""
+    """Which weights of the checkpoint are converted."""
 
     ema = "ema"
-    """Their moving average, which published figures are of."""
+    """The moving average of the weights, which published results use."""
     online = "online"
-    """Those of the last step."""
+    """The weights of the last training step."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ConvertConfig(RunConfig):
-    """What tools/convert.py takes: a run's settings, and where to convert from and to."""
+    """Settings of tools/convert.py: the settings of a run, and the files to convert."""
 
     layout: CheckpointLayout = MISSING
-    """`from=` on the command line (a word of Python, so no field can have that name)."""
+    """Public code that wrote the checkpoint: diffusevae or psld.
+
+    The command line calls this field `from=`. The field has another name because `from` is a keyword of Python.
+    """
     ckpt: str = MISSING
-    """The checkpoint file of the refiner."""
+    """Path of the checkpoint file of the refiner."""
     vae: str = ""
-    """A checkpoint file of the VAE (empty: the VAE that the refiner's has in it)."""
+    """Path of a checkpoint file of the VAE (empty: use the VAE in the checkpoint of the refiner)."""
     weights: CheckpointWeights = CheckpointWeights.ema
-    """ema or online."""
+    """Weights to convert: ema (moving average) or online (last step)."""
     out: str = MISSING
-    """The bundle: a folder that does not exist yet."""
+    """Folder of the new bundle. It must not exist yet."""
 
 
 ConfigStore.instance().store(name="convert_schema", node=ConvertConfig, provider="dvae")
 LONGEST_SETTING = 200
-"""Characters of a setting in what a user is told."""
+"""Most characters of a setting in the printed report."""
 OWN = {"layout", "ckpt", "vae", "weights", "out"}
 READERS = {CheckpointLayout.diffusevae: diffusevae.read, CheckpointLayout.psld: psld.read}
 
 
 def compose(words: list[str]) -> DictConfig:
-    """The config of the command line's words. Raises UserError on a wrong one, and without a recipe."""
+    """Compose the config from the words of the command line. Raises UserError if a word is wrong or one is missing."""
     if not any(word.startswith("recipe=") for word in words):
-        raise UserError("recipe is not set: name that of the checkpoint's data, for example recipe=cifar10")
+        raise UserError("recipe is not set: name the recipe of the checkpoint's data set, for example recipe=cifar10")
     words = ["layout=" + word.removeprefix("from=") if word.startswith("from=") else word for word in words]
     config = configuration.compose("convert", words)
     needed = {"layout": "from=diffusevae or from=psld", "ckpt": "ckpt=FILE", "out": "out=FOLDER"}
@@ -76,14 +83,14 @@ def compose(words: list[str]) -> DictConfig:
 
 
 def convert(config: DictConfig) -> list[str]:
-    """Read the checkpoint and write the bundle. Returns what a user should know of it, line by line.
+    """Read the checkpoint and write the bundle. Nothing in the checkpoint is executed.
 
-    Raises UserError where a file is damaged, of another layout or dangerous, or does not fit the recipe; nothing is
-    written then, and nothing in a file is ever executed.
+    Returns the lines of a report for the user. Raises UserError if a file is damaged, has another layout, is dangerous,
+    or does not fit the recipe. In this case nothing is written.
     """
     out = Path(config.out)
     if out.exists() or out.is_symlink():
-        raise UserError(f"out={out} is there already: name a folder that is not")
+        raise UserError(f"out={out} is there already: name a folder that does not exist")
     recipe = _plain(config)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(Path(config.ckpt)))
@@ -104,10 +111,10 @@ def convert(config: DictConfig) -> list[str]:
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
-    """The recipe's config without the words of the conversion."""
+    """Return the recipe's config as plain values, without the fields of the conversion and without a classifier."""
     config = config.copy()
     for key in OmegaConf.missing_keys(config):
-        if key.startswith("source."):  # where the images lie, which a bundle does not need
+        if key.startswith("source."):  # the location of the images is not set, and a bundle does not need it
             OmegaConf.update(config, key, "(imported)")
     plain: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     kept = {key: value for key, value in plain.items() if key not in OWN}
@@ -116,9 +123,9 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _settle(recipe: dict[str, Any], match: LayoutMatch) -> tuple[dict[str, Any], list[str]]:
-    """The recipe's config with what was found in its place, and the changes in words.
+    """Return the recipe's config, updated with the settings of the checkpoint, and a list of the changes in words.
 
-    Raises UserError where the recipe lacks a component that the layout needs.
+    Raises UserError if the recipe lacks a component that the layout needs.
     """
     for kind, name in match.needs.items():
         if recipe[kind]["name"] != name:
@@ -144,11 +151,11 @@ def _settle(recipe: dict[str, Any], match: LayoutMatch) -> tuple[dict[str, Any],
 
 
 def _check(config: RunConfig, match: LayoutMatch, path: Path) -> None:
-    """Refuse tensors that are missing, surplus or of another shape, before any is read."""
+    """Raise UserError if tensors are missing, surplus or of another shape. This check reads no numbers."""
     try:
         made = components.build_models_on_meta(config).trained_parts()
     except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
-        # the shapes are a stranger's: layers made for them may fail in any way
+        # the shapes come from an untrusted file, and building layers for them may fail in any way
         raise UserError(f"{path}: its tensors describe no network of dvae ({fold(error)[:200]})") from None
     for part, held in match.parts.items():
         shapes = {name: torch.empty(value.shape, device="meta") for name, value in held.items()}
@@ -158,17 +165,20 @@ def _check(config: RunConfig, match: LayoutMatch, path: Path) -> None:
 
 
 def _load(held: dict[str, CheckpointTensor]) -> dict[str, torch.Tensor]:
-    """The tensors, fp32."""
+    """Load the tensors as fp32."""
     return {name: value.load().float() for name, value in held.items()}
 
 
 def _as_denoiser(refiner: dict[str, torch.Tensor], data_scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The state dict of dvae's Denoiser around that of a refiner."""
+    """Return the state dict of a Denoiser that contains the given refiner."""
     return {f"refiner.{name}": value for name, value in refiner.items()} | {"data_scale": data_scale}
 
 
 def _say(config: DictConfig, settled: dict[str, Any], match: LayoutMatch, changes: list[str]) -> list[str]:
-    """What was read, what of the recipe was changed for it, and what no file tells."""
+    """Return the lines of the report for the user.
+
+    They list what was read, which settings of the recipe were changed, and which settings no file contains.
+    """
     count = sum(len(held) for held in match.parts.values())
     told = " ".join(f"{name}={_short(value)}" for name, value in match.fields.items())
     lines = [
@@ -176,7 +186,7 @@ def _say(config: DictConfig, settled: dict[str, Any], match: LayoutMatch, change
         f"{' and '.join(match.parts)}",
         f"known from its tensors, or the same in all such files: {told}",
         f"changed in recipe={config.recipe} for it: {'; '.join(changes) or 'nothing'}",
-        "in no tensor, so as the recipe says:",
+        "not stored in the file, so the recipe's values are used:",
     ]
     made = OmegaConf.create(settled)
     for dotted, harm in match.unknown.items():
@@ -186,7 +196,7 @@ def _say(config: DictConfig, settled: dict[str, Any], match: LayoutMatch, change
 
 
 def _short(value: Any) -> str:
-    """A setting in few characters; a component with its settings."""
+    """Return a setting as short text. A component is followed by its settings."""
     if OmegaConf.is_dict(value):
         return str(value["name"]) + "".join(f" {key}={_short(one)}" for key, one in value.items() if key != "name")
     text = str(value).replace(" ", "")

@@ -1,6 +1,7 @@
-"""Checkpoints of DiffuseVAE's public code (Pandey et al. 2022): of the VAE, and of the DDPM with the VAE in it.
+"""Layout of the checkpoints of DiffuseVAE's public code (Pandey et al. 2022).
 
-Names below the prefixes are those of dvae's own `conv_vae` and `unet`, so only prefixes are taken off.
+There are checkpoints of the VAE, and checkpoints of the DDPM, which usually contain the VAE too. Without their
+prefixes, the tensors have the names of dvae's own `conv_vae` and `unet`.
 """
 
 from __future__ import annotations
@@ -28,25 +29,34 @@ from dvae.models.importers.quoting import quoted
 
 PREFIXES = {True: "target_network.decoder.", False: "online_network.decoder."}
 OTHERS = ("online_network.", "target_network.", "vae.", "spaced_diffusion.")
-"""What else such a checkpoint holds: tables of the process, which are computed anew, and the VAE."""
+"""Prefixes of the other tensors of such a checkpoint.
+
+These are the VAE, and tables of the process, which are not imported because dvae computes them.
+"""
 GROUPS = 32
-"""Groups of every GroupNorm of the public U-Net, whatever its width; they show in no tensor."""
+"""Groups of every GroupNorm in the public U-Net, for any width. No tensor shows this number."""
 LONGEST_BLOCKS = 10_000
-"""Letters of a block string, of which published ones have up to 200."""
+"""Most characters of a block string. The published strings have up to 200."""
 MOST_STEPS = 100_000
-"""Steps of a table of betas; published ones have 1000."""
+"""Most steps of a table of betas. The published tables have 1000."""
 
 
 def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> LayoutMatch:
-    """What a DDPM checkpoint holds, averaged or online weights; the VAE from `vae` where it is given.
+    """Match a checkpoint of the DDPM with this layout.
 
-    `config` is the recipe's. Raises UserError where the file is of another layout.
+    Args:
+        checkpoint: Checkpoint of the DDPM.
+        vae: Checkpoint of the VAE. If it is None, the VAE is read from `checkpoint`.
+        ema: Whether to take the averaged weights instead of the online weights.
+        config: Config of the recipe.
+
+    Raises UserError if a file has another layout.
     """
     names = checkpoint.state()
     if not any(name.startswith(tuple(PREFIXES.values())) for name in names) and with_prefix(names, "enc."):
         raise UserError(
-            f"{checkpoint.path}: holds the VAE alone: give the DDPM checkpoint as ckpt= (it has the VAE in it), and "
-            "this one, if at all, as vae="
+            f"{checkpoint.path}: holds the VAE alone: give the DDPM checkpoint, which contains the VAE, as ckpt=; this "
+            "file is only needed to replace that VAE, as vae="
         )
     net = network_tensors(checkpoint, PREFIXES, ema, OTHERS)
     match = LayoutMatch(needs={"refiner": "unet", "process": "vp"}, parts={"denoiser": net})
@@ -57,7 +67,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
     match.components["schedule"] = _schedule(checkpoint, names)
     match.fields |= {"denoiser.prediction": "eps", "denoiser.mixed": False, "denoiser.data_scale": 1.0}
     match.fields |= {"denoiser.space": "pixel", "denoiser.pca_components": 0}
-    # only formulation 2 has a third coefficient in the posterior mean
+    # only formulation 2 of DiffuseVAE has a third coefficient in the posterior mean
     form2 = "online_network.post_coeff_3" in names
     match.fields["denoiser.center"] = "input" if form2 else "none"
     match.unknown = {
@@ -70,7 +80,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
 
 
 def _read_vae(match: LayoutMatch, checkpoint: Checkpoint, vae: Checkpoint | None, config: dict[str, Any]) -> None:
-    """Add the VAE to `match`; none where the U-Net is unconditional."""
+    """Add the VAE to `match`, or encoder=none if the U-Net is unconditional."""
     if not match.fields["denoiser.condition_image"]:
         if vae is not None:
             raise UserError(f"vae={vae.path}: the network of {checkpoint.path} is unconditional: leave vae= out")
@@ -95,11 +105,11 @@ def _read_vae(match: LayoutMatch, checkpoint: Checkpoint, vae: Checkpoint | None
 
 
 def _unet(checkpoint: Checkpoint, net: dict[str, CheckpointTensor], image_size: int) -> dict[str, Any]:
-    """Settings of the U-Net and of its conditions, from names and shapes."""
+    """Return the settings of the U-Net and of its conditions, from the names and shapes of its tensors."""
     width, inputs, *_ = tensor_shape(checkpoint, net, "input_blocks.0.0.weight", 4)
     channels = tensor_shape(checkpoint, net, "out.2.weight", 4)[0]
     levels: list[list[tuple[int, bool]]] = [[]]
-    """Of each block of each level: its channels, and whether attention follows."""
+    """For each level, for each block: its channels, and whether attention follows it."""
     for n in count(1):
         block = f"input_blocks.{n}."
         if f"{block}0.op.weight" in net:
@@ -128,7 +138,8 @@ def _unet(checkpoint: Checkpoint, net: dict[str, CheckpointTensor], image_size: 
         "refiner.attention_resolutions": [image_size // 2**i for i, level in enumerate(levels) if level[0][1]],
         "refiner.scale_shift_norm": first == 2 * levels[0][0][0],
         "refiner.patch": 1,
-        # 0, the default, computes the same from 64 channels on, and a recipe's network is then equal to an imported one
+        # From 64 channels on, 0 (the default) gives 32 groups too. It is preferred here, so that the settings of an
+        # imported network equal the settings of the recipe.
         "refiner.groups": 0 if default_groups(width) == GROUPS else GROUPS,
         "denoiser.condition_image": inputs == 2 * channels,
         "denoiser.condition_latent": "proj.0.weight" in net,
@@ -136,21 +147,21 @@ def _unet(checkpoint: Checkpoint, net: dict[str, CheckpointTensor], image_size: 
 
 
 def _schedule(checkpoint: Checkpoint, names: dict[str, CheckpointTensor]) -> dict[str, Any]:
-    """DDPM's table, from the buffer `betas`."""
+    """Return the schedule component for DDPM's table, from the buffer `betas`."""
     (steps,) = tensor_shape(checkpoint, names, "online_network.betas", 1)
     if steps > MOST_STEPS:
         raise UserError(
             f"{checkpoint.path}: its process has {steps} steps: no table of DDPM has more than {MOST_STEPS}"
         )
     betas = names["online_network.betas"].load().double()
-    start, end = (float(f"{value:.6g}") for value in (betas[0], betas[-1]))  # the table was made in float32
+    start, end = (float(f"{value:.6g}") for value in (betas[0], betas[-1]))  # the table is float32, so round
     if (betas - torch.linspace(start, end, len(betas), dtype=torch.float64)).abs().max() > 1e-5 * end:
         raise UserError(f"{checkpoint.path}: its betas are not evenly spaced, as DDPM's are")
     return {"name": "ddpm_linear", "beta_start": start, "beta_end": end, "steps": len(betas)}
 
 
 def _vae(checkpoint: Checkpoint, state: dict[str, CheckpointTensor]) -> dict[str, Any]:
-    """Settings of the VAE, from names and shapes; `resolutions` appear in none."""
+    """Return the settings of the VAE except `resolutions`, which the names and shapes of its tensors do not show."""
     encoder, decoder = _levels(checkpoint, state, "enc."), _levels(checkpoint, state, "dec.")
     return {
         "encoder.channels": [channels for channels, _ in encoder],
@@ -162,7 +173,7 @@ def _vae(checkpoint: Checkpoint, state: dict[str, CheckpointTensor]) -> dict[str
 
 
 def _levels(checkpoint: Checkpoint, state: dict[str, CheckpointTensor], half: str) -> list[tuple[int, int]]:
-    """(channels, residual blocks) of each resolution of "enc." or "dec.", in the order of the file."""
+    """Return (channels, residual blocks) of each resolution of `half` ("enc." or "dec."), in the order of the file."""
     modules: dict[int, CheckpointTensor] = {}
     for name, value in state.items():
         match = re.fullmatch(re.escape(half) + r"block_mod\.(\d+)\.(c1\.)?weight", name)
@@ -177,7 +188,7 @@ def _levels(checkpoint: Checkpoint, state: dict[str, CheckpointTensor], half: st
             if not levels:
                 levels.append([weight.shape[1], 0])
             levels[-1][1] += 1
-        else:  # a change of channels: the next resolution
+        else:  # a convolution that changes the channels begins the next resolution
             levels = levels or [[weight.shape[1], 0]]
             levels.append([weight.shape[0], 0])
     if not levels:
@@ -186,9 +197,10 @@ def _levels(checkpoint: Checkpoint, state: dict[str, CheckpointTensor], half: st
 
 
 def _resolutions(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[int]:
-    """Heights of the VAE's levels, from the block strings of its hyper-parameters; [] where these are not kept.
+    """Return the heights of the VAE's levels, from the block strings in its hyper-parameters.
 
-    Raises UserError where the strings describe an order of layers that `conv_vae` does not have.
+    Returns [] if the file has no block strings. Raises UserError if the strings describe an order of layers that
+    `conv_vae` does not have.
     """
     settings = checkpoint.settings()
     encoder, decoder = settings.get("enc_block_str"), settings.get("dec_block_str")
@@ -213,12 +225,12 @@ def _resolutions(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[int]:
 
 
 def _same_layers(blocks: str, wanted: str) -> bool:
-    """Whether two block strings describe the same layers. It looks no further than the first difference."""
+    """Return whether two block strings describe the same layers. The comparison stops at the first difference."""
     return all(layer == other for layer, other in zip_longest(_layers(blocks), _layers(wanted)))
 
 
 def _layers(blocks: str) -> Iterator[str]:
-    """A block string, one entry per layer: "8x2,8d2" is 8, 8, 8d2."""
+    """Yield the layers of a block string, one by one: "8x2,8d2" gives 8, 8, 8d2."""
     for entry in blocks.split(","):
         side, repeated, number = entry.partition("x")
         times = layer_index(number) if repeated else None

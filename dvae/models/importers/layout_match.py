@@ -1,4 +1,4 @@
-"""What a layout finds in a checkpoint."""
+"""The result of matching a checkpoint with a layout, and checks that the layouts share."""
 
 from __future__ import annotations
 
@@ -10,40 +10,52 @@ from dvae.models.importers.checkpoint_file import Checkpoint, CheckpointTensor
 from dvae.models.importers.quoting import quoted
 
 MAX_SHARED = 2
-"""How often, on average, a stored number may be part of a tensor."""
+"""Largest ratio of the elements of all tensors to the numbers that are stored.
+
+It is above 1 if tensors share storages.
+"""
 LARGEST_INDEX = 10**6
-"""Number of a layer that no network has."""
+"""Bound on the index of a layer, larger than in any network."""
 MAX_UNTRAINED = 1e-6
-"""Largest weight of a last convolution that was never trained: zero, or NCSN++'s 1e-10 of the usual variance."""
+"""Largest absolute weight of a last convolution that was never trained.
+
+Such a convolution is zero, or has 1e-10 of the usual variance in NCSN++.
+"""
 
 
 @dataclass(kw_only=True)
 class LayoutMatch:
-    """The parts of a bundle, and what of its config the checkpoint tells."""
+    """The parts of a bundle, and the settings of its config that the checkpoint determines."""
 
     needs: dict[str, str] = field(default_factory=dict)
-    """Kind -> component that the recipe must have."""
+    """Kind -> name of the component that the recipe must have."""
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Kind -> component and settings that take the place of the recipe's."""
+    """Kind -> component with its settings, which replaces the component of the recipe."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Dotted field -> value: read off the tensors, or the same in all checkpoints of the layout."""
+    """Dotted field -> value, which is read from the tensors or is the same in all checkpoints of the layout."""
     unknown: dict[str, str] = field(default_factory=dict)
-    """Dotted field that is nowhere in the file and so is the recipe's -> what a wrong one does."""
+    """Dotted field that is not stored in the file, so that the recipe sets it -> effect of a wrong value."""
     parts: dict[str, dict[str, CheckpointTensor]] = field(default_factory=dict)
-    """Part of the bundle -> its tensors."""
+    """Part of the bundle -> its tensors by name."""
 
 
 def with_prefix(state: dict[str, CheckpointTensor], prefix: str) -> dict[str, CheckpointTensor]:
-    """The tensors below `prefix`, by the rest of their names."""
+    """Return the tensors whose names start with `prefix`, by their names without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def network_tensors(
     checkpoint: Checkpoint, prefixes: dict[bool, str], ema: bool, others: tuple[str, ...]
 ) -> dict[str, CheckpointTensor]:
-    """The tensors of the averaged (ema) or online network; `prefixes` names both, `others` what else may be there.
+    """Return the tensors of the averaged or online network, by their names without the prefix.
 
-    Raises UserError on surplus tensors, and where the file has no such network.
+    Args:
+        checkpoint: The checkpoint.
+        prefixes: Prefix of the averaged network (True) and of the online network (False).
+        ema: Whether to return the averaged network.
+        others: Prefixes of other tensors that the checkpoint may have.
+
+    Raises UserError if the file has no such network, or has tensors with other prefixes.
     """
     state = checkpoint.state()
     known = (*prefixes.values(), *others)
@@ -51,7 +63,7 @@ def network_tensors(
     found = with_prefix(state, prefixes[ema])
     if not found:
         held = sorted({name.partition(".")[0] for name in state})[:5]
-        other = "; weights=online takes the others" if ema and with_prefix(state, prefixes[False]) else ""
+        other = "; weights=online reads the online network" if ema and with_prefix(state, prefixes[False]) else ""
         raise UserError(f"{checkpoint.path}: has no {prefixes[ema]}*, but {', '.join(held)}{other}")
     if surplus:
         raise UserError(f"{checkpoint.path}: holds {quoted(surplus[0])}, which this layout has no place for")
@@ -59,18 +71,21 @@ def network_tensors(
 
 
 def check_averaged(last: CheckpointTensor) -> None:
-    """Refuse averaged weights that are still those of the first moment; `last` is the last layer's weight."""
+    """Raise UserError if averaged weights are still the initial weights.
+
+    `last` is the weight of the last layer, which is (almost) zero before training.
+    """
     if last.load().abs().max() < MAX_UNTRAINED:
         raise UserError(
-            f"{last.checkpoint.path}: {quoted(last.name)} is that of an untrained network (no moving average was "
-            "kept, it seems): use weights=online"
+            f"{last.checkpoint.path}: {quoted(last.name)} has the initial weights of an untrained network (probably no "
+            "moving average was kept): use weights=online"
         )
 
 
 def check_numbers(held: dict[str, CheckpointTensor]) -> None:
-    """Refuse tensors whose numbers are damaged, or are the same numbers again and again, before memory is taken.
+    """Raise UserError if storages are damaged, or if too many tensors share the same numbers.
 
-    A small file could else describe a network of any size.
+    Without this check, a small file could describe a network of any size. It runs before memory is allocated.
     """
     storages = {(one.checkpoint.path, one.ref.storage) for one in held.values()}
     for one in held.values():
@@ -82,7 +97,7 @@ def check_numbers(held: dict[str, CheckpointTensor]) -> None:
 
 
 def check_levels(checkpoint: Checkpoint, levels: int, image_size: int) -> None:
-    """Raise UserError for more levels, each of half the resolution, than images of `image_size` pixels have."""
+    """Raise UserError if images of `image_size` pixels cannot be halved for that many levels."""
     if levels > image_size.bit_length():
         raise UserError(
             f"{checkpoint.path}: its network has {levels} levels, more than images of {image_size} px can "
@@ -91,14 +106,14 @@ def check_levels(checkpoint: Checkpoint, levels: int, image_size: int) -> None:
 
 
 def layer_index(text: str) -> int | None:
-    """The number of a layer in a tensor's name; None if it is no such number."""
+    """Return the index of a layer from a part of a tensor's name, or None if `text` is not a valid index."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < len(str(LARGEST_INDEX)) else None
 
 
 def tensor_shape(
     checkpoint: Checkpoint, state: dict[str, CheckpointTensor], name: str, dimensions: int
 ) -> tuple[int, ...]:
-    """The shape of the tensor `name`. Raises UserError where there is none of so many dimensions."""
+    """Return the shape of the tensor `name`. Raises UserError if it is missing or has not `dimensions` dimensions."""
     if name not in state or len(state[name].shape) != dimensions:
-        raise UserError(f"{checkpoint.path}: lacks {name!r}, or it has another form: cut short, or of another layout")
+        raise UserError(f"{checkpoint.path}: lacks {name!r} or has another shape for it: cut short or another layout")
     return state[name].shape

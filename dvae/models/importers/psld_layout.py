@@ -1,6 +1,6 @@
-"""Checkpoints of PSLD's public code (Pandey & Mandt 2023): NCSN++ score network and its average.
+"""Layout of the checkpoints of PSLD's public code (Pandey & Mandt 2023): an NCSN++ score network and its average.
 
-Names below the prefixes are those of dvae's own `ncsnpp` (all_modules.N in the order of construction).
+Without their prefixes, the tensors have the names of dvae's own `ncsnpp`: all_modules.N, in the order of construction.
 """
 
 from __future__ import annotations
@@ -28,18 +28,27 @@ PREFIXES = {True: "ema_score_fn.", False: "score_fn."}
 
 @dataclass(frozen=True)
 class NcsnppModule:
-    """One of `all_modules`: what it is, and its channels."""
+    """Kind and channels of one module in `all_modules`."""
 
     kind: str
-    """linear, conv, norm, fourier, block, resample (a block that halves or doubles), attention, [fir] pyramid."""
+    """One of linear, conv, norm, fourier, block, resample, attention, pyramid, fir pyramid.
+
+    A resample module is a block that halves or doubles the resolution.
+    """
     inputs: int
     outputs: int
 
 
 def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict[str, Any]) -> LayoutMatch:
-    """What a checkpoint of the score model holds, averaged or online weights. `config` is the recipe's.
+    """Match a checkpoint of the score network with this layout.
 
-    Raises UserError where the file is of another layout, or its network does not fit the recipe's process.
+    Args:
+        checkpoint: Checkpoint of the score network.
+        vae: Must be None, because PSLD has no VAE.
+        ema: Whether to take the averaged weights instead of the online weights.
+        config: Config of the recipe.
+
+    Raises UserError if the file has another layout, or if its network does not fit the process of the recipe.
     """
     if vae is not None:
         raise UserError(f"vae={vae.path}: PSLD has no VAE: leave vae= out")
@@ -75,7 +84,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None, ema: bool, config: dict
 
 
 def _modules(checkpoint: Checkpoint, net: dict[str, CheckpointTensor]) -> list[NcsnppModule]:
-    """all_modules, in order. Raises UserError on one that PSLD's NCSN++ does not have."""
+    """Return the modules in `all_modules`, in order. Raises UserError if PSLD's NCSN++ has no such module."""
     shapes: dict[int, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, value in net.items():
         number, _, inner = name.removeprefix("all_modules.").partition(".")
@@ -97,7 +106,7 @@ def _modules(checkpoint: Checkpoint, net: dict[str, CheckpointTensor]) -> list[N
 
 
 def _module(shapes: dict[str, tuple[int, ...]]) -> NcsnppModule | None:
-    """The module that has tensors of these names and shapes."""
+    """Return the module that has tensors with these names and shapes, or None if there is no such module."""
     match shapes:
         case {"GroupNorm_1.weight": _, "Conv_0.weight": (outputs, inputs, _, _)} if "NIN_0.W" not in shapes:
             resamples = "Conv_2.weight" in shapes and inputs == outputs
@@ -120,7 +129,7 @@ def _module(shapes: dict[str, tuple[int, ...]]) -> NcsnppModule | None:
 
 
 def _settings(checkpoint: Checkpoint, modules: list[NcsnppModule], config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the network, from its modules. Raises UserError where they are not in the order of NCSN++."""
+    """Return the settings of the network. Raises UserError if the modules are not in the order of NCSN++."""
     strange = UserError(f"{checkpoint.path}: its modules are not in the order of PSLD's NCSN++: another layout")
     fourier = bool(modules) and modules[0].kind == "fourier"
     begin = 3 + fourier
@@ -130,11 +139,11 @@ def _settings(checkpoint: Checkpoint, modules: list[NcsnppModule], config: dict[
     down, channels = [], stem.outputs
     for module in modules[begin:]:
         if module.kind in ("block", "resample"):
-            if module.inputs != channels:  # joined with a skip connection: the way up
+            if module.inputs != channels:  # a skip connection is concatenated: the decoder half begins
                 break
             channels = module.outputs
         down.append(module)
-    if [module.kind for module in down[-3:]] != ["block", "attention", "block"]:  # the middle
+    if [module.kind for module in down[-3:]] != ["block", "attention", "block"]:  # the middle, at the coarsest level
         raise strange
     levels: list[list[int]] = [[]]
     attended: list[int] = [0]
@@ -167,18 +176,18 @@ def _settings(checkpoint: Checkpoint, modules: list[NcsnppModule], config: dict[
     if pyramids:
         settings["refiner.fir"] = "fir pyramid" in pyramids
     if not fourier:
-        settings["refiner.time_scale"] = 1.0  # the public code embeds t in [0, 1] as it is
+        settings["refiner.time_scale"] = 1.0  # the public code embeds t in [0, 1] without a factor
     return settings
 
 
 def _components(config: dict[str, Any]) -> int:
-    """Components per channel of the recipe's process: 2 with a momentum."""
+    """Return the components per channel in the state of the recipe's process: 1, or 2 with a momentum."""
     shapes = Shapes(image_size=config["image_size"], channels=config["channels"])
     return PROCESSES.build(config["process"], shapes).k
 
 
 def _check_channels(checkpoint: Checkpoint, inputs: int, config: dict[str, Any]) -> None:
-    """Refuse a recipe whose process gives the network another number of channels."""
+    """Raise UserError if the recipe's process gives the network another number of input channels."""
     given = _components(config) * config["channels"]
     if inputs != given:
         raise UserError(

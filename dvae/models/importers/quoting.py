@@ -1,16 +1,16 @@
-"""Texts of a stranger's file in messages: quoted, short and on one line."""
+"""Quote text of an untrusted file for messages: short and on one line."""
 
 from __future__ import annotations
 
 LONGEST = 80
-"""Characters of a text that a message shows."""
+"""Most characters of a text that a message shows."""
 
 
 def quoted(value: object) -> str:
-    """`value` in quotation marks, cut to 80 characters and with escapes for what cannot be printed.
+    """Return `value` in quotation marks, cut to 80 characters, with escapes for unprintable characters.
 
-    A value that is no text is named by its type alone: printing it could take forever (shared nesting, cycles), or fail
-    (a number of thousands of digits).
+    For a value that is not text, only the name of its type is returned. Printing the value could take forever (nested
+    shared objects, cycles) or fail (a number with thousands of digits).
     """
     if not isinstance(value, str):
         return f"({type(value).__name__})"

@@ -1,7 +1,11 @@
-"""A pickle, read as data. Its instructions are followed one by one here, and none of them can import or call anything.
+"""Read a pickle as data, without executing it.
 
-Names of classes and functions become `PickledName`, objects of foreign classes `InertObject`, tensors `TensorRef`.
-Calls that make plain values become `InertObject` too; a call of anything else is refused by name (calls.py).
+This module interprets the instructions of a pickle one by one. No instruction can import or call anything:
+
+- names of classes and functions become `PickledName`;
+- objects of unknown classes, and calls that only make a value, become `InertObject`;
+- tensors become `TensorRef`;
+- all other calls raise UserError, with the name of the called function (calls.py).
 """
 
 from __future__ import annotations
@@ -18,39 +22,40 @@ from dvae.errors import UserError, fold
 from dvae.models.importers import calls
 
 MOST_INSTRUCTIONS = 1_000_000
-"""Instructions of a pickle; those of published checkpoints have some ten thousand."""
+"""Most instructions of a pickle. Published checkpoints have about ten thousand."""
 LARGEST = 2**40
-"""Elements that no storage has."""
+"""Bound on the number of elements of a storage."""
 LARGEST_SIDE = 2**20
-"""Size along one dimension that no tensor of a network has."""
+"""Largest size of a tensor along one dimension."""
 MOST_DIMENSIONS = 8
+"""Most dimensions of a tensor."""
 LARGEST_KEY = 2**60
-"""Bound on whole numbers as keys: larger ones can be chosen so that all collide in a dict."""
+"""Largest integer key of a mapping. Larger integers can be chosen so that all their hashes collide in a dict."""
 LONGEST_KEY = 4096
-"""Characters of a key, and of a name: comparing or joining longer ones again and again takes forever."""
+"""Most characters of a key or a name. Repeated comparing or joining of long texts could take forever."""
 
 
 @dataclass(frozen=True, slots=True)
 class PickledName:
-    """A class or function that the pickle names: "os.system". It was not looked up."""
+    """Dotted name of a class or function in a pickle, such as "os.system". It is not looked up."""
 
     path: str
 
 
 @dataclass(eq=False, slots=True)
 class InertObject:
-    """An object of some class, which was not made: what the pickle gave for it."""
+    """Record of an object that was not created: its class and the values that the pickle gives for it."""
 
     kind: str
     items: dict[Any, Any] = field(default_factory=dict)
-    """Entries, of a class that is a mapping."""
+    """Entries of the object, if its class is a mapping."""
     state: Any = None
-    """Attributes, usually a mapping."""
+    """Attributes of the object, usually a mapping."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorStorage:
-    """A run of numbers in a record of its own."""
+    """A storage: one record of the archive that holds `numel` numbers."""
 
     dtype: torch.dtype
     key: str
@@ -59,7 +64,7 @@ class TensorStorage:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a tensor lies in a storage; offset and stride in elements."""
+    """Position of a tensor in a storage. `offset` and `stride` are in elements."""
 
     storage: TensorStorage
     offset: int
@@ -68,16 +73,16 @@ class TensorRef:
 
     @property
     def numel(self) -> int:
-        """Elements of the tensor."""
+        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
     @property
     def extent(self) -> int:
-        """Elements of the storage from the tensor's first element to its last."""
+        """Number of elements of the storage from the first element of the tensor to its last."""
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     def within(self) -> bool:
-        """Whether it has elements, no more than the storage, and all lie in there."""
+        """Return whether the tensor is not empty, has at most as many elements as its storage, and lies inside it."""
         dimensions = len(self.shape)
         if dimensions != len(self.stride) or dimensions > MOST_DIMENSIONS:
             return False
@@ -108,9 +113,10 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read(data: bytes, what: str) -> Any:
-    """What the pickle `data` describes; `what` names it in messages.
+    """Return the content of the pickle `data` as plain values and records. `what` is its name in messages.
 
-    Raises UserError if it is no whole pickle, is far too long, or calls something that is no part of a checkpoint.
+    Raises UserError if the pickle is incomplete or far too long, or if it calls something that a checkpoint does not
+    need.
     """
     machine = _PickleMachine(what)
     try:
@@ -118,13 +124,13 @@ def read(data: bytes, what: str) -> Any:
             if opcode.name == "STOP":
                 return machine.pop()
             machine.step(opcode.name, argument)
-    except (ValueError, OverflowError, struct.error) as error:  # genops' and our own, for a pickle without sense
+    except (ValueError, OverflowError, struct.error) as error:  # raised by genops and this module
         raise UserError(f"{what}: not a readable checkpoint ({fold(error)[:200]}): copy it again") from None
     raise UserError(f"{what}: not a readable checkpoint (its pickle has no end): copy it again")
 
 
 class _PickleMachine:
-    """Stack and memo of pickle's instructions (documented in pickletools)."""
+    """Interpreter of pickle instructions, with their stack and memo (documented in pickletools)."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -133,7 +139,7 @@ class _PickleMachine:
         self.work = 0
 
     def spend(self, work: int) -> None:
-        """Count instructions, and values that an instruction copies. Raises ValueError if they are far too many."""
+        """Count instructions, and values that an instruction copies. Raises ValueError if there are far too many."""
         self.work += work
         if self.work > MOST_INSTRUCTIONS:
             raise ValueError(f"its pickle takes more than {MOST_INSTRUCTIONS} instructions")
@@ -157,7 +163,7 @@ class _PickleMachine:
         return self.stack[-1]
 
     def step(self, name: str, argument: Any) -> None:
-        """Follow one instruction."""
+        """Interpret one instruction."""
         self.spend(1)
         push = self.stack.append
         if name in LITERALS:
@@ -178,7 +184,7 @@ class _PickleMachine:
             self._compose(name, argument)
 
     def _compose(self, name: str, argument: Any) -> None:
-        """The instructions that name things, or put them together."""
+        """Interpret an instruction that makes names, containers, objects or tensors."""
         push = self.stack.append
         match name:
             case "PROTO" | "FRAME":
@@ -218,9 +224,12 @@ class _PickleMachine:
                 raise ValueError(f"the instruction {name} is in no checkpoint of torch")
 
     def _made(self, called: Any, arguments: Any, call: bool) -> Any:
-        """What stands for the object that the pickle has made by `called`. Raises UserError on a foreign call."""
+        """Return the value or record for an object that the pickle makes by calling `called`.
+
+        Raises UserError if the call could do more than make a value.
+        """
         if not isinstance(called, PickledName) or not isinstance(arguments, tuple):
-            raise ValueError("it calls what is no name")
+            raise ValueError("it calls a value that is not a class or function")
         path = called.path
         if path in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
             return _tensor(arguments)
@@ -235,10 +244,11 @@ class _PickleMachine:
         return InertObject(path)
 
     def _mapping(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-        """An OrderedDict, from nothing or a list of pairs; a defaultdict's factory is dropped."""
+        """Return an OrderedDict or defaultdict as a dict. The factory of a defaultdict is dropped."""
         made: dict[Any, Any] = {}
         if arguments and isinstance(arguments[0], list):
-            self.spend(len(arguments[0]))  # one list can be given to any number of mappings
+            # counted as work, because a short pickle can pass one long list to any number of mappings
+            self.spend(len(arguments[0]))
             for pair in arguments[0]:
                 if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                     raise ValueError("a mapping in it is not made of pairs")
@@ -247,14 +257,14 @@ class _PickleMachine:
 
 
 def _name(module: object, attribute: object = "") -> PickledName:
-    """The name of a class or function."""
+    """Return the name of a class or function. Raises ValueError if it is not text or too long."""
     if not isinstance(module, str) or not isinstance(attribute, str) or len(module) + len(attribute) > LONGEST_KEY:
-        raise ValueError("it names a class by what is no name")
+        raise ValueError("a name of a class in it is not a valid name")
     return PickledName(f"{module}.{attribute}")
 
 
 def _storage(identity: Any) -> TensorStorage:
-    """The storage of a persistent id ("storage", class, key, device, number of elements)."""
+    """Return the storage of a persistent id ("storage", class, key, device, number of elements)."""
     match identity:
         case ("storage", PickledName(path), str(key), str(), int(numel)) if path.startswith("torch."):
             kind = path.rpartition(".")[2]
@@ -264,7 +274,7 @@ def _storage(identity: Any) -> TensorStorage:
 
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
-    """The tensor of (storage, offset, shape, stride, ...)."""
+    """Return the tensor of the arguments (storage, offset, shape, stride, ...)."""
     match arguments:
         case (TensorStorage() as storage, int(offset), tuple(shape), tuple(stride), *_):
             return TensorRef(storage, offset, shape, stride)
@@ -272,7 +282,7 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
 
 
 def _is_enum_member(path: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether the call is getattr(class, name of a member)."""
+    """Return whether the call is getattr(class, name of an enum member)."""
     match arguments:
         case (PickledName(owner), member):
             return calls.is_enum_member(path, owner, member)
@@ -282,30 +292,30 @@ def _is_enum_member(path: str, arguments: tuple[Any, ...]) -> bool:
 def _set_state(target: Any, state: Any) -> None:
     if isinstance(target, InertObject):
         target.state = state
-    elif not isinstance(target, dict):  # attributes of an OrderedDict: versions of modules, nothing of use
-        raise ValueError("it gives attributes to what has none")
+    elif not isinstance(target, dict):  # attributes of an OrderedDict (versions of modules) are ignored
+        raise ValueError("it sets attributes of a value that has none")
 
 
 def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
-    elif not isinstance(target, InertObject):  # what a foreign list holds is of no use
-        raise ValueError("it appends to what is no list")
+    elif not isinstance(target, InertObject):  # the items of a list of an unknown class are not needed
+        raise ValueError("it appends to a value that is not a list")
 
 
 def _set_items(target: Any, flat: list[Any]) -> None:
-    """Enter [key, value, key, value, ...] into a mapping."""
+    """Set the items of a mapping from the list [key, value, key, value, ...]."""
     entries = target.items if isinstance(target, InertObject) else target
     if not isinstance(entries, dict) or len(flat) % 2:
-        raise ValueError("it sets items of what is no mapping")
+        raise ValueError("it sets items of a value that is not a mapping")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         _check_key(key)
         entries[key] = value
 
 
 def _check_key(key: Any) -> None:
-    """Raise ValueError for a key that can take very long to hash or to compare."""
-    # no tuples: a nest of shared tuples takes exponential time to hash
+    """Raise ValueError if a key could take very long to hash or to compare."""
+    # tuples are not allowed, because nested shared tuples take exponential time to hash
     if not isinstance(key, (str, bytes, int, float, PickledName, InertObject, type(None))):
         raise ValueError(f"a mapping in it has a {type(key).__name__} for a key")
     if isinstance(key, int) and abs(key) > LARGEST_KEY:

@@ -234,7 +234,7 @@ def test_wrong_layouts_are_refused(tmp_path, vae):
     lightning_files.save(tmp_path / "ddpm.ckpt", {"score_fn.all_modules.0.weight": torch.ones(3)})
     assert "has no target_network.decoder.*, but score_fn" in refused(tmp_path)
     save(tmp_path, {k: v for k, v in ddpm_state(unet(2), unet(3), vae).items() if "target" not in k})
-    assert "weights=online takes the others" in refused(tmp_path, LEVELS)
+    assert "weights=online reads the online network" in refused(tmp_path, LEVELS)
     save(tmp_path, ddpm_state(unet(2), unet(3), None))
     assert "holds no VAE" in refused(tmp_path)
     save(tmp_path, ddpm_state(unet(2), unet(3), vae))
