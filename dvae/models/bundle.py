@@ -48,7 +48,7 @@ DIRECTIONS = "directions.safetensors"
 """Optional file of directions in the encoder's latent space (dvae/inference/directions/direction_files.py)."""
 OPTIONAL_FILES = (layer_plan.FILE, DIRECTIONS)
 CLASSIFIER = "classifier"
-"""The only part that a bundle need not contain."""
+"""Name of the part that is optional in a bundle."""
 COPY_AGAIN = "get a new copy of the bundle, or export it again"
 
 
@@ -202,7 +202,7 @@ def _check_shapes(folder: Path, info: BundleInfo, config: ModelConfig, plan: Qua
 def refuse_quantized(what: str, info: BundleInfo) -> None:
     """Raise UserError if the bundle is quantized, because quantized weights cannot be used for training."""
     if info.quantized:
-        raise UserError(f"{what} is quantized ({info.quantized}): name the bundle that it was made of")
+        raise UserError(f"{what} is quantized ({info.quantized}): name the bundle from which it was made")
 
 
 def find_bundle(path: str | Path) -> Path:

@@ -25,7 +25,7 @@ from dvae.registry.samplers.base import SAMPLERS, Sampler
 from dvae.registry.schedules.base import SCHEDULES
 
 MAX_LAYERS = 100_000
-"""Most layers, parameters and buffers of the networks of a run. The largest published networks have thousands."""
+"""Most layers, parameters and buffers in the networks of a run. The largest published networks have some thousand."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class DiffusersKL(Encoder):
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         if config.scaling_factor <= 0:
-            raise UserError(f"encoder.scaling_factor {config.scaling_factor} is not above 0: take that of {CONFIG}")
+            raise UserError(f"encoder.scaling_factor {config.scaling_factor} is not above 0: use the value in {CONFIG}")
         plan = AutoencoderConfig(
             colors=shapes.channels,
             channels=config.block_out_channels,

@@ -12,7 +12,10 @@ from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFileSource
 
 @SOURCES.register("folder")
 class ImageFolder(AnyImageFileSource):
-    """All images below a folder, in the order of their names. With several sub-folders, the label is "folder"."""
+    """All images below a folder, in the order of their names.
+
+    If they are in several folders, the label "folder" names the folder of each image.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(AnyFilesConfig):

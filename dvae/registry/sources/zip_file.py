@@ -12,9 +12,10 @@ from dvae.registry.sources.image_files import AnyFilesConfig, AnyImageFileSource
 
 @SOURCES.register("zip")
 class ZipSource(AnyImageFileSource):
-    """All images in a zip archive, in the order of their names. With several folders, the label is "folder".
+    """All images in a zip archive, in the order of their names.
 
-    The archive is read without unpacking it to the disk.
+    The archive is not unpacked to the disk. If the images are in several folders, the label "folder" names the folder
+    of each image.
     """
 
     @dataclass(kw_only=True, slots=True)

@@ -207,7 +207,7 @@ def test_nothing_is_trained_from_a_quantized_bundle(
 ) -> None:
     folder = quantized[QuantizationMethod.int8_weights]
     run = compose.to_run_config(compose.compose("train", [*words, f"encoder_weights={folder}"]))
-    with pytest.raises(UserError, match=r"is quantized \(int8_weights\): name the bundle that it was made of"):
+    with pytest.raises(UserError, match=r"is quantized \(int8_weights\): name the bundle from which it was made"):
         bundle_reuse.load_encoder_weights(str(folder), run)
 
 
@@ -244,7 +244,7 @@ def test_the_tool_quantizes_measures_and_refuses_to_do_it_twice(
     assert "not offered for speed: " in shown  # KID was not measured, whatever the speed was
     with pytest.raises(UserError, match="is there already"):
         tool.command(asked)
-    with pytest.raises(UserError, match=r"is quantized .* name the bundle that it was made of"):
+    with pytest.raises(UserError, match=r"is quantized .* name the bundle from which it was made"):
         tool.command([f"run={out}", "method=int8", f"out={tmp_path / 'again'}"])
 
 
