@@ -1,6 +1,6 @@
-"""Zip and tar archives that a stranger may have written: what is in them, and their members' bytes.
+"""Read zip and tar archives from untrusted sources: list their members and read the members' bytes.
 
-Nothing is unpacked to the disk. A size that an archive states is checked before memory is taken for it.
+Nothing is unpacked to disk. Each size that an archive states is checked before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ from dvae.errors import fold
 from dvae.utils.read import MIB, DamagedFile, archive_errors, require_regular
 
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-"""What opens a compressed tar file, by its first bytes."""
+"""Functions that open a compressed tar file, keyed by the file's first bytes."""
 TAR_ERRORS = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, OverflowError, RecursionError)
-"""What tarfile and the modules that decompress raise for damaged archives, besides OSError."""
+"""Exceptions that tarfile and the decompression modules raise for damaged archives, besides OSError."""
 UNPACKED = 4 * 2**30
-"""Bytes of a compressed tar file that are decompressed at most: members are found by going through what lies before."""
+"""Maximum number of bytes to decompress from a compressed tar file.
+
+A tar file has no table of contents, so reading a member decompresses all bytes before it.
+"""
 
 
 def open_zip(path: str | Path) -> zipfile.ZipFile:
-    """Open a zip archive. Raises DamagedFile if it is none, or a pipe or a device; OSError if it cannot be read."""
+    """Open a zip archive.
+
+    Raises DamagedFile if `path` is not a zip archive, or is a pipe or a device. Raises OSError if it cannot be read.
+    """
     require_regular(path)
     with archive_errors(path, "is not a readable zip archive"):
         return zipfile.ZipFile(path)
 
 
 def refuse_duplicates(path: object, names: list[str]) -> None:
-    """Raise DamagedFile if a name is there twice: programs differ in which of the two they read."""
+    """Raise DamagedFile if a name occurs twice, because programs differ in which of the two members they read."""
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise DamagedFile(path, f"holds {twice[:200]!r} twice: pack it again")
@@ -44,10 +50,15 @@ def refuse_duplicates(path: object, names: list[str]) -> None:
 
 @contextmanager
 def open_tar(path: str | Path, largest: int = MIB, compressed: bool = False) -> Iterator[tarfile.TarFile]:
-    """Open a tar file, which may be `compressed`; no more than `largest` bytes of it are read at a time.
+    """Open a tar file in a context.
 
-    Raises DamagedFile if it is none, or a pipe or a device; OSError if it cannot be read. Errors of this kind that are
-    raised in the context are translated too, so let it only read the archive.
+    Args:
+        path: The tar file.
+        largest: Maximum number of bytes in one read.
+        compressed: Whether the file may be compressed with gzip, bzip2 or xz.
+
+    Raises DamagedFile if `path` is not a tar archive, or is a pipe or a device. Raises OSError if it cannot be read.
+    All TAR_ERRORS raised inside the context become DamagedFile, so only read the archive there.
     """
     require_regular(path)
     try:
@@ -63,10 +74,10 @@ def open_tar(path: str | Path, largest: int = MIB, compressed: bool = False) -> 
 
 
 def files_of(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    """The regular files of a tar archive, by name. Raises tarfile.TarError, which `open_tar` translates."""
+    """Return the regular files of a tar archive, by name. Raises tarfile.TarError, which `open_tar` translates."""
     found: dict[str, tarfile.TarInfo] = {}
     for member in tar:
-        if member.size < 0:  # tarfile would go back in the file, and never come to its end
+        if member.size < 0:  # tarfile would seek backward and loop forever
             raise tarfile.ReadError(f"{member.name[:200]!r} has {member.size} bytes")
         if member.isfile():
             found[member.name] = member
@@ -74,9 +85,10 @@ def files_of(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
 
 
 class _Bounded:
-    """A stream that refuses to read much at a time, or far into the file.
+    """A stream that limits the size of each read and how far into the file it seeks.
 
-    tarfile reads the long names and other headers of members by the sizes that stand in the archive.
+    tarfile trusts the sizes in the archive when it reads long names and other headers. Without these limits, a crafted
+    archive could make it allocate any amount of memory.
     """
 
     def __init__(self, stream: IO[bytes], largest: int, end: int | None) -> None:

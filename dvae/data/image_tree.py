@@ -1,4 +1,4 @@
-"""Image files below a folder or in a zip archive: their names, and their bytes."""
+"""List and read the image files in a folder or in a zip archive."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from dvae.utils.read import DamagedFile, read_bytes, read_member
 
 
 class Tree(ABC):
-    """Picklable, so that several processes can read it."""
+    """A collection of image files. It is picklable, so that several processes can read it."""
 
     names: list[str]
-    """The image files by their path below the root, sorted. Files of another suffix are passed over."""
+    """Sorted paths of the image files, relative to the root. Files without an image suffix are skipped."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A file's bytes. Raises DamagedImage, naming it, where it cannot be read."""
+        """Return a file's bytes. Raises DamagedImage naming the file if it cannot be read."""
 
 
 def open_tree(path: str, word: str = "source.path") -> Tree:
-    """The folder or the zip archive that `word` names. Raises UserError where there is none, or no image in it."""
+    """Open a folder or a zip archive of images.
+
+    `word` is the setting that holds `path`; error messages name it. Raises UserError if `path` does not exist, cannot
+    be read, or holds no images.
+    """
     return FolderTree(path, word) if Path(path).expanduser().is_dir() else ZipTree(path, word)
 
 
@@ -83,24 +87,24 @@ class ZipTree(Tree):
         try:
             archive = self._archive()
             return read_member(archive, archive.getinfo(name), FILE_LIMIT)
-        except (OSError, DamagedFile, KeyError) as error:  # KeyError: another archive has taken its place
+        except (OSError, DamagedFile, KeyError) as error:  # KeyError: the archive was replaced after it was listed
             raise DamagedImage(f"{self.path}:{name}: {fold(getattr(error, 'reason', error))}") from None
 
     def _archive(self) -> zipfile.ZipFile:
-        """This thread's open archive."""
+        """Return this thread's open archive. Each thread opens its own."""
         if not hasattr(self._local, "archive"):
             self._local.archive = open_zip(Path(self.path).expanduser())
         return self._local.archive
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_local"}  # open files stay behind
+        return {key: value for key, value in self.__dict__.items() if key != "_local"}  # open files cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _local=threading.local())
 
 
 def _files(root: Path) -> list[str]:
-    """Every file under `root`, relative to it. Raises UserError where a folder cannot be listed."""
+    """Return the paths of all files under `root`, relative to it. Raises UserError if a folder cannot be listed."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"folder {error.filename} cannot be read: {fold(error.strerror)}")

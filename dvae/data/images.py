@@ -1,4 +1,7 @@
-"""Images: decoding, the resize and crop protocol, PNG, and the one conversion between uint8 and [-1, 1] floats."""
+"""Decode, crop, resize and encode images, and convert between uint8 and floats in [-1, 1].
+
+All conversions between uint8 and floats use `to_float` and `to_uint8`.
+"""
 
 from __future__ import annotations
 
@@ -19,48 +22,55 @@ from dvae.errors import MachineError, fold
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pillow's formats that are opened, whatever a file is called. Others may start programs (EPS starts Ghostscript)."""
+"""Pillow formats that may be opened, regardless of the file's suffix.
+
+Other formats are refused because they may start programs: EPS starts Ghostscript.
+"""
 PIXELS = 2**26
-"""Pixels of an image that is decoded, at most: 8192 x 8192."""
+"""Maximum number of pixels of an image that is decoded: 8192 x 8192."""
 FILE_LIMIT = 256 * 2**20
-"""Bytes of an image file, at most."""
+"""Maximum size of an image file in bytes."""
 PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 LAST_FILTER = 4
-"""Of the filters of a PNG's rows, which are numbered from 0."""
+"""Largest number of a PNG row filter; the numbers start at 0."""
 TILE_TAGS = (322, 323)
-"""TIFF: width and height of the tiles in which an image is compressed."""
+"""TIFF tags that hold the width and height of the tiles in which an image is compressed."""
 
-# Pillow warns of damaged metadata and of large images, in lines of its own. What matters is raised as an error here.
-# These filters are set once and not around each call, because `catch_warnings` is not safe with threads.
+# Pillow warns about damaged metadata and large images. The errors that matter are raised in this module instead.
+# These filters are set once instead of around each call, because `catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DamagedImage(Exception):
-    """An image that cannot be read; the message, of one line, names it and says why."""
+    """An image that cannot be read. The message is one line that names the image and the reason."""
 
     def __init__(self, message: str) -> None:
         super().__init__(fold(message))
 
 
 class Crop(Enum):
-    """How an image becomes a square before it is resized."""
+    """How an image is made square before it is resized."""
 
     center = "center"
-    """The middle square, as wide as the shorter side."""
+    """Crop the center square whose side is the shorter side of the image."""
     none = "none"
-    """The whole image, squeezed where it is not square."""
+    """Keep the whole image. Resizing changes its aspect ratio if it is not square."""
 
 
 class Resize(Enum):
-    """Pillow's filter for scaling; each averages over all pixels that fall together, so all are antialiased."""
+    """Pillow filter used to resize an image.
+
+    When an image is scaled down, every filter averages over all source pixels of an output pixel. All filters are
+    therefore antialiased.
+    """
 
     lanczos = "lanczos"
-    """Windowed sinc: the sharpest, and what AFHQ v2 and StyleGAN2's data sets were made with."""
+    """Windowed sinc, the sharpest filter. AFHQ v2 and the StyleGAN2 data sets were made with it."""
     bilinear = "bilinear"
-    """Triangle: what torchvision's Resize does with a Pillow image, so what DiffuseVAE's and PSLD's code does."""
+    """Triangle filter. torchvision's Resize uses it for Pillow images, and so does the code of DiffuseVAE and PSLD."""
     box = "box"
-    """Plain mean, rounded after each axis: within one gray level of the TFRecords of CelebA-HQ and FFHQ."""
+    """Plain mean, rounded after each axis. Matches the TFRecords of CelebA-HQ and FFHQ within one gray level."""
 
 
 FILTERS = {
@@ -71,38 +81,38 @@ FILTERS = {
 
 
 def protocol(crop: Crop, resize: Resize = Resize.lanczos) -> str:
-    """The protocol of `fit` in words, for the manifest: figures compare only between equal protocols."""
+    """Describe what `fit` does, for the manifest. Scores are comparable only if their protocols are equal."""
     return f"crop {crop.value}; {filtered(resize)}; transparency over white"
 
 
 def filtered(resize: Resize) -> str:
-    """The filter in words, for the manifest."""
+    """Describe the resize filter, for the manifest."""
     return f"Pillow {resize.value.capitalize()}, antialiased"
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image: by its suffix, and not hidden."""
+    """Return whether a file of this name counts as an image: it has an image suffix and is not hidden."""
     path = PurePath(name)
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def printable(name: str) -> str:
-    """A file name as valid Unicode (undecodable bytes become backslash escapes), fit for JSON."""
+    """Return a file name as valid Unicode that JSON can hold. Undecodable bytes become backslash escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of FORMATS that this Pillow was built with."""
+    """Return the FORMATS that the installed Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """Open an image file of which only the header is read; Pillow decodes the pixels when they are used.
+    """Open an image file and read its header only. Pillow decodes the pixels when they are first used.
 
-    Raises DamagedImage naming `name` for a file in none of FORMATS, and for more than PIXELS pixels. What Pillow raises
-    for damaged pixels is not translated: see `decode`.
+    Raises DamagedImage naming `name` if the file is in none of FORMATS or has more than PIXELS pixels. Errors that
+    Pillow raises later for damaged pixels are not translated: use `decode` for that.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
@@ -111,7 +121,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
         raise MachineError(f"{name}: there is not enough memory to open this image") from None
     except Image.DecompressionBombError:
         raise DamagedImage(f"{name}: more than {PIXELS} pixels: scale the image down first") from None
-    except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
+    except Exception as error:  # noqa: BLE001 decoders raise almost any exception for damaged bytes
         reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DamagedImage(f"{name}: {fold(reason)[:200] or type(error).__name__}") from None
     width, height = image.size
@@ -124,9 +134,10 @@ def open_image(data: bytes, name: str) -> Image.Image:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The first frame of an image file's bytes, turned upright by its EXIF tag.
+    """Decode the first frame of an image file and rotate it upright as its EXIF tag says.
 
-    Raises DamagedImage naming `name` as `open_image` does, and for damaged pixels; MachineError if memory is short.
+    Raises DamagedImage naming `name` for the same reasons as `open_image`, and for damaged pixels. Raises MachineError
+    if there is not enough memory.
     """
     image = open_image(data, name)
     try:
@@ -134,14 +145,18 @@ def decode(data: bytes, name: str) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except MemoryError:
         raise MachineError(f"{name}: there is not enough memory for its {image.width}x{image.height} pixels") from None
-    except Exception as error:  # noqa: BLE001 damaged bytes make the decoders raise nearly anything
+    except Exception as error:  # noqa: BLE001 decoders raise almost any exception for damaged bytes
         raise DamagedImage(f"{name}: {fold(error)[:200] or type(error).__name__}") from None
 
 
 def fit(
     image: Image.Image, size: int, channels: int, crop: Crop, name: str, resize: Resize = Resize.lanczos
 ) -> np.ndarray:
-    """`image` as (size, size, channels) uint8: crop to a square, then scale it. Raises DamagedImage."""
+    """Crop an image to a square and resize it.
+
+    Returns a uint8 array of shape (size, size, channels), with 1 or 3 channels. Raises DamagedImage naming `name` if
+    the pixels have no stated value range.
+    """
     flat = _eight_bit(image, "L" if channels == 1 else "RGB", name)
     width, height = flat.size
     box = (0, 0, width, height)
@@ -149,7 +164,7 @@ def fit(
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
-    # the box is cropped before resizing (not passed to resize), so that pixels outside it cannot bleed in
+    # Crop first instead of passing the box to `resize`: the filter would then also read pixels outside the box.
     square = flat.crop(box)
     if square.size != (size, size):
         square = square.resize((size, size), FILTERS[resize])
@@ -157,10 +172,10 @@ def fit(
 
 
 def _eight_bit(image: Image.Image, mode: str, name: str) -> Image.Image:
-    """The image in mode L or RGB, transparency laid over white."""
+    """Convert an image to mode L or RGB, with transparent pixels over white. Raises DamagedImage for mode I or F."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))
-    elif image.mode in ("I", "F"):  # no stated range: scaling them would be a guess
+    elif image.mode in ("I", "F"):  # these modes state no value range, so the right scale is unknown
         raise DamagedImage(f"{name}: pixels of mode {image.mode} have no stated range, save it with 8 bits per channel")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -169,20 +184,23 @@ def _eight_bit(image: Image.Image, mode: str, name: str) -> Image.Image:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of (H, W, C) uint8, C = 1 or 3; the same pixels always give the same bytes."""
+    """Encode uint8 pixels (H, W, C), with C = 1 or 3, as PNG. The same pixels always give the same bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
 
 
 def check_png(data: bytes) -> None:
-    """Raise DamagedImage unless the checksum of every chunk of a PNG file holds."""
+    """Raise DamagedImage unless the checksums of all chunks of a PNG file are correct."""
     for _ in _chunks(data):
         pass
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The chunks of a PNG file: kind, and the whole chunk with its length and checksum. Raises as `check_png`."""
+    """Yield (kind, chunk) for each chunk of a PNG file; `chunk` includes its length and checksum.
+
+    Raises DamagedImage for a wrong checksum or a truncated file.
+    """
     if data[:8] != PNG_BEGIN:
         raise DamagedImage("not a PNG file")
     at, kind = 8, b""
@@ -199,7 +217,10 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def png_shape(data: bytes) -> tuple[int, int, int]:
-    """(C, H, W) of a PNG as `encode_png` makes them, from its header. Raises DamagedImage for any other kind of PNG."""
+    """Read (C, H, W) from the header of a PNG.
+
+    Raises DamagedImage unless it is a PNG as `encode_png` writes it: 8-bit gray or RGB.
+    """
     if len(data) < 33 or data[8:16] != b"\0\0\0\rIHDR":
         raise DamagedImage("the PNG does not begin with its header")
     width, height, depth, color, *methods = struct.unpack_from(">IIBBBBB", data, 16)
@@ -209,11 +230,11 @@ def png_shape(data: bytes) -> tuple[int, int, int]:
 
 
 def _plain_png(data: bytes, shape: tuple[int, int, int]) -> bytearray:
-    """The PNG without chunks that its pixels do not need.
+    """Return the PNG with only the chunks that its pixels need.
 
-    Raises DamagedImage if anything is damaged, or the shape is another, which is found before memory is taken.
-    torchvision must see no other file: a wrong checksum or wrong compressed data can make it take the process down
-    (SIGSEGV).
+    Raises DamagedImage if the file is damaged or its shape is not `shape` (C, H, W). The shape is checked before memory
+    is allocated for the pixels. Only the returned bytes may be passed to torchvision, because it can crash the process
+    (SIGSEGV) on a wrong checksum or wrong compressed data.
     """
     if data[:8] == PNG_BEGIN and (found := png_shape(data)) != shape:
         raise DamagedImage(f"shape {found}, not {shape}")
@@ -221,6 +242,7 @@ def _plain_png(data: bytes, shape: tuple[int, int, int]) -> bytearray:
     if [kind for kind, _ in chunks].count(b"IHDR") != 1:
         raise DamagedImage("the PNG has several headers")
     channels, height, width = shape
+    # Each row has one filter byte before its pixels. Asking for one byte more than expected detects excess data.
     wanted, inflate = height * (1 + width * channels), zlib.decompressobj()
     try:
         rows = inflate.decompress(b"".join(chunk[8:-4] for kind, chunk in chunks if kind == b"IDAT"), wanted + 1)
@@ -232,17 +254,21 @@ def _plain_png(data: bytes, shape: tuple[int, int, int]) -> bytearray:
 
 
 def png_limit(shape: tuple[int, int, int]) -> int:
-    """Bytes that a PNG of `shape` (C, H, W) may have: compression never makes it twice as large as its pixels."""
+    """Return the maximum size in bytes of a PNG of `shape` (C, H, W).
+
+    Compression never makes a PNG twice as large as its pixels.
+    """
     channels, height, width = shape
     return 2 * height * (width * channels + 1) + 2**16
 
 
 def decode_png(data: bytes, shape: tuple[int, int, int]) -> torch.Tensor:
-    """A PNG as uint8 of `shape` (C, H, W).
+    """Decode a PNG to a uint8 tensor of `shape` (C, H, W).
 
-    Raises DamagedImage if its checksums, its header or its pixels are damaged, and for another shape.
+    Raises DamagedImage if its checksums, header or pixels are damaged, or if it has another shape.
     """
-    from torchvision.io import ImageReadMode, decode_image  # here, since that takes seconds, and a config needs none
+    # Imported here because importing torchvision takes seconds and modules that only read a config do not need it.
+    from torchvision.io import ImageReadMode, decode_image
 
     plain = _plain_png(data, shape)
     mode = ImageReadMode.GRAY if shape[0] == 1 else ImageReadMode.RGB
@@ -256,10 +282,10 @@ def decode_png(data: bytes, shape: tuple[int, int, int]) -> torch.Tensor:
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1]; any shape."""
+    """Convert uint8 in [0, 255] to float32 in [-1, 1]. The shape is arbitrary."""
     return images.to(torch.float32) / 127.5 - 1.0
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Floats in [-1, 1] to uint8, rounded to the nearest and clamped; the inverse of `to_float`."""
+    """Convert floats in [-1, 1] to uint8, rounded to nearest and clamped. This is the inverse of `to_float`."""
     return ((images.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Classes of images: the values of one of their attributes, numbered."""
+"""Check the class names of images. A class is a value of one image attribute, numbered from 0."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dvae.errors import UserError, suggest
 
 NAMED = 20
-"""Values that a message names."""
+"""Maximum number of values listed in an error message."""
 
 
 def check_label(values: Mapping[str, Iterable[str | int]], attribute: str, names: Sequence[str]) -> None:
-    """Raise UserError where images have no such attribute, or one of its values is not among the classes `names`.
+    """Check that images have `attribute` and that `names` contains all of its values.
 
-    `values` are those that each attribute takes.
+    `values` maps each attribute to the values it takes. Raises UserError if the attribute is unknown or one of its
+    values is not among `names`.
     """
     if attribute not in values:
         raise UserError(f"data.label={attribute}: the images have no such attribute: {suggest(attribute, values)}")

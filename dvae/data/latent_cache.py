@@ -1,9 +1,9 @@
-"""A cache of latents: what the trained encoder makes of every training image, in WebDataset shards.
+"""A cache of the trained encoder's outputs for every training image, in WebDataset shards.
 
-A sample's key is the image's index in the training split ("000000012"), and its members are
+A sample's key is the image's index in the training split ("000000012"). Its members depend on the kind of cache:
 
     posteriors        npy                  float32 (2, *latent): mean and logvar
-    reconstructions   npy, 0.png, 1.png..  float32 (draws, *latent): z; and the x_hat of each, rounded to 8 bits
+    reconstructions   npy, 0.png, 1.png..  float32 (draws, *latent): z; and x_hat of each draw, rounded to 8 bits
 """
 
 from __future__ import annotations
@@ -30,47 +30,47 @@ REBUILD_HINT = "remove the folder and run the cache stage again"
 @forbid_extra
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache holds, and of what."""
+    """Describes the contents of a cache and the encoder and images they were computed from."""
 
     images: int
-    """Training images."""
+    """Number of training images."""
     draws: int
-    """Reconstructions of each image; 0: posteriors."""
+    """Number of reconstructions of each image. 0 means that the cache holds posteriors."""
     latent: list[int]
     """Shape of z."""
     encoder_sha256: str
-    """Of the encoder's weights."""
+    """SHA-256 of the encoder's weights."""
     images_sha256: str
-    """Of the manifest of the images' shards."""
+    """SHA-256 of the manifest of the image shards."""
     precision: str
-    """Arithmetic of the encoder."""
+    """Floating-point precision of the encoder."""
     seed: int
-    """Of the draws."""
+    """Seed of the draws."""
 
     def members(self) -> tuple[str, ...]:
         return ("npy", *(f"{number}.png" for number in range(self.draws)))
 
     def numbers(self) -> tuple[int, ...]:
-        """Shape of the numbers of each image."""
+        """Return the shape of each image's array: (draws, *latent), or (2, *latent) for posteriors."""
         return (self.draws or 2, *self.latent)
 
 
 @forbid_extra
 @dataclass(frozen=True)
 class _CacheRecord(CacheInfo):
-    """cache.json."""
+    """Contents of cache.json."""
 
     shards: list[Shard]
 
 
 @dataclass(frozen=True)
 class CachedSample:
-    """One image's share of the cache."""
+    """The part of the cache that belongs to one image."""
 
     numbers: np.ndarray
-    """float32: (2, *latent), mean and logvar; or (draws, *latent), z."""
+    """float32 of shape (2, *latent), mean and logvar, or of shape (draws, *latent), z."""
     pictures: list[np.ndarray]
-    """x_hat of each draw, (H, W, C) uint8."""
+    """x_hat of each draw, uint8 of shape (H, W, C)."""
 
     def members(self) -> dict[str, bytes]:
         file = io.BytesIO()
@@ -80,10 +80,10 @@ class CachedSample:
 
 
 class LatentCache:
-    """A written cache, by index of the image. Thread-safe.
+    """Reads a finished cache by image index. Thread-safe.
 
-    Raises UserError if it is not that of `info`, MachineError if a file is missing or damaged. Pictures have the
-    `shape` (C, H, W); None: that of the first one.
+    `shape` is (C, H, W) of the reconstructions; None takes the shape of the first one. Raises UserError if the cache
+    does not match `info`. Raises MachineError if a file is missing or damaged.
     """
 
     def __init__(self, folder: Path, info: CacheInfo, shape: tuple[int, int, int] | None = None) -> None:
@@ -96,12 +96,19 @@ class LatentCache:
         self._shape = shape or (self._shape_of_first() if info.draws else (0, 0, 0))
 
     def posteriors(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and logvar of the images `indices` (B,), both (B, *latent), float32."""
+        """Return mean and logvar of the images `indices` (B,), both float32 of shape (B, *latent)."""
         both = torch.stack([self._numbers(int(index)) for index in indices])
         return both[:, 0], both[:, 1]
 
     def reconstructions(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z (B, *latent) and x_hat (B, C, H, W) in [-1, 1] of draw number draws (B,) of the images `indices` (B,)."""
+        """Return z and x_hat of one draw of each image.
+
+        Args:
+            indices: Indices of the images, (B,).
+            draws: Which draw to return for each image, (B,), from 0.
+
+        Returns z (B, *latent) and x_hat (B, C, H, W) in [-1, 1].
+        """
         chosen = list(zip(indices.tolist(), draws.tolist(), strict=True))
         z = torch.stack([self._numbers(index)[draw] for index, draw in chosen])
         return z, to_float(torch.stack([self._picture(index, draw) for index, draw in chosen]))
@@ -137,9 +144,10 @@ class LatentCache:
 
 
 def read_shard_list(folder: Path, info: CacheInfo) -> list[Shard]:
-    """The shards of the cache in `folder`, not looked at.
+    """Return the list of shards of the cache in `folder`, without opening the shards.
 
-    Raises UserError if it is not that of `info`, MachineError if its record is damaged.
+    Raises UserError if the cache does not match `info` or is not finished. Raises MachineError if its record is
+    damaged.
     """
     found = _load(folder)
     for name, wanted in asdict(info).items():

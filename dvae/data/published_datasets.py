@@ -1,4 +1,4 @@
-"""What published data sets have in common: splits, lists of attributes, square images of a known size."""
+"""Helpers for published data sets: splits, attribute lists, and checks for square images of a known size."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dvae.errors import UserError, fold
 from dvae.utils.read import DamagedFile, read_text
 
 LIMIT = 256 * 2**20
-"""Bytes of a list of attributes, at most; CelebA's has 27 million."""
+"""Maximum size of an attribute list in bytes. The list of CelebA has 27 million bytes."""
 
 
 class PublishedSplit(Enum):
-    """Part of a data set, as its authors split it."""
+    """Part of a data set, as split by its authors."""
 
     train = "train"
     test = "test"
@@ -26,9 +26,9 @@ class PublishedSplit(Enum):
 
 
 def require_square(image: Image.Image, name: str, size: int) -> Image.Image:
-    """`image`, where it is square and no smaller than `size` pixels.
+    """Return `image` if it is square and at least `size` pixels wide.
 
-    Raises DamagedImage otherwise: such a file is not of the data set, or would have to be enlarged.
+    Raises DamagedImage otherwise, because the file is not from the data set or would have to be enlarged.
     """
     width, height = image.size
     if width != height:
@@ -39,16 +39,16 @@ def require_square(image: Image.Image, name: str, size: int) -> Image.Image:
 
 
 class AttributeList:
-    """Binary attributes of images, from a list as CelebA and CelebAMask-HQ have it.
+    """Binary attributes of images, read from an attribute list of CelebA or CelebAMask-HQ.
 
-    The file holds the number of images, a line of attribute names, then for each image its file name and a 1 or -1
-    per attribute (list_attr_celeba.txt, CelebAMask-HQ-attribute-anno.txt).
+    The first line of the file holds the number of images, the second the attribute names. Each further line holds a
+    file name and a 1 or -1 per attribute (list_attr_celeba.txt, CelebAMask-HQ-attribute-anno.txt).
     """
 
     def __init__(self, path: str, files: list[str]) -> None:
-        """The attributes of `files` (paths; their last part counts).
+        """Read the attributes of `files`, which are paths of which only the file name counts.
 
-        Raises UserError where the list is missing, malformed, or lacks one of the files.
+        Raises UserError if the list is missing, malformed, or lacks one of the files.
         """
         try:
             lines = read_text(Path(path).expanduser(), LIMIT).splitlines()
@@ -66,15 +66,18 @@ class AttributeList:
         self._values = np.stack([values[name] for name in wanted])
 
     def of(self, index: int) -> dict[str, str | int]:
-        """Attribute -> 1 or 0 of image number `index` of the files."""
+        """Return a mapping from attribute name to 1 or 0 for image number `index` of `files`."""
         return {name: int(value) for name, value in zip(self.names, self._values[index], strict=True)}
 
 
 def _parse(path: str, lines: list[str]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Attribute names, and by file name (A,) uint8 of 0 and 1. Raises UserError."""
+    """Parse the lines of an attribute list.
+
+    Returns the A attribute names, and a uint8 array (A,) of 0 and 1 per file name. Raises UserError if malformed.
+    """
     if len(lines) < 3 or not re.fullmatch("[0-9]{1,12}", lines[0].strip()):
         raise UserError(
-            f"source.attributes={path} is no list of attributes: it must begin with the number of images and the names"
+            f"source.attributes={path} is not an attribute list: it must begin with the number of images and the names"
         )
     names = lines[1].split()
     values: dict[str, np.ndarray] = {}
@@ -88,6 +91,6 @@ def _parse(path: str, lines: list[str]) -> tuple[list[str], dict[str, np.ndarray
         values[file] = np.array([mark == "1" for mark in marks], np.uint8)
     if len(values) != int(lines[0]):
         raise UserError(
-            f"source.attributes={path} tells of {lines[0].strip()} images and lists {len(values)}: it is cut short"
+            f"source.attributes={path} announces {lines[0].strip()} images but lists {len(values)}: get the whole file"
         )
     return names, values

@@ -286,11 +286,11 @@ def test_celeba_attributes(celeba: Path, tmp_path: Path):
     text = Path(given).read_text()
     wrong = {
         "lack": (text.replace("000003.jpg", "000004.jpg"), "has no line for 000003.jpg"),
-        "cut": ("\n".join(text.splitlines()[:-1]), "tells of 3 images and lists 2"),
+        "cut": ("\n".join(text.splitlines()[:-1]), "announces 3 images but lists 2"),
         "value": (text.replace(" 1", " 2", 1), r"line 3 \(000001.jpg\): 3 values of 1 or -1"),
         "narrow": (text.replace("-1 -1 -1", "-1 -1"), r"line 4 \(000002.jpg\)"),
-        "csv": ("image_id,Smiling\n000001.jpg,1\n000002.jpg,1", "no list of attributes"),
-        "empty": ("", "no list of attributes"),
+        "csv": ("image_id,Smiling\n000001.jpg,1\n000002.jpg,1", "not an attribute list"),
+        "empty": ("", "not an attribute list"),
     }
     for name, (changed, says) in wrong.items():
         (tmp_path / name).write_text(changed)

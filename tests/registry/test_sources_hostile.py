@@ -152,7 +152,7 @@ def test_archives_of_every_compression_are_read(tmp_path: Path, pack: Callable[[
 def test_a_list_of_attributes_with_a_strange_number(tmp_path: Path, first: str):
     Image.new("RGB", (178, 218)).save(tmp_path / "000001.jpg")
     (tmp_path / "list.txt").write_text(f"{first}\nSmiling\n000001.jpg 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="is no list of attributes"):
+    with pytest.raises(UserError, match="is not an attribute list"):
         make(4, 3, name="celeba", path=str(tmp_path), attributes=str(tmp_path / "list.txt"))
 
 

@@ -1,1 +1,1 @@
-"""Load shards for training: the order of the samples, the loader, prefetching, streams."""
+"""Load training data: the sample order, the loader, prefetching of remote shards, and endless streams."""

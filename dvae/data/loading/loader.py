@@ -1,4 +1,4 @@
-"""The loader: for every global step, this rank's micro-batches, each with the keys of its samples."""
+"""The loader. For every global step it returns this rank's micro-batches, each with the keys of its samples."""
 
 from __future__ import annotations
 
@@ -22,29 +22,37 @@ class Batch:
     """One micro-batch."""
 
     keys: torch.Tensor
-    """Global sample numbers, (B,), int64; the keys of everything that is drawn for these samples."""
+    """Global sample numbers, (B,), int64. All random draws for a sample are keyed by its number."""
     indices: torch.Tensor
     """Indices into the data set, (B,), int64."""
     images: torch.Tensor
-    """(B, C, H, W), uint8; from an endless source float32 in [-1, 1]; (B, 0) where a stage does without them."""
+    """(B, C, H, W): uint8, or float32 in [-1, 1] from an endless source. Shape (B, 0) if the stage needs no images."""
     labels: torch.Tensor | None = None
-    """Classes (B,), int64; None where the run has none."""
+    """Classes, (B,), int64. None if the run has no classes."""
 
     def to_float(self) -> torch.Tensor:
-        """The images in [-1, 1], float32."""
+        """Return the images as float32 in [-1, 1]."""
         return self.images if self.images.is_floating_point() else to_float(self.images)
 
 
 class Batches(Protocol):
-    """What a stage is trained on: a `Loader`, or the `StreamLoader` of an endless source."""
+    """Training data of a stage: a `Loader`, or the `StreamLoader` of an endless source."""
 
     def step(self, sample: int) -> list[Batch]:
-        """This rank's micro-batches of the global step that begins at global sample number `sample`."""
+        """Return this rank's micro-batches of the global step that begins at global sample number `sample`."""
         ...
 
 
 def check_batch(batch: int, ranks: int, micro_batches: int) -> int:
-    """Samples per micro-batch. Raises UserError where the global batch does not divide, with the nearest that does."""
+    """Return the number of samples in each micro-batch.
+
+    Args:
+        batch: Samples in a global batch.
+        ranks: Number of ranks.
+        micro_batches: Micro-batches of each rank in a step.
+
+    Raises UserError if `batch` is not divisible by `ranks * micro_batches`. The message names the nearest valid sizes.
+    """
     parts = ranks * micro_batches
     if batch < 1 or batch % parts:
         below = batch // parts * parts
@@ -56,11 +64,24 @@ def check_batch(batch: int, ranks: int, micro_batches: int) -> int:
 
 
 class Loader:
-    """Batches of a split in the order's sequence.
+    """Batches of a split, in the sequence that `order` defines.
 
     The global batch of a step that begins at sample number s is s, ..., s + batch - 1. It is cut into contiguous
-    parts; micro-batch a of rank r is part a * world + r. With `threads`, the steps that follow are read ahead.
-    `labels` (len(shards),) are the classes of the split's images. Without `images` they are not read.
+    parts; micro-batch a of rank r is part a * world + r.
+
+    Args:
+        shards: The split to read.
+        order: The sample order; it must have as many samples as `shards`.
+        batch: Samples in a global batch.
+        rank: This process's rank.
+        world: Number of ranks.
+        accumulate: Micro-batches of each rank in a step.
+        flip: Whether to mirror each image horizontally with probability 1/2.
+        labels: Classes of the split's images, (len(shards),).
+        seed: Seed of the flips.
+        threads: Threads that read the following steps ahead; 0 reads in the calling thread.
+        prefetch: Number of steps to read ahead.
+        images: Whether to read the images.
     """
 
     def __init__(
@@ -90,13 +111,13 @@ class Loader:
         self._prefetcher = Prefetcher(shards.remote, shards.shards, order) if shards.remote and images else None
 
     def step(self, sample: int) -> list[Batch]:
-        """This rank's `accumulate` micro-batches of the global step that begins at global sample number `sample`."""
+        """Return this rank's micro-batches of the global step that begins at global sample number `sample`."""
         if self._prefetcher:
             self._prefetcher.at(sample)
         if self._pool is None:
             return self._load(sample)
         wanted = [sample + self._batch * i for i in range(self._prefetch + 1)]
-        for start in [start for start in self._ahead if start not in wanted]:  # the caller jumped
+        for start in [start for start in self._ahead if start not in wanted]:  # the caller did not continue in order
             self._ahead.pop(start).cancel()
         for start in wanted:
             if start not in self._ahead:
@@ -118,7 +139,7 @@ class Loader:
         return Batch(keys, torch.from_numpy(indices), images, labels)
 
     def close(self) -> None:
-        """End the threads; what was read ahead is dropped."""
+        """Stop the threads and drop the batches that were read ahead."""
         if self._prefetcher:
             self._prefetcher.close()
         if self._pool is not None:

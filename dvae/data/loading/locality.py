@@ -1,4 +1,4 @@
-"""How local an order's reads are, and how well it shuffles: the two ends between which `block` and `window` choose."""
+"""Measure how local an order's reads are and how well it shuffles. `block` and `window` trade one for the other."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ from dvae.data.loading.order import Order
 from dvae.utils.text_tables import markdown_table
 
 SHARD = 10_000
-"""Images of a shard, as dvae.data.building.shard_build takes them by default."""
+"""Images per shard, the default of dvae.data.building.shard_build."""
 
 
 @dataclass(frozen=True)
 class Locality:
-    """Figures of one epoch of an order."""
+    """Measurements of one epoch of an order. Ratios compare it with a full permutation of the data set."""
 
     block: int
-    """Samples stored side by side that stay in one window."""
+    """Number of consecutively stored samples that stay in one window."""
     window: int
-    """Blocks shuffled among themselves."""
+    """Number of blocks whose samples are shuffled together."""
     blocks: int
-    """Different blocks from which a window is read: what a cache of the disk must hold to read each once."""
+    """Largest number of blocks in a window. A disk cache must hold this many to read each block only once."""
     held: float
-    """Share of the data set that they are."""
+    """Largest share of the data set in a window, in [0, 1]."""
     shards: float
-    """Different shards (of 10,000) from which a window is read, on average."""
+    """Mean number of shards (of 10,000 images) from which a window is read."""
     distance: float
-    """Mean distance in storage between two samples of a batch, over that of a full permutation: 1 is best."""
+    """Mean storage distance between two samples of a batch, relative to a full permutation. 1 is best."""
     neighbors: float
-    """Pairs of a batch that are stored within `block` of each other, over those of a full permutation: 1 is best."""
+    """Pairs of a batch stored less than `block` samples apart, relative to a full permutation. 1 is best."""
     spread: float
-    """Variance of a class's share in a batch where storage is sorted by class, over that of a full permutation."""
+    """Variance of a class's count in a batch when storage is sorted by class, relative to a full permutation."""
 
 
 def measure(order: Order, batch: int, classes: int = 10) -> Locality:
-    """Measure the first epoch of `order` in batches of `batch`, against the same figures of a full permutation."""
+    """Measure the first epoch of `order` and compare it with a full permutation.
+
+    `batch` is the number of samples in a batch. `classes` is the number of equal classes that `spread` assumes.
+    """
     epoch = order.indices(0, order.count)
     rows = epoch[: len(epoch) // batch * batch].reshape(-1, batch)
     windows = np.array_split(epoch, range(order.block * order.window, order.count, order.block * order.window))
@@ -57,8 +60,11 @@ def measure(order: Order, batch: int, classes: int = 10) -> Locality:
 
 
 def _full(order: Order, batch: int, classes: int) -> tuple[float, float, float]:
-    """Of a full permutation: variance of a class's count in a batch (hypergeometric), share of pairs within a block's
-    length of each other, mean distance of a pair ((n + 1) / 3)."""
+    """Return the expected values for a full permutation.
+
+    They are the variance of a class's count in a batch (hypergeometric), the share of pairs less than a block apart,
+    and the mean distance of a pair, (n + 1) / 3.
+    """
     n, b = order.count, min(order.block, order.count)
     share = batch / classes * (1 - 1 / classes) * (n - batch) / (n - 1)
     near = sum(n - d for d in range(1, b)) / (n * (n - 1) / 2)
@@ -66,7 +72,7 @@ def _full(order: Order, batch: int, classes: int) -> tuple[float, float, float]:
 
 
 def table(count: int, batch: int, choices: list[tuple[int, int]]) -> str:
-    """The figures of several (block, window) as a Markdown table."""
+    """Measure several pairs (block, window) and return a Markdown table, for `count` samples in batches of `batch`."""
     header = [
         "block",
         "window",
