@@ -1,1 +1,1 @@
-"""Write shards from a source, and caches of latents from shards."""
+"""Build shards from a source, and caches of latents from shards."""

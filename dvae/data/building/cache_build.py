@@ -1,4 +1,7 @@
-"""Write a cache of latents in numbered jobs (numbered_jobs.py) of `SHARD_SIZE` consecutive images, one shard each."""
+"""Build a cache of latents in numbered jobs (numbered_jobs.py).
+
+Each job encodes `SHARD_SIZE` consecutive images and writes one shard.
+"""
 
 from __future__ import annotations
 
@@ -17,38 +20,38 @@ from dvae.errors import UserError
 from dvae.utils.read import forbid_extra
 
 SHARD_SIZE = 1000
-"""Images of a job: what a killed process loses at the most, and the least that a part can be."""
+"""Images of a job. A killed process loses at most this much work, and a part is a multiple of it."""
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache holds, and how its samples are computed."""
+    """The contents of a cache, and how its samples are computed."""
 
     info: CacheInfo
     batch: int
-    """Images that the encoder takes at a time: the last bits of a latent may depend on it."""
+    """Images that the encoder processes at a time. The last bits of a latent may depend on it."""
     images: Shards
-    """The images that are encoded; it remembers which of them are damaged."""
+    """The images to encode. The object records which of them are damaged."""
     samples: Callable[[int, int], Iterator[CachedSample]]
-    """samples(start, stop) yields those of the images start, ..., stop - 1; they must not depend on earlier calls."""
+    """samples(start, stop) yields the samples of images start, ..., stop - 1, independent of earlier calls."""
 
     def request(self) -> dict[str, Any]:
-        """What the shards' bytes depend on."""
+        """Return everything that the shards' bytes depend on."""
         return asdict(self.info) | {"batch": self.batch, "shard_size": SHARD_SIZE}
 
 
 @forbid_extra
 @dataclass(frozen=True)
 class CacheJobResult:
-    """What came of the images of a job."""
+    """The result of a finished job."""
 
     shard: Shard
     damaged: dict[int, str]
-    """Images known to be damaged when it was finished: index -> file, key and reason."""
+    """Images known to be damaged when the job finished: index -> file, key and reason."""
 
 
 class CacheJobs(NumberedJobs[CacheJobResult]):
-    """All jobs for a cache."""
+    """All jobs that build a cache."""
 
     what: ClassVar[str] = "the cache"
     record_file: ClassVar[str] = FILE
@@ -78,7 +81,7 @@ class CacheJobs(NumberedJobs[CacheJobResult]):
             for index, sample in zip(indices, self.spec.samples(indices.start, indices.stop), strict=True):
                 writer.write(index, sample.members())
                 self.advance()
-        finally:  # after an error too: an open tar would complain when it is collected
+        finally:  # close after errors too: an open tar file warns when it is garbage-collected
             writer.close()
         return CacheJobResult(seal(writer.path, self.spec.info.members()), dict(self.spec.images.damaged))
 
@@ -87,25 +90,27 @@ class CacheJobs(NumberedJobs[CacheJobResult]):
 
 
 def build_cache(folder: Path, spec: CacheSpec, progress: ReportProgress) -> None:
-    """Write the cache into `folder`, which appears complete or not at all.
+    """Build the cache in `folder`, which appears complete or not at all.
 
-    Jobs that any process has finished are kept; what another request has left unfinished is removed. If `folder` holds
-    the cache already, its shards' hashes are checked and it is left as it is. `spec.images` then knows all damaged
-    images that were found.
-    Raises UserError if `folder` holds something else, or other processes work on it; MachineError if writing fails, or
-    the cache is damaged: finished jobs stay for the next attempt.
+    Jobs that any process has finished are reused. Unfinished work of a different request is removed. After a build,
+    `spec.images` records all damaged images that were found. If `folder` already holds the cache, its shards' hashes
+    are checked and nothing is changed.
+
+    Raises UserError if `folder` holds something else, or if other processes work on it. Raises MachineError if writing
+    fails or the cache is damaged. Finished jobs are kept for the next attempt.
     """
     if _is_cache(folder) or not numbered_jobs.build(CacheJobs(spec, progress), folder):
-        LatentCache(folder, spec.info)  # raises for another cache, or a damaged one
+        LatentCache(folder, spec.info)  # opening it raises if it is another cache or a damaged one
 
 
 def build_cache_part(folder: Path, spec: CacheSpec, part: int, parts: int, progress: ReportProgress) -> int:
-    """Do the jobs of part number `part` (0 is the first) of `parts`, for `build_cache` to publish.
+    """Do the jobs of part number `part` (from 0) of `parts`. `build_cache` publishes them.
 
-    Parts may be done at the same time or one after another. Returns how many images the part has. Nothing is done if
-    the cache is complete, and its shards are not checked then.
-    Raises UserError and MachineError as `build_cache` does, and UserError if another process does this part or builds
-    `folder`, or parts of another request are there; whatever is raised, finished jobs stay.
+    Parts may be done at the same time or one after another. If the cache is already complete, nothing is done and its
+    shards are not checked. Returns the number of images of the part.
+
+    Raises UserError and MachineError for the same reasons as `build_cache`. Also raises UserError if another process
+    does this part, or if the staging folder holds parts of a different request. Finished jobs are kept after any error.
     """
     shard_request.check_part(part, parts)
     jobs = CacheJobs(spec, progress)
@@ -115,7 +120,10 @@ def build_cache_part(folder: Path, spec: CacheSpec, part: int, parts: int, progr
 
 
 def _is_cache(folder: Path) -> bool:
-    """Whether `folder` holds a cache; False if nothing is there. Raises UserError if it holds something else."""
+    """Return whether `folder` holds a cache: False if it is missing or empty.
+
+    Raises UserError if it holds something else.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / FILE).exists():

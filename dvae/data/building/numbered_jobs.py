@@ -1,8 +1,11 @@
 """Build shards in numbered jobs of `shard_size` consecutive images, and keep every finished job.
 
-A build that was killed goes on after its finished jobs. Several processes, on several machines, can each do a part of
-the jobs beforehand (`build_part`); `build` does the missing jobs and publishes all shards as one folder. Shards of a
-source (shard_jobs.py) and caches of latents (cache_build.py) differ only in what a job writes and how it is checked.
+- A build that was killed resumes after its finished jobs.
+- Several processes, on one or more machines, can each do a part of the jobs first (`build_part`).
+- `build` does the missing jobs and publishes all shards as one folder.
+
+Shards of a source (shard_jobs.py) and caches of latents (cache_build.py) differ only in what a job writes and how it
+is checked.
 """
 
 from __future__ import annotations
@@ -22,16 +25,16 @@ from dvae.errors import UserError
 from dvae.utils.read import DamagedFile
 
 ReportProgress = Callable[[int, int], None]
-"""report(done, total), in images; first called with what an earlier attempt has done."""
+"""report(done, total), in images. The first call counts the images that earlier attempts have finished."""
 R = TypeVar("R")
-"""What a job notes down when it is finished: a dataclass that JSON can hold."""
+"""The result that a finished job records: a dataclass that can be stored as JSON."""
 
 
 class NumberedJobs(ABC, Generic[R]):
-    """All jobs of one request. A job's shards must not depend on the process that does it, nor on other jobs."""
+    """All jobs of one request. A job's shards must not depend on the process that does it, or on other jobs."""
 
     what: ClassVar[str]
-    """What is built, for messages."""
+    """Name of the result, for messages."""
     record_file: ClassVar[str]
     """Name of the JSON file that describes the published folder."""
     result_type: ClassVar[type]
@@ -47,38 +50,46 @@ class NumberedJobs(ABC, Generic[R]):
         members: int,
         report: ReportProgress | None,
     ) -> None:
-        """`request` holds all that the shards' bytes depend on; `members` is the number of files of each sample."""
+        """Set up the jobs.
+
+        Args:
+            request: Everything that the shards' bytes depend on.
+            images: Number of images of all jobs.
+            shard_size: Number of images of each job. The last job may have fewer.
+            members: Number of files of each sample.
+            report: Called with the progress; None reports nothing.
+        """
         self.request, self.images, self.shard_size, self.members = request, images, shard_size, members
         self._report = report or (lambda done, total: None)
         self._done = self._wanted = 0  # images
 
     @property
     def numbers(self) -> range:
-        """Numbers of all jobs."""
+        """The numbers of all jobs."""
         return job_numbers(self.images, self.shard_size)
 
     def images_of(self, number: int) -> range:
-        """Indices of the images of a job."""
+        """Return the indices of the images of a job."""
         return job_images(number, self.shard_size, self.images)
 
     @abstractmethod
     def is_published(self, out: Path) -> bool:
-        """Whether `out` holds this request's shards. Raises UserError if it holds something else."""
+        """Return whether `out` holds this request's shards. Raises UserError if it holds something else."""
 
     @abstractmethod
     def shards_of(self, result: R) -> list[Shard]:
-        """The shards that a finished job has written."""
+        """Return the shards that a finished job has written."""
 
     @abstractmethod
     def is_current(self, number: int, result: R) -> bool:
-        """Whether a finished job, whose shards are intact, still belongs to the images as they are now."""
+        """Return whether a finished job with intact shards still matches the current images."""
 
     @abstractmethod
     def resume(self, finished: Iterable[R]) -> None:
-        """Take over what finished jobs have noted. Raises if too many of their images are damaged."""
+        """Load the results of finished jobs. Raises an error if too many of their images are damaged."""
 
     def prepare(self, missing: list[int]) -> AbstractContextManager[object]:
-        """A context in which the jobs `missing` are written, in this order."""
+        """Return a context in which the jobs `missing` are written, in this order."""
         return nullcontext()
 
     @abstractmethod
@@ -87,7 +98,7 @@ class NumberedJobs(ABC, Generic[R]):
 
     @abstractmethod
     def record(self, results: list[R]) -> dict[str, Any]:
-        """The content of `record_file`. Raises UserError if nothing can be published."""
+        """Return the content of `record_file`. Raises UserError if nothing can be published."""
 
     def advance(self) -> None:
         """Report that one more image is done."""
@@ -95,7 +106,7 @@ class NumberedJobs(ABC, Generic[R]):
         self._report(self._done, self._wanted)
 
     def finished(self, staging: StagingFolder, numbers: Iterable[int]) -> dict[int, R]:
-        """Results of those jobs `numbers` that any process has finished and that are still valid."""
+        """Return the results of the jobs in `numbers` that any process has finished and that are still valid."""
         journals = {number: staging.read_journal(number, self.request, self.result_type) for number in numbers}
         return {
             number: result
@@ -108,13 +119,13 @@ class NumberedJobs(ABC, Generic[R]):
         try:
             refuse_bad_shards(staging.journal(number), shards, self.members)
         except DamagedFile:
-            return False  # no build has written this journal
+            return False  # no build writes such values, so the journal is damaged
         return not any(shard_problems(staging.shards, shard, self.members) for shard in shards)
 
     def complete(self, staging: StagingFolder, finished: dict[int, R], numbers: range, prefix: str) -> list[R]:
-        """Do all jobs `numbers` but the `finished` ones, in work folders whose names begin with `prefix`.
+        """Do all jobs in `numbers` except the `finished` ones, in work folders whose names begin with `prefix`.
 
-        Returns the results of all of them, in order.
+        Returns the results of all jobs in `numbers`, in order.
         """
         self.resume(finished.values())
         self._done = sum(len(self.images_of(number)) for number in finished)
@@ -128,7 +139,7 @@ class NumberedJobs(ABC, Generic[R]):
         return [results[number] for number in numbers]
 
     def _do(self, staging: StagingFolder, number: int, prefix: str) -> R:
-        """Write the shards of a job in a work folder, move them to their places, then note that the job is finished."""
+        """Write a job's shards in a work folder, move them to their places, then record that the job is finished."""
         with staging.work_folder(prefix) as folder:
             result = self.write(number, folder)
             noted: Any = result
@@ -137,11 +148,13 @@ class NumberedJobs(ABC, Generic[R]):
 
 
 def build(jobs: NumberedJobs[Any], out: Path) -> bool:
-    """Publish the folder `out`, which appears complete or not at all, after doing the jobs that are not finished yet.
+    """Do the unfinished jobs, then publish the folder `out`, which appears complete or not at all.
 
-    What another request has left unfinished is removed. Returns False, and does nothing, if another process has
-    published `out` meanwhile. Raises UserError if other processes work on `out`, and MachineError if writing fails;
-    finished jobs stay.
+    Unfinished work of a different request is removed. Returns True if this process published `out`. Returns False, and
+    does nothing, if another process has published it in the meantime.
+
+    Raises UserError if other processes work on `out`, and MachineError if writing fails. Finished jobs are kept, unless
+    `jobs.discard_on_user_error` is set and the request itself fails.
     """
     with write_errors(out, jobs.what), locked_staging(out, shared=False) as staging:
         if jobs.is_published(out):
@@ -161,10 +174,12 @@ def build(jobs: NumberedJobs[Any], out: Path) -> bool:
 
 
 def build_part(jobs: NumberedJobs[Any], out: Path, part: int, parts: int) -> None:
-    """Do the jobs of part number `part` (0 is the first) of `parts`, which a later `build` publishes.
+    """Do the jobs of part number `part` (from 0) of `parts`, which a later `build` publishes.
 
-    Nothing is done if another process has published `out` meanwhile. Raises as `build` does, and UserError if another
-    process does this part, or parts of another request are there; whatever is raised, finished jobs stay.
+    Nothing is done if another process has published `out` in the meantime.
+
+    Raises UserError and MachineError for the same reasons as `build`. Also raises UserError if another process does
+    this part, or if the staging folder holds parts of a different request. Finished jobs are kept after any error.
     """
     numbers = jobs_of_part(jobs.numbers, part, parts)
     with write_errors(out, jobs.what), locked_staging(out, shared=True) as staging:
@@ -177,5 +192,5 @@ def build_part(jobs: NumberedJobs[Any], out: Path, part: int, parts: int) -> Non
 
 
 def images_of_part(jobs: NumberedJobs[Any], part: int, parts: int) -> int:
-    """How many images a part has."""
+    """Return the number of images of a part."""
     return sum(len(jobs.images_of(number)) for number in jobs_of_part(jobs.numbers, part, parts))

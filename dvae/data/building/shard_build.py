@@ -1,7 +1,7 @@
-"""Build shards: every image of a source, rendered, split, and written as WebDataset tar files.
+"""Build shards: render every image of a source, split the images, and write them as WebDataset tar files.
 
-The work is cut into numbered jobs (numbered_jobs.py, shard_jobs.py), which are kept when they are finished. So the same
-request goes on after a build that was killed, and several processes can each build a part of the shards beforehand.
+The work is cut into numbered jobs (numbered_jobs.py, shard_jobs.py), and finished jobs are kept. The same request
+therefore resumes a build that was killed, and several processes can each build a part of the shards first.
 """
 
 from __future__ import annotations
@@ -36,14 +36,30 @@ def build(
 ) -> Manifest:
     """Write the shards of a source into the folder `out`, which appears complete or not at all.
 
-    An image is held out by a keyed hash of its pixels, so the splits are disjoint by construction: identical images
-    (duplicates in the source) always land on the same side. The share held out is `heldout_fraction` up to chance.
-    The shards' bytes do not depend on `workers`, nor on whether the build was interrupted, nor on whether parts of it
-    were made before (`build_part`): the same request makes what is missing. What another request has left unfinished
-    is removed. Where `out` holds the request's shards already, they are left as they are.
-    Raises UserError for a request that cannot work, or more than `max_bad_fraction` damaged images: nothing is left
-    then; where other processes are at work on `out`; and MachineError where writing or a process fails: finished shards
-    stay for the next attempt.
+    A keyed hash of an image's pixels decides whether it is held out. Identical images in the source therefore always
+    fall into the same split, and the splits are disjoint. The held-out share is `heldout_fraction` up to chance.
+
+    The shards' bytes do not depend on `workers`, on interruptions, or on parts that were built before (`build_part`):
+    the same request builds only the missing shards. Unfinished work of a different request is removed. If `out` already
+    holds the request's shards, nothing is changed.
+
+    Args:
+        source_node: Config of the source.
+        size: Height and width of the images in pixels.
+        out: Folder to create.
+        heldout_fraction: Share of the images to hold out, in [0, 1).
+        channels: 1 (gray) or 3 (RGB).
+        shard_size: Images of the source per job. Each job writes at most one shard per split.
+        workers: Number of processes that render images.
+        progress: Called with (done, total) in images.
+        max_bad_fraction: Largest share of damaged images, in [0, 1), that the build accepts.
+
+    Returns the manifest of the shards.
+
+    Raises:
+        UserError: If the request is invalid, too many images are damaged, or other processes work on `out`. Finished
+            shards are removed if too many images are damaged or none is left for training.
+        MachineError: If writing fails or a rendering process dies. Finished shards are kept for the next attempt.
     """
     shard_request.check_settings(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
     out, request = Path(out), _request(source_node, size, heldout_fraction, channels, shard_size)
@@ -68,15 +84,17 @@ def build_part(
     progress: ReportProgress | None = None,
     max_bad_fraction: float = 0.01,
 ) -> int:
-    """Make part number `part` (0 is the first) of `parts` of the shards that `build` writes, for it to publish.
+    """Build part number `part` (from 0) of `parts` of the shards that `build` publishes.
 
-    Parts may be made at the same time, by processes on machines that share the file system, or one after another; when
-    they have ended, `build` with the same arguments finds what they have made, makes what is missing, and lets `out`
-    appear. A part is made of whole shards, so where there are fewer of them than parts, some parts are empty.
-    Returns how many images of the source the part has, all made by now. `progress` and `max_bad_fraction` (of all
-    images) count this part's alone. Nothing is done where `out` is complete.
-    Raises UserError and MachineError as `build` does, where another process is this part or is building `out`, and
-    where parts of another request are there; whatever is raised, finished shards stay.
+    Parts may be built one after another, or at the same time by processes on machines that share the file system. When
+    they have ended, `build` with the same arguments reuses their shards, builds the missing ones and publishes `out`.
+    A part consists of whole jobs. If there are fewer jobs than parts, some parts are empty.
+
+    `progress` and `max_bad_fraction` count the damaged images of this part only, the latter as a share of all images.
+    Nothing is done if `out` is complete. Returns the number of source images of the part, all of which are now built.
+
+    Raises UserError and MachineError for the same reasons as `build`. Also raises UserError if another process builds
+    this part, or if the staging folder holds parts of a different request. Finished shards are kept after any error.
     """
     shard_request.check_settings(size, channels, heldout_fraction, shard_size, workers, max_bad_fraction)
     shard_request.check_part(part, parts)
@@ -90,7 +108,7 @@ def build_part(
 
 
 def _request(source_node: Any, size: int, heldout_fraction: float, channels: int, shard_size: int) -> dict[str, Any]:
-    """What the shards' bytes depend on, besides the source's files."""
+    """Return everything that the shards' bytes depend on, except the source's files."""
     config = SOURCES.config(source_node)
     return {
         "image_size": size,
@@ -106,7 +124,7 @@ def _open_source(request: dict[str, Any]) -> Source:
 
 
 def _published_images_of_part(manifest: Manifest, part: int, parts: int) -> int:
-    """Images of the source that a part of complete shards has, damaged ones included."""
+    """Return the number of source images of a part of published shards, including damaged images."""
     images = manifest.count(TRAIN) + manifest.count(HELDOUT) + manifest.damaged
     numbers = shard_request.jobs_of_part(shard_request.job_numbers(images, manifest.shard_size), part, parts)
     return sum(len(shard_request.job_images(number, manifest.shard_size, images)) for number in numbers)
@@ -114,11 +132,11 @@ def _published_images_of_part(manifest: Manifest, part: int, parts: int) -> int:
 
 @contextmanager
 def _render_errors(out: Path) -> Iterator[None]:
-    """Translate the death of a rendering process into MachineError."""
+    """Raise MachineError if a rendering process dies."""
     try:
         yield
     except BrokenProcessPool as error:
         raise MachineError(
-            f"a process that renders images for {out} died ({fold(error)}): finished shards are kept, the same "
-            "command again goes on after them"
+            f"a process that renders images for {out} died ({fold(error)}): finished shards are kept, run the same "
+            "command again to continue"
         ) from None

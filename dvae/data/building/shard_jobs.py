@@ -1,4 +1,4 @@
-"""Jobs that build the shards of a source: each writes one shard of images to train on and one of held-out images."""
+"""Jobs that build the shards of a source. Each writes one shard of training images and one of held-out images."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from dvae.registry.sources.base import Source
 from dvae.utils.read import forbid_extra
 
 MAX_NAMED = 20
-"""Damaged images that the manifest names; the others are only counted."""
+"""Maximum number of damaged images that the manifest lists. It only counts the others."""
 
 
 @forbid_extra
 @dataclass(frozen=True)
 class ShardJobResult:
-    """What came of the images of a job."""
+    """The result of a finished job."""
 
     images: int
-    """How many images there were; fewer than `shard_size` at the source's end."""
+    """Number of images. The last job of a source may have fewer than `shard_size`."""
     shards: dict[str, Shard]
-    """By split; a split that no image fell to has no shard."""
+    """Shards by split. A split without images has no shard."""
     labels: dict[str, list[str | int]]
     """Every attribute, with all the values it takes."""
     damaged: list[str]
     """Images that could not be read, with the reason."""
     ends: list[str]
-    """Digests of the first and the last image: others there mean that images were added to the source or taken away."""
+    """Digests of the first and last image. They change if images are added to the source or removed from it."""
 
 
 class ShardJobs(NumberedJobs[ShardJobResult]):
-    """All jobs for the shards of a source."""
+    """All jobs that build the shards of a source."""
 
     what: ClassVar[str] = "shards"
     record_file: ClassVar[str] = FILE
@@ -101,7 +101,7 @@ class ShardJobs(NumberedJobs[ShardJobResult]):
                     for name, value in image.labels.items():
                         values.setdefault(name, set()).add(value)
                 self.advance()
-        finally:  # after an error too: an open tar would complain when it is collected
+        finally:  # close after errors too: an open tar file warns when it is garbage-collected
             for writer in writers.values():
                 writer.close()
         shards = {split: seal(writer.path) for split, writer in writers.items()}
@@ -110,11 +110,11 @@ class ShardJobs(NumberedJobs[ShardJobResult]):
         return ShardJobResult(len(images), shards, labels, self._damaged[known:], digests)
 
     def _check_damage(self) -> None:
-        """Raise UserError if more images are damaged than may be."""
+        """Raise UserError if the share of damaged images exceeds `max_bad_fraction`."""
         if len(self._damaged) > self.max_bad_fraction * self.images:
             raise UserError(
                 f"more than {self.max_bad_fraction:.3g} of {self.images} images are damaged "
-                f"({'; '.join(self._damaged[:3])}): mend or remove them, or raise max_bad_fraction"
+                f"({'; '.join(self._damaged[:3])}): repair or remove them, or raise max_bad_fraction"
             )
 
     def record(self, results: list[ShardJobResult]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class ShardJobs(NumberedJobs[ShardJobResult]):
         if not splits[TRAIN]:
             raise UserError(
                 f"none of {self.images} images is left for training with "
-                f"heldout_fraction={self.request['heldout_fraction']}: hold fewer out"
+                f"heldout_fraction={self.request['heldout_fraction']}: use a smaller heldout_fraction"
             )
         values: dict[str, set[str | int]] = {}
         for result in results:
@@ -141,7 +141,10 @@ class ShardJobs(NumberedJobs[ShardJobResult]):
 
 
 def published_manifest(out: Path, request: dict[str, Any]) -> Manifest | None:
-    """The manifest at `out` if it is of this request; None if nothing is there. Raises UserError otherwise."""
+    """Return the manifest at `out` if it belongs to this request, or None if `out` is missing or empty.
+
+    Raises UserError if `out` holds something else.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / FILE).exists():

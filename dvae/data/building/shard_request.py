@@ -1,4 +1,4 @@
-"""Requests for shards: their limits, how they are compared, and which images belong to which job and part."""
+"""Check and compare requests for shards, and assign images to jobs and jobs to parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dvae.errors import UserError
 
 
 def check_settings(size: int, channels: int, heldout: float, shard_size: int, workers: int, max_bad: float) -> None:
-    """Raises UserError for numbers that no build can take."""
+    """Raise UserError if a setting is outside its valid range."""
     if not SIZES[0] <= size <= SIZES[1]:
         raise UserError(f"size={size}: use {SIZES[0]} to {SIZES[1]} pixels")
     if channels not in (1, 3):
@@ -27,7 +27,7 @@ def check_settings(size: int, channels: int, heldout: float, shard_size: int, wo
 
 
 def check_part(part: int | None, parts: int) -> None:
-    """Raises UserError for a part that there is not; None stands for all of them, made by one."""
+    """Raise UserError unless `part` is in 0, ..., parts - 1. None is valid if there is only one part."""
     if parts < 1:
         raise UserError(f"parts={parts}: use 1 or more")
     if part is None:
@@ -38,12 +38,15 @@ def check_part(part: int | None, parts: int) -> None:
 
 
 def digest(request: dict[str, Any]) -> str:
-    """Tells requests apart."""
+    """Return the SHA-256 of a request. Different requests have different digests."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What of the request `wanted` is another in `there`, or nothing; a source's single field where that differs."""
+    """Describe the first field of `wanted` that has another value in `there`, or return an empty string.
+
+    If a field such as the source is a mapping, the description names the inner field that differs.
+    """
     for key, value in wanted.items():
         found = there.get(key)
         if found == value:
@@ -56,19 +59,19 @@ def difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def job_numbers(images: int, shard_size: int) -> range:
-    """Numbers of all jobs for `images` images."""
+    """Return the numbers of all jobs for `images` images."""
     return range(math.ceil(images / shard_size))
 
 
 def job_images(number: int, shard_size: int, images: int) -> range:
-    """Indices of the images of job `number`, out of `images` images."""
+    """Return the indices of the images of job `number`, out of `images` images."""
     return range(number * shard_size, min((number + 1) * shard_size, images))
 
 
 def jobs_of_part(numbers: range, part: int, parts: int) -> range:
-    """The jobs of one part: consecutive ones, as many as any other part has, or one more.
+    """Return the consecutive jobs of one part. The sizes of two parts differ by at most one job.
 
-    They are consecutive because sources are read fastest in order: no other part reads the same row group of a Parquet
-    file, or the same block of an archive, however small the jobs are.
+    The jobs are consecutive because sources are read fastest in order. Even if jobs are small, parts rarely read the
+    same row group of a Parquet file or the same block of an archive.
     """
     return numbers[part * len(numbers) // parts : (part + 1) * len(numbers) // parts]

@@ -1,19 +1,19 @@
-"""The hidden staging folder in which shards (of images, or of a cache) are built, and the locks on it.
+"""The hidden staging folder in which shards of images or of a cache are built, and its locks.
 
-One build works in it alone, or any number of parts work in it together.
+Either one build works in the folder alone, or any number of parts work in it together.
 
     .NAME.building/
       lock               held by every process that works here: shared by parts, exclusive for a build
       lock-K-of-N        held by part K
-      lock-request       held for a moment, by a part that checks whether it belongs to the same request as the others
-      request.json       what is asked for
+      lock-request       held briefly by a part while it checks that all parts belong to the same request
+      request.json       the request
       job-NNNNNN.json    journal of a finished job, written after its shards
       work-*/            shards of the job that a process is writing
-      shards/            shards of finished jobs; becomes NAME when they are complete
+      shards/            shards of finished jobs; renamed to NAME when they are complete
 
-Locks save work and tell people what goes on. On a file system whose locks do not reach other machines nothing but work
-is lost: processes write in folders of their own, and a shard takes its place in one rename, with the same bytes from
-every process.
+The locks avoid duplicate work and make clear error messages possible. Correctness does not depend on them. If a file
+system does not share locks between machines, some work is done twice, but no data is damaged: each process writes in
+its own work folder, and moves a finished shard with one rename. All processes write the same bytes for a shard.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class _Journal:
     """The journal of a finished job."""
 
     request: str
-    """Digest of the job's request."""
+    """SHA-256 of the job's request."""
     job: dict[str, Any]
-    """The job's result."""
+    """The job's result, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,27 @@ class StagingFolder:
 
     @property
     def shards(self) -> Path:
-        """Where finished shards lie."""
+        """The folder of finished shards."""
         return self.path / "shards"
 
     def journal(self, number: int) -> Path:
-        """The file which says that job `number` is finished."""
+        """Return the path of the file that records that job `number` is finished."""
         return self.path / f"job-{number:06d}.json"
 
     def start(self, request: dict[str, Any]) -> None:
-        """For a build: use the folder for `request`, whatever request it was used for."""
+        """Use the folder for `request`, even if it was used for a different request. Called by a build."""
         self.shards.mkdir(exist_ok=True)
         atomic_files.write_json(self.path / REQUEST, request)
 
     def join(self, request: dict[str, Any]) -> None:
-        """For a part: work on `request`. Raises UserError if the folder is used for another request."""
+        """Use the folder for `request` together with other parts. Called by a part.
+
+        Raises UserError if the folder is used for a different request.
+        """
         self.shards.mkdir(exist_ok=True)
         path = self.path / REQUEST
         with atomic_files.open_own(self.path / f"{LOCK}-request", os.O_RDWR | os.O_CREAT) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # the part that comes first says what it is
+            fcntl.flock(handle, fcntl.LOCK_EX)  # exactly one part writes the request, and all others compare with it
             if not path.exists():
                 atomic_files.write_json(path, request)
         try:
@@ -91,9 +94,9 @@ class StagingFolder:
 
     @contextmanager
     def claim_part(self, part: int, parts: int) -> Iterator[str]:
-        """Hold the lock of this part; yields the prefix of its work folders' names.
+        """Hold the lock of this part in a context, and yield the prefix of its work folders' names.
 
-        Removes the work folders that a killed process left. Raises UserError if another process does this part.
+        Removes work folders that a killed process left behind. Raises UserError if another process does this part.
         """
         name = f"{part}-of-{parts}"
         refusal = UserError(f"another process is making part={part} parts={parts} of {self.out} now: wait for it")
@@ -104,7 +107,7 @@ class StagingFolder:
 
     @contextmanager
     def work_folder(self, prefix: str) -> Iterator[Path]:
-        """A folder for the shards of a job that is being written, whose name begins with `prefix`."""
+        """Create a temporary folder, with a name that begins with `prefix`, for the shards of the current job."""
         with tempfile.TemporaryDirectory(prefix=prefix, dir=self.path) as folder:
             yield Path(folder)
 
@@ -112,6 +115,7 @@ class StagingFolder:
         self, number: int, request: dict[str, Any], result: dict[str, Any], folder: Path, shards: Iterable[Shard]
     ) -> None:
         """Move the shards of job `number` from the work folder to their places, then write its journal."""
+        # The journal is written last, and after the sync: it must never name shards that a crash could still lose.
         for shard in shards:
             for name in (shard.file, shard.index):
                 (folder / name).replace(self.shards / name)
@@ -119,7 +123,10 @@ class StagingFolder:
         atomic_files.write_json(self.journal(number), {"request": digest(request), "job": result})
 
     def read_journal(self, number: int, request: dict[str, Any], kind: Callable[..., T]) -> T | None:
-        """The result of a finished job of `request`, as `kind`; None if there is no journal, or a damaged one."""
+        """Return the result of a finished job of `request`, as `kind`.
+
+        Returns None if the journal is missing, damaged, or belongs to a different request.
+        """
         path = self.journal(number)
         try:
             journal: _Journal = read_json(path, _Journal)
@@ -128,7 +135,7 @@ class StagingFolder:
             return None  # the job is done again
 
     def remove_others(self, jobs: Iterable[int], shards: Iterable[Shard]) -> None:
-        """For a build: remove all but the journals of these jobs, and these shards."""
+        """Remove everything except the lock, the request, the journals of `jobs`, and `shards`. Called by a build."""
         kept = {self.path / LOCK, self.path / REQUEST, self.shards, *map(self.journal, jobs)}
         kept |= {self.shards / name for shard in shards for name in (shard.file, shard.index)}
         for path in [*self.path.iterdir(), *self.shards.iterdir()]:
@@ -136,7 +143,7 @@ class StagingFolder:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def publish(self, file: str, content: dict[str, Any]) -> None:
-        """Move the shards to `out`, with the JSON file that describes them."""
+        """Move the shards to `out`, together with the JSON file `file` that describes them."""
         atomic_files.write_json(self.shards / file, content)
         self.shards.chmod(0o755)
         atomic_files.sync(self.shards)
@@ -145,7 +152,7 @@ class StagingFolder:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it; the lock goes last, so that nobody comes in before."""
+        """Remove the folder and its contents. The lock is removed last, so that no process enters before."""
         for path in self.path.glob("*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -156,9 +163,10 @@ class StagingFolder:
 
 @contextmanager
 def locked_staging(out: Path, shared: bool) -> Iterator[StagingFolder]:
-    """The staging folder beside `out`, locked until the context or this process ends.
+    """Open the staging folder beside `out`, locked until the context or this process ends.
 
-    A `shared` lock is for parts, which may work together; a build works alone. Raises UserError if others hold it.
+    Parts take a `shared` lock and may work together. A build takes an exclusive lock. Raises UserError if other
+    processes hold a conflicting lock.
     """
     out = out.absolute()
     folder = StagingFolder(out, out.with_name(f".{out.name}.building"))
@@ -168,33 +176,33 @@ def locked_staging(out: Path, shared: bool) -> Iterator[StagingFolder]:
 
 @contextmanager
 def write_errors(out: Path, what: str) -> Iterator[None]:
-    """Translate OSErrors while `what` is written to `out` into UserError or MachineError, in one line."""
+    """Translate OSErrors that occur while `what` is written to `out` into one-line UserErrors or MachineErrors."""
     try:
         yield
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{what} cannot be written to {out} ({error.strerror}): choose another folder") from None
     except OSError as error:
         raise MachineError(
-            f"writing {what} to {out} failed: {fold(error)}; finished shards are kept, the same command again goes "
-            "on after them"
+            f"writing {what} to {out} failed: {fold(error)}; finished shards are kept, run the same command again "
+            "to continue"
         ) from None
 
 
 def _lock(folder: StagingFolder, shared: bool) -> IO[bytes]:
-    """The lock file, locked; it and its folder are created if they do not exist."""
+    """Lock the lock file and return it. It and its folder are created if they do not exist."""
     path = folder.path / LOCK
     while True:
         folder.path.mkdir(parents=True, exist_ok=True)
         try:
-            # NFS wants it writable for an exclusive lock and readable for a shared one
+            # NFS requires a writable file for an exclusive lock and a readable file for a shared lock.
             handle = atomic_files.open_own(path, os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:  # the folder went meanwhile: its shards were published
+        except FileNotFoundError:  # another process published the shards and removed the folder: create it again
             continue
         if not _try_lock(handle, shared):
             raise _refusal(folder.out, handle, shared)
         if atomic_files.is_same_file(handle.fileno(), path):
             return handle
-        handle.close()  # the lock of a folder that went meanwhile
+        handle.close()  # this file was removed or replaced after it was opened, so its lock protects nothing
 
 
 def _try_lock(handle: IO[bytes], shared: bool) -> bool:
@@ -206,7 +214,10 @@ def _try_lock(handle: IO[bytes], shared: bool) -> bool:
 
 
 def _refusal(out: Path, handle: IO[bytes], shared: bool) -> UserError:
-    """The error that says who holds the lock: one that can be shared is held by parts."""
+    """Return the error that says who holds the lock.
+
+    If a shared lock is available although an exclusive one is not, the holders are parts. Otherwise it is a build.
+    """
     with handle:
         if not shared and _try_lock(handle, shared=True):
             return UserError(f"other processes are making parts of {out} now: wait until they have ended")
