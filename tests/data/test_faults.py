@@ -67,7 +67,7 @@ def test_a_flipped_bit_is_named_once_and_passed_over(shards: Path):
         assert torch.equal(data.read(range(8)), whole)
     (line,) = said
     assert line.startswith(f"damaged image train-000001.tar:{key} (the checksum of its part at byte ")
-    assert line.endswith(f"; 1 of {len(data)}, passed over")
+    assert line.endswith(f"; 1 of {len(data)}, skipped")
 
 
 def test_a_shard_cut_in_mid_sample(shards: Path):

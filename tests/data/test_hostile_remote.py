@@ -54,7 +54,7 @@ def endless(folder: Path, name: str) -> str:
 
 def test_a_manifest_without_end(tmp_path: Path):
     location = endless(write_shards(tmp_path), "manifest.json")
-    with little_memory(), pytest.raises(UserError, match=f"no shards at .*more came than the {LIMIT} bytes"):
+    with little_memory(), pytest.raises(UserError, match=f"no shards at .*larger than the {LIMIT} bytes"):
         read_manifest(location)
     with (
         little_memory(),
@@ -72,7 +72,7 @@ def test_an_index_or_a_shard_without_end(tmp_path: Path, file: str):
     limit = index_limit(shard) if file == shard.index else shard.bytes
     with (
         little_memory(),
-        pytest.raises(MachineError, match=rf"{file} cannot be fetched .*more came than the {limit} b"),
+        pytest.raises(MachineError, match=rf"{file} cannot be fetched .*larger than the {limit} b"),
     ):
         Shards(RemoteShards(location, tmp_path / "to", 1.0)).read([0])
     assert sum(path.stat().st_size for path in (tmp_path / "to").rglob("*")) < 2**20

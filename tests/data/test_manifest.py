@@ -22,9 +22,9 @@ def test_no_shards(tmp_path: Path):
 
 
 def test_another_size_names_both(shards: Path):
-    with pytest.raises(UserError, match=r"image_size 8, not 32 as asked for"):
+    with pytest.raises(UserError, match=r"image_size 8, not the requested 32"):
         Manifest.load(shards, image_size=32)
-    with pytest.raises(UserError, match=r"channels 3, not 1 as asked for"):
+    with pytest.raises(UserError, match=r"channels 3, not the requested 1"):
         Manifest.load(shards, channels=1)
 
 

@@ -110,6 +110,6 @@ def test_damage_that_one_rank_met_is_recorded_for_all(take: Take, folder: Path, 
 def test_too_much_damage_over_all_ranks_ends_the_run(take: Take, folder: Path, tmp_path: Path):
     """No rank alone meets more than may be in an epoch: 4 of 40."""
     spoil(folder, 1, 9, 17, 25, 33, 38)
-    with pytest.raises(MachineError, match=r"more than are passed over"):
+    with pytest.raises(MachineError, match=r"more than are allowed"):
         take(4, range(1, 6))
     assert load_damaged(tmp_path, "train").keys() < {1, 9, 17, 25, 33, 38}

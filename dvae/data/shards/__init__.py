@@ -1,1 +1,1 @@
-"""The shard format: manifest, tar files, readers, verification, remote shards."""
+"""The shard format: manifest, tar files, readers, verification and remote shards."""

@@ -1,4 +1,4 @@
-"""The manifest: what a folder of shards holds, and everything needed to trust it."""
+"""The manifest, which describes a folder of shards and holds the hashes to verify it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ FILE = "manifest.json"
 VERSION = 1
 TRAIN, HELDOUT = "train", "heldout"
 LIMIT = 32 * 2**20
-"""Bytes of a manifest, at most: about 100,000 shards."""
+"""Maximum size of a manifest in bytes, enough for about 100,000 shards."""
 VALUES = 2**21
-"""Values in a manifest, at most: small ones would take a hundred times as much memory as their text."""
+"""Maximum number of values in a manifest. Small parsed values take a hundred times as much memory as their text."""
 IMAGES = 2**25
-"""Images of a folder of shards, at most: their indices then take 1 GiB of memory."""
+"""Maximum number of images in a folder of shards. Their indices then take 1 GiB of memory."""
 LARGEST = 2**44
-"""Bytes of a shard, at most."""
+"""Maximum size of a shard in bytes."""
 SIZES = (1, 4096)
-"""Smallest and largest height and width of images."""
+"""Smallest and largest height and width of images in pixels."""
 BLOCK = 512
-"""A member of a tar file takes at least two blocks of so many bytes, its header and its content."""
+"""Block size of a tar file in bytes. Each member takes at least two blocks, one for its header and one for content."""
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-"""File names that a manifest may hold. They become part of a path here, and of a command or an address elsewhere."""
+"""Valid file names in a manifest. They are strict because names become part of paths, shell commands and URLs."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -39,18 +39,21 @@ class Shard:
     file: str
     """Name of the tar file, in the manifest's folder."""
     count: int
-    """Images in it."""
+    """Number of images in the tar file."""
     bytes: int
-    """Size of the tar file."""
+    """Size of the tar file in bytes."""
     sha256: str
-    """Of the tar file."""
+    """SHA-256 of the tar file."""
     index: str
-    """Name of the index: NumPy int64 (count, 4), offset and size of the PNG, offset and size of the JSON."""
+    """Name of the index: a NumPy int64 array (count, 4) with the offset and size of each PNG and of each JSON."""
     index_sha256: str
-    """Of the index file."""
+    """SHA-256 of the index file."""
 
     def problems(self, members: int = 2) -> Iterator[str]:
-        """What is wrong with these fields, before any file is read; `members` are the files of each sample."""
+        """Yield a description of each invalid field, without reading any file.
+
+        `members` is the number of files of each sample.
+        """
         for name, suffix in ((self.file, ".tar"), (self.index, ".npy")):
             if not (PLAIN_NAME.fullmatch(name) and name.endswith(suffix)):
                 yield f"names a file {name[:200]!r}, not a plain name that ends with {suffix}"
@@ -64,7 +67,10 @@ class Shard:
 
 
 def refuse_bad_shards(path: object, shards: Iterable[Shard], members: int = 2) -> None:
-    """Raise DamagedFile naming `path`, which lists these shards, for fields that no build writes."""
+    """Raise DamagedFile naming `path`, the file that lists these shards, if a field has a value that no build writes.
+
+    `members` is the number of files of each sample.
+    """
     names: set[str] = set()
     for shard in shards:
         for problem in shard.problems(members):
@@ -78,39 +84,40 @@ def refuse_bad_shards(path: object, shards: Iterable[Shard], members: int = 2) -
 @forbid_extra
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """manifest.json of a folder of shards. It holds no times: the same build gives the same manifest."""
+    """The manifest.json of a folder of shards. It holds no times, so that equal builds give equal manifests."""
 
     version: int = VERSION
-    """Of this format."""
+    """Version of the manifest format."""
     image_size: int
-    """Height and width in pixels."""
+    """Height and width of the images in pixels."""
     channels: int
     """1 (gray) or 3 (RGB)."""
     source: dict[str, Any]
-    """The source's resolved config, with its name."""
+    """The source's resolved config, including its name."""
     license: str
-    """Of the images, with the credit it asks for."""
+    """License of the images, including the credit that it asks for."""
     protocol: str
-    """How the images came to their size."""
+    """How the images were cropped and resized."""
     heldout_fraction: float
-    """Share of the images that was asked for as held out."""
+    """Requested share of held-out images, in [0, 1]."""
     shard_size: int
-    """Images of the source, in a row, of which a train and a held-out shard are made."""
+    """Number of consecutive source images that are written to one train shard and one held-out shard."""
     splits: dict[str, list[Shard]]
-    """"train" and "heldout", disjoint. A number is missing where no image of those fell to the split."""
+    """Shards of the disjoint splits "train" and "heldout". A shard number is missing if none of its images are in the
+    split."""
     labels: dict[str, list[str | int]]
     """Every attribute, with all the values it takes."""
     damaged: int = 0
-    """Images of the source that could not be read and are not here."""
+    """Number of source images that could not be read and are not in the shards."""
     damaged_first: list[str] = field(default_factory=list)
-    """The first of them, with the reason."""
+    """The first damaged images, with the reason."""
 
     def count(self, split: str) -> int:
-        """Images in a split."""
+        """Return the number of images in a split."""
         return sum(shard.count for shard in self.splits[split])
 
     def request(self) -> dict[str, Any]:
-        """What was asked for: two builds of the same request and source give the same bytes."""
+        """Return the request. Two builds of the same request and source give the same bytes."""
         keys = ("version", "image_size", "channels", "source", "heldout_fraction", "shard_size")
         return {key: getattr(self, key) for key in keys}
 
@@ -119,7 +126,11 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path, image_size: int | None = None, channels: int | None = None) -> Manifest:
-        """The manifest in `folder`. Raises UserError where there is none, or images of another size or channels."""
+        """Load the manifest in `folder`.
+
+        Raises UserError if it is missing or damaged, or if its images do not have the given `image_size` in pixels or
+        number of `channels`. None accepts any.
+        """
         path = Path(folder) / FILE
         try:
             text = read_bytes(path, LIMIT)
@@ -135,7 +146,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes, place: str, image_size: int | None = None, channels: int | None = None) -> Manifest:
-        """The manifest of the shards at `place`, which may lie elsewhere; raises as `load` does."""
+        """Parse the manifest `text` of the shards at `place`, which may be remote. Raises UserError as `load` does."""
         path = f"{place}/{FILE}"
         try:
             if sum(text.count(mark) for mark in (b"{", b"[", b",")) > VALUES:
@@ -152,13 +163,13 @@ class Manifest:
             have = getattr(manifest, name)
             if wanted is not None and wanted != have:
                 raise UserError(
-                    f"shards at {place} have {name} {have}, not {wanted} as asked for: "
-                    f"use {name}={have} or build others"
+                    f"shards at {place} have {name} {have}, not the requested {wanted}: "
+                    f"use {name}={have} or build other shards"
                 )
         return manifest
 
     def _refuse(self, path: str) -> None:
-        """Raise DamagedFile naming `path` for values that no build writes."""
+        """Raise DamagedFile naming `path` if a value is one that no build writes."""
         checks = (
             (SIZES[0] <= self.image_size <= SIZES[1], f"image_size is {self.image_size}, not {SIZES[0]} to {SIZES[1]}"),
             (self.channels in (1, 3), f"channels is {self.channels}, not 1 or 3"),

@@ -1,4 +1,4 @@
-"""The files in tar shards, read by offset: any member of any sample, without going through what lies before it."""
+"""Read any member of any sample in tar shards directly, by its byte offset."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ from dvae.errors import MachineError
 from dvae.utils.read import DamagedFile, require_regular
 
 OPEN_FILES = 128
+"""Maximum number of shard files to keep open."""
 FETCHERS = 8
-"""Indices of shards elsewhere that are fetched at a time."""
+"""Number of remote index files to fetch at a time."""
 
 
 class Members:
-    """Members of the samples of consecutive shards, by index over all of them. Thread-safe.
+    """Reads the files of samples, which are indexed consecutively over all shards. Thread-safe.
 
-    The shards lie in `folder`, or come there from `remote` as they are read. Each sample has `members` files. Raises
-    MachineError if a shard or its index is missing or not what it was; `again` says how they are made.
+    Args:
+        folder: Folder of the shards.
+        shards: The shards, in the order of the indices.
+        again: How to rebuild the shards, for error messages.
+        remote: Fetches each shard into `folder` when it is read; None if the shards are local.
+        members: Number of files of each sample.
+
+    Raises MachineError if a shard or its index is missing or damaged.
     """
 
     def __init__(
@@ -46,7 +53,7 @@ class Members:
         return int(self._starts[-1])
 
     def place(self, index: int) -> tuple[str, int]:
-        """(Name of the shard, number of the sample in it)."""
+        """Return (name of the shard, number of the sample in the shard)."""
         number = self._shard_of(index)
         return self._shards[number].file, index - int(self._starts[number])
 
@@ -54,19 +61,20 @@ class Members:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def where(self, index: int, member: int) -> tuple[str, int, int]:
-        """(Name of the shard, offset and size in bytes) of member number `member` of sample `index`."""
+        """Return (name of the shard, offset, size) of member number `member` of sample `index`, in bytes."""
         offset, size = self._rows[index, 2 * member : 2 * member + 2]
         return self.place(index)[0], int(offset), int(size)
 
     def read(self, index: int, member: int, limit: int) -> bytes:
-        """Member number `member` of sample `index`.
+        """Read member number `member` of sample `index`.
 
-        Raises DamagedImage if the shard ends before it does, or it has more than `limit` bytes.
+        Raises DamagedImage if the member has more than `limit` bytes, or if the shard ends before the member does.
+        Raises MachineError if the shard cannot be opened or read.
         """
         name, offset, size = self.where(index, member)
         if size > limit:
             raise DamagedImage(f"it has {size} bytes, more than {limit}")
-        # held until it was read: another thread may evict it meanwhile
+        # Keep this reference until the read is done: another thread may evict the file, and `_File` then closes it.
         file = self._open(self._shards[self._shard_of(index)])
         try:
             data = os.pread(file.handle, size, offset)
@@ -77,7 +85,7 @@ class Members:
         return data
 
     def _open(self, shard: Shard) -> _File:
-        if self._remote:  # opened anew each time: what is held open would keep its place on the disk when it is removed
+        if self._remote:  # do not keep remote shards open: a removed file keeps its disk space until it is closed
             return _File(self._remote.open(shard))
         with self._lock:
             name = shard.file
@@ -97,9 +105,9 @@ class Members:
             return self._files[name]
 
     def _load_index(self, shard: Shard, members: int) -> np.ndarray:
-        """A shard's index, (count, 2 * members).
+        """Return a shard's index, int64 of shape (count, 2 * members).
 
-        A shard may be shorter than it was, because it was cut: what is left of it can be read. It is never longer.
+        A truncated shard is accepted, because the samples in the rest can be read. A shard that is too long is not.
         """
         try:
             if not self._remote and (size := require_regular(self.folder / shard.file).st_size) > shard.bytes:
@@ -118,7 +126,7 @@ class Members:
 
 
 class _File:
-    """An open file, closed when the last reader lets go of it: a thread may still be reading what another evicts."""
+    """An open file that is closed with its last reference, since a thread may read a file that another evicts."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle

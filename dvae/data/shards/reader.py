@@ -1,4 +1,4 @@
-"""Reading shards: any image of a split by its index."""
+"""Read the images of a split of shards by index."""
 
 from __future__ import annotations
 
@@ -21,24 +21,31 @@ from dvae.utils.read import DamagedFile, check, forbid_extra, parse_json
 
 PNG, JSON = 0, 1  # members of a sample
 JSON_LIMIT = 2**20
-"""Bytes of the text beside an image, at most."""
+"""Maximum size in bytes of the JSON of an image."""
 
 
 @forbid_extra
 @dataclass(frozen=True)
 class _ImageInfo:
-    """The text beside an image."""
+    """The JSON that is stored with an image."""
 
     key: str
     labels: dict[str, str | int]
 
 
 class Shards:
-    """A split of a folder of shards, here or elsewhere, by index. Thread-safe.
+    """Reads the images of a split of local or remote shards by index. Thread-safe.
 
-    Images are read by offset and decoded; where all of them take no more than `cache_bytes`, each is kept in memory
-    once it was decoded. A damaged image is replaced by the next good one, remembered in `damaged`, told to `report` in
-    one line, and an error when there are more than `max_bad_fraction` of the split.
+    A damaged image is replaced by the next intact one. It is recorded in `damaged` and reported in one line.
+
+    Args:
+        place: Folder of the shards, or remote shards.
+        split: Name of the split, "train" or "heldout".
+        cache_bytes: If all decoded images of the split fit in this many bytes, they are kept in memory after decoding.
+        max_bad_fraction: Share of damaged images, in [0, 1], above which reading raises MachineError.
+        report: Called with one line for each damaged image.
+
+    Raises UserError if there are no shards at `place`, the split is unknown, or it has no images.
     """
 
     def __init__(
@@ -79,7 +86,10 @@ class Shards:
         return self.manifest.labels
 
     def read(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W), uint8, at `indices` (B,). Raises MachineError naming a missing or too damaged file."""
+        """Read images (B, C, H, W), uint8, at `indices` (B,).
+
+        Raises MachineError naming the file if a shard is missing or too many images are damaged.
+        """
         wanted = np.asarray(indices, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"images {wanted.min()} to {wanted.max()} of {len(self)}")
@@ -90,13 +100,13 @@ class Shards:
             return out
         for index in wanted[~self._filled[wanted]]:
             self._cache[index] = self._next_intact(int(index))
-            self._filled[index] = True  # after the pixels: another thread may be reading
+            self._filled[index] = True  # set after the pixels are written, because another thread may read them at once
         return self._cache[torch.from_numpy(wanted)]
 
     def info(self, index: int) -> dict[str, Any]:
-        """{"key": name in the source, "labels": {attribute: value}} of one image.
+        """Return {"key": name in the source, "labels": {attribute: value}} of one image.
 
-        Raises MachineError naming the file if this text cannot be read.
+        Raises MachineError naming the file if the image's JSON cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
@@ -110,7 +120,7 @@ class Shards:
             ) from None
 
     def _read_info(self, index: int) -> dict[str, Any]:
-        """As `info`. Raises DamagedImage, which says only what is wrong."""
+        """Return the same as `info`. Raises DamagedImage with the reason only, without the file."""
         data = self.members.read(index, JSON, JSON_LIMIT)
         try:
             found: _ImageInfo = check(_ImageInfo, parse_json(data, "the text"), "the text")
@@ -119,10 +129,11 @@ class Shards:
         return {"key": found.key, "labels": found.labels}
 
     def classes(self, attribute: str, names: Sequence[str]) -> torch.Tensor:
-        """The class of every image, (len,), int64: the number among `names` of its value of `attribute`.
+        """Return the class of every image, (len,), int64.
 
-        Reads the text beside every image. An image whose text is damaged is passed over like a damaged one. Raises
-        UserError where the attribute is unknown, an image lacks it, or a value is not among `names`.
+        The class is the position in `names` of the image's value of `attribute`. This reads the JSON of every image. An
+        image with damaged JSON counts as a damaged image. Raises UserError if the attribute is unknown, an image lacks
+        it, or a value is not in `names`.
         """
         check_label(self.labels, attribute, names)
         numbers = {name: number for number, name in enumerate(names)}
@@ -136,7 +147,7 @@ class Shards:
                 continue
             value = info["labels"].get(attribute)
             if value is None or str(value) not in numbers:
-                found = "no such attribute" if value is None else f"the value {value!r}, which is no class"
+                found = "no such attribute" if value is None else f"the value {value!r}, which is not a class"
                 raise UserError(
                     f"data.label={attribute}: image {info['key']} has {found}: use an attribute that every image has"
                 )
@@ -144,7 +155,10 @@ class Shards:
         return classes
 
     def substituted(self, indices: np.ndarray) -> np.ndarray:
-        """Indices of the images that `read` gave for `indices` (B,): others only where some are damaged."""
+        """Return the indices of the images that `read` returned for `indices` (B,).
+
+        They differ from `indices` only for damaged images, which `read` replaces.
+        """
         if not self.damaged:
             return indices
         return np.array(
@@ -152,14 +166,14 @@ class Shards:
         )
 
     def add_damaged(self, damaged: dict[int, str]) -> None:
-        """Take images for damaged that others found to be.
+        """Record images that another process found to be damaged: index -> file, key and reason.
 
-        Raises MachineError if there are too many, or a number is not that of an image.
+        Raises MachineError if there are too many damaged images, or an index is out of range.
         """
         if foreign := [index for index in damaged if not 0 <= index < len(self)]:
             raise MachineError(
                 f"image {foreign[0]} is recorded as damaged, but {self.folder} ({self.split}) has {len(self)} images: "
-                "the record is of other shards, remove it"
+                "the record belongs to other shards, remove it"
             )
         with self._lock:
             self.damaged = damaged | self.damaged
@@ -167,27 +181,27 @@ class Shards:
             self._check_damage_limit(index)
 
     def _cyclic_from(self, index: int) -> Iterator[int]:
-        """All indices from `index` on, and around."""
+        """Return all indices, starting at `index` and wrapping around at the end."""
         return ((index + step) % len(self) for step in range(len(self)))
 
     def _skip_damaged(self, index: int, why: str) -> None:
-        """Remember a damaged image. Raises MachineError where there are too many."""
+        """Record and report a damaged image. Raises MachineError if there are too many."""
         with self._lock:
             new = index not in self.damaged
             self.damaged[index] = why
         if new and self._report:
-            self._report(printable_line(f"damaged image {why}; {len(self.damaged)} of {len(self)}, passed over"))
+            self._report(printable_line(f"damaged image {why}; {len(self.damaged)} of {len(self)}, skipped"))
         self._check_damage_limit(index)
 
     def _check_damage_limit(self, index: int) -> None:
         if len(self.damaged) > self._max_bad:
             raise MachineError(
                 f"damaged image {self.damaged[index]}; {len(self.damaged)} of {len(self)} images so far, more than "
-                f"are passed over: find all damage with python tools/shards.py verify {self.folder}"
+                f"are allowed: find all damage with python tools/shards.py verify {self.folder}"
             )
 
     def _next_intact(self, index: int) -> torch.Tensor:
-        """The image at `index`, or the next good one."""
+        """Return the image at `index`, or the next intact one. Raises MachineError if too many are damaged."""
         for at in self._cyclic_from(index):
             if at in self.damaged:
                 self._check_damage_limit(at)
@@ -206,7 +220,7 @@ class Shards:
             raise DamagedImage(f"{file}:{self._name(index)} ({error})") from None
 
     def _name(self, index: int) -> str:
-        """Key of a damaged image, or its place if even that cannot be read."""
+        """Return the key of a damaged image, or its number in the shard if the key cannot be read."""
         try:
             return str(self._read_info(index)["key"])[:200]
         except DamagedImage:

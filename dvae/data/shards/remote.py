@@ -1,7 +1,11 @@
-"""Shards that lie elsewhere: each file is fetched whole into a folder here, checked, and read from there.
+"""Remote shards. Each file is fetched whole into a local folder, verified, and read from there.
 
-Several processes may share the folder, by nothing but its files: `NAME` is whole and was checked, `.NAME.part` is on
-its way and locked by who fetches it. Shards that were not wanted for the longest go where there is no room.
+Several processes may share the folder. They coordinate through its files only:
+
+- `NAME` is complete and verified.
+- `.NAME.part` is being fetched and is locked by the process that fetches it.
+
+If the folder is full, the least recently used shards are removed.
 """
 
 from __future__ import annotations
@@ -30,29 +34,35 @@ from dvae.utils.read import DamagedFile, parse_json, require_regular
 from dvae.utils.secrets import scrub
 
 ATTEMPTS = 5
-"""How often a file is asked for."""
+"""Maximum number of attempts to fetch a file."""
 RETRY_PAUSE = 1.0
-"""Seconds before the second attempt; twice as many before each one after."""
+"""Seconds before the second attempt. The pause doubles before each further attempt."""
 STALL_TIMEOUT = 60.0
-"""Seconds without a byte after which an attempt is given up."""
+"""Seconds without data after which an attempt fails."""
 TOUCH_EVERY = 10.0
-"""Seconds between two notes that a shard is in use."""
+"""Minimum seconds between two updates of the modification time of a shard in use."""
 CHUNK = 2**20
+"""Bytes to read at a time."""
 
 
 def is_remote(location: str) -> bool:
-    """Whether data.shards names another place than a folder: pipe:COMMAND, or a URL."""
+    """Return whether data.shards names a command (pipe:COMMAND) or a URL instead of a folder."""
     return location.startswith("pipe:") or "://" in location
 
 
 class UntrustedLocation(str):
-    """A command or address that a run folder's settings hold, but that the user's own command did not name."""
+    """A command or URL from the settings in a run folder that the user's own command did not name."""
 
 
 def locate_shards(shards: str, download_to: str, download_gib: float) -> Path | RemoteShards:
-    """The folder of shards, or the remote shards, that the settings data.shards, .download_to and .download_gib name.
+    """Return the local folder or the remote shards that data.shards names.
 
-    Raises UserError for a command or an address that the user's own command did not name: it could do anything.
+    Args:
+        shards: Value of data.shards: a folder, a URL, or pipe:COMMAND.
+        download_to: Value of data.download_to: the folder for fetched files.
+        download_gib: Value of data.download_gib: maximum size of the fetched shards in GiB.
+
+    Raises UserError for a command or URL that the user's own command did not name, because running it is not safe.
     """
     if isinstance(shards, UntrustedLocation):
         raise UserError(
@@ -63,27 +73,28 @@ def locate_shards(shards: str, download_to: str, download_gib: float) -> Path | 
 
 
 def file_url(location: str, name: str) -> str:
-    """What webdataset opens for the file `name` of `location`: %s stands for the name, else it comes after a slash.
+    """Return the URL that webdataset opens for the file `name` of `location`.
 
-    `location` is what the user named, and a command if it begins with pipe:. Raises MachineError for a `name` that is
-    not plain: it could be a command, or lead elsewhere.
+    `location` is a URL or a command (pipe:COMMAND) from the user. The name replaces %s in it. Without %s, the name is
+    appended after a slash. Raises MachineError if `name` is not a PLAIN_NAME, because it could inject a command or
+    point to another place.
     """
     if not PLAIN_NAME.fullmatch(name):
         raise MachineError(f"the manifest at {location} names a file {name[:200]!r}: build the shards again")
     url = location.replace("%s", name) if "%s" in location else f"{location.rstrip('/')}/{name}"
-    if url.startswith("s3://") and "s3" not in gopen_schemes:  # webdataset has it only for its own cache server
+    if url.startswith("s3://") and "s3" not in gopen_schemes:  # webdataset registers s3 only for its own cache server
         return f"pipe:aws s3 cp {shlex.quote(url)} -"
     return url
 
 
 def stream_bytes(url: str, limit: int, stop: threading.Event | None = None) -> Iterator[bytes]:
-    """The bytes at `url`, in chunks.
+    """Yield the bytes at `url` in chunks.
 
-    Raises OSError if they cannot be had, come to a standstill, are more than `limit`, or `stop` is set; UserError for
-    an unknown scheme.
+    Raises OSError if the URL cannot be read, no data arrives for STALL_TIMEOUT seconds, more than `limit` bytes arrive,
+    or `stop` is set. Raises UserError if the URL scheme is unknown.
     """
     try:
-        if url.startswith("file:"):  # webdataset would wait for the other end of a pipe
+        if url.startswith("file:"):  # opening a named pipe would block until another process opens its other end
             require_regular(re.sub("^file://?", "", url))
         opened = gopen(url)
     except DamagedFile as error:
@@ -97,12 +108,12 @@ def stream_bytes(url: str, limit: int, stop: threading.Event | None = None) -> I
         while _readable(handle, stop) and (data := os.read(handle, CHUNK)):
             size += len(data)
             if size > limit:
-                raise OSError(f"more came than the {limit} bytes that it may have")
+                raise OSError(f"it is larger than the {limit} bytes that it may have")
             yield data
         set_options(opened, timeout=STALL_TIMEOUT)
-        opened.close()  # raises where the command failed
+        opened.close()  # raises if the command failed
     except subprocess.TimeoutExpired:
-        raise OSError("its end never came") from None
+        raise OSError("the command did not exit after its output ended") from None
     finally:
         if piped:
             piped.proc.kill()
@@ -111,37 +122,38 @@ def stream_bytes(url: str, limit: int, stop: threading.Event | None = None) -> I
 
 
 def _readable(handle: int, stop: threading.Event | None) -> bool:
-    """Wait until there is something to read. Raises OSError where nothing comes."""
+    """Wait until data can be read. Raises OSError if none arrives for STALL_TIMEOUT seconds or `stop` is set."""
     poller = select.poll()
     poller.register(handle, select.POLLIN)
     deadline = time.monotonic() + STALL_TIMEOUT
+    # Poll in short intervals, so that `stop` takes effect quickly.
     while not poller.poll(1000 * min(0.2, STALL_TIMEOUT)):
         if stop is not None and stop.is_set():
             raise OSError("stopped")
         if time.monotonic() > deadline:
-            raise OSError(f"nothing came for {STALL_TIMEOUT:g} seconds")
+            raise OSError(f"no data arrived for {STALL_TIMEOUT:g} seconds")
     return True
 
 
 def read_manifest(location: str) -> bytes:
-    """The bytes of the manifest at `location`, kept nowhere. Raises UserError where it cannot be had."""
+    """Return the bytes of the manifest at `location` without storing it. Raises UserError if it cannot be fetched."""
     url = file_url(location, FILE)
     try:
         return b"".join(stream_bytes(url, LIMIT))
     except OSError as error:
         raise UserError(
-            f"no shards at data.shards={location} ({fold(error)}): is the address right? Build shards with "
-            "python tools/shards.py build, and copy the folder there"
+            f"no shards at data.shards={location} ({fold(error)}): check the address, or build shards with "
+            "python tools/shards.py build and copy the folder there"
         ) from None
 
 
 class RemoteShards:
-    """The files of a folder of shards elsewhere. Safe for several threads and processes."""
+    """The files of a remote folder of shards. Safe for several threads and processes."""
 
     def __init__(self, location: str, to: str | Path, gib: float) -> None:
-        """Files come to a folder of their own below `to`; its shards take no more than `gib` GiB."""
+        """Set up a local folder below `to` for the files of `location`. Its shards take at most `gib` GiB."""
         self.location = location
-        # the hash of a secret could be guessed at by whoever is given the folder
+        # Remove secrets before hashing: someone who receives the folder could test guesses against the hash.
         self.folder = Path(to) / hashlib.sha256(scrub(location).encode()).hexdigest()[:12]
         self.limit = int(gib * 2**30)
         self._touched: dict[str, float] = {}
@@ -150,13 +162,16 @@ class RemoteShards:
         return self.location
 
     def manifest(self) -> Manifest:
-        """The manifest, fetched once: a run goes on with the one that it began with."""
+        """Return the manifest. It is fetched only once, so that a resumed run uses the manifest it started with.
+
+        Raises UserError if it is damaged, or if the largest shard exceeds the folder's limit.
+        """
         while not (self.folder / FILE).exists():
             self._close(self._fetch(FILE, None, LIMIT))
         try:
             manifest = Manifest.load(self.folder)
         except UserError:
-            (self.folder / FILE).unlink(missing_ok=True)  # so that one which was mended there is fetched the next time
+            (self.folder / FILE).unlink(missing_ok=True)  # fetch it again next time, in case it was repaired
             raise
         shards = [shard for split in manifest.splits.values() for shard in split]
         largest = max((shard.bytes for shard in shards), default=0)
@@ -168,7 +183,10 @@ class RemoteShards:
         return manifest
 
     def index(self, shard: Shard) -> Path:
-        """The shard's index, fetched where it is not here or damaged. It does not count against the limit."""
+        """Return the path of the shard's index, fetching it if it is missing or damaged.
+
+        Index files do not count toward the folder's limit. Raises MachineError if it cannot be fetched.
+        """
         path = self.folder / shard.index
         if path.exists() and sha256(path) != shard.index_sha256:
             path.unlink(missing_ok=True)
@@ -177,32 +195,33 @@ class RemoteShards:
         return path
 
     def open(self, shard: Shard) -> int:
-        """A handle to read the shard by, fetched where it is not here; the caller closes it.
+        """Return a file descriptor of the shard, fetching the shard if needed. The caller closes it.
 
-        What is read by it stays right though the file be removed meanwhile. Raises MachineError where it cannot be had.
+        The descriptor stays valid if another process removes the file. Raises MachineError if the shard cannot be
+        fetched.
         """
         while True:
             handle = self._open_local(shard)
             if handle is None:
                 handle = self._fetch(shard.file, shard.sha256, shard.bytes, reserve=shard.bytes)
             if handle is not None:
-                return handle  # else another has fetched it, or failed to
+                return handle  # None: another process has fetched the shard, or has failed to, so try again
 
     def prefetch(self, shard: Shard, stop: threading.Event) -> None:
-        """See to it that the shard is here, or on its way by another; raises as `open` does."""
+        """Fetch the shard unless it is already local or another process is fetching it. Raises as `open` does."""
         handle = self._open_local(shard)
         if handle is None:
             handle = self._fetch(shard.file, shard.sha256, shard.bytes, shard.bytes, stop)
         self._close(handle)
 
     def _open_local(self, shard: Shard) -> int | None:
-        """A handle of the shard if it is here and whole, and a note that it is in use."""
+        """Return a file descriptor of the shard and mark the shard as in use, or None if it is not local and whole."""
         path = self.folder / shard.file
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a named pipe would block
         except FileNotFoundError:
             return None
-        if os.fstat(handle).st_size != shard.bytes:  # cut by a fault of the disk
+        if os.fstat(handle).st_size != shard.bytes:  # truncated, for example by a disk fault
             os.close(handle)
             path.unlink(missing_ok=True)
             return None
@@ -221,7 +240,9 @@ class RemoteShards:
     ) -> int | None:
         """Fetch a file of at most `limit` bytes, after making room for `reserve` bytes.
 
-        Returns a handle of it, or None if another process has fetched it or (given `stop`) is about to.
+        `digest` is the expected SHA-256; None is for the manifest, which is only checked to be JSON. Returns a file
+        descriptor, or None if another process has fetched the file. If `stop` is given, this does not wait for another
+        process that is fetching the file, and returns None.
         """
         path, part = self.folder / name, self.folder / f".{name}.part"
         try:
@@ -235,22 +256,24 @@ class RemoteShards:
             ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if stop else 0))
-            if not is_same_file(handle, part):  # who held it has renamed or removed it
+            # While this process waited for the lock, its holder may have renamed or removed the file. The lock on the
+            # old file then protects nothing.
+            if not is_same_file(handle, part):
                 os.close(handle)
                 return None
         except BlockingIOError:
             os.close(handle)
             return None
         try:
-            if path.exists():  # published before this part was made
+            if path.exists():  # another process completed the file before this .part file was created
                 part.unlink()
                 os.close(handle)
                 return None
-            os.ftruncate(handle, 0)  # of a killed process
+            os.ftruncate(handle, 0)  # drop bytes that a killed process left
             self._reserve_space(handle, reserve, stop)
             self._download(name, digest, limit, handle, stop)
             os.fsync(handle)
-            with self._space_lock():  # who counts just now would find it under neither name
+            with self._space_lock():  # a process that sums up sizes at this moment could miss the file under both names
                 part.rename(path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -259,7 +282,10 @@ class RemoteShards:
         return handle
 
     def _download(self, name: str, digest: str | None, limit: int, handle: int, stop: threading.Event | None) -> None:
-        """Fill the file behind `handle`, trying several times. Raises MachineError."""
+        """Download into the file behind `handle`, with up to ATTEMPTS attempts.
+
+        Raises MachineError if all attempts fail. Raises OSError at once for a fault of the local disk.
+        """
         url, reason = file_url(self.location, name), ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -273,12 +299,16 @@ class RemoteShards:
             if stop is not None and stop.is_set():
                 break
         raise MachineError(
-            f"{name} cannot be fetched from data.shards={self.location} ({reason}; asked {ATTEMPTS} times): mend the "
+            f"{name} cannot be fetched from data.shards={self.location} ({reason}; {ATTEMPTS} attempts): repair the "
             "connection or the shards there, then run the same command again"
         )
 
     def _reserve_space(self, handle: int, size: int, stop: threading.Event | None) -> None:
-        """Make room for a shard: the oldest shards go, and the file grows to its size at once, so that it counts."""
+        """Make room for a shard of `size` bytes by removing the least recently used shards.
+
+        The .part file is set to its full size at once, so that other processes count it. Raises OSError if `stop` is
+        set.
+        """
         while True:
             with self._space_lock():
                 whole, coming = self._sizes()
@@ -293,10 +323,14 @@ class RemoteShards:
                     return
             if stop is not None and stop.is_set():
                 raise OSError("stopped")
-            time.sleep(0.05)  # the rest is on its way by others: it will be whole, or gone
+            # Other processes are fetching shards that fill the rest. When they finish, the shards can be removed.
+            time.sleep(0.05)
 
     def _sizes(self) -> tuple[dict[Path, int], dict[Path, int]]:
-        """Bytes of the whole shards, and of those on their way; what killed processes left is removed."""
+        """Return the sizes in bytes of the complete shards, and of the shards that are being fetched.
+
+        Partial files that killed processes left are removed.
+        """
         whole, coming = {}, {}
         for path in self.folder.iterdir():
             try:
@@ -304,20 +338,26 @@ class RemoteShards:
                     whole[path] = path.stat().st_size
                 elif path.name.endswith(".tar.part") and not _remove_if_abandoned(path):
                     coming[path] = path.stat().st_size
-            except FileNotFoundError:  # another has just renamed or removed it
+            except FileNotFoundError:  # another process has just renamed or removed it
                 continue
         return whole, coming
 
     @contextmanager
     def _space_lock(self) -> Iterator[None]:
-        """One process or thread at a time counts and removes."""
+        """Hold the lock under which sizes are summed up and shards are removed or renamed.
+
+        Only one thread or process holds it at a time.
+        """
         with open_own(self.folder / ".room", os.O_RDWR | os.O_CREAT) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
 def _receive(url: str, digest: str | None, limit: int, handle: int, stop: threading.Event | None) -> None:
-    """Write what is at `url` over the file behind `handle`. Raises OSError if it is not what it should be."""
+    """Overwrite the file behind `handle` with the bytes at `url`.
+
+    Raises OSError if they do not match `digest`, or are not JSON when `digest` is None.
+    """
     found, size = hashlib.sha256(), 0
     for data in stream_bytes(url, limit, stop):
         found.update(data)
@@ -327,9 +367,9 @@ def _receive(url: str, digest: str | None, limit: int, handle: int, stop: thread
         try:
             parse_json(os.pread(handle, size, 0), FILE)
         except DamagedFile:
-            raise OSError(f"what came is no manifest, {size} bytes") from None
+            raise OSError(f"the {size} bytes received are not a manifest") from None
     elif found.hexdigest() != digest:
-        raise OSError(f"what came, {size} bytes, is not what the manifest names")
+        raise OSError(f"the {size} bytes received do not match the manifest's sha256")
 
 
 def _write(handle: int, data: bytes, at: int) -> int:
@@ -347,7 +387,11 @@ def _last_use(path: Path) -> float:
 
 
 def _remove_if_abandoned(part: Path) -> bool:
-    """Remove what a killed process left on its way; whether it was that."""
+    """Remove a .part file if a killed process left it. Return whether it was removed.
+
+    A process locks a .part file while it fetches it, so a .part file that can be locked is abandoned. An empty file is
+    kept because it takes no space, and the process that created it may be about to lock it.
+    """
     handle = os.open(part, os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

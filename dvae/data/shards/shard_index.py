@@ -1,4 +1,4 @@
-"""The index of a shard: where the members of its samples lie in the tar file."""
+"""The index of a shard, which holds the positions of its samples' members in the tar file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from dvae.data.shards.manifest import Shard
 from dvae.utils.read import DamagedFile, parse_npy, read_bytes
 
 HEADER = 4096
-"""Bytes of an index file besides its numbers, at most."""
+"""Maximum size in bytes of the NumPy header of an index file."""
 
 
 def index_limit(shard: Shard, members: int = 2) -> int:
-    """Bytes that the index file of a shard may have; `members` are the files of each sample."""
+    """Return the maximum size in bytes of a shard's index file. `members` is the number of files of each sample."""
     return HEADER + 16 * members * shard.count
 
 
 def read_index(path: Path, shard: Shard, members: int = 2) -> np.ndarray:
-    """Offset and size in bytes of each sample's members, (count, 2 * members), int64, all within the shard's bytes.
+    """Read a shard's index: offset and size in bytes of each sample's members, int64 (count, 2 * members).
 
-    Raises DamagedFile for a file that is anything else, or not the one that the manifest names; OSError if missing.
+    Raises DamagedFile if the file does not match the hash in the manifest, has another shape or type, or points outside
+    the shard. Raises OSError if it is missing.
     """
     data = read_bytes(path, index_limit(shard, members))
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
@@ -30,7 +31,7 @@ def read_index(path: Path, shard: Shard, members: int = 2) -> np.ndarray:
     rows = parse_npy(data, path)
     if rows.dtype != np.int64 or rows.shape != (shard.count, 2 * members):
         wanted = f"int64 {(shard.count, 2 * members)}"
-        raise DamagedFile(path, f"holds {rows.dtype} {rows.shape}, not {wanted} as its shard has samples")
+        raise DamagedFile(path, f"holds {rows.dtype} {rows.shape}, not {wanted} as the manifest requires")
     offsets, sizes = rows[:, 0::2], rows[:, 1::2]
     if rows.min() < 0 or (offsets > shard.bytes - sizes).any():
         raise DamagedFile(path, f"points outside the {shard.bytes} bytes of its shard")

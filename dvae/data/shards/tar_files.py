@@ -1,4 +1,4 @@
-"""Tar files of samples: written, indexed, and seen to the disk."""
+"""Write tar files of samples, index them, and sync them to disk."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ MEMBERS = ("png", "json")
 
 
 class ShardWriter:
-    """One tar file, being written."""
+    """Writes one tar file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # a stream, not a name: webdataset would take a % or | in the folder's name for a pattern or a pipe
+        # Pass a stream instead of a name: webdataset would interpret % or | in the path as a pattern or a pipe.
         self._stream = path.open("wb")
         self._tar = TarWriter(self._stream, encoder=False, mtime=0)
 
     def write(self, number: int, members: dict[str, bytes]) -> None:
-        # WebDataset cuts a name at its first dot, so a file name cannot be the key
+        # The key is the sample's number and not its file name, because WebDataset splits names at the first dot.
         self._tar.write({"__key__": f"{number:09d}", **members})
 
     def close(self) -> None:
@@ -34,7 +34,7 @@ class ShardWriter:
 
 
 def seal(path: Path, members: tuple[str, ...] = MEMBERS) -> Shard:
-    """Write a finished tar file's index, and see both to the disk."""
+    """Write the index of a finished tar file and sync both to disk. Returns the shard's manifest entry."""
     index = path.with_suffix(".npy")
     rows = index_of(path, members)
     with index.open("wb") as file:
@@ -47,7 +47,7 @@ def seal(path: Path, members: tuple[str, ...] = MEMBERS) -> Shard:
 
 
 def index_of(path: Path, members: tuple[str, ...] = MEMBERS) -> np.ndarray:
-    """Offset and size of each sample's members in a shard, (count, 2 * members), int64, in the order of the samples."""
+    """Return offset and size in bytes of each sample's members, int64 (count, 2 * members), in the order of samples."""
     with tarfile.open(path, "r:") as tar:
         places = {member.name: (member.offset_data, member.size) for member in tar}
     keys = dict.fromkeys(name.partition(".")[0] for name in places)

@@ -1,4 +1,4 @@
-"""Verifying shards: every file is there, of the right length and content, and nothing else is."""
+"""Verify shards: every file exists with the right length and content, and there are no other files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dvae.utils.read import DamagedFile, require_regular
 
 
 def verify(folder: str | Path) -> Manifest:
-    """The manifest of a folder of shards in which all is well. Raises UserError naming every file that is not."""
+    """Verify a folder of shards and return its manifest. Raises UserError that names every bad file."""
     folder = Path(folder)
     manifest = Manifest.load(folder)
     shards = [shard for split in manifest.splits.values() for shard in split]
@@ -25,9 +25,9 @@ def verify(folder: str | Path) -> Manifest:
 
 
 def shard_problems(folder: Path, shard: Shard, members: int = 2) -> list[str]:
-    """What is wrong with a shard and its index; nothing if they are what they were.
+    """Return a description of each problem with a shard and its index. The list is empty if both are intact.
 
-    `members` are the files of each sample.
+    `members` is the number of files of each sample.
     """
     problems = []
     for name in (shard.file, shard.index):
