@@ -1,1 +1,4 @@
-"""The planner: what a recipe would take on GPUs that are not here. It counts, and multiplies; it measures nothing."""
+"""The planner. It predicts the memory and time of a recipe on GPUs without using them.
+
+It counts operations and bytes and calculates the rest. It measures nothing.
+"""

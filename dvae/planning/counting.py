@@ -1,8 +1,11 @@
-"""Counts on fake tensors, which have shapes and no values: floating-point operations, and what autograd keeps.
+"""Count floating-point operations and activation memory on fake tensors, which have shapes but no values.
 
-Operations and passing memory are those of a forward and a backward pass on a fake CPU. What is kept for the gradient is
-counted on a fake GPU, since CUDA's autocast keeps other things than the CPU's (its group norm is fp32); autograd has no
-backward pass for a GPU that is not there.
+Two kinds of fake device are used:
+
+- Operations and transient memory are counted over a forward and a backward pass on a fake CPU, because autograd cannot
+  run a backward pass on a GPU that does not exist.
+- Tensors that autograd saves for the backward pass are counted on a fake GPU, because autocast on CUDA saves other
+  tensors than on the CPU. For example, it runs group norm in fp32.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ aten = torch.ops.aten
 
 
 def attention_forward(q: torch.Size, k: torch.Size, *rest: Any, **words: Any) -> int:
-    """Operations of q k' and of the weighted sum of v; shapes are (B, heads, L, D) and (B, heads, S, D)."""
+    """Count the operations of q k' and of the weighted sum of v, for q (B, heads, L, D) and k (B, heads, S, D)."""
     return 4 * q.numel() * k[2]
 
 
 def attention_backward(gradient: torch.Size, q: torch.Size, k: torch.Size, *rest: Any, **words: Any) -> int:
-    """q k' once more, and the two gradients of each of the two products."""
+    """Count the operations of the backward pass: q k' once more, and two gradients of each of the two products."""
     return 10 * q.numel() * k[2]
 
 
@@ -42,17 +45,24 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(attention_forward),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(attention_backward),
 }
-"""Operations by kind: those of torch's FlopCounterMode, and attention's kernel on a CPU, which that does not know."""
+"""Functions that count the operations of each operator.
+
+They are the formulas of torch's FlopCounterMode, and two for the CPU's attention kernel, which FlopCounterMode lacks.
+"""
 CONVOLUTIONS = (aten.convolution, aten._convolution, aten.convolution_backward)
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations, a multiplication and an addition as two; all other kinds of work count as none."""
+    """Number of floating-point operations. A multiplication and an addition count as two.
+
+    Operators other than convolutions, matrix products and attention are not counted.
+    """
 
     convolutions: int = 0
+    """Operations of convolutions."""
     products: int = 0
-    """Of matrix products, attention included."""
+    """Operations of matrix products, including attention."""
 
     @property
     def total(self) -> int:
@@ -62,15 +72,18 @@ class Operations:
         return Operations(self.convolutions + other.convolutions, self.products + other.products)
 
     def each(self, images: int) -> Operations:
-        """Per image, of those of `images`."""
+        """Return the operations per image, if these are the operations for `images` images."""
         return Operations(self.convolutions // images, self.products // images)
 
 
 class SavedTensors:
-    """Bytes that autograd keeps for the gradient while this is entered: each storage once, those of weights not."""
+    """Context manager that counts the bytes that autograd saves for the backward pass.
+
+    Each storage counts once. The storages of `weights` do not count.
+    """
 
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
-        # storages are held, so that the address of one that was freed is not taken for another's
+        # Keep references to the storages: if one were freed, a new storage could get the same address.
         self._weights = {address(weight): weight for weight in weights}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -93,27 +106,29 @@ class SavedTensors:
 
 
 def address(tensor: torch.Tensor) -> int:
+    """Return the address that identifies a tensor's storage. Unlike `data_ptr`, fake tensors have it too."""
     return int(tensor.untyped_storage()._cdata)
 
 
 class OperationCounter(TorchDispatchMode):
-    """Floating-point operations, and bytes of the storages that were made, while this is entered.
+    """Context manager that counts floating-point operations and the bytes of new storages.
 
-    FlopCounterMode counts the same operations, but keeps alive what checkpointed blocks compute again.
+    FlopCounterMode counts the same operations, but it keeps alive the tensors that checkpointed blocks recompute. The
+    memory count would then be too high.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = Operations()
         self.now = self.peak = 0
-        """Bytes that are alive, and that were at most."""
+        """Bytes of the live storages now, and their maximum so far."""
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         given = {address(item) for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)}
         for item in tree_leaves(made):
-            if isinstance(item, torch.Tensor) and address(item) not in given:  # not a view, nor in place
+            if isinstance(item, torch.Tensor) and address(item) not in given:  # skip views and in-place results
                 self._see(item.untyped_storage())
         kind = func._overloadpacket
         if kind in FORMULAS:
@@ -134,7 +149,10 @@ class OperationCounter(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention by the kernels of a real GPU; for a fake one torch writes the formula out, which keeps (L, L) maps."""
+    """Context manager that makes attention on a fake GPU use the fused kernels of a real GPU.
+
+    For a fake GPU, torch otherwise computes attention from its formula, which saves (L, L) maps.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention or args[0].device.type != "cuda" or kwargs:
@@ -148,7 +166,10 @@ class FusedAttention(TorchFunctionMode):
 
 @contextmanager
 def autocast_as_trained(device: str, bf16: bool) -> Iterator[None]:
-    """Autocast as the engine has it; torch.autocast itself refuses a GPU that is not there."""
+    """Enable autocast as the training engine does.
+
+    This sets the state directly because torch.autocast raises an error if the GPU does not exist.
+    """
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, bf16)
     torch.set_autocast_dtype(device, torch.bfloat16)
@@ -163,9 +184,9 @@ def autocast_as_trained(device: str, bf16: bool) -> Iterator[None]:
 
 
 def make_fake(modules: Iterable[nn.Module], device: str) -> None:
-    """Weights and buffers of modules that are on meta, anew on a device, which may be one that is not there.
+    """Replace the weights and buffers of meta modules by empty ones on `device`, which need not exist.
 
-    To be called where tensors are fake.
+    Call this while FakeTensorMode is active.
     """
     for module in (inner for outer in modules for inner in outer.modules()):
         for name, weight in module._parameters.items():
@@ -179,21 +200,23 @@ def make_fake(modules: Iterable[nn.Module], device: str) -> None:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A forward pass as a stage has it, in two parts."""
+    """The forward pass of a training stage, in two parts: one without and one with a gradient."""
 
     trained: nn.Module
+    """The module to train."""
     frozen: tuple[nn.Module, ...]
+    """Modules that take part but are not trained."""
     draw: Callable[[int], tuple[Any, ...]]
-    """Images, noise and times of a micro-batch of so many, on the CPU, outside of any fake tensors."""
+    """draw(images) returns the images, noise and times of a micro-batch, as real tensors on the CPU."""
     prepare: Callable[..., tuple[Any, ...]]
-    """prepare(device, *drawn): what the frozen modules make of that, without a gradient."""
+    """prepare(device, *drawn) runs the frozen modules without a gradient and returns the inputs of `loss`."""
     loss: Callable[..., torch.Tensor]
-    """loss(*prepared), a scalar."""
+    """loss(*prepared) returns the scalar loss."""
 
 
 @contextmanager
 def fake_pass(of: ForwardPass, device: str) -> Iterator[None]:
-    """Make the modules fake, and every tensor that is made within."""
+    """Make the modules' weights, and every tensor created in this context, fake tensors on `device`."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         planned_attention(),
@@ -204,7 +227,15 @@ def fake_pass(of: ForwardPass, device: str) -> Iterator[None]:
 
 
 def saved_bytes(of: ForwardPass, images: int, device: str, bf16: bool, faked: bool = True) -> int:
-    """Bytes that a forward pass keeps for the gradient, weights left out; of modules as they are, if not `faked`."""
+    """Count the bytes that autograd saves in a forward pass, without weights.
+
+    Args:
+        of: The forward pass.
+        images: Images of the micro-batch.
+        device: Device of the tensors, which need not exist if `faked`.
+        bf16: Whether to enable bf16 autocast.
+        faked: Whether to use fake tensors. If False, the modules are used as they are.
+    """
     drawn = of.draw(images)
     place: AbstractContextManager[None] = fake_pass(of, device) if faked else nullcontext()
     with place, autocast_as_trained(device, bf16):
@@ -219,30 +250,31 @@ def saved_bytes(of: ForwardPass, images: int, device: str, bf16: bool, faked: bo
 
 @dataclass(frozen=True)
 class PassCost:
-    """What the two passes over a micro-batch take, as a CPU has them."""
+    """Operations and memory of a forward and a backward pass over a micro-batch, as counted on a CPU."""
 
     frozen: Operations
-    """Of what is not trained."""
+    """Operations of the frozen modules."""
     trained: Operations
-    """Forward and backward of what is, activations that are computed again included."""
+    """Operations of the trained module, forward and backward, including recomputed activations."""
     kept: int
-    """Bytes kept for the gradient."""
+    """Bytes saved for the backward pass."""
     peak: int
-    """Bytes that operations have made and not yet freed, at most; gradients of weights count while they are new."""
+    """Maximum bytes of live tensors created in the passes. A new weight gradient counts until it is accumulated."""
 
 
 def count_pass(of: ForwardPass, images: int, bf16: bool) -> PassCost:
-    """Operations and memory of a forward and a backward pass."""
+    """Count the operations and memory of a forward and a backward pass over `images` images, with or without bf16."""
     drawn = of.draw(images)
     with fake_pass(of, "cpu"), autocast_as_trained("cpu", bf16):
         with OperationCounter() as before, torch.no_grad():
             prepared = of.prepare("cpu", *drawn)
         for weight in of.trained.parameters():
-            weight.grad = torch.empty_like(weight)  # as in the second of several micro-batches: planned for elsewhere
+            # The gradients exist already, as in the second of several micro-batches. `Footprint` counts their memory.
+            weight.grad = torch.empty_like(weight)
         with OperationCounter() as within:
             with SavedTensors(of.trained.parameters()) as found:
                 loss = of.loss(*prepared)
             size = found.bytes
-            del found  # which holds what the backward pass frees
+            del found  # it references the saved tensors, which the backward pass could not free otherwise
             loss.backward()
     return PassCost(before.operations, within.operations, size, within.peak)

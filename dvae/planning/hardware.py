@@ -1,4 +1,4 @@
-"""What a GPU can do at most, by its vendor's data sheet."""
+"""Peak performance of GPUs, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from dvae.errors import UserError, suggest
 
 @dataclass(frozen=True, kw_only=True)
 class GPU:
-    """One GPU of a machine of its kind. Giga and tera are powers of ten, as on the data sheets."""
+    """One GPU of a node. Giga and tera are powers of ten, as on the data sheets."""
 
     bf16: float
-    """TFLOP/s of bf16 matrix products with fp32 sums, dense."""
+    """Dense bf16 matrix products with fp32 accumulation, in TFLOP/s."""
     tf32: float
-    """TFLOP/s in TF32, dense: PyTorch's fp32 convolutions."""
+    """Dense TF32, in TFLOP/s. PyTorch uses TF32 for fp32 convolutions by default."""
     fp32: float
-    """TFLOP/s in fp32 proper: PyTorch's fp32 matrix products."""
+    """Full fp32, in TFLOP/s. PyTorch uses it for fp32 matrix products by default."""
     memory: float
-    """GB of memory."""
+    """Memory in GB."""
     bandwidth: float
-    """GB/s between chip and memory."""
+    """Memory bandwidth in GB/s."""
     link: float
-    """GB/s to the other GPUs of the machine, in each direction: half of what data sheets print, which is both."""
+    """Bandwidth to the other GPUs of the node in GB/s per direction. Data sheets print the sum of both directions."""
     network: float
-    """GB/s of a GPU's share of the machine's network, in each direction."""
+    """This GPU's share of the node's network bandwidth, in GB/s per direction."""
     about: str
-    """Which one it is, and where its network figure is from."""
+    """The exact model, and the system that the network figure is from."""
 
 
 GPUS = {
@@ -54,7 +54,7 @@ GPUS = {
 
 
 def gpu_of(name: str) -> GPU:
-    """The GPU of this name. Raises UserError with the nearest name where the table has none."""
+    """Return the GPU called `name`. Raises UserError that suggests the nearest name if it is not in the table."""
     if name not in GPUS:
         raise UserError(f"unknown gpu {name!r}: {suggest(name, GPUS)}")
     return GPUS[name]

@@ -1,4 +1,4 @@
-"""The forward passes of a recipe's stages, for counting: those of dvae/stages/, without their metrics."""
+"""The forward passes of a recipe's stages, for counting. They follow dvae/stages/ but compute no metrics."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from dvae.registry.encoders.base import Encoder
 
 
 def place(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """Move a tensor to `device`; a 4-dimensional one gets the channels-last memory format."""
     tensor = tensor.to(device)
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def images(made: RunModels, batch: int) -> torch.Tensor:
-    """A stand-in for the images of a micro-batch, (B, C, H, W)."""
+    """Return zeros in place of the images of a micro-batch, (B, C, H, W)."""
     return torch.zeros(batch, made.shapes.channels, made.shapes.image_size, made.shapes.image_size)
 
 
 def encoder_passes(made: RunModels) -> dict[str, ForwardPass]:
-    """The modules that the stage encoder trains, each with its pass: the encoder, and perhaps a discriminator."""
+    """Return the forward pass of each module that the encoder stage trains: the encoder, and the discriminator if any.
+
+    The modules are on the meta device.
+    """
     encoder = made.encoder
     with torch.device("meta"):
         adversary = encoder.adversary()
@@ -46,7 +50,8 @@ def encoder_passes(made: RunModels) -> dict[str, ForwardPass]:
 
     def judged(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         terms = encoder(x, noise)
-        fake = terms["x_hat"].detach().requires_grad_()  # cut off, as in GanTask: its own pass through the judge
+        # Detach as GanTask does: it runs the discriminator's forward and backward pass separately from the encoder's.
+        fake = terms["x_hat"].detach().requires_grad_()
         deceit = generator_loss(adversary.loss, judge(fake)).mean()
         return terms["loss"].mean() + adversary.distance(x, fake).mean() + deceit
 
@@ -61,6 +66,7 @@ def encoder_passes(made: RunModels) -> dict[str, ForwardPass]:
 
 
 def refiner_pass(made: RunModels, encodes: bool, decodes: bool) -> ForwardPass:
+    """Return the refiner's pass. `encodes` and `decodes` say whether the frozen encoder does so in every step."""
     denoiser = made.denoiser
 
     def loss(x: torch.Tensor, conditioning: Conditioning, noise_sample: NoiseSample) -> torch.Tensor:
@@ -70,7 +76,7 @@ def refiner_pass(made: RunModels, encodes: bool, decodes: bool) -> ForwardPass:
 
 
 def classifier_pass(made: RunModels, encodes: bool, decodes: bool) -> ForwardPass:
-    """The classifier's; the refiner itself has no part in it."""
+    """Return the classifier's pass. It uses the denoiser only to add noise, and does not run the refiner network."""
     assert made.classifier is not None
     classifier, denoiser = made.classifier, made.denoiser
 
@@ -93,7 +99,10 @@ def _noisy_state_pass(
     decodes: bool,
     loss: Any,
 ) -> ForwardPass:
-    """A pass over noisy states; whether the frozen encoder encodes and decodes depends on what is cached."""
+    """Return a pass over noisy states.
+
+    `encodes` and `decodes` say whether the frozen encoder runs in every step, which depends on what is cached.
+    """
     encoder = made.encoder.eval().requires_grad_(False)
 
     def draw(batch: int) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The arithmetic: from what was counted to memory, time and days on so many GPUs."""
+"""Calculate memory, step time and GPU-days from the counted operations and bytes."""
 
 from __future__ import annotations
 
@@ -25,105 +25,113 @@ from dvae.training.engine.ema import ema_names
 from dvae.training.engine.memory_estimate import FLOAT, Footprint, bytes_sent, footprint
 
 COUNTED_BATCHES = (2, 4)
-"""Images of the two micro-batches that are counted: bytes are so much whatever their number, and so much for each."""
+"""Images of the two micro-batches to count. A line through both results gives the fixed bytes and bytes per image."""
 HEADERS = 2048
-"""Bytes of a sample in a shard besides its PNG: two headers, the JSON, and what fills up blocks of 512."""
+"""Bytes of a sample in a shard besides its PNG: two tar headers, the JSON, and padding to blocks of 512 bytes."""
 DAY = 86400.0
 FROZEN_MODELS = {"encoder": (), "refiner": ("encoder",), "classifier": ("encoder", "refiner")}
-"""Stage -> models that are there, and not trained."""
+"""Stage -> models that are loaded but not trained."""
 RECOMPUTES = "checkpoint_blocks"
-"""The field of a component that switches activation checkpointing."""
+"""The config field of a component that enables activation checkpointing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """What a forward and a backward pass take; bytes are those of a GPU unless said otherwise."""
+    """Memory and operations of a forward and a backward pass. Bytes are predictions for a GPU."""
 
     recomputed: bool
-    """Whether blocks are computed again for the gradient (activation checkpointing)."""
+    """Whether activation checkpointing is on: blocks are computed again in the backward pass."""
     kept: int
-    """Bytes kept for the gradient, of each image."""
+    """Bytes per image that are saved for the backward pass."""
     passing: int
-    """Bytes at the worst moment beyond those, of each image."""
+    """Bytes per image of transient memory at the peak, in addition to `kept`."""
     fixed: int
-    """Bytes at the worst moment whatever the number of images: weights in bf16, the newest gradient of one."""
+    """Bytes at the peak that do not depend on the number of images: bf16 weights, the newest gradient of one weight."""
     frozen: Operations
-    """Of each image, of what is not trained."""
+    """Operations per image of the frozen modules."""
     trained: Operations
-    """Of each image, forward and backward."""
+    """Operations per image of the trained module, forward and backward."""
 
     def bytes(self, images: int) -> int:
-        """Of a micro-batch, at the worst moment."""
+        """Return the bytes of a micro-batch of `images` images at the peak."""
         return self.fixed + images * (self.kept + self.passing)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModule:
-    """A module that a stage trains, with an engine of its own."""
+    """A module that a stage trains with an engine of its own."""
 
     name: str
     parameters: int
+    """Number of parameters."""
     averages: int
+    """Number of averaged copies of the weights (EMA)."""
     activations: list[Activations]
-    """As the recipe has it, then the other way, where there is one."""
+    """First with the recipe's activation checkpointing setting, then with the opposite one if the module has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """A stage at one ZeRO stage."""
+    """Predictions for a training stage at one ZeRO stage."""
 
     zero: int
+    """The ZeRO stage, 0 to 3."""
     states: Footprint
+    """Memory of the training state on each GPU."""
     memory: int
-    """Bytes on each GPU, at the worst moment."""
+    """Peak bytes on each GPU."""
     fits: bool
+    """Whether the recipe's micro-batch fits in memory."""
     largest: int
-    """The largest micro-batch that fits (0: none does)."""
+    """Images of the largest micro-batch that fits. 0 if none fits."""
     largest_other: int | None
-    """The same with activation checkpointing the other way; None where there is no such switch."""
+    """The same with the opposite activation checkpointing setting. None if the module has no such setting."""
     sent: float
     """Bytes that each rank sends in a step."""
     communication: float
-    """Seconds of a step."""
+    """Seconds of communication in a step."""
     step: float
-    """Seconds."""
+    """Seconds of a step in total."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What a stage of the recipe takes."""
+    """Predictions for one training stage of the recipe."""
 
     name: str
     modules: list[PlannedModule]
     training: TrainingConfig
     micro_batch: int
-    """Images of a rank at a time."""
+    """Images in a micro-batch of one rank."""
     frozen: int
-    """Bytes of weights that are there and not trained."""
+    """Bytes of the frozen weights on each GPU."""
     computing: float
-    """Seconds of a step."""
+    """Seconds of forward and backward passes in a step."""
     optimizer: float
-    """Seconds of a step at the recipe's ZeRO stage, on a rank."""
+    """Seconds of the optimizer in a step, at the recipe's ZeRO stage."""
     shardings: list[Sharding]
-    """ZeRO 0 to 3."""
+    """Predictions for ZeRO stages 0 to 3."""
     images_per_second: float
-    """That are read for it, over all ranks (0: none are)."""
+    """Images per second that all ranks together read. 0 if the stage reads none."""
     bytes_per_image: float
+    """Bytes of an image in a shard."""
     gpu_days: float
+    """GPU-days of the whole stage: number of GPUs times days."""
 
     @property
     def chosen(self) -> Sharding:
+        """The prediction for the recipe's ZeRO stage."""
         return self.shardings[self.training.zero_stage]
 
     @property
     def operations(self) -> Operations:
-        """Of each image."""
+        """Operations per image, over all modules."""
         return sum((each.activations[0].frozen + each.activations[0].trained for each in self.modules), Operations())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResourcePlan:
-    """What a recipe takes."""
+    """Predictions for a recipe."""
 
     recipe: str
     settings: PlanConfig
@@ -131,15 +139,18 @@ class ResourcePlan:
     ranks: int
     stages: list[StagePlan]
     given: bool
-    """The encoder is taken over as it is."""
+    """Whether the encoder is taken from elsewhere and not trained."""
     left_out: list[str]
-    """Stages that train, and that the planner does not know."""
+    """Stages that train but that the planner does not support."""
     measured_bytes: bool
-    """Bytes per image are those of shards that exist."""
+    """Whether the bytes per image come from existing shards instead of an assumption."""
 
 
 def make_plan(config: RunConfig, settings: PlanConfig) -> ResourcePlan:
-    """Plan the recipe's trainings. Raises UserError for a GPU that is not known, or a batch that does not divide."""
+    """Plan the training stages of a recipe.
+
+    Raises UserError if the GPU is unknown, or a stage's batch is not divisible by ranks times micro-batches.
+    """
     gpu, ranks = gpu_of(settings.gpu), settings.nodes * settings.gpus_per_node
     made = components.build_models_on_meta(config)
     adopted = EncoderStage(config).settings.encoder_weights
@@ -147,7 +158,7 @@ def make_plan(config: RunConfig, settings: PlanConfig) -> ResourcePlan:
     stages = [name for name in FROZEN_MODELS if name in config.stages]
     left_out = [name for name in STAGES.trained() if name in config.stages and name not in FROZEN_MODELS]
     stages = [name for name in stages if not (name == "encoder" and given)]
-    micro = {name: _micro_batch(config, name, ranks) for name in stages}  # refused before anything is counted
+    micro = {name: _micro_batch(config, name, ranks) for name in stages}  # raises before the slow counting
     manifest = _manifest(config)
     plans = [_stage(config, settings, gpu, manifest, name, micro[name]) for name in stages]
     return ResourcePlan(
@@ -182,7 +193,7 @@ def _stage(
     step = shardings[training.zero_stage].step
     size = manifest_bytes(manifest) if manifest else config.channels * config.image_size**2 * settings.packing + HEADERS
     known = name != "encoder" and made.latent_space and not encoder_use(config, made, manifest)[0]
-    # no image is read if latents alone are diffused and they are known
+    # A latent diffusion stage reads no images if the latents are cached.
     reads = not known and not uses_stream(config)
     return StagePlan(
         name=name, modules=modules, training=training, micro_batch=micro, frozen=frozen, computing=computing,
@@ -193,14 +204,16 @@ def _stage(
 
 
 def manifest_bytes(manifest: Manifest) -> float:
-    """Bytes of a shard per image."""
+    """Return the mean bytes per image of the training shards."""
     return sum(shard.bytes for shard in manifest.splits[TRAIN]) / manifest.count(TRAIN)
 
 
 def encoder_use(config: RunConfig, made: RunModels, manifest: Manifest | None) -> tuple[bool, bool]:
-    """Whether the frozen encoder encodes, and decodes, in every step (dvae.stages.latent_sources.open_latents).
+    """Return whether the frozen encoder (encodes, decodes) in every step.
 
-    Where there are no shards yet, that the posteriors would fit into data.cache_gib is not known: it encodes.
+    This follows dvae.stages.latent_sources.open_latents.
+    If there are no shards yet, it is unknown whether the posteriors fit in data.cache_gib. The encoder is then assumed
+    to encode in every step.
     """
     if "cache" in config.stages:
         return False, cache_settings(config).contents is CacheContents.posteriors
@@ -211,7 +224,7 @@ def encoder_use(config: RunConfig, made: RunModels, manifest: Manifest | None) -
 
 
 def passes_of(config: RunConfig, stage: str, manifest: Manifest | None) -> dict[str, ForwardPass]:
-    """The passes of a stage, by the module that each trains, on meta."""
+    """Return the forward passes of a stage, by the name of the module that each trains, on the meta device."""
     made = components.build_models_on_meta(config)
     if stage == "encoder":
         return passes.encoder_passes(made)
@@ -220,7 +233,7 @@ def passes_of(config: RunConfig, stage: str, manifest: Manifest | None) -> dict[
 
 
 def modules_of(config: RunConfig, stage: str, manifest: Manifest | None) -> list[PlannedModule]:
-    """Count a stage's passes, as the recipe has them and with activation checkpointing the other way."""
+    """Count a stage's passes with the recipe's activation checkpointing setting, and with the opposite one if any."""
     training, component = config.training(stage), getattr(config, stage)
     ways = [passes_of(config, stage, manifest)]
     recomputed = [bool(getattr(component, RECOMPUTES, False))]
@@ -241,11 +254,12 @@ def modules_of(config: RunConfig, stage: str, manifest: Manifest | None) -> list
 
 @dataclass(frozen=True)
 class PassCounts:
-    """What was counted of a pass, for the micro-batches of COUNTED images."""
+    """Counts of a forward and a backward pass, one for each size in COUNTED_BATCHES."""
 
     kept: list[int]
-    """Bytes, as a GPU has them."""
+    """Bytes saved for the backward pass, as on a GPU."""
     worked: list[PassCost]
+    """Operations and memory, as on a CPU."""
 
     @classmethod
     def of(cls, one: ForwardPass, bf16: bool) -> PassCounts:
@@ -253,7 +267,11 @@ class PassCounts:
         return cls(kept, [counting.count_pass(one, images, bf16) for images in COUNTED_BATCHES])
 
     def activations(self, recomputed: bool, plain: PassCounts) -> Activations:
-        """What passes was counted as a CPU has it: a GPU is taken to have as much more as it keeps more of `plain`."""
+        """Convert the counts to bytes and operations per image.
+
+        Transient memory is counted with CPU kernels and scaled by the GPU/CPU ratio of saved activations. The ratio is
+        taken from `plain`, the counts without activation checkpointing.
+        """
         more = plain.kept[1] / max(1, plain.worked[1].kept)
         kept, kept_fixed = _line(self.kept)
         passing, passing_fixed = _line([more * (worked.peak - worked.kept) for worked in self.worked])
@@ -265,13 +283,16 @@ class PassCounts:
 
 
 def _line(values: Sequence[float]) -> tuple[int, int]:
-    """Slope and start, neither below 0, of the line through values at COUNTED."""
+    """Return slope and intercept, at least 0 each, of the line through two values at the sizes COUNTED_BATCHES."""
     slope = max(0.0, (values[1] - values[0]) / (COUNTED_BATCHES[1] - COUNTED_BATCHES[0]))
     return round(slope), round(max(0.0, values[1] - slope * COUNTED_BATCHES[1]))
 
 
 def seconds(operations: Operations, gpu: GPU, precision: Precision, efficiency: float) -> float:
-    """Time of operations at a share of the peak; PyTorch's fp32 convolutions are TF32, its matrix products are not."""
+    """Return the seconds that operations take at a fraction `efficiency` of the GPU's peak.
+
+    In fp32, PyTorch runs convolutions in TF32 and matrix products in full fp32 by default.
+    """
     bf16 = precision is Precision.bf16
     convolutions = operations.convolutions / (gpu.bf16 if bf16 else gpu.tf32)
     products = operations.products / (gpu.bf16 if bf16 else gpu.fp32)
@@ -279,13 +300,17 @@ def seconds(operations: Operations, gpu: GPU, precision: Precision, efficiency: 
 
 
 def bandwidth(settings: PlanConfig, gpu: GPU) -> float:
-    """Bytes per second of the slowest link of a ring over all ranks."""
+    """Return the bytes per second and direction of the slowest link of a ring over all ranks."""
     network = gpu.network if settings.network is None else settings.network
     return 1e9 * (gpu.link if settings.nodes == 1 else min(gpu.link, network))
 
 
 def _optimizer(modules: list[PlannedModule], training: TrainingConfig, ranks: int, gpu: GPU) -> float:
-    """Seconds: weights, moments and averages are read and written, gradients read; nothing else is slow."""
+    """Return the seconds of an optimizer step on a rank, from the memory traffic alone.
+
+    Weights, two moments and averages are read and written, and gradients are read. From ZeRO stage 1 on, each rank
+    updates its partition only.
+    """
     part = ranks if training.zero_stage else 1
     moved = sum(FLOAT * each.parameters * (2 * (3 + each.averages) + 1) for each in modules)
     return moved / part / (1e9 * gpu.bandwidth)
@@ -314,12 +339,12 @@ def _sharding(
 
 
 def _sum(each: list[Footprint]) -> Footprint:
-    """Of several engines together; their stages are one."""
+    """Add the footprints of several engines that use the same ZeRO stage."""
     names = [field.name for field in fields(Footprint) if field.name != "stage"]
     return Footprint(**{name: sum(getattr(one, name) for one in each) for name in names}, stage=each[0].stage)
 
 
 def _largest(free: float, modules: list[PlannedModule], of: Callable[[PlannedModule], Activations]) -> int:
-    """Images of the largest micro-batch whose activations fit into `free` bytes."""
+    """Return the images of the largest micro-batch whose activations fit in `free` bytes, or 0."""
     found = [of(module) for module in modules]
     return max(0, min(math.floor((free - one.fixed) / (one.kept + one.passing)) for one in found))

@@ -1,4 +1,4 @@
-"""What the planner prints."""
+"""Format a plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ GIB = 2**30
 
 
 def format_plan(plan: ResourcePlan) -> str:
-    """The whole plan."""
+    """Return the whole plan as text."""
     settings = plan.settings
     lines = [
         f"{plan.recipe} on {settings.nodes} x {settings.gpus_per_node} {settings.gpu} ({plan.ranks} ranks): all of it "
-        "is predicted, nothing was measured on a GPU"
+        "is predicted, and nothing was measured on a GPU"
     ]
     if plan.given:
-        lines += ["", "encoder: taken over as it is, not trained"]
+        lines += ["", "encoder: taken from elsewhere, not trained"]
     if plan.left_out:
         lines += ["", f"{', '.join(plan.left_out)}: not planned"]
     for stage in plan.stages:
         lines += ["", *_stage(stage, plan)]
     days = sum(stage.gpu_days for stage in plan.stages)
-    lines += ["", f"to the recipe's end (predicted): {_days(days, plan.ranks)}", "", *assumptions(plan)]
+    lines += ["", f"whole recipe (predicted): {_days(days, plan.ranks)}", "", *assumptions(plan)]
     return "\n".join(lines)
 
 
 def _days(days: float, ranks: int) -> str:
     hours = 24 * days / ranks
-    return f"{days:.3g} GPU-days, {hours:.3g} hours by the clock"
+    return f"{days:.3g} GPU-days, {hours:.3g} wall-clock hours"
 
 
 def _stage(stage: StagePlan, plan: ResourcePlan) -> list[str]:
@@ -41,10 +41,10 @@ def _stage(stage: StagePlan, plan: ResourcePlan) -> list[str]:
     names = " + ".join(module.name for module in stage.modules)
     operations = stage.operations
     lines = [
-        f"{names}: {sizes} parameters; {training.steps} steps of {training.batch} images, {stage.micro_batch} on a "
-        f"rank at a time (micro_batches={training.micro_batches}), {training.precision.name}",
-        f"  {operations.total / 1e9:.4g} GFLOP an image, forward and backward, of which "
-        f"{sum(m.activations[0].frozen.total for m in stage.modules) / 1e9:.4g} of the frozen encoder",
+        f"{names}: {sizes} parameters; {training.steps} steps of {training.batch} images, {stage.micro_batch} per "
+        f"micro-batch (micro_batches={training.micro_batches}), {training.precision.name}",
+        f"  {operations.total / 1e9:.4g} GFLOP per image, forward and backward, including "
+        f"{sum(m.activations[0].frozen.total for m in stage.modules) / 1e9:.4g} of frozen modules",
     ]
     for module in stage.modules:
         lines += [_activations(module.name, one, stage.micro_batch) for one in module.activations]
@@ -53,7 +53,7 @@ def _stage(stage: StagePlan, plan: ResourcePlan) -> list[str]:
     lines += ["", *_table(stage), ""]
     step = stage.chosen.step
     lines.append(
-        f"  predicted at ZeRO {training.zero_stage}: a step {1000 * step:.3g} ms (computing "
+        f"  predicted at ZeRO {training.zero_stage}: {1000 * step:.3g} ms per step (computing "
         f"{1000 * stage.computing:.3g}, communication {1000 * stage.chosen.communication:.3g}, optimizer "
         f"{1000 * stage.optimizer:.2g}), {training.batch / step:.4g} images/s"
     )
@@ -65,15 +65,15 @@ def _stage(stage: StagePlan, plan: ResourcePlan) -> list[str]:
 def _activations(name: str, one: Activations, images: int) -> str:
     how = "with" if one.recomputed else "without"
     return (
-        f"  activations of {name} {how} checkpointing: {_gib(one.bytes(images))} GiB a micro-batch of {images} (an "
-        f"image: {_gib(one.kept)} kept, {_gib(one.passing)} passing; {_gib(one.fixed)} whatever their number)"
+        f"  activations of {name} {how} checkpointing: {_gib(one.bytes(images))} GiB per micro-batch of {images} "
+        f"(per image: {_gib(one.kept)} saved, {_gib(one.passing)} transient; fixed: {_gib(one.fixed)})"
     )
 
 
 def _table(stage: StagePlan) -> list[str]:
-    """Bytes per rank, and time, by ZeRO stage."""
+    """Return the lines of a table with memory per rank in GiB and times in ms, one row per ZeRO stage."""
     recomputed = stage.modules[0].activations[0].recomputed
-    head = ["ZeRO", "weights", "grads", "moments", "EMA", "buckets", "in all", "fits", "max micro-batch"]
+    head = ["ZeRO", "weights", "grads", "moments", "EMA", "buckets", "total", "fits", "max micro-batch"]
     head += ["without ckpt" if recomputed else "with ckpt", "sent/step", "comm ms", "step ms"]
     rows = [head]
     for one in stage.shardings:
@@ -98,7 +98,7 @@ def _data(stage: StagePlan, nodes: int) -> str:
     rate = stage.images_per_second / nodes
     return (
         f"  data: each node reads {rate:.4g} images/s, {rate * stage.bytes_per_image / 1e6:.3g} MB/s at "
-        f"{stage.bytes_per_image / 1e3:.3g} kB an image, where it keeps none in memory"
+        f"{stage.bytes_per_image / 1e3:.3g} kB per image, if it keeps no images in memory"
     )
 
 
@@ -107,34 +107,38 @@ def _gib(size: float) -> str:
 
 
 def assumptions(plan: ResourcePlan) -> list[str]:
-    """All that the figures rest on."""
+    """Return the lines that list all assumptions of the plan."""
     settings, gpu = plan.settings, plan.gpu
-    hidden = {None: "hidden at ZeRO 3, as the engine has it", True: "hidden behind computing", False: "not hidden"}
-    packing = "as in the shards that exist" if plan.measured_bytes else (
-        f"PNGs of {settings.packing:g} of their pixels (packing=), 2 kB of tar each"
+    hidden = {
+        None: "communication overlaps with computing at ZeRO 3 only, as in the engine",
+        True: "communication overlaps with computing",
+        False: "communication does not overlap with computing",
+    }
+    packing = "image sizes from the existing shards" if plan.measured_bytes else (
+        f"a PNG has {settings.packing:g} times the bytes of its pixels (packing=), and 2 kB of tar"
     )  # fmt: skip
     lines = [
         f"{settings.gpu}: {gpu.about}",
         f"peak, dense: {gpu.bf16:g} TFLOP/s bf16; in fp32 {gpu.tf32:g} for convolutions (TF32), {gpu.fp32:g} for "
         "matrix products",
-        f"efficiency={settings.efficiency:g} of the peak, of convolutions and matrix products, which alone are "
-        "counted; measure your own: time and days are inverse to it",
+        f"efficiency={settings.efficiency:g} of the peak; only convolutions and matrix products are counted; time and "
+        "days are inversely proportional to it, so measure your own",
         f"{gpu.memory:g} GB of memory, of which reserve={settings.reserve:g} stays free; {gpu.bandwidth:g} GB/s",
-        f"rings at {bandwidth(settings, gpu) / 1e9:g} GB/s a GPU and direction, the slowest link, with no latency; "
+        f"rings at {bandwidth(settings, gpu) / 1e9:g} GB/s per GPU and direction, the slowest link, without latency; "
         f"{hidden[settings.overlap]}",
-        "gradients and weights travel in fp32; weights, moments and averages are fp32",
-        "the tables are GiB on each GPU; * is the recipe's ZeRO stage",
-        "kept activations as CUDA's autocast and fused attention keep them; what passes, as much more "
-        "than on a CPU as is kept more; no workspaces of cuDNN",
+        "gradients and weights are sent in fp32; weights, moments and averages are fp32",
+        "the tables are in GiB per GPU; * marks the recipe's ZeRO stage",
+        "saved activations are counted for CUDA autocast and fused attention; transient memory is counted with CPU "
+        "kernels and scaled by the GPU/CPU ratio of saved activations; cuDNN workspaces are not counted",
         f"data: {packing}",
-        "no time for reading, saving, previews, scores, the prior's fit or a cache; every rank as fast as the others",
+        "no time for reading, saving, previews, scores, fitting the prior or a cache; all ranks are equally fast",
     ]
     if any(stage.training.offload for stage in plan.stages):
-        lines.append("offload is not planned for: the optimizer's state is counted on the GPU, its step too")
+        lines.append("offload is ignored: the optimizer's state and step are counted on the GPU")
     return ["assumptions:", *(f"  - {line}" for line in lines)]
 
 
 def plan_figures(plan: ResourcePlan) -> dict[str, Any]:
-    """The plan as JSON has it; bytes and seconds."""
+    """Return the plan as a dictionary for JSON. Memory is in bytes and time in seconds, except `gpu_days`."""
     named = asdict(plan, dict_factory=lambda pairs: {k: v.name if isinstance(v, Enum) else v for k, v in pairs})
     return named | {"predicted": True}

@@ -1,4 +1,4 @@
-"""What tools/plan.py does."""
+"""The program of tools/plan.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dvae.utils import atomic_files
 
 
 def compose_recipe(overrides: list[str]) -> RunConfig:
-    """The recipe as tools/launch.py composes it; a path to images is not needed, since none are looked at."""
+    """Compose the recipe as tools/launch.py does. The path of the images may be missing, because none are read."""
     composed = compose.compose("train", overrides)
     source = composed.get("source")
     if isinstance(source, DictConfig) and OmegaConf.is_missing(source, "path"):
@@ -24,7 +24,10 @@ def compose_recipe(overrides: list[str]) -> RunConfig:
 
 
 def run(argv: list[str]) -> str:
-    """The plan of the overrides, as text; the figures go into the file of out=. Raises UserError."""
+    """Plan the recipe that the command-line words `argv` describe and return the plan as text.
+
+    If out= is set, the figures are written to that JSON file. Raises UserError for invalid words.
+    """
     settings, overrides = split_arguments(PlanConfig, argv)
     check(settings)
     found = plan.make_plan(compose_recipe(overrides), settings)

@@ -1,4 +1,4 @@
-"""What the planner is told besides the recipe."""
+"""Settings of the planner, besides the recipe."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from dvae.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    """What tools/plan.py takes, besides the overrides of tools/launch.py."""
+    """Settings of tools/plan.py, besides the overrides of tools/launch.py."""
 
     nodes: int = 1
-    """Machines."""
+    """Number of nodes, 1 or more."""
     gpus_per_node: int = 8
-    """GPUs of each, one rank for each."""
+    """GPUs of each node, 1 or more. Each GPU is one rank."""
     gpu: str = "h100"
-    """Which GPU, of dvae/planning/hardware.py."""
+    """Name of the GPU in dvae/planning/hardware.py."""
     efficiency: float = 0.1
-    """Share of the data sheet's peak that training reaches, in all its time: what docs/recipes.md assumes; take what
-    you have measured."""
+    """Share of the data sheet's peak that training reaches on average, in (0, 1]. The default is the assumption of
+    docs/recipes.md; use a value that you have measured."""
     reserve: float = 0.1
-    """Share of the GPU's memory that is kept free: for CUDA, libraries' workspaces and gaps between tensors."""
+    """Share of the GPU's memory to keep free, in [0, 1), for CUDA, library workspaces and gaps between tensors."""
     overlap: bool | None = None
-    """Whether communication hides behind computing (null: as the engine has it, at ZeRO stage 3 alone)."""
+    """Whether communication overlaps with computing. null: as in the engine, at ZeRO stage 3 only."""
     network: float | None = None
-    """GB/s from machine to machine, for each GPU and direction (null: the table's)."""
+    """GB/s between nodes, for each GPU and direction. null: the value in dvae/planning/hardware.py."""
     packing: float = 0.6
-    """Bytes of a PNG over bytes of its pixels, where there are no shards yet whose manifest would tell."""
+    """Bytes of a PNG divided by the bytes of its pixels. Used only if there are no shards yet."""
     out: str = ""
-    """A JSON file for the figures (empty: none)."""
+    """JSON file for the figures. Empty: none is written."""
 
 
 def check(settings: PlanConfig) -> PlanConfig:
-    """Raise UserError for a number that no machine has."""
+    """Return `settings`. Raises UserError if a value is outside its valid range."""
     for name in ("nodes", "gpus_per_node"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")

@@ -178,7 +178,7 @@ def test_an_encoder_that_is_taken_over_is_not_planned() -> None:
     found = plan.make_plan(planner.compose_recipe(words), PlanConfig())
     assert found.given
     assert not found.stages
-    assert "taken over as it is" in plan_report.format_plan(found)
+    assert "taken from elsewhere" in plan_report.format_plan(found)
 
 
 def test_the_trial_predicts_with_the_first_ones_efficiency() -> None:
