@@ -1,1 +1,1 @@
-"""Work on many runs: sweeps, studies, benchmarks."""
+"""Tools that work on many runs: sweeps, studies and benchmarks."""

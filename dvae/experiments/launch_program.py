@@ -1,4 +1,4 @@
-"""Run tools/launch.py in a process of its own, for commands that train several runs one after the other."""
+"""Run tools/launch.py in a separate process, for commands that train several runs one after the other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from dvae.utils.child_processes import parent_death_signal
 
 
 def launch(overrides: Sequence[str]) -> int:
-    """Train a run; returns the exit status, below 0 the signal that ended the process.
+    """Train a run in a separate process and return its exit status.
 
-    Ctrl-C reaches the process too, which then saves; so it does if this process is killed (Linux).
+    A negative status is the number of the signal that ended the process. The process saves and ends on Ctrl-C, which
+    it receives too. On Linux it also does so if this process is killed.
     """
     program = str(package.FOLDER / "tools" / "launch.py")
     return subprocess.run(

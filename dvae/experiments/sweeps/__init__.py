@@ -1,1 +1,4 @@
-"""Sweeps: many runs of one recipe with other settings, chosen by W&B's own engine from W&B's own kind of file."""
+"""Sweeps: many runs of one recipe with different settings.
+
+The settings are chosen by the sweep engine of W&B, from a W&B sweep file.
+"""

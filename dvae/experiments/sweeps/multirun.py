@@ -1,4 +1,7 @@
-"""`tools/launch.py --multirun`: one run after the other for every combination, `seed=1,2,3` as Hydra understands it."""
+"""`tools/launch.py --multirun`: train one run for every combination of values, such as `seed=1,2,3` in Hydra's syntax.
+
+The runs are trained one after the other.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ FLAGS = ("--multirun", "-m")
 
 
 def expand(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each run. Raises UserError for an override that Hydra does not understand."""
+    """Return the overrides of each run. Raises UserError if Hydra cannot parse an override."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
@@ -24,9 +27,10 @@ def expand(overrides: list[str]) -> list[list[str]]:
 
 
 def with_folders(jobs: list[list[str]]) -> list[list[str]]:
-    """Give each run a folder of its own: 0, 1, ... in that which they would share, as Hydra numbers them.
+    """Give each run its own folder.
 
-    All are composed and checked first, so that the last one's mistake is found before the first one is trained.
+    If the runs would share a folder, their own folders are numbered 0, 1, ... inside it, as in Hydra. The settings of
+    all runs are composed and checked first, so that an error in the last run is found before the first run is trained.
     """
     folders = [configuration.to_run_config(configuration.compose("train", job)).run for job in jobs]
     if len(set(folders)) == len(jobs):
@@ -38,13 +42,17 @@ def with_folders(jobs: list[list[str]]) -> list[list[str]]:
 
 
 def run(overrides: list[str]) -> None:
-    """Launch the runs one after the other, each in a process of its own. Raises MachineError at the first that fails,
-    with its exit status; the same command again passes over those that are finished."""
+    """Train the runs one after the other, each in a separate process.
+
+    Raises MachineError with the exit status of the first run that fails. The same command, given again, skips finished
+    runs.
+    """
     jobs = with_folders(expand(overrides))
     for number, job in enumerate(jobs):
         print(f"dvae: run {number + 1} of {len(jobs)}: {' '.join(job)}", flush=True)
         status = launch(job)
         if status:
             error = MachineError(f"run {number + 1} of {len(jobs)} ended with exit status {status}: {' '.join(job)}")
+            # As in a shell, a process that signal N ended has exit status 128 + N.
             error.exit_status = status if status > 0 else 128 - status
             raise error

@@ -1,4 +1,4 @@
-"""Parallel coordinates: an axis for each swept parameter and one for the metric, a curve for each trial."""
+"""Draw parallel coordinates, with an axis for each swept parameter and the metric, and a curve for each trial."""
 
 from __future__ import annotations
 
@@ -24,24 +24,29 @@ from dvae.utils import atomic_files
 
 INK, SOFT = "#1c1b19", "#6a675f"
 PER_AXIS, SIDE, HEIGHT, DPI = 1.8, 1.0, 4.4, 110
-"""Inches from one axis to the next, beside the outer ones, and in all; dots per inch."""
+"""Inches between two axes, inches beside the outer axes, height in inches, and dots per inch."""
 LETTERS = 22
-"""Letters in a line of an axis' name."""
+"""Maximum number of characters in a line of an axis' name."""
 FLAT = 0.12
-"""Share of the way between two axes in which a curve leaves its axis: near 0 it is a straight line."""
+"""Weight of a straight line in a curve between two axes: 0 gives a smooth step, 1 a straight line."""
 
 
 @dataclass(frozen=True)
 class ParallelAxis:
-    """Places values on [0, 1], and names some of them."""
+    """An axis that maps values to [0, 1], with labels for some of them."""
 
     name: str
     place: Callable[[Any], float]
+    """Maps a value to its position in [0, 1]."""
     ticks: Sequence[tuple[float, str]]
+    """Position and text of each label."""
 
 
 def draw(trials: Sequence[Trial], spec: SweepSpec, path: Path) -> None:
-    """Write the picture as PNG, in one rename; trials without a metric are gray, and end before its axis."""
+    """Write the picture as a PNG file, atomically.
+
+    The curve of a trial without a metric is gray and dotted, and does not reach the axis of the metric.
+    """
     axes = [
         axis_of(name, [trial.parameters[name] for trial in trials], "log" in str(given.get("distribution", "")))
         for name, given in spec.sweep["parameters"].items()
@@ -53,7 +58,7 @@ def draw(trials: Sequence[Trial], spec: SweepSpec, path: Path) -> None:
     figure = Figure(figsize=(width, HEIGHT))
     FigureCanvasAgg(figure)
     plot = figure.add_axes((SIDE / width, 0.06, 1 - 2 * SIDE / width, 0.72))
-    for trial in reversed(ranked(trials, spec)):  # the best one is drawn last, on top
+    for trial in reversed(ranked(trials, spec)):  # draw the best trial last, on top
         heights = [axis.place(trial.parameters[axis.name]) for axis in axes]
         if last is None or trial.metric is None:
             draw_curve(plot, heights, SOFT, 1.0, ":")
@@ -72,7 +77,10 @@ def draw(trials: Sequence[Trial], spec: SweepSpec, path: Path) -> None:
 
 
 def axis_of(name: str, values: Sequence[Any], logarithmic: bool) -> ParallelAxis:
-    """An axis over the values that there are: in equal steps for a choice among few, else to scale."""
+    """Return an axis over `values`.
+
+    Finite numbers are placed on a linear or logarithmic scale. Other values are placed in equal steps.
+    """
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not numbers or any(not math.isfinite(value) for value in values):
         kinds = sorted({format_value(value) for value in values})
@@ -94,12 +102,12 @@ def axis_of(name: str, values: Sequence[Any], logarithmic: bool) -> ParallelAxis
 
 
 def needs_log_scale(values: Sequence[float]) -> bool:
-    """Whether a metric spans so much that only a logarithmic axis shows its small values."""
+    """Return whether the range of a metric is so wide that small values are visible only on a logarithmic axis."""
     return min(values) > 0 and max(values) >= 20 * min(values)
 
 
 def draw_curve(plot: Axes, heights: Sequence[float], color: Any, width: float, style: str) -> None:
-    """A smooth curve through (0, heights[0]), (1, heights[1]), ..., level at each axis."""
+    """Draw a smooth curve through (0, heights[0]), (1, heights[1]), ..., which is almost horizontal at each axis."""
     t = np.linspace(0.0, 1.0, 40)
     smooth = (1 - FLAT) * (3 * t**2 - 2 * t**3) + FLAT * t
     for left, (a, b) in enumerate(pairwise(heights)):
@@ -107,7 +115,7 @@ def draw_curve(plot: Axes, heights: Sequence[float], color: Any, width: float, s
 
 
 def draw_axis(plot: Axes, x: int, axis: ParallelAxis) -> None:
-    """The axis' line, its ticks, and its name above."""
+    """Draw an axis, its ticks, and its name above it."""
     plot.plot([x, x], [0, 1], color=INK, linewidth=1.0, clip_on=False)
     for place, text in axis.ticks:
         plot.plot([x, x + 0.02], [place, place], color=INK, linewidth=1.0, clip_on=False)
@@ -117,7 +125,7 @@ def draw_axis(plot: Axes, x: int, axis: ParallelAxis) -> None:
 
 
 def break_name(name: str) -> str:
-    """A long name broken after dots and slashes."""
+    """Break a long name into lines, after dots and slashes."""
     lines = [""]
     for part in re.findall(r"[^./]*[./]?", name):
         if len(lines[-1] + part) > LETTERS and lines[-1]:

@@ -1,7 +1,7 @@
-"""W&B's own engine: what to try next, and what to stop. The only file that imports `sweeps`.
+"""The sweep engine of W&B, which chooses the next trial and the trials to stop. Only this file imports `sweeps`.
 
-Its functions draw from the global generators of `random` and NumPy. They are seeded for each trial by its number, so a
-grid or a random sweep proposes the same trials whenever it is started; bayes depends on what has ended by then.
+The engine draws from the global generators of `random` and NumPy. They are seeded for each trial by its number. A grid
+or random sweep therefore always proposes the same trials. A bayes sweep also depends on which trials have ended.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ INSTALL = "pip install 'dvae[sweep]' && pip install --no-deps sweeps==0.3.0"
 
 
 def library() -> ModuleType:
-    """The package `sweeps`. Raises UserError where it is not installed."""
+    """Import the package `sweeps`. Raises UserError if it is not installed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is written for an older pydantic, which says so at length
+        warnings.simplefilter("ignore")  # `sweeps` is written for an older pydantic, and pydantic warns about that
         try:
             import sweeps
         except ImportError as error:
@@ -34,7 +34,7 @@ def library() -> ModuleType:
 
 
 def violations(sweep: dict[str, Any]) -> list[str]:
-    """What W&B's schema has against a sweep file, one line each."""
+    """Return the violations of W&B's schema in a sweep file, one line each."""
     try:
         found = library().schema_violations_from_proposed_config(sweep)
     except ValueError as error:
@@ -43,16 +43,16 @@ def violations(sweep: dict[str, Any]) -> list[str]:
 
 
 def propose(sweep: dict[str, Any], trials: Sequence[Trial]) -> dict[str, Any] | None:
-    """Parameters of the next trial, given all that came before it; None where a grid is exhausted.
+    """Return the parameters of the next trial, given all earlier trials, or None if a grid is exhausted.
 
-    Raises UserError where the method cannot use a parameter (a grid over a range of real numbers).
+    Raises UserError if the method cannot use a parameter, such as a grid over a range of real numbers.
     """
     seed = int(np.random.SeedSequence(len(trials)).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # bayes says in its own way that a fit is poor
+            warnings.simplefilter("ignore", ConvergenceWarning)  # bayes handles a poor fit itself
             run = library().next_run(sweep, [_run(sweep, trial, []) for trial in trials])
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"method: {sweep['method']}: {fold(error)}") from None
@@ -60,7 +60,10 @@ def propose(sweep: dict[str, Any], trials: Sequence[Trial]) -> dict[str, Any] | 
 
 
 def trials_to_stop(sweep: dict[str, Any], trials: Sequence[Trial], histories: dict[int, list[float]]) -> list[int]:
-    """Numbers of the running trials that hyperband ends, by all values of the metric so far, one list per trial."""
+    """Return the numbers of the running trials that hyperband stops.
+
+    `histories` maps each trial's number to all values of its metric so far.
+    """
     if "early_terminate" not in sweep:
         return []
     runs = [_run(sweep, trial, histories.get(trial.number, [])) for trial in trials]
@@ -73,7 +76,8 @@ ENGINE_STATES = {
     TrialState.stopped: "finished",
     TrialState.failed: "failed",
 }
-"""A stopped trial counts with the metric that it had reached; a failed one as if it were the worst."""
+"""Trial states in terms of the engine. A stopped trial counts with the metric it had reached. The engine treats a
+failed trial as the worst."""
 
 
 def _run(sweep: dict[str, Any], trial: Trial, values: list[float]) -> Any:
@@ -88,5 +92,5 @@ def _run(sweep: dict[str, Any], trial: Trial, values: list[float]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which JSON and Hydra know."""
+    """Convert a NumPy number to a Python number, which JSON and Hydra support."""
     return value.item() if isinstance(value, np.generic) else value

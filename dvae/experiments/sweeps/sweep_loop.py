@@ -1,4 +1,4 @@
-"""The sweep: trials are drawn, started, watched and entered, until `n` of them are at their end."""
+"""The sweep loop, which chooses, starts, watches and records trials until `n` of them are done."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from dvae.tracking import figures
 from dvae.utils.child_processes import handling
 
 POLL_SECONDS = 1.0
-"""Seconds between two looks at the trials."""
+"""Seconds between two checks of the trials."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SweepToolConfig:
-    """What tools/sweep.py takes, besides overrides for its trials."""
+    """Settings of tools/sweep.py, besides the overrides for its trials."""
 
     sweep: str = ""
-    """A sweep of recipes/sweep, or a YAML file."""
+    """Name of a sweep in recipes/sweep, or path of a YAML file."""
     n: int = 8
-    """Trials that the sweep shall have at its end; those that failed are not counted."""
+    """Number of finished trials at which the sweep ends, 1 or more. Failed trials do not count."""
     parallel: int = 1
-    """Trials at a time."""
+    """Number of trials that run at the same time, 1 or more."""
     out: str = ""
-    """Folder of the sweep; by default runs/sweep-NAME."""
+    """Folder of the sweep. Empty: runs/sweep-NAME."""
     failures: int = 3
-    """Trials that may fail, in one call, before it gives up."""
+    """Number of failed trials in one call at which the sweep gives up, 1 or more."""
 
 
 class SweepStopped(MachineError):
-    """The sweep was asked to stop, and its trials have saved."""
+    """The sweep received a signal to stop, and its trials have saved."""
 
     exit_status = TERMINATED
 
 
 @dataclass
 class Sweep:
-    """A sweep in progress. `processes` is what starts and watches its trials."""
+    """A sweep in progress. `processes` starts and watches its trials."""
 
     spec: SweepSpec
     folder: SweepFolder
@@ -62,8 +62,10 @@ class Sweep:
         self.failed = 0
 
     def run(self) -> list[Trial]:
-        """Returns all trials once `n` are at their end, or a grid has no more. Raises UserError for a metric that
-        is not measured, MachineError where too many trials fail."""
+        """Run trials until `n` are done or a grid is exhausted, and return all trials.
+
+        Raises UserError if the metric is not measured, and MachineError if too many trials fail.
+        """
         exhausted = False
         while True:
             for number, running in self.processes.ended().items():
@@ -75,7 +77,10 @@ class Sweep:
             time.sleep(POLL_SECONDS)
 
     def start_trials(self) -> bool:
-        """Start trials until `parallel` run or `n` are on their way; False where the engine has no more."""
+        """Start trials until `parallel` are running, or `n` are running or done.
+
+        Trials of an earlier call that have not ended are started first. Returns False if the engine has no more trials.
+        """
         while len(self.processes.running) < self.settings.parallel:
             waiting = [
                 t for t in self.trials if t.state is TrialState.running and t.number not in self.processes.running
@@ -99,7 +104,7 @@ class Sweep:
         print(f"dvae: {trial.name} {chosen}", flush=True)
 
     def record_end(self, trial: Trial, running: RunningTrial) -> None:
-        """Enter what has become of a trial whose process has ended."""
+        """Record the result of a trial whose process has ended."""
         status = running.process.status
         trial.seconds = round(trial.seconds + running.seconds(), 1)
         if status == 0 or running.asked_to_stop:
@@ -107,7 +112,7 @@ class Sweep:
             trial.state = TrialState.finished if status == 0 else TrialState.stopped
             if trial.metric is None:
                 trial.state, trial.message = TrialState.failed, f"{self.spec.metric} was not a finite number"
-        elif status != TERMINATED:  # one that somebody else asked to stop has saved, and is taken up again
+        elif status != TERMINATED:  # a trial with status TERMINATED has saved after a signal and is resumed later
             trial.state, trial.message = TrialState.failed, f"exit status {status}: {running.last_line()}"
         self.folder.keep(self.trials)
         reached = "" if trial.metric is None else f", {self.spec.metric} {format_value(trial.metric)}"
@@ -115,7 +120,10 @@ class Sweep:
         self.check_failures(trial)
 
     def final_metric(self, trial: Trial) -> float | None:
-        """The metric at the end of a trial; None where it is not finite. Raises UserError where there is no such."""
+        """Return the metric at the end of a trial, or None if it is not finite.
+
+        Raises UserError if the trial does not measure it.
+        """
         found = figures.run_figures(self.folder.run(trial))
         if self.spec.metric not in found:
             raise UserError(
@@ -125,17 +133,17 @@ class Sweep:
         return found[self.spec.metric]
 
     def check_failures(self, trial: Trial) -> None:
-        """Raise MachineError where this trial's failure is one too many."""
+        """Count this trial if it failed. Raises MachineError if `failures` trials of this call have failed."""
         if trial.state is TrialState.failed:
             self.failed += 1
             if self.failed >= self.settings.failures:
                 raise MachineError(
                     f"{self.failed} trials failed, the last of them {trial.name} with {trial.message}; see "
-                    f"{self.folder.log(trial)}; the same command again draws others"
+                    f"{self.folder.log(trial)}; run the same command again to draw other trials"
                 )
 
     def stop_unpromising(self) -> None:
-        """Ask those to stop that hyperband gives up."""
+        """Signal the trials that hyperband gives up to save and stop."""
         if "early_terminate" not in self.spec.sweep:
             return
         values = {
@@ -149,9 +157,10 @@ class Sweep:
 
 
 def sweep(overrides: list[str], settings: SweepToolConfig) -> tuple[SweepSpec, SweepFolder, list[Trial]]:
-    """Run the sweep that `settings` names; every trial gets the `overrides`.
+    """Run the sweep that `settings` describes, with `overrides` for every trial.
 
-    Raises UserError before anything is written.
+    Returns the sweep file, the sweep's folder and all trials. Raises UserError for invalid settings before anything is
+    written, and the errors of `Sweep.run`.
     """
     found = spec.load(settings.sweep)
     for name in ("n", "parallel", "failures"):
@@ -175,7 +184,7 @@ def sweep(overrides: list[str], settings: SweepToolConfig) -> tuple[SweepSpec, S
 
 @contextmanager
 def stopping_trials(processes: TrialProcesses) -> Iterator[None]:
-    """Have the trials save and end when the block is left, whatever ends it; SIGTERM ends it."""
+    """Make all trials save and end when the block is left for any reason. SIGTERM raises SweepStopped in the block."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         raise SweepStopped(
@@ -190,10 +199,10 @@ def stopping_trials(processes: TrialProcesses) -> Iterator[None]:
 
 
 def count_done(trials: Sequence[Trial]) -> int:
-    """How many trials are at their end, and did not fail."""
+    """Return the number of trials that have ended without failing."""
     return sum(trial.state in DONE_STATES for trial in trials)
 
 
 def format_value(value: object) -> str:
-    """A parameter or a metric, for people."""
+    """Format a parameter or a metric for display, with four significant digits for floats."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""A W&B sweep file: found, checked, and its command made into overrides for tools/launch.py."""
+"""Find and check a W&B sweep file, and convert its command to overrides for tools/launch.py."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from dvae.utils.read import DamagedFile
 from dvae.utils.user_yaml import read_user_yaml
 
 SERVER_ONLY = ("run", "tracking.wandb.mode")
-"""Overrides in a command that suit W&B's agent: here trials have a folder of the sweep's, and need no server."""
+"""Overrides in a sweep file's command that are only for W&B's agent and are left out here.
+
+Here trials run in the sweep's folder and need no W&B server.
+"""
 PROGRAM = "tools/launch.py"
 
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """A sweep file that W&B's schema and the recipe accept."""
+    """A checked sweep file."""
 
     name: str
-    """That of the file."""
+    """Name of the file without its suffix."""
     sweep: dict[str, Any]
-    """The file."""
+    """Contents of the file."""
 
     @property
     def metric(self) -> str:
@@ -45,9 +48,10 @@ class SweepSpec:
         return bool(self.sweep["metric"].get("goal", "minimize") == "minimize")  # W&B's default
 
     def command(self, parameters: Mapping[str, Any], overrides: Iterable[str]) -> list[str]:
-        """The process of a trial: the file's command with these parameters and further overrides, which come last.
+        """Return the command line of a trial: the file's command with these parameters, then the overrides.
 
-        What the file says for W&B's agent alone (SERVER_ONLY) is left out.
+        An override replaces an earlier one of the same field. The fields in SERVER_ONLY are left out of the file's
+        command.
         """
         chunks = expand(self.sweep["command"], self.sweep["program"], parameters)
         start = chunks.index(program(self.sweep["program"])) + 1
@@ -56,18 +60,21 @@ class SweepSpec:
         return [*chunks[:start], *given.values()]
 
     def overrides(self, parameters: Mapping[str, Any], overrides: Iterable[str]) -> list[str]:
-        """What `command` gives tools/launch.py."""
+        """Return the arguments that `command` passes to tools/launch.py."""
         chunks = self.command(parameters, overrides)
         return chunks[chunks.index(program(self.sweep["program"])) + 1 :]
 
 
 def key(word: str) -> str:
-    """The field that an override sets: `+a.b=1` and `~a.b` set a.b."""
+    """Return the field that an override sets, such as a.b for `+a.b=1` and `~a.b`."""
     return word.lstrip("+~").partition("=")[0]
 
 
 def load(name: str) -> SweepSpec:
-    """The sweep `name` of recipes/sweep, or in a file. Raises UserError where there is none or it cannot work here."""
+    """Load the sweep `name` from recipes/sweep, or from a YAML file.
+
+    Raises UserError if it does not exist, cannot be read, or is not valid here.
+    """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -85,7 +92,10 @@ def load(name: str) -> SweepSpec:
 
 
 def check(name: str, sweep: Any) -> dict[str, Any]:
-    """Refuse what W&B refuses, and what only its server can do. Raises UserError, one line."""
+    """Return the contents of a sweep file if they are valid.
+
+    Raises a one-line UserError if W&B's schema refuses the file, or if only W&B's server supports it.
+    """
     if not isinstance(sweep, dict):
         raise UserError(f"sweep={name}: not a sweep: a mapping with method, metric, parameters and command is one")
     parameters = sweep.get("parameters")
@@ -100,7 +110,7 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
         raise UserError(f"sweep={name}: it names no metric to optimize: add metric: {{name: refiner/loss}}")
     for wanted in ("program", "command"):
         if not sweep.get(wanted):
-            raise UserError(f"sweep={name}: it has no {wanted}: copy that of {recipe_names('sweep')[0]}.yaml")
+            raise UserError(f"sweep={name}: it has no {wanted}: copy the one of {recipe_names('sweep')[0]}.yaml")
     nested = [parameter for parameter, given in sweep["parameters"].items() if "parameters" in given]
     if nested:
         raise UserError(f"sweep={name}: parameter {nested[0]!r} is nested: write its fields with dots, a.b")
@@ -109,7 +119,11 @@ def check(name: str, sweep: Any) -> dict[str, Any]:
 
 
 def check_first_trial(spec: SweepSpec, overrides: list[str]) -> RunConfig:
-    """The settings of the first trial, before anything is written. Raises UserError where the recipe refuses it."""
+    """Compose the settings of the first trial before anything is written, and return them.
+
+    Raises UserError if the recipe refuses the settings, an override sets a swept parameter, or the metric is not one of
+    the recipe's.
+    """
     swept = [word for word in overrides if key(word) in spec.sweep["parameters"]]
     if swept:
         raise UserError(f"{swept[0]}: the sweep chooses {key(swept[0])}: leave it out")
@@ -119,7 +133,7 @@ def check_first_trial(spec: SweepSpec, overrides: list[str]) -> RunConfig:
     training = spec.metric.partition("/")[0]  # a stage may have several trainings, NAME-32
     if stage_of(training) not in settings.stages:
         raise UserError(
-            f"metric {spec.metric!r} is no figure of the stages {', '.join(settings.stages)}: "
+            f"metric {spec.metric!r} is not measured by the stages {', '.join(settings.stages)}: "
             f"name one like refiner/loss or {EVALUATE}/reconstructions/psnr"
         )
     # hyperband compares trials by step, and only trainings have metrics by step
@@ -132,7 +146,10 @@ def check_first_trial(spec: SweepSpec, overrides: list[str]) -> RunConfig:
 
 
 def expand(command: list[Any], program_: str, parameters: Mapping[str, Any]) -> list[str]:
-    """What W&B's agent makes of a command: macros, and ${envvar:NAME} inside of words. Raises UserError for others."""
+    """Expand a command as W&B's agent does: replace the macros, and ${envvar:NAME} inside words.
+
+    Raises UserError for an unknown macro, or if the command lacks ${program} or ${args_no_hyphens}.
+    """
     macros = {
         "${env}": ["/usr/bin/env"],
         "${interpreter}": [sys.executable],
@@ -149,10 +166,13 @@ def expand(command: list[Any], program_: str, parameters: Mapping[str, Any]) -> 
             raise UserError(f"command: {chunk}: {suggest(chunk, macros)}")
         chunks.append(whole)
     if program(program_) not in chunks or "${args_no_hyphens}" not in map(str, command):
-        raise UserError("command: it needs ${program} and ${args_no_hyphens}, for Hydra takes no --name=value")
+        raise UserError("command: it needs ${program} and ${args_no_hyphens}, as Hydra does not accept --name=value")
     return chunks
 
 
 def program(name: str) -> str:
-    """The program of a sweep; tools/launch.py is that of this package where there is none in the working folder."""
+    """Return the path of a sweep's program.
+
+    If tools/launch.py does not exist in the working folder, this is the one of the package.
+    """
     return str(package.FOLDER / name) if name == PROGRAM and not Path(name).is_file() else name

@@ -1,10 +1,11 @@
-"""The folder of a sweep, and what it remembers.
+"""The folder of a sweep, and the record of its trials.
 
-sweep.yaml         the sweep, and the overrides that all its trials were started with
-trials.json        every trial that was drawn: parameters, state, metric
-trial-0001/ ...    their run folders
-logs/              the output of each of them
-trials.csv parallel.png
+sweep.yaml         the sweep, and the overrides of all its trials
+trials.json        every trial: parameters, state, metric
+trial-0001/ ...    the run folder of each trial
+logs/              the output of each trial
+trials.csv         the table of the trials
+parallel.png       the picture of the trials (parallel coordinates)
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from dvae.utils.user_yaml import read_user_yaml
 
 
 class TrialState(Enum):
-    """What has become of a trial."""
+    """The state of a trial."""
 
     running = "running"
-    """Drawn, and not at its end: it is taken up again when the sweep is."""
+    """Chosen but not done. It is resumed when the sweep is run again."""
     finished = "finished"
+    """Trained to the end."""
     stopped = "stopped"
-    """Ended early by hyperband; counts as finished, with the metric that it had reached."""
+    """Ended early by hyperband. It counts as finished, with the metric that it had reached."""
     failed = "failed"
-    """Its process failed; it is not tried again."""
+    """Its process failed, or its metric was not finite. It is not tried again."""
 
 
 DONE_STATES = (TrialState.finished, TrialState.stopped)
@@ -45,16 +47,16 @@ class Trial:
     """One run of a sweep."""
 
     number: int
-    """From 1."""
+    """Number of the trial, from 1."""
     parameters: dict[str, Any]
-    """What the engine chose."""
+    """Parameters that the engine chose."""
     state: TrialState = TrialState.running
     metric: Finite | None = None
-    """What the sweep optimizes, at the trial's end."""
+    """Value of the optimized metric at the trial's end."""
     seconds: Seconds = 0.0
-    """Time that its processes took, over all attempts."""
+    """Wall-clock seconds of the trial's processes, over all attempts."""
     message: str = ""
-    """For a failed one: exit status and last line."""
+    """Why the trial failed, such as its exit status and last line of output. Empty if it did not fail."""
 
     @property
     def name(self) -> str:
@@ -62,7 +64,7 @@ class Trial:
 
 
 class SweepFolder:
-    """A sweep's folder. Every change is on the disk before the next thing is done."""
+    """A sweep's folder. Every change is written to disk before the sweep continues."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +73,10 @@ class SweepFolder:
         self._trials = path / "trials.json"
 
     def open(self, sweep: dict[str, Any], overrides: list[str]) -> None:
-        """Make the folder, or take it up. Raises UserError where it holds something else, or another sweep."""
+        """Create the folder, or open it to resume the sweep.
+
+        Raises UserError if it holds another sweep or something else, or cannot be written.
+        """
         kept = {"sweep": sweep, "overrides": overrides}
         if self._sweep.exists():
             if self._kept() != kept:
@@ -87,21 +92,21 @@ class SweepFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder against a second sweep; the hold ends with this process, however it ends."""
+        """Lock the folder against a second sweep. The lock is released when this process ends, even if it is killed."""
         refusal = UserError(f"out={self.path} is in use by another sweep: wait, or use another out=")
         with atomic_files.locked(self.path / ".lock", refusal):
             atomic_files.remove_leftovers(self.path)
             yield
 
     def _kept(self) -> dict[str, Any]:
-        """What sweep.yaml holds. Raises MachineError if it is damaged."""
+        """Return the contents of sweep.yaml. Raises MachineError if it is damaged."""
         try:
             return read_user_yaml(self._sweep, "yaml")
         except DamagedFile as error:
             raise MachineError(f"{error}: this sweep's record is damaged; use another out=") from None
 
     def trials(self) -> list[Trial]:
-        """All trials, in the order in which they were drawn. Raises MachineError if their file is damaged."""
+        """Read all trials, in the order of their numbers. Raises MachineError if trials.json is damaged."""
         if not self._trials.exists():
             return []
         try:
@@ -110,17 +115,18 @@ class SweepFolder:
                 raise DamagedFile(self._trials, "does not hold the trials 1, 2, ...")
         except DamagedFile as error:
             raise MachineError(
-                f"{self._trials}: is damaged ({error.reason}); the trials' run folders beside it are whole"
+                f"{self._trials}: is damaged ({error.reason}); the trials' run folders beside it are intact"
             ) from None
         return trials
 
     def keep(self, trials: list[Trial]) -> None:
-        """Write all trials."""
+        """Write all trials to trials.json, atomically."""
         atomic_files.write_json(self._trials, [asdict(trial) | {"state": trial.state.value} for trial in trials])
 
     def run(self, trial: Trial) -> Path:
-        """The trial's run folder."""
+        """Return the trial's run folder."""
         return self.path / trial.name
 
     def log(self, trial: Trial) -> Path:
+        """Return the file for the trial's output."""
         return self.logs / f"{trial.name}.log"

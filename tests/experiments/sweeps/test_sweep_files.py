@@ -117,7 +117,7 @@ def test_the_command_expands_as_wandbs_own_agent_expands_it(
         ({"parameters": {"a": {"parameters": {"b": {"value": 1}}}}}, "'a' is nested: write its fields with dots"),
         ({"command": ["python", "${program}", "${args}"]}, "command: ${args}: did you mean"),
         ({"command": ["python", "${program}"]}, "it needs ${program} and ${args_no_hyphens}"),
-        ({"command": []}, "it has no command: copy that of avatars.yaml"),
+        ({"command": []}, "it has no command: copy the one of avatars.yaml"),
         ({"program": ""}, "it has no program"),
         ({"early_terminate": {"type": "hyperband"}}, "schema refuses it"),
     ],
@@ -175,7 +175,7 @@ def test_every_training_has_metrics_by_step_for_hyperband(metric: str, overrides
     [
         ({}, ["train_refiner.lr=1"], "train_refiner.lr=1: the sweep chooses train_refiner.lr: leave it out"),
         ({}, ["cuont=6"], "unknown field 'cuont'"),
-        ({}, ["stages=[shards,encoder]"], "metric 'refiner/loss' is no figure of the stages shards, encoder"),
+        ({}, ["stages=[shards,encoder]"], "metric 'refiner/loss' is not measured by the stages shards, encoder"),
         ({"parameters": {"refiner.widht": {"value": 3}}}, [], "unknown field 'refiner.widht': did you mean 'width'"),
         ({"method": "grid"}, [], "method: grid: Parameter train_refiner.lr is a disallowed type with grid search"),
         (

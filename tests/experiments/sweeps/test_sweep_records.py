@@ -66,7 +66,7 @@ def test_damaged_trials_are_one_line(folder: SweepFolder, text: str) -> None:
     with pytest.raises(MachineError) as error:
         folder.trials()
     assert str(error.value).startswith(f"{trials_file(folder)}: is damaged (")
-    assert str(error.value).endswith("); the trials' run folders beside it are whole")
+    assert str(error.value).endswith("); the trials' run folders beside it are intact")
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -44,7 +44,7 @@ def test_the_last_line_says_what_lacks() -> None:
     assert (
         trial_table.closing_line(trials(), 2, Path("out")) == "2 of 3 trials finished; out/trials.csv out/parallel.png"
     )
-    assert "fewer than n=9: the grid has no more" in trial_table.closing_line(trials(), 9, Path("out"))
+    assert "fewer than n=9: the grid is exhausted" in trial_table.closing_line(trials(), 9, Path("out"))
 
 
 def test_axes_place_and_name_values() -> None:
