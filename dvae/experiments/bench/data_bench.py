@@ -1,4 +1,4 @@
-"""How fast images come: our shards and loader, ImageFolder, and plain webdataset, on the same pictures."""
+"""Compare the loading speed of dvae's shards and loader, ImageFolder, and plain webdataset on the same images."""
 
 from __future__ import annotations
 
@@ -35,37 +35,42 @@ from dvae.utils import atomic_files
 from dvae.utils.text_tables import markdown_table
 
 BASE = "ImageFolder, JPEG"
-"""What the others are compared with."""
+"""Name of the baseline that the others are compared with."""
 SHARD_SIZE = 1000
+"""Images in each shard."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataBenchConfig:
-    """What `tools/bench.py data` takes."""
+    """Settings of `tools/bench.py data`."""
 
     folder: str = ""
-    """Folder of pictures (empty: drawn as smooth noise)."""
+    """Folder of images. Empty: smooth noise is generated."""
     size: int = 256
-    """Height and width in pixels."""
+    """Height and width of the images in pixels."""
     n: int = 1000
-    """Pictures, at most."""
+    """Maximum number of images."""
     batch: int = 64
-    """Images per batch."""
+    """Images per batch. At most the number of images."""
     threads: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Threads of our loader, and worker processes of the others (0: none)."""
+    """Numbers of threads of dvae's loader, and of worker processes of ImageFolder's. 0: none."""
     rounds: int = 3
-    """Passes over the pictures for each way, in turns; the median counts."""
+    """Passes over the images for each loader. All loaders alternate, and the median is reported."""
     quality: int = 90
-    """Of the JPEG files."""
+    """Quality of the JPEG files, as in Pillow."""
     out: str = ""
-    """File for the figures (JSON); empty: none."""
+    """JSON file for the figures. Empty: none is written."""
 
 
 ConfigStore.instance().store(name="bench_data_schema", node=DataBenchConfig, provider="dvae")
 
 
 def run(config: DataBenchConfig) -> dict[str, dict[str, float]]:
-    """Images per second by way, {"loaders": {...}, "decoders": {...}}; one thread of torch. Raises UserError."""
+    """Measure all loaders and decoders with one torch thread.
+
+    Returns {"loaders": {...}, "decoders": {...}} with the images per second by name. Raises UserError for invalid
+    settings.
+    """
     for name in ("size", "n", "batch", "rounds"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)}: use 1 or more")
@@ -73,10 +78,10 @@ def run(config: DataBenchConfig) -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # webdataset's and torchvision's remarks about their own future
+            warnings.simplefilter("ignore")  # deprecation warnings of webdataset and torchvision
             count = prepare(Path(folder), config)
             if count < config.batch:
-                raise UserError(f"{count} pictures make no batch of {config.batch}: use a smaller batch")
+                raise UserError(f"{count} images are too few for a batch of {config.batch}: use a smaller batch")
             figures = {
                 "loaders": timed(loaders(Path(folder), config), config.rounds),
                 "decoders": timed(decoders(Path(folder)), config.rounds),
@@ -89,7 +94,10 @@ def run(config: DataBenchConfig) -> dict[str, dict[str, float]]:
 
 
 def pictures(config: DataBenchConfig) -> Iterator[np.ndarray]:
-    """(size, size, 3) uint8: of the folder, or smooth noise, which a JPEG packs about as well as a photograph."""
+    """Yield images (size, size, 3), uint8, from the folder, or smooth noise.
+
+    JPEG compresses this noise about as well as a photograph.
+    """
     if config.folder:
         tree = FolderTree(config.folder, "folder")
         for name in tree.names[: config.n]:
@@ -104,9 +112,9 @@ def pictures(config: DataBenchConfig) -> Iterator[np.ndarray]:
 
 
 def prepare(folder: Path, config: DataBenchConfig) -> int:
-    """The same pictures as JPEG files (jpeg/all/), as a tar of them (jpeg.tar), and as our shards (shards/).
+    """Write the same images as JPEG files (jpeg/all/), as a tar file of them (jpeg.tar), and as shards (shards/).
 
-    The shards hold what the JPEG files decode to, as PNG. Returns how many pictures there are.
+    The shards hold the decoded JPEG images as PNG. Returns the number of images.
     """
     (folder / "jpeg" / "all").mkdir(parents=True)
     (folder / "shards").mkdir()
@@ -139,11 +147,11 @@ def prepare(folder: Path, config: DataBenchConfig) -> int:
 
 
 Way = Callable[[], int]
-"""Goes once over the pictures; returns how many it has seen."""
+"""Passes once over the images and returns how many it has read."""
 
 
 def loaders(folder: Path, config: DataBenchConfig) -> dict[str, Way]:
-    """Every way of loading, by name; batches of uint8 or float tensors (B, 3, H, W)."""
+    """Return all loaders by name. They load batches (B, 3, H, W) of uint8 or float."""
     fresh, kept = Shards(folder / "shards", cache_bytes=0), Shards(folder / "shards", cache_bytes=2**40)
     kept.read(range(len(kept)))
     ways: dict[str, Way] = {
@@ -161,7 +169,7 @@ def loaders(folder: Path, config: DataBenchConfig) -> dict[str, Way]:
 
 
 def ours(shards: Shards, threads: int, config: DataBenchConfig) -> int:
-    """Order, reader, decoder and loader as a run has them."""
+    """Load the shards with the order, reader, decoder and loader of a training run."""
     seen = 0
     with Loader(shards, Order(len(shards)), config.batch, threads=threads) as loader:
         while seen + config.batch <= len(shards):
@@ -171,14 +179,14 @@ def ours(shards: Shards, threads: int, config: DataBenchConfig) -> int:
 
 
 def image_folder(folder: Path, workers: int, config: DataBenchConfig) -> int:
-    """ImageFolder, PIL, ToTensor."""
+    """Load the JPEG files with ImageFolder, PIL and ToTensor."""
     data = ImageFolder(str(folder), ToTensor())
     loader = DataLoader(data, config.batch, shuffle=True, num_workers=workers, drop_last=True)
     return sum(len(images) for images, _ in loader)
 
 
 def webdataset_of(tars: list[str], decoder: str, config: DataBenchConfig) -> int:
-    """A plain WebDataset of the tar files; "pil" images become uint8 tensors here."""
+    """Load the tar files with a plain WebDataset. With the decoder "pil", images are converted to uint8 tensors."""
     data = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(1000).decode(decoder)
     data = data.to_tuple("jpg;png")
     if decoder == "pil":
@@ -187,7 +195,7 @@ def webdataset_of(tars: list[str], decoder: str, config: DataBenchConfig) -> int
 
 
 def decoders(folder: Path) -> dict[str, Way]:
-    """Decoding alone, in one thread, from memory: bytes to (3, H, W) uint8."""
+    """Return all decoders by name. Each decodes bytes in memory to (3, H, W) uint8, in one thread."""
     jpegs = [path.read_bytes() for path in sorted((folder / "jpeg" / "all").iterdir())[:200]]
     pngs = [encode_png(np.asarray(decode(data, "jpeg"))) for data in jpegs]
 
@@ -209,7 +217,10 @@ def decoders(folder: Path) -> dict[str, Way]:
 
 
 def timed(ways: dict[str, Way], rounds: int) -> dict[str, float]:
-    """Images per second by way: the median of the rounds, in which all ways take turns."""
+    """Return the images per second by name: the median over the rounds.
+
+    All functions alternate in each round, so that other load on the machine affects them equally.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -220,7 +231,11 @@ def timed(ways: dict[str, Way], rounds: int) -> dict[str, float]:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """The figures as two Markdown tables; loaders as ratios to ImageFolder in this process, too."""
+    """Return the figures as two Markdown tables.
+
+    The table of loaders also has each speed relative to ImageFolder without workers, or with the first number of
+    workers.
+    """
     loading = figures["loaders"]
     base = loading.get(BASE) or next(speed for name, speed in loading.items() if name.startswith(BASE))
     loaders = [[name, f"{speed:.0f}", f"{speed / base:.2f}"] for name, speed in loading.items()]

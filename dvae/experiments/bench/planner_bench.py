@@ -1,8 +1,11 @@
-"""How far the planner is off where it can be checked: small refiners, trained for a few steps on this machine.
+"""Measure the error of the planner's step times with small refiners on this machine.
 
-The peak is measured, by a matrix product and a convolution in bf16. The efficiency is what the first refiner reaches;
-with it the steps of the others are predicted, and then they are measured. All take turns. Seconds are CPU time over the
-number of threads, so that waiting for other work does not count.
+1. The peak is measured with a matrix product and a convolution in bf16.
+2. The efficiency is computed from the measured step time of the first refiner.
+3. The step times of the other refiners are predicted with this efficiency and compared with measurements.
+
+The steps of all refiners alternate. Seconds are CPU time divided by the number of threads, so that waiting for other
+processes does not count.
 """
 
 from __future__ import annotations
@@ -31,22 +34,25 @@ from dvae.training.engine.malloc_options import keep_freed_memory
 from dvae.utils.text_tables import markdown_table
 
 SIDE = 1024
+"""Rows and columns of the matrices whose product measures the peak."""
 CHANNELS, MAP, IMAGES = 128, 32, 8
+"""Channels, height and width, and batch size of the convolution that measures the peak."""
 TRIES = 5
+"""Number of measurements of a peak, after the warm-up."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PlannerBenchConfig:
-    """What `python tools/bench.py planner` takes."""
+    """Settings of `python tools/bench.py planner`."""
 
     recipe: str = "demo"
-    """A recipe whose refiner is small enough for this machine; its networks have the weights they begin with."""
+    """Recipe whose refiner is small enough for this machine. Its networks have their initial weights."""
     widths: list[int] = field(default_factory=lambda: [64, 32, 96])
-    """Values of refiner.width; the efficiency of the first is what the others are predicted with."""
+    """Two or more values of refiner.width. The first one sets the efficiency with which the others are predicted."""
     batch: int = 16
-    """Images of a step."""
+    """Images in a step."""
     steps: int = 8
-    """Steps of each refiner that are counted."""
+    """Measured steps of each refiner, after the warm-up."""
 
 
 ConfigStore.instance().store(name="bench_planner_schema", node=PlannerBenchConfig, provider="dvae")
@@ -54,24 +60,28 @@ ConfigStore.instance().store(name="bench_planner_schema", node=PlannerBenchConfi
 
 @dataclass(frozen=True)
 class Row:
-    """One refiner."""
+    """Measurement and prediction for one refiner."""
 
     word: str
+    """The override that selects the refiner."""
     operations: int
-    """Of a step."""
+    """Floating-point operations of a step."""
     measured: float
-    """Median CPU seconds of a step over the number of threads."""
+    """Median CPU seconds of a step, divided by the number of threads."""
     predicted: float
-    """Seconds."""
+    """Predicted seconds of a step."""
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
+        """Relative error of the prediction: 0.1 means 10% more than measured."""
         return self.predicted / self.measured - 1.0
 
 
 def run(settings: PlannerBenchConfig) -> str:
-    """Measure, and compare with predictions; the table as text. Raises UserError where there is nothing to compare."""
+    """Measure the refiners, compare them with predictions, and return a table as text.
+
+    Raises UserError if there are fewer than two widths.
+    """
     if len(settings.widths) < 2:
         raise UserError(f"widths={settings.widths}: use two or more, the first is what the others are predicted from")
     keep_freed_memory()
@@ -86,7 +96,7 @@ def run(settings: PlannerBenchConfig) -> str:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """CPU seconds over the number of threads."""
+    """Run `work` and return its CPU seconds divided by the number of threads."""
     began = time.process_time()
     work()
     return (time.process_time() - began) / torch.get_num_threads()
@@ -95,7 +105,10 @@ def timed(work: Callable[[], object]) -> float:
 def rows(
     words: list[str], operations: dict[str, Operations], seconds: dict[str, float], peak: tuple[float, float]
 ) -> list[Row]:
-    """Predictions of all, with the efficiency of the first."""
+    """Return a row per refiner, with predictions from the efficiency of the first one.
+
+    `peak` holds the operations per second of matrix products and of convolutions.
+    """
 
     def ideal(word: str) -> float:
         return operations[word].products / peak[0] + operations[word].convolutions / peak[1]
@@ -105,7 +118,7 @@ def rows(
 
 
 def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
-    """Operations of a step, counted as the planner does."""
+    """Count the operations of a step as the planner does."""
     config = compose_recipe([f"recipe={settings.recipe}", word])
     one = passes.refiner_pass(components.build_models_on_meta(config), encodes=True, decodes=True)
     found = counting.count_pass(one, settings.batch, config.training("refiner").precision is Precision.bf16)
@@ -113,7 +126,7 @@ def step_operations(settings: PlannerBenchConfig, word: str) -> Operations:
 
 
 def a_step(settings: PlannerBenchConfig, word: str) -> Callable[[], object]:
-    """A step of a refiner as training has it, on noise."""
+    """Return a function that runs one training step of a refiner on random images."""
     config = compose_recipe([f"recipe={settings.recipe}", word, f"train_refiner.batch={settings.batch}"])
     made, training = components.build_models(config), config.training("refiner")
     latents = EncodedLatents(made.encoder)
@@ -130,7 +143,7 @@ def a_step(settings: PlannerBenchConfig, word: str) -> Callable[[], object]:
 
 
 def peaks() -> tuple[float, float]:
-    """Operations per second of this machine in bf16: of a matrix product, and of a 3x3 convolution, channels last."""
+    """Measure the bf16 operations per second of a matrix product and of a channels-last 3x3 convolution."""
     a = torch.randn(SIDE, SIDE, dtype=torch.bfloat16)
     x = torch.randn(IMAGES, CHANNELS, MAP, MAP, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     w = torch.randn(CHANNELS, CHANNELS, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
@@ -139,11 +152,12 @@ def peaks() -> tuple[float, float]:
 
 
 def best(work: Callable[[], object], operations: int) -> float:
-    """Operations per second in the fastest of several tries."""
+    """Return the operations per second of the fastest of several measurements."""
     return max(operations / timed(work) for _ in range(WARM_UP + TRIES))
 
 
 def table(found: list[Row], matrices: float, convolutions: float) -> str:
+    """Return the measured peaks in operations per second, and the rows as a Markdown table."""
     peak = (
         f"measured peak, bf16, {torch.get_num_threads()} threads: {matrices / 1e9:.0f} GFLOP/s matrix product, "
         f"{convolutions / 1e9:.0f} convolution"

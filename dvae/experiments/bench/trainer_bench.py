@@ -1,8 +1,10 @@
-"""Overhead of the trainer per step, and of a checkpoint per run: loops that take turns in one process.
+"""Measure the overhead of the trainer per step, and the time that a checkpoint blocks training.
 
-bare torch      the stage's network and AdamW, on one batch that is there already, with torch's random numbers
-bare DeepSpeed  the same, with the engine that the trainer has: moving averages of the weights included
-trainer         the step as a run takes it: images read, draws keyed, figures summed up, checks, metrics
+Three loops alternate in one process:
+
+bare torch      the stage's network and AdamW, on one batch in memory, with torch's random numbers
+bare DeepSpeed  the same with the trainer's engine, including the averaged weights (EMA)
+trainer         a step of a real run: reading images, keyed random draws, checks and metrics
 """
 
 from __future__ import annotations
@@ -36,27 +38,28 @@ from dvae.training.resilience.checkpoint import Checkpoints
 from dvae.training.train_state import TrainState, save_checkpoint
 
 WARM_UP = 3
-"""Turns that are not measured."""
+"""Turns before the measurement starts."""
 SAVES = 3
+"""Number of checkpoints to measure."""
 
 Step = Callable[[], object]
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainerBenchConfig:
-    """What `tools/bench.py trainer` takes."""
+    """Settings of `tools/bench.py trainer`."""
 
     run: str = "runs/demo"
-    """A run whose encoder is trained; its refiner is measured."""
+    """Folder of a run with a trained encoder. Its refiner is measured."""
     steps: int = 40
-    """Steps of each loop that are counted."""
+    """Measured steps of each loop, after the warm-up."""
 
 
 ConfigStore.instance().store(name="bench_trainer_schema", node=TrainerBenchConfig, provider="dvae")
 
 
 def bare_loss(task: RefinerTask, network: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The refiner's loss on images x (B, C, H, W) in [-1, 1], with nothing around it."""
+    """Compute the refiner's loss on images x (B, C, H, W) in [-1, 1], without the trainer's bookkeeping."""
     encoder: Encoder = task.encoder
     with torch.no_grad(), task.autocast():
         z = encoder.encode(x).sample(torch.randn(len(x), *encoder.latent_shape, device=x.device))
@@ -68,6 +71,7 @@ def bare_loss(task: RefinerTask, network: Callable[..., torch.Tensor], x: torch.
 
 
 def bare_torch(task: RefinerTask, x: torch.Tensor) -> Step:
+    """Return a training step with plain torch, on images x."""
     network: nn.Module = copy.deepcopy(task.denoiser)
     config = task.config
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -85,6 +89,7 @@ def bare_torch(task: RefinerTask, x: torch.Tensor) -> Step:
 
 
 def bare_deepspeed(task: RefinerTask, x: torch.Tensor) -> Step:
+    """Return a training step with the DeepSpeed engine alone, on images x."""
     engine = Engine(copy.deepcopy(task.denoiser), task.config).deepspeed
 
     def step() -> None:
@@ -97,6 +102,7 @@ def bare_deepspeed(task: RefinerTask, x: torch.Tensor) -> Step:
 
 
 def trainer(task: RefinerTask, engine: Engine, data: Batches, state: TrainState, run: Path) -> Step:
+    """Return a complete step of the trainer on batches from `data`."""
     engines = {task.name: engine}
     progress = Progress(task.name, task.config.steps, 0, quiet=True)
 
@@ -110,6 +116,7 @@ def trainer(task: RefinerTask, engine: Engine, data: Batches, state: TrainState,
 
 
 def wall_seconds(step: Step) -> float:
+    """Run a step and return its wall-clock seconds."""
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
@@ -118,7 +125,10 @@ def wall_seconds(step: Step) -> float:
 def time_alternating(
     steps: dict[str, Step], turns: int, measure: Callable[[Step], float] = wall_seconds
 ) -> dict[str, list[float]]:
-    """Seconds of each step, once per turn, so that other load on the machine affects all alike."""
+    """Measure each step once per turn and return the seconds of all turns by name.
+
+    The steps alternate, so that other load on the machine affects them equally.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + turns):
         for name, step in steps.items():
@@ -129,7 +139,7 @@ def time_alternating(
 
 
 def time_checkpoints(engine: Engine, state: TrainState, folder: Path) -> tuple[float, float]:
-    """Median seconds for which a checkpoint blocks training, and until it is published."""
+    """Return the median seconds that a checkpoint blocks training, and the median seconds until it is published."""
     blocked, total = [], []
     checkpoints = Checkpoints(folder, keep=1)
     for _ in range(SAVES):
@@ -143,13 +153,16 @@ def time_checkpoints(engine: Engine, state: TrainState, folder: Path) -> tuple[f
 
 
 def run(settings: TrainerBenchConfig) -> dict[str, float]:
-    """Measure the refiner of a run whose encoder is trained; figures are printed and returned. Raises UserError."""
+    """Measure the refiner of a run with a trained encoder, and print and return the figures.
+
+    Raises UserError if the run has no encoder stage, uses ZeRO, or has more than one micro-batch.
+    """
     measured_run = Run(Path(settings.run))
     config = measured_run.own_config()
     training = config.training("refiner")
     if training.zero_stage or training.micro_batches > 1 or "encoder" not in config.stages:
         raise UserError(
-            f"run={measured_run.path}: this takes a run with an encoder, zero_stage=0 and whole batches: the demo's"
+            f"run={measured_run.path}: use a run with an encoder, zero_stage=0 and micro_batches=1, such as the demo's"
         )
     start_distributed()
     models = load_models(measured_run, config, "encoder")
@@ -170,12 +183,16 @@ def run(settings: TrainerBenchConfig) -> dict[str, float]:
 
 
 def report(seconds: dict[str, list[float]], blocked: float, total: float) -> dict[str, float]:
+    """Print and return the ratios of the measured times.
+
+    `blocked` and `total` are the seconds that a checkpoint blocks training, and until it is published.
+    """
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in medians.items():
-        print(f"{name}: {value:.4f} s a step")
+        print(f"{name}: {value:.4f} s per step")
 
     def ratio(one: str, other: str) -> float:
-        """Median over the turns of how much longer `one` takes."""
+        """Return the median over the turns of the time of `one` divided by the time of `other`."""
         return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
     figures = {

@@ -1,5 +1,10 @@
-"""A study: the same training in several arms and with several seeds, scored alike at several numbers of steps.
+"""A study compares several variants of a training, called arms.
 
-Everything lies in one folder: shards, a run per seed for the encoder, a run per arm and seed for the refiner, the
-figures of every point. What is there already is not made again.
+Each arm is trained with several seeds, and scored in the same way at several numbers of sampler steps. One folder holds
+all results, and existing results are reused:
+
+- the image shards
+- an encoder run per seed
+- a refiner run per arm and seed
+- the scores of every arm and number of steps
 """

@@ -1,4 +1,4 @@
-"""What a study found: a table and a picture, and the protocol they were measured under."""
+"""Report the results of a study as a table and a picture, with the measurement protocol."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from dvae.utils.text_tables import markdown_table
 def write(
     settings: StudyConfig, points: StudyPoints, seconds: Mapping[str, float], differences: Mapping[int, ImageDifference]
 ) -> str:
-    """study.png and study.md in the study's folder. Returns the table."""
+    """Write study.png and study.md in the study's folder. Returns the table.
+
+    `seconds` maps each part of the work to its wall-clock seconds. `differences` maps each seed to the result of
+    `compare_formulations`.
+    """
     out = Path(settings.out)
     floor = next(iter(points[VAE].values()))["floor"]
     table = kid_table(settings, points, floor)
@@ -34,7 +38,10 @@ def write(
 
 
 def kid_table(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any]) -> str:
-    """KID-lite0 in thousandths, mean over seeds and its standard error: an arm a row, a number of steps a column."""
+    """Return a table of KID-lite0 in thousandths: mean over seeds and standard error.
+
+    Each row is an arm, each column a number of steps. `floor` holds the scores of real images against real images.
+    """
     blank = [""] * (len(settings.steps) - 1)
     rows = [
         [arm, *(format_kid(lockstep[steps]["sets"][arm][KID]) for steps in settings.steps)]
@@ -47,13 +54,13 @@ def kid_table(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, An
 
 
 def format_kid(found: Mapping[str, Any]) -> str:
-    """Mean and standard error in thousandths."""
+    """Format mean and standard error in thousandths."""
     error = "" if found["se"] is None else f" ± {1000 * found['se']:.1f}"
     return f"{1000 * found['mean']:.1f}{error}"
 
 
 def protocol(settings: StudyConfig, points: StudyPoints) -> str:
-    """What must agree before another table stands beside this one."""
+    """Describe the measurement protocol. Tables are comparable only if their protocols agree."""
     about = points[VAE][0]["protocol"]
     versions = ", ".join(f"{name} {version}" for name, version in packages().items())
     return (
@@ -67,7 +74,7 @@ def protocol(settings: StudyConfig, points: StudyPoints) -> str:
 
 
 def samplers(points: StudyPoints) -> str:
-    """How each arm was drawn."""
+    """Describe the sampler of each arm and its network evaluations per step."""
     used: dict[str, list[str]] = {}
     for arm, lockstep in points.items():
         for steps, point in lockstep.items():
@@ -81,13 +88,13 @@ def samplers(points: StudyPoints) -> str:
 
 
 def cost(seconds: Mapping[str, float]) -> str:
-    """What it took."""
+    """Describe the wall-clock time that the study took."""
     spent = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
     return f"Minutes by the clock, all seeds together: {spent}; {sum(seconds.values()) / 60:.0f} in all."
 
 
 def equivalence_text(differences: Mapping[int, ImageDifference]) -> str:
-    """The check of formulation 2."""
+    """Describe the result of the check of formulation 2."""
     if not differences:
         return "No arm is of formulation 1, so formulation 2 was not compared."
     worst = max(difference.gray_levels for difference in differences.values())
@@ -99,7 +106,10 @@ def equivalence_text(differences: Mapping[int, ImageDifference]) -> str:
 
 
 def plot_kid(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any], path: Path) -> None:
-    """KID against steps, a line per arm with the standard error; the VAE alone and the floor as levels."""
+    """Plot KID against steps, with a line and standard errors for each arm.
+
+    Horizontal lines mark the VAE alone and the floor, which is the KID of real images against real images.
+    """
     plot = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(plot)
     axes = plot.add_subplot()

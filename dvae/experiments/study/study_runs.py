@@ -1,4 +1,4 @@
-"""The work of a study: its runs are trained, then every point is drawn and scored."""
+"""Run a study: train its runs, then generate and score the images of every point."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from dvae.utils.number_types import Seconds
 from dvae.utils.read import JSON_LIMIT, DamagedFile, check, parse_json, read_bytes
 
 KID = "KID-lite0"
-"""The metric of a study."""
+"""The metric that a study compares."""
 RECORD = "study.json"
 VAE = "VAE alone"
 StudyPoints = dict[str, dict[int, dict[str, Any]]]
-"""By arm and steps: what dvae.evaluation.scorer says of its sets, one per seed. Those of the VAE stand at 0 steps."""
+"""Results of dvae.evaluation.scorer by arm and number of steps, over one image set per seed. The VAE has 0 steps."""
 
 
 def run_study(settings: StudyConfig) -> tuple[StudyPoints, dict[str, float], dict[int, ImageDifference]]:
-    """Train and score what is not there yet. Returns points, seconds of training and of scoring, and how far
-    formulation 2 is from formulation 1 by seed.
+    """Train and score everything that does not exist yet.
 
-    Raises UserError for settings that cannot work or are not those of the folder; MachineError where a run fails.
+    Returns the points, the seconds of training and scoring, and the difference of formulation 2 from formulation 1 by
+    seed. Raises UserError if the settings are invalid or differ from the settings in the folder. Raises MachineError if
+    a run fails.
     """
     claim_folder(settings)
     for seed in settings.seeds:
@@ -56,7 +57,11 @@ def run_study(settings: StudyConfig) -> tuple[StudyPoints, dict[str, float], dic
 
 
 def claim_folder(settings: StudyConfig) -> None:
-    """Take the folder for this study, or refuse one of other settings. More seeds, arms and steps may come later."""
+    """Create or open the study's folder and record the settings in it.
+
+    Raises UserError if the folder holds something else, or a study with other settings. Seeds, arms and steps may be
+    added later, and `batch` may change.
+    """
     folder = Path(settings.out)
     fixed = {name: value for name, value in asdict(settings).items() if name not in ("out", "seeds", "steps", "batch")}
     record, arms = folder / RECORD, settings.arms
@@ -65,35 +70,35 @@ def claim_folder(settings: StudyConfig) -> None:
         same = theirs | {"arms": {name: overrides for name, overrides in theirs["arms"].items() if name in arms}}
         for name, value in (fixed | {"arms": {arm: arms[arm] for arm in same["arms"]}}).items():
             if same.get(name) != value:
-                raise UserError(f"out={folder} is a study with {name}={same.get(name)}, not {value}: name another")
+                raise UserError(f"out={folder} is a study with {name}={same.get(name)}, not {value}: use another out=")
         fixed["arms"] = theirs["arms"] | arms
     elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"out={folder} exists and is not a study: name another, or remove it")
+        raise UserError(f"out={folder} exists and is not a study: use another out=, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     atomic_files.write_json(record, fixed)
 
 
 @dataclass
 class StudyRecord:
-    """study.json: the settings that a study keeps; those that are not named here are compared as they are."""
+    """The part of study.json whose type is checked. The other settings are only compared for equality."""
 
     arms: dict[str, list[str]]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The settings in study.json. Raises MachineError if it is damaged."""
+    """Return the settings in study.json. Raises MachineError if it is damaged."""
     try:
         theirs = parse_json(read_bytes(path, JSON_LIMIT), path)
         check(StudyRecord, theirs, path)
     except DamagedFile as error:
         raise MachineError(
-            f"{error}: the record of this study is damaged; its runs beside it are whole, name another out="
+            f"{error}: the record of this study is damaged; its runs beside it are intact, use another out="
         ) from None
     return dict(theirs)
 
 
 def train(settings: StudyConfig, folder: Path, stages: tuple[str, ...], overrides: list[str]) -> None:
-    """Take one run through its stages, in a process of its own. Raises MachineError where it ends otherwise."""
+    """Train the stages of one run in a separate process, unless they are done. Raises MachineError if it fails."""
     run = Run(folder)
     if run.config_file.exists() and run.records().keys() >= set(stages):
         return
@@ -102,11 +107,14 @@ def train(settings: StudyConfig, folder: Path, stages: tuple[str, ...], override
     names = [f"recipe={settings.recipe}", f"run={folder}"]
     status = launch([*names, *settings.overrides, *lists, *overrides])
     if status:
-        raise MachineError(f"{folder} ended with status {status}: see above; the same command again goes on")
+        raise MachineError(f"{folder} ended with status {status}: see above; run the same command again to continue")
 
 
 def score_point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
-    """The sets of an arm at so many steps, one per seed, scored; kept in points/."""
+    """Generate one image set per seed for an arm at `steps` steps, and score them.
+
+    The result is stored in points/ and reused if it covers the same seeds.
+    """
     kept = Path(settings.out) / "points" / f"{run_folder(settings, arm, 0).name}-{steps:04d}.json"
     if kept.exists():
         found = read_point(kept, arm)
@@ -133,7 +141,7 @@ def score_point(settings: StudyConfig, arm: str, steps: int) -> dict[str, Any]:
 
 
 def read_point(path: Path, arm: str) -> dict[str, Any]:
-    """The kept result of an arm at so many steps. Raises MachineError if it is damaged."""
+    """Read the stored result of an arm at some number of steps. Raises MachineError if it is damaged."""
     try:
         found = read_result(path)
         check(Seconds, found.get("seconds"), f"{path}: seconds")
@@ -147,13 +155,17 @@ def read_point(path: Path, arm: str) -> dict[str, Any]:
 
 @cache
 def read_images(place: Path, split: str, most: int) -> torch.Tensor:
-    """Up to `most` images of a split, (n, C, H, W) uint8: the same for all points."""
+    """Read up to `most` evenly spaced images of a split, (n, C, H, W) uint8. They are the same for all points."""
     images = Shards(place, split)
     return images.read(evenly_spaced(len(images), most))
 
 
 def generate_set(settings: StudyConfig, arm: str, seed: int, steps: int) -> tuple[torch.Tensor, float, dict[str, Any]]:
-    """(images (n, C, H, W) uint8, evaluations of each, sampler): refined ones, or at 0 steps those of the VAE."""
+    """Generate the images of an arm for one seed.
+
+    Returns (images, nfe, sampler): images (n, C, H, W) uint8, network evaluations per image, and the sampler's
+    settings. With 0 steps, the images are the VAE's before refinement. Raises UserError if the recipe has no VAE.
+    """
     any_arm = next(iter(settings.arms))
     pipeline = pipelines.load(run_folder(settings, arm if steps else any_arm, seed), settings.batch)
     pipeline.use_sampler(steps=steps or 1)
@@ -161,12 +173,18 @@ def generate_set(settings: StudyConfig, arm: str, seed: int, steps: int) -> tupl
     if steps:
         return refined, pipeline.nfe, {key: json_value(value) for key, value in asdict(pipeline.sampler.config).items()}
     if vae is None:
-        raise UserError(f"recipe={settings.recipe} draws nothing before refinement: a study compares with the VAE")
+        raise UserError(
+            f"recipe={settings.recipe} generates no images before refinement: use a recipe with a VAE, as a study "
+            "compares with it"
+        )
     return vae, 0.0, {}
 
 
 def check_equivalence(settings: StudyConfig) -> dict[int, ImageDifference]:
-    """For each seed: the first arm with x_hat at the refiner's input as formulation 2 (see equivalence.py)."""
+    """Check for each seed that formulation 2 generates the images of formulation 1 (see equivalence.py).
+
+    This uses the first arm whose refiner has x_hat as input. Without such an arm, the result is empty.
+    """
     for arm in settings.arms:
         run = run_folder(settings, arm, settings.seeds[0])
         if Run(run).config().denoiser.condition_image:
@@ -176,12 +194,12 @@ def check_equivalence(settings: StudyConfig) -> dict[int, ImageDifference]:
 
 
 def seconds(settings: StudyConfig, points: StudyPoints) -> dict[str, float]:
-    """Wall-clock seconds of training, by the records of the runs, and of drawing and scoring."""
+    """Return the wall-clock seconds of training, from the records of the runs, and of generating and scoring."""
     spent = {f"training {name}": sum(training_seconds(settings, name)) for name in [GENERATOR, *settings.arms]}
     return spent | {"scoring": sum(p["seconds"] for arm in points.values() for p in arm.values())}
 
 
 def training_seconds(settings: StudyConfig, name: str) -> list[float]:
-    """Wall-clock seconds of each seed's run of an arm, by the records of its stages."""
+    """Return the wall-clock seconds of each seed's run of an arm, from the records of its stages."""
     records = [Run(run_folder(settings, name, seed)).records() for seed in settings.seeds]
     return [sum(float(found["seconds"]) for stage, found in of.items() if stage in STAGES.names()) for of in records]

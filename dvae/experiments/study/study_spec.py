@@ -1,4 +1,4 @@
-"""What a study is."""
+"""The settings of a study."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from dvae.utils.user_yaml import read_user_yaml
 
 @dataclass(kw_only=True, slots=True)
 class StudyConfig:
-    """What tools/study.py takes."""
+    """Settings of tools/study.py."""
 
     out: str = "runs/study"
-    """Folder of the study: it must not exist yet, be empty, or hold this same study."""
+    """Folder of the study. It must be missing, empty, or hold the same study."""
     recipe: str = "demo"
-    """Recipe of every run; it must have an encoder, and refine pixels. Arms are drawn by its sampler or their own."""
+    """Recipe of every run. It must have an encoder and refine pixels. An arm may override its sampler."""
     overrides: list[str] = field(default_factory=list)
-    """Overrides of every run, as tools/launch.py takes them."""
+    """Overrides of every run, as in tools/launch.py."""
     arms: dict[str, list[str]] = field(default_factory=dict)
-    """Further overrides of each arm, which takes a seed's encoder and trains a refiner, or has stages=[...] of its own;
-    teacher=ARM is the run of an arm before it."""
+    """Further overrides of each arm. An arm uses the seed's encoder and trains a refiner, unless it sets stages=[...].
+    teacher=ARM names an earlier arm whose run is the teacher."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds, of training and of samples both."""
+    """Seeds for both training and sampling."""
     steps: list[int] = field(default_factory=lambda: [5, 10, 25, 50, 100])
-    """Steps of the sampler."""
+    """Numbers of sampler steps, 1 or more each."""
     n: int = 500
-    """Images per arm, seed and number of steps."""
+    """Images per arm, seed and number of steps. At least kid_subset_size."""
     n_reference: int = 4000
-    """Training images that sets are compared with (fewer where there are fewer)."""
+    """Maximum number of training images to compare with."""
     kid_subset_size: int = 100
-    """Images per subset of KID."""
+    """Images in each subset of KID."""
     kid_subsets: int = 100
-    """Subsets of KID."""
+    """Number of subsets of KID."""
     batch: int = 64
     """Images per network call."""
     plugins: list[str] = field(default_factory=list)
@@ -49,16 +49,17 @@ class StudyConfig:
 
 
 STAGES = ("shards", "encoder", "prior", "refiner")
-"""Of an arm that names none."""
+"""Stages of an arm that does not set stages=[...]."""
 
 GENERATOR = "generator"
-"""Folder, beside those of the arms, of the run that trains a seed's encoder."""
+"""Name of the folder for a seed's encoder run. It lies beside the folders of the arms."""
 
 
 def read_study(argv: Sequence[str]) -> StudyConfig:
-    """The study of study=NAME (recipes/study) or study=FILE.yaml, with fields set by the other arguments.
+    """Read the study that study=NAME (in recipes/study) or study=FILE.yaml names.
 
-    Raises UserError for an unknown study or field, or a value of the wrong type.
+    The other arguments set fields of StudyConfig. Raises UserError for an unknown study or field, or a value of the
+    wrong type.
     """
     known = [field.name for field in fields(StudyConfig)]
     given = {word.partition("=")[0]: word.partition("=")[2] for word in argv}
@@ -78,7 +79,7 @@ def read_study(argv: Sequence[str]) -> StudyConfig:
 
 
 def study_file(name: str) -> Path:
-    """The file of a study. Raises UserError where there is none."""
+    """Return the path of a study's file. Raises UserError if it does not exist."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise UserError(f"study={name}: no such file")
@@ -90,18 +91,20 @@ def study_file(name: str) -> Path:
 
 
 def check(settings: StudyConfig) -> StudyConfig:
-    """Refuse what cannot be compared. Raises UserError."""
+    """Return `settings`. Raises UserError if a value is invalid or the arms cannot be compared."""
     if not settings.arms:
         raise UserError("arms={} names nothing to compare: use study=NAME, or give two or more")
     if nameless := [arm for arm in settings.arms if not folder_name(arm)]:
-        raise UserError(f"arms: {nameless[0]!r} is no name for a folder: use letters and digits")
+        raise UserError(f"arms: {nameless[0]!r} is not a valid folder name: use letters and digits")
     if len({folder_name(arm) for arm in [*settings.arms, GENERATOR]}) <= len(settings.arms):
-        raise UserError(f"arms={list(settings.arms)}: two names are too much alike, or one is {GENERATOR!r}")
+        raise UserError(
+            f"arms={list(settings.arms)}: two names give the same folder, or one is {GENERATOR!r}: use other names"
+        )
     for number, (arm, overrides) in enumerate(settings.arms.items()):
         earlier = list(settings.arms)[:number]
         for teacher in values_of(overrides, "teacher"):
             if teacher not in earlier:
-                raise UserError(f"arm {arm!r}: teacher={teacher} is no arm before it: {suggest(teacher, earlier)}")
+                raise UserError(f"arm {arm!r}: teacher={teacher} is not an earlier arm: {suggest(teacher, earlier)}")
     for name in ("seeds", "steps"):
         values = getattr(settings, name)
         if not values or len(set(values)) < len(values):
@@ -117,33 +120,33 @@ def check(settings: StudyConfig) -> StudyConfig:
 
 
 def folder_name(arm: str) -> str:
-    """An arm's name as that of a folder."""
+    """Convert an arm's name to a folder name: lower case, with words of letters and digits joined by hyphens."""
     return "-".join("".join(c if c.isalnum() else " " for c in arm.lower()).split())
 
 
 def shards(settings: StudyConfig) -> Path:
-    """Folder of the images, which all runs have in common."""
+    """Return the folder of the image shards, which all runs share."""
     return Path(settings.out) / "shards"
 
 
 def run_folder(settings: StudyConfig, arm: str, seed: int) -> Path:
-    """Folder of an arm's run."""
+    """Return the folder of an arm's run with this seed."""
     return Path(settings.out) / f"seed-{seed}" / folder_name(arm)
 
 
 def values_of(overrides: Sequence[str], name: str) -> list[str]:
-    """The values that some overrides give to `name`."""
+    """Return all values that `overrides` give to the field `name`, in order."""
     return [word.partition("=")[2] for word in overrides if word.partition("=")[0] == name]
 
 
 def arm_stages(settings: StudyConfig, arm: str) -> tuple[str, ...]:
-    """The stages of an arm's run."""
+    """Return the stages of an arm's run."""
     own = values_of(settings.arms[arm], "stages")
     return tuple(own[-1].strip("[]").split(",")) if own else STAGES
 
 
 def arm_overrides(settings: StudyConfig, arm: str, seed: int) -> list[str]:
-    """What tools/launch.py takes for an arm's run, besides the overrides of all runs and the stages."""
+    """Return the overrides of an arm's run for tools/launch.py, without the overrides of all runs and the stages."""
     overrides = [f"seed={seed}", f"data.shards={shards(settings)}"]
     if "encoder" in arm_stages(settings, arm):
         overrides.append(f"encoder_weights={run_folder(settings, GENERATOR, seed)}")

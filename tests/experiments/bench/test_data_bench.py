@@ -56,7 +56,7 @@ def test_pictures_of_a_folder(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["data", "n=4"], "4 pictures make no batch of 64"),
+        (["data", "n=4"], "4 images are too few for a batch of 64"),
         (["data", "rounds=0"], "rounds=0: use 1 or more"),
         (["data", "sise=8"], "unknown field 'sise': did you mean 'size'"),
         (["date"], "unknown word 'date': did you mean 'data'"),

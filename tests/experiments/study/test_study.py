@@ -31,10 +31,10 @@ def settings(**changed: object) -> StudyConfig:
     ("changed", "words"),
     [
         ({"arms": {}}, "names nothing to compare"),
-        ({"arms": {"A b": [], "a-b": []}}, "too much alike"),
-        ({"arms": {"Generator": []}}, "too much alike, or one is 'generator'"),
+        ({"arms": {"A b": [], "a-b": []}}, "give the same folder"),
+        ({"arms": {"Generator": []}}, "give the same folder, or one is 'generator'"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: give one or more, each once"),
-        ({"arms": {"a": ["teacher=b"], "b": []}}, "arm 'a': teacher=b is no arm before it"),
+        ({"arms": {"a": ["teacher=b"], "b": []}}, "arm 'a': teacher=b is not an earlier arm"),
         ({"steps": []}, "steps="),
         ({"steps": [0, 5]}, "use 1 or more"),
         ({"n": 50}, "n=50 is less than kid_subset_size=100"),
@@ -111,9 +111,9 @@ def test_a_folder_is_one_study(tmp_path: Path) -> None:
     study_runs.claim_folder(settings(out=out, seeds=[0, 1, 2, 3], steps=[7]))  # may be added
     study_runs.claim_folder(settings(out=out, arms={"b": [], "c": ["seed=1"]}))
     study_runs.claim_folder(settings(out=out))
-    with pytest.raises(UserError, match=r"is a study with arms=.*'c'.*, not .*: name another"):
+    with pytest.raises(UserError, match=r"is a study with arms=.*'c'.*, not .*: use another out="):
         study_runs.claim_folder(settings(out=out, arms={"c": []}))
-    with pytest.raises(UserError, match="is a study with n=500, not 600: name another"):
+    with pytest.raises(UserError, match="is a study with n=500, not 600: use another out="):
         study_runs.claim_folder(settings(out=out, n=600))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
@@ -195,4 +195,4 @@ def test_two_arms(tool: Tool, tiny: list[str], tmp_path: Path) -> None:
     assert again.stdout.splitlines()[-len(table) - 1 :] == first.stdout.splitlines()[-len(table) - 1 :]
     refused = tool("study", "study=two.yaml", "out=study", "n=30")
     assert refused.returncode == 2
-    assert refused.stderr.strip().endswith("is a study with n=20, not 30: name another")
+    assert refused.stderr.strip().endswith("is a study with n=20, not 30: use another out=")
