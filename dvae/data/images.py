@@ -249,7 +249,7 @@ def _plain_png(data: bytes, shape: tuple[int, int, int]) -> bytearray:
     except zlib.error as error:
         raise DamagedImage(f"its pixels cannot be decompressed ({error})") from None
     if len(rows) != wanted or not inflate.eof or max(rows[:: 1 + width * channels]) > LAST_FILTER:
-        raise DamagedImage("its pixels are not those of its header")
+        raise DamagedImage("its pixels do not match its header")
     return bytearray(PNG_BEGIN) + b"".join(chunk for _, chunk in chunks)
 
 

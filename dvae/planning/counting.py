@@ -2,10 +2,10 @@
 
 Two kinds of fake device are used:
 
-- Operations and transient memory are counted over a forward and a backward pass on a fake CPU, because autograd cannot
-  run a backward pass on a GPU that does not exist.
-- Tensors that autograd saves for the backward pass are counted on a fake GPU, because autocast on CUDA saves other
-  tensors than on the CPU. For example, it runs group norm in fp32.
+- Operations and transient memory are counted over a forward and a backward pass on a fake CPU. Autograd cannot run a
+  backward pass on a GPU that does not exist.
+- Tensors that autograd saves for the backward pass are counted on a fake GPU. Autocast on CUDA saves other tensors than
+  on the CPU; for example, it runs group norm in fp32.
 """
 
 from __future__ import annotations

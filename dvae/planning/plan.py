@@ -59,7 +59,7 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModule:
-    """A module that a stage trains with an engine of its own."""
+    """A module that a stage trains. Each has its own engine."""
 
     name: str
     parameters: int

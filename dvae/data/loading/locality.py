@@ -62,8 +62,11 @@ def measure(order: Order, batch: int, classes: int = 10) -> Locality:
 def _full(order: Order, batch: int, classes: int) -> tuple[float, float, float]:
     """Return the expected values for a full permutation.
 
-    They are the variance of a class's count in a batch (hypergeometric), the share of pairs less than a block apart,
-    and the mean distance of a pair, (n + 1) / 3.
+    They are (variance, share, distance):
+
+    - variance of a class's count in a batch, which is hypergeometric
+    - share of pairs that are less than a block apart
+    - mean distance of a pair, (n + 1) / 3
     """
     n, b = order.count, min(order.block, order.count)
     share = batch / classes * (1 - 1 / classes) * (n - batch) / (n - 1)

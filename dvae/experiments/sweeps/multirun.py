@@ -29,8 +29,8 @@ def expand(overrides: list[str]) -> list[list[str]]:
 def with_folders(jobs: list[list[str]]) -> list[list[str]]:
     """Give each run its own folder.
 
-    If the runs would share a folder, their own folders are numbered 0, 1, ... inside it, as in Hydra. The settings of
-    all runs are composed and checked first, so that an error in the last run is found before the first run is trained.
+    If runs would share a folder, all runs get folders numbered 0, 1, ... inside it, as in Hydra. The settings of all
+    runs are composed and checked first. An error in the last run is therefore found before the first run is trained.
     """
     folders = [configuration.to_run_config(configuration.compose("train", job)).run for job in jobs]
     if len(set(folders)) == len(jobs):

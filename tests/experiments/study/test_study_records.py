@@ -93,7 +93,7 @@ def test_what_is_no_file_is_one_line(settings: StudyConfig, make: Any) -> None:
         ("arms: 3", "arms: "), ("arms: {a: 3}", "arms.a: "), ("arms: {a: null, b: []}", "arms.a: "),
         ("n: many", "n: Value 'many'"), ("n: [3]", "n: "), ("seeds: 3", "seeds: "), ("seeds: [a]", "seeds"),
         ("foreign: 3", "foreign: "), ("arms: {1: []}", "arms has the key 1"), ("n: ${nothing}", "n: "),
-        ("arms: {'': [], b: []}", "arms: '' is not a valid folder name"), ("arms: {..: []}", "arms: '..' is not a valid"),
+        ("arms: {'': [], b: []}", "arms: '' is not a valid folder name"), ("arms: {..: []}", "arms: '..' is not"),
         ("n: !!python/object:os.system {}", "is not valid YAML"), ("a: &a [*a]", "an alias stands for itself"),
     ],
 )  # fmt: skip
