@@ -1,11 +1,8 @@
 """Remote shards. Each file is fetched whole into a local folder, verified, and read from there.
 
-Several processes may share the folder. They coordinate through its files only:
-
-- `NAME` is complete and verified.
-- `.NAME.part` is being fetched and is locked by the process that fetches it.
-
-If the folder is full, the least recently used shards are removed.
+Several processes may share the folder. They coordinate through its files only. `NAME` is complete and verified.
+`.NAME.part` is being fetched and is locked by the process that fetches it. If the folder is full, the least recently
+used shards are removed.
 """
 
 from __future__ import annotations
@@ -55,13 +52,9 @@ class UntrustedLocation(str):
 
 
 def locate_shards(shards: str, download_to: str, download_gib: float) -> Path | RemoteShards:
-    """Return the local folder or the remote shards that data.shards names.
+    """Return the local folder or the remote shards that data.shards names: a folder, a URL, or pipe:COMMAND.
 
-    Args:
-        shards: Value of data.shards: a folder, a URL, or pipe:COMMAND.
-        download_to: Value of data.download_to: the folder for fetched files.
-        download_gib: Value of data.download_gib: maximum size of the fetched shards in GiB.
-
+    Files are fetched to `download_to`, and the fetched shards take at most `download_gib` GiB.
     Raises UserError for a command or URL that the user's own command did not name, because running it is not safe.
     """
     if isinstance(shards, UntrustedLocation):
@@ -344,10 +337,7 @@ class RemoteShards:
 
     @contextmanager
     def _space_lock(self) -> Iterator[None]:
-        """Hold the lock under which sizes are summed up and shards are removed or renamed.
-
-        Only one thread or process holds it at a time.
-        """
+        """Hold the lock for summing up sizes and removing or renaming shards. One thread or process holds it."""
         with open_own(self.folder / ".room", os.O_RDWR | os.O_CREAT) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
