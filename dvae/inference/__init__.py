@@ -1,1 +1,1 @@
-"""Use trained models: generate, refine, edit, inpaint, measure likelihood."""
+"""Use trained models: generate, refine, edit and inpaint images, and measure likelihood."""

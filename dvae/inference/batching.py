@@ -1,4 +1,4 @@
-"""What is computed together: fixed chunks, with which an image has the same bits in every request."""
+"""Form the batches of inference. With fixed chunks an image has the same bits in every request."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from dataclasses import dataclass
 import torch
 
 CHUNK_SIZE = 16
-"""Images that are computed together where no batch size is asked for: most of the speed of larger batches (80% of that
-of 64 on one core, with the demo's networks), and at most 15 images are drawn that nobody asked for."""
+"""Number of images in a fixed chunk, used if no batch size is given.
+
+It reaches 80% of the speed of batches of 64 (the demo's networks on one core). A request that begins with image 0
+computes at most 15 images that it does not need."""
 
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Images that were drawn together."""
+    """Images that were generated together."""
 
     vae: torch.Tensor | None
-    """What they were refined from, (n, C, H, W) uint8; None where nothing is drawn before refinement."""
+    """The VAE's images that were refined, (n, C, H, W) uint8; None if the run generates nothing before refinement."""
     refined: torch.Tensor
-    """(n, C, H, W) uint8; in latent space, where given images are not refined, what the decoder makes."""
+    """Refined images, (n, C, H, W) uint8. In latent space given images are not refined; here are the decoder's
+    images."""
     nfe: torch.Tensor
-    """Network evaluations of each, (n,), int64, as counted."""
+    """Counted network evaluations of each image, (n,), int64."""
     label: torch.Tensor | None = None
-    """Class of each, (n,), int64, -1 where none is given; None where the run has no classes."""
+    """Class of each image, (n,), int64, -1 for no class; None if the run has no classes."""
     estimates: torch.Tensor | None = None
-    """(n, K, C, H, W) uint8: what the network took the image for, at K steps on the way."""
+    """Denoised estimates of each image at K sampler steps, (n, K, C, H, W) uint8."""
 
 
 def chunk_ranges(first: int, n: int, batch: int | None, chunk: int = CHUNK_SIZE) -> list[range]:
-    """The numbers that are drawn together, call by call, for the images first..first + n - 1.
+    """Split the images first, ..., first + n - 1 into ranges that are computed together.
 
-    Without `batch` these are whole chunks [chunk c, chunk c + chunk): what is asked for besides never changes what an
-    image is computed with, so it has the same bits. With `batch` they are so many at a time, and no others.
+    Without `batch` the ranges are whole chunks [chunk c, chunk c + chunk). They may contain images that are not
+    requested. An image is always computed with the same others, so it has the same bits in every request. With
+    `batch` each range has `batch` requested images; the last range may have fewer.
     """
     end = first + n
     if batch is None:
@@ -42,14 +46,14 @@ def chunk_ranges(first: int, n: int, batch: int | None, chunk: int = CHUNK_SIZE)
 
 
 def results_per_chunk(images_per_result: int) -> int:
-    """How many results of `images_per_result` images each share a fixed chunk."""
+    """Return how many results with `images_per_result` images each share a fixed chunk; at least 1."""
     return max(1, CHUNK_SIZE // images_per_result)
 
 
 def batch_rows(n: int, size: int, fixed: bool) -> Iterator[tuple[torch.Tensor, int]]:
-    """The rows of n images that are computed together, call by call, and how many of them count.
+    """Split n images into batches: yield the rows of a batch and the number of rows that are not padding.
 
-    With `fixed` a call has always `size` rows: the last image fills it up.
+    With `fixed` every batch has exactly `size` rows. The last batch is padded with copies of the last image.
     """
     for start in range(0, n, size):
         count = min(size, n - start)
@@ -58,8 +62,10 @@ def batch_rows(n: int, size: int, fixed: bool) -> Iterator[tuple[torch.Tensor, i
 
 @contextmanager
 def single_thread(enabled: bool) -> Iterator[None]:
-    """Compute on one thread of the CPU while the block runs, if `enabled`: with more, the number of threads decides how
-    sums are split, and so their rounding."""
+    """If `enabled`, compute on one CPU thread while the block runs.
+
+    With several threads, their number decides how sums are split, and thereby how they are rounded.
+    """
     before = torch.get_num_threads()
     if enabled:
         torch.set_num_threads(1)
@@ -70,5 +76,5 @@ def single_thread(enabled: bool) -> Iterator[None]:
 
 
 def mean_nfe(evaluations: int, images: int) -> float:
-    """Evaluations per image, a whole number where it is one."""
+    """Return the network evaluations per image, as an int if the quotient is a whole number."""
     return evaluations // images if evaluations % images == 0 else evaluations / images

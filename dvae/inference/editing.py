@@ -1,7 +1,7 @@
-"""What is done to images that are there: reconstructed, interpolated, moved along a direction.
+"""Reconstruct, interpolate and edit images.
 
-An image is described by its z (with the x_hat that it decodes to) and the noise that it is refined with; each can be
-kept while the other changes (Pandey et al. 2022, DiffuseVAE, section 4.2).
+An image is described by its z, which decodes to x_hat, and by the noise that it is refined with. One can be kept while
+the other changes (Pandey et al. 2022, DiffuseVAE, section 4.2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dvae.inference.refine import refine_images
 from dvae.registry.priors.normal import Normal
 
 ImageInput = torch.Tensor | int | Sequence[int]
-"""Images (n, C, H, W) uint8 or (C, H, W), or numbers of images of a seed, as `Pipeline.generate` draws them."""
+"""Images (n, C, H, W) or (C, H, W) uint8, or the numbers of images that `Pipeline.generate` generates from a seed."""
 
 LatentEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """latent_edit(z (n, *latent), strength (n,)) returns the edited z, of the same shape."""
@@ -32,12 +32,12 @@ LatentEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class SourceImages:
-    """The images that an edit starts from."""
+    """The images from which reconstruction, interpolation or an edit starts."""
 
     conditioning: Conditioning
-    """z is the posterior mean of a given image, or a sample of the prior."""
+    """z, x_hat and class. z is the posterior mean of a given image, or a sample of the prior."""
     noise_numbers: Sequence[int]
-    """For each image, the number in the seed whose noise it is refined with."""
+    """For each image, the image number of the seed whose noise it is refined with."""
 
     def __len__(self) -> int:
         return len(self.noise_numbers)
@@ -50,16 +50,17 @@ def source_images(
     label: ClassLabels = None,
     noise_numbers: Sequence[int] | None = None,
 ) -> SourceImages:
-    """Encode given images, or sample z of images of the seed. Given images have the noise of `noise_numbers` (None: 0,
-    1, ...).
+    """Encode given images, or sample z for images of the seed.
 
-    Raises UserError for images that do not fit the run, and where images are given to a run without an encoder.
+    Given images use the noise of the image numbers `noise_numbers` (None: 0, 1, ...). Images of the seed use their own.
+
+    Raises UserError if the images do not fit the run, or if images are given and the run has no encoder.
     """
     if not isinstance(images, torch.Tensor):
         numbers = [images] if isinstance(images, int) else list(images)
         return SourceImages(core.conditioning_of(numbers, seed, label), numbers)
     if "encoder" not in core.models.trained_parts():
-        raise UserError("this run has no encoder, which finds the z of an image: use numbers of images of a seed")
+        raise UserError("this run has no encoder to compute the z of an image: use numbers of images of a seed")
     images = check_images(core, images)
     encoded = core.encode(images)
     conditioning = Conditioning(encoded.x_hat, encoded.z, core.class_numbers(label, len(images)))
@@ -69,7 +70,10 @@ def source_images(
 def source_pairs(
     core: InferenceCore, a: ImageInput, b: ImageInput, seed: int, label: ClassLabels = None
 ) -> tuple[SourceImages, SourceImages]:
-    """The two ends of interpolations. Of given images a[i] has noise 2 i and b[i] noise 2 i + 1."""
+    """Return the two ends of interpolations.
+
+    If a and b are images, a[i] uses noise number 2 i and b[i] uses noise number 2 i + 1.
+    """
     sources = []
     for side, images in enumerate((a, b)):
         n = len(images) if isinstance(images, torch.Tensor) and images.ndim == 4 else 1
@@ -78,7 +82,7 @@ def source_pairs(
 
 
 def check_images(core: InferenceCore, images: torch.Tensor) -> torch.Tensor:
-    """Images as (n, C, H, W). Raises UserError where they are not uint8 of the run's shape."""
+    """Return images as (n, C, H, W). Raises UserError if they are not uint8 or do not have the run's shape."""
     images = images[None] if images.ndim == 3 else images
     size = core.config.image_size
     expected = (core.config.channels, size, size)
@@ -91,17 +95,20 @@ def check_images(core: InferenceCore, images: torch.Tensor) -> torch.Tensor:
 def reconstruct(
     core: InferenceCore, source: SourceImages, seed: int, guidance: Guidance | float = 1.0
 ) -> GeneratedImages:
-    """The images themselves, through z."""
+    """Reconstruct images: decode z and refine the result."""
     conditioning = source.conditioning
     noise = KeyedNoise(seed, source.noise_numbers)
     return _decode_and_refine(core, conditioning.z, conditioning.label, noise, 1, guidance)
 
 
 def latent_edit(core: InferenceCore, direction: Direction | torch.Tensor | int) -> LatentEdit:
-    """The edit of z that a direction stands for.
+    """Return the edit of z that belongs to a direction.
 
-    A vector is added once at strength 1. The number of a principal component stands for setting its coordinate.
-    Raises UserError where the direction is not of z's shape, or there is no such component.
+    - A `Direction` moves z as its method `move` says.
+    - A vector is multiplied by the strength and added to z.
+    - The number of a principal component, from 1, sets this coordinate of z to the strength.
+
+    Raises UserError if the direction does not have the shape of z, or if there is no such component.
     """
     if isinstance(direction, int):
         return principal_coordinate_edit(core, direction)
@@ -121,13 +128,14 @@ def edit(
     seed: int,
     guidance: Guidance | float = 1.0,
 ) -> GeneratedImages:
-    """Each image at every strength, (n * strengths, ...): its z edited, with its own noise.
+    """Edit each image at every strength. z changes, and the noise stays.
 
-    Raises UserError where images of a seed have no z of their own.
+    Returns n * len(strengths) images; all strengths of an image are adjacent. Raises UserError if the images have no z:
+    the run has no encoder, or its refiner works in latent space and the images are images of a seed.
     """
     conditioning = source.conditioning
     if not conditioning.z.numel():
-        raise UserError("edit: this run draws no z besides its noise, and so has nothing to move: give images=")
+        raise UserError("edit: this run draws no z besides its noise, so there is no z to move: give images=")
     rows = len(strengths)
     repeated = torch.tensor(strengths, device=core.device).repeat(len(source))
     z = latent_edit(conditioning.z.repeat_interleave(rows, 0), repeated)
@@ -145,11 +153,15 @@ def interpolate(
     seed: int,
     guidance: Guidance | float = 1.0,
 ) -> GeneratedImages:
-    """`steps` images from each of a to that of b, (n * steps, ...); the first is that of a itself.
+    """Interpolate in `steps` images from each image of a to the corresponding image of b.
 
-    z goes straight; where the prior is N(0, I) along the arc, on which |z| stays what the decoder was trained with (a
-    fitted prior has no such shell). Noise goes along the arc, since it must stay N(0, I). The class, if any, changes
-    half-way, but with the noise alone. Raises UserError where there is no z or no noise to interpolate.
+    - z follows a straight line. If the prior is N(0, I), z follows the arc instead: there |z| keeps the length that the
+      decoder was trained with. Samples of a fitted prior have no common length.
+    - Noise follows the arc, because it must stay N(0, I).
+    - The class changes half-way, unless only the noise is interpolated.
+
+    Returns n * steps images; the images of a pair are adjacent, and both ends are included. Raises UserError if there
+    is no z or no noise to interpolate.
     """
     _check_interpolation(core, a, b, space, steps)
     weights = torch.linspace(0.0, 1.0, steps, dtype=torch.float64).repeat(len(a))
@@ -171,7 +183,7 @@ def interpolate(
 def _check_interpolation(
     core: InferenceCore, a: SourceImages, b: SourceImages, space: InterpolationSpace, steps: int
 ) -> None:
-    """Raise UserError where there is nothing to interpolate in this space."""
+    """Raise UserError if a and b do not match, or if there is nothing to interpolate in this space."""
     if steps < 2:
         raise UserError(f"steps={steps}: use 2 or more, both ends are among them")
     if len(a) != len(b):
@@ -186,7 +198,10 @@ def _check_interpolation(
 
 
 def principal_coordinate_edit(core: InferenceCore, component: int) -> LatentEdit:
-    """Sets the principal coordinate `component` of z, from 1, to the strength. Raises UserError where there is none."""
+    """Return the edit that sets the principal coordinate `component` of z, from 1, to the strength.
+
+    Raises UserError if the refiner has no such component.
+    """
     components = core.models.denoiser.config.pca_components
     if not 1 <= component <= components:
         known = f"use 1 to {components}" if components else "train with denoiser.pca_components=32"
@@ -203,10 +218,10 @@ def _decode_and_refine(
     images_per_result: int,
     guidance: Guidance | float,
 ) -> GeneratedImages:
-    """Images of z (n * images_per_result, *latent); those of one result are at the same places of the same batches,
-    whatever n is.
+    """Decode z (n * images_per_result, *latent) and refine the images.
 
-    In latent space z is all that there is to a given image, and nothing of it is refined.
+    With fixed chunks, an image has the same place in a batch for every n, so its bits do not depend on n. In latent
+    space a given image is decoded but not refined, because z already describes it completely.
     """
     refines = not (core.models.latent_space and z.numel())
     vae, refined, nfe = [], [], []
@@ -233,5 +248,5 @@ def _decode_and_refine(
 
 
 def fingerprint(values: torch.Tensor) -> str:
-    """Hash of a vector or mask, for the record of what was drawn."""
+    """Return the SHA-256 of a tensor's values, for the record of a request."""
     return hashlib.sha256(values.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Posteriors of many images under the encoder of a run."""
+"""Compute the posteriors of many images with the encoder of a run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dvae.tracking.console import Progress
 
 
 class ImageReader(Protocol):
-    """Images by number: a split of shards, or images that the user named."""
+    """Images by number: a split of shards, or a user's images."""
 
     def __len__(self) -> int: ...
 
     def read(self, numbers: list[int], /) -> torch.Tensor:
-        """Images (n, C, H, W), uint8."""
+        """Read the images with these numbers, (n, C, H, W) uint8."""
         ...
 
 
 @torch.no_grad()
 def encode_posteriors(core: InferenceCore, images: ImageReader, count: int, title: str) -> Posterior:
-    """Posteriors of the first `count` images, in fp32, on the CPU; `title` names the progress bar."""
+    """Return the posteriors of the first `count` images, in fp32, on the CPU. `title` names the progress bar."""
     means, logvars = [], []
     with Progress(title, count) as progress:
         for indices in torch.arange(count).split(core.batch or CHUNK_SIZE):

@@ -1,14 +1,17 @@
-"""Likelihood of many images under a trained run, into a JSON file: resumable, chunk by chunk.
+"""Measure the likelihood of many images under a trained run, and write it to a JSON file.
 
-With x the image, z its latent and n = C H W, figures are in bits per dimension (of the image):
+The images are scored chunk by chunk, and an interrupted command can be resumed.
 
-    bits_per_dim      -log2 p(x | z) / n of the refiner alone (dvae/diffusion/likelihood.py tells what that bounds)
+Let x be an image, z its latent and n = C H W. The figures are in bits per dimension of the image:
+
+    bits_per_dim      -log2 p(x | z) / n of the refiner alone (dvae/diffusion/likelihood.py says what it bounds)
     kl_bits_per_dim   KL(q(z | x) || N(0, I)) / (n log 2), the rate term of the VAE's own ELBO
     total_bits_per_dim  with z=draw only: -log2 p(x | z) / n + (log2 q(z | x) - log2 p(z)) / n, p(z) the run's prior
 
-For z ~ q(z | x) the last is one draw of the ELBO of the whole model, so its mean bounds -log2 p(x) / n from above. At
-the posterior mean the refiner's figure alone bounds nothing of p(x), nor does its sum with the KL. The VAE's own
-reconstruction term is not a likelihood that could be compared (its variance is arbitrary), so it is left out.
+- With z=draw, total_bits_per_dim is one sample of the ELBO of the whole model. Its mean is an upper bound of
+  -log2 p(x) / n.
+- With z=mean, neither bits_per_dim nor its sum with kl_bits_per_dim is a bound of -log2 p(x) / n.
+- The VAE's own reconstruction term is left out. Its variance is arbitrary, so it is not a comparable likelihood.
 """
 
 from __future__ import annotations
@@ -45,42 +48,42 @@ from dvae.utils.read import DamagedFile, forbid_extra, read_json
 
 
 class LatentMode(Enum):
-    """Which z of an image x_hat is decoded from and the refiner is conditioned on."""
+    """Which z of an image is used: x_hat is decoded from it, and the refiner is conditioned on it."""
 
     mean = "mean"
-    """The posterior's mean."""
+    """The posterior mean."""
     draw = "draw"
-    """One draw of q(z | x), keyed by seed and number of the image."""
+    """One sample of q(z | x), with random numbers that depend on the seed and the image number."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LikelihoodConfig:
-    """What tools/likelihood.py takes."""
+    """Settings of tools/likelihood.py."""
 
     run: str = MISSING
     """A run folder or a bundle."""
     out: str = "likelihood.json"
-    """The figures of every image, and their means."""
+    """JSON file for the figures of every image and their means."""
     n: int = 64
-    """Images, the first so many."""
+    """Number of images; the first n are scored."""
     seed: int = 0
-    """Seed of dequantization, of the divergence's probes, of the momentum where there is one, and of z=draw."""
+    """Seed of the dequantization, the divergence probes, the momentum (if the process has one) and z=draw."""
     images: str = HELDOUT
     """heldout: the run's held-out images; or a folder, zip archive, .npy (n, H, W, C) or image file."""
     resize: bool = False
-    """Crop and scale given images to the run's size, and make them gray or color as its are."""
+    """Crop and scale given images to the run's size, and convert them to gray or color like the run's images."""
     z: LatentMode = LatentMode.mean
-    """mean | draw: the latent that each image is refined from; draw gives a bound of the whole model, too."""
+    """mean | draw: the latent that each image is refined from. draw also gives a bound for the whole model."""
     label: str = ""
-    """Class of all images (empty: the one that a held-out image has, else none)."""
+    """Class of all images (empty: the class of the held-out image, else none)."""
     tolerance: float = 1e-4
-    """Tolerated error of each step of the probability flow, relative and absolute."""
+    """Tolerated error of each step of the probability flow, relative and absolute; above 0 and below 1."""
     batch: int | None = None
     """Images per network call (null: 16)."""
     shards: str = ""
-    """Folder of the run's shards, where they have been moved (empty: where the run had them)."""
+    """Folder of the run's shards if they were moved (empty: the folder that the run used)."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Modules to import. They register components."""
 
 
 ConfigStore.instance().store(name="likelihood_schema", node=LikelihoodConfig, provider="dvae")
@@ -89,7 +92,7 @@ ConfigStore.instance().store(name="likelihood_schema", node=LikelihoodConfig, pr
 @forbid_extra
 @dataclass(frozen=True)
 class MeanWithError:
-    """A mean over images in the JSON file."""
+    """A mean over images and its standard error, as stored in the JSON file."""
 
     mean: float
     standard_error: float | None
@@ -98,7 +101,7 @@ class MeanWithError:
 @forbid_extra
 @dataclass(frozen=True)
 class LikelihoodRecord:
-    """The JSON file."""
+    """The content of the JSON file."""
 
     request: dict[str, Any]
     means: dict[str, MeanWithError]
@@ -107,7 +110,7 @@ class LikelihoodRecord:
     per_image: dict[str, list[float]]
 
     def figures(self) -> dict[str, tuple[float, float]]:
-        """Mean and standard error of each figure; NaN if there is no error, as of a single image."""
+        """Return mean and standard error of each figure. The error is NaN if it is undefined, as for one image."""
         return {
             name: (figure.mean, math.nan if figure.standard_error is None else figure.standard_error)
             for name, figure in self.means.items()
@@ -116,22 +119,24 @@ class LikelihoodRecord:
 
 @dataclass(frozen=True)
 class LikelihoodResult:
-    """What became of a request."""
+    """Result of a finished request."""
 
     figures: dict[str, tuple[float, float]]
     """Mean over images and its standard error, by name of the figure."""
     nfe: float
-    """Network evaluations per image, mean; each also takes a gradient."""
+    """Mean number of network evaluations per image. Each evaluation also computes a gradient."""
     scored: int
-    """Images that this command scored; the figures of the others existed."""
+    """Number of images that this command scored. The figures of the others existed before."""
     images_per_second: float
-    """Of those, without the time to load the run."""
+    """Images per second that this command scored. The time to load the run is not counted."""
 
 
 def score(settings: LikelihoodConfig) -> LikelihoodResult:
-    """Score the images into `settings.out`; go on where an earlier attempt was ended.
+    """Score the images and write the figures to `settings.out`.
 
-    Raises UserError for what cannot be scored, and where `out` is there or half-done for another request.
+    If an earlier attempt was stopped, its finished chunks are reused.
+
+    Raises UserError if the settings do not fit the run, or if `out` exists or is unfinished from another request.
     """
     _check(settings)
     pipeline = load(settings.run, settings.batch)
@@ -165,7 +170,7 @@ def score(settings: LikelihoodConfig) -> LikelihoodResult:
 
 
 def _check_run(pipeline: Pipeline, settings: LikelihoodConfig) -> None:
-    """Raise UserError for a run that has no such likelihood."""
+    """Raise UserError if the likelihood is not defined for this run."""
     pipeline.require_pixels("likelihood")
     if pipeline.models.denoiser.diffusion.schedule.zero_terminal_snr:
         name = pipeline.config.schedule.name
@@ -175,7 +180,7 @@ def _check_run(pipeline: Pipeline, settings: LikelihoodConfig) -> None:
 
 
 def score_names(pipeline: Pipeline, settings: LikelihoodConfig) -> list[str]:
-    """What is found of each image."""
+    """Return the names of the figures that are computed for each image."""
     names = ["bits_per_dim", "nfe"]
     if "encoder" in pipeline.models.trained_parts():
         names += ["kl_nats", "kl_bits_per_dim"]
@@ -186,7 +191,11 @@ def score_names(pipeline: Pipeline, settings: LikelihoodConfig) -> list[str]:
 def score_chunk(
     pipeline: Pipeline, settings: LikelihoodConfig, images: torch.Tensor, labels: list[int | str], numbers: range
 ) -> dict[str, np.ndarray]:
-    """The figures of images (n, C, H, W) uint8 with their classes, each (n,), in fp32."""
+    """Compute the figures of one chunk of images, in fp32.
+
+    `images` is (n, C, H, W) uint8; `labels` holds their classes; `numbers` are their numbers, which key the random
+    numbers. Returns an array (n,) for each name of `score_names`.
+    """
     models, seed, dimensions = pipeline.models, settings.seed, images[0].numel()
     with single_thread(settings.batch is None and pipeline.device.type == "cpu"):
         posterior = models.encoder.encode(to_float(images).to(pipeline.device))
@@ -210,13 +219,13 @@ def score_chunk(
 
 
 def log_posterior(posterior: Posterior, z: torch.Tensor) -> torch.Tensor:
-    """log q(z | x) in nats, (n,), float64, on the CPU."""
+    """Return log q(z | x) in nats, (n,), float64, on the CPU."""
     mean, logvar, z = (part.double().cpu().flatten(1) for part in (posterior.mean, posterior.logvar, z))
     return -0.5 * ((z - mean) ** 2 / logvar.exp() + logvar + math.log(2.0 * math.pi)).sum(1)
 
 
 def _images(settings: LikelihoodConfig, inputs: InputImages) -> tuple[torch.Tensor, list[int | str]]:
-    """(n, C, H, W) uint8, and their classes. Raises UserError where there are not so many."""
+    """Read the first n images, (n, C, H, W) uint8, and their classes. Raises UserError if there are fewer than n."""
     if settings.n > len(inputs):
         raise UserError(f"n={settings.n}: images={settings.images} holds {len(inputs)}: use n={len(inputs)} or less")
     numbers = range(settings.n)
@@ -224,7 +233,7 @@ def _images(settings: LikelihoodConfig, inputs: InputImages) -> tuple[torch.Tens
 
 
 def _request(settings: LikelihoodConfig, images: torch.Tensor) -> dict[str, Any]:
-    """What decides every figure, ready for JSON."""
+    """Return everything that decides the figures, as JSON values."""
     fields = {name: getattr(settings, name) for name in ("n", "seed", "images", "label", "tolerance", "batch")}
     pixels = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
     return bundle.read_hashes(settings.run) | fields | {"z": settings.z.name, "pixels": pixels}
@@ -246,25 +255,28 @@ def _record(request: dict[str, Any], values: dict[str, np.ndarray]) -> Likelihoo
 
 
 def _existing_result(out: Path, request: dict[str, Any], names: list[str]) -> LikelihoodResult:
-    """The result that `out` holds for this request, with the figures `names`. Raises UserError for anything else."""
+    """Read the existing result of this request, which must hold the figures `names`.
+
+    Raises UserError if `out` holds anything else.
+    """
     try:
         record = read_json(out, LikelihoodRecord, RECORD_LIMIT)
     except DamagedFile as error:
         raise UserError(
-            f"out={out} is there already, and not as this command writes it ({error.reason}): name another, or remove "
-            "it"
+            f"out={out} is there already, and is not a result of this command ({error.reason}): name another, or "
+            "remove it"
         ) from None
     if unlike := first_difference(record.request, request):
         raise UserError(f"out={out} is there already, made with {unlike}: name another, or remove it")
     if record.per_image.keys() != set(names) or record.means.keys() != set(names) - {"nfe"}:
         raise UserError(f"out={out} is there already, with other figures than {', '.join(names)}: remove it")
     ChunkStore.remove_at(out)
-    say(f"{out} is there already, as asked for")
+    say(f"{out} exists already and matches this request")
     return LikelihoodResult(record.figures(), record.nfe, 0, 0.0)
 
 
 def _check(settings: LikelihoodConfig) -> None:
-    """Raise UserError for words that are wrong whatever the run."""
+    """Raise UserError for settings that are invalid for every run."""
     if settings.n < 1:
         raise UserError(f"n={settings.n}: use 1 or more")
     if settings.batch is not None and settings.batch < 1:

@@ -1,4 +1,4 @@
-"""What every inference function works with: the models of a run, its sampler and prior, and how batches are formed."""
+"""The object that all inference functions take: the models of a run, its sampler, its prior and its batch size."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dvae.registry.samplers.base import SAMPLERS
 from dvae.utils import rng
 
 ProgressCallback = Callable[[int], None]
-"""Called with the number of images that were just finished."""
+"""Called with the number of images that have just been finished."""
 ClassLabels = int | str | Sequence[int | str] | None
-"""The class of all images, or of each: by name or number. None: none is asked for."""
+"""The class of all images, or of each image, by name or number. None: no class is requested."""
 
 
 class InferenceCore:
-    """The loaded models of a run with the current sampler and prior; encodes, decodes and samples conditioning.
+    """Hold the models of a run with the current sampler and prior, and encode, decode and sample conditioning.
 
     The functions in refine.py, editing.py and inpainting.py take this object. `dvae.inference.pipeline.Pipeline` adds
     the methods that users call.
@@ -38,14 +38,18 @@ class InferenceCore:
         self.sampler = models.sampler
         self.prior = models.prior
         self.nfe: float = 0
-        """Network evaluations per image of the latest call, as counted; their mean where images differ."""
-        self.device = models.denoiser.data_scale.device  # quantized layers have no parameters
+        """Counted network evaluations per image of the latest call, averaged over images."""
+        # taken from a buffer, because a quantized model may have no parameters
+        self.device = models.denoiser.data_scale.device
 
     def use_sampler(self, sampler: object = None, **changes: object) -> None:
-        """Refine with another sampler, by its name or config node, or (None, or a dict of fields without a name) the
-        present one; with fields changed.
+        """Use another sampler for refinement, or change fields of the current sampler.
 
-        Raises UserError for an unknown name or field, and for a sampler that does not integrate the run's process.
+        Args:
+            sampler: name or config node of a sampler. None, or a dict of fields without a name, keeps the current one.
+            changes: fields of the sampler to change.
+
+        Raises UserError if a name or a field is unknown, or if the sampler cannot integrate the run's process.
         """
         if isinstance(sampler, dict) and "name" not in sampler:
             changes, sampler = sampler | changes, None
@@ -54,9 +58,11 @@ class InferenceCore:
         self.sampler = build_sampler(asdict(SAMPLERS.config(node)) | changes, denoiser.diffusion, denoiser.shapes)
 
     def use_prior(self, prior: Prior | str) -> None:
-        """Draw z from another prior: one that is fitted to the run's latents, or by the name of one that needs no fit.
+        """Sample z from another prior.
 
-        Raises UserError for an unknown name, or one that must be fitted.
+        `prior` is a prior that was fitted to the run's latents, or the name of a prior without fitted parameters.
+
+        Raises UserError if the name is unknown or belongs to a prior that must be fitted.
         """
         if isinstance(prior, str):
             built = PRIORS.build({"name": prior}, self.models.shapes)
@@ -67,8 +73,10 @@ class InferenceCore:
 
     @contextmanager
     def using(self, sampler: object = None, *, prior: Prior | str | None = None, **changes: object) -> Iterator[None]:
-        """Another sampler, with fields changed, and another prior while the block runs, as `use_sampler` and
-        `use_prior` have it. Fields that are None stay as they are."""
+        """Use another sampler, changed fields or another prior while the block runs.
+
+        The arguments are those of `use_sampler` and `use_prior`. Fields that are None stay unchanged.
+        """
         before = self.sampler, self.prior
         changes = {name: value for name, value in changes.items() if value is not None}
         try:
@@ -81,17 +89,17 @@ class InferenceCore:
             self.sampler, self.prior = before
 
     def class_number(self, name: str) -> int:
-        """The number of a class. Raises UserError, with the nearest name, where the run has none of that name."""
+        """Return the number of a class. Raises UserError, with the nearest name, if the run has no such class."""
         if name not in self.config.classes:
             known = suggest(name, self.config.classes) if self.config.classes else "this run has no classes"
             raise UserError(f"label={name}: {known}")
         return self.config.classes.index(name)
 
     def class_numbers(self, label: ClassLabels, n: int) -> torch.Tensor | None:
-        """Class numbers (n,) of n images, -1 where none is given; None where the run has no classes.
+        """Return the class numbers (n,) of n images, -1 for no class; None if the run has no classes.
 
-        Raises UserError for an unknown class, or another number of them; and where none is given to a refiner that has
-        never seen an image without.
+        Raises UserError if a class is unknown, if the number of labels is not n, or if a class is missing and the
+        refiner was never trained without a class.
         """
         each = [label] * n if label is None or isinstance(label, int | str) else list(label)
         numbers = [self.class_number(one) if isinstance(one, str) else NO_LABEL if one is None else one for one in each]
@@ -104,32 +112,35 @@ class InferenceCore:
         always = denoiser.condition_label and not (denoiser.label_dropout or denoiser.condition_dropout)
         if always and NO_LABEL in numbers:
             raise UserError(
-                f"the refiner has seen no image without a class: give label=NAME, of {suggest('', self.config.classes)}"
+                f"the refiner was not trained without a class: give label=NAME, {suggest('', self.config.classes)}"
             )
         return torch.tensor(numbers, device=self.device) if count else None
 
     def network_batches(self, n: int, size: int) -> Iterator[tuple[torch.Tensor, int]]:
-        """Rows of n images, batch by batch, and how many of them count.
+        """Split n images into batches: yield the rows of a batch and the number of rows that are not padding.
 
-        Without a batch size of the user's, every batch has exactly `size` rows; see `batch_rows`.
+        If the user gave no batch size, every batch has exactly `size` rows; see `batch_rows`.
         """
         return batch_rows(n, self.batch or size, fixed=self.batch is None)
 
     def reproducible(self) -> AbstractContextManager[None]:
-        """Compute on one CPU thread while the block runs, if the bits of an image must not depend on the request."""
+        """Compute on one CPU thread while the block runs, if fixed chunks are used on a CPU.
+
+        Then the bits of an image do not depend on the number of threads.
+        """
         return single_thread(self.batch is None and self.device.type == "cpu")
 
     @torch.no_grad()
     def sample_conditioning(self, n: int, seed: int, label: ClassLabels = None, first: int = 0) -> Conditioning:
-        """Sample what the images first..first + n - 1 are refined from: z from the prior and its x_hat.
+        """Sample z from the prior and decode x_hat, for the images first, ..., first + n - 1 of the seed.
 
-        In latent space there is neither. Where the run has classes, label=None draws them evenly.
+        In latent space there is no z and no x_hat. If the run has classes, label=None samples them uniformly.
         """
         return self.conditioning_of(range(first, first + n), seed, label)
 
     @torch.no_grad()
     def conditioning_of(self, numbers: Sequence[int], seed: int, label: ClassLabels = None) -> Conditioning:
-        """Sample what the images of these numbers are refined from; see `sample_conditioning`."""
+        """Sample z and decode x_hat for the images with these numbers; see `sample_conditioning`."""
         shapes = self.models.shapes
         labels = None
         if label is not None:
@@ -145,7 +156,7 @@ class InferenceCore:
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """x_hat (n, C, H, W) in [-1, 1], fp32, of z (n, *latent)."""
+        """Decode z (n, *latent) to x_hat (n, C, H, W) in [-1, 1], fp32."""
         with self.reproducible():
             z = z.to(self.device)
             batches = self.network_batches(len(z), CHUNK_SIZE)
@@ -153,7 +164,10 @@ class InferenceCore:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, label: ClassLabels = None) -> Conditioning:
-        """The posterior mean z of images (n, C, H, W), uint8 or in [-1, 1], and its x_hat; with their class, if any."""
+        """Encode images (n, C, H, W), uint8 or in [-1, 1].
+
+        Returns the posterior mean z, the x_hat that it decodes to, and the class if `label` is given.
+        """
         with self.reproducible():
             x = (to_float(images) if images.dtype == torch.uint8 else images).to(self.device)
             batches = self.network_batches(len(x), CHUNK_SIZE)
@@ -161,6 +175,6 @@ class InferenceCore:
             return Conditioning(self.decode(z), z, None if label is None else self.class_numbers(label, len(z)))
 
     def require_pixels(self, task: str) -> None:
-        """Raise UserError in latent space."""
+        """Raise UserError if the refiner works in latent space. `task` is named in the message."""
         if self.models.latent_space:
-            raise UserError(f"{task}: not defined where denoiser.space=latent: use a run whose refiner draws pixels")
+            raise UserError(f"{task}: not defined for denoiser.space=latent: use a run whose refiner draws pixels")

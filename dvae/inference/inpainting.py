@@ -1,4 +1,4 @@
-"""Inpainting: known pixels are kept, see known_pixels.py, and the others are drawn anew."""
+"""Inpaint images: keep the known pixels (see known_pixels.py) and generate the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dvae.inference.noise import KeyedNoise
 from dvae.inference.refine import refine_images
 
 IMPUTATION_ROUNDS = 8
-"""Rounds in which unknown pixels are filled in by the encoder before an image is inpainted."""
+"""Number of rounds in which the VAE fills in the unknown pixels before an image is inpainted."""
 NAMED_MASKS = {
     "left": "the left half",
     "right": "the right half",
@@ -25,11 +25,11 @@ NAMED_MASKS = {
     "center": "the middle, half as wide and as high as the image",
     "border": "all but the middle, which is half as wide and as high as the image",
 }
-"""Masks that have a name, by what is known."""
+"""Names of masks, with a description of the known pixels."""
 
 
 def named_mask(name: str, size: int) -> torch.Tensor:
-    """The mask (size, size) of that name, true where pixels are known. Raises UserError for an unknown name."""
+    """Return the mask with this name, (size, size) bool, true at known pixels. Raises UserError for an unknown name."""
     if name not in NAMED_MASKS:
         raise UserError(f"mask={name}: {suggest(name, NAMED_MASKS)}, or a PNG that is white where the image is known")
     half, quarter = size // 2, size // 4
@@ -57,11 +57,22 @@ def inpaint(
     label: ClassLabels = None,
     guidance: Guidance | float = 1.0,
 ) -> GeneratedImages:
-    """Images (n, C, H, W) uint8 as they are where mask (n, 1, H, W) is true, and drawn anew elsewhere.
+    """Inpaint images: keep the pixels where the mask is true and generate the others.
 
-    x_hat is found by imputation: unknown pixels are gray at first, then those of the reconstruction, a few times
-    over (Rezende et al. 2014, appendix F). Raises UserError for a sampler whose images stand at no common time, and in
-    latent space, where pixels cannot be kept.
+    x_hat is found by imputation (Rezende et al. 2014, appendix F). The unknown pixels are gray at first. In each round
+    they are replaced by the pixels of the VAE's reconstruction.
+
+    Args:
+        core: the models and the sampler.
+        images: (n, C, H, W) uint8.
+        mask: (n, 1, H, W) bool, true at known pixels.
+        seed: seed of the noise.
+        noise_numbers: for each image, the image number of the seed whose noise it uses.
+        label: class of all images, or of each.
+        guidance: guidance weights.
+
+    Raises UserError if the sampler does not move all images in the same steps, or if the refiner works in latent
+    space, where pixels cannot be kept.
     """
     core.require_pixels("inpainting")
     if not core.sampler.lockstep:

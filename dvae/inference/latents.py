@@ -1,4 +1,4 @@
-"""tools/latents.py: export posteriors of images to a file, and fit a prior to those of a run."""
+"""Implement tools/latents.py: export the posteriors of images to a file, and fit a prior to a run's posteriors."""
 
 from __future__ import annotations
 
@@ -29,44 +29,48 @@ from dvae.utils import atomic_files
 SUFFIXES = (".npz", ".safetensors")
 SPLITS = (TRAIN, HELDOUT)
 MISSING_LABEL = -1
-"""Code of an attribute that an image lacks."""
+"""Code of an attribute that an image does not have."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LatentsConfig:
-    """What tools/latents.py takes."""
+    """Settings of tools/latents.py."""
 
     run: str = MISSING
     """A run folder or a bundle."""
     out: str = ""
-    """File of the latents that is written, NAME.npz or NAME.safetensors (empty: none)."""
+    """File to write the latents to, NAME.npz or NAME.safetensors (empty: none)."""
     split: str = TRAIN
     """Images of the run whose latents are written: train or heldout."""
     images: str = ""
-    """Images in their place: a folder, zip archive, .npy (n, H, W, C) or image file (empty: those of the split)."""
+    """Images to use instead of the split: a folder, zip archive, .npy (n, H, W, C) or image file (empty: the split)."""
     resize: bool = False
-    """Crop and scale these to the run's size, and make them gray or color as its are."""
+    """Crop and scale `images` to the run's size, and convert them to gray or color like the run's images."""
     n: int | None = None
-    """The first so many images (null: all)."""
+    """Number of images; the first n are used (null: all)."""
     bundle: str = ""
-    """Folder of a bundle that is written: the run's, with another prior, fitted (empty: none)."""
+    """Folder to write a bundle to: the run's bundle with the newly fitted prior (empty: none)."""
     seed: int | None = None
-    """Seed of the fit (null: the one that the run's own prior stage has)."""
+    """Seed of the fit (null: the seed of the run's own prior stage)."""
     shards: str = ""
-    """Folder of the run's shards, where they have been moved (empty: where the run had them)."""
+    """Folder of the run's shards if they were moved (empty: the folder that the run used)."""
     batch: int = 64
     """Images per network call."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Modules to import. They register components."""
     prior: Any = None
-    """Prior that is fitted to the latents of the training images."""
+    """Prior to fit to the latents of the training images; needs `bundle`."""
 
 
 ConfigStore.instance().store(name="latents_schema", node=LatentsConfig, provider="dvae")
 
 
 def run(settings: LatentsConfig) -> tuple[int, PriorFit | None]:
-    """Export latents, fit a prior, or both; returns (latents written, the fit). Raises UserError where it cannot be."""
+    """Export latents, fit a prior, or both.
+
+    Returns the number of latents written (0 without `out`) and the fit (None without `bundle`). Raises UserError if the
+    settings are invalid, or if the run has no encoder or, for a prior, draws latents by diffusion.
+    """
     _check(settings)
     pipeline = load(settings.run, settings.batch)
     models = pipeline.models
@@ -75,7 +79,7 @@ def run(settings: LatentsConfig) -> tuple[int, PriorFit | None]:
     if settings.prior is not None and models.latent_space:
         raise UserError(
             f"prior={_prior_name(settings.prior)}: run={settings.run} draws latents by diffusion "
-            "(denoiser.space=latent), no prior has a part in it: leave out prior= and bundle="
+            "(denoiser.space=latent), without a prior: leave out prior= and bundle="
         )
     written = export_latents(settings, pipeline) if settings.out else 0
     if not settings.bundle:
@@ -86,10 +90,15 @@ def run(settings: LatentsConfig) -> tuple[int, PriorFit | None]:
 
 
 def export_latents(settings: LatentsConfig, pipeline: Pipeline) -> int:
-    """Write the latents to `settings.out`, complete or absent; returns how many there are.
+    """Write the latents to `settings.out` and return their number. The file is complete or absent.
 
-    Tensors mean and logvar (n, *latent) float32, in the order of the images; label.NAME (n,) int64 for each attribute
-    of the shards' images; and, as JSON, what they are of: the array `about` of an .npz, metadata of a .safetensors.
+    The file holds, in the order of the images:
+    - mean and logvar, (n, *latent) float32;
+    - label.NAME, (n,) int64, for each attribute of the shards' images; -1 if an image does not have the attribute;
+    - about: JSON with the hash of the weights, the images, and the values of each attribute. It is an array of an
+      .npz and metadata of a .safetensors.
+
+    Raises UserError if there are not n images.
     """
     shards = None if settings.images else open_split(settings.run, pipeline.config, settings.split, settings.shards)
     source = ImageInputConfig(run=settings.run, images=settings.images, resize=settings.resize)
@@ -112,7 +121,7 @@ def export_latents(settings: LatentsConfig, pipeline: Pipeline) -> int:
 
 
 def label_codes(shards: Shards, count: int, values: dict[str, list[str]]) -> dict[str, torch.Tensor]:
-    """For each attribute the number, among its values, of that of each image; -1 where it has none."""
+    """Return the codes (count,) int64 of each attribute: the index of an image's value in `values`, or -1 for none."""
     codes = {name: torch.full((count,), MISSING_LABEL) for name in values}
     numbers = {name: {value: number for number, value in enumerate(known)} for name, known in values.items()}
     for row, index in enumerate(shards.substituted(np.arange(count)) if values else []):
@@ -123,7 +132,7 @@ def label_codes(shards: Shards, count: int, values: dict[str, list[str]]) -> dic
 
 
 def write_latents(out: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Complete or absent; the form is that of the name."""
+    """Write latents to an .npz or a .safetensors, by the name of `out`. The file is complete or absent."""
     text = json.dumps(about, ensure_ascii=False, sort_keys=True)
     held = {name: value.contiguous() for name, value in tensors.items()}
     if out.suffix == ".npz":
@@ -138,7 +147,7 @@ def _prior_name(prior: Any) -> str:
 
 
 def _check(settings: LatentsConfig) -> None:
-    """Raise UserError for words that are wrong whatever the run."""
+    """Raise UserError for settings that are invalid for every run."""
     out, target = settings.out, settings.bundle
     if not out and not target:
         raise UserError("nothing would be written: add out=NAME.npz, or prior=flow bundle=FOLDER")
@@ -147,7 +156,7 @@ def _check(settings: LatentsConfig) -> None:
     if settings.split not in SPLITS:
         raise UserError(f"split={settings.split}: {suggest(settings.split, SPLITS)}")
     if bool(target) != (settings.prior is not None):
-        lacking = "bundle=FOLDER, where it is written" if not target else "prior=NAME, which is fitted: gmm or flow"
+        lacking = "bundle=FOLDER, the folder to write" if not target else "prior=NAME, the prior to fit: gmm or flow"
         raise UserError(f"a prior and a bundle go together: add {lacking}")
     for setting, place in (("out", out), ("bundle", target)):
         if place and Path(place).exists():

@@ -1,4 +1,4 @@
-"""A trained run for its user: generate, reconstruct, interpolate, edit, inpaint, measure likelihood."""
+"""The public interface of a trained run: generate, reconstruct, interpolate, edit, inpaint, measure likelihood."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from dvae.registry.priors.base import Prior
 
 
 class Pipeline(InferenceCore):
-    """Encoder, prior and refiner of a run. Images go in and out as uint8 (n, C, H, W), on the CPU.
+    """Encoder, prior and refiner of a run. Images are passed and returned as uint8 (n, C, H, W), on the CPU.
 
-    Image k of a seed has the same z and the same noise however many are asked for and in whatever batches; so has image
-    k of those that are given. On a CPU of one kind it has the same bits too, as long as `batch` is None: it is then
-    computed in a fixed chunk (see `chunk_ranges`), filled up where images are lacking, on one thread. With a `batch` of
-    images per network call rounding may move a pixel by one gray level in fp32, and by a few in bf16.
+    Image k of a seed always has the same z and the same noise, for every number of images and every batch size. The
+    same holds for the noise of the k-th given image.
+
+    If `batch` is None, image k also has the same bits on CPUs of one kind. It is then computed in a fixed, padded chunk
+    (see `chunk_ranges`) on one thread. If `batch` is set, it is the number of images per network call. Rounding may
+    then change a pixel by one gray level in fp32, and by a few levels in bf16.
     """
 
     def refine(
@@ -42,14 +44,20 @@ class Pipeline(InferenceCore):
         label: ClassLabels = None,
         guidance: Guidance | float = UNGUIDED,
     ) -> torch.Tensor:
-        """Refined images (n, C, H, W) uint8 of x_hat (n, C, H, W), uint8 or in [-1, 1]; each has its noise of the seed.
+        """Refine images.
 
-        z (n, *latent) is what x_hat was decoded from; only a refiner that is given it (denoiser.condition_latent) needs
-        it. Raises UserError where it lacks.
+        Args:
+            x_hat: (n, C, H, W), uint8 or in [-1, 1].
+            z: the latents (n, *latent) that x_hat was decoded from. Required only with denoiser.condition_latent=true.
+            seed: seed of the noise; image k uses the noise of image k of the seed.
+            label: class of all images, or of each.
+            guidance: guidance weights; a number is the weight of x_hat, z and class together.
+
+        Returns the refined images, (n, C, H, W) uint8. Raises UserError if the refiner needs z and it is not given.
         """
         x_hat = (to_float(x_hat) if x_hat.dtype == torch.uint8 else x_hat).to(self.device)
         if z is None and self.models.denoiser.config.condition_latent:
-            raise UserError("refine: this refiner is given z besides x_hat (denoiser.condition_latent=true): give both")
+            raise UserError("refine: this refiner needs z besides x_hat (denoiser.condition_latent=true): give both")
         z = x_hat.new_zeros(len(x_hat), 0) if z is None else z.to(self.device)
         conditioning = Conditioning(x_hat, z, self.class_numbers(label, len(x_hat)))
         return to_uint8(refine_images(self, conditioning, KeyedNoise(seed, range(len(z))), guidance=guidance)[0])
@@ -69,12 +77,26 @@ class Pipeline(InferenceCore):
         shared: SharedVariable | str | None = None,
         advance: ProgressCallback | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(VAE samples, refined samples) from the same z, both (n, C, H, W) uint8: images first..first + n - 1 of the
-        seed.
+        """Generate the images first, ..., first + n - 1 of a seed.
 
-        The former are None where nothing is drawn before refinement: without an encoder, and in latent space.
-        `sampler`, `steps`, `temperature` and `prior` are for this call alone; `shared="z"` lets only the noise vary,
-        `shared="noise"` only z. Raises UserError for n < 1 or first < 0, and for what the run has not.
+        Args:
+            n: number of images, 1 or more.
+            seed: seed of z and of the noise.
+            first: number of the first image, 0 or more.
+            label: class of all images, or of each. None samples classes uniformly, if the run has classes.
+            sampler: name or config node of a sampler for this call (None: the current one).
+            steps: number of sampler steps for this call.
+            temperature: scale of the starting noise for this call.
+            prior: prior, or name of a prior, for this call.
+            guidance: guidance weights; a number is the weight of x_hat, z and class together.
+            shared: "z" gives all images z and class of image 0, so only the noise varies. "noise" gives all images the
+                noise of image 0, so only z and class vary.
+            advance: called with the number of finished images after each batch.
+
+        Returns (VAE samples, refined samples) from the same z, both (n, C, H, W) uint8. The VAE samples are None if
+        the run has no encoder or its refiner works in latent space.
+
+        Raises UserError if n < 1 or first < 0, or if the run does not have a requested class, sampler or prior.
         """
         if n < 1 or first < 0:
             raise UserError(f"n={n} first={first}: use n=1 or more, and first=0 or more")
@@ -100,9 +122,10 @@ class Pipeline(InferenceCore):
     def reconstruct(
         self, images: torch.Tensor, seed: int = 0, *, label: ClassLabels = None, guidance: Guidance | float = UNGUIDED
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(VAE reconstructions, refined reconstructions) through the posterior mean, both (n, C, H, W) uint8.
+        """Reconstruct images through the posterior mean.
 
-        The latter are None in latent space, where there is nothing to refine. Raises UserError without an encoder.
+        Returns (VAE reconstructions, refined reconstructions), both (n, C, H, W) uint8. The latter are None if the
+        refiner works in latent space, where there is nothing to refine. Raises UserError if the run has no encoder.
         """
         source = editing.source_images(self, images, seed, label)
         generated = editing.reconstruct(self, source, seed, guidance)
@@ -119,11 +142,18 @@ class Pipeline(InferenceCore):
         label: ClassLabels = None,
         guidance: Guidance | float = UNGUIDED,
     ) -> torch.Tensor:
-        """Strips (n, steps, C, H, W) uint8 from each of a to that of b, both ends included.
+        """Interpolate from each image of a to the corresponding image of b.
 
-        a and b are images, of which a[i] has the noise 2 i and b[i] that of 2 i + 1, as the images a[0], b[0], a[1],
-        ... have it together; or they are numbers of images of the seed, as `generate` draws them. space "z": only z is
-        interpolated, "noise": only the noise, "both". See editing.py for the paths; raises UserError as it says.
+        Args:
+            a: images (n, C, H, W) uint8, or numbers of images of the seed as in `generate`.
+            b: the same for the other ends. Of given images, a[i] uses noise number 2 i and b[i] uses 2 i + 1.
+            space: "z" interpolates z only, "noise" the noise only, "both" both.
+            steps: number of images in a strip, both ends included; at least 2.
+            seed: seed of the noise, and of z for images of the seed.
+            label: class of all images, or of each.
+            guidance: guidance weights.
+
+        Returns strips (n, steps, C, H, W) uint8. See `editing.interpolate` for the paths and the errors.
         """
         sources = editing.source_pairs(self, a, b, seed, label)
         space = parse_enum(InterpolationSpace, space, "space")
@@ -140,12 +170,21 @@ class Pipeline(InferenceCore):
         label: ClassLabels = None,
         guidance: Guidance | float = UNGUIDED,
     ) -> torch.Tensor:
-        """Images (n, C, H, W) uint8 whose z is moved along a direction; for a list of S strengths strips
-        (n, S, C, H, W).
+        """Move the z of images along a direction.
 
-        `images`: images, or numbers of images of the seed. `direction`: a Direction, which says what
-        strength 1 is, a vector of the latent's shape, which is added once, or the number, from 1, of a principal
-        component that the refiner knows (denoiser.pca_components): it is put at `strength` standard deviations.
+        Args:
+            images: images (n, C, H, W) uint8, or numbers of images of the seed.
+            direction: one of
+                - a `Direction`, whose `unit` says what strength 1 means;
+                - a vector of the latent's shape, which is multiplied by the strength and added;
+                - the number, from 1, of a principal component of the refiner (denoiser.pca_components). This coordinate
+                  is set to `strength` standard deviations.
+            strength: one strength, or a list of S strengths.
+            seed: seed of the noise, and of z for images of the seed.
+            label: class of all images, or of each.
+            guidance: guidance weights.
+
+        Returns images (n, C, H, W) uint8, or strips (n, S, C, H, W) for a list of strengths.
         """
         strengths = [float(strength)] if isinstance(strength, int | float) else [float(each) for each in strength]
         latent_edit = editing.latent_edit(self, direction)
@@ -162,20 +201,21 @@ class Pipeline(InferenceCore):
         label: ClassLabels = None,
         guidance: Guidance | float = UNGUIDED,
     ) -> torch.Tensor:
-        """Images (n, C, H, W) uint8 whose pixels are kept where mask is true, and drawn anew elsewhere.
+        """Inpaint images: keep the pixels where the mask is true and generate the others.
 
-        `mask`: bool (H, W) for all, or (n, 1, H, W). See dvae/inference/inpainting.py; raises UserError as it says.
+        `images` is (n, C, H, W) uint8. `mask` is bool, (H, W) for all images or (n, 1, H, W). Returns images
+        (n, C, H, W) uint8. See `inpainting.inpaint` in dvae/inference/inpainting.py for the method and the errors.
         """
         images = editing.check_images(self, images)
         masks = mask.expand(len(images), 1, *images.shape[2:])
         return inpainting.inpaint(self, images, masks, seed, range(len(images)), label, guidance).refined
 
     def bits_per_dim(self, images: torch.Tensor, seed: int, tolerance: float = 1e-4) -> torch.Tensor:
-        """-log2 p(x given x_hat) per dimension of images (n, C, H, W) uint8, (n,): of the refiner alone, without z.
+        """Return -log2 p(x | x_hat) per dimension of the refiner alone, without the term of z.
 
-        x_hat is the reconstruction of the image itself. One draw of dequantization, of the momentum where k > 1, and of
-        the probe of the divergence per image; see diffusion/likelihood.py for what that bounds. Raises UserError in
-        latent space.
+        `images` is (n, C, H, W) uint8; x_hat is the reconstruction of each image. The result is (n,). For each image
+        the dequantization, the divergence probe and, if k > 1, the momentum are sampled once. See
+        dvae/diffusion/likelihood.py for what the result bounds. Raises UserError if the refiner works in latent space.
         """
         self.require_pixels("bits per dimension")
         parts = []
@@ -188,9 +228,9 @@ class Pipeline(InferenceCore):
 
 
 def load(path: str | Path, batch: int | None = None, device: str | torch.device | None = None) -> Pipeline:
-    """The pipeline of a run folder or a bundle, on `device` (None: a GPU where there is one).
+    """Load the pipeline of a run folder or a bundle on `device` (None: a GPU if there is one, else the CPU).
 
-    Raises UserError where there is none or it is not whole, or its int8 kernels are asked onto a GPU.
+    Raises UserError if there is no complete bundle, or if the bundle has int8 kernels and `device` is a GPU.
     """
     config, models = bundle.load(bundle.find_bundle(path))
     cpu_only = layer_plan.requires_cpu(models)

@@ -1,4 +1,4 @@
-"""Fit a prior to the latents of a run, compare it with others, and write a bundle with it."""
+"""Fit a prior to the latents of a run, compare it with other priors, and write a bundle with it."""
 
 from __future__ import annotations
 
@@ -22,34 +22,42 @@ from dvae.utils import rng
 
 @dataclass(frozen=True)
 class PriorComparison:
-    """Log-likelihood of held-out latents under a prior, in nats per dimension: mean over images and standard error."""
+    """Log-likelihood of held-out latents under a prior, in nats per dimension.
+
+    Each figure is a mean over images and its standard error.
+    """
 
     name: str
     draws: tuple[float, float]
-    """Of one draw z ~ q(z | x) of each image: what the refiner was trained on."""
+    """Figure of one sample z ~ q(z | x) per image. The refiner was trained on such samples."""
     means: tuple[float, float]
-    """Of the posteriors' means."""
+    """Figure of the posterior means."""
 
 
 @dataclass(frozen=True)
 class PriorFit:
-    """A fitted prior, compared with others."""
+    """Result of a fit: figures of the new prior and a comparison with other priors."""
 
     figures: dict[str, float]
-    """Of the fit, as the prior gives them."""
+    """Figures of the fit, as returned by the prior's `fit`."""
     images: int
-    """Training images whose latents were fitted."""
+    """Number of training images whose latents were fitted."""
     heldout: int
-    """Held-out images that the priors were compared on."""
+    """Number of held-out images on which the priors were compared."""
     table: list[PriorComparison]
-    """The new prior, the run's own, N(0, I)."""
+    """Comparison of the new prior, the run's own prior and N(0, I)."""
 
 
 def fit_prior(core: InferenceCore, config: Any, folder: Path, *, run: str, shards: str, seed: int | None) -> PriorFit:
-    """Fit a prior to the latents of all training images, compare it on the held-out ones, and write a bundle with it.
+    """Fit a prior to the latents of all training images, compare it on the held-out images, and write a bundle with it.
 
-    `config` is the prior's config node, `folder` that of the new bundle. `run` and `shards` say where the images are.
-    seed=None takes the seed of the run's own prior stage.
+    Args:
+        core: the models of the run.
+        config: the prior's config node.
+        folder: folder of the new bundle.
+        run: the run folder or bundle.
+        shards: folder of the run's shards ("": the folder that the run used).
+        seed: seed of the fit. None takes the seed of the run's own prior stage.
     """
     prior_config = PRIORS.config(config)
     prior = PRIORS.build(prior_config, core.models.shapes).to(core.device)
@@ -71,7 +79,7 @@ def fit_prior(core: InferenceCore, config: Any, folder: Path, *, run: str, shard
 
 
 def compare_priors(priors: list[tuple[str, Prior]], heldout: Posterior, seed: int) -> Iterator[PriorComparison]:
-    """Log-likelihoods of the same latents under each prior, with its name."""
+    """Compute the log-likelihood of the same latents under each prior."""
     noise = rng.normal(seed, "held-out draw", range(len(heldout.mean)), tuple(heldout.mean.shape[1:]))
     draws, dimensions = heldout.sample(noise), heldout.mean[0].numel()
     for name, prior in priors:
@@ -81,13 +89,13 @@ def compare_priors(priors: list[tuple[str, Prior]], heldout: Posterior, seed: in
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """Mean of values (n,), and its standard error (nan for one value)."""
+    """Return the mean of values (n,) and its standard error (NaN for one value)."""
     error = values.double().std() / math.sqrt(len(values)) if len(values) > 1 else torch.tensor(math.nan)
     return float(values.double().mean()), float(error)
 
 
 def write_bundle(core: InferenceCore, prior_config: Any, prior: Prior, folder: Path) -> None:
-    """Write the run's bundle with another prior."""
+    """Write a copy of the run's bundle with another prior."""
     parts = {name: part.state_dict() for name, part in core.models.trained_parts().items() if name != "prior"}
     if prior.state_dict():
         parts["prior"] = prior.state_dict()

@@ -1,4 +1,4 @@
-"""Run the sampler: refine one batch, many images batch by batch, or generate one batch from its seed."""
+"""Run the sampler: refine one batch, refine many images batch by batch, or generate one batch of a seed."""
 
 from __future__ import annotations
 
@@ -29,10 +29,16 @@ def refine_batch(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Refine one batch.
 
-    `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the pixels where the mask is true; it excludes estimates.
+    Args:
+        core: the models and the sampler.
+        conditioning: x_hat, z and class of n images.
+        noise: their noise.
+        guidance: guidance weights; a number is the weight of x_hat, z and class together.
+        known: (images in [-1, 1], mask (n, 1, H, W)). Pixels are kept where the mask is true. With `known`, no
+            estimates are returned.
+        estimates: number of denoised estimates to record, at evenly spaced steps.
 
-    Returns images (n, C, H, W) in [-1, 1], the network evaluations of each (n,), and `estimates` denoised estimates
-    from evenly spaced steps.
+    Returns images (n, C, H, W) in [-1, 1], the network evaluations of each image (n,), and the recorded estimates.
     """
     denoiser, shapes = core.models.denoiser, core.models.denoiser.shapes
     shape = (shapes.k * shapes.channels, shapes.image_size, shapes.image_size)
@@ -78,14 +84,16 @@ def refine_images(
     advance: ProgressCallback | None = None,
     known: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refine any number of images, batch by batch; sets `core.nfe`.
+    """Refine any number of images, batch by batch, and set `core.nfe`.
 
-    `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the pixels where the mask is true.
+    `known` = (images in [-1, 1], mask (n, 1, H, W)) keeps the pixels where the mask is true. `advance` is called with
+    the number of finished images after each batch.
 
-    Returns images (n, C, H, W), fp32, in [-1, 1] as far as the sampler keeps them there, and their network evaluations
-    (n,); both on the CPU.
+    Returns images (n, C, H, W), fp32, and their network evaluations (n,), both on the CPU. The images are in [-1, 1] if
+    the sampler keeps them in this range.
     """
-    # with steps of its own an image may be alone in a batch, so it always is
+    # If each image takes its own number of steps, the last image may run alone. Every image runs alone then, so that
+    # its bits do not depend on the others.
     size = CHUNK_SIZE if core.sampler.lockstep else 1
     images, evaluations = [], []
     with core.reproducible():
@@ -112,9 +120,18 @@ def generate_batch(
     shared: SharedVariable | None = None,
     intermediate: int = 0,
 ) -> GeneratedImages:
-    """Generate the images of these numbers in one batch, on one thread where that fixes their bits.
+    """Generate the images with these numbers in one batch.
 
-    `numbers` is one of `chunk_ranges`; a label for each is that of numbers[0], numbers[1], ...
+    Args:
+        core: the models and the sampler.
+        numbers: one of the ranges of `chunk_ranges`.
+        seed: seed of z and of the noise.
+        label: one class for all images, or one for each of `numbers`.
+        guidance: guidance weights.
+        shared: what all images take from image 0 of the seed, if anything.
+        intermediate: number of denoised estimates to return.
+
+    Raises UserError as `check_generation`.
     """
     check_generation(core, shared, intermediate)
     zeros = [0] * len(numbers)
@@ -129,13 +146,13 @@ def generate_batch(
 
 
 def sampler_steps(core: InferenceCore) -> int:
-    """Steps of the sampler, on a schedule that may have fewer times."""
+    """Return the number of sampler steps. A schedule with discrete times limits it to the number of its times."""
     times, steps = core.models.denoiser.diffusion.schedule.steps, core.sampler.config.steps
     return min(steps, times or steps)
 
 
 def check_generation(core: InferenceCore, shared: SharedVariable | None, intermediate: int) -> None:
-    """Raise UserError if the run has no z to share, or the sampler cannot give that many intermediate estimates."""
+    """Raise UserError if the run has no z to share, or if the sampler cannot give `intermediate` estimates."""
     if shared is not None and not core.models.has_generator:
         raise UserError(f"shared={shared.name}: this run draws no z besides its noise: leave shared out")
     if intermediate < 0:

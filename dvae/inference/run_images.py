@@ -1,4 +1,4 @@
-"""The images that a trained run was made from."""
+"""Find and open the images that a run was trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dvae.tracking.console import say
 
 
 def data_config(run: str) -> DataConfig | None:
-    """How the run folder `run` reads its images; None for a bundle, which does not say."""
+    """Return the data settings of the run folder `run`; None for a bundle, which does not store them."""
     folder = Path(run)
     if not (folder / "config.yaml").exists() or (folder / bundle.INFO).exists():
         return None
@@ -26,9 +26,12 @@ def data_config(run: str) -> DataConfig | None:
 
 
 def run_shards(run: str, config: ModelConfig, setting: str = "shards") -> Path:
-    """The folder of the shards that a run was trained on, also if the run was moved with its shards in it.
+    """Return the folder of the shards that a run was trained on.
 
-    Raises UserError, which asks for the setting `setting`, if they are not on this machine, and for a run on points.
+    If the run folder was moved, the shards inside it are found too.
+
+    Raises UserError if the shards are not on this machine, or if the run was trained on points. The message asks for
+    the setting named `setting`.
     """
     refuse_points(config, run)
     data, inside = data_config(run), Path(run) / "shards"
@@ -39,14 +42,18 @@ def run_shards(run: str, config: ModelConfig, setting: str = "shards") -> Path:
         return Path(data.shards)
     if (inside / MANIFEST).exists():
         return inside
-    locate_shards(data.shards, data.download_to, data.download_gib)  # says what to do about a place elsewhere
+    # raises a UserError that says what to do, if the run's settings name a command or an address
+    locate_shards(data.shards, data.download_to, data.download_gib)
     raise UserError(
         f"run={run} was trained on shards at {data.shards}, which are not there: name them with {setting}=FOLDER"
     )
 
 
 def shards_location(shards: str, run: str) -> Path | RemoteShards:
-    """The place that the user's own command names, a folder or an address; what is fetched is kept beside the run."""
+    """Return the shards that a command names, a folder or an address.
+
+    Downloaded files are kept in the run folder, or for a bundle in the user's cache folder.
+    """
     if not is_remote(shards):
         return Path(shards)
     if (Path(run) / "remote").is_symlink():
@@ -57,14 +64,15 @@ def shards_location(shards: str, run: str) -> Path | RemoteShards:
 
 
 def open_split(run: str, config: ModelConfig, split: str, shards: str = "") -> Shards:
-    """A split of those shards; `shards` names their place if they lie elsewhere.
+    """Open a split of the shards that a run was trained on, or of `shards` if it is given.
 
-    Raises UserError as `run_shards`, if there is no such split, and for images of another size than the run's.
+    Raises UserError if the shards are not found, if they have no such split, or if their images have another size than
+    the run's images.
     """
     data = data_config(run) or replace(DataConfig(), shards=shards)
     place = shards_location(shards, run) if shards else run_shards(run, config)
     opened = Shards(place, split, int(data.cache_gib * 2**30), data.max_bad_fraction, say)
     if opened.shape != (config.channels, config.image_size, config.image_size):
         size = "x".join(map(str, opened.shape))
-        raise UserError(f"shards={place} are images of {size}, those of the run differ: name its own")
+        raise UserError(f"shards={place} has images of {size}, another size than the run's: name the run's own shards")
     return opened

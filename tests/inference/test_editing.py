@@ -199,7 +199,7 @@ def test_classes_by_name_one_for_each(tiny: list[str]) -> None:
         assert given.label is not None
         assert given.label.tolist() == numbers
     always = pipeline(tiny, *words)
-    with pytest.raises(UserError, match="the refiner has seen no image without a class: give label=NAME"):
+    with pytest.raises(UserError, match="the refiner was not trained without a class: give label=NAME"):
         always.reconstruct(faces(1))
 
 

@@ -170,7 +170,7 @@ def test_what_is_there_is_kept_and_a_prior_needs_a_part(run: Path, latent_space:
         tool.command([f"run={run}", f"out={out}"])
     with pytest.raises(UserError, match="is there already"):
         tool.command([f"run={run}", "prior=gmm", f"bundle={tmp_path}"])
-    with pytest.raises(UserError, match=r"prior=gmm: .* draws latents by diffusion .* no prior has a part in it"):
+    with pytest.raises(UserError, match=r"prior=gmm: .* draws latents by diffusion .* without a prior"):
         tool.command([f"run={latent_space}", "prior=gmm", f"bundle={tmp_path / 'b'}"])
     assert out.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [out]

@@ -119,7 +119,7 @@ def test_ended_and_gone_on_with(run: Path, images: Path, tmp_path: Path, monkeyp
         image_likelihood.score(asked(run, images, out, batch=2))
     monkeypatch.undo()
     assert not out.exists()
-    with pytest.raises(UserError, match="half-drawn with seed=0, this asks for 1"):
+    with pytest.raises(UserError, match="unfinished, with seed=0, this asks for 1"):
         image_likelihood.score(asked(run, images, out, batch=2, seed=1))
     assert image_likelihood.score(asked(run, images, out, batch=2)).scored == 3
     assert not ChunkStore.folder_of(out).exists()
@@ -141,7 +141,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "other figures than bits",
     ),
     "a figure less": (lambda it: it | {"means": {}}, "with other figures than bits_per_dim, nfe, kl_nats"),
-    "a list": (lambda _: [], "not as this command writes it (Input should be"),
+    "a list": (lambda _: [], "is not a result of this command (Input should be"),
 }
 
 
@@ -211,7 +211,7 @@ def test_mistakes_are_one_line(
     [
         (["recipe=ldm_avatars", "image_size=16", "refiner.width=32", "refiner.multipliers=[1]",
           "encoder.channels=[16,16]", "encoder.groups=4", "encoder.latent_channels=4",
-          "encoder.discriminator_weight=0"], "likelihood: not defined where denoiser.space=latent"),
+          "encoder.discriminator_weight=0"], "likelihood: not defined for denoiser.space=latent"),
         (["tiny", "schedule=flow"], "schedule=flow has no finite end at t = 1"),
     ],
 )  # fmt: skip

@@ -91,7 +91,7 @@ def test_the_judge_knows_real_digits_from_what_two_steps_draw(from_idx: Path, tm
         (["run=nowhere"], "nowhere: no such run"),
         (["run={run}", "label=digits"], "label=digits: the images have no such attribute"),
         (["run={run}", "shards=nowhere"], "no shards at nowhere"),
-        (["run={run}", "shards={other}"], "those of the run differ"),
+        (["run={run}", "shards={other}"], "another size than the run's"),
         (["run={run}", "n=0"], "n=0: use 1 or more"),
         (["run={run}", "confidense=0.5"], "did you mean"),
     ],

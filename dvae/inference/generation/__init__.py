@@ -1,1 +1,1 @@
-"""Write many generated or edited images to a file: resumable, by several processes."""
+"""Write many generated or edited images to a file. Requests can be resumed and can use several processes."""

@@ -1,4 +1,4 @@
-"""What one of several worker processes does: generate its chunks and keep them."""
+"""The main function of a worker process: generate its chunks and store them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def run_worker(
     number: int,
     send: Callable[[range | None], None],
 ) -> None:
-    """What a worker process does. It sends None once it is ready, and each chunk's range once the chunk is kept."""
+    """Generate the chunks `ranges` into `folder`, in a worker process.
+
+    `number` is the worker's number; it selects the GPU. The worker calls `send(None)` when it has loaded the run, and
+    `send(range)` when it has stored a chunk.
+    """
     load_plugins(settings.plugins)
     gpus = torch.cuda.device_count()
     task = task_class(settings, f"cuda:{number % gpus}" if gpus else "cpu")

@@ -1,4 +1,4 @@
-"""Tasks that start from images: reconstruct, interpolate, edit, inpaint."""
+"""Generation tasks that start from images: reconstruct, interpolate, edit, inpaint."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from dvae.inference.generation.task import DEFAULT_COUNT, GenerationTask, side_b
 from dvae.utils.read import DamagedFile, read_bytes
 
 UNKNOWN_PIXEL = 128
-"""The gray that stands for a pixel that is not known."""
+"""Gray value that shows an unknown pixel in a picture."""
 MASK_THRESHOLD = 128
-"""Gray value of a mask's pixel from which on it means known."""
+"""Smallest gray value of a mask pixel that means known."""
 
 
 class ImageInputTask(GenerationTask):
-    """Results of one or more given images each: with p = inputs_per_result, result k of the images k p, k p + 1, ..."""
+    """A task whose results start from images.
+
+    With p = inputs_per_result, result k starts from the images k p, ..., k p + p - 1.
+    """
 
     identity_fields: ClassVar[tuple[str, ...]] = ("resize",)
     settings: ImageInputConfig
@@ -62,18 +65,18 @@ class ImageInputTask(GenerationTask):
         return super().request() | {"images": images, "original": self.original}
 
     def existing(self, numbers: range) -> range:
-        """Those results of a fixed chunk that exist."""
+        """Return the results of a fixed chunk that exist. The last chunk may go beyond the last input image."""
         return numbers if self.inputs is None else range(numbers.start, min(numbers.stop, self.total))
 
     def labels(self, numbers: range) -> list[int | str]:
-        """The class of each: the one asked for, or its own; -1 where it is not known."""
+        """Return the class of each image: the requested class, else the image's own class, else -1 (unknown)."""
         if self.settings.label or self.inputs is None or not self.labeled:
             return [self.settings.label or -1] * len(numbers)
         own = [self.inputs.label(number) for number in numbers]
         return [-1 if name is None else name for name in own]
 
     def source_images(self, numbers: range) -> editing.SourceImages:
-        """z and noise of the images of these numbers."""
+        """Return z and noise of the images with these numbers."""
         label = self.settings.label or None
         if self.inputs is None:
             return editing.source_images(self.pipeline, list(numbers), self.settings.seed, label)
@@ -83,8 +86,11 @@ class ImageInputTask(GenerationTask):
     def to_arrays(
         self, generated: GeneratedImages, left: list[torch.Tensor], right: list[torch.Tensor]
     ) -> dict[str, np.ndarray]:
-        """What `generate` returns, from images (n * images_per_result, ...): the VAE's above the refined where there
-        are several."""
+        """Convert generated images, (n * images_per_result, ...), to the arrays that `generate` returns.
+
+        `left` and `right` hold images (n, C, H, W) for the sides of a result. If `tiles` has two rows, the VAE's images
+        are in the upper row and the refined images in the lower row.
+        """
         n, size = len(generated.refined) // self.images_per_result, (-1, self.images_per_result)
         refined = list(generated.refined.unflatten(0, size).unbind(1))
         vae = list(generated.vae.unflatten(0, size).unbind(1)) if generated.vae is not None and self.vae else []
@@ -97,7 +103,10 @@ class ImageInputTask(GenerationTask):
 
 
 class ReconstructTask(ImageInputTask):
-    """[the image] [the VAE's reconstruction] the refined one."""
+    """Reconstruct images.
+
+    Tiles: the input image (if `original`), the VAE's reconstruction (if `vae`), the refined reconstruction.
+    """
 
     settings: ReconstructConfig
 
@@ -115,7 +124,7 @@ class ReconstructTask(ImageInputTask):
 
 
 class InterpolateTask(ImageInputTask):
-    """Strips from image 2 k to image 2 k + 1, [with the images at their sides]."""
+    """Generate strips from image 2 k to image 2 k + 1, with the two input images at the sides if `original` is set."""
 
     identity_fields = ("resize", "space", "steps")
     settings: InterpolateConfig
@@ -140,7 +149,7 @@ class InterpolateTask(ImageInputTask):
 
 
 class EditTask(ImageInputTask):
-    """[the image] then it at each strength."""
+    """Edit images along a direction. Tiles: the input image (if `original`), then one image for each strength."""
 
     identity_fields = ("resize", "direction", "strength", "strengths")
     settings: EditConfig
@@ -168,7 +177,10 @@ class EditTask(ImageInputTask):
 
 
 class InpaintTask(ImageInputTask):
-    """[the image, what is known of it] [the VAE's image] the inpainted one."""
+    """Inpaint images.
+
+    Tiles: the input image and its known pixels (if `original`), the VAE's image (if `vae`), the inpainted image.
+    """
 
     identity_fields = ("resize", "mask")
     settings: InpaintConfig
@@ -196,9 +208,12 @@ class InpaintTask(ImageInputTask):
 
 
 def read_mask(word: str, size: int) -> torch.Tensor:
-    """The mask (size, size), true where pixels are known: of a name, or of a picture that is white there.
+    """Return the mask (size, size), bool, true at known pixels.
 
-    Raises UserError for a picture of another size, and where all or nothing is known.
+    `word` is a name of `NAMED_MASKS` or the path of a picture that is white at known pixels. A file takes precedence
+    over a name, a name over a folder.
+
+    Raises UserError if the picture has another size, or if all pixels or no pixels are known.
     """
     path = Path(word).expanduser()
     if not path.is_file() and (word in inpainting.NAMED_MASKS or not path.exists()):

@@ -1,4 +1,7 @@
-"""What images are written as: chosen by the name of the result. Every writer leaves it complete or absent."""
+"""Output formats of images, selected by the name of the output.
+
+Every writer leaves the output either complete or absent.
+"""
 
 from __future__ import annotations
 
@@ -17,41 +20,47 @@ from dvae.tracking import pictures
 from dvae.utils import atomic_files
 
 MAX_GRID_RESULTS = 1024
-"""Results of one or two images each; fewer of larger ones."""
+"""Maximum number of results in one picture if a result has one or two images. With more images it is lower."""
 COLUMNS = 8
-"""Images in a row of a picture; more only where one result has more."""
+"""Number of images in a row of a picture. A row is longer only if one result has more images."""
 Tiles = tuple[int, int]
 """Rows and columns of the images of one result."""
 
 
 @dataclass(frozen=True)
 class OutputItem:
-    """What is written of one number."""
+    """The output of one result."""
 
     number: int
+    """Number of the result."""
     pixels: np.ndarray
-    """(rows H, columns W, C) uint8: its images, laid side by side."""
+    """The images of the result side by side, (rows * H, columns * W, C) uint8."""
     about: bytes | None = None
-    """JSON of its class as in dvae's own shards, where the run has classes; a tar keeps it."""
+    """The class as JSON, in the format of dvae's own shards; None if the run has no classes. Only a tar stores it."""
 
 
 OutputItems = Iterator[OutputItem]
-"""In the order of their numbers."""
+"""Results in the order of their numbers."""
 Writer = Callable[[Path, OutputItems, int, Tiles], None]
-"""write(out, results, how many there are, tiles of each)."""
+"""write(out, results, number of results, tiles of each result)."""
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """A way to write images."""
+    """A format in which images are written."""
 
     write: Writer
+    """Function that writes all results."""
     replaceable: bool = False
-    """Whether an existing file is replaced: a picture to look at is, a set of images for others to read is not."""
+    """Whether an existing output is replaced. A picture is replaced; a set of images is not."""
 
 
 def write_grid(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
-    """One picture, as many results in a row as make 8 images; one where a result has several rows."""
+    """Write one picture.
+
+    A row has as many results as fit into 8 images, and at least one. If a result has several rows, there is one result
+    per row of the picture.
+    """
     (rows, columns), wide = tiles, np.stack([result.pixels for result in results])
     n, height, width, channels = wide.shape
     cells = torch.from_numpy(wide).view(n, rows, height // rows, columns, width // columns, channels)
@@ -60,14 +69,14 @@ def write_grid(out: Path, results: OutputItems, count: int, tiles: Tiles) -> Non
 
 
 def write_folder(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
-    """000000.png, 000001.png, ..."""
+    """Write a folder with 000000.png, 000001.png, and so on."""
     with atomic_files.new_folder(out) as aside:
         for result in results:
             (aside / png_name(result.number)).write_bytes(encode_png(result.pixels))
 
 
 def write_npy(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
-    """One uint8 array (n, H, W, C)."""
+    """Write one uint8 array (n, H, W, C)."""
 
     def write(aside: Path) -> None:
         array: np.ndarray | None = None
@@ -82,12 +91,13 @@ def write_npy(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None
 
 
 def write_zip(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
-    """PNGs, stored as they are: they are compressed already."""
+    """Write a zip archive of PNGs. It does not compress them, because PNGs are already compressed."""
 
     def write(aside: Path) -> None:
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
             for result in results:
-                member = zipfile.ZipInfo(png_name(result.number))  # dated 1980: the same images give the same bytes
+                # ZipInfo has the fixed date 1980-01-01, so the same images give the same bytes
+                member = zipfile.ZipInfo(png_name(result.number))
                 member.external_attr = 0o644 << 16
                 archive.writestr(member, encode_png(result.pixels))
 
@@ -95,7 +105,7 @@ def write_zip(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None
 
 
 def write_tar(out: Path, results: OutputItems, count: int, tiles: Tiles) -> None:
-    """A WebDataset shard of PNGs; with their classes, in a .json beside each, where the run has classes."""
+    """Write a WebDataset shard of PNGs. If the run has classes, a .json beside each PNG holds its class."""
 
     def write(aside: Path) -> None:
         shard = ShardWriter(aside)
@@ -121,10 +131,10 @@ FORMATS = {
 
 
 def output_format(out: str) -> tuple[Path, OutputFormat]:
-    """Where and how to write `out`. Raises UserError for a name that says nothing of it."""
+    """Return the path and the format of `out`. Raises UserError if the name does not select a format."""
     path = Path(out)
     if not path.name or path.name == "..":
-        raise UserError(f"out={out}: name a file, or a folder in it")
+        raise UserError(f"out={out}: give the name of a file or of a new folder")
     if out.endswith("/") or path.is_dir():
         return path, FORMATS[""]
     if path.suffix.lower() not in FORMATS:

@@ -1,4 +1,7 @@
-"""What the commands that draw images take: tools/sample.py, reconstruct.py, interpolate.py, edit.py, inpaint.py."""
+"""Settings of the commands that generate images.
+
+These are tools/sample.py, reconstruct.py, interpolate.py, edit.py and inpaint.py.
+"""
 
 from __future__ import annotations
 
@@ -13,112 +16,115 @@ from dvae.inference.noise import InterpolationSpace, SharedVariable
 
 @dataclass(kw_only=True, slots=True)
 class GenerationConfig:
-    """What all of them take."""
+    """Settings that all generation commands share."""
 
     run: str = MISSING
     """A run folder or a bundle."""
     n: int | None = None
-    """Results, each an image or a strip of them (null: of all images that are given, of a run's own the first 8)."""
+    """Number of results. Each result is one image or one strip of images (null: one for each of the given images, or
+    for the first 8 of the run's own images)."""
     seed: int = 0
     """Seed of z and of the noise."""
     first: int = 0
-    """Number of the first; number k of a seed is the same whichever is the first."""
+    """Number of the first result. Result k of a seed does not depend on it."""
     out: str = MISSING
-    """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
+    """Output: one picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
     vae: bool | None = None
-    """Put the VAE's image beside each refined one (null: in a picture only, where there is a VAE)."""
+    """Put the VAE's image beside each refined image (null: only in a picture, and only if the run has a VAE)."""
     batch: int | None = None
-    """Images per network call (null: fixed chunks of 16, with which image k has the same bits in any request)."""
+    """Images per network call (null: fixed chunks of 16; image k then has the same bits in every request)."""
     processes: int = 1
-    """Processes of this machine that draw."""
+    """Number of processes on this machine that generate images."""
     label: str = ""
-    """Class of all images (empty: drawn evenly or that of the given image, where the run has classes)."""
+    """Class of all images (empty: a random class, or the class of the given image, if the run has classes)."""
     guidance: float = 1.0
-    """Weight of x_hat, z and class together."""
+    """Guidance weight of x_hat, z and class together (0: unconditional, 1: as trained, above 1: stronger)."""
     label_guidance: float = 1.0
-    """Weight of the class alone."""
+    """Guidance weight of the class alone (0: without class, 1: as trained, above 1: stronger)."""
     pca_guidance: float = 1.0
-    """Weight of z's principal coordinates alone."""
+    """Guidance weight of the principal coordinates of z alone (0: without them, 1: as trained, above 1: stronger)."""
     classifier_guidance: float = 0.0
-    """Factor on the gradient of the classifier."""
+    """Factor on the gradient of the run's classifier (0: no classifier guidance)."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Modules to import. They register components."""
     sampler: Any = None
-    """Another sampler than the run's, or fields of the run's own."""
+    """A sampler that replaces the run's sampler, or changed fields of the run's sampler."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SampleConfig(GenerationConfig):
-    """What tools/sample.py takes."""
+    """Settings of tools/sample.py."""
 
     n: int | None = 64
-    """Images."""
+    """Number of images (null: 8)."""
     out: str = "samples.png"
-    """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
+    """Output: one picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
     shared: SharedVariable | None = None
-    """z: all images have z and class of image 0 of the seed, so that only noise varies; noise: all have its noise."""
+    """z: all images use z and class of image 0 of the seed, so only the noise varies; noise: all images use the noise
+    of image 0 (null: nothing is shared)."""
     intermediate: int = 0
-    """Denoised estimates of each image, from evenly spread steps, that stand at its left."""
+    """Number of denoised estimates, from evenly spaced sampler steps, that are put at the left of each image."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ImageInputConfig(GenerationConfig):
-    """What the commands take that are given images."""
+    """Settings that all commands with input images share."""
 
     images: str = "heldout"
-    """heldout: the run's held-out images; a folder, zip archive, .npy (n, H, W, C), image file or shards; interpolate
-    and edit also take drawn: the images of the seed as tools/sample.py draws them."""
+    """heldout: the run's held-out images; or a folder, zip archive, .npy (n, H, W, C), image file or shards.
+    interpolate and edit also accept drawn: the images of the seed that tools/sample.py generates."""
     shards: str = ""
-    """For heldout: where the run's shards lie, if they were moved."""
+    """Folder of the run's shards if they were moved. Used with images=heldout."""
     resize: bool = False
-    """Crop and scale given images to the run's size, and make them gray or color as its are."""
+    """Crop and scale given images to the run's size, and convert them to gray or color like the run's images."""
     original: bool | None = None
-    """Put the given image at the left (null: in a picture only)."""
+    """Put the given image at the left of the result (null: only in a picture)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ReconstructConfig(ImageInputConfig):
-    """What tools/reconstruct.py takes."""
+    """Settings of tools/reconstruct.py."""
 
     out: str = "reconstructions.png"
-    """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
+    """Output: one picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class InterpolateConfig(ImageInputConfig):
-    """What tools/interpolate.py takes."""
+    """Settings of tools/interpolate.py."""
 
     out: str = "interpolations.png"
-    """A picture (.png), strips in one file (.npy, .zip, .tar) or a folder of strips (NAME/)."""
+    """Output: one picture (.png), strips in one file (.npy, .zip, .tar) or a folder of strips (NAME/)."""
     space: InterpolationSpace = InterpolationSpace.both
-    """z | noise | both: what goes from the first image of a pair to the second; the other stays that of the first."""
+    """z | noise | both: what is interpolated from the first image of a pair to the second. The rest is taken from the
+    first image."""
     steps: int = 8
-    """Images of a strip, its ends included."""
+    """Number of images in a strip, both ends included; at least 2."""
 
 
 @dataclass(kw_only=True, slots=True)
 class EditConfig(ImageInputConfig):
-    """What tools/edit.py takes."""
+    """Settings of tools/edit.py."""
 
     out: str = "edits.png"
-    """A picture (.png), strips in one file (.npy, .zip, .tar) or a folder of strips (NAME/)."""
+    """Output: one picture (.png), strips in one file (.npy, .zip, .tar) or a folder of strips (NAME/)."""
     direction: str = MISSING
     """Name of a direction that tools/directions.py has found for the run."""
     strength: float | None = None
-    """How far z is moved, in units of the direction (null: a strip of `strengths`)."""
+    """How far z is moved, in units of the direction (null: a strip with all `strengths`)."""
     strengths: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])
-    """A strip per image, one strength after the other; at 0 the image is only reconstructed."""
+    """Strengths of the images in a strip, in units of the direction. At 0 the image is only reconstructed."""
 
 
 @dataclass(kw_only=True, slots=True)
 class InpaintConfig(ImageInputConfig):
-    """What tools/inpaint.py takes."""
+    """Settings of tools/inpaint.py."""
 
     out: str = "inpainted.png"
-    """A picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
+    """Output: one picture (.png), images in one file (.npy, .zip, .tar) or a folder of images (NAME/)."""
     mask: str = "border"
-    """What is known of each image: left, right, top, bottom (half of it), center (its middle), border (all but the
-    middle), or a PNG of the run's size, white where known. The rest is drawn anew."""
+    """The known pixels of each image: left, right, top, bottom (that half), center (the middle), border (all but the
+    middle), or a PNG of the run's size that is white at known pixels. The other pixels are generated."""
 
 
 for name, kind in (

@@ -1,4 +1,7 @@
-"""Images that a command is given: a run's held-out ones, or a user's, checked to be as the run's."""
+"""Read the input images of a command: a run's held-out images or a user's images.
+
+A user's images must have the run's size and channels, or they are converted.
+"""
 
 from __future__ import annotations
 
@@ -26,38 +29,38 @@ from dvae.utils.read import DamagedFile, map_npy
 HELDOUT = "heldout"
 DRAWN = "drawn"
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
-"""Pillow's modes of images without color."""
+"""Pillow's modes for images without color."""
 
 
 class InputImages(ABC):
-    """Images by number."""
+    """Input images, by number."""
 
     identity: str
-    """Hash that another set of images has not."""
+    """Hash that identifies this set of images."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read_one(self, number: int) -> np.ndarray:
-        """Pixels (H, W, C) uint8 of an image. Raises UserError where it does not fit the run."""
+        """Return the pixels (H, W, C) uint8 of an image. Raises UserError if the image does not fit the run."""
 
     def check(self, numbers: Iterable[int]) -> None:  # noqa: B027 most have nothing to check
-        """Raise UserError for the first image that does not fit the run, before anything is drawn."""
+        """Raise UserError for the first image that does not fit the run. Called before anything is generated."""
 
     def label(self, number: int) -> str | None:
-        """The class of an image, where it is known."""
+        """Return the class of an image, or None if it is not known."""
         return None
 
     def read(self, numbers: Iterable[int]) -> torch.Tensor:
-        """Images (n, C, H, W) uint8."""
+        """Read the images with these numbers, (n, C, H, W) uint8."""
         return (
             torch.from_numpy(np.stack([self.read_one(number) for number in numbers])).permute(0, 3, 1, 2).contiguous()
         )
 
 
 def open_input_images(settings: ImageInputConfig, config: ModelConfig) -> InputImages:
-    """The images that `settings.images` names. Raises UserError where there are none."""
+    """Open the images that `settings.images` names. Raises UserError if there are none."""
     place = Path(settings.images).expanduser()
     if settings.images == HELDOUT:
         return ShardInput(open_split(settings.run, config, HELDOUT, settings.shards), config)
@@ -69,7 +72,7 @@ def open_input_images(settings: ImageInputConfig, config: ModelConfig) -> InputI
 
 
 class ShardInput(InputImages):
-    """A split of shards."""
+    """Input images from a split of shards."""
 
     def __init__(self, shards: Shards, config: ModelConfig) -> None:
         self.shards, self.config = shards, config
@@ -87,14 +90,14 @@ class ShardInput(InputImages):
 
 
 class UserInput(InputImages):
-    """A user's images, which are as the run's, or are made so."""
+    """A user's images. They must have the run's size and channels, or are converted if `resize` is set."""
 
     def __init__(self, settings: ImageInputConfig, config: ModelConfig) -> None:
         self.settings, self.config = settings, config
-        self._crop, self._filter = config.crop, config.resize  # as the run's own images
+        self._crop, self._filter = config.crop, config.resize  # the same as for the run's own images
 
     def check_matches_run(self, size: tuple[int, int], gray: bool, name: str) -> None:
-        """Raise UserError for an image of (width, height) that is not as the run's, where it is not to be made so."""
+        """Raise UserError if an image of size (width, height) differs from the run's images and `resize` is not set."""
         if self.settings.resize:
             return
         own, where = self.config.image_size, f"images={self.settings.images}: {name}"
@@ -107,13 +110,13 @@ class UserInput(InputImages):
             raise UserError(f"{where} is {kinds[0]}, the run's images are {kinds[1]}: add resize=true to convert it")
 
     def fit_to_run(self, image: Image.Image, name: str) -> np.ndarray:
-        """Pixels (H, W, C) of an image, cropped and scaled as the run's were where it has another size."""
+        """Return the pixels (H, W, C) of an image, cropped and scaled to the run's size like the run's own images."""
         config = self.config
         return fit(image, config.image_size, config.channels, self._crop, name, self._filter)
 
 
 class ArrayInput(UserInput):
-    """A .npy file (n, H, W, C) uint8."""
+    """Images in a .npy file, (n, H, W, C) uint8, C = 1 or 3."""
 
     def __init__(self, place: Path, settings: ImageInputConfig, config: ModelConfig) -> None:
         super().__init__(settings, config)
@@ -139,7 +142,7 @@ class ArrayInput(UserInput):
 
 
 class FileInput(UserInput):
-    """A folder or zip archive of images, in the order of their names, or one image file."""
+    """The images of a folder or zip archive, in the order of their names, or one image file."""
 
     def __init__(self, place: Path, settings: ImageInputConfig, config: ModelConfig) -> None:
         super().__init__(settings, config)
@@ -152,7 +155,10 @@ class FileInput(UserInput):
         self.identity = self._identity(place)
 
     def _identity(self, place: Path) -> str:
-        """Of an archive its hash; of files their names, sizes and times: reading all would take as long as drawing."""
+        """Return the hash of an archive, or a hash of the names, sizes and times of files.
+
+        The content of files is not hashed: to read all files would take as long as to generate images.
+        """
         if not isinstance(self.tree, FolderTree):
             return atomic_files.sha256(place)
         try:
@@ -168,7 +174,9 @@ class FileInput(UserInput):
         for number in numbers:
             name = self.names[number]
             try:
-                image = open_image(self._bytes(number), f"{name} is not an image that can be read")  # its header only
+                image = open_image(
+                    self._bytes(number), f"{name} is not an image that can be read"
+                )  # reads only the header
             except DamagedImage as error:
                 raise UserError(f"images={self.settings.images}: {error}") from None
             self.check_matches_run(image.size, image.mode in GRAY_MODES, name)

@@ -1,4 +1,4 @@
-"""What tools/sample.py draws: new images."""
+"""The generation task of tools/sample.py: new images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from dvae.inference.refine import check_generation, generate_batch
 
 
 class SampleTask(GenerationTask):
-    """Images of a seed: [the VAE's sample] [denoised estimates on the way] the refined sample."""
+    """Generate the images of a seed.
+
+    The tiles of a result, from left to right:
+    - the VAE's sample, if `vae` is set;
+    - `intermediate` denoised estimates from evenly spaced sampler steps;
+    - the refined sample.
+    """
 
     identity_fields = ("shared", "intermediate")
     settings: SampleConfig

@@ -1,4 +1,4 @@
-"""A run, opened to generate what a command was asked for; and the record of what that was."""
+"""Base class of the generation tasks: it loads a run, generates results by number, and records the request."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from dvae.inference.generation.generation_settings import GenerationConfig
 from dvae.models import bundle
 
 DEFAULT_COUNT = 8
-"""Results where no number is asked for, and there might be many."""
+"""Number of results if `n` is null and the command could generate many."""
 
 
 class GenerationTask(ABC):
-    """The pipeline of a run, set up as a command's settings say. Its class and its settings are picklable.
+    """Load the pipeline of a run and generate results as a command's settings say.
 
-    A subclass sets `tiles`, and perhaps `images_per_result`; limits the number of results; and generates them. Raises
-    UserError where the run has not what the settings name.
+    A subclass sets `tiles` and, if a result holds several refined images, `images_per_result`. It may call
+    `limit_results`, and it implements `generate`. The class and its settings must be picklable because worker
+    processes build the task from them.
+
+    Raises UserError if the run does not have a class, a generator or a sampler that the settings name.
     """
 
     identity_fields: ClassVar[tuple[str, ...]] = ()
-    """Names of the settings that identify a request, besides those that all commands have: the bits of result k depend
-    on them."""
+    """Names of the settings that identify a request, in addition to the settings that all commands share. The bits of
+    result k depend on them."""
 
     def __init__(self, settings: GenerationConfig, device: str | torch.device | None = None) -> None:
         self.settings = settings
@@ -49,36 +52,39 @@ class GenerationTask(ABC):
         if settings.label:
             self.pipeline.class_number(settings.label)
         self.is_picture = settings.out.lower().endswith(".png")
-        """Whether the result is to be looked at, and so shows more than what was drawn."""
+        """Whether the result is one picture for a viewer. It then also shows the inputs and the VAE's images."""
         generates = self.pipeline.models.has_generator
         if settings.vae and not generates:
             raise UserError(f"vae=true: run={settings.run} draws nothing before refinement: use vae=false")
         self.vae: bool = generates and self.is_picture if settings.vae is None else settings.vae
-        """Whether the VAE's image stands beside each refined one."""
+        """Whether the VAE's image is put beside each refined image."""
         self.labeled = bool(self.pipeline.config.classes)
-        """Whether results have a class; `generate` then returns "label" too."""
+        """Whether results have a class. `generate` then also returns "label"."""
         self.images_per_result = 1
-        """Refined images of a result."""
+        """Number of refined images in a result."""
         self.tiles: Tiles = (1, 1 + self.vae)
-        """Rows and columns of images in the pixels of a result."""
+        """Rows and columns of images in a result."""
         self.requested = range(settings.first, settings.first + (DEFAULT_COUNT if settings.n is None else settings.n))
-        """Numbers of the results."""
+        """Numbers of the requested results."""
 
     @property
     def results_per_chunk(self) -> int:
-        """Results that are generated in a fixed chunk."""
+        """Number of results in a fixed chunk."""
         return batching.results_per_chunk(self.images_per_result)
 
     @property
     def results_per_call(self) -> int | None:
-        """Results that are generated together by batch; None for fixed chunks."""
+        """Number of results per call if `batch` is set, at least 1. None selects fixed chunks."""
         batch = self.settings.batch
         return None if batch is None else max(1, batch // self.images_per_result)
 
     def limit_results(self, total: int, subject: str, default: int | None = None) -> None:
-        """Set the number of results that exist; if n is null, all of them, or `default` of them, are requested.
+        """Limit the request to the `total` results that exist.
 
-        Raises UserError where more are requested than exist.
+        If `n` is null, the request covers all results from `first` on, or at most `default` of them. `subject` begins
+        the error message, for example "images=FOLDER holds".
+
+        Raises UserError if the request goes beyond the last result.
         """
         first, n = self.settings.first, self.settings.n
         end = first + n if n is not None else total if default is None else min(total, first + default)
@@ -88,7 +94,10 @@ class GenerationTask(ABC):
         self.requested = range(first, end)
 
     def request(self) -> dict[str, Any]:
-        """What decides the bits of result k, ready for JSON: all but n."""
+        """Return everything that decides the bits of result k, as JSON values.
+
+        `n` is not in it: more results do not change result k.
+        """
         names = (
             "seed", "first", "label", "guidance", "label_guidance", "pca_guidance", "classifier_guidance", "batch",
         )  # fmt: skip
@@ -98,26 +107,33 @@ class GenerationTask(ABC):
 
     @abstractmethod
     def generate(self, numbers: range) -> dict[str, np.ndarray]:
-        """Generate the results of these numbers: "pixels" (n, H, W, C) uint8, its tiles laid side by side; "nfe" (n,)
-        or (n, images), network evaluations of each image of a result; "label" (n,) where the run has classes, -1 for
-        none.
+        """Generate the results with these numbers.
 
-        `numbers` is one of `chunk_ranges`. Those beyond the last that exists may be left out at the end.
+        `numbers` is one of the ranges of `chunk_ranges`. If it goes beyond the last result that exists, the arrays may
+        be shorter.
+
+        Returns these arrays by name:
+        - "pixels": (n, H, W, C) uint8, with the tiles of a result side by side;
+        - "nfe": (n,) or (n, images_per_result), the network evaluations of each image;
+        - "label": (n,), only if the run has classes; -1 for no class.
         """
 
     def label_json(self, number: int, label: np.ndarray) -> bytes:
-        """JSON of a result's class, as beside the images of dvae's own shards."""
+        """Return a result's class as JSON, in the format of dvae's own shards."""
         settings = self.pipeline.config
         labels = {settings.label: settings.classes[int(label)]} if label >= 0 else {}
         return json.dumps({"key": f"{number:06d}", "labels": labels}, sort_keys=True).encode()
 
 
 def json_value(value: Any) -> Any:
-    """A setting ready for JSON."""
+    """Convert a setting to a JSON value. An enum member becomes its name."""
     return value.name if isinstance(value, Enum) else value
 
 
 def side_by_side(rows: list[list[torch.Tensor]]) -> np.ndarray:
-    """Pixels (n, rows H, columns W, C) of images (n, C, H, W) uint8 for each tile, row by row."""
+    """Lay tiles out in rows and columns.
+
+    `rows` holds the images of each tile, (n, C, H, W) uint8. Returns (n, rows * H, columns * W, C) uint8.
+    """
     tiled = torch.cat([torch.cat(row, 3) for row in rows], 2)
     return tiled.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Generate chunks in several processes of this machine, each with its own share of them."""
+"""Generate chunks in several processes of this machine. Each process generates its own share of the chunks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dvae.utils.child_processes import Child, ChildGroup
 from dvae.utils.machine import thread_share
 
 ChunkCallback = Callable[[range | None], None]
-"""on_chunk(range) once a chunk is kept; on_chunk(None) when a process has loaded the run."""
-CONTINUE_HINT = "what is drawn is kept, the same command again goes on"
+"""on_chunk(range) is called when a chunk is stored, on_chunk(None) when a process has loaded the run."""
+CONTINUE_HINT = "finished images are kept, run the same command again to continue"
 
 
 def generate_in_processes(
@@ -25,11 +25,12 @@ def generate_in_processes(
     missing: list[range],
     on_chunk: ChunkCallback,
 ) -> None:
-    """Generate the missing chunks in `settings.processes` processes, no more than there are chunks.
+    """Generate the missing chunks in `settings.processes` processes, at most one per chunk.
 
-    Each process opens the run with task_class(settings, device).
+    Each process builds `task_class(settings, device)`.
 
-    Raises the error of the first process that fails, or MachineError with how it ended; the others are killed.
+    Raises the error of the first process that fails, or MachineError with its signal or exit status. The other
+    processes are killed.
     """
     count = min(settings.processes, len(missing))
     with ChildGroup() as workers:
@@ -40,7 +41,7 @@ def generate_in_processes(
 
 
 def watch_workers(workers: ChildGroup, on_chunk: ChunkCallback) -> None:
-    """Wait until all have finished, and pass their reports to `on_chunk`."""
+    """Wait until all workers have finished, and pass their messages to `on_chunk`."""
     ended = workers.wait(lambda worker: not worker.returned, on_message=lambda worker, message: on_chunk(message))
     for worker in ended:
         if not worker.returned:
@@ -48,7 +49,7 @@ def watch_workers(workers: ChildGroup, on_chunk: ChunkCallback) -> None:
 
 
 def worker_error(worker: Child) -> UserError | MachineError:
-    """Why a worker has not finished."""
+    """Return the error that tells why a worker did not finish."""
     if worker.failure is None:
         status = worker.status or 0
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -162,7 +162,7 @@ def test_other_runs_from_the_bundle_alone(
     if kind == "latent":
         with pytest.raises(UserError, match="in latent space a given image has no noise to interpolate"):
             interpolate.command([*given, "n=1", "out=j.npy"])
-        with pytest.raises(UserError, match=r"inpainting: not defined where denoiser\.space=latent"):
+        with pytest.raises(UserError, match=r"inpainting: not defined for denoiser\.space=latent"):
             inpaint.command([*given, "out=p.npy"])
         return
     interpolate.command([*given, "n=1", "steps=4", "out=j.npy"])

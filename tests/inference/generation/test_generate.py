@@ -103,10 +103,10 @@ def test_killed_and_gone_on_with_by_two_processes(run: Path, tmp_path: Path, kil
     assert kept < n - 16
     assert not out.exists()
     with pytest.raises(
-        UserError, match=r"is half-drawn with seed=3, this asks for 4: name another, or remove .*drawing"
+        UserError, match=r"is unfinished, with seed=3, this asks for 4: name another, or remove .*drawing"
     ):
         generate_to_file(asked(run, f"{out}/", n=n, seed=4))
-    with pytest.raises(UserError, match=r"half-drawn with sampler\.steps=2, this asks for 3"):
+    with pytest.raises(UserError, match=r"unfinished, with sampler\.steps=2, this asks for 3"):
         generate_to_file(asked(run, f"{out}/", n=n, sampler={"steps": 3}))
 
     resumed = start(run, f"out={out}/", f"n={n}", "processes=2")
@@ -190,7 +190,7 @@ def test_what_is_there_is_kept(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npy"
     generate_to_file(asked(run, out, n=3))
     before = hashlib.sha256(out.read_bytes()).hexdigest()
-    with pytest.raises(UserError, match="drawn with n=3, this asks for 4"):
+    with pytest.raises(UserError, match="generated with n=3, this asks for 4"):
         generate_to_file(asked(run, out, n=4))
     assert generate_to_file(asked(run, out, n=3)).generated == 0
     assert hashlib.sha256(out.read_bytes()).hexdigest() == before
@@ -229,10 +229,10 @@ def fail(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("how", "message", "kind"),
     [
-        (os.abort, "process 1 was ended by SIGABRT: what is drawn is kept, the same command", MachineError),
-        (partial(os._exit, 0), "process 1 ended with status 0: what is drawn is kept", MachineError),
+        (os.abort, "process 1 was ended by SIGABRT: finished images are kept, run the same command", MachineError),
+        (partial(os._exit, 0), "process 1 ended with status 0: finished images are kept", MachineError),
         (partial(fail, UserError("n=0: use 1")), "^n=0: use 1$", UserError),
-        (partial(fail, MachineError("the disk is full")), "process 1: the disk is full; what is drawn", MachineError),
+        (partial(fail, MachineError("the disk is full")), "process 1: the disk is full; finished images", MachineError),
     ],
 )
 def test_a_process_that_ends_early_ends_the_command(

@@ -186,7 +186,7 @@ SPOILED: dict[str, Callable[[Path], object]] = {
 def test_a_chunk_that_is_none(chunks: ChunkStore, name: str):
     path = chunks.path(range(16))
     SPOILED[name](path)
-    says = rf"{path.name} is damaged \(.*\): remove it, then the same command again draws it anew"
+    says = rf"{path.name} is damaged \(.*\): remove it, then run the same command again"
     with little_memory(), pytest.raises(MachineError, match=says) as error:
         chunks.read(range(16), "nfe", 16)
     assert "\n" not in str(error.value)
