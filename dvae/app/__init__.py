@@ -1,1 +1,1 @@
-"""The page: a trained run to play with in a browser."""
+"""The page: a web page on which a user explores a trained run."""

@@ -1,4 +1,4 @@
-"""The page: a trained run to play with in a browser. The only file that imports gradio."""
+"""The page: a web page on which a user explores a trained run. This is the only file that imports gradio."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ from dvae.registry.samplers.base import SAMPLERS, compatible_samplers
 from dvae.tracking.console import say
 
 PICTURE_FOLDER = Path(tempfile.gettempdir()) / f"dvae-page-{secrets.token_hex(8)}"
-"""Where the pictures of this process lie while it serves."""
-os.environ["GRADIO_TEMP_DIR"] = str(PICTURE_FOLDER)  # gradio reads this and the next when it is imported
+"""Folder of this process's pictures while it serves. Its random name lets several servers run at the same time."""
+# gradio reads this variable and the next one when it is imported, so they must be set before the import
+os.environ["GRADIO_TEMP_DIR"] = str(PICTURE_FOLDER)
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 try:
@@ -48,48 +49,48 @@ except ImportError:
     raise UserError("the page needs gradio, which is not installed: pip install 'dvae[page]'") from None
 
 DRAWN_IMAGES = 16
-"""Images that are drawn together."""
+"""Number of images that are generated together."""
 MIN_IMAGE_SIDE = 128
-"""Pixels that an image is at least wide on the page."""
+"""Smaller images are enlarged by the largest whole factor with which they are at most this wide, in pixels."""
 STRIP_IMAGES = 8
-"""Images of an interpolation."""
+"""Number of images in an interpolation."""
 MAX_STRENGTH = 4.0
-"""Greatest strength of the slider, either way."""
+"""Largest absolute strength of the slider."""
 MAX_SEED = 2**53 - 1
-"""Largest seed; a browser has no larger whole number."""
+"""Largest seed. Browsers cannot represent all larger integers exactly."""
 MAX_IMAGE_NUMBER = 2**31 - 1
-"""Largest number of an image of a seed."""
+"""Largest image number of a seed."""
 MAX_STEPS = 250
-"""Most steps, unless the run's own sampler takes more."""
+"""Maximum number of sampler steps, unless the run's own sampler has more."""
 PICTURE_SECONDS, CLEANUP_SECONDS = 600, 60
-"""Seconds that a picture is kept for the browser, and between removals of older ones."""
+"""Seconds for which a picture is kept for the browser, and seconds between two removals of older pictures."""
 MAX_QUEUED_CALLS = 16
-"""Calls that may wait for the one that is computed."""
+"""Maximum number of calls that wait while another call is computed."""
 MAX_CONNECTIONS = 500
-"""Connections at a time."""
+"""Maximum number of simultaneous connections."""
 FONT_FAMILY = ["system-ui", "sans-serif"]
-"""Fonts of the reader's machine: none is fetched."""
+"""Fonts that are installed on the user's machine, so that none is downloaded."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PageConfig:
-    """What tools/page.py takes."""
+    """Settings of tools/page.py."""
 
     run: str = MISSING
     """A run folder or a bundle."""
     host: str = "127.0.0.1"
-    """Address that it listens on; 0.0.0.0 lets other machines in, whoever they are, and under any name."""
+    """Address to listen on. 0.0.0.0 accepts requests from every machine, for every host name."""
     port: int = 7860
-    """Port that it listens on (0: any that is free)."""
+    """Port to listen on, 0 to 65535 (0: any free port)."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Modules to import. They register components."""
 
 
 ConfigStore.instance().store(name="page_schema", node=PageConfig, provider="dvae")
 
 
 def parse_int(name: str, value: object, least: int, most: int) -> int:
-    """A whole number that a browser has sent. Raises UserError if it is none, or not from `least` to `most`."""
+    """Check a whole number from a browser. Raises UserError if it is not an integer from `least` to `most`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not least <= value <= most:
@@ -98,29 +99,29 @@ def parse_int(name: str, value: object, least: int, most: int) -> int:
 
 
 def parse_float(name: str, value: object, least: float, most: float) -> float:
-    """A number that a browser has sent. Raises UserError if it is none, or not from `least` to `most`."""
+    """Check a number from a browser. Raises UserError if it is not a number from `least` to `most`."""
     if type(value) not in (int, float) or not least <= value <= most:  # type: ignore[operator]
         raise UserError(f"{name}={_shown(value)}: give a number from {least:g} to {most:g}")
     return float(value)  # type: ignore[arg-type]
 
 
 def parse_choice(name: str, value: object, known: Collection[str]) -> str:
-    """One of `known`. Raises UserError, naming the nearest, for anything else."""
+    """Check a choice from a browser. Raises UserError, with the nearest name, if it is not one of `known`."""
     if not isinstance(value, str) or value not in known:
         raise UserError(f"{name}={_shown(value)}: {suggest(str(value)[:40], known)}")
     return value
 
 
 def _shown(value: object) -> str:
-    """A value of any size and kind in few characters."""
+    """Format a value of any size and type in at most 40 characters."""
     return "(a huge number)" if type(value) is int and abs(value) > 10**40 else repr(value)[:40]
 
 
 class PageActions:
-    """The functions behind the page's buttons. They return pictures (H, W, 3) uint8; image k of a seed is that of
-    tools/sample.py.
+    """The functions behind the page's buttons.
 
-    Values come from a browser, and are checked here. Raises UserError for any that the page would not send.
+    They return pictures (H, W, 3) uint8. Image k of a seed is the same image as in tools/sample.py. The arguments come
+    from a browser and are checked here. The functions raise UserError for values that the page would not send.
     """
 
     def __init__(self, pipeline: Pipeline, known: dict[str, directions.Direction]) -> None:
@@ -134,7 +135,11 @@ class PageActions:
         self.spaces = [space.name for space in spaces]
 
     def draw(self, seed: object, sampler: object, steps: object) -> tuple[np.ndarray | None, np.ndarray, str]:
-        """DRAWN_IMAGES images of a seed: before refinement (None without an encoder), refined, and the evaluations."""
+        """Generate DRAWN_IMAGES images of a seed.
+
+        Returns a picture of the VAE's images (None if the run has none), a picture of the refined images, and a text
+        with the network evaluations.
+        """
         checked_seed = parse_int("seed", seed, 0, MAX_SEED)
         with self._using(sampler, steps):
             vae, refined = self.pipeline.generate(DRAWN_IMAGES, checked_seed)
@@ -143,8 +148,11 @@ class PageActions:
     def edit(
         self, seed: object, image: object, direction: object, strength: object, sampler: object, steps: object
     ) -> tuple[np.ndarray, str]:
-        """An image of a seed beside itself moved along a direction, or with a principal component put at the strength;
-        above them what they were refined from."""
+        """Edit an image of a seed along a direction, or set one of its principal components to the strength.
+
+        Returns a picture and a text that explains the strength. The lower row shows the image and the edited image. The
+        upper row shows the VAE's images from which they were refined.
+        """
         number, checked_seed = parse_int("image", image, 0, MAX_IMAGE_NUMBER), parse_int("seed", seed, 0, MAX_SEED)
         edit = self.known[parse_choice("direction", direction, self.known)]
         new = parse_float("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
@@ -163,7 +171,10 @@ class PageActions:
     def interpolate(
         self, seed: object, first: object, last: object, space: object, sampler: object, steps: object
     ) -> tuple[np.ndarray, str]:
-        """A strip from one image of a seed to another."""
+        """Interpolate from one image of a seed to another.
+
+        Returns a picture of the strip and a text with the network evaluations.
+        """
         ends = parse_int("from image", first, 0, MAX_IMAGE_NUMBER), parse_int("to image", last, 0, MAX_IMAGE_NUMBER)
         checked_seed, checked_space = parse_int("seed", seed, 0, MAX_SEED), parse_choice("space", space, self.spaces)
         with self._using(sampler, steps):
@@ -171,7 +182,7 @@ class PageActions:
         return mosaic(strip, STRIP_IMAGES), self._evaluations()
 
     def _using(self, sampler: object, steps: object) -> AbstractContextManager[None]:
-        """The run's own sampler keeps its other fields."""
+        """Use a sampler and a number of steps while the block runs. The run's own sampler keeps its other fields."""
         name = parse_choice("sampler", sampler, self.samplers)
         is_own = name == SAMPLERS.name_of(self.pipeline.models.sampler)
         return self.pipeline.using(None if is_own else name, steps=parse_int("steps", steps, 1, self.most_steps))
@@ -181,7 +192,7 @@ class PageActions:
 
 
 def mosaic(images: torch.Tensor, columns: int) -> np.ndarray:
-    """Images (n, C, H, W) uint8 as one picture (height, width, 3), row by row, enlarged where they are small."""
+    """Combine images (n, C, H, W) uint8 into one picture (height, width, 3), row by row. Small images are enlarged."""
     scale = max(1, MIN_IMAGE_SIDE // images.shape[3])
     pixels = images.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     rows = [torch.cat(list(row), 2) for row in pixels.split(columns)]
@@ -189,7 +200,7 @@ def mosaic(images: torch.Tensor, columns: int) -> np.ndarray:
 
 
 def show_user_errors(action: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, but the page shows a UserError as a message."""
+    """Wrap a function so that the page shows a UserError as a message."""
 
     @functools.wraps(action)
     def wrapped(*values: Any) -> Any:
@@ -202,19 +213,19 @@ def show_user_errors(action: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def picture(label: str, visible: bool = True) -> gradio.Image:
-    """A picture that the page shows."""
+    """Create an element that shows a picture."""
     return gradio.Image(label=label, format="png", interactive=False, visible=visible, buttons=["download"])
 
 
 def entry(label: str, value: int) -> gradio.Number:
-    """A field for a whole number."""
+    """Create an input field for a whole number."""
     return gradio.Number(value, label=label, precision=0, minimum=0)
 
 
 def connect(button: gradio.Button, action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
     """Call `action` when the button is clicked."""
-    # one at a time: the sampler that a call uses is the pipeline's. Values come as they were sent, since gradio's own
-    # checks of them fail with a traceback at a text in the place of a number.
+    # Calls run one at a time, because a call changes the sampler of the shared pipeline. `preprocess=False` passes the
+    # values as they were sent: gradio's own checks fail with a traceback if a text is sent in place of a number.
     button.click(
         show_user_errors(action), inputs, outputs, concurrency_id="pipeline", concurrency_limit=1, preprocess=False,
         api_name=action.__name__,
@@ -222,7 +233,7 @@ def connect(button: gradio.Button, action: Callable[..., Any], inputs: list[Any]
 
 
 def build(actions: PageActions, title: str) -> gradio.Blocks:
-    """The page: new images, one image edited, the way between two."""
+    """Build the page. Its tabs generate new images, edit one image, and interpolate between two images."""
     own_sampler, models = actions.pipeline.models.sampler, actions.pipeline.models
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEANUP_SECONDS, PICTURE_SECONDS)) as page:
         gradio.Markdown(f"# {title}")
@@ -256,7 +267,7 @@ def build(actions: PageActions, title: str) -> gradio.Blocks:
 
 
 def application(page: gradio.Blocks, host: str) -> Guard:
-    """The web application of the page, behind its guard."""
+    """Create the web application of the page, protected by a `Guard`."""
     around = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     look = gradio.themes.Default(font=FONT_FAMILY, font_mono=["monospace"])
     app = gradio.mount_gradio_app(
@@ -269,7 +280,10 @@ def application(page: gradio.Blocks, host: str) -> Guard:
 
 
 def listen(settings: PageConfig) -> socket.socket:
-    """The socket that the page is served on. Raises UserError if there is no such address, or the port is taken."""
+    """Open the socket that the page is served on.
+
+    Raises UserError if the address is not valid or the port is in use.
+    """
     host = settings.host.strip("[]")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -283,7 +297,7 @@ def listen(settings: PageConfig) -> socket.socket:
 
 
 def browser_host(host: str) -> str:
-    """A host that it listens on, as this machine's browser asks for it."""
+    """Return the host name with which a browser on this machine reaches a server that listens on `host`."""
     bare = host.strip("[]")
     if bare in EVERYWHERE:
         return "127.0.0.1"
@@ -292,7 +306,7 @@ def browser_host(host: str) -> str:
 
 @contextmanager
 def own_folder() -> Iterator[None]:
-    """A folder that nobody else can read, while the block runs."""
+    """Create PICTURE_FOLDER, readable by this user only, and remove it when the block ends."""
     PICTURE_FOLDER.mkdir(mode=0o700)
     try:
         yield
@@ -301,13 +315,16 @@ def own_folder() -> Iterator[None]:
 
 
 def serve(settings: PageConfig) -> None:
-    """Serve the page until the process is ended. Raises UserError if the port is taken, or the run draws points."""
+    """Serve the page until the process is stopped.
+
+    Raises UserError if the port is in use, or if the run draws points.
+    """
     pipeline = pipelines.load(settings.run)
     configuration.refuse_points(pipeline.config, settings.run)
     vector = "encoder" in pipeline.models.trained_parts() and not pipeline.models.latent_space
     known = direction_files.load_all(bundle.find_bundle(settings.run)) if vector else {}
     title = f"{pipeline.config.recipe}: {Path(settings.run).resolve().name}"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception: the folder is removed
     with listen(settings) as listener, own_folder():
         guarded = application(build(PageActions(pipeline, known), title), settings.host)
         say(f"http://{browser_host(settings.host)}:{listener.getsockname()[1]} (Ctrl-C ends it)")
@@ -315,5 +332,5 @@ def serve(settings: PageConfig) -> None:
             guarded, log_level="warning", http="h11", ws="none", lifespan="on", limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=1, server_header=False,
         )  # fmt: skip
-        with suppress(KeyboardInterrupt):  # that is how it ends
+        with suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop the server
             uvicorn.Server(config).run([listener])

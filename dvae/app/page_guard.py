@@ -1,8 +1,10 @@
-"""What the page's server answers at all: a layer around the web application (ASGI), before it sees a request.
+"""Check every request to the page in an ASGI layer, before the web application sees it.
 
-The page shows pictures that this machine computes, and takes a few numbers and names. So no upload is accepted, every
-body is small, and only the addresses that the page uses exist. A site elsewhere that the user visits must not use the
-page through the user's browser: requests of another origin, or for another host, are refused (DNS rebinding).
+The page shows pictures that this machine computes, and takes only a few numbers and names. The guard therefore:
+- refuses uploads and large bodies;
+- refuses all addresses that the page does not use;
+- refuses requests from another origin or for another host. Otherwise a site that the user visits could use the page
+  through the user's browser (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -24,27 +26,27 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LARGEST_BODY = 64 * 2**10
-"""Bytes of a request's body; those of the page have some hundred."""
+"""Maximum size of a request's body in bytes. The page's own requests have a few hundred bytes."""
 SECONDS = 10.0
-"""Time in which a body must arrive."""
+"""Time within which the body of a request must arrive, in seconds."""
 LONGEST_TEXT = 1000
-"""Characters of a text in a body."""
+"""Maximum number of characters of a text in a body."""
 API = "/gradio_api"
 GET = re.compile(
     r"/|/(config|theme\.css|robots\.txt|favicon\.ico|manifest\.json)/?|/(assets|static|svelte)/.+|"
     rf"{API}/(info|app_id|theme\.css|queue/data)/?|{API}/(heartbeat|call/[a-z_0-9]+)/[\w-]+|{API}/file=.+"
 )
-"""Addresses that a browser reads. All others of the application are closed: uploads, proxies, streams, editors, ..."""
+"""Addresses that a browser may read. All other addresses are closed: uploads, proxies, streams, editors, ..."""
 POST = re.compile(rf"{API}/(?:(queue/join)|call/([a-z_0-9]+)|cancel|reset)/?")
-"""Addresses to which a browser sends."""
+"""Addresses to which a browser may send."""
 FILE = f"{API}/file="
 ALWAYS = {"localhost", "127.0.0.1", "::1"}
 EVERYWHERE = {"0.0.0.0", "::", ""}
-"""Hosts to listen on that let in other machines, which know this one by any name."""
+"""Hosts that accept requests from other machines. These may use any name for this machine."""
 
 
 class RefusedRequest(Exception):
-    """A request that is not answered: the HTTP status, and why."""
+    """A request that is refused, with the HTTP status and the reason."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
@@ -52,9 +54,13 @@ class RefusedRequest(Exception):
 
 
 class Guard:
-    """The application `app` behind these rules; it listens on `host`, and its pictures lie in `folder`.
+    """An ASGI application that checks requests and passes the accepted ones on.
 
-    `inputs` tells how many values each function of the page takes, by its name and by its number.
+    Args:
+        app: the application to protect.
+        host: the host that the server listens on.
+        folder: the folder of the page's pictures. No other file is served.
+        inputs: how many values each function of the page takes, by its name and by its number.
     """
 
     def __init__(self, app: Application, host: str, folder: Path, inputs: Mapping[str | int, int]) -> None:
@@ -80,16 +86,16 @@ class Guard:
                 await self._pass_on(scope, _again(body, receive), send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the application answer."""
-        # pictures are small: nobody needs a part of one
+        """Pass the request to the application, without its range header."""
+        # pictures are small, so a browser never needs a part of one
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"range"]
         try:
             await self.app({**scope, "headers": headers}, receive, send)
-        except Exception as error:  # noqa: BLE001 told in a line: a traceback for each bad request would fill the log
+        except Exception as error:  # noqa: BLE001 print one line: a traceback for each bad request would fill the log
             say(f"the page could not answer {scope['path'][:80]!r}: {type(error).__name__}: {fold(error)[:200]}")
 
     def _check_names(self, scope: Scope) -> None:
-        """Raise Refused for a request for another host, or of a page from elsewhere."""
+        """Raise RefusedRequest if the request is for another host or from a page of another origin."""
         hosts, origins = _header(scope, b"host"), _header(scope, b"origin")
         if len(hosts) != 1 or len(origins) > 1:
             raise RefusedRequest(400, "a request has one host and one origin")
@@ -103,14 +109,15 @@ class Guard:
             raise RefusedRequest(403, "a page of another origin may not use this one")
 
     def _check_address(self, method: str, path: str) -> None:
-        """Raise Refused for an address that the page does not use, and for files that it did not make."""
+        """Raise RefusedRequest for an address that the page does not use, and for a file that the page did not make."""
         known = {"GET": GET, "HEAD": GET, "POST": POST}.get(method)
         if known is None:
-            raise RefusedRequest(405, "GET, HEAD and POST alone")
+            raise RefusedRequest(405, "only GET, HEAD and POST are allowed")
         if not known.fullmatch(path) or ".." in path.split("/"):
             raise RefusedRequest(403, "this page has no such address, and takes no files")
         if path.startswith(FILE):
             try:
+                # resolve links first, so that no link in the folder leads to a file outside it
                 real = Path(os.path.realpath(path.removeprefix(FILE)))
             except (OSError, ValueError):
                 raise RefusedRequest(403, "no such picture") from None
@@ -118,9 +125,9 @@ class Guard:
                 raise RefusedRequest(403, "no such picture")
 
     def _check_call(self, path: str, call: dict[str, Any]) -> None:
-        """Raise Refused for a call of no function of the page, or with another number of values than it takes."""
+        """Raise RefusedRequest if the page has no such function, or if the number of values is wrong."""
         address = POST.fullmatch(path)
-        assert address is not None  # by _check_address
+        assert address is not None  # _check_address has matched it
         if not (address[1] or address[2]):
             return
         function = call.get("fn_index") if address[1] else address[2]
@@ -132,17 +139,17 @@ class Guard:
 
 
 def parse_call(body: bytes) -> dict[str, Any]:
-    """The fields of a call, with the values for a function under "data".
+    """Parse the body of a call. Returns its fields; "data" holds the values for the function.
 
-    Raises Refused for a body that is no JSON object of plain values: the application would take a mapping in the place
-    of a number for a file, and fetch it.
+    Raises RefusedRequest if the body is not a JSON object of plain values. The application would treat a mapping in
+    place of a number as a file, and fetch it.
     """
     try:
         value = parse_json(body or b"{}", "the body")
     except DamagedFile as error:
         raise RefusedRequest(400, error.reason[:200]) from None
     if not isinstance(value, dict):
-        raise RefusedRequest(400, "the body is no JSON object")
+        raise RefusedRequest(400, "the body is not a JSON object")
     data = value.get("data", [])
     others = (item for name, item in value.items() if name != "data")
     if not isinstance(data, list) or not all(map(_is_plain, [*data, *others])):
@@ -161,7 +168,10 @@ def _header(scope: Scope, name: bytes) -> list[str]:
 
 
 async def _body(scope: Scope, receive: Receive) -> bytes:
-    """The body. Raises Refused if it is too long: at once if it says so, else when it has become so."""
+    """Read the body of a request.
+
+    Raises RefusedRequest if it is too long. If the header states the length, nothing is read first.
+    """
     too_long = RefusedRequest(413, f"a request has at most {LARGEST_BODY} bytes")
     for length in _header(scope, b"content-length"):
         if not (length.isascii() and length.isdecimal() and len(length) < 10 and int(length) <= LARGEST_BODY):
@@ -179,7 +189,7 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """What hands over `body` and then whatever comes: that the client has left."""
+    """Return a receive function that returns the already read `body` first, and then the client's next messages."""
     first = True
 
     async def receive_again() -> MutableMapping[str, Any]:
@@ -193,7 +203,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 async def _answer(send: Send, status: int, text: str) -> None:
-    # the rest of a long body is not read: the connection ends
+    # the rest of a long body was not read, so the connection must be closed
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text.encode("utf-8", "replace")})

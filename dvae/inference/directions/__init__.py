@@ -1,6 +1,6 @@
-"""Directions of the latent space: find, store and apply them (docs/directions.md).
+"""Find, store and apply directions of the latent space (docs/directions.md).
 
-dvae/evaluation/directions/ scores them.
+dvae/evaluation/directions/ scores directions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The labels of images, attribute by attribute."""
+"""Read the labels of images, attribute by attribute."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from dvae.data.shards.reader import Shards
 from dvae.errors import UserError
 
 MAX_VALUES = 50
-"""An attribute of more values than these is a measure, not a choice of parts."""
+"""Maximum number of values of an attribute. An attribute with more values is a measurement, not a category."""
 
 
 @dataclass(frozen=True)
 class LabeledAttributes:
-    """Attributes that images differ in, and the values that each takes."""
+    """The attributes in which images differ, and their values."""
 
     values: dict[str, list[str]]
+    """Values of each attribute."""
     skipped: dict[str, str]
-    """The others, and why they are left out."""
+    """Attributes that are left out, with the reason."""
 
     @property
     def names(self) -> list[str]:
@@ -28,12 +29,12 @@ class LabeledAttributes:
 
     @property
     def sizes(self) -> list[int]:
-        """Number of values of each."""
+        """Number of values of each attribute."""
         return [len(values) for values in self.values.values()]
 
     @classmethod
     def from_shards(cls, shards: Shards) -> LabeledAttributes:
-        """The attributes of labeled images. Raises UserError where there are none."""
+        """Collect the attributes of labeled images. Raises UserError if no attribute can be used."""
         values, skipped = {}, {}
         for name, known in shards.labels.items():
             if len(known) < 2:
@@ -50,9 +51,9 @@ class LabeledAttributes:
         return cls(values, skipped)
 
     def codes(self, shards: Shards) -> torch.Tensor:
-        """Number of the value of each attribute of each image, (N, A), int64.
+        """Return the index of the value of each attribute of each image, (N, A) int64.
 
-        Raises UserError where an image lacks an attribute.
+        Raises UserError if an image lacks an attribute.
         """
         return torch.stack([shards.classes(name, values) for name, values in self.values.items()], 1)
 
@@ -60,7 +61,8 @@ class LabeledAttributes:
 def labeled_images(
     shards: Shards, attributes: LabeledAttributes, n: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first n images (None: all) of a split, (n, C, H, W) uint8, and the codes of what they show, (n, A)."""
+    """Read the first n images (None: all) of a split, (n, C, H, W) uint8, and their attribute codes, (n, A) int64."""
     indices = np.arange(len(shards) if n is None else n)
     images = shards.read(indices)
+    # an image that cannot be read is substituted by another, so take the labels of the substitute
     return images, attributes.codes(shards)[torch.from_numpy(shards.substituted(indices))]

@@ -1,4 +1,4 @@
-"""A direction: what is added to a latent to change an image, and by what it was found."""
+"""A direction of the latent space: a change of a latent that changes an image in a certain way."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ class DirectionMethod(Enum):
     """How directions are found."""
 
     labels = "labels"
-    """One to each value of each attribute of labeled images, by linear regression."""
+    """One direction for each value of each attribute of labeled images, by linear regression."""
     pca = "pca"
     """The principal components of the latents."""
     jacobian = "jacobian"
-    """What moves the decoder's image most: right singular vectors of its Jacobian, over images."""
+    """The directions that change the decoder's image most: right singular vectors of its Jacobian, over images."""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction of the latent space. Strength 1 is what `unit` says."""
+    """A direction of the latent space."""
 
     name: str
     vector: torch.Tensor
-    """Of the shape of one latent, fp32: what is added at strength 1; of labels, on the mean over images."""
+    """The vector that is added at strength 1, in the shape of one latent, fp32. For method labels it is a mean over
+    images, because the added vector depends on the latent."""
     method: DirectionMethod
+    """How the direction was found."""
     unit: str
-    """What strength 1 is, in words."""
+    """Description of strength 1."""
     attribute: str = ""
-    """The attribute that it is to change (empty: none in particular)."""
+    """The attribute that the direction changes (empty: no particular attribute)."""
     value: str = ""
-    """The value that it is to turn the attribute to."""
+    """The value that the attribute is changed to."""
     share: float | None = None
-    """Of pca: its share of the variance of latents; of jacobian: of the squared change of images."""
+    """For pca: the share of the variance of latents. For jacobian: the share of the squared change of images."""
     model: LabelModel | None = None
-    """Of labels: what is added to a latent depends on what it shows already."""
+    """For labels: the regression that gives the vector to add, depending on what the latent shows."""
 
     def move(self, z: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
-        """Latents z (B, *latent) moved by `strength`, one for all or (B,)."""
+        """Move latents z (B, *latent) by `strength`, a number for all latents or (B,). Returns the moved latents."""
         if self.model is None:
             shift = self.vector.to(z).expand_as(z)
         else:
@@ -52,7 +54,7 @@ class Direction:
         return z + by.view(-1, *[1] * (z.ndim - 1)) * shift
 
     def fingerprint(self) -> str:
-        """Hash of all that decides what `move` does."""
+        """Return the SHA-256 of everything that decides the result of `move`."""
         parts = [self.vector] if self.model is None else [self.model.readout, self.model.effects]
         digest = hashlib.sha256(f"{self.attribute} {self.value}".encode())
         for part in parts:

@@ -1,7 +1,7 @@
-"""Directions beside the weights that they belong to: one file in the bundle, directions.safetensors.
+"""Store directions in a bundle, beside the weights that they belong to: one file, directions.safetensors.
 
-The file's own header says what each vector is, so it is complete or absent as a whole. It carries the hash of the
-encoder's weights: in the latent space of others the vectors mean nothing.
+The header of the file describes each vector, so the vectors and their description are written together or not at all.
+The header also holds the hash of the encoder's weights, because the vectors are valid only for these weights.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dvae.utils.weights import StateDict, load_weights, refuse_nonfinite
 
 FILE = bundle.DIRECTIONS
 HEADER_FIELDS = ("name", "unit", "attribute", "value", "share")
-"""Fields of each direction in the header, besides its method."""
+"""Fields of each direction in the header, in addition to its method."""
 FIND_AGAIN = "find its directions again, with tools/directions.py find=[...]"
 ENCODER_PREFIX = "encoder."
-"""How the names of the encoder's weights begin in a bundle."""
+"""Prefix of the names of the encoder's weights in a bundle."""
 
 
 def encoder_hash(folder: Path) -> str:
-    """Hex digest of the encoder's weights in a bundle, whatever else the bundle holds.
+    """Return the SHA-256 of the encoder's weights in a bundle. Other content of the bundle does not change it.
 
-    Raises UserError where it has none.
+    Raises UserError if the weights cannot be read.
     """
     path, digest = folder / bundle.WEIGHTS, hashlib.sha256()
     try:
@@ -52,11 +52,13 @@ def encoder_hash(folder: Path) -> str:
 
 
 def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
-    """Put directions into a bundle (or a run's bundle), in the place of those found by the same methods; returns the
-    file.
+    """Write directions into a bundle (or a run's bundle) and return the file.
 
-    Those that were found for other weights of the encoder are thrown away. Raises UserError for numbers that are not
-    finite, MachineError if the disk is full; then nothing is written.
+    The new directions replace the stored directions of the same methods. Stored directions that were found for other
+    weights of the encoder are removed.
+
+    Raises UserError if a number is not finite, and MachineError if the file cannot be written, for example because the
+    disk is full. Nothing is written then.
     """
     place, new = bundle.find_bundle(folder), list(directions)
     own_hash, methods = encoder_hash(place), {direction.method for direction in new}
@@ -68,7 +70,7 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
     tensors = {f"direction.{direction.name}": direction.vector for direction in kept + new}
     header = {"encoder_sha256": own_hash, "directions": json.dumps(entries)}
     model = next((direction.model for direction in kept + new if direction.model is not None), None)
-    if model is not None:  # one find by labels makes one model for all
+    if model is not None:  # all directions of method labels were found together and share one model
         tensors |= {"labels.readout": model.readout, "labels.effects": model.effects}
         header["attributes"] = json.dumps(model.attributes)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
@@ -82,9 +84,10 @@ def save(folder: str | Path, directions: Iterable[Direction]) -> Path:
 
 
 def load_all(folder: str | Path) -> dict[str, Direction]:
-    """Every direction of a bundle (or of a run's bundle), by name, in the order in which they were found; may be none.
+    """Read all directions of a bundle (or of a run's bundle), by name, in the order in which they were found.
 
-    Raises UserError where they were found for other weights of the encoder, or the file is not readable.
+    Returns an empty dict if there are none. Raises UserError if the directions were found for other weights of the
+    encoder, or if the file cannot be read.
     """
     place = bundle.find_bundle(folder)
     if _stale(place, encoder_hash(place)):
@@ -96,13 +99,15 @@ def load_all(folder: str | Path) -> dict[str, Direction]:
 
 
 def names(folder: str | Path) -> list[str]:
-    """Names of the directions of a bundle (or of a run's bundle), as `load_all`."""
+    """Return the names of the directions of a bundle (or of a run's bundle). Raises as `load_all`."""
     return list(load_all(folder))
 
 
 def load(folder: str | Path, name: str) -> Direction:
-    """A direction of a bundle (or of a run's bundle). Raises UserError as `load_all`, and with the nearest name where
-    there is none of this name."""
+    """Read one direction of a bundle (or of a run's bundle).
+
+    Raises UserError as `load_all`, or if there is no direction with this name; the message then has the nearest name.
+    """
     known = load_all(folder)
     if name not in known:
         hint = suggest(name, known) if known else "none were found yet: use tools/directions.py find=[labels,pca]"
@@ -112,7 +117,7 @@ def load(folder: str | Path, name: str) -> Direction:
 
 @dataclass
 class _DirectionEntry:
-    """What the header says of one direction, besides its vector."""
+    """The description of one direction in the header."""
 
     name: str
     unit: str
@@ -124,7 +129,7 @@ class _DirectionEntry:
 
 @dataclass
 class _DirectionsHeader:
-    """The metadata of the file."""
+    """The header of the file."""
 
     encoder_sha256: str
     directions: dict[str, _DirectionEntry]
@@ -141,7 +146,7 @@ def _header(path: Path) -> _DirectionsHeader:
 
 
 def _usable(place: Path, own_hash: str) -> list[Direction]:
-    """Directions that are kept beside new ones: none that belong to other weights, and none of a damaged file."""
+    """Return the stored directions that can be kept: none if they belong to other weights or the file is damaged."""
     try:
         return [] if _stale(place, own_hash) else list(_read(place).values())
     except UserError as error:
@@ -150,7 +155,7 @@ def _usable(place: Path, own_hash: str) -> list[Direction]:
 
 
 def _stale(place: Path, own_hash: str) -> bool:
-    """Whether there are directions, of other weights."""
+    """Whether there are stored directions and they belong to other weights of the encoder."""
     path = place / FILE
     return path.is_file() and _header(path).encoder_sha256 != own_hash
 
@@ -166,7 +171,10 @@ def _read(place: Path) -> dict[str, Direction]:
 
 
 def _label_model(tensors: StateDict, header: _DirectionsHeader, path: Path) -> LabelModel | None:
-    """The regressions that directions of labels share. Raises UserError if their tensors are missing or do not fit."""
+    """Return the regressions that all directions of method labels share; None if there are no attributes.
+
+    Raises UserError if the tensors are missing, do not fit the attributes or are not finite.
+    """
     if not header.attributes:
         return None
     sizes = [len(values) for values in header.attributes.values()]
@@ -197,7 +205,7 @@ def _direction(
     method = DirectionMethod[entry.method]
     shared = model if method is DirectionMethod.labels else None
     if shared is not None and entry.value not in shared.attributes.get(entry.attribute, []):
-        raise UserError(f"{path}: direction {name[:80]!r} is of an attribute that the file does not hold: {FIND_AGAIN}")
+        raise UserError(f"{path}: direction {name[:80]!r} has an attribute that the file does not hold: {FIND_AGAIN}")
     if shared is not None and len(shared.readout) != vector.numel() + 1:
         raise UserError(
             f"{path}: direction {name[:80]!r} is of another latent than the file's attributes: {FIND_AGAIN}"

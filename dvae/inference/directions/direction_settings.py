@@ -1,4 +1,4 @@
-"""What tools/directions.py takes."""
+"""Settings of tools/directions.py."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from dvae.inference.directions.direction import DirectionMethod
 
 @dataclass(kw_only=True, slots=True)
 class DirectionsConfig:
-    """What tools/directions.py takes."""
+    """Settings of tools/directions.py."""
 
     run: str = MISSING
     """A run folder or a bundle."""
     find: list[DirectionMethod] = field(default_factory=list)
-    """How to find directions, of labels, pca, jacobian; they are kept in the bundle."""
+    """Methods to find directions with: labels, pca, jacobian. The directions are stored in the bundle."""
     labels: list[str] = field(default_factory=list)
     """Attributes to find directions for (empty: all)."""
     components: int = 8
-    """Directions of pca and of jacobian, each."""
+    """Number of directions of pca, and of jacobian."""
     n_train: int = 20000
-    """Training images that directions are found from, at the most."""
+    """Maximum number of training images that directions are found from."""
     jacobians: int = 64
-    """Training images at which the decoder's Jacobian is taken."""
+    """Number of training images at which the decoder's Jacobian is computed."""
     score: bool = False
     """Score directions on held-out images."""
     directions: list[str] = field(default_factory=list)
-    """Names of those to score (empty: all)."""
+    """Names of the directions to score (empty: all)."""
     strengths: list[float] = field(default_factory=lambda: [0.75, 1.0, 1.5, 3.0])
-    """Strengths to choose from; those of pca and jacobian are tried both ways."""
+    """Strengths to choose from. Directions of pca and jacobian are tried with both signs."""
     validation: int = 60
-    """Held-out images on which the strength is chosen."""
+    """Number of held-out images on which the strength is chosen."""
     n: int = 150
-    """Other held-out images, on which the figures are taken."""
+    """Number of other held-out images, on which the scores are measured."""
     recognizer_steps: int = 2000
-    """Training steps of the judge."""
+    """Training steps of the recognizer, which judges the edited images."""
     recognizer_batch: int = 64
-    """Images in each of them."""
+    """Images per training step of the recognizer."""
     out: str = "directions.md"
-    """The tables of the scores; all figures lie in a JSON file and some strips in a picture beside it."""
+    """File for the tables of scores. A JSON file with all figures and a picture with strips are written beside it."""
     shards: str = ""
-    """Folder of labeled images (empty: the shards that the run was trained on)."""
+    """Folder of shards with labeled images (empty: the shards that the run was trained on)."""
     seed: int = 0
-    """Seed of the judge and of the noise of refinement."""
+    """Seed of the recognizer and of the noise of refinement."""
     batch: int = 64
     """Images per network call."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Modules to import. They register components."""
     sampler: Any = None
-    """Another sampler than the run's, or fields of the run's own."""
+    """A sampler that replaces the run's sampler, or changed fields of the run's sampler."""
 
 
 ConfigStore.instance().store(name="directions_schema", node=DirectionsConfig, provider="dvae")

@@ -1,4 +1,4 @@
-"""Finding the directions of a run, from its training images, and keeping them with it."""
+"""Find the directions of a run from its training images, and store them in its bundle."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from dvae.tracking.console import Progress
 
 @dataclass(frozen=True)
 class FoundDirections:
-    """New directions, and what none was found for."""
+    """New directions, and the attributes and values that were skipped."""
 
     directions: list[Direction]
     skipped: dict[str, str]
-    """Attribute or attribute=value -> why."""
+    """Reason for each skipped attribute, "NAME", or value, "NAME=VALUE"."""
     images: int
+    """Number of images that the directions were found from."""
 
 
 def find(settings: DirectionsConfig) -> FoundDirections:
-    """Find directions by each way of `settings.find` and put them into the run's bundle.
+    """Find directions with each method of `settings.find` and store them in the run's bundle.
 
-    Raises UserError where the run has no encoder, or its images or their labels are not to be had.
+    Raises UserError if the run has no encoder, or if its images or their labels are not available.
     """
     for name in ("components", "n_train", "jacobians", "batch"):
         if getattr(settings, name) < 1:
@@ -49,6 +50,7 @@ def find(settings: DirectionsConfig) -> FoundDirections:
     for method in settings.find:
         if method is DirectionMethod.labels:
             assert attributes is not None
+            # an image that cannot be read is substituted by another, so take the labels of the substitute
             codes = attributes.codes(shards)[torch.from_numpy(shards.substituted(indices))]
             new, skipped = finders.from_labels(z, codes, attributes, names)
             skipped = attributes.skipped | skipped
@@ -62,7 +64,7 @@ def find(settings: DirectionsConfig) -> FoundDirections:
 
 
 def jacobian_directions(pipeline: pipelines.Pipeline, z: torch.Tensor, components: int) -> list[Direction]:
-    """Directions of the decoder's Jacobian at latents z (N, *latent)."""
+    """Find directions from the decoder's Jacobian at latents z (N, *latent)."""
     with Progress("jacobian", len(z)) as progress:
         return finders.jacobian(
             pipeline.models.encoder.decode, z.to(pipeline.device), components,
@@ -71,7 +73,7 @@ def jacobian_directions(pipeline: pipelines.Pipeline, z: torch.Tensor, component
 
 
 def load_with_encoder(settings: DirectionsConfig) -> pipelines.Pipeline:
-    """The pipeline of the run. Raises UserError where it has no latent space to find directions in."""
+    """Load the pipeline of the run. Raises UserError if the run has no encoder, and therefore no latent space."""
     pipeline = pipelines.load(settings.run, settings.batch)
     if pipeline.config.draws_points or "encoder" not in pipeline.models.trained_parts():
         raise UserError(f"run={settings.run} has no encoder, so no latent to find directions of: use a run with one")
@@ -79,7 +81,7 @@ def load_with_encoder(settings: DirectionsConfig) -> pipelines.Pipeline:
 
 
 def select_names(names: list[str], known: list[str], setting: str) -> list[str]:
-    """The names, or all that are known where there are none. Raises UserError for one that is not known."""
+    """Return `names`, or all `known` names if `names` is empty. Raises UserError if a name is not known."""
     for name in names:
         if name not in known:
             raise UserError(f"{setting}={name}: there is none of this name: {suggest(name, known)}")
@@ -87,5 +89,5 @@ def select_names(names: list[str], known: list[str], setting: str) -> list[str]:
 
 
 def list_directions(settings: DirectionsConfig) -> list[Direction]:
-    """The directions that the run has."""
+    """Return the directions that are stored for the run."""
     return list(direction_files.load_all(bundle.find_bundle(settings.run)).values())

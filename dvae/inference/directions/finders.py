@@ -1,6 +1,6 @@
-"""Three ways to find directions of a latent space: labels, principal components, the decoder's Jacobian.
+"""Find directions of a latent space with three methods: labels, principal components, the decoder's Jacobian.
 
-All in float64; vectors are returned in fp32, in the shape of one latent.
+All computations are in float64. Vectors are returned in fp32, in the shape of one latent.
 """
 
 from __future__ import annotations
@@ -17,23 +17,32 @@ from dvae.inference.directions.attributes import LabeledAttributes
 from dvae.inference.directions.direction import Direction, DirectionMethod
 
 MIN_IMAGES = 10
-"""Images that must show a value, for a direction to it."""
+"""Minimum number of images that show a value, and of images that do not, for a direction to this value."""
 JACOBIAN_RMS = 0.1
-"""Strength 1 of a direction of the Jacobian moves x_hat by this root mean square over images and pixels, to first order
-(white - black = 2)."""
+"""Root mean square change of x_hat, over images and pixels and to first order, at strength 1 of a direction of method
+jacobian. On this scale white - black is 2."""
 MAX_LATENT_SIZE = 4096
-"""Numbers of a latent up to which its Jacobian is taken."""
+"""Maximum size of a latent for method jacobian. The computation needs a matrix of this height and width."""
 
 
 def from_labels(
     z: torch.Tensor, codes: torch.Tensor, attributes: LabeledAttributes, names: Iterable[str]
 ) -> tuple[list[Direction], dict[str, str]]:
-    """A direction to each value of the attributes `names`, and those values that are skipped, with the reason.
+    """Find a direction to each value of the attributes `names`.
 
-    Strength 1 takes away what the present value adds to a latent, and adds what the new one does (LabelModel). The
-    vector is the mean of that: the displacement from images that lack the value to those that have it, all other
-    attributes being equal. z is (N, *latent); codes (N, A) are of all attributes, so that correlated ones are told
-    apart.
+    Strength 1 subtracts what the present value adds to a latent and adds what the new value adds (see LabelModel). The
+    stored vector is the mean of this change: the displacement from images without the value to images with it, if all
+    other attributes are equal.
+
+    Args:
+        z: latents (N, *latent).
+        codes: indices of the values, (N, A). They cover all attributes, so that the regression can separate correlated
+            attributes.
+        attributes: all attributes.
+        names: attributes to find directions for.
+
+    Returns the directions, and the reason for each skipped value "NAME=VALUE". Raises UserError if two values would
+    give the same name.
     """
     directions, skipped = {}, {}
     model = label_regression.fit(z, codes, attributes.values)
@@ -59,12 +68,15 @@ def from_labels(
 
 
 def name_part(value: str) -> str:
-    """A value as a part of a name that needs no quoting on a command line: "#8a5640" gives "8a5640"."""
+    """Convert a value to a part of a name that needs no quotes on a command line: "#8a5640" becomes "8a5640"."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", value.lstrip("#"))
 
 
 def pca(z: torch.Tensor, components: int) -> list[Direction]:
-    """The first principal components of latents z (N, *latent); strength 1 is one standard deviation."""
+    """Find the first principal components of latents z (N, *latent). Strength 1 is one standard deviation.
+
+    Raises UserError if the latents have fewer components.
+    """
     centered = z.flatten(1).double()
     centered = centered - centered.mean(0)
     variances, vectors = top_eigenvectors(centered.T @ centered / (len(z) - 1), components, "components", "pca")
@@ -80,10 +92,12 @@ def pca(z: torch.Tensor, components: int) -> list[Direction]:
 def jacobian(
     decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, components: int, advance: Callable[[], None]
 ) -> list[Direction]:
-    """What moves x_hat most: eigenvectors of J'J averaged over latents z (N, *latent), J = d decode / dz.
+    """Find the directions that change x_hat most.
 
-    Strength 1 moves x_hat by a root mean square of JACOBIAN_RMS to first order. `advance` is called after each latent.
-    Raises UserError where a latent is too large.
+    They are the eigenvectors of J^T J, averaged over latents z (N, *latent), with J = d decode / dz. Strength 1 changes
+    x_hat by a root mean square of JACOBIAN_RMS to first order. `advance` is called after each latent.
+
+    Raises UserError if a latent has more than MAX_LATENT_SIZE numbers, or if there are fewer directions.
     """
     size = z[0].numel()
     if size > MAX_LATENT_SIZE:
@@ -107,20 +121,26 @@ def jacobian(
 
 
 def jacobian_columns(decode: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, chunk: int = 64) -> torch.Tensor:
-    """The columns of the decoder's Jacobian at one latent z (*latent), as rows: (D, C * H * W), on the CPU."""
+    """Return the columns of the decoder's Jacobian at one latent z (*latent), as rows, (D, C * H * W), on the CPU.
+
+    `chunk` columns are computed per call of the decoder.
+    """
     tangents = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
     columns = []
     for part in tangents.split(chunk):
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention of a CPU has no derivative forwards
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention of a CPU has no forward-mode derivative
             moved = torch.func.jvp(decode, (z.expand_as(part).contiguous(),), (part,))[1]
         columns.append(moved.flatten(1).cpu())
     return torch.cat(columns)
 
 
 def top_eigenvectors(matrix: torch.Tensor, count: int, setting: str, method: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest eigenvalues of a symmetric matrix, and their vectors as rows (largest entry positive).
+    """Return the `count` largest eigenvalues of a symmetric matrix and their eigenvectors as rows.
 
-    Raises UserError where there are fewer above 0, and for a matrix that is not finite or has no eigenvalues.
+    The sign of each vector is chosen so that its largest entry is positive.
+
+    Raises UserError if fewer than `count` eigenvalues are positive, if the matrix is not finite, or if the computation
+    does not converge.
     """
     if not torch.isfinite(matrix).all():
         raise UserError(f"find=[{method}]: {label_regression.NOT_FINITE}")
@@ -132,5 +152,6 @@ def top_eigenvectors(matrix: torch.Tensor, count: int, setting: str, method: str
     positive = int((values > 1e-10 * values[0].clamp(min=1e-300)).sum())
     if positive < count:
         raise UserError(f"{setting}={count}: {method} finds {positive} of them here: use {positive} or fewer")
+    # an eigenvector has an arbitrary sign: fix it, so that the result is reproducible
     signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
     return values, vectors * signs

@@ -1,8 +1,10 @@
-"""Latents and labels, linear both ways: what values a latent shows, and what a change of value adds to it.
+"""Fit linear regressions between latents and labels, in both directions.
 
-What a value adds depends on the others (long hair adds pixels of the hair's color), so the regression of latents on
-labels has a term for every pair of values besides one for every value. On the demo's faces that explains 99% of the
-variance of held-out latents, single values alone 87%.
+One regression predicts the values that a latent shows. The other predicts what a change of a value adds to a latent.
+
+What a value adds depends on the other values: long hair adds pixels of the hair's color. The regression of latents on
+labels therefore has a term for each value and a term for each pair of values. On the demo's faces it explains 99% of
+the variance of held-out latents; with single values alone it explains 87%.
 """
 
 from __future__ import annotations
@@ -16,25 +18,26 @@ import torch
 from dvae.errors import UserError, fold
 
 RIDGE = 1e-6
-"""Ridge, per image, on terms of single values: it only decides what the labels leave open."""
+"""Ridge per image on the terms of single values. It is small and only selects a solution if the labels allow many."""
 PAIR_RIDGE = 1e-3
-"""Ridge, per image, on terms of pairs: a pair that few images show is taken for the sum of its values."""
+"""Ridge per image on the terms of pairs. If few images show a pair, its effect is nearly the sum of its values."""
 IMAGES_PER_TERM = 2
-"""Pairs are left out where there are fewer images than this for each term."""
-NOT_FINITE = "the latents or what is computed of them is not finite: the run's weights are damaged or far too large"
-"""What is wrong, for messages."""
+"""Minimum number of images per term. With fewer images the terms of pairs are left out."""
+NOT_FINITE = "the latents or results from them are not finite: the run's weights are damaged or far too large"
+"""Message for values that are not finite."""
 
 
 @dataclass(frozen=True)
 class LabelModel:
-    """The two regressions. Codes (B, A) are the numbers of the values of A attributes."""
+    """The two regressions between latents of D numbers and codes (B, A), the indices of the values of A attributes."""
 
     attributes: dict[str, list[str]]
     """Attributes and their values."""
     readout: torch.Tensor
-    """(D + 1, values): a latent with 1 appended to a score of each value; the likeliest has the highest."""
+    """Matrix (D + 1, values) that maps a latent, with 1 appended, to a score of each value. The value with the highest
+    score is predicted."""
     effects: torch.Tensor
-    """(terms, D): what each value, and then each pair of values, adds to a latent."""
+    """What each value, and then each pair of values, adds to a latent, (terms, D)."""
 
     @property
     def sizes(self) -> list[int]:
@@ -42,20 +45,23 @@ class LabelModel:
 
     @property
     def pairs(self) -> bool:
-        """Whether it has terms of pairs."""
+        """Whether the regression of latents has terms for pairs of values."""
         return len(self.effects) > sum(self.sizes)
 
     def predict(self, z: torch.Tensor) -> torch.Tensor:
-        """Codes (B, A) of the values that latents z (B, *latent) show."""
+        """Predict the codes (B, A) of the values that latents z (B, *latent) show."""
         scores = _append_one(z) @ self.readout.to(z.device)
         return torch.stack([part.argmax(1) for part in scores.split(self.sizes, 1)], 1)
 
     def expected(self, codes: torch.Tensor) -> torch.Tensor:
-        """The sum of what values and pairs add, (B, D) float64, up to a constant."""
+        """Return the predicted latents of codes (B, A), up to a constant, (B, D) float64."""
         return design_matrix(codes, self.sizes, self.pairs) @ self.effects.to(codes.device)
 
     def shift(self, z: torch.Tensor, attribute: int, value: int) -> torch.Tensor:
-        """What takes latents z (B, *latent) from the value of an attribute that they show to `value`, of z's shape."""
+        """Return what must be added to latents z (B, *latent) to change an attribute to `value`, in the shape of z.
+
+        The present value of each attribute is predicted from z.
+        """
         present = self.predict(z)
         target = present.clone()
         target[:, attribute] = value
@@ -63,9 +69,9 @@ class LabelModel:
 
 
 def fit(z: torch.Tensor, codes: torch.Tensor, attributes: dict[str, list[str]]) -> LabelModel:
-    """The regressions of latents z (N, *latent) and codes (N, A), float64 in closed form.
+    """Fit both regressions to latents z (N, *latent) and codes (N, A), in float64 and in closed form.
 
-    Raises UserError if a number is not finite, or the equations cannot be solved.
+    Raises UserError if a number is not finite, or if the equations cannot be solved.
     """
     z = z.flatten(1).double()
     sizes = [len(values) for values in attributes.values()]
@@ -79,8 +85,11 @@ def fit(z: torch.Tensor, codes: torch.Tensor, attributes: dict[str, list[str]]) 
 
 
 def regress(z: torch.Tensor, codes: torch.Tensor, sizes: Sequence[int], pairs: bool) -> torch.Tensor:
-    """What each term adds to latents z (N, D), (terms, D) float64: ridge regression on all terms together, so that
-    attributes which occur together are told apart. Raises UserError as `fit`."""
+    """Return what each term adds to latents z (N, D), (terms, D) float64.
+
+    This is a ridge regression on all terms together, so that it can separate attributes that occur together. Raises
+    UserError as `fit`.
+    """
     design = design_matrix(codes, sizes, pairs)
     design = design - design.mean(0)
     ridge = torch.full((design.shape[1],), PAIR_RIDGE * len(z), dtype=torch.float64)
@@ -89,7 +98,7 @@ def regress(z: torch.Tensor, codes: torch.Tensor, sizes: Sequence[int], pairs: b
 
 
 def solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The solution x of gram @ x = right. Raises UserError if it does not exist, or a number is not finite."""
+    """Solve gram @ x = right for x. Raises UserError if there is no solution, or if a number is not finite."""
     if torch.isfinite(gram).all() and torch.isfinite(right).all():
         try:
             solution = torch.linalg.solve(gram, right)
@@ -101,7 +110,10 @@ def solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def design_matrix(codes: torch.Tensor, sizes: Sequence[int], pairs: bool) -> torch.Tensor:
-    """Which terms apply, (B, terms) float64 of 0 and 1: single values, then pairs of values of two attributes."""
+    """Return the terms that apply to each image, (B, terms) float64 with entries 0 and 1.
+
+    The first terms are the values of each attribute. With `pairs`, the pairs of values of two attributes follow.
+    """
     single = [(codes[:, i, None] == torch.arange(size, device=codes.device)).double() for i, size in enumerate(sizes)]
     both = [(a[:, :, None] * b[:, None, :]).flatten(1) for a, b in combinations(single, 2)] if pairs else []
     return torch.cat([*single, *both], 1)
