@@ -1,1 +1,1 @@
-"""Hydra configs."""
+"""Hydra configs: recipes, presets of components, and settings of the tools."""
