@@ -159,7 +159,7 @@ class PageActions:
         z = self.pipeline.conditioning_of([number], checked_seed).z
         if isinstance(edit, int):
             present = float(self.pipeline.models.denoiser.whitening(z)[0, edit - 1])
-            unit = f"as it is, component {edit} stands at {present:.2f} standard deviations"
+            unit = f"before the edit, component {edit} is at {present:.2f} standard deviations"
         else:
             present, unit = 0.0, f"strength 1: {edit.unit}"
         strengths = [present, new]
@@ -254,7 +254,10 @@ def build(actions: PageActions, title: str) -> gradio.Blocks:
                     direction = gradio.Dropdown(list(actions.known), label="direction")
                     strength = gradio.Slider(-MAX_STRENGTH, MAX_STRENGTH, value=1.0, step=0.25, label="strength")
                 button = gradio.Button("Edit the image", variant="primary")
-                edited, unit = picture("as it is, and edited; above, what each was refined from"), gradio.Markdown()
+                edited, unit = (
+                    picture("original and edited image; above each, the image that it was refined from"),
+                    gradio.Markdown(),
+                )
                 connect(button, actions.edit, [seed, image, direction, strength, sampler, steps], [edited, unit])
         with gradio.Tab("Interpolate"):
             with gradio.Row():

@@ -113,7 +113,7 @@ class ReconstructTask(ImageInputTask):
     def __init__(self, settings: ReconstructConfig, device: str | torch.device | None = None) -> None:
         super().__init__(settings, device)
         if self.inputs is None:
-            raise UserError("images=drawn: what is drawn needs no reconstruction: use tools/sample.py")
+            raise UserError("images=drawn: generated images need no reconstruction: use tools/sample.py")
         self.tiles = (1, self.original + self.vae + 1)
 
     def generate(self, numbers: range) -> dict[str, np.ndarray]:

@@ -174,9 +174,8 @@ class FileInput(UserInput):
         for number in numbers:
             name = self.names[number]
             try:
-                image = open_image(
-                    self._bytes(number), f"{name} is not an image that can be read"
-                )  # reads only the header
+                # opening reads only the header
+                image = open_image(self._bytes(number), f"{name} is not an image that can be read")
             except DamagedImage as error:
                 raise UserError(f"images={self.settings.images}: {error}") from None
             self.check_matches_run(image.size, image.mode in GRAY_MODES, name)

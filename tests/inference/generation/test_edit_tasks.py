@@ -209,7 +209,7 @@ def test_where_images_may_lie(form: str, run: Path, faces: Path, tmp_path: Path)
         (interpolate, ["images=FACES", "steps=1"], "steps=1: use 2 or more"),
         (interpolate, ["images=FACES", "space=x"], "space=x: Invalid value 'x'"),
         (reconstruct, [], r"run=.* is a bundle and has no images: name the run's with shards=FOLDER, or give images="),
-        (reconstruct, ["images=drawn"], "images=drawn: what is drawn needs no reconstruction"),
+        (reconstruct, ["images=drawn"], "images=drawn: generated images need no reconstruction"),
         (edit, ["images=FACES", "direction=wild"], "direction=wild: .* has no such direction: did you mean 'wide'"),
         (edit, ["images=FACES"], "not set: direction; add direction=..."),
         (inpaint, ["images=FACES", "mask=midle"], "mask=midle: .*, or a PNG that is white where the image is known"),
