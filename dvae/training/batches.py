@@ -1,4 +1,4 @@
-"""The shards of a run, and the loader of a stage."""
+"""Open the shards of a run, and the data loader of a stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dvae.utils import rng
 
 
 def open_shards(config: RunConfig, split: str) -> Shards:
-    """A split of the run's shards. Images that the run has found damaged are skipped from the start."""
+    """Open a split of the run's shards. Images that the run has already found damaged are skipped."""
     shards = Shards(
         locate_shards(config.data.shards, config.data.download_to, config.data.download_gib),
         split,
@@ -41,9 +41,15 @@ def open_loader(
     images: bool = True,
     all_ranks: bool = False,
 ) -> Loader | StreamLoader | SynchronizedLoader:
-    """The loader of a stage: this rank's share of each batch, or with `all_ranks` the whole batch.
+    """Open the data loader of a stage.
 
-    Without `images` the batches hold no images, if the loader can do without.
+    Args:
+        config: Settings of the run.
+        training: Training settings of the stage.
+        stage: Name of the stage. It is part of the random seeds.
+        split: Split of the shards.
+        images: Whether batches must hold images. If False, a loader of shards yields batches without them.
+        all_ranks: Whether to load the whole batch, instead of this rank's share of it.
     """
     rank, world = (0, 1) if all_ranks else (ranks.rank(), ranks.world_size())
     common: dict[str, Any] = {

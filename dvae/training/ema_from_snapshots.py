@@ -1,10 +1,12 @@
-"""Post-hoc moving averages: an average of any width, made from snapshots of two (Karras et al. 2024, appendix C).
+"""Reconstruct an average of any width after training, from snapshots of two averages (Karras et al. 2024, appendix C).
 
-The weight that a power profile of exponent gamma gives step i at step T is ((i/T)^(gamma+1) - ((i-1)/T)^(gamma+1)): the
-integral over (i - 1, i] of p(t) = (gamma + 1) t^gamma / T^(gamma+1). So what holds for profiles over [0, T] holds for
-the averages of a training exactly: a sum of profiles that is near another gives a sum of averages that is near the
-other's. Here the coefficients also add up to 1, which the paper does not ask for: a weight that never moved is made
-exactly, and the error is in proportion to what the weights moved, not to what they are.
+At step T, a power profile with exponent gamma gives step i the weight (i/T)^(gamma+1) - ((i-1)/T)^(gamma+1). That is
+the integral over (i - 1, i] of p(t) = (gamma + 1) t^gamma / T^(gamma+1). So the weights of discrete steps follow
+exactly from the continuous profile on [0, T]. If a sum of profiles is close to another profile, then the same sum of
+averages is close to the other average.
+
+Unlike in the paper, the coefficients also add up to 1. Then a weight that never changed is reconstructed exactly. The
+error is proportional to the change of the weights during training, not to the weights.
 """
 
 from __future__ import annotations
@@ -29,31 +31,31 @@ from dvae.training.export import export_with_part, open_run
 from dvae.utils.weights import StateDict, refuse_nonfinite, save_weights
 
 RIDGE = 1e-10
-"""Relative to each profile's squared norm: keeps coefficients small where snapshots lie close together."""
+"""Ridge added to the Gram matrix of normalized profiles. It keeps coefficients small if snapshots are close in time."""
 MAX_SNAPSHOTS = 5000
-"""Snapshots that a fit takes: its matrices have the square of that many numbers."""
+"""Largest number of snapshots in a fit. The matrices of a fit have its square as number of entries."""
 
 
 @dataclass(kw_only=True, slots=True)
 class EmaToolConfig:
-    """What tools/ema.py takes."""
+    """Settings of tools/ema.py."""
 
     run: str = MISSING
-    """A run folder."""
+    """Run folder."""
     stage: str = "refiner"
-    """Stage whose weights are averaged: encoder, refiner or classifier."""
+    """Stage whose averaged weights are wanted: encoder, refiner or classifier."""
     width: float | None = None
-    """Width (sigma_rel) of the average that is made, 0.005 to 0.28; or else decay."""
+    """Width (sigma_rel) of the average to reconstruct, 0.005 to 0.28. Set either width or decay."""
     decay: float | None = None
-    """Decay of an average that was kept (ema.extra_decays) and is taken out as it is."""
+    """Decay of an average in the snapshots (ema.extra_decays). It is copied, not reconstructed."""
     step: int = 0
-    """Step of the average (0: that of the last snapshot)."""
+    """Training step of the average (0: the step of the last snapshot)."""
     out: str = ""
-    """Weights file that is written (empty: none)."""
+    """Weights file to write, .safetensors (empty: none)."""
     bundle: str = ""
-    """Folder of a bundle that is written, the run's other parts as they are (empty: none)."""
+    """Folder of a bundle to write, with the run's other parts unchanged (empty: none). It must not exist."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Python modules to import first. They register components."""
 
 
 ConfigStore.instance().store(name="ema_schema", node=EmaToolConfig, provider="dvae")
@@ -64,17 +66,21 @@ class EmaFit:
     """An average as a linear combination of snapshots."""
 
     step: int
+    """Training step of the average."""
     snapshots: list[WeightSnapshot]
+    """The n snapshots that are combined."""
     coefficients: np.ndarray
-    """One for each snapshot; they add up to 1."""
+    """(n,): one coefficient for each snapshot. They add up to 1."""
     error: float
-    """Relative error of the profile, in L2 over training time."""
+    """L2 distance of the fitted profile to the wanted one over training time, relative to the wanted profile's norm."""
 
 
 def profile_inner_products(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float) -> np.ndarray:
-    """Integrals over t of the profiles (steps, gammas), each (n,), times the profile (step, gamma): (n,).
+    """Inner products (n,) of n power profiles with one more, that is integrals of their products over training time.
 
-    With a the one that ends first: (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (t_a / t_b)^gamma_b / t_b.
+    `steps` and `gammas`, each (n,), are the steps and exponents of the n profiles. `step` and `gamma` are the step and
+    exponent of the other one. For profiles a and b with steps t_a <= t_b, the inner product is
+    (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (t_a / t_b)^gamma_b / t_b.
     """
     first, last = np.minimum(steps, step), np.maximum(steps, step)
     exponent = np.where(steps <= step, gamma, gammas)
@@ -82,25 +88,33 @@ def profile_inner_products(steps: np.ndarray, gammas: np.ndarray, step: float, g
 
 
 def solve_coefficients(steps: np.ndarray, widths: np.ndarray, step: int, width: float) -> tuple[np.ndarray, float]:
-    """Coefficients (n,), adding up to 1, of averages of `widths` (n,) at `steps` (n,) for one of `width` at `step`.
+    """Fit an average of width `width` at step `step` to n averages of widths `widths` (n,) at steps `steps` (n,).
 
-    They minimize the distance in L2 between the profiles; returns it too, relative to the norm of the profile.
+    Returns the coefficients (n,), which add up to 1 and minimize the L2 distance between the profiles; and that
+    distance, relative to the norm of the wanted profile.
     """
     gammas, gamma = np.array([power_exponent(one) for one in widths]), power_exponent(width)
     gram = np.stack([profile_inner_products(steps, gammas, *one) for one in zip(steps, gammas, strict=True)])
     norm = np.sqrt(profile_inner_products(np.array([step]), np.array([gamma]), step, gamma)[0])
+    # Normalize the profiles to norm 1, so that the ridge is relative to the squared norm of each.
     norms = np.sqrt(np.diag(gram))
     cosines, wanted = gram / np.outer(norms, norms), profile_inner_products(steps, gammas, step, gamma) / (norms * norm)
-    masses = norm / norms  # of profiles of norm 1, in units of the wanted one's
+    # The integral of each normalized profile, divided by the integral of the normalized wanted profile.
+    masses = norm / norms
     solved = np.linalg.solve(cosines + RIDGE * np.eye(len(steps)), np.stack([wanted, masses], 1))
     free, shift = solved.T
-    solution = free + (1 - masses @ free) / (masses @ shift) * shift  # Lagrange: their masses add up to 1
+    # `free` is the solution without a constraint. The Lagrange term makes the coefficients, solution * masses, add up
+    # to 1.
+    solution = free + (1 - masses @ free) / (masses @ shift) * shift
     squared = 1 - 2 * solution @ wanted + solution @ cosines @ solution
     return solution * masses, float(np.sqrt(max(0.0, squared)))
 
 
 def fit_average(snapshots: Sequence[WeightSnapshot], step: int, width: float) -> EmaFit:
-    """The best combination of snapshots of power profile. Snapshots long after `step` are not used."""
+    """Fit an average of width `width` at step `step` to snapshots with power profiles.
+
+    Uses the snapshots up to the first step at or after `step`. Some snapshot must be at `step` or later.
+    """
     end = min(one.step for one in snapshots if one.step >= step)
     used = [one for one in snapshots if one.step <= end]
     steps, widths = np.array([float(one.step) for one in used]), np.array([one.spec.value for one in used])
@@ -109,14 +123,16 @@ def fit_average(snapshots: Sequence[WeightSnapshot], step: int, width: float) ->
 
 
 def combine_snapshots(fit: EmaFit, module: torch.nn.Module) -> StateDict:
-    """The state dict of a fit, for `module`, whose weights may be on the meta device.
+    """Compute the state dict of a fit, for `module`, which may be on the meta device.
 
-    A buffer is not averaged: it is that of the snapshot nearest in time. Raises MachineError if a snapshot is damaged
-    or differs from its hash, UserError if it does not fit the module, and if a number is not finite.
+    Buffers are not averaged. They are copied from the snapshot that is nearest in time. Raises MachineError if a
+    snapshot is damaged or does not match its hash. Raises UserError if a snapshot does not fit the module, or if a
+    value is not finite.
     """
     nearest = min(fit.snapshots, key=lambda one: abs(one.step - fit.step))
     own, state = module.state_dict(), {}
     parameters = [name for name, _ in module.named_parameters() if name in own]
+    # Sum in float64: coefficients can be much larger than 1, so sums in fp32 would lose digits.
     sums = {name: torch.zeros(own[name].shape, dtype=torch.float64, device="cpu") for name in parameters}
     for snapshot, coefficient in zip(fit.snapshots, fit.coefficients, strict=True):
         values = snapshot.load(module)
@@ -130,9 +146,10 @@ def combine_snapshots(fit: EmaFit, module: torch.nn.Module) -> StateDict:
 
 
 def build_average(settings: EmaToolConfig) -> EmaFit:
-    """Build the average that `settings` describe, and write it.
+    """Compute the average that `settings` describe, write it to a weights file or a bundle, and return the fit.
 
-    Raises UserError if it cannot be built, MachineError if a snapshot is damaged. Then nothing is written.
+    Raises UserError if the settings or snapshots do not allow it, and MachineError if a snapshot is damaged. In both
+    cases nothing is written.
     """
     run, config = _check_settings(settings)
     snapshots = list_snapshots(run.path / "snapshots" / settings.stage)
@@ -157,9 +174,9 @@ def build_average(settings: EmaToolConfig) -> EmaFit:
 
 
 def _check_settings(settings: EmaToolConfig) -> tuple[Run, RunConfig]:
-    """The run and its config. Raises UserError for words that are wrong whatever snapshots there are."""
+    """Check the settings that do not depend on snapshots. Returns the run and its config, or raises UserError."""
     if (settings.width is None) == (settings.decay is None):
-        raise UserError("an average has a width or a decay: add width=0.15, or decay=NUMBER of one that was kept")
+        raise UserError("set either width or decay: add width=0.15, or decay=NUMBER of an average in the snapshots")
     if settings.width is not None and not WIDTHS[0] <= settings.width <= WIDTHS[1]:
         raise UserError(f"width={settings.width:g}: use {WIDTHS[0]} to {WIDTHS[1]}")
     if not settings.out and not settings.bundle:
@@ -171,6 +188,7 @@ def _check_settings(settings: EmaToolConfig) -> tuple[Run, RunConfig]:
 
 
 def _resolve_step(snapshots: Sequence[WeightSnapshot], settings: EmaToolConfig) -> int:
+    """The step of the average. Raises UserError if it is negative or after the last snapshot."""
     last = max(one.step for one in snapshots)
     if not 0 <= settings.step <= last:
         raise UserError(f"step={settings.step}: use 1 to {last}, the step of the last snapshot")
@@ -178,6 +196,7 @@ def _resolve_step(snapshots: Sequence[WeightSnapshot], settings: EmaToolConfig) 
 
 
 def _fitted_average(snapshots: list[WeightSnapshot], settings: EmaToolConfig, width: float) -> EmaFit:
+    """Reconstruct an average from snapshots with power profiles."""
     usable = [one for one in snapshots if one.spec.profile is EmaProfile.power]
     if len(usable) < 2:
         raise UserError(
@@ -193,14 +212,16 @@ def _fitted_average(snapshots: list[WeightSnapshot], settings: EmaToolConfig, wi
 
 
 def _stored_average(snapshots: list[WeightSnapshot], settings: EmaToolConfig) -> EmaFit:
-    """An average of constant profile, just as it was kept."""
+    """Take an average with a constant profile from its snapshot, unchanged."""
     constant = [one for one in snapshots if one.spec.profile is EmaProfile.constant]
     same = [one for one in constant if one.spec.value == settings.decay]
     if not same:
         known = ", ".join(sorted({str(one.spec.value) for one in constant})) or "none"
-        raise UserError(f"decay={settings.decay}: no such average was kept, only a width can be made: kept: {known}")
+        raise UserError(
+            f"decay={settings.decay}: no snapshot has this decay, they have {known}: use one of these, or width="
+        )
     step = _resolve_step(same, settings)
     if chosen := [one for one in same if one.step == step]:
         return EmaFit(step, chosen, np.ones(1), 0.0)
     steps = [one.step for one in same]
-    raise UserError(f"step={step}: an average of constant profile is to be had at its snapshots only: {steps}")
+    raise UserError(f"step={step}: an average with constant profile exists at its snapshots only: use one of {steps}")

@@ -1,4 +1,4 @@
-"""Export a checkpoint as a bundle, on any machine, in one process and without a GPU."""
+"""Export a checkpoint as a bundle. This takes one process on any machine, and no GPU."""
 
 from __future__ import annotations
 
@@ -21,27 +21,31 @@ from dvae.utils.weights import StateDict
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
-    """What tools/export.py takes."""
+    """Settings of tools/export.py."""
 
     run: str = MISSING
-    """A run folder."""
+    """Run folder."""
     out: str = MISSING
-    """Folder of the bundle; it must not be there yet."""
+    """Folder of the bundle to write. It must not exist."""
     stage: str = "refiner"
-    """Stage whose checkpoint is taken, one that trains one part of the model: encoder, refiner or classifier."""
+    """Stage whose checkpoint is exported: encoder, refiner or classifier."""
     step: int = 0
-    """Step of the checkpoint (0: the newest)."""
+    """Training step of the checkpoint (0: the newest)."""
     average: bool = True
-    """The moving average that a run exports, or (false) the weights themselves."""
+    """Whether to export the averaged weights (EMA). False: the weights themselves."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Python modules to import first. They register components."""
 
 
 ConfigStore.instance().store(name="export_schema", node=ExportConfig, provider="dvae")
 
 
 def export(settings: ExportConfig) -> int:
-    """Write the bundle; returns the checkpoint's step. Raises UserError where there is no such checkpoint or part."""
+    """Write the bundle and return the step of the checkpoint.
+
+    Raises UserError if the run has no such checkpoint, or lacks another part of the model. Raises MachineError if the
+    checkpoint is damaged.
+    """
     run = open_run(settings.run, settings.stage, "out", settings.out)
     config = run.config()
     checkpoints = Checkpoints(run.checkpoints(settings.stage), keep=0)
@@ -52,15 +56,17 @@ def export(settings: ExportConfig) -> int:
         )
     step = settings.step or steps[-1]
     saved = SavedEngine(checkpoints.verified_folder(step) / settings.stage)
+    # A checkpoint from before the first step has no optimizer states, so it has no average.
     kind = MAIN if settings.average and any(saved.kinds.values()) else WEIGHT
     export_with_part(run, config, exported_parts()[settings.stage], saved.state_dict(kind), Path(settings.out))
     return step
 
 
 def open_run(run: str, stage: str, out_key: str, out: str) -> Run:
-    """The run in folder `run`. Raises UserError if there is none, or no such stage, or if the folder `out` exists.
+    """Open the run in the folder `run`.
 
-    `out_key` is the name of the setting that holds `out`.
+    Raises UserError if there is no run, if no stage named `stage` exports weights, or if `out` exists. `out_key` is the
+    name of the setting that holds `out`, for the error message.
     """
     if stage not in exported_parts():
         raise UserError(f"unknown stage {stage!r}: {suggest(stage, exported_parts())}")
@@ -73,7 +79,10 @@ def open_run(run: str, stage: str, out_key: str, out: str) -> Run:
 
 
 def export_with_part(run: Run, config: RunConfig, part: str, weights: StateDict, folder: Path) -> None:
-    """Write a bundle of the run's finished parts, with `weights` as `part`. Raises UserError if a part is missing."""
+    """Write a bundle with the weights of the run's finished stages, and with `weights` for the part `part`.
+
+    Raises UserError if another part, except the classifier, has not been trained yet.
+    """
     trained = components.build_models_on_meta(config).trained_parts()
     finished = [name for name in trained if name != part and run.has_weights(name)]
     missing = sorted(trained.keys() - {*finished, part, bundle.CLASSIFIER})

@@ -1,4 +1,4 @@
-"""The training loop: one for every stage, on one process as on many."""
+"""The training loop. All stages use it, with one process or many."""
 
 from __future__ import annotations
 
@@ -25,22 +25,20 @@ from dvae.utils import rng
 from dvae.utils.weights import StateDict
 
 PreviewHook = Callable[[int, StateDict], Path]
-"""preview(step, averaged weights) draws a picture of what has been learned so far, and returns its path.
-
-It is called on rank 0 alone."""
+"""preview(step, averaged weights) draws a preview picture and returns its path. It is called on rank 0 only."""
 
 ScoreHook = Callable[[StateDict], dict[str, float]]
-"""score(averaged weights) returns metrics of generated samples, for the row of metrics. It is called on rank 0 alone.
-"""
+"""score(averaged weights) returns metrics of generated samples, for metrics.jsonl. It is called on rank 0 only."""
 
 
 @dataclass(frozen=True)
 class TrainHooks:
-    """What a stage computes from its averaged weights while it trains."""
+    """What a stage computes from its averaged weights during training."""
 
     preview: PreviewHook | None = None
-    """Called every preview_every steps."""
+    """Draws a preview every `preview_every` steps."""
     score: ScoreHook | None = None
+    """Computes metrics of samples every `score_every` steps."""
     score_every: int = 0
     """Steps between scores (0: none)."""
 
@@ -53,16 +51,17 @@ def train(
     hooks: TrainHooks,
     run: Path,
 ) -> tuple[dict[str, StateDict], TrainState]:
-    """Train `task` to its last step, from the newest good checkpoint if there is one. Every rank takes part.
+    """Train `task` to its last step. Training resumes from the newest intact checkpoint, if there is one.
 
-    Returns the averaged weights of each module, and the final state. Raises Stopped after saving if a signal or the
-    time limit asked for it, and MachineError if more steps are not finite than `nonfinite_skips` allows.
+    Every rank takes part. Returns the averaged weights of each module, and the final state. Raises Stopped, after
+    saving, if a signal or the time limit requests it. Raises MachineError if more steps are non-finite than
+    `nonfinite_skips` allows.
     """
     config = task.config
     engines = {name: Engine(module, task.module_config(name)) for name, module in task.modules().items()}
     state = resume(task.name, engines, checkpoints, tracker)
     snapshots = SnapshotWriter(run / "snapshots" / task.name, task.module_config(task.name))
-    ranks.on_rank_zero(snapshots.drop_after, state.step)
+    ranks.on_rank_zero(snapshots.drop_after, state.step)  # the run takes the steps after it again
     progress = Progress(task.name, config.steps, state.step, quiet=ranks.rank() > 0)
     stop_request = stopping.current()
     with progress, stop_request.handle_signals(), checkpoints:
@@ -80,10 +79,13 @@ def train(
                 state.add_metrics(compute_scores(hooks.score, engines[task.name].averaged_weights()))
             log_metrics(task, state, tracker, progress)
             checkpoints.check()
+            # All ranks must agree here: if one rank stopped alone, the others would wait for it in the next step.
             stop_reason = stop_request.reason_of_any_rank()
+            # Previews and saves may take long, so the watchdog must not count them as a hang.
             watchdog.suspend(task.name, state.step, "preview or save")
             if hooks.preview and config.preview_every and state.step % config.preview_every == 0:
                 log_preview(hooks.preview, state.step, engines[task.name].averaged_weights(), tracker)
+            # Snapshots come before the checkpoint: a run that resumes from it must find the snapshots of its step.
             snapshots.write_if_due(state.step, engines[task.name])
             if state.step % config.save_every == 0 or state.step == config.steps or stop_reason:
                 save_checkpoint(engines, checkpoints, state)
@@ -97,23 +99,26 @@ def train(
 
 
 def train_step(task: TrainTask, engines: dict[str, Engine], batches: list[Batch], state: TrainState, run: Path) -> None:
-    """Take one optimizer step of every module over this rank's micro-batches, and advance the state.
+    """Take one optimizer step of every module on this rank's micro-batches, and advance the state.
 
     Either every module steps or none does. Raises MachineError if the step is skipped and `nonfinite_skips` is
     exhausted.
     """
     number = state.step + 1
+    # The discriminator of a GAN, for example, takes no steps before its start step.
     trained = {name: engine for name, engine in engines.items() if task.trains(name, number)}
+    # The forward passes change buffers, such as running statistics. A skipped step must restore them.
     buffers = nonfinite.BufferBackup(trained) if task.config.nonfinite_skips else None
     metrics = accumulate_gradients(task, engines, batches, number)
     watchdog.heartbeat(task.name, number, "step")
-    finite = {
-        name: engine.gradients_finite() for name, engine in trained.items()
-    }  # of each, since all ranks take part in it
+    # A dict of all engines, and not all() over a generator: gradients_finite is collective, so every rank must call it
+    # for every engine. all() would stop at the first engine that is not finite.
+    finite = {name: engine.gradients_finite() for name, engine in trained.items()}
     all_finite = all(finite.values())
     if not all_finite:
         watchdog.suspend(task.name, number, "replay bundle")
         state.skipped += 1
+        # This must come before the step, which releases the gradients.
         nonfinite.record_nonfinite_step(task, trained, batches, metrics, number, state.skipped, run)
     for engine in trained.values():
         engine.step(number, all_finite)
@@ -130,9 +135,9 @@ def train_step(task: TrainTask, engines: dict[str, Engine], batches: list[Batch]
 def accumulate_gradients(
     task: TrainTask, engines: dict[str, Engine], batches: list[Batch], number: int
 ) -> list[MetricSums]:
-    """Compute the gradients of step `number` of every module over this rank's micro-batches.
+    """Accumulate the gradients of step `number` for every module over this rank's micro-batches.
 
-    Returns the metrics of each micro-batch.
+    Returns the metrics of each micro-batch of each module.
     """
     metrics = []
     for name, engine in engines.items():
@@ -146,18 +151,22 @@ def accumulate_gradients(
             engine.backward(output.loss)
             metrics.append(output.metrics)
             if part + 1 < len(batches):
-                engine.step(number)  # only ends the micro-batch
+                engine.step(number)  # this only ends the micro-batch; `train_step` takes the step after the last one
     return metrics
 
 
 def seed_dropout(seed: int, step: int, part: int) -> None:
-    """nn.Dropout draws from torch's own generator, so that is keyed by hand, by the micro-batch in its step."""
+    """Seed torch's global generator, from which nn.Dropout draws, for one micro-batch.
+
+    All other random numbers are keyed by sample. Dropout cannot be, so the key is the number of the micro-batch among
+    the micro-batches of all ranks in this step. So a resumed run draws the same numbers.
+    """
     number = part * ranks.world_size() + ranks.rank()
     torch.manual_seed(int(rng.generator(seed, f"dropout 0 {number}", step).integers(2**62)))
 
 
 def log_metrics(task: TrainTask, state: TrainState, tracker: Tracker, progress: Progress) -> None:
-    """Write a row of metrics every log_every steps, and at the end: means over all ranks."""
+    """Write a row of metrics every `log_every` steps and at the last step. Values are means over all ranks."""
     config = task.config
     recent = {"loss": state.sums["loss"][0] / state.sums["loss"][1]} if "loss" in state.sums else {}
     progress.update(state.step, config.batch, recent)
@@ -171,15 +180,15 @@ def log_metrics(task: TrainTask, state: TrainState, tracker: Tracker, progress: 
 
 
 def log_preview(preview: PreviewHook, step: int, averaged: StateDict, tracker: Tracker) -> None:
-    """Draw a picture of what has been learned so far, on rank 0 alone."""
+    """Draw a preview picture on rank 0 and log it. The other ranks wait."""
     ranks.on_rank_zero(lambda: tracker.image("preview", preview(step, averaged), step))
 
 
 def compute_scores(score: ScoreHook, averaged: StateDict) -> MetricSums:
-    """Scores of what has been learned so far, as sums and counts.
+    """Compute scores of samples on rank 0, as sums and counts. On other ranks the result is empty.
 
-    They go into the next row of metrics, and into a checkpoint that comes before it, so that a resumed run has the same
-    rows.
+    The scores are part of the state, so they enter the next row of metrics. If a checkpoint comes first, it holds them
+    too, so a resumed run writes the same rows.
     """
     scores = ranks.on_rank_zero(score, averaged)
     return {} if ranks.rank() else {name: (value, 1.0) for name, value in scores.items()}

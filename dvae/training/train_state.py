@@ -1,4 +1,4 @@
-"""The state of a training besides its engines, and how both are saved to checkpoints and restored."""
+"""Training state outside the engines, and functions that save and restore both."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from dvae.training.resilience.checkpoint import Checkpoints
 
 @dataclass
 class TrainState:
-    """All that a run must remember besides the engines: resuming restores it bit for bit. Each rank has its own."""
+    """State of a stage's training besides the engines. Each rank has its own. Resuming restores it bit for bit."""
 
     step: int = 0
-    """Steps taken."""
+    """Number of steps taken, including skipped ones."""
     seconds: float = 0.0
-    """Time spent in training, over all attempts."""
+    """Seconds spent in training steps, over all attempts."""
     sums: MetricSums = field(default_factory=dict)
-    """Metrics of this rank since the last row of metrics."""
+    """Metrics of this rank since the last row of metrics.jsonl."""
     window_seconds: float = 0.0
-    """Time since the last row of metrics."""
+    """Seconds spent in training steps since the last row of metrics.jsonl."""
     skipped: int = 0
-    """Steps of this stage that were skipped because a gradient was not finite."""
+    """Number of steps that were skipped because a gradient was not finite."""
 
     def add_metrics(self, metrics: MetricSums) -> None:
+        """Add sums and counts of metrics to the next row of metrics."""
         self.sums = add_metric_sums([self.sums, metrics])
 
     def pop_means(self) -> dict[str, float]:
-        """Means since the last row of metrics. This begins a new row."""
+        """Return the means since the last row of metrics, and start a new row."""
         means = metric_means(self.sums)
         self.sums, self.window_seconds = {}, 0.0
         return means
 
 
 def save_checkpoint(engines: dict[str, Engine], checkpoints: Checkpoints, state: TrainState) -> None:
-    """Begin a checkpoint of every engine and the state. It is written while training goes on."""
+    """Start a checkpoint of all engines and the state. It is written in the background while training continues."""
+    # Copies, because the next steps change the originals while the thread writes.
     snapshots = {name: engine.snapshot() for name, engine in engines.items()}
 
     def write(folder: Path) -> list[Path]:
@@ -49,15 +51,18 @@ def save_checkpoint(engines: dict[str, Engine], checkpoints: Checkpoints, state:
             snapshot.write(written[-1])
         return written
 
+    # Rank 0 writes its own state for all ranks, with the metric sums of each.
     first, *others = ranks.all_gather(state.sums)
     checkpoints.save(state.step, asdict(state) | {"sums": first, "others": others}, write)
 
 
 def resume(name: str, engines: dict[str, Engine], checkpoints: Checkpoints, tracker: Tracker) -> TrainState:
-    """Load the newest good checkpoint of stage `name` into the engines, and return its state.
+    """Load the newest intact checkpoint of stage `name` into the engines, and return its state.
 
-    Metrics beyond the checkpoint are removed. It may come from another number of ranks and another ZeRO stage.
+    Another number of ranks, or another ZeRO stage, may have written it. Without a checkpoint the state is new.
+    Checkpoints and metrics after the returned step are removed, because the run is about to repeat these steps.
     """
+    # Rank 0 decides for all ranks, so that they cannot load different checkpoints.
     newest = ranks.on_rank_zero(checkpoints.newest)
     state = TrainState()
     if newest:
@@ -72,9 +77,10 @@ def resume(name: str, engines: dict[str, Engine], checkpoints: Checkpoints, trac
 
 
 def restore_metric_sums(saved: list[MetricSums]) -> MetricSums:
-    """This rank's share of the sums of the ranks that saved them.
+    """This rank's metric sums, from the sums that all ranks saved.
 
-    If the number of ranks is the same, each rank gets its own sums. Otherwise rank 0 gets all of them.
+    If the number of ranks has not changed, each rank gets its own sums. Otherwise rank 0 gets the total, and the others
+    get none: a row of metrics adds up the ranks anyway.
     """
     if len(saved) == ranks.world_size():
         return saved[ranks.rank()]

@@ -148,7 +148,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda folder: (folder / "hashes.json").write_text("[]"), "hashes.json: "),
     "a number": (lambda folder: (folder / "hashes.json").write_text('{"engine.bin": 3}'), "hashes.json: engine.bin"),
     "twice": (lambda folder: (folder / "hashes.json").write_text('{"a": "", "a": ""}'), "there twice"),
-    "nothing": (lambda folder: (folder / "hashes.json").write_text("{}"), "is there and not listed in hashes.json"),
+    "nothing": (lambda folder: (folder / "hashes.json").write_text("{}"), "is not listed in hashes.json"),
     "a pipe": (replaced("hashes.json", os.mkfifo), "hashes.json: is a pipe, not a file"),
     "a folder": (replaced("hashes.json", Path.mkdir), "hashes.json: is a folder, not a file"),
     "an engine that is a pipe": (replaced("engine.bin", os.mkfifo), "engine.bin: is a pipe, not a file"),
@@ -156,11 +156,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "absolute": (absolute, "names '/etc/hostname', which lies outside the checkpoint"),
     "a link that leads out": (linked, "names 'link', which lies outside the checkpoint"),
     "a link to itself": (replaced("engine.bin", lambda path: path.symlink_to(path.name)), "symbolic links"),
-    "a name with a zero byte": (lambda folder: listed(folder, "a\0b", "ab"), "which is no name of a file"),
+    "a name with a zero byte": (lambda folder: listed(folder, "a\0b", "ab"), "which is not a valid file name"),
     "a name of 5000 letters": (lambda folder: listed(folder, "a" * 5000, "ab"), "File name too long"),
-    "a file more": (lambda folder: (folder / "more").touch(), "'more' is there and not listed in hashes.json"),
-    "a pipe more": (lambda folder: os.mkfifo(folder / "more"), "'more' is there and not listed in hashes.json"),
-    "a loop of links": (loop, "'more/again' is there and not listed"),
+    "a file more": (lambda folder: (folder / "more").touch(), "'more' is not listed in hashes.json"),
+    "a pipe more": (lambda folder: os.mkfifo(folder / "more"), "'more' is not listed in hashes.json"),
+    "a loop of links": (loop, "'more/again' is not listed"),
     "one that is not there": (lambda folder: listed(folder, "more", "ab"), "No such file or directory"),
     "the hash of a folder": (lambda folder: listed(folder, ".", "ab"), "is a folder, not a file"),
     "an engine that never ends": (lambda folder: os.truncate(folder / "engine.bin", 2**40), "bytes that such a file"),
@@ -197,7 +197,7 @@ def test_whatever_is_wrong_it_is_passed_over_in_one_line(
     assert line.startswith(f"checkpoint {victim} is damaged (")
     assert reason in line
     assert len(line.splitlines()) == 1
-    with pytest.raises(MachineError, match=r"is damaged \(.*\): take another step, of \[5, 10\]$"):
+    with pytest.raises(MachineError, match=r"is damaged \(.*\): use another step of \[5, 10\]$"):
         checkpoints.verified_folder(10)
     checkpoints.drop_after(5)
     assert checkpoints.steps() == [5]

@@ -284,14 +284,14 @@ def test_the_width_of_the_run_and_a_decay_are_what_was_kept(finished: Path, tmp_
 
 
 MISTAKES = {
-    ("out=o",): "an average has a width or a decay: add width=0.15",
+    ("out=o",): "set either width or decay: add width=0.15",
     ("width=0.15",): "nothing would be written: add out=FILE.safetensors or bundle=FOLDER",
     ("width=0.3", "out=o"): "width=0.3: use 0.005 to 0.28",
     ("width=0.15", "out=o", "stage=refner"): "unknown stage 'refner': did you mean 'refiner'?",
     ("width=0.15", "out=o", "stage=encoder"): "has no snapshots of its encoder: train with train_encoder.ema.snapshot",
     ("width=0.15", "out=o", "step=7"): "step=7: use 1 to 6, the step of the last snapshot",
-    ("decay=0.99", "out=o"): "decay=0.99: no such average was kept, only a width can be made: kept: 0.9",
-    ("decay=0.9", "out=o", "step=3"): "an average of constant profile is to be had at its snapshots only: [2, 4, 6]",
+    ("decay=0.99", "out=o"): "decay=0.99: no snapshot has this decay, they have 0.9: use one of these, or width=",
+    ("decay=0.9", "out=o", "step=3"): "an average with constant profile exists at its snapshots only: use one of [2, 4",
     ("width=0.15", "bundle=."): "bundle=. is there already: name a folder that is not",
     ("width=0.15", "out=."): "out=. is a folder: name a file, or use bundle=",
     ("width=0.15", "out=o", "run=nowhere"): "run=nowhere: no run is there: name a run folder",

@@ -1,1 +1,1 @@
-"""DeepSpeed, the optimizer with its moving averages, and what checkpoints are made of."""
+"""The DeepSpeed engine, the optimizer with averaged weights, and the files of checkpoints and snapshots."""

@@ -1,7 +1,7 @@
-"""AdamW that keeps moving averages of the weights as state beside its moments.
+"""AdamW that keeps moving averages of the weights (EMA) as optimizer state.
 
-As optimizer state they are partitioned, saved and resumed with everything else, and a step that is skipped is skipped
-for them too.
+DeepSpeed partitions optimizer state, checkpoints hold it, and a skipped step does not change it. So all of this holds
+for the averages, without further code.
 """
 
 from __future__ import annotations
@@ -17,26 +17,30 @@ from torch import nn
 from dvae.config.schema import EmaConfig, EmaProfile
 
 MAIN = "ema"
-"""State of the average that a run exports."""
+"""Name of the optimizer state that holds the average which a run exports."""
 
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """The weight that one moving average gives to past weights."""
+    """Profile of one moving average: how much weight it gives to past weights."""
 
     profile: EmaProfile
     value: float
-    """constant: the decay; power: the width (sigma_rel)."""
+    """The decay of a constant profile, or the width (sigma_rel) of a power profile."""
 
     def decay(self, step: int) -> float:
-        """Weight of the past when step number `step` (from 1) has been taken; of power: Karras et al. 2024, §3.1."""
+        """Decay of the average at step number `step` (from 1): average = decay * average + (1 - decay) * weights.
+
+        The power profile is from Karras et al. 2024, section 3.1.
+        """
         if self.profile is EmaProfile.constant:
+            # With the full decay from the start, the initial weights would stay in the average for very long.
             return min(self.value, (1 + step) / (10 + step))
         return (1.0 - 1.0 / step) ** (power_exponent(self.value) + 1.0)
 
 
 def ema_specs(config: EmaConfig) -> dict[str, EmaSpec]:
-    """Every average that is maintained, by the name of its optimizer state. The one that a run exports is first."""
+    """All averages that the optimizer maintains, by the name of their state. The one that a run exports is first."""
     value = config.decay if config.profile is EmaProfile.constant else config.width
     extra = [EmaSpec(EmaProfile.power, width) for width in config.extra_widths]
     extra += [EmaSpec(EmaProfile.constant, decay) for decay in config.extra_decays]
@@ -49,15 +53,15 @@ def ema_names(config: EmaConfig) -> list[str]:
 
 
 def ema_decays(config: EmaConfig, step: int) -> dict[str, float]:
-    """For each average the weight of the past when step number `step` (from 1) has been taken."""
+    """Decay of each average at step number `step` (from 1), by name; see `EmaSpec.decay`."""
     return {name: spec.decay(step) for name, spec in ema_specs(config).items()}
 
 
 @cache
 def power_exponent(width: float) -> float:
-    """Exponent gamma of the power profile of relative width sigma_rel (Karras et al. 2024, eq. 126), by bisection.
+    """Exponent gamma of the power profile with relative width sigma_rel (Karras et al. 2024, eq. 126), by bisection.
 
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), falling in gamma >= 0.
+    It solves sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), whose right side decreases for gamma >= 0.
     """
     low, high = 0.0, 1e6
     for _ in range(200):
@@ -70,10 +74,12 @@ def power_exponent(width: float) -> float:
 
 
 class AdamWEma(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) with averages as further state of each parameter.
+    """AdamW (Loshchilov & Hutter 2019) with averaged weights as additional state of each parameter.
 
-    The param-group entry `ema_decays` names them and gives each its weight of the past, before every step.
-    `overflow`, set by the engine before a step, leaves that step out; DeepSpeed reads it after the step.
+    The param-group entry `ema_decays` maps the name of each average to its decay. The engine sets it before every step.
+
+    The engine sets `overflow` before a step to skip that step. At ZeRO stage 0 DeepSpeed reads it after the step too,
+    and counts the step as skipped.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float):
@@ -84,13 +90,16 @@ class AdamWEma(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update the weights, then the averages. Does nothing if `overflow` is set."""
         if self.overflow:
             return
         super().step(closure)
         for group in self.param_groups:
+            # AdamW leaves a parameter without a gradient as it is. Its average then stays as it is, too.
             weights = [p for p in group["params"] if p.grad is not None]
             for name, decay in group["ema_decays"].items():
                 for p in weights:
                     if name not in self.state[p]:
                         self.state[p][name] = p.detach().clone()
+                # One call for all tensors is faster than a loop over them: average += (1 - decay) * (weight - average).
                 torch._foreach_lerp_([self.state[p][name] for p in weights], weights, 1.0 - decay)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers of the options in glibc's malloc.h
 LIMIT = 2**30
+"""Bytes: blocks below this size are not mapped one by one, and this much free memory is kept."""
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, since each step asks for the same tensors again.
+    """Make glibc keep freed memory, because each training step allocates the same tensors again.
 
-    By default it gives large blocks back to the system at once, and every step faults its pages in anew: about a tenth
-    of a small U-Net's step. Does nothing with another C library.
+    By default glibc returns large blocks to the operating system at once. Then every step causes page faults for them
+    again, which took about a tenth of the step of a small U-Net. With another C library this does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return

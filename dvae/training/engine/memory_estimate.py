@@ -1,4 +1,7 @@
-"""Memory of the training state on a rank: weights, gradients, optimizer, averages and buckets, in bytes."""
+"""Estimate the memory of the training state on a rank, and the bytes that ranks exchange.
+
+The training state is weights, gradients, optimizer moments, averaged weights and communication buckets.
+"""
 
 from __future__ import annotations
 
@@ -7,62 +10,77 @@ from dataclasses import dataclass
 from dvae.config.schema import TrainingConfig
 
 MAX_BUCKET = 500_000_000
-"""Values in a communication bucket, at most (DeepSpeed's own default)."""
+"""Largest number of values in a communication bucket. It is DeepSpeed's default."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
-"""Parameters that stage 3 holds in full at a time, at most (DeepSpeed's own default)."""
+"""Largest number of parameters that stage 3 keeps gathered at a time. It is DeepSpeed's default."""
 FLOAT = 4
+"""Bytes of a value."""
 MOMENTS = 2
+"""Moments of AdamW per weight."""
 
 
 def bucket_size(parameters: int) -> int:
-    """Values in a communication bucket: never more than there are, or small models would wait on empty gigabytes."""
+    """Number of values in a communication bucket.
+
+    It is never more than the model has. DeepSpeed's default would allocate 2 GB at stage 3 even for a small model.
+    """
     return max(1, min(MAX_BUCKET, parameters))
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a model on one rank, activations apart. All of it is fp32, in both precisions."""
+    """Bytes of the training state on one rank, without activations. All of it is fp32, in both precisions."""
 
     weights: int
-    """The weights of the network, and the optimizer's own copy of its partition, if it has one."""
+    """Weights of the network, and the optimizer's own copy of its partition if it has one."""
     gradients: int
-    """At the end of a backward pass."""
+    """Gradients at the end of a backward pass."""
     moments: int
+    """Moments of AdamW."""
     averages: int
+    """Averaged weights (EMA), all of them."""
     persistent_bucket: int
-    """The bucket that stage 3 keeps all the time."""
+    """The communication bucket, if it is never released (stage 3)."""
     transient: int
-    """Transient memory: buckets of a reduction, and the weights that stage 3 holds in full."""
+    """Memory within a step only: buckets of a reduction, or the weights that stage 3 gathers."""
     stage: int
+    """ZeRO stage, 0 to 3."""
 
     @property
     def between_steps(self) -> int:
-        """Bytes between steps. Stage 3 keeps its gradients too."""
+        """Bytes between two steps. Stage 3 keeps its gradients, the other stages release them."""
         persistent = self.weights + self.moments + self.averages + self.persistent_bucket
         return persistent + self.gradients if self.stage == 3 else persistent
 
     @property
     def with_gradients(self) -> int:
-        """Bytes when all gradients of a step are computed."""
+        """Bytes after the backward pass, when all gradients exist."""
         return self.weights + self.gradients + self.moments + self.averages + self.persistent_bucket
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment of a backward pass."""
+        """Largest number of bytes during a backward pass."""
         return self.with_gradients + self.transient
 
 
 def footprint(parameters: int, ranks: int, config: TrainingConfig, averages: int = 1) -> Footprint:
-    """The memory of each of `ranks` for a model with this number of parameters and of averages of its weights.
+    """Estimate the memory of a model's training state on each rank.
 
-    With ZeRO 1 to 3 the optimizer works on a copy of its own part of the weights. Stage 3 keeps its part of the
-    gradients, and its bucket, all the time. Tensors that it leaves whole, since they are small (under 100,000 values),
-    are counted as cut.
+    At ZeRO 1 to 3 the optimizer works on its own copy of its partition of the weights. Stage 3 also keeps its partition
+    of the gradients, and its bucket, between steps. Stage 3 does not partition tensors of fewer than 100,000 values;
+    here they are counted as if it did.
+
+    Args:
+        parameters: Number of parameters of the model.
+        ranks: Number of ranks.
+        config: The training settings: ZeRO stage and micro-batches.
+        averages: Number of averages of the weights.
     """
     full, stage = FLOAT * parameters, config.zero_stage
     part = full if stage == 0 else full // ranks
     bucket = FLOAT * bucket_size(parameters)
-    # stages 1 and 2 copy gradients into a bucket, and that into what is reduced, before their own part is made of it
+    # Stages 1 and 2 copy the gradients into a bucket, and reduce a copy of the bucket. With one micro-batch, the
+    # partition of the gradients is only made afterwards, so its bytes are not used at the same time as both.
     buckets = 2 * bucket if config.micro_batches > 1 else max(2 * bucket - part, bucket)
     return Footprint(
         weights=(full, full + part, full + part, 2 * part)[stage],
@@ -76,18 +94,21 @@ def footprint(parameters: int, ranks: int, config: TrainingConfig, averages: int
 
 
 def bytes_per_rank(parameters: int, ranks: int, config: TrainingConfig, averages: int = 1) -> tuple[int, int]:
-    """Bytes between steps, and when the gradients are there, on each of `ranks` (activations apart)."""
+    """Bytes on each rank between steps, and when all gradients exist, both without activations; see `footprint`."""
     memory = footprint(parameters, ranks, config, averages)
     return memory.between_steps, memory.with_gradients
 
 
 def bytes_sent(parameters: int, ranks: int, zero: int, micro_batches: int) -> float:
-    """Bytes that each rank sends in a step, in rings, fp32; what it receives is as much.
+    """Bytes that each rank sends in a step, with ring algorithms and fp32. Each rank receives as many.
 
-    A ring's gather, or scattered reduction, of S bytes sends S (N - 1) / N; an all-reduce is both. DeepSpeed 0.19
-    reduces the gradients of each micro-batch, at stages 0 to 2 by an all-reduce, though stages 1 and 2 keep a part;
-    these gather the weights after the step. Stage 3 gathers them for each micro-batch, once where all of them may stay
-    until the backward pass, and twice beyond; it reduces in parts (counted in tests/training/test_memory_estimate.py).
+    On N ranks, an all-gather or a reduce-scatter of S bytes sends S (N - 1) / N. An all-reduce sends twice as much.
+    DeepSpeed 0.19 communicates as follows (tests/training/test_memory_estimate.py counts it):
+
+    - Stages 0 to 2 all-reduce the gradients of each micro-batch, although stages 1 and 2 keep only their partition.
+    - Stages 1 and 2 also gather the weights after each step.
+    - Stage 3 reduce-scatters the gradients of each micro-batch. It also gathers the weights for each micro-batch: once
+      if they may all stay gathered until the backward pass (MAX_LIVE_PARAMETERS), and twice otherwise.
     """
     once = FLOAT * parameters * (ranks - 1) / ranks
     if zero == 3:

@@ -1,4 +1,4 @@
-"""The writer of the snapshots of a stage while it is trained."""
+"""Write snapshots of the averaged weights of a stage during training."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from dvae.utils.weights import StateDict, save_weights
 
 
 class SnapshotWriter:
-    """The snapshots of one stage while it is trained: folder/step-00001000-width-0.05.safetensors, ...
+    """Writes the snapshots of one stage: folder/step-00001000-width-0.05.safetensors, ...
 
-    A process that is killed between a snapshot and its hash leaves a file without one. The checkpoint of that step is
-    written later, so a resumed training begins before the step: it removes the file, and takes the snapshot again.
+    If the process is killed after it wrote a snapshot and before it wrote the hash, the file has no hash. The
+    checkpoint of a step is always written after its snapshots. So a resumed run starts before that step, removes the
+    file (`drop_after`), and writes the snapshot again.
     """
 
     def __init__(self, folder: Path, training: TrainingConfig) -> None:
         self.folder = folder
         self.every = training.ema.snapshot_every
         self.last = training.steps
+        # Leave out the exported average if its profile is constant: the run keeps it anyway, and no other average can
+        # be reconstructed from it.
         self.specs = {
             name: spec
             for name, spec in ema_specs(training.ema).items()
@@ -34,9 +37,9 @@ class SnapshotWriter:
         }
 
     def write_if_due(self, step: int, engine: Engine) -> None:
-        """Write a snapshot of each average if one is due at `step`. Every rank takes part, rank 0 writes.
+        """Write a snapshot of each average if one is due at `step`: every `every` steps, and at the last step.
 
-        Raises MachineError if one could not be written.
+        Every rank takes part, and rank 0 writes. Raises MachineError if a file cannot be written.
         """
         if not self.every or (step % self.every and step != self.last):
             return
@@ -48,6 +51,7 @@ class SnapshotWriter:
             )
 
     def _write(self, path: Path, state: StateDict) -> None:
+        """Write one snapshot, then its hash, which is computed from the file."""
         save_weights(path, state)
         self._write_hashes(read_hashes(self.folder) | {path.name: atomic_files.sha256(path)})
 
@@ -55,9 +59,9 @@ class SnapshotWriter:
         atomic_files.write_json(self.folder / HASHES, hashes)
 
     def drop_after(self, step: int) -> None:
-        """Remove snapshots beyond `step`, and their hashes: their steps are about to be taken again.
+        """Remove the snapshots after `step` and their hashes, because the run is about to repeat these steps.
 
-        Raises DamagedFile for a folder in the place of a snapshot, and for a damaged hashes.json.
+        Raises DamagedFile if a folder has the name of a snapshot, or if hashes.json is damaged.
         """
         atomic_files.remove_leftovers(self.folder)
         for snapshot in list_snapshots(self.folder):
@@ -72,9 +76,10 @@ class SnapshotWriter:
 
 
 def to_half(state: dict[str, torch.Tensor], parameters: set[str]) -> dict[str, torch.Tensor]:
-    """`state` with its parameters in fp16, which rounds by 2^-12 at most; those out of its range are left as they are.
+    """Convert the parameters of `state` to fp16. A parameter with values outside the range of fp16 is not converted.
 
-    bf16 would round by 2^-9, more than most fits are wrong by.
+    The relative rounding error of fp16 is at most 2^-11 (of numbers above 6e-5). bf16 would be too coarse: its error of
+    up to 2^-8 is larger than the error of most fits.
     """
     limit = torch.finfo(torch.float16).max
     return {

@@ -1,6 +1,6 @@
-"""Snapshots: averages of the weights at some steps of a stage, from which ema_from_snapshots.py makes others.
+"""Read snapshots: averaged weights at some steps of a stage, from which ema_from_snapshots.py reconstructs others.
 
-A stage's folder holds one weights file per snapshot, and hashes.json with the hash of each: {file name: sha256}.
+The folder of a stage holds one weights file per snapshot, and hashes.json: {file name: sha256}.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dvae.utils.read import MIB, read_json, read_weights_header
 from dvae.utils.weights import StateDict, check_weights, load_weights, refuse_nonfinite, without_numbers
 
 LABELS = {EmaProfile.power: "width", EmaProfile.constant: "decay"}
-"""The word in a file name for the number of a profile."""
+"""The word before the value of a profile in a file name."""
 NAME = re.compile(r"step-([0-9]{8,10})-(width|decay)-([0-9]{1,20}(?:\.[0-9]{1,30})?(?:e-[0-9]{1,3})?)\.safetensors")
 LAST_STEP = 10**9
-"""The highest step that a snapshot may have."""
+"""Largest step that a snapshot may have."""
 HASHES = "hashes.json"
 HASHES_LIMIT = 32 * MIB
-"""Bytes of hashes.json, at most; one snapshot takes about 120."""
+"""Largest accepted size of hashes.json, in bytes. One snapshot takes about 120 bytes."""
 
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """One file: one average at one step."""
+    """A file that holds one average at one step."""
 
     step: int
     spec: EmaSpec
@@ -38,15 +38,16 @@ class WeightSnapshot:
 
     @staticmethod
     def for_step(folder: Path, step: int, spec: EmaSpec) -> WeightSnapshot:
+        """The snapshot of an average at `step`; the file need not exist."""
         name = f"step-{step:08d}-{LABELS[spec.profile]}-{spec.value}.safetensors"
         return WeightSnapshot(step, spec, folder / name)
 
     @staticmethod
     def from_path(path: Path) -> WeightSnapshot | None:
-        """The snapshot that a file name describes.
+        """Parse the name of a snapshot's file.
 
-        Returns None if dvae would not give that name: for a step, a width or a decay that no training has, and for
-        another spelling of a number, because two files could then claim to be the same snapshot.
+        Returns None for a name that dvae never writes. That is a step, width or decay out of range, or another spelling
+        of a number: with other spellings, two files could claim to be the same snapshot.
         """
         found = NAME.fullmatch(path.name)
         if found is None:
@@ -58,12 +59,13 @@ class WeightSnapshot:
         return snapshot if valid and 1 <= step <= LAST_STEP and snapshot.path == path else None
 
     def load(self, module: torch.nn.Module) -> StateDict:
-        """The tensors of the file, which fit `module`; the module may be on the meta device.
+        """Load the state dict from the file, after it was checked. `module` may be on the meta device.
 
-        Raises MachineError if the file is damaged, or differs from its hash; UserError if its tensors do not fit, or
-        hold NaN or infinity.
+        Raises MachineError if the file is damaged or does not match its hash. Raises UserError if the tensors do not
+        fit `module`, or contain NaN or infinity.
         """
-        header = read_weights_header(self.path)  # before the hash: the header tells how large the file may be
+        # Read the header before the hash: it limits the size of the file, and hashing a huge file would take long.
+        header = read_weights_header(self.path)
         expected = read_hashes(self.path.parent).get(self.path.name)
         if expected is None:
             raise MachineError(
@@ -81,12 +83,15 @@ class WeightSnapshot:
 
 
 def read_hashes(folder: Path) -> dict[str, str]:
-    """The hashes of the snapshots in a stage's folder, by file name. Raises DamagedFile."""
+    """Read the hashes of the snapshots in a stage's folder: {file name: sha256}.
+
+    Returns {} if there is no hashes.json. Raises DamagedFile if it is damaged.
+    """
     path = folder / HASHES
     return read_json(path, dict[str, str], HASHES_LIMIT) if path.exists() else {}
 
 
 def list_snapshots(folder: Path) -> list[WeightSnapshot]:
-    """All snapshots in a stage's folder, by step."""
+    """All snapshots in a stage's folder, in the order of their steps. The files are not opened."""
     found = [WeightSnapshot.from_path(path) for path in sorted(folder.glob("step-*"))]
     return [snapshot for snapshot in found if snapshot is not None]

@@ -1,1 +1,1 @@
-"""Training that survives failures: ranks, watchdog, stopping, checkpoints, non-finite steps."""
+"""Fault tolerance of training: ranks, watchdog, stopping, checkpoints and non-finite steps."""

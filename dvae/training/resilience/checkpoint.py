@@ -1,8 +1,10 @@
-"""Checkpoints: complete or absent, hashed, written in the background, newest good one first.
+"""Write checkpoints in the background, and find the newest intact one.
+
+A checkpoint is either complete or absent: its folder is written under another name and renamed at the end.
 
 checkpoints/STAGE/step-00001000/
     state.json                      TrainState: step, seconds, metric sums of all ranks, skipped steps
-    MODULE/rank-00000.safetensors   what rank 0 owns of the module: weights, moments, averages (engine/fragments.py)
+    MODULE/rank-00000.safetensors   rank 0's part of the module: weights, moments, averages (engine/fragments.py)
     hashes.json                     SHA-256 of every file above
 """
 
@@ -42,16 +44,21 @@ log = logging.getLogger("dvae")
 HASHES = "hashes.json"
 STATE = "state.json"
 NAME = re.compile(r"step-[0-9]{8,18}")
-"""Of the folder of a checkpoint."""
+"""Name of a checkpoint's folder."""
 WriteFiles = Callable[[Path], list[Path]]
-"""Writes one rank's files into a folder, and returns their paths."""
+"""write(folder) writes one rank's files into a folder, and returns their paths."""
 
 
 class Checkpoints:
-    """The checkpoints of one stage: `folder`/step-00001000/, each with hashes of all it holds.
+    """The checkpoints of one stage: `folder`/step-00001000/, ...
 
-    A block `with checkpoints:` ends when the save in progress is published; if it ends by an error of the machine, the
-    save is published too, as far as the other ranks are still there.
+    A block `with checkpoints:` waits at its end until the save in progress is published. It also waits if the block
+    ends with a MachineError, unless another rank is lost: then the save can never be completed.
+
+    Args:
+        folder: Folder of the stage's checkpoints.
+        keep: Number of newest checkpoints to keep.
+        keep_every: Checkpoints whose step is a multiple of this are never removed (0: none).
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
@@ -67,18 +74,21 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Stopped is a MachineError too. After any other exception, such as KeyboardInterrupt, do not wait.
         if kind is None or (issubclass(kind, MachineError) and not issubclass(kind, ranks.PeerLost)):
             self.finish()
 
     def save(self, step: int, state: dict[str, Any], write: WriteFiles) -> None:
-        """Begin a checkpoint of `step`: `state` (JSON) and the files of every rank's `write(folder)`.
+        """Start a checkpoint of `step`: `state` (JSON-ready) and the files of every rank's `write(folder)`.
 
-        Every rank takes part. The files are written in the background, one checkpoint at a time; a fault is raised by
-        the next call of `save`, `check` or `finish`.
+        Every rank takes part. A thread writes the files, one checkpoint at a time. If it fails, the next call of
+        `save`, `check` or `finish` raises the error.
         """
         self.finish()
         staging = ExitStack()
         try:
+            # Rank 0 creates the temporary folder, and its `staging` renames it at the end of the thread. On the other
+            # ranks `staging` stays empty.
             folder = ranks.on_rank_zero(lambda: staging.enter_context(atomic_files.new_folder(self._path(step))))
         except OSError as error:
             self._raise_write_error(step, error)
@@ -87,12 +97,12 @@ class Checkpoints:
         thread.start()
 
     def check(self) -> None:
-        """Raise MachineError where the save in progress has failed."""
+        """Raise MachineError if the save in progress has failed. Does not wait."""
         if self._pending and not self._pending[1].is_alive():
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the save in progress is published. Raises MachineError where it failed."""
+        """Wait until the save in progress is published. Raises MachineError if it failed."""
         if self._pending is None:
             return
         step, thread = self._pending
@@ -102,66 +112,70 @@ class Checkpoints:
             self._raise_write_error(step, fault)
 
     def _raise_write_error(self, step: int, error: Exception) -> None:
+        """Raise an OSError of a save as a MachineError for the user, and any other error as it is."""
         if not isinstance(error, OSError):
             raise error
         raise MachineError(
             f"checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}); "
-            "earlier checkpoints are whole: make room, then run the same command again"
+            "earlier checkpoints are intact: make room, then run the same command again"
         ) from None
 
     def _write(self, step: int, state: dict[str, Any], write: WriteFiles, folder: Path, staging: ExitStack) -> None:
-        """In the background: this rank's files; on rank 0 also the rest, once all ranks' files are there."""
+        """Write this rank's files. Rank 0 also writes the state, and the hashes once all ranks have written.
+
+        This runs in the background thread.
+        """
         try:
-            with staging:
+            with staging:  # on rank 0, a clean exit publishes the folder and an exception removes it
                 written = write(folder)
                 if ranks.rank() == 0:
                     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
                     written = [*written, folder / STATE]
                 hashes = {str(path.relative_to(folder)): atomic_files.sha256(path) for path in written}
                 for path in written:
-                    atomic_files.sync(path)
+                    atomic_files.sync(path)  # before the rename, or a power failure could leave a folder without data
+                # The thread cannot use a collective: the main thread uses the process group at the same time.
                 parts = ranks.gather_from_thread(f"{self.folder} {step}", hashes)
                 if parts:
                     merged = {name: digest for part in parts for name, digest in part.items()}
                     (folder / HASHES).write_text(json.dumps(merged, indent=1), encoding="utf-8")
-            if parts:
+            if parts:  # only on rank 0, and only after the new checkpoint is published
                 self._drop_old()
-        except Exception as error:  # noqa: BLE001 # raised again in the main thread
+        except Exception as error:  # noqa: BLE001 # the main thread raises it again
             self._fault = error
 
     def _drop_old(self) -> None:
+        """Remove all but the newest `keep` checkpoints and the multiples of `keep_every`."""
         for old in self._paths()[self.keep :]:
             if not self.keep_every or _step(old) % self.keep_every:
                 _remove(old)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Folder and state of the newest good checkpoint; a damaged one is named in the log and passed over."""
+        """Folder and state of the newest intact checkpoint, or None. Damaged ones are logged and skipped."""
         atomic_files.remove_leftovers(self.folder)
         for path in self._paths():
             try:
                 return path, read_verified(path)
             except (DamagedFile, OSError) as error:
-                log.warning("checkpoint %s is damaged (%s): passing over it", path, _damage_reason(path, error))
+                log.warning("checkpoint %s is damaged (%s): skipping it", path, _damage_reason(path, error))
         return None
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that there are."""
+        """Steps of all checkpoints in the folder, in increasing order. The checkpoints are not verified."""
         return sorted(_step(path) for path in self._paths())
 
     def verified_folder(self, step: int) -> Path:
-        """The folder of a checkpoint that is there. Raises MachineError if it is damaged."""
+        """The folder of the checkpoint of `step`. Raises MachineError if the checkpoint is damaged."""
         path = self._path(step)
         try:
             read_verified(path)
         except (DamagedFile, OSError) as error:
             reason = _damage_reason(path, error)
-            raise MachineError(
-                f"checkpoint {path} is damaged ({reason}): take another step, of {self.steps()}"
-            ) from None
+            raise MachineError(f"checkpoint {path} is damaged ({reason}): use another step of {self.steps()}") from None
         return path
 
     def drop_after(self, step: int) -> None:
-        """Remove checkpoints beyond `step`: they are damaged, and their steps are about to be taken again."""
+        """Remove the checkpoints after `step`. They are damaged, and the run is about to repeat their steps."""
         for path in self._paths():
             if _step(path) > step:
                 _remove(path)
@@ -170,6 +184,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def _paths(self) -> list[Path]:
+        """Folders of all checkpoints, the newest first."""
         found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
 
@@ -179,12 +194,12 @@ def _step(path: Path) -> int:
 
 
 def _damage_reason(path: Path, error: Exception) -> str:
-    """Why the checkpoint at `path` is damaged."""
+    """The reason why the checkpoint at `path` is damaged, in one line without the path."""
     return printable_line(error).removeprefix(f"{path}: ")
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, or what lies in its place; what a link leads to stays."""
+    """Remove a checkpoint, or a file or link with its name. The target of a link is not removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -192,9 +207,12 @@ def _remove(path: Path) -> None:
 
 
 def _refuse_huge_file(path: Path) -> None:
-    """Raise DamagedFile for a file that is far too large to be hashed in reasonable time; it may be sparse."""
+    """Raise DamagedFile if a file is too large to be a part of a checkpoint.
+
+    A damaged file may be sparse and claim a huge size, so that hashing it would take hours.
+    """
     if path.suffix == ".safetensors":
-        read_weights_header(path)  # which states the size
+        read_weights_header(path)  # raises DamagedFile unless the file has the size that its header states
     elif require_regular(path).st_size > JSON_LIMIT:
         raise DamagedFile(path, f"has more than the {JSON_LIMIT} bytes that such a file may have")
 
@@ -202,7 +220,7 @@ def _refuse_huge_file(path: Path) -> None:
 @forbid_extra
 @dataclass
 class SavedState:
-    """state.json: dvae.training.train_state.TrainState, and the sums of the other ranks."""
+    """Contents of state.json: the TrainState of rank 0, and the metric sums of the other ranks."""
 
     step: Count
     seconds: Seconds = 0.0
@@ -213,19 +231,20 @@ class SavedState:
 
 
 def read_verified(path: Path) -> dict[str, Any]:
-    """The state of the checkpoint in the folder `path`, if the folder holds exactly the files that were saved.
+    """Verify the checkpoint in the folder `path`, and return its state.
 
-    Raises DamagedFile or OSError if a file is missing, differs from its hash, is not listed or lies elsewhere, and for
-    values of the wrong type.
+    Raises DamagedFile or OSError unless the folder holds exactly the files that were saved: if a file is missing, does
+    not match its hash, is not listed in hashes.json or lies outside the folder, or if a value has the wrong type.
     """
     if path.is_symlink() or not path.is_dir():
         raise DamagedFile(path, "is not a folder")
     hashes = read_json(path / HASHES, dict[str, str])
     root, listed = os.path.realpath(path), {HASHES}
     for name, expected in hashes.items():
+        # hashes.json is not trusted: it must not make us read files outside the checkpoint, directly or by a link.
         place = PurePosixPath(name)
         if not name.isprintable():
-            raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which is no name of a file")
+            raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which is not a valid file name")
         inside = Path(os.path.realpath(path / name)).is_relative_to(root)
         if place.is_absolute() or ".." in place.parts or not inside:
             raise DamagedFile(path / HASHES, f"names {name[:80]!r}, which lies outside the checkpoint")
@@ -236,7 +255,7 @@ def read_verified(path: Path) -> dict[str, Any]:
     for item in sorted(path.rglob("*")):
         name = item.relative_to(path).as_posix()
         if name not in listed and (item.is_symlink() or not item.is_dir()):
-            raise DamagedFile(path, f"{name[:80]!r} is there and not listed in {HASHES}")
+            raise DamagedFile(path, f"{name[:80]!r} is not listed in {HASHES}")
     if STATE not in listed:
         raise DamagedFile(path, f"{STATE} is not listed in {HASHES}")
     state: dict[str, Any] = parse_json(read_bytes(path / STATE, JSON_LIMIT), path / STATE)

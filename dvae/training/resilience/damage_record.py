@@ -1,4 +1,4 @@
-"""The record of a run's damaged images: what one attempt has found is passed over by the next from the start."""
+"""The record of a run's damaged images. Later attempts skip them from the start."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, read_json
 
 DAMAGED = "damaged.json"
-"""In the run folder: images that were found damaged, by split: index -> file, key and reason."""
+"""File in the run folder: {split: {index of a damaged image: its file, key and the reason}}."""
 MAX_REASON = 1000
-"""Characters of a reason that are kept."""
+"""Largest number of characters of a reason. Longer ones are cut."""
 
 
 def load_damaged(run: Path, split: str) -> dict[int, str]:
-    """Images of a split that the run has found damaged so far: index -> file, key and reason."""
+    """Damaged images of a split that the run has found so far: index -> file, key and reason.
+
+    Raises MachineError if the record cannot be read.
+    """
     return _read_record(run).get(split, {})
 
 
 def _read_record(run: Path) -> dict[str, dict[int, str]]:
-    """The run's record, by split. Raises MachineError if it cannot be read."""
+    """The whole record of the run, by split. Raises MachineError if it cannot be read."""
     path = run / DAMAGED
     try:
         found: dict[str, dict[int, str]] = read_json(path, dict[str, dict[int, str]])
@@ -29,12 +32,12 @@ def _read_record(run: Path) -> dict[str, dict[int, str]]:
         return {}
     except (DamagedFile, OSError) as error:
         reason = error.reason if isinstance(error, DamagedFile) else fold(error)
-        raise MachineError(f"{path} cannot be read ({reason}): remove it, what is damaged is found again") from None
+        raise MachineError(f"{path} cannot be read ({reason}): remove it; damaged images will be found again") from None
     return {split: {index: reason[:MAX_REASON] for index, reason in known.items()} for split, known in found.items()}
 
 
 def record_damage(run: Path, shards: Shards) -> None:
-    """Add what `shards` knows to be damaged to the run's record; on rank 0 alone."""
+    """Add the damaged images that `shards` knows to the run's record. Call it on rank 0 only."""
     known = load_damaged(run, shards.split)
     if shards.damaged.keys() <= known.keys():
         return

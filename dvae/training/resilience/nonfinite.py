@@ -1,7 +1,7 @@
-"""Steps whose gradient is not finite: they are skipped, and saved as replay bundles for tools/replay.py.
+"""Skip steps with non-finite gradients, and save them as replay bundles for tools/replay.py.
 
-A replay bundle is a folder run/nonfinite-<stage>-<step>/: weights.safetensors, the modules' weights as they were
-at that step, and record.json, what was seen. Figures that are not finite are there as "nan", "inf", "-inf".
+A replay bundle is the folder run/nonfinite-<stage>-<step>/. It holds weights.safetensors, the weights of the modules at
+that step, and record.json, the samples and metrics of the step. Non-finite numbers are written as "nan", "inf", "-inf".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dvae.utils.weights import save_weights
 
 log = logging.getLogger("dvae")
 MAX_SAVED = 3
-"""Steps of a stage that are saved for replay; the others of its skipped steps are counted alone."""
+"""Largest number of replay bundles of a stage. Further skipped steps are only counted."""
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
 
 WrittenNumber: TypeAlias = Number | Literal["nan", "inf", "-inf"]
@@ -40,7 +40,7 @@ WrittenNumber: TypeAlias = Number | Literal["nan", "inf", "-inf"]
 
 
 class TrainedEngine(Protocol):
-    """What a replay bundle needs of an engine."""
+    """The part of an engine's interface that a replay bundle needs."""
 
     module: nn.Module
 
@@ -50,7 +50,7 @@ class TrainedEngine(Protocol):
 
 
 class NonFiniteStep(MachineError):
-    """More steps were not finite than the config allows: another attempt would meet them too."""
+    """Raised if more steps are non-finite than the config allows. A retry would compute the same steps again."""
 
     retryable = False
 
@@ -64,9 +64,10 @@ def record_nonfinite_step(
     skipped: int,
     run: Path,
 ) -> None:
-    """Save a replay bundle of `step`, the stage's `skipped`-th skipped step, while its gradients are still there.
+    """Save a replay bundle of `step`, and log a warning.
 
-    Every rank takes part. Raises NonFiniteStep on all ranks if TrainingConfig.nonfinite_skips is exceeded.
+    Every rank takes part. Call it before the engines step, because a step releases the gradients. Raises NonFiniteStep
+    on all ranks if `skipped`, the number of skipped steps including this one, exceeds TrainingConfig.nonfinite_skips.
     """
     allowed = task.config.nonfinite_skips
     where = "not saved"
@@ -74,14 +75,14 @@ def record_nonfinite_step(
         path = run / f"nonfinite-{task.name}-{step:08d}"
         save_replay_bundle(path, task, engines, batches, metrics, step)
         where = f"python tools/replay.py bundle={path}"
-    what = f"{task.name} step {step}: a gradient is not finite; the step was left out"
+    what = f"{task.name} step {step}: a gradient is not finite; the step was skipped"
     if skipped > allowed:
         raise NonFiniteStep(
             f"{what}{f' like {allowed} before' if allowed else ''}, the last checkpoint is good: look at the step "
             f"({where}), lower the learning rate, or raise {training_field(task.name)}.nonfinite_skips={allowed}"
         )
     if ranks.rank() == 0:
-        log.warning("%s (%d of %d that may be, %s)", what, skipped, allowed, where)
+        log.warning("%s (%d of %d allowed, %s)", what, skipped, allowed, where)
 
 
 def save_replay_bundle(
@@ -92,7 +93,7 @@ def save_replay_bundle(
     metrics: list[MetricSums],
     step: int,
 ) -> None:
-    """Write the replay bundle of `step` to the folder `path`, whole or not at all. Every rank takes part."""
+    """Write the replay bundle of `step` to the folder `path`, completely or not at all. Every rank takes part."""
     samples = gather_samples(batches)
     record = {
         "stage": task.name,
@@ -113,9 +114,9 @@ def save_replay_bundle(
 
 
 def describe_step(metrics: list[list[MetricSums]], engines: Mapping[str, TrainedEngine]) -> dict[str, Any]:
-    """The part of a record that a replay compares: figures, gradient norms by layer, and which are not finite.
+    """Build the part of a record that a replay compares: metrics, gradient norms by layer, and the non-finite ones.
 
-    `metrics` are those of the micro-batches of every rank. Every rank takes part.
+    `metrics` holds, for each rank, the metrics of its micro-batches. Every rank takes part.
     """
     sums = add_metric_sums(part for rank in metrics for part in rank)
     means = metric_means(dict(sorted(sums.items())))
@@ -133,19 +134,19 @@ def describe_step(metrics: list[list[MetricSums]], engines: Mapping[str, Trained
 
 
 def to_json_number(value: float) -> float | str:
-    """A number as JSON can hold it; float() reads it back."""
+    """Convert a number for JSON, which has no NaN and infinity: they become strings, which float() parses."""
     return value if math.isfinite(value) else str(value)
 
 
 class ReplayRecord(TypedDict):
-    """record.json: a step, its samples, and what was seen."""
+    """Contents of record.json: a step, its samples, and its metrics and gradient norms."""
 
     stage: Annotated[str, Field(pattern="^[a-z]+(-[0-9]{1,9})?$")]
     step: Positive
     seed: int
     world_size: Positive
     micro_batches: Positive
-    """Of each rank."""
+    """Micro-batches of each rank."""
     samples: Annotated[list[int], Field(min_length=1)]
     indices: list[int]
     figures: dict[str, WrittenNumber]
@@ -154,18 +155,21 @@ class ReplayRecord(TypedDict):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a replay bundle. Raises OSError if there is none, DamagedFile if it is damaged."""
+    """Read the record of a replay bundle. Raises OSError if there is none, and DamagedFile if it is damaged."""
     record: dict[str, Any] = dict(read_json(path / RECORD, ReplayRecord))
     parts, samples = record["world_size"] * record["micro_batches"], len(record["samples"])
     if stage_of(record["stage"]) not in STAGES.trained():
-        raise DamagedFile(path / RECORD, f"stage: {record['stage']!r} is no training")
+        raise DamagedFile(path / RECORD, f"stage: {record['stage']!r} is not a training stage")
     if samples % parts or samples != len(record["indices"]):
-        raise DamagedFile(path / RECORD, f"holds {samples} samples, which are not those of {parts} micro-batches")
+        raise DamagedFile(path / RECORD, f"holds {samples} samples, which do not divide into {parts} micro-batches")
     return record
 
 
 class BufferBackup:
-    """Values of the modules' buffers, such as running statistics, which a forward pass changes by itself."""
+    """A copy of the modules' buffers, such as running statistics.
+
+    A forward pass changes them, so skipping the optimizer's step is not enough to undo a step.
+    """
 
     def __init__(self, engines: Mapping[str, TrainedEngine]) -> None:
         self._buffers = [buffer for engine in engines.values() for buffer in engine.module.buffers()]
@@ -173,5 +177,6 @@ class BufferBackup:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Set the buffers to the values that they had when this object was created."""
         for buffer, value in zip(self._buffers, self._values, strict=True):
             buffer.copy_(value)

@@ -1,4 +1,4 @@
-"""The loader of a stage on several ranks, and the record of the samples that it has handed out."""
+"""The data loader of a stage on several ranks, and the log of the samples that it has returned."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dvae.training.resilience import ranks
 from dvae.training.resilience.damage_record import record_damage
 
 LIST_COLUMNS = ("samples", "indices")
-"""Columns of the record that hold a list."""
+"""Columns of the log that hold a list."""
 SAMPLES_LIMIT = 2**33
-"""Bytes of the record, at most: some million steps of 512 images."""
+"""Largest accepted size of the log, in bytes: about a million steps of 512 images."""
 
 
 def samples_file(run: Path, stage: str) -> Path:
-    """Where the samples of a stage are recorded."""
+    """Path of the log of a stage's samples."""
     return run / f"samples-{stage}.jsonl"
 
 
 def gather_samples(batches: list[Batch]) -> dict[str, list[int]]:
-    """ "samples" (global numbers) and "indices" (of the data set) of all ranks' micro-batches, by sample number.
+    """Collect the samples of all ranks' micro-batches, in the order of their numbers. Every rank takes part.
 
-    Every rank takes part.
+    Returns "samples", the global sample numbers, and "indices", the indices of the images in the data set.
     """
     per_rank = ranks.all_gather([(batch.keys.tolist(), batch.indices.tolist()) for batch in batches])
     parts = sorted(part for rank in per_rank for part in rank)
@@ -38,11 +38,13 @@ def gather_samples(batches: list[Batch]) -> dict[str, list[int]]:
 
 
 class SynchronizedLoader:
-    """A loader on every rank, which all ranks call alike.
+    """A data loader that shares damaged images between ranks, and can log the samples of each step.
 
-    Damaged images that a rank has met are made known to all every `log_every` steps, so that all pass over the same
-    ones, and all stop at once where there are too many. With `log_samples` each step's samples are written down as they
-    are handed out: a row {"stage", "step", "samples": global numbers, "indices": of the data set} for all ranks.
+    All ranks must call `step` with the same arguments. Every `log_every` steps the ranks exchange the damaged images
+    that they found. So all ranks skip the same images, and all stop together if there are too many.
+
+    With `log_samples`, each step appends a row to the log: {"stage", "step", "samples": global sample numbers,
+    "indices": indices in the data set}, for the batch of all ranks.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class SynchronizedLoader:
         self._known_damaged: set[int] = set(shards.damaged) if shards else set()
 
     def step(self, sample: int) -> list[Batch]:
-        """This rank's micro-batches of the global step that begins at global sample number `sample`."""
+        """Return this rank's micro-batches of the step whose batch starts at global sample number `sample`."""
         batches = self._loader.step(sample)
         step = sample // self._training.batch + 1
         if self._log:
@@ -70,15 +72,17 @@ class SynchronizedLoader:
         return batches
 
     def _log_samples(self, log: MetricsLog, step: int, batches: list[Batch]) -> None:
+        """Append the samples of all ranks in `step` to the log. Rank 0 writes."""
         samples = gather_samples(batches)
         if ranks.rank():
             return
-        if step != self._next:  # where training resumes: what was handed out later is handed out again
+        if step != self._next:  # training resumes here and repeats the steps that follow, so remove their rows
             log.rewind(self._stage, step - 1)
         log.append({"stage": self._stage, "step": step, **samples})
         self._next = step + 1
 
     def _share_damage(self, shards: Shards) -> None:
+        """Exchange newly found damaged images between ranks, and add them to the run's record."""
         new = {index: reason for index, reason in dict(shards.damaged).items() if index not in self._known_damaged}
         found = {index: reason for part in ranks.all_gather(new) for index, reason in part.items()}
         if found:
