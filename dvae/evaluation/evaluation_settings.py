@@ -1,4 +1,4 @@
-"""What tools/evaluate.py takes, and which words go together."""
+"""Settings of tools/evaluate.py, and their checks."""
 
 from __future__ import annotations
 
@@ -15,73 +15,73 @@ from dvae.tracking.console import say
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateToolConfig:
-    """What tools/evaluate.py takes."""
+    """Settings of tools/evaluate.py."""
 
     run: str = ""
-    """A run folder or a bundle whose samples are scored."""
+    """Run folder or bundle whose samples are scored. Set either run or images."""
     images: str = ""
-    """Or images that are there: a folder of PNG or JPEG files, a .zip, .tar or .npy file."""
+    """Images to score: a folder of PNG or JPEG files, or a .zip, .tar or .npy file. Needs `reference`."""
     reference: str = ""
-    """Real images: shards, or as `images` (empty: the shards that the run was trained on)."""
+    """Real images: shards, or a place like `images` (empty: the shards that the run was trained on)."""
     split: str = "train"
-    """Split of the reference where that is shards."""
+    """Split of the reference, if it is shards."""
     n: int = 1000
-    """Samples per seed."""
+    """Number of samples per seed."""
     n_reference: int = 0
-    """Images of the reference, evenly spread over it (0: all)."""
+    """Number of images of the reference, evenly spaced in it (0: all)."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds of the samples, a set each."""
+    """Seeds of the samples. Each gives one set of n samples."""
     vae: bool = False
-    """Score the VAE's samples too, of which the run's are refined."""
+    """Whether to score the VAE's samples before refinement too."""
     guidance: float = 1.0
-    """Weight of x_hat, z and class together."""
+    """Guidance weight of all conditions together: x_hat, z and class (1: no guidance)."""
     label_guidance: float = 1.0
-    """Weight of the class alone."""
+    """Guidance weight of the class alone (1: no guidance)."""
     pca_guidance: float = 1.0
-    """Weight of z's principal coordinates alone."""
+    """Guidance weight of the principal coordinates of z alone (1: no guidance)."""
     metrics: list[Metric] = field(default_factory=lambda: list(Metric))
-    """fid | kid | isc | prc; isc needs `inception`."""
+    """Metrics to compute: fid, kid, isc, prc. isc needs `inception`."""
     inception: str = ""
-    """File of the standard Inception's weights (empty: EfficientNet-Lite0, and figures named -lite0)."""
+    """Weights file of the standard Inception network (empty: use EfficientNet-Lite0; metric names end in -lite0)."""
     kid_subset_size: int = 1000
-    """Images per subset of KID."""
+    """Number of images per subset of KID, 2 or more."""
     kid_subsets: int = 100
-    """Subsets of KID."""
+    """Number of subsets of KID."""
     prc_neighborhood: int = 3
-    """Neighbors that a ball of precision and recall reaches to."""
+    """Precision and recall: the radius of an image's ball is the distance to its neighbor of this number."""
     isc_splits: int = 10
-    """Parts of the samples that IS is a mean over."""
+    """Number of parts of the samples over which IS is averaged."""
     batch: int = 64
-    """Images per pass of the feature network."""
+    """Number of images per forward pass of the feature network."""
     processes: int = 1
-    """Processes of this machine that draw and that compute features."""
+    """Number of processes that draw samples and compute features."""
     over: str = ""
-    """The word sweep=: nfe: draw with each of `samplers` at each of `steps`."""
+    """Set it as sweep=nfe: score each of `samplers` with each of `steps` (empty: no sweep)."""
     samplers: list[str] = field(default_factory=list)
-    """For sweep=nfe: names of samplers ([]: the run's own). The run's own keeps its settings, others have theirs."""
+    """For sweep=nfe: names of samplers ([]: the run's). The run's sampler keeps its settings, others use defaults."""
     steps: list[int] = field(default_factory=lambda: [5, 10, 25, 50])
-    """For sweep=nfe: steps of each."""
+    """For sweep=nfe: numbers of sampler steps."""
     noise: list[float] = field(default_factory=list)
-    """Standard deviations of Gaussian noise on x_hat (images are in [-1, 1]), a point each."""
+    """Standard deviations of Gaussian noise to add to x_hat, in units of the range [-1, 1]. Each gives one result."""
     memorization: int = 0
-    """Show so many samples, those nearest to a training image, beside it (0: none)."""
+    """Number of samples to show beside their nearest training images, the nearest samples first (0: none)."""
     compare: list[str] = field(default_factory=list)
-    """Results of earlier commands to put into one table; nothing is computed."""
+    """Results of earlier commands to show in one table. Nothing is computed."""
     out: str = "evaluation.json"
-    """The figures; pictures and tables lie beside it."""
+    """JSON file of the results. Pictures and tables get the same name with another ending."""
     cache: str = ""
-    """Folder of samples, features and finished points (empty: evaluation-cache, beside `out`)."""
+    """Folder for samples, features and finished results (empty: evaluation-cache, beside `out`)."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Python modules to import first. They register components."""
     sampler: Any = None
-    """Another sampler than the run's, or fields of the run's own."""
+    """A sampler to use instead of the run's, or fields of the run's sampler to change."""
 
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateToolConfig, provider="dvae")
 
 
 def check(settings: EvaluateToolConfig) -> None:
-    """Raise UserError for words that do not go together or are out of range."""
+    """Raise UserError if settings contradict each other or are out of range."""
     if bool(settings.run) == bool(settings.images):
         raise UserError("name what is scored: run=FOLDER, or images=FOLDER reference=FOLDER; one of the two")
     if settings.images and not settings.reference:
@@ -110,11 +110,14 @@ def check(settings: EvaluateToolConfig) -> None:
     if settings.noise and min(settings.noise) < 0:
         raise UserError(f"noise={settings.noise}: use standard deviations of 0 or more")
     if Path(settings.out).suffix != ".json":
-        raise UserError(f"out={settings.out}: the figures are a JSON file, name it so")
+        raise UserError(f"out={settings.out}: the results are a JSON file: use a name that ends in .json")
 
 
 def computable_metrics(settings: EvaluateToolConfig) -> tuple[Metric, ...]:
-    """The metrics that can be had: all that are asked for, but IS where only EfficientNet-Lite0 is there."""
+    """The metrics that can be computed: all that the settings ask for, but IS only with the standard Inception.
+
+    Raises UserError if no metric is left.
+    """
     asked = tuple(dict.fromkeys(settings.metrics))
     if settings.inception or Metric.isc not in asked:
         return asked

@@ -1,6 +1,6 @@
-"""Studies of tools/evaluate.py: one result, or quality against network evaluations or noise on x_hat.
+"""Compute one result of tools/evaluate.py, or a study: results over network evaluations, or over noise on x_hat.
 
-Each point of a study is kept, so that the study can be resumed.
+Each point of a study is cached, so an interrupted study can be resumed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dvae.utils import atomic_files
 
 
 def score_once(settings: EvaluateToolConfig) -> Result:
-    """Score the samples of a run, or files; the result is written to `settings.out` and returned."""
+    """Score the samples of a run, or image files. The result is written to `settings.out` and returned."""
     context = EvaluationContext(settings)
     if settings.memorization:
         memorization.require_heldout(context)
@@ -42,9 +42,9 @@ def score_once(settings: EvaluateToolConfig) -> Result:
 
 
 def sweep_nfe(settings: EvaluateToolConfig) -> list[Result]:
-    """Each sampler at each number of steps: JSON, picture and table beside each other.
+    """Score each sampler with each number of steps, and write a JSON file, a picture and a table.
 
-    Raises UserError for a sampler that has no steps, or does not integrate the run's process, before any is drawn.
+    Raises UserError, before any sample is drawn, if a sampler has no steps or does not fit the run's process.
     """
     context = EvaluationContext(settings)
     assert context.pipeline is not None
@@ -54,7 +54,9 @@ def sweep_nfe(settings: EvaluateToolConfig) -> list[Result]:
         SAMPLERS.get(name)
         for steps in settings.steps:
             node = (asdict(own) if name == own.name else {"name": name}) | {"steps": steps}
-            SampleSpec(context, node).sampler_settings()  # refuses one that does not fit, before any is drawn
+            SampleSpec(
+                context, node
+            ).sampler_settings()  # raises UserError if it does not fit, before any sample is drawn
             nodes.append(node)
     results = []
     for number, node in enumerate(nodes):
@@ -66,7 +68,10 @@ def sweep_nfe(settings: EvaluateToolConfig) -> list[Result]:
 
 
 def sweep_noise(settings: EvaluateToolConfig) -> list[Result]:
-    """Samples refined from x_hat with Gaussian noise of each standard deviation."""
+    """Score samples refined from x_hat plus Gaussian noise, for each standard deviation in `settings.noise`.
+
+    Writes a JSON file, a picture and a table. Raises UserError if the VAE's samples should be scored too.
+    """
     if settings.vae:
         raise UserError("vae=true and noise= do not go together: noise is added to what the VAE drew")
     context = EvaluationContext(settings)
@@ -83,7 +88,7 @@ def write_study(
     settings: EvaluateToolConfig, results: list[Result], x_values: list[float], curves: list[str], x_label: str,
     title: str, varied: str,
 ) -> list[Result]:  # fmt: skip
-    """Write figures, picture and table of a study; `varied` is what its points differ in."""
+    """Write the results, picture and table of a study. `varied` names the quantity in which its points differ."""
     out = Path(settings.out)
     metric_plots.plot_study(results, x_values, curves, x_label, title, out.with_suffix(".png"))
     atomic_files.write_text(out.with_suffix(".md"), tables.of_study(results, varied) + "\n")

@@ -1,4 +1,7 @@
-"""Features of a set of images: several processes give the same bits as one; those of real images are kept."""
+"""Compute the features of a set of images, and cache the features of real images.
+
+Several processes compute the same features as one, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -26,43 +29,47 @@ from dvae.utils.read import DamagedFile, read_weights_header
 from dvae.utils.weights import load_weights
 
 Advance = Callable[[int], None]
+"""advance(count) moves a progress bar on by `count` images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMethod:
-    """How features are computed: what may move their last bits, and how many processes share the work."""
+    """How features are computed: the extractor, settings that affect rounding, and the number of processes."""
 
     extractor: Extractor
+    """Network that computes the features."""
     batch: int
-    """Images per pass, counted from the first image, so that every process computes the same batches."""
+    """Images per forward pass. Batches are counted from the first image, so all processes use the same batches."""
     processes: int = 1
+    """Number of processes that share the work."""
     threads: int | None = None
-    """Threads of each process, which decide the rounding of sums. None: as many as PyTorch has here."""
+    """Threads of each process. They affect the rounding of sums. None: the number that PyTorch uses by default."""
     device: str | None = None
-    """None: a GPU if there is one."""
+    """Device of a single process. None: a GPU if there is one, else the CPU."""
 
     @classmethod
     def for_extractor(cls, extractor: Extractor, batch: int, processes: int) -> FeatureMethod:
-        """One thread for each process. Inception takes as many as PyTorch has here, as torch-fidelity's command does.
+        """Choose the number of threads for an extractor.
 
-        With several processes these threads only slow each other down, so that a line says what to do.
+        EfficientNet-Lite0 uses one thread for each process. Inception uses as many as PyTorch by default, as
+        torch-fidelity's command does. With several processes these threads slow each other down, so this prints advice.
         """
         threads = torch.get_num_threads() if extractor.has_logits else 1
         if processes > 1 and threads > 1:
-            say(f"{processes} processes of {threads} threads each: OMP_NUM_THREADS=1 before the command is faster")
+            say(f"{processes} processes with {threads} threads each are slow: put OMP_NUM_THREADS=1 before the command")
         return cls(extractor=extractor, batch=batch, processes=processes, threads=threads)
 
     def key(self) -> str:
-        """What the features depend on, besides the images."""
+        """A key for everything besides the images that the features depend on."""
         one = self.extractor
         how = "pooled" if self.threads is None else f"batch {self.batch} threads {self.threads}"
         return f"{one.name} {one.weights_sha256} {one.resize} {how}"
 
 
 def compute_features(images: ImageSet, method: FeatureMethod, advance: Advance) -> Features:
-    """Features of all images of a set, in its order. `advance(count)` is called after each batch.
+    """Compute the features of all images of a set, in the set's order. `advance(count)` is called after each batch.
 
-    Raises MachineError if a process ends early.
+    Raises MachineError if a process ends before it is done.
     """
     starts = range(0, len(images), method.batch)
     batches = [(start, min(start + method.batch, len(images))) for start in starts]
@@ -74,6 +81,7 @@ def compute_features(images: ImageSet, method: FeatureMethod, advance: Advance) 
 
 
 def _parts(images: ImageSet, method: FeatureMethod, batches: list[tuple[int, int]]) -> Iterator[Features]:
+    """Yield the features of each batch (start, stop), in order, computed in this process or in several others."""
     count = min(method.processes, len(batches))
     if count <= 1:
         device = method.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,18 +101,17 @@ def _parts(images: ImageSet, method: FeatureMethod, batches: list[tuple[int, int
         try:
             yield from pool.map(_batch, batches)
         except BrokenProcessPool:
-            raise MachineError(
-                "a process that computed features ended early: the same command again begins anew"
-            ) from None
+            raise MachineError("a process that computed features ended early: run the same command again") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 _state: tuple[ImageSet, FeatureMethod, str]
-"""What a process of the pool computes with."""
+"""Images, method and device of a process of the pool. `_start_process` sets it."""
 
 
 def _start_process(images: ImageSet, method: FeatureMethod, numbers: Queue[int]) -> None:
+    """Initialize a process of the pool. It takes its number from the queue, and with it one of the GPUs."""
     global _state
     begin_child()
     torch.set_num_threads(method.threads or torch.get_num_threads())
@@ -113,22 +120,25 @@ def _start_process(images: ImageSet, method: FeatureMethod, numbers: Queue[int])
 
 
 def _batch(numbers: tuple[int, int]) -> Features:
+    """Features of the images start to stop - 1, in a process of the pool."""
     images, method, device = _state
     return metrics.extract(method.extractor, images.read(*numbers).to(device))
 
 
 def cached_features(images: ImageSet, sha256: str, method: FeatureMethod, cache: Path, advance: Advance) -> Features:
-    """As `compute_features`, but kept in the folder `cache` by `sha256` of the images and the method.
+    """Compute features as `compute_features` does, or read them from the folder `cache`.
 
-    Raises MachineError for a damaged file.
+    The key of the cache is `sha256`, the hash of the images, and the method. Raises MachineError if a cached file is
+    damaged.
     """
     return cached(f"{sha256} {method.key()}", cache, lambda: compute_features(images, method, advance), advance)
 
 
 def cached(key: str, cache: Path, compute: Callable[[], Features], advance: Advance) -> Features:
-    """The features of `key` in the folder `cache`, computed if they are not there; `advance` counts those read.
+    """Read the features with key `key` from the folder `cache`, or compute and store them.
 
-    Raises MachineError for a damaged file.
+    `advance` is called for features that are read; `compute` must advance by itself. Raises MachineError if the cached
+    file is damaged.
     """
     path = cache / f"features-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
@@ -142,12 +152,15 @@ def cached(key: str, cache: Path, compute: Callable[[], Features], advance: Adva
 
 
 def _read(path: Path) -> Features:
-    """Kept features. Raises MachineError for a damaged file, before memory is taken for what its header claims."""
+    """Read cached features. Raises MachineError if the file is damaged.
+
+    The header is checked first, because a damaged one could claim any amount of memory.
+    """
     try:
         header = read_weights_header(path)
         for name, tensor in header.items():
             if name not in ("pooled", "logits") or tensor.dtype != "F32" or len(tensor.shape) != 2:
-                raise DamagedFile(path, f"{name[:80]!r} is no table of numbers")
+                raise DamagedFile(path, f"{name[:80]!r} is not a float32 matrix")
         if "pooled" not in header or len({tensor.shape[0] for tensor in header.values()}) != 1:
             raise DamagedFile(path, "does not hold the features of one set of images")
         found = load_weights(path)

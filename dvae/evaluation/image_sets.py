@@ -1,4 +1,4 @@
-"""Sets of images to be scored: files, an array, or a split of shards; read in order, a few at a time."""
+"""Sets of images to score: files, an array, or a split of shards. They are read in order, a few images at a time."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from dvae.utils.evenly_spaced import evenly_spaced
 from dvae.utils.read import DamagedFile, map_npy, read_bytes, read_member
 
 READABLE_SUFFIXES = (".png", ".jpg", ".jpeg")
-"""Suffixes that torch-fidelity's command line reads."""
+"""File name endings that torch-fidelity's command line reads."""
 HASH_BATCH = 256
-"""Images that are read together to be hashed."""
+"""Number of images that are read at a time to compute a hash."""
 
 
 class ImageSet(ABC):
-    """Images of one size, in a fixed order. Can be sent to another process."""
+    """Images of the same size, in a fixed order. A set can be pickled, to send it to another process."""
 
     place: str
-    """Where they lie, for messages."""
+    """Where the images come from, for messages."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Images start..stop - 1, (n, 3, H, W), uint8; gray ones three times over. Raises UserError for a damaged file,
-        and where two are of unlike size."""
+        """Read the images start to stop - 1, (n, 3, H, W) uint8. The channel of a gray image is repeated.
+
+        Raises UserError if a file is damaged, or if images have different sizes.
+        """
 
     def size(self) -> tuple[int, int]:
         """(height, width) of the first image."""
@@ -47,24 +49,26 @@ class ImageSet(ABC):
         return height, width
 
     def sha256(self) -> str:
-        """Hash of all pixels. Raises UserError where the images are of more than one size."""
+        """Hash of all pixels. Raises UserError if the images have different sizes."""
         digest, size = hashlib.sha256(str((len(self), *self.size())).encode()), self.size()
         for start in range(0, len(self), HASH_BATCH):
             images = self.read(start, min(start + HASH_BATCH, len(self)))
             if tuple(images.shape[2:]) != size:
-                raise UserError(f"{self.place}: images of unlike size, {_by(images.shape[2:])} and {_by(size)}")
+                raise UserError(f"{self.place}: images of different sizes, {_by(images.shape[2:])} and {_by(size)}")
             digest.update(images.numpy().tobytes())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class ImageFileSet(ImageSet):
-    """Files of a folder, or members of a zip or tar file."""
+    """Image files in a folder, or members of a zip or tar file."""
 
     place: str
+    """The folder or archive."""
     names: tuple[str, ...]
+    """Paths of the files, or names of the members."""
     offsets: tuple[tuple[int, int], ...] = ()
-    """(begin, length) of each member of a tar file."""
+    """Offset and length in bytes of each member of a tar file."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -79,10 +83,11 @@ class ImageFileSet(ImageSet):
             if image.shape != images[0].shape:
                 first, other = os.path.basename(self.names[start]), os.path.basename(self.names[i])
                 sizes = f"{first} is {_by(images[0].shape)}, {other} is {_by(image.shape)}"
-                raise UserError(f"{self.place}: images of unlike size, {sizes}: bring them to one size")
+                raise UserError(f"{self.place}: images of different sizes, {sizes}: resize them to one size")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
     def _images(self, wanted: range) -> list[np.ndarray]:
+        """Read and decode the images with these numbers, each (H, W, 3) uint8."""
         if self.place.lower().endswith(".zip") and not Path(self.place).is_dir():
             with open_zip(self.place) as archive:
                 members = [archive.getinfo(self.names[i]) for i in wanted]
@@ -100,7 +105,10 @@ class ImageFileSet(ImageSet):
         return images
 
     def _decode(self, number: int, data: bytes) -> np.ndarray:
-        """Pixels (H, W, 3) as torch-fidelity reads them: neither turned by an EXIF tag nor laid over white."""
+        """Decode an image to pixels (H, W, 3) uint8, in the way torch-fidelity does.
+
+        EXIF rotation is not applied, and a transparent image is not composed onto white.
+        """
         name = os.path.basename(self.names[number])
         try:
             image = open_image(data, f"{name} cannot be read")
@@ -118,16 +126,23 @@ class ImageFileSet(ImageSet):
 
 @dataclass(frozen=True)
 class ImageArray(ImageSet):
-    """A .npy file (n, H, W, C), uint8; or one of `shown` images that each row of it has side by side."""
+    """Images in a .npy file, (n, H, W, C) uint8.
+
+    Each entry may show several images of the same width side by side. Then the set has one of them.
+    """
 
     place: str
+    """Path of the file."""
     shown: int = 1
+    """Number of images side by side in each entry."""
     which: int = 0
+    """Number of the one to use, from 0 at the left."""
 
     def __len__(self) -> int:
         return len(self._array())
 
     def _array(self) -> np.ndarray:
+        """Map the file into memory. Raises UserError if it does not hold such an array."""
         try:
             array = map_npy(self.place)
         except (DamagedFile, OSError) as error:
@@ -148,11 +163,14 @@ class ImageArray(ImageSet):
 
 @dataclass(frozen=True)
 class ShardImages(ImageSet):
-    """Images of a split of shards, by index."""
+    """Images of a split of shards."""
 
     place: str
+    """Folder of the shards."""
     split: str
+    """Name of the split."""
     indices: tuple[int, ...]
+    """Indices of the images in the split."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -163,12 +181,13 @@ class ShardImages(ImageSet):
 
 @cache
 def _shards(place: str, split: str) -> Shards:
+    """Open a split once per process. Shards are not pickled with a set: each process opens its own."""
     return Shards(place, split, cache_bytes=0)
 
 
 @dataclass(frozen=True, eq=False)
 class TensorImages(ImageSet):
-    """Images in memory, (N, 1 or 3, H, W), uint8."""
+    """Images in memory, (N, 1 or 3, H, W) uint8."""
 
     images: torch.Tensor
     place: str = "images in memory"
@@ -185,7 +204,7 @@ class TensorImages(ImageSet):
         return self.images[start:stop].expand(-1, 3, -1, -1)
 
     def sha256(self) -> str:
-        """Hash of the shape and all pixels, gray ones once."""
+        """Hash of the shape and of all pixels. The channel of gray images is not repeated for it."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         digest.update(self.images.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -193,7 +212,7 @@ class TensorImages(ImageSet):
 
 @dataclass(frozen=True)
 class ImageSubset(ImageSet):
-    """Some images of a set, by index."""
+    """Some images of another set, by index."""
 
     whole: ImageSet
     indices: tuple[int, ...]
@@ -210,10 +229,16 @@ class ImageSubset(ImageSet):
 
 
 def open_image_set(word: str, place: str, split: str = "train", most: int = 0) -> ImageSet:
-    """The images at `place`, which the user gave as `word`: evenly spread, no more than `most` (0: all).
+    """Open the images at `place`.
 
-    Shards, a folder of PNG and JPEG files (not of its subfolders) in the order of their names, a zip or tar file of
-    such, or a .npy file. Raises UserError where there are none.
+    Raises UserError if there are no images.
+
+    Args:
+        word: Name of the setting that holds `place`, for messages.
+        place: Shards, a folder with PNG or JPEG files, a zip or tar file with such files, or a .npy file. Files are
+            taken in the order of their names. Files in subfolders of a folder are not used.
+        split: Split of the shards, if `place` is shards.
+        most: Largest number of images. If there are more, the set has this many, evenly spaced (0: all).
     """
     path = Path(place)
     if not path.exists():
@@ -235,14 +260,15 @@ def open_image_set(word: str, place: str, split: str = "train", most: int = 0) -
 
 
 def _resolved(item: Path) -> str:
-    """The file that a link leads to; a link that leads round in circles itself."""
+    """The absolute path of a file, with links resolved. A link that is part of a loop is not resolved."""
     try:
         return str(item.resolve())
-    except RuntimeError:  # a loop
+    except RuntimeError:  # a loop of links; reading it fails later, with a message that names it
         return str(item.absolute())
 
 
 def _archive(word: str, place: str) -> ImageFileSet:
+    """List the images in a zip or tar file. Raises UserError if it cannot be read, or holds no image."""
     try:
         if place.lower().endswith(".zip"):
             with open_zip(place) as archive:
@@ -265,12 +291,15 @@ def _archive(word: str, place: str) -> ImageFileSet:
 
 
 def _listed(word: str, place: str, names: list[str]) -> tuple[str, ...]:
-    """The images among the names, in order. Raises UserError where there are none, or some would be passed over."""
+    """The names of PNG and JPEG files among `names`, sorted.
+
+    Raises UserError if there are none. Also raises it for image files of other formats, which would be skipped.
+    """
     suffixes = {name: os.path.splitext(name)[1].lower() for name in names}
     if other := sorted(
         name for name, suffix in suffixes.items() if suffix in SUFFIXES and suffix not in READABLE_SUFFIXES
     ):
-        raise UserError(f"{word}={place}: {os.path.basename(other[0])} would be passed over: save it as PNG")
+        raise UserError(f"{word}={place}: {os.path.basename(other[0])} would be skipped: save it as PNG")
     found = tuple(sorted(name for name, suffix in suffixes.items() if suffix in READABLE_SUFFIXES))
     if not found:
         raise UserError(f"{word}={place}: holds no PNG or JPEG file")
@@ -278,12 +307,16 @@ def _listed(word: str, place: str, names: list[str]) -> tuple[str, ...]:
 
 
 def require_same_size(a: ImageSet, b: ImageSet) -> None:
-    """Raise UserError where two sets are of images of unlike size: their features would differ by the scaling alone."""
+    """Raise UserError if the images of two sets have different sizes.
+
+    Their features would differ because of the resizing alone.
+    """
     if a.size() != b.size():
         raise UserError(
-            f"{a.place} has images of {_by(a.size())}, {b.place} of {_by(b.size())}: bring both to one size first"
+            f"{a.place} has images of {_by(a.size())}, {b.place} of {_by(b.size())}: resize them to one size first"
         )
 
 
 def _by(size: Sequence[int]) -> str:
+    """Height and width as text, such as 32x32."""
     return f"{size[0]}x{size[1]}"

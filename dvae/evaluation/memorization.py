@@ -1,7 +1,8 @@
-"""Are samples copies of training images? Distances to the nearest one, beside those of held-out real images.
+"""Detect memorization: compare the distances of samples to their nearest training image with held-out real images.
 
-Real images that the model has never seen have a nearest training image too. A model that has learned the distribution
-comes no nearer than they do; one that has learned the images by heart does.
+Held-out images, which the model has never seen, have a nearest training image too. If the model has learned the
+distribution, samples are about as far from the training images as held-out images are. If it has memorized training
+images, samples are closer.
 """
 
 from __future__ import annotations
@@ -22,26 +23,28 @@ from dvae.evaluation.sample_scores import EvaluationContext
 from dvae.utils import atomic_files
 
 BLOCK = 1024
-"""Training images that are compared at once."""
+"""Number of training images that are compared at a time."""
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5)
+"""Quantiles of distances in the report."""
 NEAR = 0.01
-"""Share of held-out images below whose nearest distance a sample counts as near."""
+"""A sample counts as near if its distance is below this quantile of the distances of held-out images."""
 
 
 @dataclass(frozen=True)
 class NearestImages:
-    """Of each of N images the nearest of another set."""
+    """For each of N images, the nearest image of another set."""
 
     distance: torch.Tensor
-    """(N,), float64: root of the mean squared difference of pixels in gray levels, or of features."""
+    """(N,), float64: root mean square difference of pixels, in gray levels (0 to 255), or of features."""
     index: torch.Tensor
-    """(N,), int64."""
+    """(N,), int64: index of the nearest image in the other set."""
 
 
 def nearest(images: torch.Tensor, others: list[torch.Tensor]) -> NearestImages:
-    """Of each row of `images` (N, D) the nearest among all rows of `others`, blocks (m, D), by L2 / sqrt(D).
+    """For each row of `images` (N, D), find the nearest among the rows of all blocks `others` (m, D), by L2 / sqrt(D).
 
-    Exact to float64's rounding of sums: a copy is at 1e-5 or less of its own size.
+    Distances are exact up to rounding in float64. Because of it, the distance of a copy is not exactly 0, but at most
+    1e-5 of the root mean square of its values.
     """
     x = images.double()
     best = torch.full((len(x),), torch.inf, dtype=torch.float64)
@@ -49,6 +52,7 @@ def nearest(images: torch.Tensor, others: list[torch.Tensor]) -> NearestImages:
     start = 0
     for block in others:
         y = block.double()
+        # |x - y|^2 = |x|^2 + |y|^2 - 2 x y. Rounding can make it slightly negative for copies, hence the clamp.
         squared = (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2.0 * x @ y.T).clamp(min=0.0)
         low, at = squared.min(1)
         better = low < best
@@ -65,7 +69,10 @@ def require_heldout(context: EvaluationContext) -> None:
 
 
 def report(context: EvaluationContext, samples: ImageSet, picture: Path) -> dict[str, Any]:
-    """Distances of samples and of held-out images to their nearest training images; draws the picture."""
+    """Compute the distances of samples and held-out images to their nearest training images, and draw the picture.
+
+    Call `require_heldout` first. Returns the report, JSON-ready.
+    """
     reference, heldout = context.scorer.reference, context.scorer.heldout
     assert heldout is not None  # see require_heldout
     real, unseen = context.scorer.real_features()
@@ -99,11 +106,15 @@ def report(context: EvaluationContext, samples: ImageSet, picture: Path) -> dict
 
 
 def _pixels(images: ImageSet, start: int, stop: int) -> torch.Tensor:
+    """Pixels of the images start to stop - 1, one row each."""
     return images.read(start, stop).flatten(1)
 
 
 def distance_summary(samples: NearestImages, heldout: NearestImages) -> dict[str, Any]:
-    """Quantiles of both, and the share of samples nearer than all but 1% of held-out images: 1% if none is copied."""
+    """Quantiles of the distances of samples and held-out images, and the share of samples that are near (see NEAR).
+
+    The share is about 1% if no sample is a copy.
+    """
 
     def quantiles(found: NearestImages) -> dict[str, float]:
         return {f"{q:g}": float(found.distance.quantile(q)) for q in QUANTILES}
@@ -120,7 +131,10 @@ def plot_nearest(
     shown: list[int],
     picture: Path,
 ) -> None:
-    """Rows of three (sample, nearest by pixels, nearest by features), and the two distributions of distances."""
+    """Draw the samples `shown` with their nearest training images by pixels and by features, and the distances.
+
+    The distances are drawn as histograms, in pixels and in features, of samples and of held-out images.
+    """
     figure = Figure(figsize=(11, 1.2 + 1.0 * -(-len(shown) // 2)), layout="constrained")
     FigureCanvasAgg(figure)
     halves = figure.add_gridspec(1, 2, width_ratios=(1.1, 1))

@@ -1,4 +1,4 @@
-"""Pictures of studies: a panel for each metric, a curve for each sampler or set, the floor as a dotted line."""
+"""Plot studies: one panel for each metric, one curve for each sampler or set, and the floor as dotted lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def plot_study(
     results: Sequence[Mapping[str, Any]], x_values: Sequence[float], curves: Sequence[str], x_label: str, title: str,
     path: Path,
 ) -> None:  # fmt: skip
-    """Figures of points against `x_values`; points with the same name in `curves` form one curve. Writes a PNG."""
+    """Plot the metrics of `results` over `x_values`, and write a PNG file to `path`.
+
+    Results with the same name in `curves` form one curve. Error bars are standard errors over seeds.
+    """
     metrics = names(results)
     figure = Figure(figsize=(PANEL_WIDTH * len(metrics), PANEL_HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
@@ -52,7 +55,7 @@ def plot_study(
 
 
 def style_axes(plot: Axes, x_label: str, y_label: str) -> None:
-    """Label the axes of a plot and give it the look of all plots here."""
+    """Label the axes of a plot, and apply the common style."""
     plot.set_xlabel(x_label, fontsize=9)
     plot.set_ylabel(y_label, fontsize=9)
     plot.tick_params(labelsize=8)

@@ -1,4 +1,4 @@
-"""Metrics of sets of features, with their settings and the number of images that each metric needs."""
+"""Compute several metrics of sets of features, and check that there are enough images for each."""
 
 from __future__ import annotations
 
@@ -16,32 +16,41 @@ from dvae.evaluation.metrics import RNG_SEED, Features
 
 
 class Metric(Enum):
-    """What sets of images are scored by."""
+    """Metrics of sets of images."""
 
     fid = "fid"
-    """Distance of two Gaussians that are fitted to the features; 0 is best."""
+    """FID: distance between two Gaussians that are fitted to the features. 0 is best."""
     kid = "kid"
-    """Unbiased squared maximum mean discrepancy of features, a mean over subsets; 0 is best, less is noise."""
+    """KID: unbiased squared maximum mean discrepancy of features, averaged over subsets.
+
+    0 is best. Values below 0 are noise."""
     isc = "isc"
-    """Inception Score; greater is better. Looks at the images alone."""
+    """Inception score. Higher is better. It does not use real images."""
     prc = "prc"
-    """Precision and recall: the share of samples among the real images, and of real images among the samples."""
+    """Precision, the share of samples that lie among the real images; and recall, the share of real images that lie
+    among the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSuite:
-    """Metrics and their settings. `suffix` ends the names of the figures, as the extractor has it."""
+    """Metrics to compute, and their settings."""
 
     metrics: tuple[Metric, ...]
     suffix: str
+    """Suffix of the names of metrics, from the extractor: "" or "-lite0"."""
     kid_subset_size: int
+    """Number of images per subset of KID."""
     kid_subsets: int
+    """Number of subsets of KID."""
     prc_neighborhood: int = 3
+    """Precision and recall: the radius of an image's ball is the distance to its neighbor of this number."""
     isc_splits: int = 10
+    """Number of parts of the images over which IS is averaged."""
     seed: int = RNG_SEED
+    """Seed of KID's subsets, and of the order of images for IS."""
 
     def min_images(self, metric: Metric) -> int:
-        """Images that a set must have at least."""
+        """Smallest number of images that a set must have for a metric."""
         return {
             Metric.fid: 2,
             Metric.kid: self.kid_subset_size,
@@ -50,7 +59,7 @@ class MetricSuite:
         }[metric]
 
     def check(self, what: str, count: int) -> None:
-        """Raise UserError where a metric needs more images than the `count` of `what` has."""
+        """Raise UserError if a metric needs more images than `count`, the number of images of the set `what`."""
         for metric in self.metrics:
             if count < self.min_images(metric):
                 raise UserError(
@@ -66,9 +75,10 @@ class MetricSuite:
                 )
 
     def figures(self, parts: Sequence[Features], against: Features) -> dict[str, Any]:
-        """The figures of sets of features, one per seed, against real ones: name -> mean, standard error, per seed.
+        """Compute the metrics of sets of features, one set per seed, against the real features `against`.
 
-        A metric for which a set is too small is left out.
+        Returns {"n", "n_reference", name of a metric: {"mean", "se", "per_seed", ...}}; se is the standard error. A
+        metric for which a set is too small is left out.
         """
         smallest = min(len(part) for part in parts)
         found: dict[str, Any] = {"n": len(parts[0]), "n_reference": len(against)}
@@ -81,6 +91,7 @@ class MetricSuite:
         return found
 
     def _compute(self, metric: Metric, parts: Sequence[Features], against: Features) -> dict[str, Any]:
+        """The values of one metric by name; precision and recall are two names."""
         if metric is Metric.fid:
             return {"FID": mean_over_seeds([metrics.fid(part.pooled, against.pooled) for part in parts])}
         if metric is Metric.kid:
@@ -97,10 +108,11 @@ class MetricSuite:
         }
 
     def floor(self, real: Features, unseen: Features | None, n: int, seeds: int) -> dict[str, Any]:
-        """Real images scored as if they were a set of `n`: what a perfect model would score.
+        """Score real images as if they were samples. This is the score of a perfect model, or floor.
 
-        "heldout": up to `seeds` disjoint parts of images that are none of the reference; "reference halves": part of
-        the reference against its rest. Only where there are enough images for one metric that is a distance.
+        Returns "heldout": up to `seeds` disjoint sets of at most `n` held-out images `unseen` against the reference
+        `real`; and "reference halves": at most `n` images of the reference against the rest of it. Each is left out if
+        it has too few images for every metric.
         """
         found = {}
         if unseen is not None and len(unseen):
@@ -114,6 +126,7 @@ class MetricSuite:
 
 
 def _logits(features: Features) -> torch.Tensor:
+    """The logits that IS needs. Raises UserError if the extractor has none."""
     if features.logits is None:
         raise UserError(
             "IS needs the standard Inception: give its weights, inception=FILE, or leave isc out of metrics"
@@ -122,6 +135,6 @@ def _logits(features: Features) -> torch.Tensor:
 
 
 def mean_over_seeds(values: list[float]) -> dict[str, Any]:
-    """Mean, standard error (null for one seed) and the values themselves."""
+    """Mean, standard error of the mean (None for one seed), and the values."""
     se = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "se": se, "per_seed": values}

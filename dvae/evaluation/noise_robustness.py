@@ -1,4 +1,4 @@
-"""Samples refined from noisy reconstructions: how far the refiner mends what it was never trained on."""
+"""Draw samples that are refined from a noisy x_hat, to measure how robust the refiner is to inputs unlike training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dvae.utils import rng
 
 @dataclass(kw_only=True, slots=True)
 class NoisyConfig(SampleConfig):
-    """Samples with noise on their x_hat."""
+    """Settings of samples with noise on x_hat."""
 
     noise: float = 0.0
-    """Standard deviation; x_hat is in [-1, 1]."""
+    """Standard deviation of Gaussian noise to add to x_hat, whose range is [-1, 1]."""
 
 
 class NoisySampleTask(SampleTask):
-    """As SampleTask, with x_hat + noise * eps in the place of x_hat, eps ~ N(0, 1) keyed by seed and image.
+    """Draws samples as SampleTask does, but replaces x_hat by x_hat + noise * eps, with eps ~ N(0, 1).
 
-    It is not clamped, and takes the place of x_hat wherever that goes: as condition, and with denoiser.center != none
-    as what the refiner's image is added to.
+    eps is keyed by the seed and the image number. The sum is not clamped. It replaces x_hat in all its uses: as
+    condition, and, if denoiser.center is not none, as the image to which the refiner's output is added.
     """
 
     settings: NoisyConfig
@@ -37,7 +37,7 @@ class NoisySampleTask(SampleTask):
     def __init__(self, settings: NoisyConfig, device: str | None = None) -> None:
         super().__init__(settings, device)
         if not self.pipeline.models.has_generator:
-            raise UserError(f"noise=: run={settings.run} has no x_hat that noise could be added to")
+            raise UserError(f"noise=: run={settings.run} has no x_hat to add noise to: leave noise out")
 
     def request(self) -> dict[str, Any]:
         return super().request() | {"noise": self.settings.noise}

@@ -1,4 +1,4 @@
-"""The protocol of a measurement: what must agree before two figures may stand side by side."""
+"""The protocol of an evaluation: the settings that must agree before two results may be compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ABOUT_THE_SETS = {"compared": False}
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationProtocol:
-    """How sets of images were scored. Goes with every figure; `dataclasses.asdict` makes it JSON-ready."""
+    """How sets of images were scored. It is part of every result; `dataclasses.asdict` makes it JSON-ready."""
 
     backend: str
     """Package that computes the metrics, with its version."""
@@ -23,49 +23,49 @@ class EvaluationProtocol:
     weights_sha256: str
     """Hash of the extractor's weights."""
     resize: str
-    """How images are brought to the extractor's size."""
+    """How images are resized to the extractor's input size."""
     image_size: int
-    """Height and width of the images, in pixels."""
+    """Height of the images, in pixels."""
     n: int
-    """Images per set and seed."""
+    """Number of images per set and seed."""
     reference_split: str
-    """Split of the data that sets are compared with."""
+    """Split of the data that is the reference."""
     n_reference: int
-    """Images of the reference."""
+    """Number of reference images."""
     reference_sha256: str
     """Hash of the reference images."""
     seeds: list[int]
     """Seeds of the generated sets, one set each."""
     kid_subset_size: int | None
-    """Images per subset of KID (null here and below: it was not computed)."""
+    """Number of images per subset of KID (None, here and below: the metric was not computed)."""
     kid_subsets: int | None
-    """Subsets of KID."""
+    """Number of subsets of KID."""
     kid_seed: int
-    """Seed that draws KID's subsets, and the order of images for IS."""
+    """Seed of KID's subsets, and of the order of images for IS."""
     prc_neighborhood: int | None = None
-    """Neighbors that a ball of precision and recall reaches to."""
+    """Precision and recall: the radius of an image's ball is the distance to its neighbor of this number."""
     isc_splits: int | None = None
-    """Parts of the images that IS is a mean over."""
+    """Number of parts of the images over which IS is averaged."""
     sampler: dict[str, Any] = field(metadata=_ABOUT_THE_SETS)
-    """Config of the sampler that made the refined sets."""
+    """Settings of the sampler that drew the refined sets."""
     nfe: float = field(metadata=_ABOUT_THE_SETS)
     """Network evaluations per refined image."""
     packages: dict[str, str] = field(metadata=_ABOUT_THE_SETS)
-    """Versions of the packages at work."""
+    """Versions of the packages that computed the metrics."""
     made: dict[str, Any] = field(default_factory=dict, metadata=_ABOUT_THE_SETS)
-    """What else decides how images were made: run, hash of its weights, guidance, noise on x_hat, or their folder."""
+    """Other provenance of the images: run, hash of its weights, guidance, noise on x_hat; or the folder of images."""
     batch: int | None = field(default=None, metadata=_ABOUT_THE_SETS)
-    """Images per pass of the extractor; like the next, it moves features by rounding only."""
+    """Images per forward pass of the extractor. Like `threads`, it affects features by rounding only."""
     threads: int | None = field(default=None, metadata=_ABOUT_THE_SETS)
-    """Threads of the CPU that each pass took."""
+    """CPU threads of each forward pass."""
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> EvaluationProtocol:
-        """The protocol kept in a summary.json. Raises UserError if a field is lacking, unknown or of another type."""
+        """Parse the protocol in a summary.json. Raises UserError if a field is missing, unknown or of a wrong type."""
         names = {f.name for f in fields(cls)}
         if wrong := sorted(names ^ set(record)):
             raise UserError(
-                f"protocol: field {wrong[0]!r} is {'lacking' if wrong[0] in names else 'unknown'}: evaluate again"
+                f"protocol: field {wrong[0]!r} is {'missing' if wrong[0] in names else 'unknown'}: evaluate again"
             )
         try:
             return check(cls, dict(record), "protocol")
@@ -74,11 +74,11 @@ class EvaluationProtocol:
 
 
 def compare(a: EvaluationProtocol, b: EvaluationProtocol) -> None:
-    """Raises UserError, naming the first field that differs, unless figures under `a` and `b` may be compared.
+    """Raise UserError unless results with the protocols `a` and `b` may be compared.
 
-    The setting of a metric that was not computed on both sides (null) decides nothing. Sampler, NFE and package
-    versions are recorded but may differ: they say how the images were made, which is what one compares, or (torch) move
-    figures by rounding only.
+    The message names the first field that differs. Ignores the settings of a metric that was not computed for both results (None). Sampler, NFE and provenance may
+    differ, because they describe how the images were drawn, which is what one compares. Package versions, `batch` and
+    `threads` may differ, because they change metrics by rounding only.
     """
     for f in fields(EvaluationProtocol):
         mine, other = getattr(a, f.name), getattr(b, f.name)

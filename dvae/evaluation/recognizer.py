@@ -1,9 +1,10 @@
-"""The recognizer: a small network that learns the classes of real images and says which of them a run's samples show.
+"""A small network that learns the classes of real images, and recognizes them in a run's samples.
 
-It answers two questions that a distance between sets leaves open: is each sample plainly one thing, and does every
-class occur? Salimans et al. 2016, section 4, ask the same of a network trained on ImageNet (the Inception score).
-A plain classifier is sure of anything, noise and blank images too (all 500 of 500 were an 8, in a trial on digits), so
-this one has one class more, "nothing", which it learns from corrupted real images.
+It answers two questions that a distance between sets cannot: Does each sample clearly show one class? Does every class
+occur? The Inception score (Salimans et al. 2016, section 4) asks the same with a network trained on ImageNet.
+
+A plain classifier is confident on any input, even noise and blank images. In a trial on digits it classified 500 of 500
+such images as an 8. Therefore the recognizer has an additional class "nothing", which it learns from corrupted images.
 """
 
 from __future__ import annotations
@@ -32,52 +33,56 @@ from dvae.tracking.console import Progress
 from dvae.utils import atomic_files, rng
 
 WIDTH = 16
-"""Channels of the recognizer's first layer."""
+"""Channels of the first layer."""
 SMALLEST_MAP = 4
-"""Side of the maps that its last layer sees, in pixels."""
+"""Largest side of the feature maps before the last layer, in pixels."""
 LEARNING_RATE = 2e-3
+"""Highest learning rate of the one-cycle schedule."""
 CORRUPT = 4
-"""Of so many images in training one is shown a second time, corrupted."""
+"""One of this many training images is used a second time, corrupted."""
 SAMPLES_PER_ROW = 16
-"""Samples of each class in the picture."""
+"""Number of samples of each class in the picture."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RecognizeConfig:
-    """What tools/recognize.py takes."""
+    """Settings of tools/recognize.py."""
 
     run: str = MISSING
-    """A run folder or a bundle."""
+    """Run folder or bundle."""
     shards: str = ""
-    """Folder of the labeled real images (empty: the shards that the run was trained on)."""
+    """Folder of labeled real images (empty: the shards that the run was trained on)."""
     label: str = ""
-    """Attribute of the images that is their class (empty: the run's data.label, or the only one that there is)."""
+    """Attribute of the images that is their class (empty: the run's data.label, or the only attribute)."""
     n: int = 1000
-    """Samples that are classified."""
+    """Number of samples to classify."""
     seed: int = 0
     """Seed of the samples and of the recognizer."""
     confidence: float = 0.9
-    """Probability of its class above which a sample counts as recognized."""
+    """A sample counts as recognized if the probability of its class is above this; at least 0 and below 1."""
     steps: int = 1500
-    """Training steps of the recognizer."""
+    """Number of training steps of the recognizer."""
     batch: int = 64
-    """Images per step and per forward pass."""
+    """Number of images per training step and per forward pass."""
     out: str = "recognized.png"
-    """The picture: a row per class and a last row of samples not recognized; figures go into a JSON file beside it."""
+    """Picture: a row for each class, then a row of samples not recognized. A JSON file of this name gets the counts."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Python modules to import first. They register components."""
     sampler: Any = None
-    """Another sampler than the run's."""
+    """A sampler to use instead of the run's, or fields of the run's sampler to change."""
 
 
 ConfigStore.instance().store(name="recognize_schema", node=RecognizeConfig, provider="dvae")
 
 ReadLabeled = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
-"""Indices (B,) -> real images (B, C, H, W) uint8 and their classes (B,) int64, or (B, A) of A attributes."""
+"""read(indices (B,)) returns real images (B, C, H, W) uint8, and their classes (B,) or A attributes (B, A), int64."""
 
 
 def build_network(channels: int, size: int, outputs: int) -> nn.Sequential:
-    """Convolutions that halve images (B, channels, size, size) until they are small, and a layer to (B, outputs)."""
+    """Build a network from images (B, channels, size, size) to logits (B, outputs).
+
+    Convolutions halve the image until its side is at most SMALLEST_MAP. A linear layer follows.
+    """
     layers: list[nn.Module] = []
     inputs, width = channels, WIDTH
     while True:
@@ -90,13 +95,14 @@ def build_network(channels: int, size: int, outputs: int) -> nn.Sequential:
 
 
 NetworkLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of the network, images (B, C, H, W) in [-1, 1] and what is known of them (B, ...): a scalar."""
+"""loss(network, images (B, C, H, W) in [-1, 1], their classes or attributes (B, ...)) returns a scalar."""
 
 
 def train(draw: ReadLabeled, count: int, classes: int, *, steps: int, batch: int, seed: int) -> nn.Module:
-    """A recognizer trained on `count` real images, fp32: images (B, C, H, W) in [-1, 1] to logits (B, classes + 1).
+    """Train a recognizer on `count` real images. The same seed and images give the same recognizer.
 
-    The last logit is "nothing". The same seed and images give the same recognizer.
+    Returns a network in fp32 from images (B, C, H, W) in [-1, 1] to logits (B, classes + 1). The last logit is the
+    class "nothing".
     """
 
     def loss(network: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -110,13 +116,13 @@ def train(draw: ReadLabeled, count: int, classes: int, *, steps: int, batch: int
 def fit_network(
     draw: ReadLabeled, count: int, outputs: int, loss: NetworkLoss, *, steps: int, batch: int, seed: int
 ) -> nn.Module:
-    """A network of `outputs` logits that minimizes `loss` over `count` real images, fp32, in evaluation mode.
+    """Train a network with `outputs` logits to minimize `loss` over `count` real images.
 
-    Images are shifted by up to a fourteenth of their size, so that a few pixels more to one side do not matter. The
-    same seed and images give the same network.
+    Images are shifted at random by up to a fourteenth of their size, so that the network does not depend on exact
+    positions. The same seed and images give the same network. It is in fp32 and in evaluation mode.
     """
     order = Order(count, rng.child(seed, "judge order"))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
         torch.manual_seed(rng.child(seed, "judge"))
         images, _ = draw(order.indices(0, 1))
         network = build_network(images.shape[1], images.shape[2], outputs).to(memory_format=torch.channels_last)
@@ -135,7 +141,7 @@ def fit_network(
 
 
 def random_shift(x: torch.Tensor) -> torch.Tensor:
-    """Images x (B, C, S, S), moved together by up to S // 14 pixels in each direction; their border is repeated."""
+    """Shift images x (B, C, S, S), all alike, by up to S // 14 pixels in each direction. Borders are replicated."""
     most, size = x.shape[2] // 14, x.shape[2]
     if most == 0:
         return x
@@ -145,7 +151,10 @@ def random_shift(x: torch.Tensor) -> torch.Tensor:
 
 
 def corrupt(x: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, S, S), a third each: pixels in any order; quarters exchanged crosswise; one pixel all over."""
+    """Corrupt images (B, C, S, S) in one of three ways each.
+
+    The ways are: shuffle the pixels, exchange the quarters of the image diagonally, or fill the image with one pixel.
+    """
     pixels = x.flatten(2)
     mixed = pixels[:, :, torch.randperm(pixels.shape[2])].view_as(x)
     turned = x.roll((x.shape[2] // 2, x.shape[3] // 2), (2, 3))
@@ -156,12 +165,15 @@ def corrupt(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def probabilities(network: nn.Module, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    """The recognizer's probability of each class and of nothing, (N, K + 1) float32, for images (N, C, H, W) uint8."""
+    """Probabilities of the K classes and of "nothing", (N, K + 1) float32, for images (N, C, H, W) uint8."""
     return torch.cat([network(to_float(part)).softmax(1) for part in images.split(batch)])
 
 
 def summary(found: torch.Tensor, classes: list[str], confidence: float) -> dict[str, Any]:
-    """Figures of probabilities (N, K + 1): the share recognized, and the number of recognized samples by class."""
+    """Summarize probabilities (N, K + 1): the share of recognized images, and the number of them in each class.
+
+    "nothing" is the share of images for which the class "nothing" has a probability above 0.5.
+    """
     certainty, chosen = found[:, :-1].max(1)
     recognized = certainty > confidence
     counts = torch.bincount(chosen[recognized], minlength=len(classes)).tolist()
@@ -175,15 +187,16 @@ def summary(found: torch.Tensor, classes: list[str], confidence: float) -> dict[
 
 
 def blend_pairs(images: torch.Tensor) -> torch.Tensor:
-    """Each image (N, C, H, W) uint8 laid over another, half and half: strokes of two things, which are neither."""
+    """Average each image (N, C, H, W) uint8 with another one. The result shows parts of two classes, and is neither."""
     return ((images.int() + images.roll(len(images) // 2, 0).int()) // 2).to(torch.uint8)
 
 
 def recognize_samples(settings: RecognizeConfig) -> dict[str, Any]:
-    """Train a recognizer on a run's real images, classify its samples, write picture and figures; returns the figures.
+    """Train a recognizer on a run's real images, and classify the run's samples.
 
-    Held-out images are classified too: as they are, what a perfect model would score, and blended, what a poor one may.
-    Raises UserError where the run, its images or their labels are not to be had.
+    Writes a picture and a JSON file, and returns the contents of the latter. Held-out images are classified too. As
+    they are, they give the score of a perfect model. Averaged in pairs, they show what a poor model may score. Raises
+    UserError if the run, its images or their labels cannot be found.
     """
     _check(settings)
     pipeline = pipelines.load(settings.run, settings.batch)
@@ -223,17 +236,19 @@ def recognize_samples(settings: RecognizeConfig) -> dict[str, Any]:
 
 
 def _check(settings: RecognizeConfig) -> None:
+    """Raise UserError if a setting is out of range."""
     for name in ("n", "steps", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
     if not 0.0 <= settings.confidence < 1.0:
-        raise UserError(f"confidence={settings.confidence} is no probability below 1: use 0.9")
+        raise UserError(f"confidence={settings.confidence} is not in the range 0 to 1 (exclusive): use 0.9")
 
 
 def choose_attribute(settings: RecognizeConfig, learned: str, shards: Shards) -> tuple[str, list[str]]:
-    """The attribute that is the class, and its values; `learned` is the one that the run was told, or empty.
+    """Choose the attribute that is the class. Returns its name and its values.
 
-    Raises UserError where none is named and there are several or none.
+    `learned` is the attribute that the run was trained with, or empty. Raises UserError if the images have no labels,
+    if the choice is not unique, or if the attribute has fewer than two values.
     """
     known = shards.labels
     attribute = settings.label or learned or (next(iter(known)) if len(known) == 1 else "")
@@ -252,7 +267,7 @@ def choose_attribute(settings: RecognizeConfig, learned: str, shards: Shards) ->
 
 
 def labeled_reader(shards: Shards, attribute: str, classes: list[str]) -> ReadLabeled:
-    """Images of a split with their classes."""
+    """A function that reads images of a split with their classes."""
     numbers = shards.classes(attribute, classes)
 
     def draw(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,13 +278,15 @@ def labeled_reader(shards: Shards, attribute: str, classes: list[str]) -> ReadLa
 
 
 def save_picture(samples: torch.Tensor, found: torch.Tensor, settings: RecognizeConfig) -> None:
-    """The picture: the first recognized samples of each class, a row each, then the first that were not recognized."""
+    """Draw the first recognized samples of each class, one row each, and then the first that were not recognized."""
     certainty, chosen = found[:, :-1].max(1)
     recognized = certainty > settings.confidence
     groups = [recognized & (chosen == number) for number in range(found.shape[1] - 1)] + [~recognized]
     rows = []
     for group in groups:
-        row = torch.full((SAMPLES_PER_ROW, *samples.shape[1:]), 128, dtype=torch.uint8)  # gray: there are no more
+        row = torch.full(
+            (SAMPLES_PER_ROW, *samples.shape[1:]), 128, dtype=torch.uint8
+        )  # gray if there are fewer samples
         first = samples[group][:SAMPLES_PER_ROW]
         row[: len(first)] = first
         rows.append(row)

@@ -1,4 +1,4 @@
-"""Results of evaluations as files hold them: {"protocol": {...}, "sets": {name: figures}, "floor": {name: figures}}."""
+"""Read and check files of results: {"protocol": {...}, "sets": {name: figures}, "floor": {name: figures}}."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dvae.utils.number_types import Count, Number
 from dvae.utils.read import DamagedFile, check, parse_json, read_bytes
 
 LIMIT = 2**26
-"""Bytes of a file of results."""
+"""Largest accepted size of a results file, in bytes."""
 COUNTS = ("n", "n_reference")
-"""What figures hold besides metrics."""
+"""Keys of figures that are counts, and not metrics."""
 keep_extra = with_config(ConfigDict(extra="allow"))
 
 
 @keep_extra
 class FigureRecord(TypedDict):
-    """A metric over several seeds; the values of each seed lie beside these."""
+    """A metric over several seeds: mean and standard error. Other keys, such as per_seed, are allowed."""
 
     mean: Number
     se: Number | None
@@ -31,7 +31,7 @@ class FigureRecord(TypedDict):
 
 @keep_extra
 class ResultRecord(TypedDict):
-    """One result; a study adds more beside these."""
+    """One result. Other keys are allowed."""
 
     protocol: dict[str, Any]
     sets: dict[str, dict[str, FigureRecord | Count]]
@@ -39,9 +39,9 @@ class ResultRecord(TypedDict):
 
 
 def check_result(value: Any, what: object) -> dict[str, Any]:
-    """`value` (of JSON), of which everything that tables show has the right type.
+    """Check that a value from JSON is a result, with the right types for everything that tables show. Returns it.
 
-    Raises DamagedFile for another value; UserError if its protocol is that of another version.
+    Raises DamagedFile if it is not. Raises UserError if the fields of its protocol belong to another version.
     """
     result: dict[str, Any] = dict(check(ResultRecord, value, what))
     if not math.isfinite(EvaluationProtocol.read(result["protocol"]).nfe):
@@ -51,17 +51,17 @@ def check_result(value: Any, what: object) -> dict[str, Any]:
     for figures in [*result["sets"].values(), *result["floor"].values()]:
         for name, found in figures.items():
             if isinstance(found, dict) == (name in COUNTS):
-                raise DamagedFile(what, f"{name[:80]!r} is no {'count' if name in COUNTS else 'figure'}")
+                raise DamagedFile(what, f"{name[:80]!r} is not a {'count' if name in COUNTS else 'figure'}")
         if "n" not in figures:
-            raise DamagedFile(what, "figures say nothing of the number of images, n")
+            raise DamagedFile(what, "the number of images, n, is missing")
     return result
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The result in a file; raises as `check_result`, or OSError if there is no file."""
+    """Read a result from a file. Raises as `check_result` does, or OSError if the file cannot be read."""
     return check_result(parse_json(read_bytes(path, LIMIT), path), path)
 
 
 def damaged_cache_file(path: Path, error: Exception) -> MachineError:
-    """The error for a kept file that cannot be read: the same command computes it again without the file."""
+    """The error for a damaged file in the cache. Without the file, the same command computes it again."""
     return MachineError(f"{path}: damaged ({fold(error).removeprefix(f'{path}: ')}); delete it, it will be made again")

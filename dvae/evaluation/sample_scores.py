@@ -1,4 +1,4 @@
-"""Score samples of a run, or images in files, against real ones: one result of tools/evaluate.py."""
+"""Score the samples of a run, or image files, against real images: one result of tools/evaluate.py."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from dvae.utils.read import DamagedFile
 
 
 class EvaluationContext:
-    """What the results of one command have in common: settings, scorer with the real images, the run's pipeline."""
+    """What all results of one command share: the settings, the scorer with the real images, and the run's pipeline."""
 
     def __init__(self, settings: EvaluateToolConfig) -> None:
-        """Raises UserError for settings, a file of weights or images that cannot be scored."""
+        """Raises UserError if the settings, the weights of Inception or the real images cannot be used."""
         check(settings)
         self.settings = settings
         extractor = metrics.inception(Path(settings.inception)) if settings.inception else metrics.lite0()
@@ -56,45 +56,48 @@ class EvaluationContext:
         most = min(unseen, settings.n * len(settings.seeds))
         heldout = open_image_set("reference", place, "heldout", most) if unseen else None
         self.scorer = Scorer(method, suite, reference, heldout, split, self.cache)
-        _ = self.scorer.reference_sha256  # refuses images of unlike size before anything takes long
+        _ = self.scorer.reference_sha256  # rejects images of different sizes before the slow part starts
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds of the sets that are scored; none if they are files."""
+        """Seeds of the sets of samples; empty if image files are scored."""
         return list(self.settings.seeds) if self.settings.run else []
 
     def _trained_on(self) -> str:
-        """The run's shards. Raises UserError if they are not on this machine."""
+        """Path of the shards that the run was trained on. Raises UserError if they are not on this machine."""
         assert self.pipeline is not None
         return str(run_shards(self.settings.run, self.pipeline.config, "reference"))
 
 
 def _pipeline(settings: EvaluateToolConfig) -> pipelines.Pipeline:
-    pipeline = pipelines.load(settings.run, device="cpu")  # only looked at: drawing loads its own
+    """The run's pipeline. Raises UserError if the run models 2-D points, not images."""
+    # On the CPU, because only its settings are used. The tasks that draw samples load their own.
+    pipeline = pipelines.load(settings.run, device="cpu")
     refuse_points(pipeline.config, settings.run)
     return pipeline
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How samples of the run are generated: with which sampler, and noise on x_hat."""
+    """How samples of the run are drawn: the sampler, and noise on x_hat."""
 
     context: EvaluationContext
     sampler: Any
-    """As tools/sample.py takes it; None: the run's own."""
+    """Sampler in the form that tools/sample.py accepts. None: the run's sampler."""
     noise: float | None = None
+    """Standard deviation of the noise on x_hat. None: do not add noise."""
 
     def sampler_settings(self) -> dict[str, Any]:
         """The sampler's name and all its settings. Raises UserError if it does not fit the run."""
         pipeline = self.context.pipeline
         assert pipeline is not None
-        with pipeline.using():  # the run's own is there again at the end
+        with pipeline.using():  # restores the run's sampler at the end
             if self.sampler is not None:
                 pipeline.use_sampler(self.sampler)
             return {key: json_value(value) for key, value in asdict(pipeline.sampler.config).items()}
 
     def provenance(self) -> dict[str, Any]:
-        """What else decides the samples, for the protocol."""
+        """What determines the samples besides sampler, number and seed; for the protocol."""
         settings = self.context.settings
         hashes = bundle.read_hashes(settings.run)
         found = {"run": settings.run, "weights_sha256": hashes["weights"], "config_sha256": hashes["config"],
@@ -103,13 +106,16 @@ class SampleSpec:
         return found | ({} if self.noise is None else {"noise": self.noise})
 
     def request(self) -> dict[str, Any]:
-        """What decides the samples of a seed; not where the run lies."""
+        """Everything that determines the samples of a seed. The path of the run does not."""
         settings = self.context.settings
         found = {"sampler": self.sampler_settings(), "n": settings.n, "vae": settings.vae, **self.provenance()}
         return {name: value for name, value in found.items() if name != "run"}
 
     def generate(self, seed: int) -> tuple[dict[str, ImageArray], float]:
-        """The sets of a seed by name, generated into the cache unless they are there, and evaluations per image."""
+        """Draw the samples of a seed into the cache, unless they are there.
+
+        Returns the sets by name ("vae", "refined"), and the number of network evaluations per image.
+        """
         settings = self.context.settings
         out = self.context.cache / f"samples-{request_key(self.request() | {'seed': seed})}.npy"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,13 +133,17 @@ class SampleSpec:
 
 
 def score_samples(spec: SampleSpec) -> Result:
-    """Score samples of the run; the result is kept in the cache, so that it need not be computed again."""
+    """Score samples of the run. The result is cached, so the same command does not compute it again.
+
+    Raises UserError if there are too few samples for a metric, or if the run has no VAE samples to score.
+    """
     context, sampler = spec.context, spec.sampler_settings()
     settings, scorer = context.settings, context.scorer
     scorer.suite.check("a set", settings.n)
     if settings.vae and context.pipeline and not context.pipeline.models.has_generator:
         raise UserError(f"vae=true: run={settings.run} draws nothing before refinement: leave it out")
     protocol = asdict(scorer.protocol(settings.n, context.seeds, sampler, 0, spec.provenance()))
+    # The key of the cache: what is known before sampling and determines the result.
     asked = {name: value for name, value in protocol.items() if name not in ("packages", "nfe", "made")}
     asked |= spec.request() | {"metrics": [metric.name for metric in scorer.suite.metrics]}
     path = context.cache / f"result-{request_key(asked)}.json"
@@ -153,21 +163,27 @@ def score_sets(
     nfe: float,
     made: dict[str, Any],
 ) -> Result:
-    """Figures of sets of images, one per seed, and the floor. Raises UserError for too few or unlike images."""
+    """Compute the metrics of sets of images, one image set per seed under each name, and of the floor.
+
+    `sampler`, `nfe` and `made` are entered in the protocol. Raises UserError if there are too few images, or if images
+    have different sizes.
+    """
     every = [images for each in sets.values() for images in each]
     n, scorer = len(every[0]), context.scorer
     scorer.suite.check("a set" if context.settings.run else f"images={context.settings.images}", n)
     for images in every:
-        images.sha256()  # refuses images of unlike size before anything takes long
+        images.sha256()  # rejects images of different sizes before the slow part starts
         require_same_size(images, scorer.reference)
     return scorer.score(sets, n=n, seeds=context.seeds, sampler=sampler, nfe=nfe, made=made)
 
 
 def request_key(request: dict[str, Any]) -> str:
+    """A hash of a JSON-ready request, for names of files in the cache."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> Result:
+    """Read a cached result. Raises MachineError if it is damaged."""
     try:
         return read_result(path)
     except (DamagedFile, UserError) as error:

@@ -1,6 +1,6 @@
-"""Score sets of generated images against real ones, beside the floor: real images that are scored in the same way.
+"""Score sets of generated images against real images, and compute the floor: real images scored in the same way.
 
-Every score of image sets is computed here: those of runs (`score_tensors`), and those of tools/evaluate.py (`Scorer`).
+`score_tensors` scores the images of a run's own evaluation, and `Scorer` the images of tools/evaluate.py.
 """
 
 from __future__ import annotations
@@ -25,30 +25,34 @@ from dvae.tracking.console import Progress
 Result = dict[str, Any]
 """{"protocol": {...}, "sets": {name: figures}, "floor": {"heldout": figures, "reference halves": figures}}, JSON-ready.
 
-figures is {"n", "n_reference", metric: {"mean", "se", "per_seed", ...}}. se is the standard error over seeds, null for
-one seed. The floor is real images scored as if they were a set; see MetricSuite.floor."""
+`figures` is {"n", "n_reference", metric: {"mean", "se", "per_seed", ...}}. "se" is the standard error over seeds, or
+None for one seed. The floor is the score of real images; see MetricSuite.floor."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Computes features of image sets and compares them with those of real images."""
+    """Computes the features of image sets, and compares them with the features of real images."""
 
     method: FeatureMethod
+    """How features are computed."""
     suite: MetricSuite
+    """The metrics."""
     reference: ImageSet
     """Real images that sets are compared with."""
     heldout: ImageSet | None
-    """Real images that the reference does not have, for the floor."""
+    """Other real images, for the floor."""
     reference_split: str
+    """Split of the reference, for the protocol."""
     cache: Path
-    """Folder in which features of real images are kept."""
+    """Folder in which features of real images are cached."""
 
     @cached_property
     def reference_sha256(self) -> str:
+        """Hash of the reference images."""
         return self.reference.sha256()
 
     def real_features(self) -> tuple[Features, Features | None]:
-        """Features of the reference and of held-out images, from the cache if they are there."""
+        """Features of the reference and of the held-out images, from the cache if possible."""
         sets = [self.reference, *([self.heldout] if self.heldout else [])]
         with Progress("real images", sum(map(len, sets))) as bar:
             found = [
@@ -61,7 +65,7 @@ class Scorer:
         return self.reference_sha256 if images is self.reference else images.sha256()
 
     def set_features(self, sets: Mapping[str, Sequence[ImageSet]]) -> dict[str, list[Features]]:
-        """Features of generated images, which are not kept."""
+        """Features of generated images. They are not cached."""
         with Progress("samples", sum(len(images) for parts in sets.values() for images in parts)) as bar:
             return {
                 name: [compute_features(images, self.method, advancing(bar)) for images in parts]
@@ -78,9 +82,10 @@ class Scorer:
         nfe: float,
         made: Mapping[str, Any] | None = None,
     ) -> Result:
-        """Figures of sets of images and the floor. `sets` has one ImageSet of `n` images per seed under each name.
+        """Compute the metrics of sets of images, and of the floor.
 
-        `seeds`, `sampler`, `nfe` and `made` only say in the protocol how the images were made.
+        `sets` has, under each name, one ImageSet of `n` images per seed. `seeds`, `sampler`, `nfe` and `made` are only
+        entered in the protocol.
         """
         real, unseen = self.real_features()
         generated = self.set_features(sets)
@@ -95,7 +100,7 @@ class Scorer:
     def protocol(
         self, n: int, seeds: Sequence[int], sampler: Mapping[str, Any], nfe: float, made: Mapping[str, Any] | None
     ) -> EvaluationProtocol:
-        """What goes with every figure; a setting of a metric that is not computed is null."""
+        """The protocol of a result. The settings of metrics that are not computed are None."""
         suite, extractor = self.suite, self.method.extractor
         kid, fixed_threads = Metric.kid in suite.metrics, self.method.threads is not None
         return EvaluationProtocol(
@@ -124,7 +129,7 @@ class Scorer:
 
 
 def advancing(bar: Progress) -> Callable[[int], None]:
-    """A function that advances a progress bar by a number of images."""
+    """Return a function that advances a progress bar by a number of images."""
     return lambda count: bar.update(bar.step + count, count)
 
 
@@ -143,12 +148,24 @@ def score_tensors(
     reference_split: str = "train",
     batch: int = 64,
 ) -> Result:
-    """KID-lite0 and FID-lite0 of each named set against `reference`.
+    """Compute KID-lite0 and FID-lite0 of each named set of images against `reference`.
 
-    sets: name -> one tensor (n, C, H, W), uint8, per seed, all of the same n. reference (M, C, H, W) and heldout
-    (K, C, H, W) are real images, uint8, disjoint. Features of real images are kept in the folder `cache`.
-    `reconstructions` of held-out images are one more set, of a size of its own; they are left out if they are too few.
-    Raises UserError for too few images.
+    Raises UserError if there are too few images.
+
+    Args:
+        sets: Name -> one tensor (n, C, H, W) uint8 for each seed. All have the same n.
+        reference: Real images (M, C, H, W) uint8.
+        heldout: Other real images (K, C, H, W) uint8, for the floor.
+        seeds: Seeds of the sets.
+        sampler: Settings of the sampler, for the protocol.
+        nfe: Network evaluations per image, for the protocol.
+        kid_subset_size: Number of images per subset of KID.
+        kid_subsets: Number of subsets of KID.
+        cache: Folder in which the features of real images are cached.
+        reconstructions: Reconstructions of held-out images, (R, C, H, W) uint8. They are one more set, unless R is less
+            than `kid_subset_size`.
+        reference_split: Split of the reference, for the protocol.
+        batch: Number of images per forward pass of the extractor.
     """
     n = _common_count(sets, seeds)
     suite = MetricSuite(
@@ -174,7 +191,7 @@ def score_tensors(
 
 
 def _common_count(sets: Mapping[str, Sequence[torch.Tensor]], seeds: Sequence[int]) -> int:
-    """n, which must be the same in every set for the figures to be comparable."""
+    """The number of images of a set. Raises ValueError if it differs between sets, which would not be comparable."""
     counts = {len(images) for images_of in sets.values() for images in images_of}
     if len(counts) != 1 or any(len(images_of) != len(seeds) for images_of in sets.values()):
         raise ValueError(f"want one tensor per seed, all of one length: {len(seeds)} seeds, lengths {sorted(counts)}")
@@ -182,6 +199,6 @@ def _common_count(sets: Mapping[str, Sequence[torch.Tensor]], seeds: Sequence[in
 
 
 def _check_floor(kid_subset_size: int, heldout: int, half: int) -> None:
-    """Raise UserError if neither held-out images nor half of the reference suffice for a floor of KID."""
+    """Raise UserError if neither the held-out images nor half of the reference are enough for a floor of KID."""
     if (enough := max(heldout, half)) < kid_subset_size:
         raise UserError(f"kid_subset_size={kid_subset_size} leaves no real images for the floor: use {enough} or less")

@@ -1,4 +1,4 @@
-"""Results as tables in Markdown: of a study, and of several results whose protocols agree."""
+"""Format results as Markdown tables: one result, a study, or several results whose protocols agree."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dvae.utils.text_tables import markdown_table
 
 
 def names(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of all figures that sets were scored by, in their order."""
+    """The names of all metrics in the sets of the results, in the order of their first occurrence."""
     found = [name for result in results for figures in result["sets"].values() for name in figures]
     return [name for name in dict.fromkeys(found) if name not in COUNTS]
 
 
 def cell(figures: Mapping[str, Any], name: str) -> str:
-    """A mean with its standard error over seeds, where there is one."""
+    """The mean of a metric, with its standard error if it has one. Empty if the metric was not computed."""
     if name not in figures:
         return ""
     value = figures[name]
@@ -27,7 +27,7 @@ def cell(figures: Mapping[str, Any], name: str) -> str:
 
 
 def of_result(result: Mapping[str, Any]) -> str:
-    """A row for each set and each floor of one result."""
+    """A table of one result, with a row for each set and each floor."""
     figures, sets = names([result]), dict(result["sets"])
     sets |= {f"floor: {name}, n={found['n']}": found for name, found in result["floor"].items()}
     return markdown_table(
@@ -36,7 +36,10 @@ def of_result(result: Mapping[str, Any]) -> str:
 
 
 def of_study(results: Sequence[Mapping[str, Any]], varied: str) -> str:
-    """A row for each set of each point, and one for each floor; `varied` is a key of the protocol's `made`, or nfe."""
+    """A table of a study, with a row for each set of each point, and a row for each floor.
+
+    `varied` is the quantity in which the points differ: nfe, or a key of the protocol's `made`.
+    """
     figures = names(results)
     rows = []
     for result in results:
@@ -52,9 +55,10 @@ def of_study(results: Sequence[Mapping[str, Any]], varied: str) -> str:
 
 
 def comparison(paths: Sequence[str]) -> str:
-    """One table of results of tools/evaluate.py, or of summary.json of runs.
+    """One table of several results, from files of tools/evaluate.py or from the summary.json of runs.
 
-    Raises UserError where one cannot be read, or was taken with another protocol than the first, naming the field.
+    Raises UserError if a file cannot be read. Also raises it if the protocol of a result differs from the first one in
+    a field that matters; the message names the field.
     """
     if len(paths) < 2:
         raise UserError(f"compare={list(paths)}: name two results or more")
@@ -79,7 +83,7 @@ def comparison(paths: Sequence[str]) -> str:
 
 
 def read(path: str) -> dict[str, Any]:
-    """A result, or that in a run's summary.json. Raises UserError if the file holds none."""
+    """Read a result from a file, or from a run's summary.json. Raises UserError if the file holds none."""
     ask = "name results of tools/evaluate.py"
     try:
         found = parse_json(read_bytes(path, LIMIT), path)

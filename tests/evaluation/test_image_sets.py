@@ -84,13 +84,13 @@ def test_mistakes(tmp_path: Path) -> None:
     refused(folder, "images=.*folder: holds no PNG or JPEG file")
     (folder / "a.png").write_bytes(png(PIXELS[0]))
     (folder / "b.png").write_bytes(png(PIXELS[0][:4]))
-    refused(folder, r"images of unlike size, a\.png is 6x8, b\.png is 4x8: bring them to one size")
+    refused(folder, r"images of different sizes, a\.png is 6x8, b\.png is 4x8: resize them to one size")
     (folder / "b.png").write_bytes(b"no image")
     refused(folder, r"b\.png cannot be read")
     Image.fromarray(np.zeros((6, 8), dtype=np.uint16)).save(folder / "b.png")
     refused(folder, r"b\.png has more than 8 bits a channel")
     (folder / "b.png").rename(folder / "b.webp")
-    refused(folder, r"b\.webp would be passed over: save it as PNG")
+    refused(folder, r"b\.webp would be skipped: save it as PNG")
     (tmp_path / "x.gif").write_bytes(b"")
     refused(tmp_path / "x.gif", "name shards, a folder of PNG or JPEG files, or a .zip, .tar or .npy file")
     (tmp_path / "x.zip").write_bytes(b"nothing")
@@ -104,5 +104,5 @@ def test_two_sets_of_unlike_size(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", PIXELS[:, :4])
     a, b = (open_image_set("images", str(tmp_path / name)) for name in ("a.npy", "b.npy"))
     require_same_size(a, a)
-    with pytest.raises(UserError, match=r"has images of 6x8, .*b\.npy of 4x8: bring both to one size first"):
+    with pytest.raises(UserError, match=r"has images of 6x8, .*b\.npy of 4x8: resize them to one size first"):
         require_same_size(a, b)

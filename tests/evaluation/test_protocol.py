@@ -48,7 +48,7 @@ def test_the_setting_of_a_metric_that_was_not_computed_decides_nothing():
 def test_read_back_from_json():
     record = asdict(PROTOCOL)
     assert EvaluationProtocol.read(record) == PROTOCOL
-    with pytest.raises(UserError, match="field 'n' is lacking"):
+    with pytest.raises(UserError, match="field 'n' is missing"):
         EvaluationProtocol.read({key: value for key, value in record.items() if key != "n"})
     with pytest.raises(UserError, match="field 'color' is unknown"):
         EvaluationProtocol.read({**record, "color": 1})

@@ -1,1 +1,1 @@
-"""Score directions of the latent space. dvae/inference/directions/ finds them and applies them."""
+"""Score directions in latent space. dvae/inference/directions/ finds and applies them."""

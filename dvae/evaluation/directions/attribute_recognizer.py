@@ -1,4 +1,4 @@
-"""A recognizer of attributes: a small network with a head per attribute, trained on real images alone."""
+"""A recognizer of attributes: a small network with one head for each attribute, trained on real images only."""
 
 from __future__ import annotations
 
@@ -15,35 +15,38 @@ from dvae.evaluation import recognizer
 from dvae.inference.directions.attributes import LabeledAttributes, labeled_images
 
 MIN_KAPPA = 0.5
-"""Cohen's kappa (0: as good as always answering the most frequent value, 1: always right) on held-out real images from
-which on an attribute counts as recognizable."""
+"""Smallest kappa with which an attribute counts as recognizable, measured on held-out real images.
+
+Kappa is (accuracy - chance) / (1 - chance). 0 is as good as always answering the most frequent value, 1 is perfect."""
 
 
 @dataclass(frozen=True)
 class AttributeRecognizer:
-    """A network that recognizes every attribute of an image."""
+    """A trained network that recognizes every attribute of an image, and its accuracy."""
 
     network: nn.Module
+    """Images in [-1, 1] to the logits of all attributes, side by side."""
     attributes: LabeledAttributes
+    """The A attributes and their values."""
     accuracy: list[float]
-    """Share of held-out real images of which it recognizes each attribute rightly."""
+    """For each attribute, the share of held-out real images on which the network is right."""
     chance: list[float]
-    """Share of the most frequent value among them."""
+    """For each attribute, the share of the most frequent value among held-out real images."""
 
     @property
     def recognizable(self) -> list[bool]:
-        """Which attributes it recognizes, see MIN_KAPPA."""
+        """Whether the network recognizes each attribute, see MIN_KAPPA."""
         pairs = zip(self.accuracy, self.chance, strict=True)
         return [chance < 1 and (right - chance) / (1 - chance) >= MIN_KAPPA for right, chance in pairs]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The value of each attribute, (N, A), int64, of images (N, C, H, W) uint8."""
+        """Recognize the values of all attributes, (N, A) int64, in images (N, C, H, W) uint8."""
         return predict(self.network, images, self.attributes.sizes)
 
 
 @torch.no_grad()
 def predict(network: nn.Module, images: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """The likeliest value of each attribute, (N, A), int64, of images (N, C, H, W) uint8."""
+    """The most probable value of each attribute, (N, A) int64, for images (N, C, H, W) uint8."""
     logits = torch.cat([network(to_float(part)) for part in images.split(64)])
     return torch.stack([head.argmax(1) for head in logits.split(sizes, 1)], 1)
 
@@ -51,7 +54,10 @@ def predict(network: nn.Module, images: torch.Tensor, sizes: list[int]) -> torch
 def train_attribute_recognizer(
     shards: Shards, heldout: Shards, attributes: LabeledAttributes, *, steps: int, batch: int, seed: int
 ) -> AttributeRecognizer:
-    """A recognizer of all `attributes`, trained on the real images `shards` and tried on `heldout`."""
+    """Train a recognizer of all `attributes` on the real images `shards`, and measure its accuracy on `heldout`.
+
+    `steps` is the number of training steps, and `batch` the number of images per step.
+    """
     codes = attributes.codes(shards)
 
     def read(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What scoring found: tables as Markdown, all figures as JSON, strips as a picture."""
+"""Report the scores of directions: tables as Markdown, all figures as JSON, and edited faces as a picture."""
 
 from __future__ import annotations
 
@@ -24,52 +24,57 @@ from dvae.utils import atomic_files
 from dvae.utils.text_tables import markdown_table
 
 STRIP_STRENGTHS = [-1.0, -0.5, 0.0, 0.5, 1.0]
-"""Strengths of a strip, as shares of the one that was chosen."""
+"""Strengths of a face in the picture, as multiples of the chosen strength."""
 FACES_PER_STRIP = 3
-"""Faces of each direction in the picture."""
+"""Number of faces of each direction in the picture."""
 
 
 @dataclass(frozen=True)
 class DirectionReport:
-    """The scores of a run's directions, and what they were taken with."""
+    """The scores of a run's directions, with the settings and data that they were computed with."""
 
     settings: DirectionsConfig
     recognizer: AttributeRecognizer
     scores: list[DirectionScore]
+    """One score for each direction."""
     test: HeldoutFaces
+    """The faces that the directions were scored on."""
     nfe: float
+    """Network evaluations per refined image."""
     encoder_sha256: str
+    """Hash of the encoder whose latents the directions belong to."""
 
     @property
     def names(self) -> list[str]:
+        """Names of the attributes."""
         return self.recognizer.attributes.names
 
     @property
     def best(self) -> list[DirectionScore]:
-        """The best of each attribute."""
+        """The best direction of each attribute."""
         return best_by_attribute(self.scores, self.recognizer.recognizable)
 
     @property
     def passed(self) -> list[DirectionScore]:
-        """The best of those attributes that have a direction which meets the criterion."""
+        """The best direction of each attribute that has a direction which meets the criterion."""
         return [one for one in self.best if one.meets_criterion(self.recognizer.recognizable)]
 
     def write(self, path: Path) -> None:
-        """The tables to `path`, all figures to the JSON file beside it."""
+        """Write the tables to `path`, and all figures to a JSON file of the same name."""
         atomic_files.write_json(path.with_suffix(".json"), self.figures())
         atomic_files.write_text(path, "\n".join(self.lines()) + "\n")
 
     def unchanged(self, stage: str) -> list[float]:
-        """Share of the test faces that are recognized at strength 0 as their labels say, by attribute."""
+        """For each attribute, the share of test faces whose recognized value at strength 0 equals their label."""
         return (self.test.before[stage] == self.test.truth).double().mean(0).tolist()
 
     def target(self, one: DirectionScore) -> str:
-        """The attribute and value that a direction is scored for."""
+        """The attribute and value that a direction is scored for, as "attribute=value"."""
         name = self.names[one.target.attribute]
         return f"{name}={self.recognizer.attributes.values[name][one.target.value]}"
 
     def figures(self) -> dict[str, Any]:
-        """Everything, for a program."""
+        """All figures and settings, JSON-ready."""
         settings = self.settings
         return {
             "run": settings.run,
@@ -132,29 +137,31 @@ class DirectionReport:
         yield self.summary()
 
     def summary(self) -> str:
-        """How many attributes have a direction that meets the criterion, and which."""
+        """One line: how many attributes have a direction that meets the criterion, and which."""
         able = sum(self.recognizer.recognizable)
         passed = ", ".join(f"{self.names[one.target.attribute]} ({one.direction.name})" for one in self.passed)
-        return f"{len(self.passed)} of {able} attributes that the judge can tell meet it: {passed or 'none'}."
+        return (
+            f"{len(self.passed)} of {able} recognizable attributes have a direction that meets it: {passed or 'none'}."
+        )
 
     def _about_attributes(self) -> Iterator[str]:
         stages = list(self.test.before)
-        yield "What the judge can tell, and what is left of it at strength 0:"
+        yield "Accuracy of the recognizer, and share of faces that are recognized as labeled at strength 0:"
         yield ""
         rows = []
         unchanged = [self.unchanged(stage) for stage in stages]
         for i, name in enumerate(self.names):
-            note = "" if self.recognizer.recognizable[i] else " (cannot tell)"
+            note = "" if self.recognizer.recognizable[i] else " (not recognizable)"
             figures = [self.recognizer.accuracy[i], self.recognizer.chance[i], *(one[i] for one in unchanged)]
             rows.append([name + note, *map(percent, figures)])
-        header = ["attribute", "judge right", "most frequent", *(f"{stage} as labeled" for stage in stages)]
+        header = ["attribute", "accuracy", "most frequent", *(f"{stage} as labeled" for stage in stages)]
         yield markdown_table(header, rows)
 
     def _about_directions(self) -> Iterator[str]:
         stages = list(self.test.before)
         yield (
-            f"Share of the faces that lack the value which show it afterwards, and the largest change of another "
-            f"attribute. It meets the criterion with {percent(MIN_TURNED_ON)} or more and less than "
+            f"Of the faces that lack the value, the share that shows it after the edit; and the largest change of "
+            f"another attribute. A direction meets the criterion with {percent(MIN_TURNED_ON)} or more and less than "
             f"{percent(MAX_CHANGED)}, in {stages[-1]}:"
         )
         yield ""
@@ -172,7 +179,7 @@ class DirectionReport:
 
     def _about_changes(self) -> Iterator[str]:
         stages = " / ".join(self.test.before)
-        yield f"Faces in which the judged value of each attribute changes against strength 0, {stages}:"
+        yield f"Share of faces in which the recognized value of each attribute differs from strength 0, {stages}:"
         yield ""
         rows = []
         for one in self.scores:
@@ -182,16 +189,20 @@ class DirectionReport:
 
 
 def percent(share: float) -> str:
+    """A share as a whole percentage."""
     return f"{100 * share:.0f}%"
 
 
 RenderLatents = Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]
-"""Latents (n, *latent) and numbers of their noise -> images at each stage (n, C, H, W) uint8."""
+"""render(latents (n, *latent), numbers of their noise) returns images (n, C, H, W) uint8 at each stage."""
 
 
 def write_strips(report: DirectionReport, render: RenderLatents, path: Path) -> None:
-    """The picture: for the best direction of each attribute some faces at strengths from minus the chosen one to it; a
-    row of x_hat, and below it one of refined images."""
+    """Draw the best direction of each attribute, on faces that lack its value.
+
+    Each face is shown at several strengths, from minus the chosen strength to the chosen strength. The first row of a
+    direction shows x_hat, the second one refined images.
+    """
     rows = []
     for one in report.best:
         lacking = (report.test.truth[:, one.target.attribute] != one.target.value).nonzero().flatten()[:FACES_PER_STRIP]
@@ -199,9 +210,8 @@ def write_strips(report: DirectionReport, render: RenderLatents, path: Path) -> 
         strengths = torch.tensor(STRIP_STRENGTHS).repeat(len(lacking)) * one.strength
         numbers = [report.test.numbers[face] for face in lacking.repeat_interleave(len(STRIP_STRENGTHS)).tolist()]
         for images in render(one.direction.move(z, strengths), numbers).values():
-            row = images.new_full(
-                (FACES_PER_STRIP * len(STRIP_STRENGTHS), *images.shape[1:]), 255
-            )  # white where there are fewer faces
+            # The row stays white on the right if there are fewer faces.
+            row = images.new_full((FACES_PER_STRIP * len(STRIP_STRENGTHS), *images.shape[1:]), 255)
             row[: len(images)] = images
             rows.append(row)
     pictures.grid(

@@ -1,7 +1,7 @@
-"""What a direction changes and what it leaves alone, as an attribute recognizer sees it.
+"""Score a direction: which attributes it changes, according to an attribute recognizer.
 
-The strength is chosen on some held-out faces and the figures are taken on others. Each edited face is compared with
-itself at strength 0 under the same noise, so that what encoding and refining change by themselves is left out.
+The strength is chosen on validation faces, and the score is computed on test faces; both are held-out. Each edited face
+is compared with itself at strength 0, with the same noise. So changes by encoding and refining alone do not count.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ import torch
 from dvae.inference.directions.direction import Direction, DirectionMethod
 
 MIN_TURNED_ON = 0.8
-"""Share of the faces that lack a value which must show it, for a direction to count."""
+"""Criterion: at least this share of the faces that lack the value must show it after the edit."""
 MAX_CHANGED = 0.2
-"""Share of faces below which every other attribute must change."""
+"""Criterion: every other recognizable attribute must change in less than this share of the faces."""
 
 RecognizeLatents = Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]
-"""Latents (n, *latent) and the numbers of their noise -> the recognized value of each attribute (n, A) of their x_hat
-and, where there is a refiner, after it: {"x_hat": ..., "refined": ...}."""
+"""recognize(latents (n, *latent), numbers of their noise) returns the recognized attributes (n, A) at each stage.
+
+The stages are "x_hat" and, if the refiner draws pixels, "refined"."""
 
 
 @dataclass(frozen=True)
 class HeldoutFaces:
-    """Held-out faces to edit, and how they recognize at strength 0."""
+    """Held-out faces to edit, and their recognized attributes at strength 0."""
 
     z: torch.Tensor
     """(n, *latent): posterior means."""
     truth: torch.Tensor
-    """(n, A) int64: what their labels say."""
+    """(n, A) int64: values of the attributes according to the labels."""
     numbers: list[int]
-    """The number of each one's noise."""
+    """Number of the noise of each face."""
     before: dict[str, torch.Tensor]
-    """Recognized at strength 0, at each stage (n, A)."""
+    """Stage -> (n, A) int64: recognized values at strength 0."""
 
     def __getitem__(self, chosen: torch.Tensor) -> HeldoutFaces:
-        """Those where chosen (n,) is true."""
+        """The faces for which `chosen`, a boolean mask (n,), is true."""
         numbers = [number for number, wanted in zip(self.numbers, chosen.tolist(), strict=True) if wanted]
         before = {stage: codes[chosen] for stage, codes in self.before.items()}
         return HeldoutFaces(self.z[chosen], self.truth[chosen], numbers, before)
@@ -45,60 +46,77 @@ class HeldoutFaces:
 
 @dataclass(frozen=True)
 class EditEffect:
-    """What happened to the faces that lack a value, by their label and as recognized at strength 0."""
+    """The effect of an edit on the faces that lack a value, both by label and as recognized at strength 0."""
 
     faces: int
+    """Number of these faces."""
     on: float
-    """Share of them that show it afterwards; 0 where there are none."""
+    """Share of them that show the value after the edit; 0 if there are no faces."""
     changed: list[float]
-    """Share of them of which the recognized value of each attribute changed."""
+    """For each attribute, the share of them whose recognized value changed."""
 
     def largest_other_change(self, attribute: int, recognizable: Sequence[bool]) -> tuple[float, int]:
-        """The largest change of a recognizable attribute other than `attribute`, and which that is; 0 of `attribute` if
-        there is no other."""
+        """The largest change among recognizable attributes other than `attribute`, and the index of that attribute.
+
+        Returns (0, attribute) if there is no other.
+        """
         others = [(share, i) for i, share in enumerate(self.changed) if i != attribute and recognizable[i]]
         return max(others, default=(0.0, attribute))
 
 
 @dataclass(frozen=True)
 class TargetValue:
-    """A value of an attribute, by their numbers."""
+    """A value of an attribute, both by index."""
 
     attribute: int
+    """Index of the attribute."""
     value: int
+    """Index of the value among the attribute's values."""
 
 
 @dataclass(frozen=True)
 class DirectionScore:
-    """A direction's figures at the strength that was chosen for it."""
+    """The score of a direction at the strength that was chosen for it."""
 
     direction: Direction
     target: TargetValue
+    """The value that the direction turns on."""
     strength: float
+    """The chosen strength."""
     chosen_by: EditEffect
-    """On the validation faces, at the last stage."""
+    """Effect on the validation faces at the last stage, by which strength and target were chosen."""
     stages: dict[str, EditEffect]
-    """On the test faces: of x_hat and, where there is a refiner, after it."""
+    """Stage -> effect on the test faces. Stages are x_hat and, if the refiner draws pixels, refined."""
 
     @property
     def final(self) -> EditEffect:
-        """At the last stage: what a user sees."""
+        """Effect at the last stage, which is what a user sees."""
         return list(self.stages.values())[-1]
 
     def meets_criterion(self, recognizable: Sequence[bool]) -> bool:
-        """Whether it turns its value on often enough, and changes little else."""
+        """Whether the direction meets the criterion at the last stage; see the function `meets_criterion`."""
         return meets_criterion(self.final, self.target, recognizable)
 
 
 def meets_criterion(effect: EditEffect, target: TargetValue, recognizable: Sequence[bool]) -> bool:
-    """Whether the value of a recognizable attribute is turned on in MIN_TURNED_ON of the faces, and every other
-    recognizable attribute changes in less than MAX_CHANGED of them."""
+    """Whether an effect meets the criterion.
+
+    The attribute of `target` must be recognizable, and its value turned on in at least MIN_TURNED_ON of the faces.
+    Every other recognizable attribute must change in less than MAX_CHANGED of them.
+    """
     worst, _ = effect.largest_other_change(target.attribute, recognizable)
     return recognizable[target.attribute] and effect.on >= MIN_TURNED_ON and worst < MAX_CHANGED
 
 
 def edit_effect(truth: torch.Tensor, before: torch.Tensor, after: torch.Tensor, target: TargetValue) -> EditEffect:
-    """Of codes (n, A): by label, as recognized at strength 0, and as recognized after the edit."""
+    """Compute the effect of an edit on `target`.
+
+    Args:
+        truth: Values of the attributes by label, (n, A) int64.
+        before: Recognized values at strength 0, (n, A) int64.
+        after: Recognized values after the edit, (n, A) int64.
+        target: The value that should be turned on.
+    """
     column = target.attribute
     lacking = (truth[:, column] != target.value) & (before[:, column] != target.value)
     count = int(lacking.sum())
@@ -117,10 +135,11 @@ def score_direction(
     strengths: Sequence[float],
     recognizable: Sequence[bool],
 ) -> DirectionScore:
-    """A direction's score at the strength, and for the target, that is best on the validation faces.
+    """Choose strength and target of a direction on the validation faces, and score it with them on the test faces.
 
-    Best is the largest share turned on among those that change every other attribute in less than MAX_CHANGED of the
-    faces; where none does, the largest share turned on less the largest change.
+    An option is selective if every other recognizable attribute changes in less than MAX_CHANGED of the faces. The best
+    option is the selective one with the largest share turned on. If none is selective, it is the one with the largest
+    difference of the share turned on and the largest other change. Ties go to the smaller strength.
     """
     options = []
     for strength in candidate_strengths(direction, strengths):
@@ -145,9 +164,9 @@ def _effects(
     recognize: RecognizeLatents,
     faces: HeldoutFaces,
 ) -> Iterator[tuple[TargetValue, dict[str, EditEffect]]]:
-    """The effect on faces for each target, at each stage."""
+    """Yield each target with the effects of the direction on `faces`, by stage."""
     wanted = torch.zeros(len(faces.z), dtype=torch.bool)
-    for target in targets:  # a face that shows all of them by its label is in no figure: it is not drawn
+    for target in targets:  # a face whose label shows all targets counts for none of them, so it is not drawn
         wanted |= faces.truth[:, target.attribute] != target.value
     chosen = faces[wanted]
     after = recognize(direction.move(chosen.z, strength), chosen.numbers) if len(chosen.z) else chosen.before
@@ -159,13 +178,13 @@ def _effects(
 
 
 def candidate_strengths(direction: Direction, strengths: Sequence[float]) -> list[float]:
-    """The strengths to try: both ways where a direction has no end that is meant."""
+    """The strengths to try. A direction that was found without labels has no preferred sign, so both are tried."""
     ways = (1.0,) if direction.method is DirectionMethod.labels else (1.0, -1.0)
     return [way * strength for strength in strengths for way in ways]
 
 
 def best_by_attribute(scores: list[DirectionScore], recognizable: list[bool]) -> list[DirectionScore]:
-    """For each attribute the score that meets the criterion, or comes nearest, in the order of attributes."""
+    """For each attribute, the score that meets the criterion or comes closest to it, in the order of attributes."""
     best: dict[int, DirectionScore] = {}
     for one in scores:
         index = one.target.attribute
@@ -175,5 +194,6 @@ def best_by_attribute(scores: list[DirectionScore], recognizable: list[bool]) ->
 
 
 def rank_key(one: DirectionScore, recognizable: list[bool]) -> tuple[bool, float]:
+    """Sort key of scores: whether the criterion is met, then the share turned on minus the largest other change."""
     worst, _ = one.final.largest_other_change(one.target.attribute, recognizable)
     return one.meets_criterion(recognizable), one.final.on - worst

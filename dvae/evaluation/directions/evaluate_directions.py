@@ -1,4 +1,4 @@
-"""Scoring the directions of a run on held-out images, as tools/directions.py score=true does."""
+"""Score the directions of a run on held-out images (tools/directions.py score=true)."""
 
 from __future__ import annotations
 
@@ -29,15 +29,21 @@ from dvae.utils import rng
 
 
 class FaceEditor:
-    """Makes images of latents, and recognizes their attributes. The noise of face k is that of image k of the seed, so
-    that an edited face differs from itself at strength 0 by the edit alone."""
+    """Draws images of latents, and recognizes their attributes.
+
+    The noise of face k is the noise of image k of the seed. So an edited face and the same face at strength 0 differ by
+    the edit only.
+    """
 
     def __init__(self, pipeline: Pipeline, recognizer: AttributeRecognizer, seed: int) -> None:
         self.pipeline, self.recognizer = pipeline, recognizer
         self.seed = rng.child(seed, "directions")
 
     def images(self, z: torch.Tensor, numbers: list[int]) -> dict[str, torch.Tensor]:
-        """x_hat, and refined where the refiner draws pixels, (n, C, H, W) uint8, of latents z (n, *latent)."""
+        """Draw images of latents z (n, *latent), with noise of the given numbers.
+
+        Returns images (n, C, H, W) uint8 by stage: "x_hat" and, if the refiner draws pixels, "refined".
+        """
         z = z.to(self.pipeline.device)
         conditioning = Conditioning(self.pipeline.decode(z), z, self.pipeline.class_numbers(None, len(z)))
         images = {"x_hat": to_uint8(conditioning.x_hat).cpu()}
@@ -47,22 +53,24 @@ class FaceEditor:
         return images
 
     def recognize(self, z: torch.Tensor, numbers: list[int]) -> dict[str, torch.Tensor]:
-        """The recognized value of each attribute (n, A) of those images."""
+        """Recognize the attributes (n, A) int64 in the images that `images` draws, by stage."""
         return {stage: self.recognizer(images) for stage, images in self.images(z, numbers).items()}
 
     def faces(self, images: torch.Tensor, truth: torch.Tensor, first: int) -> HeldoutFaces:
-        """Real images (n, C, H, W) uint8 with the codes of their labels, encoded; their noise is numbered from
-        `first`."""
+        """Encode real images (n, C, H, W) uint8 with the codes of their labels `truth` (n, A).
+
+        Their noise is numbered from `first`.
+        """
         z = self.pipeline.encode(images).z.cpu()
         numbers = list(range(first, first + len(images)))
         return HeldoutFaces(z, truth, numbers, self.recognize(z, numbers))
 
 
 def evaluate_directions(settings: DirectionsConfig) -> direction_report.DirectionReport:
-    """Train a recognizer on the run's training images, score its directions on held-out ones, write tables, JSON and
-    picture.
+    """Train a recognizer on the run's training images, and score the run's directions on held-out images.
 
-    Raises UserError where there are no directions, no labels, or too few held-out images.
+    Writes tables (settings.out), a JSON file and a picture. Raises UserError if the settings are invalid, or if there
+    are no directions, no labels or too few held-out images.
     """
     check(settings)
     pipeline = load_with_encoder(settings)
@@ -109,7 +117,7 @@ def evaluate_directions(settings: DirectionsConfig) -> direction_report.Directio
 
 
 def check(settings: DirectionsConfig) -> None:
-    """Raise UserError for settings that cannot be."""
+    """Raise UserError if a setting is out of range."""
     for name in ("validation", "n", "recognizer_steps", "recognizer_batch", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
@@ -120,7 +128,7 @@ def check(settings: DirectionsConfig) -> None:
 
 
 def check_heldout(settings: DirectionsConfig, heldout: Shards) -> None:
-    """Raise UserError where there are fewer held-out images than are asked for."""
+    """Raise UserError if there are fewer held-out images than the settings ask for."""
     if settings.validation + settings.n > len(heldout):
         raise UserError(
             f"validation={settings.validation} and n={settings.n} are more than the {len(heldout)} held-out images: "
@@ -129,16 +137,16 @@ def check_heldout(settings: DirectionsConfig, heldout: Shards) -> None:
 
 
 def direction_targets(direction: Direction, attributes: LabeledAttributes) -> list[TargetValue]:
-    """What a direction is scored for: its own value, or whichever value it turns on best where it was found without
-    labels.
+    """The values that a direction may be scored for.
 
-    Raises UserError where the labels do not know its value.
+    A direction that was found from labels has one value. For another direction these are all values of all attributes,
+    and `score_direction` chooses the best. Raises UserError if the labels do not have the value of the direction.
     """
     if direction.method is not DirectionMethod.labels:
         return [TargetValue(i, value) for i, size in enumerate(attributes.sizes) for value in range(size)]
     if direction.value not in attributes.values.get(direction.attribute, []):
         raise UserError(
-            f"direction {direction.name} is to {direction.attribute}={direction.value}, which the labels do not know: "
+            f"direction {direction.name} is for {direction.attribute}={direction.value}, which is not in the labels: "
             "find it again from these shards"
         )
     attribute = attributes.names.index(direction.attribute)

@@ -1,4 +1,4 @@
-"""Ranges of activations, seen while a run draws images: on its own trajectories, over all of the time."""
+"""Measure the ranges of activations while a run draws images, so on its own sampling trajectories."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from dvae.models.quantization.trace import watch_inputs
 
 @dataclass(frozen=True)
 class ActivationRanges:
-    """Least and greatest input of a layer, (buckets + 1,) each, fp32; the last is over all of the time."""
+    """Minimum and maximum of a layer's inputs, (buckets + 1,) fp32 each.
+
+    There is one entry for each bucket of the diffusion time, and a last one over all times.
+    """
 
     low: torch.Tensor
     high: torch.Tensor
 
     @classmethod
     def empty(cls, buckets: int) -> ActivationRanges:
+        """Ranges before any input: minimum infinity, maximum minus infinity."""
         return cls(torch.full((buckets + 1,), torch.inf), torch.full((buckets + 1,), -torch.inf))
 
     def widen(self, x: torch.Tensor, bucket: int) -> None:
-        """Widen the range of a bucket, and that of all, to hold x."""
+        """Widen the range of a bucket, and the range over all times, so that they include the values of x."""
         least, most = x.amin().float().cpu(), x.amax().float().cpu()
         for place in {bucket, len(self.low) - 1}:
             self.low[place] = torch.minimum(self.low[place], least)
             self.high[place] = torch.maximum(self.high[place], most)
 
     def filled(self) -> ActivationRanges:
-        """With the range of all of the time where nothing was seen."""
+        """Replace the ranges of buckets without inputs by the range over all times."""
         unseen = self.low > self.high
         return ActivationRanges(
             torch.where(unseen, self.low[-1], self.low), torch.where(unseen, self.high[-1], self.high)
@@ -40,7 +44,10 @@ class ActivationRanges:
 def calibrate_ranges(
     pipeline: Pipeline, names: list[str], buckets: int, n: int, seed: int
 ) -> dict[str, ActivationRanges]:
-    """Ranges of the inputs of the denoiser's layers `names` while n images of the seed are drawn by its sampler."""
+    """Measure the input ranges of the denoiser's layers `names` while the sampler draws n images of a seed.
+
+    Returns the ranges by name of the layer. `buckets` is the number of buckets of the diffusion time.
+    """
     denoiser, time_bucket = pipeline.models.denoiser, TimeBucket(buckets)
     found = {name: ActivationRanges.empty(buckets) for name in names}
     hook = denoiser.refiner.register_forward_pre_hook(time_bucket.observe)

@@ -1,4 +1,4 @@
-"""Compare a quantized bundle with its original, and decide whether it may be called faster."""
+"""Compare a quantized bundle with its original, and decide whether it may be offered for speed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ from dvae.tracking.console import Progress
 from dvae.utils.evenly_spaced import evenly_spaced
 
 Real = tuple[torch.Tensor, torch.Tensor]
-"""Training and held-out images (n, C, H, W), uint8."""
+"""Training images and held-out images, each (n, C, H, W) uint8."""
 
 
 def real_images(run: str, shards: str, config: ModelConfig, n: int) -> Real:
-    """Images of the reference and for the floor. Raises UserError where there are none, or others than the run's."""
+    """Read training images as reference, and n held-out images for the floor, evenly spaced in their splits.
+
+    Raises UserError if there are no shards, or if they are not the shards of the run.
+    """
     train, heldout = (open_split(run, config, split, shards) for split in ("train", "heldout"))
     return train.read(evenly_spaced(len(train), EvaluateConfig().n_reference)), heldout.read(
         evenly_spaced(len(heldout), n)
@@ -35,7 +38,10 @@ def real_images(run: str, shards: str, config: ModelConfig, n: int) -> Real:
 
 
 def measure(original: Pipeline, quantized: Pipeline, real: Real | None, settings: QuantizeConfig) -> dict[str, Any]:
-    """Measure speed and KID of both bundles, and summarize; both compute in bf16 for it."""
+    """Measure the speed and the KID of both bundles, and summarize them; see `summary`. Both compute in bf16.
+
+    Leaves out the speed if settings.rounds is 0, and KID if `real` is None.
+    """
     for pipeline in (original, quantized):
         pipeline.config.precision = Precision.bf16
     found: dict[str, Any] = {}
@@ -47,7 +53,7 @@ def measure(original: Pipeline, quantized: Pipeline, real: Real | None, settings
 
 
 def sizes(source: Path, out: Path, original: Pipeline, quantized: Pipeline) -> dict[str, Any]:
-    """Bytes of bundles on disk, of their networks (all but the prior's figures), and of weights in memory."""
+    """Compare sizes in bytes: of the bundles on disk, of their networks on disk (without the prior), and in memory."""
 
     def on_disk(folder: Path) -> int:
         files = (folder / name for name in (bundle.WEIGHTS, bundle.CONFIG, bundle.INFO, layer_plan.FILE))
@@ -63,9 +69,10 @@ def sizes(source: Path, out: Path, original: Pipeline, quantized: Pipeline) -> d
 
 
 def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dict[str, Any]:
-    """Images per second of both, which take turns on one thread, so that what else the machine does falls on both.
+    """Measure the images per second of both pipelines.
 
-    "ratio" is how many times as fast the quantized one is: median and quartiles over the turns.
+    They take turns in one thread, so other load on the machine slows both down alike. "ratio" is the speed of the
+    quantized one divided by the speed of the original: median and quartiles over `turns` turns.
     """
     both = {"original": original, "quantized": quantized}
     seconds: dict[str, list[float]] = {name: [] for name in both}
@@ -74,7 +81,7 @@ def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dic
             for name, pipeline in both.items():
                 began = time.perf_counter()
                 nfe = generate_batch(pipeline, range(CHUNK_SIZE), seed).nfe
-                if turn:  # the first is to warm up
+                if turn:  # the first turn is a warm-up
                     seconds[name].append(time.perf_counter() - began)
             progress.update(turn, 2 * CHUNK_SIZE)
     ratios = [a / b for a, b in zip(seconds["original"], seconds["quantized"], strict=True)]
@@ -85,8 +92,12 @@ def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dic
 
 
 def kid(original: Pipeline, quantized: Pipeline, real: Real, settings: QuantizeConfig) -> dict[str, Any]:
-    """KID-lite0 of both on the same seeds, the floor of held-out images, and the ratio of what is above it."""
-    from dvae.evaluation.scorer import score_tensors  # here, because it needs torch-fidelity, and n=0 does not
+    """Compute the KID-lite0 of both on the same seeds, and the floor of held-out images.
+
+    "ratio" is (KID - floor) of the quantized bundle divided by that of the original, or None if the original is not
+    above the floor. "psnr" compares the samples of both pixel by pixel, in dB.
+    """
+    from dvae.evaluation.scorer import score_tensors  # here, because it needs torch-fidelity, which n=0 does not
 
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     sets: dict[str, list[torch.Tensor]] = {}
@@ -123,10 +134,10 @@ def kid(original: Pipeline, quantized: Pipeline, real: Real, settings: QuantizeC
 
 
 def summary(found: dict[str, Any], budget: float) -> dict[str, Any]:
-    """{"faster": whether the bundle may be offered for speed, "why": a plain line}.
+    """Decide whether the quantized bundle may be offered for speed: {"faster": bool, "why": the reason in one line}.
 
-    It may where at least three turns of four were faster than the original, and KID less its floor grew by no more
-    than `budget`.
+    It may if it was faster than the original in at least three of four turns, and if KID minus the floor grew by at
+    most the share `budget`.
     """
     if "speed" not in found:
         return {"faster": False, "why": "speed was not measured"}

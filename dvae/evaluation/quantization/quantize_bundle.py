@@ -1,4 +1,4 @@
-"""What tools/quantize.py does: write a bundle of fewer bytes, then compare it with the original."""
+"""Quantize a bundle, then compare it with the original (tools/quantize.py)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dvae.models.quantization.layer_plan import QuantizationPlan
 
 
 def quantize(settings: QuantizeConfig) -> QuantizationPlan:
-    """Write the quantized bundle, measure it beside the original, and enter the figures; returns its plan.
+    """Write the quantized bundle, compare it with the original, and store the results in its plan.
 
-    Raises UserError for settings that cannot work, before anything is written.
+    Returns the plan. Raises UserError, before anything is written, if the settings are invalid.
     """
     check_settings(settings)
     source, out = bundle.find_bundle(settings.run), Path(settings.out)
@@ -28,7 +28,7 @@ def quantize(settings: QuantizeConfig) -> QuantizationPlan:
     plan = write_quantized(settings, source, out)
     original, quantized = pipelines.load(source, device="cpu"), pipelines.load(out, device="cpu")
     plan.measured = compare.measure(original, quantized, real, settings)
-    for _ in range(2):  # the second time with the bytes that these figures take themselves
+    for _ in range(2):  # twice, because the plan that holds the sizes is itself part of the sizes
         plan.measured["bytes"] = compare.sizes(source, out, original, quantized)
         layer_plan.write_plan(out, plan)
         bundle_export.update_hash(out, layer_plan.FILE)
@@ -36,7 +36,7 @@ def quantize(settings: QuantizeConfig) -> QuantizationPlan:
 
 
 def write_quantized(settings: QuantizeConfig, source: Path, out: Path) -> QuantizationPlan:
-    """Quantize the bundle `source` into the folder `out`, without figures."""
+    """Quantize the bundle `source` and write it to the folder `out`, without measurements. Returns the plan."""
     pipeline = pipelines.load(source, device="cpu")
     models = pipeline.models
     plan = layer_plan.make_plan(models, settings.method, settings.group, settings.buckets)

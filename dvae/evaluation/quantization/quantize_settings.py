@@ -1,4 +1,4 @@
-"""Settings of tools/quantize.py, and their limits."""
+"""Settings of tools/quantize.py, and their checks."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from dvae.models.quantization.layer_plan import QuantizationMethod
 
 @dataclass(kw_only=True, slots=True)
 class QuantizeConfig:
-    """What tools/quantize.py takes."""
+    """Settings of tools/quantize.py."""
 
     run: str = MISSING
-    """A run folder or a bundle."""
+    """Run folder or bundle."""
     method: QuantizationMethod = MISSING
-    """int8_weights | int8 | int4_weights."""
+    """Quantization method: int8_weights, int8 or int4_weights."""
     out: str = MISSING
-    """Folder of the quantized bundle; it must not be there yet."""
+    """Folder of the quantized bundle. It must not exist."""
     group: int = 32
-    """For int4_weights: inputs that share a scale; even."""
+    """For int4_weights: number of inputs that share a scale. It must be even."""
     buckets: int = 4
-    """For int8: parts of the time with scales of activations of their own."""
+    """For int8: number of intervals of the diffusion time. Activations have different scales in each."""
     calibration: int = 64
-    """For int8: images that are drawn to see the range of every activation."""
+    """For int8: number of images that are drawn to measure the ranges of activations."""
     seed: int = 0
-    """Seed of these images, and the first of those that are compared."""
+    """Seed of these images, and first seed of the images for KID."""
     rounds: int = 5
-    """Rounds in which original and quantized draw 16 images each, for their speed (0: it is not measured)."""
+    """Rounds of the speed measurement. In each, both bundles draw 16 images (0: speed is not measured)."""
     n: int = 0
-    """Images per seed whose KID is compared (0: it is not measured); needs shards."""
+    """Number of images per seed for KID (0: KID is not measured). It needs shards."""
     seeds: int = 3
-    """Number of such seeds."""
+    """Number of seeds for KID."""
     steps: int = 0
-    """Steps of the sampler while images are compared (0: the run's own)."""
+    """Sampler steps of the images for KID (0: the run's)."""
     shards: str = ""
-    """Real images for KID (empty: the shards that the run was trained on)."""
+    """Folder of real images for KID (empty: the shards that the run was trained on)."""
     kid_subset_size: int = 100
-    """Images per subset of KID."""
+    """Number of images per subset of KID."""
     budget: float = 0.05
-    """Share by which KID may grow, both less the floor of real images, for a bundle that is offered for speed."""
+    """Largest relative growth of KID minus the floor of real images with which a bundle may be offered for speed."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Python modules to import first. They register components."""
 
 
 ConfigStore.instance().store(name="quantize_schema", node=QuantizeConfig, provider="dvae")
 
 
 def check_settings(settings: QuantizeConfig) -> None:
-    """Raise UserError for words out of range, and for a method that this machine has not."""
+    """Raise UserError if a setting is out of range, or if this machine does not support the method."""
     least = {"buckets": 1, "calibration": 1, "rounds": 0, "n": 0, "seeds": 1, "steps": 0, "kid_subset_size": 2}
     for name, low in least.items():
         if getattr(settings, name) < low:

@@ -119,8 +119,8 @@ def test_the_report_names_every_attribute_and_what_failed(tmp_path: Path) -> Non
     squeezed = re.sub(" +", " ", text)
     assert "| d | hat=yes | 2 | 40 | 0% | 0% hair | 100% | 0% hair | yes |" in squeezed
     assert "| d | hair=bob | 3 | 40 | 0% | 0% hat | 25% | 100% hat | no |" in squeezed
-    assert "eyes (cannot tell)" in text
-    assert "1 of 2 attributes that the judge can tell meet it: hat (d)." in text
+    assert "eyes (not recognizable)" in text
+    assert "1 of 2 recognizable attributes have a direction that meets it: hat (d)." in text
     figures = json.loads((tmp_path / "d.json").read_text())
     assert figures["attributes_that_meet_it"] == ["hat"]
     assert figures["directions"][1]["refined"] == {
