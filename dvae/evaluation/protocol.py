@@ -76,9 +76,11 @@ class EvaluationProtocol:
 def compare(a: EvaluationProtocol, b: EvaluationProtocol) -> None:
     """Raise UserError unless results with the protocols `a` and `b` may be compared.
 
-    The message names the first field that differs. Ignores the settings of a metric that was not computed for both results (None). Sampler, NFE and provenance may
-    differ, because they describe how the images were drawn, which is what one compares. Package versions, `batch` and
-    `threads` may differ, because they change metrics by rounding only.
+    The message names the first field that differs. The settings of a metric are ignored if one of the results does not
+    have the metric (None). Some fields may differ:
+
+    - Sampler, NFE and provenance describe how the images were drawn. Comparing these is the purpose.
+    - Package versions, `batch` and `threads` change metrics by rounding only.
     """
     for f in fields(EvaluationProtocol):
         mine, other = getattr(a, f.name), getattr(b, f.name)

@@ -241,7 +241,7 @@ def _check(settings: RecognizeConfig) -> None:
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: use 1 or more")
     if not 0.0 <= settings.confidence < 1.0:
-        raise UserError(f"confidence={settings.confidence} is not in the range 0 to 1 (exclusive): use 0.9")
+        raise UserError(f"confidence={settings.confidence} is not a probability below 1: use 0.9")
 
 
 def choose_attribute(settings: RecognizeConfig, learned: str, shards: Shards) -> tuple[str, list[str]]:
@@ -284,9 +284,8 @@ def save_picture(samples: torch.Tensor, found: torch.Tensor, settings: Recognize
     groups = [recognized & (chosen == number) for number in range(found.shape[1] - 1)] + [~recognized]
     rows = []
     for group in groups:
-        row = torch.full(
-            (SAMPLES_PER_ROW, *samples.shape[1:]), 128, dtype=torch.uint8
-        )  # gray if there are fewer samples
+        # The row stays gray on the right if there are fewer samples.
+        row = torch.full((SAMPLES_PER_ROW, *samples.shape[1:]), 128, dtype=torch.uint8)
         first = samples[group][:SAMPLES_PER_ROW]
         row[: len(first)] = first
         rows.append(row)
