@@ -143,7 +143,7 @@ def score_samples(spec: SampleSpec) -> Result:
     if settings.vae and context.pipeline and not context.pipeline.models.has_generator:
         raise UserError(f"vae=true: run={settings.run} draws nothing before refinement: leave it out")
     protocol = asdict(scorer.protocol(settings.n, context.seeds, sampler, 0, spec.provenance()))
-    # The key of the cache: what is known before sampling and determines the result.
+    # The key of the cache has all settings that determine the result. The NFE is only known after sampling.
     asked = {name: value for name, value in protocol.items() if name not in ("packages", "nfe", "made")}
     asked |= spec.request() | {"metrics": [metric.name for metric in scorer.suite.metrics]}
     path = context.cache / f"result-{request_key(asked)}.json"

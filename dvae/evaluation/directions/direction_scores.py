@@ -46,7 +46,7 @@ class HeldoutFaces:
 
 @dataclass(frozen=True)
 class EditEffect:
-    """The effect of an edit on the faces that lack a value, both by label and as recognized at strength 0."""
+    """The effect of an edit on faces that lack a value: neither their label nor the recognizer at strength 0 has it."""
 
     faces: int
     """Number of these faces."""
@@ -84,7 +84,7 @@ class DirectionScore:
     strength: float
     """The chosen strength."""
     chosen_by: EditEffect
-    """Effect on the validation faces at the last stage, by which strength and target were chosen."""
+    """Effect on the validation faces at the last stage. Strength and target were chosen by it."""
     stages: dict[str, EditEffect]
     """Stage -> effect on the test faces. Stages are x_hat and, if the refiner draws pixels, refined."""
 

@@ -71,7 +71,7 @@ def sizes(source: Path, out: Path, original: Pipeline, quantized: Pipeline) -> d
 def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dict[str, Any]:
     """Measure the images per second of both pipelines.
 
-    They take turns in one thread, so other load on the machine slows both down alike. "ratio" is the speed of the
+    They take turns in one thread, so other load on the machine slows down both. "ratio" is the speed of the
     quantized one divided by the speed of the original: median and quartiles over `turns` turns.
     """
     both = {"original": original, "quantized": quantized}
@@ -94,8 +94,8 @@ def speed(original: Pipeline, quantized: Pipeline, turns: int, seed: int) -> dic
 def kid(original: Pipeline, quantized: Pipeline, real: Real, settings: QuantizeConfig) -> dict[str, Any]:
     """Compute the KID-lite0 of both on the same seeds, and the floor of held-out images.
 
-    "ratio" is (KID - floor) of the quantized bundle divided by that of the original, or None if the original is not
-    above the floor. "psnr" compares the samples of both pixel by pixel, in dB.
+    "ratio" is KID - floor of the quantized bundle, divided by KID - floor of the original. It is None if the original
+    is not above the floor. "psnr" compares the samples of both pixel by pixel, in dB.
     """
     from dvae.evaluation.scorer import score_tensors  # here, because it needs torch-fidelity, which n=0 does not
 

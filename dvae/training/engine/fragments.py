@@ -204,7 +204,7 @@ def owned_slices(module: nn.Module, zero: Any, stage: int, rank: int) -> Iterato
                 yield name, parameter, flat, in_flat.start, in_parameter.start, in_flat.numel
         else:
             # Stage 3 cuts each parameter by itself into equal parts, one for each rank. The last part is padded, and
-            # the parts of a small parameter after its last value hold padding alone.
+            # the parts of a small parameter after its last value hold only padding.
             group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
             start = rank * size
             count = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
