@@ -52,7 +52,10 @@ def command(argv: list[str]) -> None:
 
 
 def launch_help(argv: list[str]) -> str:
-    """What there is to choose from. What plug-ins bring is listed too, if there are any: they must be imported for it."""
+    """What there is to choose from.
+
+    Components of plug-ins are listed only if a plug-in is installed or named: they must be imported, which takes time.
+    """
     from dvae.config.launch_help import launch_sections, yaml_names
 
     text = launch_sections()

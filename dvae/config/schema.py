@@ -256,12 +256,10 @@ class RunConfig:
         return found
 
 
-def extended_run_config(added: Iterable[tuple[Field[Any], Any]]) -> type[RunConfig]:
-    """RunConfig with further fields: `added` are fields of other dataclasses, each with its type."""
+def extended_run_config(added: Iterable[tuple[Field[Any], Any]], base: type[RunConfig] = RunConfig) -> type[RunConfig]:
+    """`base` with further fields: `added` are fields of other dataclasses, each with its type."""
     own = [
         (one.name, kind, field(default=one.default, default_factory=one.default_factory, metadata=one.metadata))
         for one, kind in added
     ]
-    return make_dataclass(
-        "RunConfig", own, bases=(RunConfig,), namespace={"__module__": __name__}, kw_only=True, slots=True
-    )
+    return make_dataclass("RunConfig", own, bases=(base,), namespace={"__module__": __name__}, kw_only=True, slots=True)

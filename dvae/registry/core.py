@@ -105,7 +105,8 @@ class Registry(Generic[T]):
                     "choose another name"
                 )
             self._classes[name] = cls
-            ConfigStore.instance().store(group=self.kind, name=name, node=node, provider=cls.__module__)
+            if self.chosen:
+                ConfigStore.instance().store(group=self.kind, name=name, node=node, provider=cls.__module__)
             return cls
 
         return enter

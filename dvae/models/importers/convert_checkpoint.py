@@ -7,23 +7,24 @@ the settings of the recipe.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dvae.config import compose as configuration
-from dvae.config.schema import RunConfig
+from dvae.config.schema import RunConfig, extended_run_config
 from dvae.errors import UserError, fold
 from dvae.models import bundle_export, components
 from dvae.models.importers import diffusevae_layout as diffusevae
 from dvae.models.importers import psld_layout as psld
 from dvae.models.importers.checkpoint_file import Checkpoint, CheckpointTensor
 from dvae.models.importers.layout_match import LayoutMatch, check_numbers
+from dvae.registry.stages.base import run_config_class
 from dvae.utils.weights import check_weights
 
 
@@ -44,7 +45,7 @@ class CheckpointWeights(Enum):
 
 
 @dataclass(kw_only=True, slots=True)
-class ConvertConfig(RunConfig):
+class ConvertConfig:
     """Settings of tools/convert.py: the settings of a run, and the files to convert."""
 
     layout: CheckpointLayout = MISSING
@@ -62,7 +63,6 @@ class ConvertConfig(RunConfig):
     """Folder of the new bundle. It must not exist yet."""
 
 
-ConfigStore.instance().store(name="convert_schema", node=ConvertConfig, provider="dvae")
 LONGEST_SETTING = 200
 """Most characters of a setting in the printed report."""
 OWN = {"layout", "ckpt", "vae", "weights", "out"}
@@ -74,6 +74,9 @@ def compose(words: list[str]) -> DictConfig:
     if not any(word.startswith("recipe=") for word in words):
         raise UserError("recipe is not set: name the recipe of the checkpoint's data set, for example recipe=cifar10")
     words = ["layout=" + word.removeprefix("from=") if word.startswith("from=") else word for word in words]
+    types = get_type_hints(ConvertConfig)
+    schema = extended_run_config([(field, types[field.name]) for field in fields(ConvertConfig)], run_config_class())
+    ConfigStore.instance().store(name="convert_schema", node=schema, provider="dvae")
     config = configuration.compose("convert", words)
     needed = {"layout": "from=diffusevae or from=psld", "ckpt": "ckpt=FILE", "out": "out=FOLDER"}
     for name, word in (needed | {"image_size": "image_size=PIXELS"}).items():
