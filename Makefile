@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-slow lint clean setup system
+.PHONY: demo test test-slow lint docs clean setup system
 setup: $(VENV)/.ready
 
 # torch first and pinned: the newest pair that the tests have run on
@@ -34,6 +34,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site in build/site; a warning, such as a lost link, is an error
+docs: setup
+	$(BIN)/python docs/make_site.py
+	$(BIN)/zensical build --strict --clean
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -66,6 +66,8 @@ setup(
             "mypy==2.4.1",
             "build>=1.6,<2",
             "packaging>=26,<27",
+            "zensical>=0.0.73,<0.1",
+            "mkdocstrings[python]>=1.0,<2",
             "selenium>=4.40,<5",
         ],
     },
