@@ -38,7 +38,7 @@ def write(
 
 
 def kid_table(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, Any]) -> str:
-    """Return a table of KID-lite0 in thousandths: mean over seeds and standard error.
+    """Return a table of 1000 x KID-lite0: mean over seeds and standard error.
 
     Each row is an arm, each column a number of steps. `floor` holds the scores of real images against real images.
     """
@@ -54,7 +54,7 @@ def kid_table(settings: StudyConfig, points: StudyPoints, floor: Mapping[str, An
 
 
 def format_kid(found: Mapping[str, Any]) -> str:
-    """Format mean and standard error in thousandths."""
+    """Format 1000 x mean and 1000 x standard error."""
     error = "" if found["se"] is None else f" ± {1000 * found['se']:.1f}"
     return f"{1000 * found['mean']:.1f}{error}"
 
@@ -64,12 +64,13 @@ def protocol(settings: StudyConfig, points: StudyPoints) -> str:
     about = points[VAE][0]["protocol"]
     versions = ", ".join(f"{name} {version}" for name, version in packages().items())
     return (
-        f"KID-lite0 in thousandths, mean ± standard error over {len(settings.seeds)} seeds of training and sampling "
-        f"({', '.join(map(str, settings.seeds))}): {about['n']} images a set against {about['n_reference']} training "
-        f"images of {about['image_size']}x{about['image_size']}, {about['kid_subsets']} subsets of "
-        f"{about['kid_subset_size']}; {about['backend']}, {about['extractor']} "
-        f"({about['weights_sha256'][:12]}), {about['resize']}; {samplers(points)}. "
-        f"{platform.machine()}, {cores()} core{'s' * (cores() != 1)}, no GPU asked for; {versions}."
+        f"The table shows 1000 x KID-lite0, as mean ± standard error over {len(settings.seeds)} seeds of training and "
+        f"sampling ({', '.join(map(str, settings.seeds))}). Each set has {about['n']} images. It is compared with "
+        f"{about['n_reference']} training images of {about['image_size']}x{about['image_size']}, in "
+        f"{about['kid_subsets']} subsets of {about['kid_subset_size']} images. "
+        f"Metric: {about['backend']}, {about['extractor']} "
+        f"({about['weights_sha256'][:12]}), resize: {about['resize']}. Sampling: {samplers(points)}. "
+        f"Machine: {platform.machine()}, {cores()} core{'s' * (cores() != 1)}, no GPU requested. Versions: {versions}."
     )
 
 
@@ -80,7 +81,7 @@ def samplers(points: StudyPoints) -> str:
         for steps, point in lockstep.items():
             if arm != VAE:
                 nfe = point["protocol"]["nfe"] / steps
-                name = f"{point['protocol']['sampler'].get('name', '-')}, {nfe:g} evaluation{'s' * (nfe != 1)} a step"
+                name = f"{point['protocol']['sampler'].get('name', '-')}, {nfe:g} evaluation{'s' * (nfe != 1)} per step"
                 used.setdefault(name, []).append(arm)
     if len(used) == 1:
         return f"sampler {next(iter(used))}"
@@ -90,18 +91,19 @@ def samplers(points: StudyPoints) -> str:
 def cost(seconds: Mapping[str, float]) -> str:
     """Describe the wall-clock time that the study took."""
     spent = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
-    return f"Minutes by the clock, all seeds together: {spent}; {sum(seconds.values()) / 60:.0f} in all."
+    return f"Wall-clock minutes, all seeds together: {spent}; {sum(seconds.values()) / 60:.0f} in total."
 
 
 def equivalence_text(differences: Mapping[int, ImageDifference]) -> str:
     """Describe the result of the check of formulation 2."""
     if not differences:
-        return "No arm is of formulation 1, so formulation 2 was not compared."
+        return "No arm uses formulation 1, so formulation 2 was not compared with it."
     worst = max(difference.gray_levels for difference in differences.values())
     share = max(difference.share for difference in differences.values())
     return (
-        f"Formulation 2 with the same weights, moved to its coordinates, draws the same images: the largest difference "
-        f"is {worst} gray level{'s' * (worst != 1)}" + (f", in {100 * share:.3g}% of the values." if worst else ".")
+        f"Formulation 2 with the same weights, converted to its coordinates, was compared with formulation 1. The "
+        f"largest difference between their images is {worst} gray level{'s' * (worst != 1)}"
+        + (f", in {100 * share:.3g}% of the values." if worst else ".")
     )
 
 

@@ -98,10 +98,11 @@ def test_the_report_names_the_samplers_of_the_arms() -> None:
         return {"protocol": {"sampler": {"name": name}, "nfe": nfe}}
 
     points: study_runs.StudyPoints = {study_runs.VAE: {0: {}}, "a": {4: point("ddim", 4)}, "b": {4: point("ddim", 4)}}
-    assert study_report.samplers(points) == "sampler ddim, 1 evaluation a step"
+    assert study_report.samplers(points) == "sampler ddim, 1 evaluation per step"
     points["b"] = {2: point("heun", 3), 4: point("heun", 6)}
     assert (
-        study_report.samplers(points) == "a: sampler ddim, 1 evaluation a step; b: sampler heun, 1.5 evaluations a step"
+        study_report.samplers(points)
+        == "a: sampler ddim, 1 evaluation per step; b: sampler heun, 1.5 evaluations per step"
     )
 
 
