@@ -10,8 +10,8 @@ from tests_support import ROOT
 
 FOLDERS = ("dvae", "launchers", "recipes", "tools", "tests", "docs")
 MENTION = re.compile(r"(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|md|jinja|sh)\b")
-EXAMPLES = {"my_schedule.py", "my_stage.py", "out/study.md", "tools/judge.py"}
-"""Files that a reader or a command writes, and files of the past in CHANGELOG.md."""
+EXAMPLES = {"my_schedule.py", "my_stage.py", "changelog.md", "contributing.md", "out/study.md", "tools/judge.py"}
+"""Files that a reader or a command writes, pages of the site, and files of the past in CHANGELOG.md."""
 
 
 def files() -> Iterator[Path]:
