@@ -1,1 +1,1 @@
-"""Settings of a run: their schema, how Hydra composes them, how they are stored and checked."""
+"""Settings of a run: their schema, their composition by Hydra, their storage, and their checks."""

@@ -1,6 +1,6 @@
-"""Command lines of the tools: help from the settings' own documentation, and other ways to write a setting.
+"""Command lines of the tools: the help text, and the notations in which a setting can be written.
 
-Imports no torch, so that help appears at once.
+The help text comes from the docstrings of the settings. This module does not import torch, so help appears at once.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from dvae.utils.class_fields import REQUIRED, FieldText, fields_of, find_class
 from dvae.utils.package import VERSION
 
 COLUMN = 30
-"""Width of the left column of a table of settings."""
+"""Width of the left column of a table of settings, in characters."""
 WIDEST = 120
+"""Largest width of a table, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What a tool tells of itself, and how its arguments are read."""
+    """The description of a tool, and the rules by which its arguments are read."""
 
     name: str
     """The tool's name: tools/NAME.py, or `dvae NAME`."""
     text: str
-    """What it does, with examples; the first line is a sentence of its own."""
+    """The help text, with examples. Its first line is a complete sentence."""
     settings: tuple[str, ...] = ()
     """Classes whose fields are its settings, such as "dvae.training.export:ExportConfig"."""
     subcommands: tuple[str, ...] = ()
-    """Words of which one may come first."""
+    """The words that may come first, one of them at a time."""
     bare: str = ""
-    """The setting that a word without `=` means, such as "run"; empty if there is none."""
+    """The setting to which a word without `=` is assigned, such as "run". Empty if there is none."""
     flags: tuple[str, ...] = ()
-    """Words with dashes that the tool reads itself."""
+    """Options with leading dashes that the tool reads itself."""
 
     def arguments(self, argv: list[str]) -> list[str]:
-        """The arguments as `key=value` words, and the flags.
+        """Return the arguments as `key=value` words, and the flags.
 
-        `--key value` and `--key=value` are `key=value`, and a path alone is the setting `bare`. Prints help or the
-        version, and ends the program, if that is asked for. Raises UserError for a word that means nothing.
+        `--key value` and `--key=value` become `key=value`, and a word without a key becomes the setting `bare`. If
+        `argv` contains -h, --help or --version, this prints the text and ends the program. Raises UserError for an
+        unknown word.
         """
         if any(word in ("-h", "--help") for word in argv):
             self.end(self.help())
@@ -65,7 +67,7 @@ class Command:
                 yield word
             elif bare and not word.startswith("-") and not any(one.startswith(f"{bare}=") for one in argv):
                 yield f"{bare}={word}"
-                bare = ""  # a second word would be another
+                bare = ""  # only one word can be the setting `bare`
             else:
                 self._refuse(word)
 
@@ -75,12 +77,12 @@ class Command:
         raise UserError(f"unknown {what} {word!r}: settings are written key=value{known}; `--help` lists them")
 
     def end(self, text: str) -> NoReturn:
-        """Print a text, and end the program."""
+        """Print a text, and end the program with exit status 0."""
         print(text)
         raise SystemExit(0)
 
     def help(self) -> str:
-        """The text, and a table of the settings."""
+        """Return the help text, followed by a table of the settings for each class in `settings`."""
         parts = [self.text.strip()]
         for place in self.settings:
             module, _, name = place.partition(":")
@@ -90,7 +92,7 @@ class Command:
 
 
 def settings_table(fields: Iterable[FieldText]) -> str:
-    """A line for each setting: name and default, then type and meaning."""
+    """Return a table with one row per setting: name and default, then meaning and type."""
     return "\n".join(f"  {row}" for field in fields for row in _rows(field))
 
 
@@ -101,7 +103,7 @@ def _rows(field: FieldText) -> Iterator[str]:
 
 
 def table_rows(left: str, right: str) -> Iterator[str]:
-    """Two columns, the right one wrapped at the width of the terminal."""
+    """Yield the lines of a row with two columns. The right column is wrapped at the width of the terminal."""
     width = min(WIDEST, shutil.get_terminal_size((100, 24)).columns) - COLUMN - 3
     lines = textwrap.wrap(right, max(width, 30)) or [""]
     if len(left) >= COLUMN:

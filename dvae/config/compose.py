@@ -1,4 +1,4 @@
-"""Configuration: a run's settings, composed by Hydra from recipes/ and the registries, and checked."""
+"""Compose and check the settings of a run. Hydra composes them from recipes/ and the registries."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from dvae.registry.stages.base import STAGES, run_config_class, training_fields
 from dvae.utils.read import read_yaml
 
 RUN_SCHEMA = "run_schema"
-"""The name by which recipes/train.yaml includes the fields of a run."""
+"""Name under which recipes/train.yaml includes the fields of a run."""
 
 
 def compose(config_name: str, words: list[str]) -> DictConfig:
-    """The config that Hydra makes of recipes/<config_name>.yaml and the command line's words.
+    """Compose a config from recipes/<config_name>.yaml and the words of the command line.
 
-    Raises UserError, one line, for an unknown component or recipe, a misspelled field, a wrong type, a broken plugin.
+    Raises UserError for an unknown component or recipe, an unknown field, a value of the wrong type, or a plug-in that
+    cannot be imported.
     """
     words = [_readable(word) for word in words if word]
     load_plugins(plugins_of(words))
@@ -61,9 +62,13 @@ def _compose(config_name: str, words: list[str]) -> DictConfig:
 
 
 def _import_groups(config_name: str, words: list[str]) -> None:
-    """Import the components of the kinds that recipes/<config_name>.yaml or the words name: Hydra's config groups."""
+    """Import the components of all kinds that recipes/<config_name>.yaml or the words name.
+
+    Each kind is a config group of Hydra. A component must be imported before Hydra composes, because registering it
+    adds its Config to Hydra's ConfigStore.
+    """
     defaults = read_yaml(RECIPES / f"{config_name}.yaml")["defaults"]
-    if RUN_SCHEMA in defaults:  # the fields that the stages add, those of plug-ins too
+    if RUN_SCHEMA in defaults:  # it includes the fields that stages add, also the stages of plug-ins
         ConfigStore.instance().store(name=RUN_SCHEMA, node=run_config_class(), provider="dvae")
     groups = {name for entry in defaults if isinstance(entry, dict) for name in entry}
     groups |= {re.split("[=.@]", word.lstrip("+~"))[0] for word in words}
@@ -73,7 +78,10 @@ def _import_groups(config_name: str, words: list[str]) -> None:
 
 
 def _without_null(word: str) -> str:
-    """Hydra's word `~classifier` for `classifier=null`, because Hydra cannot select no component otherwise."""
+    """Replace `classifier=null` by `~classifier`, which is how Hydra deselects a config group.
+
+    Raises UserError if a run needs a component of this kind.
+    """
     kind, _, value = word.partition("=")
     registry = chosen_kinds().get(kind)
     if registry is None or value != "null":
@@ -84,12 +92,13 @@ def _without_null(word: str) -> str:
 
 
 def _readable(word: str) -> str:
-    """The word as Hydra's grammar has it: a value with spaces, parentheses and so on, such as a path, is put in quotes.
+    """Return the word in a form that Hydra's grammar accepts.
 
-    Raises UserError for a list, a mapping or a quoted text that is not complete.
+    A value that the grammar rejects, such as a path with spaces or parentheses, is quoted. Raises UserError for a word
+    that still cannot be read, such as an incomplete list, mapping or quoted text.
     """
     if not word.lstrip("+~").partition("=")[0]:
-        raise UserError(f"{word}: a setting has a name: write key=value")
+        raise UserError(f"{word}: the name of the setting is missing: write key=value")
     try:
         OverridesParser.create().parse_override(word)
     except HydraException:
@@ -98,8 +107,8 @@ def _readable(word: str) -> str:
         if equals and value and value[0] not in "[{'\"" and "${" not in value and _is_readable(quoted):
             return quoted
         raise UserError(
-            f"{word}: this cannot be read as key=value: lists are [a,b], texts with spaces or signs "
-            f"{key or 'key'}='\"...\"'"
+            f"{word}: this cannot be read as key=value: write lists as [a,b], and texts with spaces or special "
+            f"characters as {key or 'key'}='\"...\"'"
         ) from None
     return word
 
@@ -113,9 +122,10 @@ def _is_readable(word: str) -> bool:
 
 
 def plugins_of(words: list[str]) -> list[str]:
-    """Modules that a word `plugins=[...]` names, or else a user's recipe; they are imported before Hydra composes.
+    """Return the modules that a word `plugins=[...]` names. Without such a word, return those of the user's recipe.
 
-    Raises UserError for a word that Hydra does not understand, and for a recipe that cannot be read.
+    They must be imported before Hydra composes, because they register components. Raises UserError for a word that
+    Hydra does not understand, and for a recipe that cannot be read.
     """
     for word in words:
         if word.startswith(("plugins=", "+plugins=")):
@@ -131,7 +141,7 @@ def plugins_of(words: list[str]) -> list[str]:
 
 
 def _explain(error: Exception, config_name: str, words: list[str]) -> str:
-    """One line for a composition error: what, value, what to do."""
+    """Turn an error of Hydra or OmegaConf into one line: what is wrong, the value, and what to do."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
         options = error.options or (recipe_names() if group == "recipe" else [])
@@ -156,24 +166,24 @@ def _explain(error: Exception, config_name: str, words: list[str]) -> str:
 
 
 def unset(variable: str) -> str:
-    """What to say of a variable of the environment that a setting refers to, and that is not there."""
+    """Return the message about an environment variable that a setting refers to and that is not set."""
     return f"the settings need the environment variable {variable}, which is not set: export it, then run this again"
 
 
 def _siblings(name: str, config_name: str, words: list[str]) -> list[str]:
-    """Fields beside `name`, of the config without the words that set it."""
+    """Return the fields beside `name`, in the config that the other words compose."""
     parent = name.rpartition(".")[0]
     rest = [word for word in words if word.lstrip("+~").split("=", 1)[0] != name]
     try:
         config = _compose(config_name, rest)
     except (HydraException, OmegaConfBaseException):
-        return []  # another word is wrong too: the near names are lost, the message is not
+        return []  # another word is wrong too: the message is still correct, but suggests no names
     node = OmegaConf.select(config, parent) if parent else config
     return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
 
 def _fields_beside(name: str) -> list[str]:
-    """Fields beside `name` of a run's settings, as far as they do not depend on its components."""
+    """Return the fields beside `name` in the settings of a run. Fields of components are unknown here."""
     node: Any = OmegaConf.structured(run_config_class())
     parent = name.rpartition(".")[0]
     node = OmegaConf.select(node, parent) if parent else node
@@ -181,7 +191,10 @@ def _fields_beside(name: str) -> list[str]:
 
 
 def tool_settings(composed: DictConfig) -> Any:
-    """The dataclass of a tool's words, as `compose` gave them. Raises UserError for one that is missing or mistyped."""
+    """Turn the composed config of a tool into its dataclass.
+
+    Raises UserError if a required setting is missing or has the wrong type.
+    """
     if missing := sorted(_missing("", OmegaConf.to_container(composed))):
         raise UserError(f"not set: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
     try:
@@ -191,7 +204,10 @@ def tool_settings(composed: DictConfig) -> Any:
 
 
 def _missing(prefix: str, plain: Any) -> Iterator[str]:
-    """Full keys of what is not set; of an unresolved container, since what refers to such a word is not itself one."""
+    """Yield the full keys of the settings that are not set.
+
+    `plain` must not be resolved: a setting that only refers to a missing one must not be reported too.
+    """
     for key, value in plain.items():
         if isinstance(value, dict):
             yield from _missing(f"{prefix}{key}.", value)
@@ -200,20 +216,26 @@ def _missing(prefix: str, plain: Any) -> Iterator[str]:
 
 
 def to_run_config(config: Any) -> RunConfig:
-    """A RunConfig with a typed Config for each component. Raises UserError on a foreign field or a wrong type."""
+    """Turn a composed config, or the content of config.yaml, into a RunConfig, and check it.
+
+    Each component gets its typed Config. Raises UserError for a missing or unknown field, a value of the wrong type, or
+    a setting that `check_config` rejects.
+    """
     try:
         merged: Any = OmegaConf.merge(OmegaConf.structured(run_config_class()), config)
         missing = [str(key) for key in OmegaConf.missing_keys(merged)]
         if missing:
             words = " ".join(f"{key}=..." for key in sorted(missing))
             raise UserError(f"not set: {', '.join(sorted(missing))}; add {words} or choose a recipe that does")
-        OmegaConf.resolve(merged)  # while the components that `run` or `classes` may name are there
+        # Resolve now: `run` or `classes` may refer to the components, which are removed from `merged` below.
+        OmegaConf.resolve(merged)
         components = {
             kind: None if registry.optional and merged[kind] is None else registry.config(merged[kind])
             for kind, registry in chosen_kinds().items()
         }
         for kind in components:
-            merged[kind] = None  # made typed above: to_object would fail on a foreign field without saying which
+            # The typed Configs were built above. For an unknown field, to_object would not say which one it is.
+            merged[kind] = None
         result: Any = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         known = suggest(str(error.key), _fields(error.parent_node))
@@ -228,8 +250,8 @@ def to_run_config(config: Any) -> RunConfig:
 
 
 def _plugin_hint(name: str) -> str:
-    """What to add where a field at the top level is unknown: the stage of a plug-in may have added it."""
-    hint = "; if it is of a plug-in's stage, install that, or add plugins=[MODULE]"
+    """Return a hint for an unknown field at the top level, because the stage of a plug-in may define it."""
+    hint = "; if a stage of a plug-in defines it, install the plug-in, or add plugins=[MODULE]"
     return "" if "." in name else hint + broken_plugins_note()
 
 
@@ -239,14 +261,15 @@ def _fields(node: Any) -> list[str]:
 
 
 def check_config(config: RunConfig) -> RunConfig:
-    """Refuse what can be known to be wrong before anything is written."""
+    """Check the settings of a run, without building models or reading data, and return them.
+
+    Raises UserError for the first setting that cannot work.
+    """
     stages = [STAGES.get(name)(config) for name in STAGES.order(config.stages)]
     if uses_stream(config):
         shards = [stage.name for stage in stages if not stage.takes_streams]
         if shards:
-            raise UserError(
-                f"stages: {shards[0]} needs shards, which an endless source has not: use [refiner,evaluate]"
-            )
+            raise UserError(f"stages: {shards[0]} needs shards, but an endless source has none: use [refiner,evaluate]")
     elif config.channels not in (1, 3):
         raise UserError(f"channels={config.channels}: images have 1 or 3 channels")
     elif config.image_size < 4:
@@ -254,7 +277,7 @@ def check_config(config: RunConfig) -> RunConfig:
     check_classes(config)
     for stage in stages:
         stage.check_settings()
-    launcher_of(config.launcher)  # refuses settings that are none
+    launcher_of(config.launcher)  # building the launcher checks its settings
     if not config.max_hours >= 0:
         raise UserError(f"max_hours={config.max_hours:g}: use 0 (no limit) or more")
     for name in training_fields():
@@ -281,7 +304,10 @@ def check_config(config: RunConfig) -> RunConfig:
 
 
 def check_ema(name: str, ema: EmaConfig) -> None:
-    """Refuse averages that are none, and snapshots from which nothing could be made."""
+    """Raise UserError for invalid EMA settings, and for snapshots from which no average can be reconstructed.
+
+    `name` is the name of these settings in messages, such as "train_refiner.ema".
+    """
     for key, widths in (("width", [ema.width]), ("extra_widths", ema.extra_widths)):
         for width in widths:
             if not WIDTHS[0] <= width <= WIDTHS[1]:
@@ -297,7 +323,7 @@ def check_ema(name: str, ema: EmaConfig) -> None:
     ):
         twice = [value for value in kept if kept.count(value) > 1]
         if twice:
-            raise UserError(f"{name}.{key}: an average of {twice[0]:g} is kept already: name each once")
+            raise UserError(f"{name}.{key}: there is another average of {twice[0]:g}: name each once")
     if ema.snapshot_every < 0:
         raise UserError(f"{name}.snapshot_every={ema.snapshot_every}: use 0 (none) or more")
     if ema.snapshot_every and power + len(ema.extra_widths) < 2 and not ema.extra_decays:
@@ -308,29 +334,29 @@ def check_ema(name: str, ema: EmaConfig) -> None:
 
 
 def check_classes(config: RunConfig) -> None:
-    """Refuse classes, labels and a classifier that do not go together."""
+    """Raise UserError if `classes`, data.label and the classifier are inconsistent."""
     twice = sorted({name for name in config.classes if config.classes.count(name) > 1})
     if twice:
-        raise UserError(f"classes: {twice[0]!r} is there more than once: name each class once")
+        raise UserError(f"classes: {twice[0]!r} occurs more than once: name each class once")
     if config.classes and not config.data.label and not uses_stream(config):
-        raise UserError("classes need the attribute of the images that they are values of: set data.label=NAME")
+        raise UserError("classes need the name of the image attribute that holds the class: set data.label=NAME")
     if config.data.label and not config.classes:
-        raise UserError(f"data.label={config.data.label} needs its values, in the order of their numbers: set classes")
+        raise UserError(f"data.label={config.data.label} needs the list of its values: set classes=[...]")
     if config.classifier is not None and len(config.classes) < 2:
         raise UserError(f"classifier={config.classifier.name} needs two or more classes: set classes=[...]")
 
 
 def uses_stream(config: RunConfig) -> bool:
-    """Whether the source draws samples without end, so that there are neither shards nor held-out images."""
+    """Return whether the source is endless. Such a source has neither shards nor held-out images."""
     return issubclass(SOURCES.get(config.source.name), StreamSource)
 
 
 def refuse_points(config: ModelConfig, run: str) -> None:
-    """Raise UserError for a trained run that draws points."""
+    """Raise UserError if the trained run generates points instead of images."""
     if config.draws_points:
         raise UserError(f"run={run} draws points, not images: use python tools/gallery.py runs={run}")
 
 
 def mistyped(error: OmegaConfBaseException) -> UserError:
-    """A field of a tool that does not fit, in one line."""
+    """Turn the error about a tool's field with a wrong value into one line."""
     return UserError(f"{error.full_key}: {fold(str(error.msg or error).splitlines()[0])}")

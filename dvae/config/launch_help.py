@@ -1,4 +1,7 @@
-"""The help of tools/launch.py: settings of a run, stages, components and recipes, read from source files."""
+"""The help of tools/launch.py: settings of a run, stages, components and recipes.
+
+It is read from the source files, without importing them.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from dvae.utils.registered_names import component_folders, registered_in
 
 SCHEMA = "dvae.config.schema"
 CHOICES = {"encoder", "prior", "process", "schedule", "refiner", "sampler", "classifier", "source", "launcher"}
-"""Settings of a run that choose a component; they have a section of their own."""
+"""Settings of a run that choose a component. The help lists them in a separate section."""
 
 
 def launch_sections() -> str:
-    """The sections of the help that list what there is."""
+    """Return the sections of the help that list settings, stages, components and recipes."""
     run = [field for field in fields_of(find_class(SCHEMA, "RunConfig")) if field.name not in CHOICES]
     training = fields_of(find_class(SCHEMA, "TrainingConfig"), "train_STAGE.")
     sections = {
@@ -30,7 +33,7 @@ def launch_sections() -> str:
 
 
 def yaml_names(folder: str) -> list[str]:
-    """The names of the YAML files in a folder of recipes/."""
+    """Return the names of the YAML files in a folder of recipes/, sorted."""
     return sorted(path.stem for path in (FOLDER / "recipes" / folder).glob("*.yaml"))
 
 

@@ -1,7 +1,8 @@
-"""The part of a run's settings that inference needs: made from a run, written into a bundle, read back as data.
+"""The settings of a run that inference needs: built from a run, written into a bundle, and read back.
 
-A bundle may come from a stranger. So its settings hold plain values only: no place, no command, no reference to the
-environment, no list of modules. `read_model_config` refuses everything else before any network is built.
+A bundle may come from an untrusted source. Therefore its settings hold plain values only: no paths, no commands, no
+references to environment variables and no lists of modules. `read_model_config` rejects everything else before any
+network is built.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ E = TypeVar("E", bound=Enum)
 COMPONENT_KINDS = ("encoder", "prior", "process", "schedule", "refiner", "sampler", "classifier")
 """Kinds of components that a bundle names."""
 LARGEST = 2**20
-"""Bound on every whole number but the seed: a width or a number of steps beyond it would only take all memory."""
+"""Largest absolute value of an integer other than the seed. A larger width or step count would exhaust the memory."""
 LONGEST_TEXT, LONGEST_LIST = 1000, 10_000
+"""Largest number of characters of a text (and of entries of a mapping), and of entries of a list."""
 SIZES = (1, 2048)
-"""Least and greatest image size."""
+"""Smallest and largest image size, in pixels."""
 AGAIN = "get a new copy of the bundle, or export it again"
+"""Advice at the end of messages about a damaged bundle."""
 
 
 @forbid_extra
 @dataclass(frozen=True)
 class ComponentInfo:
-    """Which class a bundle's component was, and who provides it."""
+    """The class of a bundle's component, and the package that provides it."""
 
     name: str
     cls: str
@@ -50,7 +53,7 @@ class ComponentInfo:
 @forbid_extra
 @dataclass
 class _Stored:
-    """The fields of config.yaml with their plain types; components are checked against their own Config."""
+    """The fields of config.yaml with their plain types. Components are checked later, against their own Config."""
 
     recipe: str
     image_size: int
@@ -72,7 +75,7 @@ class _Stored:
 
 
 def model_config(run: RunConfig) -> ModelConfig:
-    """What inference needs of the settings `run`. Fields that name a place are left at their defaults."""
+    """Return the settings of `run` that inference needs. Fields that name a place are set to their defaults."""
     components = {kind: _without_places(getattr(run, kind)) for kind in COMPONENT_KINDS}
     return ModelConfig(
         recipe=run.recipe,
@@ -90,7 +93,7 @@ def model_config(run: RunConfig) -> ModelConfig:
 
 
 def _choice(source: Any, name: str, usual: T) -> T:
-    """What the run's source does to images, or the usual if it does nothing or something of its own."""
+    """Return the source's field `name`, or `usual` if it has no such field or one of another type."""
     value = getattr(source, name, usual)
     return value if isinstance(value, type(usual)) else usual
 
@@ -102,21 +105,24 @@ def _without_places(config: ComponentConfig | None) -> ComponentConfig | None:
 
 
 def places(config: type[ComponentConfig]) -> dict[str, Any]:
-    """Fields of a component that name a place (declared with metadata={"place": True}), and their defaults."""
+    """Return the fields of a component that name a place, with their defaults.
+
+    Such a field holds a path or an address. It is declared with metadata={"place": True}.
+    """
     return {one.name: one.default for one in fields(config) if one.metadata.get("place")}
 
 
 def to_yaml(config: ModelConfig) -> str:
-    """`config` as YAML with plain values."""
+    """Return `config` as YAML with plain values."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def read_model_config(path: Path, components: Mapping[str, ComponentInfo]) -> ModelConfig:
-    """The settings in a bundle's config.yaml; `components` is what its bundle.json says of them.
+    """Read and check a bundle's config.yaml.
 
-    Raises UserError, in one line, for a component that is not registered here, for a foreign or mistyped field, for a
-    value out of bounds, and for anything that is no plain value.
+    `components` is the information on the components in bundle.json, by kind. Raises UserError for a component that is
+    not registered, an unknown field, a value of the wrong type or out of bounds, or a value that is not plain.
     """
     try:
         plain = read_yaml(path)
@@ -131,7 +137,7 @@ def read_model_config(path: Path, components: Mapping[str, ComponentInfo]) -> Mo
         size = f"image_size={stored.image_size} channels={stored.channels}"
         raise UserError(f"{path}: {size}: a bundle has images of {SIZES[0]} to {SIZES[1]} pixels, 1 to 3 channels")
     if len(set(stored.classes)) < len(stored.classes):
-        raise UserError(f"{path}: a class is there more than once: {AGAIN}")
+        raise UserError(f"{path}: a class occurs more than once: {AGAIN}")
     return ModelConfig(
         recipe=stored.recipe,
         image_size=stored.image_size,
@@ -154,7 +160,10 @@ def _member(kind: type[E], name: str, what: str, path: Path) -> E:
 
 
 def refuse_unplain(value: Any, path: object, key: str = "") -> None:
-    """Raise DamagedFile for a reference, a number out of bounds, or a very long text or list: no model has them."""
+    """Raise DamagedFile if `value` contains a reference, a number out of bounds, or a very long text, list or mapping.
+
+    The settings of a real model contain none of them. `path` and `key` are used in the message.
+    """
 
     def refuse(why: str) -> NoReturn:
         raise DamagedFile(path, f"{key or 'a value'} {why}")
@@ -171,7 +180,7 @@ def refuse_unplain(value: Any, path: object, key: str = "") -> None:
             refuse_unplain(item, path, key)
     elif isinstance(value, str):
         if "${" in value or "$(" in value or "???" in value:
-            refuse(f"holds a reference ({value[:60]}), a bundle holds plain values")
+            refuse(f"holds a reference ({value[:60]}), but only plain values are allowed")
         if len(value) > LONGEST_TEXT:
             refuse(f"has {len(value)} characters")
     elif isinstance(value, int) and key != "seed" and abs(value) > LARGEST:
@@ -183,7 +192,7 @@ def refuse_unplain(value: Any, path: object, key: str = "") -> None:
 def _require_registered(
     kind: str, registry: Registry[Any], node: dict[str, Any], info: ComponentInfo | None, path: Path
 ) -> None:
-    """Raise UserError for a component that is not registered, naming the package that provides it."""
+    """Raise UserError if a component is not registered. The message names the package that provides it."""
     name = node.get("name")
     if isinstance(name, str) and name in registry.names():
         return

@@ -1,4 +1,4 @@
-"""The files of the folder recipes/, recipes that users wrote, and those of plug-ins."""
+"""Recipe files: the files in recipes/, recipes of users, and recipes of plug-ins."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from dvae.utils.read import DamagedFile, read_yaml
 
 RECIPES = package.FOLDER / "recipes"
 _entered: dict[str, Path] = {}
-"""Recipes of users, by the name by which Hydra selects them."""
+"""Recipes of users, by the name with which Hydra selects them."""
 
 
 def recipe_names(folder: str = "recipe") -> list[str]:
-    """The names of the YAML files in a folder of recipes/, sorted: what recipe=, sweep= or study= takes.
+    """Return the names of the YAML files in a folder of recipes/, sorted.
 
-    Recipes of plug-ins that are imported are among them.
+    They are the valid values of recipe=, sweep= or study=. For the folder "recipe", the recipes of imported plug-ins
+    are included.
     """
     folders = [RECIPES, *RECIPE_FOLDERS] if folder == "recipe" else [RECIPES]
     return sorted(path.stem for one in folders for path in (one / folder).glob("*.yaml"))
 
 
 def file_of(word: str) -> Path | None:
-    """The file of `recipe=PATH`, a word of the command line; None for `recipe=NAME` and for other words."""
+    """Return the path in a word `recipe=PATH` of the command line. None for `recipe=NAME` and for other words."""
     key, _, value = word.partition("=")
     is_path = "/" in value or value.endswith((".yaml", ".yml"))
     return Path(value).expanduser() if key == "recipe" and is_path else None
 
 
 def read_recipe(path: Path) -> dict[str, object]:
-    """The content of a user's recipe. Raises UserError if it cannot be read."""
+    """Return the content of a user's recipe. Raises UserError if it cannot be read or is not valid."""
     try:
         content = read_yaml(path)
         defaults = content.get("defaults", [])
@@ -41,7 +42,7 @@ def read_recipe(path: Path) -> dict[str, object]:
             raise DamagedFile(path, "has defaults that are no list of names such as `- override /refiner: unet_demo`")
         return content
     except DamagedFile as error:
-        raise UserError(f"recipe={error}: mend the file, or copy one of {RECIPES / 'recipe'}") from None
+        raise UserError(f"recipe={error}: correct the file, or copy one of {RECIPES / 'recipe'}") from None
     except OSError as error:
         raise UserError(
             f"recipe={path} cannot be read ({fold(error.strerror or error)}): name a file, or one of "
@@ -50,18 +51,19 @@ def read_recipe(path: Path) -> dict[str, object]:
 
 
 def enter_recipe(path: Path) -> str:
-    """Enter a user's recipe in Hydra's ConfigStore; returns the name by which Hydra selects it.
+    """Add a user's recipe to Hydra's ConfigStore, and return the name with which Hydra selects it.
 
-    It is written like the files of recipes/recipe/. Its name is that of the file, unless it has a field `recipe`.
+    The file has the format of the files in recipes/recipe/. The name of the recipe is the name of the file, unless the
+    file has a field `recipe`.
     """
     content = read_recipe(path)
     content.setdefault("recipe", path.stem)
-    name = f"file_{path.stem}"  # never that of a recipe of dvae
+    name = f"file_{path.stem}"  # no recipe of dvae has a name with this prefix
     ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_", provider="dvae")
     _entered[name] = path
     return name
 
 
 def recipe_path(config: str) -> Path | None:
-    """The file of a recipe that Hydra calls recipe/NAME, if a user wrote it."""
+    """Return the file of a user's recipe, which Hydra calls recipe/NAME. None for other recipes."""
     return _entered.get(config.removeprefix("recipe/"))

@@ -1,16 +1,16 @@
-"""Names of trainings: those of a stage with several rounds are NAME-32, NAME-16, and so on."""
+"""Names of trainings. A training has the name of its stage, or NAME-32, NAME-16, ... if the stage has rounds."""
 
 from __future__ import annotations
 
 TRAINING_PREFIX = "train_"
-"""Begins the name of a field of a run's settings that says how a stage is trained."""
+"""Prefix of the fields of a run's settings that hold training settings: the field train_NAME is for the stage NAME."""
 
 
 def stage_of(training: str) -> str:
-    """The stage that a training belongs to: "sharpen" of "sharpen-32"."""
+    """Return the stage of a training: "sharpen" for "sharpen-32"."""
     return training.partition("-")[0]
 
 
 def training_field(training: str) -> str:
-    """The field of a run's settings that holds those of a training: "train_sharpen" of "sharpen-32"."""
+    """Return the field of a run's settings that holds a training's settings: "train_sharpen" for "sharpen-32"."""
     return f"{TRAINING_PREFIX}{stage_of(training)}"

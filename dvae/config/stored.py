@@ -1,4 +1,7 @@
-"""A run's config.yaml: written without secrets, read back as data or, by the run's own processes, as settings."""
+"""Write a run's config.yaml without secrets, and read it back.
+
+Tools read it as data. The processes of the run also import its plug-ins and read environment variables.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,15 @@ from dvae.utils.env_references import MARK, marked_variables
 from dvae.utils.read import DamagedFile, check, read_yaml
 
 COMMANDS = ("setup", "python", "srun", "sbatch")
-"""Settings of launchers that hold words of a command line."""
+"""Settings of launchers that hold parts of command lines."""
 
 
 def stored(config: DictConfig) -> dict[str, Any]:
-    """`config` as a run folder keeps it: plain values, but a reference to a variable of the environment stays one.
+    """Return `config` as it is stored in config.yaml.
 
-    A resumed run reads the variable again, so that no token is ever written down. Raises UserError for a setting that
-    holds a secret itself.
+    All values are plain, except that references to environment variables that may be secret are kept as references. A
+    resumed run reads the variable again, so no secret is written to disk. Raises UserError if a setting contains a
+    secret itself, or if `run` or tracking.wandb depends on such a variable.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     raw: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
@@ -34,20 +38,24 @@ def stored(config: DictConfig) -> dict[str, Any]:
         marked: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
     if MARK in str(marked.get("run")):
         raise UserError(
-            f"run={raw['run']}: a folder's name is written down everywhere, so it cannot come from a variable of the "
-            "environment: let the shell fill it in, with run=...$NAME"
+            f"run={raw['run']}: many files contain the name of the run folder, so it cannot refer to an environment "
+            "variable: let the shell insert the value, with run=...$NAME"
         )
     told = OmegaConf.select(OmegaConf.create(marked), "tracking.wandb")
     if told is not None and MARK in str(OmegaConf.to_container(told)):
         raise UserError(
-            "tracking.wandb: W&B is given these settings as they are, so none can come from a variable of the "
-            "environment: write the value, or leave it out"
+            "tracking.wandb: these settings are sent to W&B unchanged, so none can refer to an environment variable: "
+            "write the value, or leave it out"
         )
     return {key: _with_references(value, raw[key], marked[key], key) for key, value in plain.items()}
 
 
 def _with_references(value: Any, raw: Any, marked: Any, key: str) -> Any:
-    """`value`, with the text of `raw` in the place of each leaf that holds the value of a secret variable."""
+    """Return `value`, with the reference from `raw` in place of every leaf that depends on a secret variable.
+
+    `marked` is the same config with `MARK` as the value of every secret variable. So a leaf depends on one if and only
+    if it contains `MARK` there.
+    """
     if isinstance(value, dict) and isinstance(raw, dict):
         return {name: _with_references(item, raw[name], marked[name], f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, list) and isinstance(raw, list):
@@ -56,22 +64,22 @@ def _with_references(value: Any, raw: Any, marked: Any, key: str) -> Any:
         return raw
     if isinstance(value, str) and (name := secrets.literal_secret(value)):
         raise UserError(
-            f"{key} holds a secret, which would be written into the run folder: put it into a variable of the "
-            f"environment and write {key}='...${{oc.env:{name}}}...'"
+            f"{key} holds a secret, which would be written into the run folder: put it into an environment "
+            f"variable and write {key}='...${{oc.env:{name}}}...'"
         )
     return value
 
 
 def to_yaml(kept: dict[str, Any]) -> str:
-    """Settings from `stored` as YAML; references stay."""
+    """Return settings from `stored` as YAML. References are kept."""
     return OmegaConf.to_yaml(OmegaConf.create(kept))
 
 
 def load(path: Path) -> RunConfig:
-    """The settings that a run folder holds in config.yaml, as data.
+    """Read the settings of any run folder, also an untrusted one, as data.
 
-    References to the environment stay text, and no plug-in is imported. Raises UserError if the file is missing or
-    damaged, and for a component that is not registered.
+    References to environment variables are not resolved, and no plug-in is imported. Raises UserError if the file is
+    missing or damaged, and for a component that is not registered.
     """
     plain = unresolved(read_plain(path))
     for kind in (*COMPONENT_KINDS, "denoiser"):
@@ -83,14 +91,17 @@ def load(path: Path) -> RunConfig:
 
 
 def load_own(path: Path) -> RunConfig:
-    """As `load`, of a run that this user's own command submitted: plug-ins are imported, the environment is read."""
+    """Read the settings of a run that the user's own command submitted.
+
+    Unlike `load`, this imports the run's plug-ins and resolves references to environment variables.
+    """
     plain = read_plain(path)
     load_plugins(check(list[str], plain.get("plugins") or [], f"{path}: plugins"))
     return to_run_config(plain)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """The values in a run's config.yaml, unchecked. Raises UserError if it is missing or damaged."""
+    """Return the unchecked values in a run's config.yaml. Raises UserError if the file is missing or damaged."""
     try:
         return read_yaml(path)
     except DamagedFile as error:
@@ -100,7 +111,7 @@ def read_plain(path: Path) -> dict[str, Any]:
 
 
 def unresolved(value: Any) -> Any:
-    """The same values with each ${...} written as $(...), so that nothing resolves it."""
+    """Return the same values with each ${...} written as $(...), so that OmegaConf does not resolve it."""
     if isinstance(value, dict):
         return {key: unresolved(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -109,7 +120,10 @@ def unresolved(value: Any) -> Any:
 
 
 def outside(plain: dict[str, Any]) -> list[str]:
-    """What a run's settings reach for outside its folder when it is trained: modules, commands, servers, variables."""
+    """List what the settings of a run use outside its folder: modules, commands, servers, environment variables.
+
+    Each entry is one line for the user. `plain` is the content of config.yaml.
+    """
     found = [f"plugins={plain['plugins']}"] if plain.get("plugins") else []
     data, tracking, launcher = (plain.get(name) or {} for name in ("data", "tracking", "launcher"))
     shards = str(data.get("shards", "")) if isinstance(data, dict) else ""

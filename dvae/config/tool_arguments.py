@@ -1,4 +1,4 @@
-"""Arguments of a tool that has settings of its own and passes all others on, such as the planner and the sweep."""
+"""Arguments of tools that have own settings and pass all other arguments on, such as the planner and the sweep."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ T = TypeVar("T")
 
 
 def split_arguments(schema: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """The settings that the fields of a dataclass name, and the arguments that name none of them, in their order.
+    """Split the arguments of a tool into its own settings and the remaining arguments, in their order.
 
-    Hydra composes the others alone, by the config of tools/launch.py, so that every override of that works. Raises
-    UserError for a value of the wrong type.
+    An argument is one of the tool's settings if it names a field of the dataclass `schema`. The caller composes the
+    remaining arguments with the config of tools/launch.py, so every override of that tool works. Raises UserError for
+    a value of the wrong type.
     """
     names = {field.name for field in fields(schema)}  # type: ignore[arg-type]
     own = [word for word in arguments if "=" in word and word.partition("=")[0] in names]

@@ -1,4 +1,4 @@
-"""Checks before anything is written: a run that cannot work is refused at once, not after an hour."""
+"""Checks of a run before anything is written. They find faults that would otherwise end the run much later."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from dvae.stages.encoder import EncoderStage
 from dvae.toy2d import points
 
 PROBED = 8
-"""Images of a source that are tried before a run begins."""
+"""Maximum number of images of a source that are read before a run starts."""
 
 
 def check(config: RunConfig, ranks: int = 1) -> tuple[components.RunModels, dict[str, int]]:
-    """Refuse what cannot work: shapes, batches, shards, images, missing packages.
+    """Check shapes, batch sizes, shards, images and installed packages.
 
-    Returns the models, on meta, and the number of images by split (none where the source is endless).
+    Returns the models on the meta device, and the number of images by split (empty if the source is endless). Raises
+    UserError for the first fault. `ranks` is the number of ranks.
     """
     made = components.build_models_on_meta(config)
     stages = open_stages(config)
@@ -44,20 +45,24 @@ def check(config: RunConfig, ranks: int = 1) -> tuple[components.RunModels, dict
     scored = config.evaluate.every_steps > 0 or ("evaluate" in config.stages and config.evaluate.metrics)
     if scored and smallest < 2 * config.evaluate.kid_subset_size:
         raise UserError(
-            f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} needs twice as many real images, there are "
-            f"{smallest}: use {smallest // 2} or less, or evaluate.metrics=false"
+            f"evaluate.kid_subset_size={config.evaluate.kid_subset_size} needs at least twice as many real images, but "
+            f"there are {smallest}: use {smallest // 2} or less, or evaluate.metrics=false"
         )
     if scored:
-        importlib.import_module("dvae.evaluation.metrics")  # refuses where its packages are not installed
+        importlib.import_module("dvae.evaluation.metrics")  # raises an error if its packages are not installed
     return made, counts
 
 
 def images(config: RunConfig) -> dict[str, int]:
-    """Images by split: of the shards where they exist, else of the source, split by the held-out fraction."""
+    """Return the number of images by split.
+
+    The shards are counted if they exist. Otherwise the images of the source are counted, and split by
+    data.heldout_fraction.
+    """
     folder = Path(config.data.shards)
     remote = is_remote(config.data.shards)
     if remote or (folder / "manifest.json").exists() or "shards" not in config.stages:
-        if remote:  # its folder here may lie in the run's, which does not exist yet
+        if remote:  # read without a local folder: data.download_to may lie in the run folder, which does not exist yet
             text = read_manifest(config.data.shards)
             manifest = Manifest.parse(text, config.data.shards, config.image_size, config.channels)
         else:
@@ -76,16 +81,16 @@ def images(config: RunConfig) -> dict[str, int]:
 
 
 def _check_classes(config: RunConfig) -> None:
-    """Refuse classes that are not those of the endless source: its labels would mean others."""
+    """Raise UserError if `classes` differs from the classes of the endless source, which it labels by number."""
     known = points.open_source(config).classes
     if config.classes and tuple(config.classes) != known:
         raise UserError(
-            f"classes={config.classes}: source={config.source.name} has {', '.join(known)}: name just these"
+            f"classes={config.classes}: source={config.source.name} has the classes {', '.join(known)}: use these"
         )
 
 
 def _probe(source: Source, name: str) -> list[Item]:
-    """The first images that can be read. Raises UserError where none of them can."""
+    """Read the first images of a source, without damaged ones. Raises UserError if all of them are damaged."""
     items, damage = [], ""
     for index in range(min(PROBED, len(source))):
         try:

@@ -90,7 +90,7 @@ def test_a_run_is_resumed_from_its_folder_only_if_the_user_trusts_what_it_uses(
         ("data.shards='pipe:curl -H \"Authorization: Bearer 0a1b2c3d4e\" http://h/%s'", "${oc.env:PASSWORD}"),
         ("data.shards=http://host/tok-9f8e7d6c5b4a", "${oc.env:MY_API_TOKEN}"),
         ("tracking.wandb.name=tok-9f8e7d6c5b4a", "write tracking.wandb.name='...${oc.env:MY_API_TOKEN}...'"),
-        ("run=runs/${oc.env:SHARDS_PART}", "let the shell fill it in"),
+        ("run=runs/${oc.env:SHARDS_PART}", "let the shell insert the value"),
     ],
 )
 def test_a_secret_in_a_setting_is_refused_before_anything_is_written(
@@ -182,7 +182,7 @@ def test_wandb_is_given_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MYX", TOKEN)
     monkeypatch.setenv("WANDB_ENTITY", "team")
     for word in ("tracking.wandb.name=${oc.env:MYX}", 'tracking.wandb.tags=["a${oc.env:MYX}"]'):
-        with pytest.raises(UserError, match="none can come from a variable of the environment"):
+        with pytest.raises(UserError, match="none can refer to an environment variable"):
             stored.stored(compose.compose("train", ["recipe=demo", word]))
     kept = stored.stored(compose.compose("train", ["recipe=demo", "tracking.wandb.entity=${oc.env:WANDB_ENTITY}"]))
     assert kept["tracking"]["wandb"]["entity"] == "team"

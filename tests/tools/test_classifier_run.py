@@ -99,10 +99,10 @@ def without_classifier(words: list[str]) -> list[str]:
 
 MISTAKES = {
     "data.label=muoth": "data.label=muoth: the images have no such attribute: did you mean 'mouth'?",
-    "data.label=''": "classes need the attribute of the images that they are values of: set data.label=NAME",
+    "data.label=''": "classes need the name of the image attribute that holds the class: set data.label=NAME",
     "classes=[laugh,agape]": "is not one of the classes laugh, agape: name every value",
-    "classes=[laugh,laugh]": "classes: 'laugh' is there more than once",
-    "classes=[]": "data.label=mouth needs its values",
+    "classes=[laugh,laugh]": "classes: 'laugh' occurs more than once",
+    "classes=[]": "data.label=mouth needs the list of its values",
     "train_classifier.micro_batches=3": "batch 8 does not divide",
     "train_classifier.steps=0": "train_classifier.steps=0: use 1 or more",
     "classifier.heads=5": "classifier.heads 5 does not divide 32 channels",
@@ -129,7 +129,7 @@ def test_a_wrong_word_is_one_line(
     [
         (["classifier=half_unet"], "classifier=half_unet needs two or more classes"),
         (["denoiser.condition_label=true"], "denoiser.condition_label=true needs classes"),
-        (["classes=[a,b]"], "classes need the attribute"),
+        (["classes=[a,b]"], "classes need the name of the image attribute"),
     ],
 )
 def test_a_run_without_classes(

@@ -324,7 +324,7 @@ REFUSED = {
     f"{EMA}.extra_widths=[0.3]": f"{EMA}.extra_widths=0.3: use 0.005 to 0.28",
     f"{EMA}.width=0": f"{EMA}.width=0: use 0.005 to 0.28",
     f"{EMA}.extra_decays=[1.0]": f"{EMA}.extra_decays=1: use 0 or more, and less than 1",
-    f"{EMA}.extra_widths=[0.1]": f"{EMA}.extra_widths: an average of 0.1 is kept already: name each once",
+    f"{EMA}.extra_widths=[0.1]": f"{EMA}.extra_widths: there is another average of 0.1: name each once",
     f"{EMA}.snapshot_every=10": f"{EMA}.snapshot_every=10 needs two averages of power profile: add {EMA}.extra_widths",
 }
 
