@@ -1,1 +1,1 @@
-"""The stages of a run, one file each: what it trains or computes."""
+"""The stages of a run. Each file defines one stage: its settings, and what it trains or computes."""

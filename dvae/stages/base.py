@@ -1,4 +1,4 @@
-"""The base classes of stages: Stage, and TrainStage for those that train. CONTRIBUTING.md has an example."""
+"""The base classes of stages: Stage, and TrainStage for stages that train. CONTRIBUTING.md has an example."""
 
 from __future__ import annotations
 
@@ -17,61 +17,64 @@ from dvae.training.train_task import TrainTask
 
 
 class Stage(DeclaredStage):
-    """A step of a run. It is built with the settings of the run, and holds nothing else."""
+    """A step of a run. An instance holds only the settings of the run."""
 
     def check(self, models: RunModels) -> None:
-        """Raise UserError if the stage cannot work with the run's models, which are on the meta device.
+        """Raise UserError if the stage cannot work with the run's models.
 
-        Called before anything of the run is written.
+        The models are on the meta device. This is called before the run writes anything.
         """
 
     def describe(self, models: RunModels) -> str:
-        """What the stage will do, in a few words for a dry run; empty if there is nothing to tell."""
+        """Return a short description of the stage's work, for a dry run. It may be empty."""
         return ""
 
     @abstractmethod
     def run(self, run: Run) -> None:
-        """Do the work, and enter it as finished (`Run.finish`).
+        """Do the work, then record the stage as finished (`Run.finish`).
 
-        On a second call after the process was killed, go on from what was kept. Every rank is called if `all_ranks` is
-        set, else rank 0 alone.
+        If an earlier process was killed in this stage, continue from the files that it kept. If `all_ranks` is set,
+        every rank calls this; otherwise only rank 0 does.
         """
 
     def run_part(self, run: Run, part: int, parts: int) -> None:
-        """Do part number `part` (0 is the first) of `parts`, beside other processes; `run` publishes them together.
+        """Do part number `part` (from 0) of `parts`. Other processes may do other parts at the same time.
 
-        Called only if `in_parts` is set.
+        A later call of `run` publishes all parts together. This is called only if `in_parts` is set.
         """
         raise NotImplementedError(f"stage {self.name!r} is not done in parts")
 
     def is_current(self, record: dict[str, Any]) -> bool:
-        """Whether what was finished with this record still holds; otherwise the stage is run again."""
+        """Return whether the finished work with this record is still valid. If not, the stage runs again."""
         return True
 
 
 class TrainStage(Stage):
-    """A stage that trains: its Config has a field `train_NAME: TrainingConfig`."""
+    """A stage that trains. Its Config has a field `train_NAME: TrainingConfig`, where NAME is the stage's name."""
 
     all_ranks = True
     parts: ClassVar[Mapping[str, str]]
-    """What is saved of the averaged weights, as weights/PART.safetensors: part -> submodule of the trained module (""
-    if it is the whole module)."""
+    """The averaged weights that are saved as weights/PART.safetensors: part -> submodule of the trained module ("": the
+    whole module)."""
 
     @property
     def training(self) -> TrainingConfig:
-        """How it is trained."""
+        """The training settings of the stage."""
         return self.config.training(self.name)
 
     def trainings(self) -> list[str]:
-        """The names of its trainings, in their order: one, of its own name, or several rounds NAME-32, NAME-16."""
+        """Return the names of the stage's trainings, in their order.
+
+        There is one training with the name of the stage, or one for each round: NAME-32, NAME-16, ...
+        """
         return [self.name]
 
     @abstractmethod
     def open_task(self, run: Run, name: str) -> TrainTask:
-        """The task of the training `name`, with its modules as they are before the first step."""
+        """Return the task of the training `name`. Its modules are in the state before the first step."""
 
     def hooks(self, run: Run, task: TrainTask) -> TrainHooks:
-        """What is drawn and scored while the task is trained."""
+        """Return the hooks that draw previews and compute scores while the task is trained."""
         return TrainHooks()
 
     def run(self, run: Run) -> None:
@@ -86,7 +89,7 @@ class TrainStage(Stage):
 
 
 def open_stage(name: str, config: RunConfig) -> Stage:
-    """The stage `name` of a run with these settings. Raises UserError if there is none."""
+    """Return the stage `name` of a run with these settings. Raises UserError if there is no such stage."""
     stage = STAGES.get(name)(config)
     if not isinstance(stage, Stage):
         raise UserError(f"stage {name!r} of {type(stage).__module__} must derive from dvae.stages.base.Stage")
@@ -94,12 +97,12 @@ def open_stage(name: str, config: RunConfig) -> Stage:
 
 
 def open_stages(config: RunConfig) -> list[Stage]:
-    """The stages of a run, in their order."""
+    """Return the stages of a run, in their order."""
     return [open_stage(name, config) for name in STAGES.order(config.stages)]
 
 
 def open_train_stage(name: str, config: RunConfig) -> TrainStage:
-    """The stage `name`, which must be one that trains. Raises UserError if it is not."""
+    """Return the stage `name`. Raises UserError if it does not train."""
     stage = open_stage(name, config)
     if not isinstance(stage, TrainStage):
         raise UserError(f"the stage {name} does not train: name one of {', '.join(STAGES.trained())}")

@@ -1,4 +1,7 @@
-"""The stage cache: posteriors, or reconstructions, of all training images in shards, for the refiner's training."""
+"""The stage cache: write the posteriors or reconstructions of all training images into shards.
+
+The training of the refiner reads them instead of running the encoder in every step.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ from dvae.utils.atomic_files import sha256
 
 
 class CacheContents(Enum):
-    """What the cache stage keeps of each training image."""
+    """The values that the stage cache stores for each training image."""
 
     posteriors = "posteriors"
     reconstructions = "reconstructions"
@@ -41,24 +44,27 @@ class CacheContents(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class CacheConfig:
-    """What the cache stage computes with the trained encoder, so that the refiner's training need not."""
+    """Settings of the cache of encoder outputs, which the training of the refiner reads."""
 
     folder: str = "${run}/latents"
-    """Folder of the shards; written where they do not exist yet."""
+    """Folder of the cache's shards. It is written if it does not exist."""
     contents: CacheContents = CacheContents.posteriors
-    """posteriors: mean and logvar, from which z is drawn anew at every visit; reconstructions: `draws` fixed draws of z
-    and their x_hat, rounded to 8 bits, so that nothing is decoded either."""
+    """posteriors: mean and logvar of each image, from which every step draws a new z. reconstructions: `draws` fixed
+    samples of z and their x_hat, rounded to 8 bits, so that the decoder is not run either."""
     draws: int = 8
-    """For reconstructions: how many there are of each image."""
+    """For contents=reconstructions: number of samples of z per image, 1 or more."""
 
 
 @STAGES.register("cache")
 class CacheStage(Stage):
-    """Computes with the trained encoder what the refiner's training need not compute again."""
+    """Stores outputs of the trained encoder, so that the refiner's training does not compute them in every step."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
+        """Settings of the stage cache."""
+
         cache: CacheConfig = field(default_factory=CacheConfig)
+        """Settings of the cache of encoder outputs."""
 
     after, before = ("encoder", "prior"), ("refiner",)
     own_job, needs_gpus = True, False
@@ -67,7 +73,10 @@ class CacheStage(Stage):
     def check(self, models: RunModels) -> None:
         if not models.parameters()["encoder"]:
             name = self.config.encoder.name
-            raise UserError(f"stages: cache keeps what an encoder makes, encoder={name} makes nothing")
+            raise UserError(
+                f"stages: cache stores the outputs of a trained encoder, but encoder={name} has nothing to train: "
+                "leave cache out"
+            )
 
     def run(self, run: Run) -> None:
         models = load_models(run, self.config, "encoder")
@@ -87,24 +96,24 @@ class CacheStage(Stage):
 
 
 def cache_settings(config: RunConfig) -> CacheConfig:
-    """The settings of a run's cache."""
+    """Return the settings of a run's cache."""
     return settings_of(config, CacheStage.Config).cache
 
 
 def expected_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.CacheInfo:
-    """The description that the run's cache must have.
+    """Return the description that the run's cache must have.
 
-    Raises UserError if the stage encoder is not finished, or if no cache can serve the run.
+    Raises UserError if the stage encoder is not finished, or if the run cannot use a cache with its settings.
     """
     if "encoder" not in run.records():
-        raise UserError(f"run={run.path} has no finished stage encoder yet: a cache is made of what it has trained")
+        raise UserError(f"run={run.path} has no trained encoder yet, which a cache needs: run the stage encoder first")
     if config.data.flip:
-        raise UserError("stages: cache holds each image as it is, data.flip=true asks for both: set data.flip=false")
+        raise UserError("stages: cache has no mirrored images, which data.flip=true needs: set data.flip=false")
     settings = cache_settings(config)
     reconstructions = settings.contents is CacheContents.reconstructions
     if reconstructions and models.latent_space:
         raise UserError(
-            "cache.contents=reconstructions has no use where denoiser.space=latent: use cache.contents=posteriors"
+            "cache.contents=reconstructions is not used with denoiser.space=latent: use cache.contents=posteriors"
         )
     if reconstructions and settings.draws < 1:
         raise UserError(f"cache.draws={settings.draws}: use 1 or more")
@@ -121,7 +130,7 @@ def expected_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cac
 
 
 def write_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.CacheInfo:
-    """The run's cache, written where it is not there yet. `models` holds the trained encoder."""
+    """Write the run's cache if it does not exist, and return its description. `models` holds the trained encoder."""
     spec = _cache_spec(run, config, models)
     with CountedProgress("cache") as progress:
         cache_build.build_cache(Path(cache_settings(config).folder), spec, progress)
@@ -130,10 +139,11 @@ def write_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.
 
 
 def write_cache_part(run: Run, config: RunConfig, models: RunModels, part: int, parts: int) -> int:
-    """Make part number `part` (0 is the first) of `parts` of the run's cache, which `write_cache` publishes.
+    """Compute part number `part` (from 0) of `parts` of the run's cache. `write_cache` publishes all parts together.
 
-    Returns how many images the part has. `models` holds the trained encoder. Parts may be made at the same time, and
-    while the run's folder is held: nothing in it is touched, and damaged images are noted down by `write_cache`.
+    Several processes may compute different parts at the same time, also while another process holds the lock of the run
+    folder. This function writes nothing into the run folder except the cache. `write_cache` records damaged images.
+    `models` holds the trained encoder. Returns the number of images of the part.
     """
     shard_request.check_part(part, parts)
     with CountedProgress(f"cache, part {part + 1} of {parts}") as progress:
@@ -159,7 +169,10 @@ def _cache_spec(run: Run, config: RunConfig, models: RunModels) -> cache_build.C
 def cache_sample(
     config: RunConfig, models: RunModels, expected: latent_cache.CacheInfo, index: int, posterior: Posterior
 ) -> latent_cache.CachedSample:
-    """The cached values of one image, whose posterior is (1, *latent)."""
+    """Compute the cached values of one image from its posterior, which has shape (1, *latent).
+
+    The samples of z are keyed by the run's seed and `index`, the image's index in the training split.
+    """
     if not expected.draws:
         return latent_cache.CachedSample(torch.cat([posterior.mean, posterior.logvar]).cpu().numpy(), [])
     noise = [
@@ -173,18 +186,19 @@ def cache_sample(
 
 @dataclass(kw_only=True, slots=True)
 class CacheToolConfig(CacheConfig):
-    """What tools/cache.py takes."""
+    """Settings of tools/cache.py."""
 
     run: str = MISSING
     """A run folder with a trained encoder."""
     part: int | None = None
-    """Make only this part (0 is the first) of `parts`, and publish nothing; null: all."""
+    """Compute only this part (from 0) of `parts`, and publish nothing (null: compute all parts and publish them)."""
     parts: int = 1
-    """How many parts are made, each by a command of its own."""
+    """Number of parts into which the work is divided. Each part is computed by a separate command."""
     shards: str = ""
-    """Place of the run's shards if it is a command or an address, or if they were moved (empty: where the run says)."""
+    """Location of the run's shards. It is needed if they were moved, or if they are at a URL or come from a command
+    (empty: the location in the run's settings)."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Modules to import. They register components."""
 
 
 ConfigStore.instance().store(name="cache_schema", node=CacheToolConfig, provider="dvae")

@@ -29,11 +29,11 @@ from dvae.utils import rng
 from dvae.utils.weights import StateDict
 
 HELDOUT_SAMPLES = 1024
-"""Noisy states of held-out images on which a trained classifier is tested."""
+"""Minimum number of noisy states of held-out images on which a trained classifier is tested."""
 
 
 class ClassifierTask(NoisyTask):
-    """The classifier's cross-entropy on states of the refiner's diffusion."""
+    """The task that trains the classifier: cross-entropy on noisy states of the refiner's diffusion."""
 
     name = "classifier"
 
@@ -75,8 +75,10 @@ class ClassifierStage(TrainStage):
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
+        """Settings of the stage classifier."""
+
         train_classifier: TrainingConfig = field(default_factory=TrainingConfig)
-        """preview_every is without effect here."""
+        """Training settings of the classifier. preview_every has no effect."""
 
     after = ("refiner",)
     makes = ("classifier",)
@@ -115,7 +117,7 @@ class ClassifierStage(TrainStage):
 
 @torch.no_grad()
 def heldout_accuracy(task: ClassifierTask, heldout: Batches) -> dict[str, float]:
-    """Accuracy on noisy states of held-out images, overall and by tenth of t."""
+    """Compute the accuracy on noisy states of held-out images, overall and for each tenth of t in [0, 1]."""
     task.classifier.eval()
     batches = (batch for start in range(0, HELDOUT_SAMPLES, task.config.batch) for batch in heldout.step(start))
     means = metric_means(add_metric_sums(task.loss("classifier", task.modules(), batch).metrics for batch in batches))

@@ -1,4 +1,7 @@
-"""The stage distil: students learn to sample in few steps what a trained run samples in many (registry/distillers)."""
+"""The stage distil: train students that sample in few steps, from a teacher that needs many steps.
+
+The methods are in registry/distillers.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ from dvae.utils import rng
 from dvae.utils.weights import StateDict, fit_weights, part_of
 
 STUDENT = "denoiser"
-"""The submodule of StudentModel that is saved."""
+"""Name of the submodule of StudentModel that is saved."""
 
 
 class StudentModel(nn.Module):
-    """A denoiser with the loss of its distillation."""
+    """The student's denoiser, with the loss of the distillation."""
 
     def __init__(self, denoiser: Denoiser, distiller: Distiller) -> None:
         super().__init__()
@@ -53,12 +56,19 @@ class StudentModel(nn.Module):
         conditioning: Conditioning,
         target: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Per-sample loss (B,) at u_t = alpha_t y0 + sigma_t eps, (B, C, H, W).
+        """Return the loss per sample (B,) at the noisy state u_t = alpha_t y0 + sigma_t eps.
 
-        If `target` is None, the student itself computes it, with the same units dropped.
+        Args:
+            y0: Clean states (B, C, H, W).
+            eps: Standard normal noise (B, C, H, W).
+            t: Times of the noisy states (B,).
+            s: Times (B,), s < t, that `Distiller.times` draws together with t.
+            conditioning: Conditioning of the samples.
+            target: Clean state (B, C, H, W) to predict. None: the student computes it, with the same dropout masks.
         """
         diffusion = self.denoiser.diffusion
         if target is None:
+            # fork_rng restores the random state, so that the prediction below uses the same dropout masks.
             with torch.no_grad(), torch.random.fork_rng():
                 target = self.distiller.target(self.denoiser, y0, eps, t, s, conditioning)
         predicted = self.denoiser.predict(diffusion.perturb(y0, t, eps), t, conditioning)[1]
@@ -66,7 +76,7 @@ class StudentModel(nn.Module):
 
 
 class DistilTask(NoisyTask):
-    """One round: a student that samples in `steps` steps, and a frozen teacher."""
+    """One round of the distillation: a student that samples in `steps` steps, and a frozen teacher."""
 
     def __init__(
         self,
@@ -103,15 +113,18 @@ class DistilTask(NoisyTask):
 
 @STAGES.register("distil")
 class DistilStage(TrainStage):
-    """Trains students that sample in few steps what a trained run samples in many; the last is the run's refiner."""
+    """Trains students that sample in few steps, from a trained run. The last student is the run's refiner."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
+        """Settings of the stage distil."""
+
         teacher: str = ""
-        """A run folder or bundle from whose trained models the students start."""
+        """Run folder or bundle of the teacher. The students start from its trained models."""
         distiller: Any = None
+        """The distiller, the method of distillation: `python tools/components.py distiller` lists them."""
         train_distil: TrainingConfig = field(default_factory=TrainingConfig)
-        """Of each round of the distiller."""
+        """Training settings of each round of the distiller."""
 
     after, before = ("refiner", "classifier"), ("evaluate",)
     makes = ("encoder", "prior", "denoiser")
@@ -126,12 +139,12 @@ class DistilStage(TrainStage):
             raise UserError(f"stages: {self.name} needs a distiller: set distiller=consistency or progressive")
         if not self.settings.teacher:
             raise UserError(
-                f"stages: {self.name} needs what it starts from: set teacher=RUN, the folder of a finished run"
+                f"stages: {self.name} needs a trained teacher: set teacher=RUN, the folder of a finished run"
             )
 
     def check(self, models: RunModels) -> None:
         self.distiller(models).check(models.denoiser)
-        self.load_teacher()  # refuses what is not there, or other networks
+        self.load_teacher()  # raises UserError if the teacher is missing, or has other networks
 
     def distiller(self, models: RunModels) -> Distiller:
         return DISTILLERS.build(self.settings.distiller, models.denoiser.shapes)
@@ -144,7 +157,7 @@ class DistilStage(TrainStage):
         return f"for {rounds} steps, {self.training.steps} steps of {self.training.batch} images each"
 
     def rounds(self) -> dict[str, int]:
-        """The names of the rounds, with the number of sampling steps of each round's student."""
+        """Return the number of sampling steps of each round's student, by the name of the round."""
         rounds = self.distiller(components.build_models_on_meta(self.config)).rounds
         return {f"{self.name}-{steps}": steps for steps in rounds}
 
@@ -152,7 +165,7 @@ class DistilStage(TrainStage):
         return [] if self.settings.distiller is None else list(self.rounds())
 
     def run(self, run: Run) -> None:
-        """Run all rounds, each once. The last student becomes the run's refiner."""
+        """Train the students of all unfinished rounds. The last student becomes the run's refiner."""
         config, names = self.config, self.trainings()
         ranks.on_rank_zero(self.save_teacher, run)
         for name in names:
@@ -169,14 +182,14 @@ class DistilStage(TrainStage):
         ranks.on_rank_zero(finish)
 
     def save_teacher(self, run: Run) -> None:
-        """Save the parts that the run shares with its teacher, and the teacher's refiner."""
-        if run.has_weights("teacher"):  # the last that is saved
+        """Save the teacher's weights in the run: encoder and prior as the run's own, the denoiser as "teacher"."""
+        if run.has_weights("teacher"):  # it is saved last, so all other parts are there too
             return
         for part, module in self.load_teacher().trained_parts().items():
             run.save_weights("teacher" if part == "denoiser" else part, module.state_dict())
 
     def open_task(self, run: Run, name: str) -> DistilTask:
-        """The task of the round `name`, as it is before the first step: the student starts as the round's teacher."""
+        """Return the task of the round `name`, before its first step. The student starts with the teacher's weights."""
         config, rounds = self.config, self.rounds()
         models = load_models(run, config, "encoder")
         before = ["teacher", *rounds][list(rounds).index(name)]
@@ -193,7 +206,7 @@ class DistilStage(TrainStage):
         )
 
     def hooks(self, run: Run, task: TrainTask) -> TrainHooks:
-        """Samples of the averaged student in as many steps as its round is for."""
+        """Return hooks that draw previews: samples of the averaged student in its round's number of steps."""
         name, steps = task.name, self.rounds()[task.name]
 
         def preview(step: int, weights: StateDict) -> Path:

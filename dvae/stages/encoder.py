@@ -1,4 +1,4 @@
-"""The stage encoder: train the VAE alone, or adopt weights that were trained elsewhere."""
+"""The stage encoder: train the VAE, or load weights that were trained elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dvae.utils.weights import StateDict, fit_weights
 
 
 class EncoderTask(TrainTask):
-    """The VAE alone: reconstruction + KL."""
+    """The task that trains the VAE: reconstruction error + KL divergence."""
 
     name = "encoder"
 
@@ -52,13 +52,16 @@ class EncoderTask(TrainTask):
 
 @STAGES.register("encoder")
 class EncoderStage(TrainStage):
-    """Trains the VAE alone, or takes over weights that were trained elsewhere."""
+    """Trains the VAE, or loads weights that were trained elsewhere."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
+        """Settings of the stage encoder."""
+
         encoder_weights: str = ""
-        """A run folder or bundle whose trained encoder is taken over, instead of training one (empty: none)."""
+        """Run folder or bundle whose trained encoder is used, instead of training one (empty: train)."""
         train_encoder: TrainingConfig = field(default_factory=TrainingConfig)
+        """Training settings of the encoder."""
 
     after = ("shards",)
     makes = ("encoder",)
@@ -69,20 +72,20 @@ class EncoderStage(TrainStage):
         return settings_of(self.config, self.Config)
 
     def adopted_weights(self, encoder: Encoder) -> StateDict | None:
-        """The weights that are taken over instead of training `encoder`; None if it is trained.
+        """Return the weights that are used instead of training `encoder`, or None if it is trained.
 
-        Raises UserError if they cannot be read or do not fit.
+        Raises UserError if the weights cannot be read or do not fit.
         """
         folder = self.settings.encoder_weights
         return bundle_reuse.load_encoder_weights(folder, self.config) if folder else encoder.pretrained()
 
     def refuse_unused_weights(self) -> None:
-        """Raise UserError for weights that nothing takes over, as this stage is not among the run's."""
+        """Raise UserError if encoder_weights is set, but no stage of the run loads these weights."""
         folder, config = self.settings.encoder_weights, self.config
         made = any("encoder" in STAGES.get(name).makes for name in config.stages)
         if folder and not made and not Run(Path(config.run)).weights("encoder").exists():
             raise UserError(
-                f"encoder_weights={folder} is taken over by the stage encoder, which trains nothing then: "
+                f"encoder_weights={folder} is loaded by the stage encoder, which this run does not have: "
                 "add encoder to stages=[...]"
             )
 
@@ -90,12 +93,12 @@ class EncoderStage(TrainStage):
         if not models.parameters()["encoder"]:
             name = self.config.encoder.name
             raise UserError(f"stages: encoder={name} has nothing to train: leave encoder and prior out")
-        self.adopted_weights(models.encoder)  # refuses weights that do not fit
+        self.adopted_weights(models.encoder)  # raises UserError for weights that do not fit
 
     def describe(self, models: RunModels) -> str:
         if self.adopted_weights(models.encoder) is None:
             return super().describe(models)
-        return f"{models.parameters()['encoder'] / 1e6:.1f}M parameters, taken over as they are"
+        return f"{models.parameters()['encoder'] / 1e6:.1f}M parameters, loaded and not trained"
 
     def open_task(self, run: Run, name: str) -> TrainTask:
         return build_encoder_task(load_models(run, self.config).encoder, self.config)
@@ -113,7 +116,7 @@ class EncoderStage(TrainStage):
 
 
 def build_encoder_task(encoder: Encoder, config: RunConfig) -> TrainTask:
-    """The task that trains `encoder`. The initial weights of a discriminator are keyed by the run's seed."""
+    """Return the task that trains `encoder`. The run's seed determines the initial weights of a discriminator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.child(config.seed, "discriminator"))
         adversary = encoder.adversary()
@@ -123,7 +126,7 @@ def build_encoder_task(encoder: Encoder, config: RunConfig) -> TrainTask:
 
 
 def reconstruction_preview(run: Run, config: RunConfig) -> PreviewHook:
-    """Held-out images above their reconstructions."""
+    """Return the hook that draws held-out images above their reconstructions."""
     images = preview_images(config)
 
     def preview(step: int, weights: StateDict) -> Path:
@@ -139,7 +142,10 @@ def reconstruction_preview(run: Run, config: RunConfig) -> PreviewHook:
 
 
 def adopt_encoder(run: Run, config: RunConfig, encoder: Encoder, weights: StateDict) -> None:
-    """Save weights that were trained elsewhere as the run's encoder."""
+    """Save weights that were trained elsewhere as the run's encoder, and record the stage as finished.
+
+    Raises UserError if the weights do not fit.
+    """
     began = time.perf_counter()
     fit_weights(encoder, weights, "the given encoder")
     run.save_weights("encoder", weights)

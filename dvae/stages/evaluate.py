@@ -1,4 +1,4 @@
-"""The stage evaluate: generate sets of images, keep the pictures, and score the sets."""
+"""The stage evaluate: generate sets of images, save pictures of them, and score the sets."""
 
 from __future__ import annotations
 
@@ -30,19 +30,21 @@ from dvae.utils import atomic_files
 from dvae.utils.evenly_spaced import evenly_spaced
 
 PICTURE_IMAGES = 32
-"""Images in each picture."""
+"""Maximum number of images in each picture."""
 
 ImageSets = dict[str, list[torch.Tensor]]
-"""Generated images by name, one tensor (n, C, H, W) uint8 per seed; "vae" only if there is a VAE."""
+"""Generated images by the name of the set, "vae" or "refined": one tensor (n, C, H, W), uint8, per seed.
+
+"vae" exists only if the encoder generates images."""
 
 
 @STAGES.register("evaluate")
 class EvaluateStage(Stage):
-    """Generates sets of images, keeps the pictures, and scores the sets. It is repeated if its settings change."""
+    """Generates sets of images, saves pictures, and scores the sets. It is repeated if its settings change."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
-        """It adds no settings."""
+        """The stage evaluate adds no settings."""
 
     after = ("prior", "refiner", "classifier")
     own_job = True
@@ -54,7 +56,7 @@ class EvaluateStage(Stage):
     def run(self, run: Run) -> None:
         config = self.config
         if not run.has_weights("classifier"):
-            config = replace(config, classifier=None)  # not trained yet: all else works without it
+            config = replace(config, classifier=None)  # not trained yet; the evaluation works without it
         models = load_models(run, config, *BUNDLE_PARTS)
         for module in models.trained_parts().values():
             module.eval().requires_grad_(False)
@@ -84,12 +86,12 @@ class EvaluateStage(Stage):
 
 
 def settings_fingerprint(config: RunConfig) -> str:
-    """A text that changes if a setting changes that the evaluation depends on."""
+    """Return a text that changes if any setting changes on which the evaluation depends."""
     return f"{replace(config.evaluate, every_steps=0)} {config.sampler}"
 
 
 def evaluate_images(run: Run, config: RunConfig, pipeline: Pipeline, train: Shards, heldout: Shards) -> dict[str, Any]:
-    """Make pictures of reconstructions and samples, and score them. Returns the entry of summary.json."""
+    """Save pictures of reconstructions and samples, and score them. Returns the entry of summary.json."""
     sampler: Any = OmegaConf.to_container(OmegaConf.structured(config.sampler), enum_to_str=True)
     entry: dict[str, Any] = {"sampler": sampler}
     x_hat = None
@@ -113,7 +115,10 @@ def evaluate_images(run: Run, config: RunConfig, pipeline: Pipeline, train: Shar
 
 
 def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of images (n, C, H, W) uint8 against others, (n,), in dB; infinite where equal."""
+    """Return the peak signal-to-noise ratio of images against others, (n,), in dB.
+
+    Both are (n, C, H, W), uint8. The ratio is infinite for equal images.
+    """
     error = (images.double() - others.double()).square().flatten(1).mean(1)
     return 10.0 * torch.log10(255.0**2 / error)
 
@@ -135,7 +140,7 @@ def generate_sets(config: RunConfig, pipeline: Pipeline) -> tuple[ImageSets, flo
 
 
 def save_sample_pictures(run: Run, sets: ImageSets) -> None:
-    """Write samples.png: each VAE sample, if there is one, with its refined sample at its right."""
+    """Write samples.png. Each VAE sample, if the encoder generates images, has its refined sample at its right."""
     first_sets = [images[0][:PICTURE_IMAGES] for images in sets.values()]
     for name, images in zip(sets, first_sets, strict=True):
         pictures.grid(images, run.images / f"{name}_samples.png")
@@ -143,7 +148,7 @@ def save_sample_pictures(run: Run, sets: ImageSets) -> None:
 
 
 def save_reconstruction_pictures(run: Run, pipeline: Pipeline, heldout: Shards) -> None:
-    """Write reconstructions.png: held-out images, each with its x_hat and, in pixel space, the refined x_hat."""
+    """Write reconstructions.png: held-out images, each with its x_hat and, in pixel space, its refined x_hat."""
     images = heldout.read(np.arange(min(PICTURE_IMAGES, len(heldout))))
     x_hat, refined = pipeline.reconstruct(images)
     sets = {"heldout": images, "reconstructions": x_hat}

@@ -1,4 +1,4 @@
-"""Adversarial training of an encoder: the encoder and a discriminator, in turns (Esser et al. 2021, section 3.1)."""
+"""Adversarial training of an encoder and a discriminator, in turns (Esser et al. 2021, section 3.1)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from dvae.training.train_task import Engines, StepOutput, TrainTask
 
 
 class GanTask(TrainTask):
-    """An encoder and its adversary's discriminator.
+    """The task that trains an encoder and a discriminator.
 
-    "loss" stays the encoder's own objective; the adversarial loss is "generator". Confidences are the discriminator's
-    probabilities that an image is real, averaged over patches. The adaptive weight is that of a micro-batch.
+    Each step updates the encoder. After the first `adversary.start` steps, it also updates the discriminator.
+
+    The metric "loss" is the encoder's objective without the adversarial loss, which is the metric "generator". The
+    confidences are the discriminator's probabilities that an image is real, averaged over patches. The adaptive weight
+    is computed for each micro-batch.
     """
 
     name = "encoder"
@@ -35,7 +38,9 @@ class GanTask(TrainTask):
         self.adversary = adversary
         adversary.discriminator.to(device)
         self.fakes: dict[int, torch.Tensor] = {}
-        """Reconstructions of this step's micro-batches, by their first sample number."""
+        """Reconstructions of this step's micro-batches, by the first sample number of each.
+
+        The encoder's loss stores them, and the discriminator's loss uses them later in the same step."""
 
     def modules(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, "discriminator": self.adversary.discriminator}
@@ -61,7 +66,8 @@ class GanTask(TrainTask):
             self.fakes[first] = x_hat.detach()
         if step > self.adversary.start + self.adversary.warmup:
             gradient, adversarial_metrics = self.adversarial_gradient(x, x_hat.detach(), features.detach())
-            # known already, the gradient is handed on by this product: no second pass through the discriminator
+            # The gradient of this product with respect to x_hat is `gradient`. So the backward pass of the encoder gets
+            # the adversarial gradient without a second pass through the discriminator.
             loss = loss + (gradient * x_hat).sum()
             metrics |= adversarial_metrics
         return StepOutput(loss, metrics)
@@ -69,9 +75,10 @@ class GanTask(TrainTask):
     def adversarial_gradient(
         self, x: torch.Tensor, x_hat: torch.Tensor, features: torch.Tensor
     ) -> tuple[torch.Tensor, MetricSums]:
-        """Gradient at x_hat (B, C, H, W) of the weighted adversarial loss, and its metrics.
+        """Return the gradient (B, C, H, W) of the weighted adversarial loss with respect to x_hat, and its metrics.
 
-        x_hat and features are cut off from the encoder: DeepSpeed's engine allows no gradient through it but backward.
+        x_hat and features must be detached from the encoder: only the backward pass of DeepSpeed's engine may
+        differentiate through its module.
         """
         adversary = self.adversary
         x_hat.requires_grad_()

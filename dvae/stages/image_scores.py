@@ -1,4 +1,4 @@
-"""Scores of generated image sets against a run's own images, as its evaluate settings say."""
+"""Scores of generated image sets against the images of a run, with the run's evaluate settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,19 @@ def score_images(
     sampler: dict[str, Any],
     reconstructions: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """Score `sets`, which hold evaluate.n images (n, C, H, W) uint8 per seed, against training and held-out images."""
+    """Score generated sets against training and held-out images.
+
+    Args:
+        run: The run. Features of real images are cached in its folder.
+        config: Settings of the run.
+        sets: Images by the name of the set, one tensor (n, C, H, W), uint8, per seed, with n = evaluate.n.
+        seeds: Seeds of the sets.
+        train: Training images. At most evaluate.n_reference of them are used.
+        heldout: Held-out images.
+        nfe: Network evaluations per image. It is stored with the scores.
+        sampler: Settings of the sampler. They are stored with the scores.
+        reconstructions: Reconstructions (n, C, H, W), uint8, to score as well; None: none.
+    """
     from dvae.evaluation.scorer import score_tensors  # here, because evaluate.metrics=false needs no torch-fidelity
 
     settings = config.evaluate

@@ -1,4 +1,4 @@
-"""The stage joint: encoder and refiner trained end to end, by the sum of their objectives."""
+"""The stage joint: train encoder and refiner end to end, with the sum of their losses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dvae.utils.weights import StateDict, part_of
 
 
 class GradientTo(Enum):
-    """By what the gradient of the refiner's loss reaches the encoder."""
+    """The inputs of the refiner through which the gradient of its loss reaches the encoder."""
 
     nothing = "nothing"
     z = "z"
@@ -44,18 +44,18 @@ class GradientTo(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class JointConfig:
-    """How the objectives of encoder and refiner are added up."""
+    """Settings of the sum of the losses of encoder and refiner."""
 
     weight: float = 1.0
-    """Factor on the refiner's loss, the mean over pixels; the encoder's is a sum over them."""
+    """Factor on the refiner's loss, above 0. This loss is a mean over pixels; the encoder's loss is a sum over them."""
     gradient_to: GradientTo = GradientTo.both
-    """nothing | z | x_hat | both: by what the gradient of the refiner's loss reaches the encoder."""
+    """nothing | z | x_hat | both: inputs of the refiner through which the gradient of its loss reaches the encoder."""
     start: int = 0
-    """Steps before it does."""
+    """Number of initial steps in which this gradient does not reach the encoder."""
 
 
 class JointModel(nn.Module):
-    """Encoder and denoiser, with the sum of their losses."""
+    """An encoder and a denoiser, with the sum of their losses."""
 
     def __init__(self, encoder: Encoder, denoiser: Denoiser, config: JointConfig) -> None:
         super().__init__()
@@ -69,7 +69,18 @@ class JointModel(nn.Module):
         noise: NoiseSample,
         step: int,
     ) -> dict[str, torch.Tensor]:
-        """Per-sample terms (B,) of images x (B, C, H, W) in step `step`: "loss", the encoder's own, and "refiner"."""
+        """Return the losses per sample, each (B,).
+
+        "loss" is "encoder" + weight * "refiner". "encoder" is the encoder's total loss, and its other terms keep their
+        names.
+
+        Args:
+            x: Images (B, C, H, W).
+            posterior_noise: Standard normal noise (B, *latent), for the sample of z.
+            label: Class numbers (B,), or None.
+            noise: Times and noise of the diffusion.
+            step: Number of steps taken so far.
+        """
         terms = self.encoder(x, posterior_noise)
         x_hat, z = terms["x_hat"].float(), terms["z"].float()
         gradient_to = self.config.gradient_to if step >= self.config.start else GradientTo.nothing
@@ -85,7 +96,7 @@ class JointModel(nn.Module):
 
 
 class JointTask(TrainTask):
-    """Encoder and refiner at once."""
+    """The task that trains encoder and refiner together."""
 
     def __init__(self, name: str, joint: JointModel, config: TrainingConfig, seed: int, device: torch.device) -> None:
         super().__init__(config, seed, device)
@@ -104,12 +115,16 @@ class JointTask(TrainTask):
 
 @STAGES.register("joint")
 class JointStage(TrainStage):
-    """Trains encoder and refiner end to end; the prior is fitted afterwards."""
+    """Trains encoder and refiner end to end. The prior is fitted afterwards."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
+        """Settings of the stage joint."""
+
         joint: JointConfig = field(default_factory=JointConfig)
+        """Settings of the sum of the losses."""
         train_joint: TrainingConfig = field(default_factory=TrainingConfig)
+        """Training settings of encoder and refiner."""
 
     after, before = ("shards", "encoder"), ("prior",)
     makes = ("encoder", "denoiser")
@@ -125,10 +140,10 @@ class JointStage(TrainStage):
         if apart:
             raise UserError(f"stages: joint trains encoder and refiner together: leave {apart[0]} out")
         if config.denoiser.space is Space.latent:
-            raise UserError("stages: joint has no latent space that stays as it is: set denoiser.space=pixel")
+            raise UserError("stages: joint changes the latent space while the refiner trains: set denoiser.space=pixel")
         if config.denoiser.data_scale is None:
             raise UserError(
-                "denoiser.data_scale=null is measured with a trained encoder, which joint has not: set a number"
+                "denoiser.data_scale=null is measured with a trained encoder, which stage joint lacks: set a number"
             )
         if not self.settings.weight > 0.0:
             raise UserError(f"joint.weight={self.settings.weight:g}: use more than 0")
@@ -147,7 +162,7 @@ class JointStage(TrainStage):
         return TrainHooks(self.refinement_preview(run))
 
     def refinement_preview(self, run: Run) -> PreviewHook:
-        """Held-out images above their reconstructions x_hat and the refined ones."""
+        """Return the hook that draws held-out images above their reconstructions x_hat and the refined x_hat."""
         config, images = self.config, preview_images(self.config)
 
         def preview(step: int, weights: StateDict) -> Path:

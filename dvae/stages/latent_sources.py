@@ -1,4 +1,4 @@
-"""Where z of a training image comes from: the encoder, posteriors that were computed once, or a cache of draws."""
+"""Sources of z for training images: the encoder, stored posteriors, or a cache of samples."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ from dvae.utils import rng
 
 
 class LatentSource(Protocol):
-    """Samples z of the images of a batch."""
+    """Samples z for the images of a batch."""
 
     needs_images: bool
-    """Whether it encodes the images of the batch."""
+    """Whether `sample` uses the images x."""
 
     def sample(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z (B, *latent), and its x_hat if that is known without decoding.
+        """Return z (B, *latent), and its x_hat (B, C, H, W) if the source stores it, otherwise None.
 
-        x (B, C, H, W) in [-1, 1] are the images, noise ~ N(0, I) is (B, *latent).
+        Args:
+            batch: The batch.
+            x: Its images (B, C, H, W), in [-1, 1]. They may be empty if `needs_images` is False.
+            noise: Standard normal noise (B, *latent).
         """
         ...
 
 
 class EncodedLatents:
-    """z ~ q(z | x), by encoding the images anew. The other sources replace this computation."""
+    """Samples z ~ q(z | x) by encoding the images in every step. The other sources avoid this computation."""
 
     needs_images = True
 
@@ -49,7 +52,10 @@ class EncodedLatents:
 
 
 class PosteriorLatents:
-    """z ~ q(z | x), with mean and logvar looked up by index of the image; the same draws as by encoding."""
+    """Samples z ~ q(z | x), with stored mean and logvar. It draws the same z as encoding does.
+
+    look_up(indices) returns mean and logvar, each (B, *latent), of the images with these indices (B,).
+    """
 
     needs_images = False
 
@@ -62,7 +68,7 @@ class PosteriorLatents:
 
 
 class CachedReconstructions:
-    """One of an image's cached draws of z with its x_hat; which one is keyed by the sample number."""
+    """Returns one of the cached samples of z of each image, with its x_hat. The sample number determines which one."""
 
     needs_images = False
 
@@ -76,9 +82,10 @@ class CachedReconstructions:
 
 
 def open_latents(run: Run, config: RunConfig, models: RunModels) -> LatentSource:
-    """The source of z for the refiner's training.
+    """Open the source of z for the refiner's training.
 
-    The cache if that stage was run, else posteriors in memory if they fit, else the encoder itself.
+    It is the cache if the stage cache is finished. Otherwise it is the stored posteriors, if they fit in
+    data.cache_gib, or else the encoder. With data.flip, posteriors are not stored, because they depend on the flip.
     """
     if "cache" in run.records():
         shape = (config.channels, config.image_size, config.image_size)
@@ -86,6 +93,7 @@ def open_latents(run: Run, config: RunConfig, models: RunModels) -> LatentSource
         return CachedReconstructions(cache, config.seed) if cache.info.draws else PosteriorLatents(cache.posteriors)
     if config.data.flip or "encoder" not in models.trained_parts():
         return EncodedLatents(models.encoder)
+    # mean and logvar of every image, 4 bytes per value
     size = 2 * 4 * open_shards(config, "train").manifest.count("train") * math.prod(models.shapes.latent)
     if size > config.data.cache_gib * 2**30:
         return EncodedLatents(models.encoder)

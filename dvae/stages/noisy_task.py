@@ -1,4 +1,4 @@
-"""The base class of tasks that train on noisy states of images, or of latents."""
+"""The base class of tasks that train on noisy states of images or latents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvae.training.train_task import TrainTask
 
 
 class NoisyTask(TrainTask):
-    """A task on noisy states, with a fresh sample of z at every step. The encoder is frozen."""
+    """A task on noisy states, with a new sample of z in every step. The encoder is frozen."""
 
     def __init__(
         self,
@@ -36,10 +36,10 @@ class NoisyTask(TrainTask):
 
     @torch.no_grad()
     def clean_data(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
-        """The data x (B, C, H, W) before noise is added, and its conditioning; without gradient.
+        """Return the clean data x (B, C, H, W) and its conditioning, without gradients.
 
-        In pixel space x are the images, with the x_hat of a freshly sampled z. In latent space x is z itself, without a
-        condition. The class is part of the conditioning if there is one.
+        In pixel space, x is the images, and the conditioning is a new sample of z and its x_hat. In latent space, x is
+        the sample of z, without a condition. If the images have classes, the conditioning contains them.
         """
         label = self.labels(batch)
         noise = self.posterior_noise(batch, self.encoder)

@@ -1,4 +1,4 @@
-"""Score the refiner while it trains: its averaged weights, every evaluate.every_steps steps, with the first seed."""
+"""Score the averaged weights of the refiner during its training, with the first seed of evaluate.seeds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dvae.training.batches import open_shards
 
 
 def online_scorer(run: Run, config: RunConfig) -> Callable[[Pipeline], dict[str, float]]:
-    """The function that scores a pipeline during training.
+    """Return the function that scores a pipeline during training.
 
-    Images are scored by KID-lite0 and FID-lite0 against training images, as the evaluate stage scores the same seed.
-    Points are scored by the sliced Wasserstein distance, the mean over the classes.
+    It scores images by KID-lite0 and FID-lite0 against training images, as the stage evaluate does for the same seed.
+    It scores points by the sliced Wasserstein distance, averaged over the classes.
     """
     seed = config.evaluate.seeds[0]
 

@@ -1,4 +1,4 @@
-"""Posteriors q(z | x) of all training images, computed once by the trained encoder and kept in the run folder."""
+"""Posteriors q(z | x) of all training images. The trained encoder computes them once, and the run folder keeps them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from dvae.training.resilience.damage_record import record_damage
 
 @torch.no_grad()
 def encode_images(config: RunConfig, encoder: Encoder, shards: Shards, start: int, stop: int) -> Iterator[Posterior]:
-    """Posteriors of the training images start, ..., stop - 1 in batches, in the precision of the refiner's training."""
+    """Yield the posteriors of the training images start, ..., stop - 1, in batches of at most evaluate.batch images.
+
+    The encoder runs in the precision of the refiner's training. The results are fp32.
+    """
     encoder.eval()
     device = next(encoder.parameters()).device
     bf16 = config.training("refiner").precision is Precision.bf16
@@ -30,14 +33,17 @@ def encode_images(config: RunConfig, encoder: Encoder, shards: Shards, start: in
 
 
 def load_posteriors(run: Run, config: RunConfig, models: RunModels) -> Posterior:
-    """Posteriors of all training images, in the order of the data set. They are computed if they are not saved yet."""
+    """Return the posteriors of all training images, in the order of the data set.
+
+    If they are not saved yet, they are computed and saved first.
+    """
     save_posteriors(run, config, models)
     state = run.load_weights("posteriors")
     return Posterior(state["mean"], state["logvar"])
 
 
 def save_posteriors(run: Run, config: RunConfig, models: RunModels) -> None:
-    """Compute the posteriors into the run folder, unless they are there."""
+    """Compute the posteriors and save them in the run folder, unless it already has them."""
     if not run.has_weights("posteriors"):
         shards = open_shards(config, "train")
         parts = list(encode_images(config, models.encoder, shards, 0, len(shards)))

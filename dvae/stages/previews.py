@@ -1,4 +1,4 @@
-"""Pictures of what a stage has learned so far, drawn while it trains."""
+"""Preview pictures, drawn from the averaged weights while a stage trains."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from dvae.training.batches import open_shards
 from dvae.utils.weights import StateDict
 
 PREVIEW_IMAGES = 32
+"""Maximum number of images in a preview."""
 PREVIEW_POINTS = 1000
+"""Number of points per class in a preview."""
 
 
 def preview_images(config: RunConfig) -> torch.Tensor:
-    """The first held-out images, (n, C, H, W) uint8."""
+    """Return the first held-out images, (n, C, H, W), uint8."""
     shards = open_shards(config, "heldout")
     return shards.read(torch.arange(min(PREVIEW_IMAGES, len(shards))).numpy())
 
 
 def build_pipeline(run: Run, config: RunConfig, denoiser: StateDict) -> Pipeline:
-    """A pipeline of the finished encoder and prior, with the weights of a denoiser that is still trained."""
+    """Build a pipeline from the trained encoder and prior, and from `denoiser`, the weights of the denoiser."""
     models = load_models(run, config, "encoder", "prior")
     models.denoiser.load_state_dict(denoiser)
     models.denoiser.eval()
@@ -35,7 +37,7 @@ def build_pipeline(run: Run, config: RunConfig, denoiser: StateDict) -> Pipeline
 
 
 def save_samples(run: Run, pipeline: Pipeline, name: str) -> Path:
-    """Write samples to images/NAME, with the VAE samples of the same z above the refined ones."""
+    """Write refined samples to images/NAME, below the VAE samples of the same z if the encoder generates images."""
     vae, refined = pipeline.generate(PREVIEW_IMAGES, pipeline.config.seed)
     path = run.images / name
     pictures.grid(refined if vae is None else torch.cat([vae, refined]), path)
@@ -43,7 +45,7 @@ def save_samples(run: Run, pipeline: Pipeline, name: str) -> Path:
 
 
 def save_points(run: Run, config: RunConfig, pipeline: Pipeline, name: str) -> Path:
-    """Write true points beside generated ones to images/NAME."""
+    """Write a scatter plot of true and generated points to images/NAME."""
     path = run.images / name
     source = points.open_source(config)
     groups = points.label_groups(config, source).items()

@@ -19,7 +19,7 @@ class PriorStage(Stage):
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
-        """It adds no settings."""
+        """The stage prior adds no settings."""
 
     after = ("encoder",)
     makes = ("prior",)

@@ -1,4 +1,4 @@
-"""The stage refiner: train the conditional diffusion model on the encoder's reconstructions, or on its latents."""
+"""The stage refiner: train the diffusion model, on images conditioned on their reconstructions, or on latents."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from dvae.training.train_task import Engines, StepOutput, TrainTask
 from dvae.utils.weights import StateDict
 
 SCALE_IMAGES = 1024
-"""Training images from which data_scale is measured."""
+"""Minimum number of training images from which data_scale is measured."""
 
 
 class RefinerTask(NoisyTask):
-    """The denoising loss of the refiner."""
+    """The task that trains the refiner with its denoising loss."""
 
     name = "refiner"
 
@@ -56,7 +56,10 @@ class RefinerStage(TrainStage):
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
+        """Settings of the stage refiner."""
+
         train_refiner: TrainingConfig = field(default_factory=TrainingConfig)
+        """Training settings of the refiner."""
 
     after = ("encoder", "prior")
     makes = ("denoiser",)
@@ -81,7 +84,7 @@ class RefinerStage(TrainStage):
 
 
 def refiner_hooks(run: Run, config: RunConfig) -> TrainHooks:
-    """Pictures of samples, and scores every evaluate.every_steps steps, both of the averaged weights."""
+    """Return the hooks that draw samples of the averaged weights, and score them every evaluate.every_steps steps."""
     score_pipeline = online_scorer(run, config)
 
     def preview(step: int, weights: StateDict) -> Path:
@@ -98,7 +101,7 @@ def refiner_hooks(run: Run, config: RunConfig) -> TrainHooks:
 
 @torch.no_grad()
 def measure_data_scale(config: RunConfig, task: RefinerTask) -> float:
-    """1 / standard deviation of the unscaled clean state, over the first training images of the run."""
+    """Return 1 / standard deviation of the unscaled clean state, over the first training images of the run."""
     loader = open_loader(config, task.config, task.name, images=task.needs_images, all_ranks=True)
     states = []
     for start in range(0, SCALE_IMAGES, task.config.batch):
@@ -108,7 +111,7 @@ def measure_data_scale(config: RunConfig, task: RefinerTask) -> float:
 
 
 def latent_moments(run: Run, config: RunConfig, task: RefinerTask) -> RunningCovariance:
-    """Moments of the posterior means of all training images."""
+    """Return the moments of the posterior means of all training images, from saved posteriors if they exist."""
     moments = RunningCovariance(math.prod(task.encoder.latent_shape))
     if run.has_weights("posteriors"):
         for means in run.load_weights("posteriors")["mean"].split(SCALE_IMAGES):

@@ -1,4 +1,4 @@
-"""The models of a run: with the weights of its finished stages, and as the run's bundle."""
+"""Load the models of a run with the weights of its finished stages, and export them as the run's bundle."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ BUNDLE_PARTS = ("encoder", "prior", "denoiser", "classifier")
 
 
 def default_device() -> torch.device:
-    """The first GPU of this process if there is one, else the CPU."""
+    """Return the current GPU of this process if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_models(run: Run, config: RunConfig, *parts: str) -> RunModels:
-    """Build the run's models, with the weights of the finished stages `parts`.
+    """Build the run's models on the default device, with the trained weights of `parts`.
 
-    Raises UserError if one of these stages is not finished.
+    Raises UserError if one of the parts is not trained yet.
     """
     models = components.build_models(config)
     for part in parts:
-        if part not in models.trained_parts():  # it has nothing to learn
+        if part not in models.trained_parts():  # this part has no weights
             continue
         fit_weights(models.trained_parts()[part], run.load_weights(part), str(run.weights(part)))
     for module in models.trained_parts().values():
@@ -35,6 +35,6 @@ def load_models(run: Run, config: RunConfig, *parts: str) -> RunModels:
 
 
 def export_bundle(run: Run, config: RunConfig) -> None:
-    """Write the bundle of all parts that are trained so far."""
+    """Write the bundle with all parts that are trained so far."""
     parts = {part: run.load_weights(part) for part in BUNDLE_PARTS if run.has_weights(part)}
     bundle_export.export(run.bundle, config, parts)

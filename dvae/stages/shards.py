@@ -1,4 +1,4 @@
-"""The stage shards: build the run's images into shards, unless they are there."""
+"""The stage shards: build shards of the run's images, unless they exist."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dvae.training.batches import open_shards
 
 @STAGES.register("shards")
 class ShardsStage(Stage):
-    """Builds the run's images into shards, unless they are there."""
+    """Builds shards of the run's images, unless they exist."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(StageConfig):
-        """It adds no settings."""
+        """The stage shards adds no settings."""
 
     before = ("encoder",)
     own_job, needs_gpus = True, False
@@ -55,7 +55,7 @@ def build_with_progress(config: RunConfig, folder: Path) -> Manifest:
 
 
 def shard_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run's shards, as arguments of dvae.data.building.shard_build."""
+    """Return the settings of a run's shards as arguments of `build` and `build_part`."""
     return {
         "size": config.image_size,
         "heldout_fraction": config.data.heldout_fraction,

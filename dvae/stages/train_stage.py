@@ -1,4 +1,4 @@
-"""Training of one task inside a run folder: checkpoints, metrics, averaged weights, bundle and record."""
+"""Train one task in a run folder, with checkpoints, metrics, averaged weights (EMA), bundle and record."""
 
 from __future__ import annotations
 
@@ -24,13 +24,21 @@ def train_stage(
     hooks: TrainHooks,
     final_metrics: Callable[[StateDict], dict[str, float]] | None = None,
 ) -> None:
-    """Train one task, save its averaged weights, and bring the bundle up to date. Every rank takes part.
+    """Train one task, save its averaged weights, update the bundle, and record the training as finished.
 
-    `parts` maps each part that is saved to its submodule in the task's module ("" if it is the whole module).
-    `final_metrics` of the averaged weights go into the stage's record.
+    Every rank must call this.
+
+    Args:
+        run: The run.
+        config: Settings of the run.
+        task: The task to train.
+        parts: Part to save -> its submodule in the task's module ("": the whole module).
+        hooks: Functions that draw previews and compute scores during training.
+        final_metrics: final_metrics(averaged weights) returns metrics for the record. It is called on rank 0 only.
     """
     training = task.config
-    parameters = sum(p.numel() for p in task.modules()[task.name].parameters())  # now: ZeRO 3 will cut them up
+    # Count now: ZeRO stage 3 will partition the parameters.
+    parameters = sum(p.numel() for p in task.modules()[task.name].parameters())
     checkpoints = Checkpoints(run.checkpoints(task.name), training.keep, training.keep_every)
     tracked = NoTracker() if ranks.rank() else Tracker(run.path, config.tracking.wandb, task.name)
     with tracked as tracker, open_loader(config, training, task.name, images=task.needs_images) as data:

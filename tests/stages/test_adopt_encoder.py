@@ -74,7 +74,7 @@ def test_the_encoder_of_another_run(submitted: tuple[Run, RunConfig], tiny: list
     words = [*tiny, f"run={tmp_path / 'ours'}", f"encoder_weights={tmp_path / 'theirs'}"]
     config = configuration.compose("train", words)
     check(configuration.to_run_config(config))
-    assert "parameters, taken over as they are" in dry_run(config)
+    assert "parameters, loaded and not trained" in dry_run(config)
     run = submit(config)
     EncoderStage(configuration.to_run_config(config)).run(run)
     got = load_models(run, configuration.to_run_config(config), "encoder").encoder.state_dict()
