@@ -1,1 +1,1 @@
-"""One file per way to run a job."""
+"""The launchers, one file each."""

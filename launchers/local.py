@@ -1,4 +1,4 @@
-"""Run the job in this process, which may be one of several that torchrun started."""
+"""Run the job in this process, which may be one of several processes of torchrun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvae.runs import attempts
 
 @LAUNCHERS.register("local")
 class Local(Launcher):
-    """In this process, which may be one of torchrun's."""
+    """Runs the job in this process, which may be one of several processes of torchrun."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(LauncherConfig):
@@ -24,7 +24,7 @@ class Local(Launcher):
         return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
     def launch(self, folder: Path) -> None:
-        from dvae.runs.job import RunJob  # here, since importing DeepSpeed takes seconds
+        from dvae.runs.job import RunJob  # here, because importing DeepSpeed takes seconds
 
         name = "torchrun" if "RANK" in os.environ else "local"
         first = os.environ.get("RANK", "0") == "0"

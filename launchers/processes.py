@@ -1,4 +1,4 @@
-"""Run the job as several processes of this machine, which live and die together."""
+"""Run the job as several processes on this machine. If one process fails, all end."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from dvae.utils.machine import thread_share
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 REPORT_SECONDS = 2.0
-"""Seconds that a rank which stands still has to say where, before it is killed."""
+"""Seconds that a hanging rank has to print its stack before it is killed."""
 
 
 @LAUNCHERS.register("processes")
 class Processes(Launcher):
-    """In `launcher.ranks` processes of this machine."""
+    """Runs the job as `launcher.ranks` processes on this machine."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(LauncherConfig):
+        """Settings of the launcher processes."""
+
         ranks: int = 2
-        """Ranks; no more than there are GPUs, where there are any."""
+        """Number of ranks, 1 or more. If the machine has GPUs, it must not exceed their number."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -47,7 +49,11 @@ class Processes(Launcher):
         return int(self.config.ranks)
 
     def launch(self, folder: Path) -> None:
-        """Raises what the first failing rank did, or MachineError with its number, signal or status and last step."""
+        """Run the job, and wait until all ranks have ended.
+
+        Raises the error of the first rank that failed. If it reported none, raises MachineError with the rank, its
+        signal or exit status, and the last step.
+        """
         gpus = torch.cuda.device_count()
         if gpus and self.ranks > gpus:
             raise UserError(f"launcher.ranks={self.ranks}: this machine has {gpus} GPUs: use no more ranks")
@@ -56,8 +62,8 @@ class Processes(Launcher):
 
 
 def run(folder: Path, count: int) -> None:
-    """Start the ranks, and see how they end."""
-    # here, not in rank 0: no port is guessed, and it outlives every rank
+    """Start `count` ranks, wait until they have ended, and raise an error if one failed or was stopped."""
+    # The store is hosted here and not in rank 0: the system chooses a free port, and the store outlives every rank.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
     with ChildGroup() as ranks, ranks.forwarding(FORWARDED_SIGNALS) as forwarded:
         for number in range(count):
@@ -72,7 +78,7 @@ def run(folder: Path, count: int) -> None:
 
 
 def start_rank(ranks: ChildGroup, folder: Path, number: int, count: int, port: int) -> None:
-    """Start one rank, with the variables by which torch.distributed finds the others."""
+    """Start one rank, with the environment variables that torch.distributed needs to connect the ranks."""
     environment = {
         "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
@@ -81,11 +87,12 @@ def start_rank(ranks: ChildGroup, folder: Path, number: int, count: int, port: i
 
 
 def run_rank(folder: str, send: Callable[[Any], None]) -> None:
-    """What a rank's process does. The launcher alone prints the error that ends it."""
+    """Run the job in the process of one rank. If it fails, only the launcher prints the error."""
     faulthandler.enable()
-    faulthandler.register(signal.SIGQUIT, chain=True)  # says where it is, and ends
+    # On SIGQUIT, print the stack. With chain=True, the default action then ends the process.
+    faulthandler.register(signal.SIGQUIT, chain=True)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from dvae.runs.job import RunJob  # here, since the launcher itself has no use for DeepSpeed
+    from dvae.runs.job import RunJob  # here, because it imports DeepSpeed, which the launcher does not need
     from dvae.training.resilience import watchdog
 
     def on_hang(message: str, speaks: bool) -> None:
@@ -97,25 +104,26 @@ def run_rank(folder: str, send: Callable[[Any], None]) -> None:
 
 
 def wait_for_ranks(ranks: ChildGroup) -> list[RankExit]:
-    """Wait for all ranks; GRACE seconds after one has failed, the others are killed.
+    """Wait for all ranks. GRACE seconds after one has failed, the remaining ranks are killed.
 
-    Returns how the ranks ended that were not killed, in the order of their ends.
+    Returns the exits of the ranks that were not killed, in the order in which they ended.
     """
     ended = ranks.wait(lambda rank: rank_exit(rank).failed, GRACE, before_kill=report_hanging)
     return [rank_exit(rank) for rank in ended]
 
 
 def rank_exit(rank: Child) -> RankExit:
-    """How a rank that has ended did so."""
+    """Return the exit of a rank that has ended."""
     return RankExit(number=rank.number, status=rank.status or 0, message=rank.failure.message if rank.failure else "")
 
 
 def report_hanging(ended: list[Child], running: list[Child]) -> None:
-    """If a rank ended because another one hangs: those that run print where they are, by faulthandler, and end."""
+    """If a rank ended because another one hangs, let the running ranks print their stacks and end."""
     if not any(rank.status == HANGS for rank in ended):
         return
     for rank in running:
-        for number in (signal.SIGQUIT, signal.SIGCONT):  # a stopped process handles nothing until it may go on
+        # A process that is suspended (SIGSTOP) handles SIGQUIT only after SIGCONT.
+        for number in (signal.SIGQUIT, signal.SIGCONT):
             rank.send_signal(number)
     deadline = time.monotonic() + REPORT_SECONDS
     for rank in running:

@@ -1,4 +1,4 @@
-"""Run the job on SLURM, submitted through submitit: this returns, or follows the run, while the job waits and runs."""
+"""Submit the job to SLURM through submitit. The command then returns, or follows the run."""
 
 from __future__ import annotations
 
@@ -23,68 +23,73 @@ from dvae.runs.slurm.queue import SubmittedJob
 from dvae.utils.child_processes import handling
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+"""A time limit in SLURM's notation; see `time_limit_minutes`."""
 CONF = "SLURM_CONF"
+"""Environment variable with the path of the cluster's configuration."""
 
 
 @LAUNCHERS.register("slurm")
 class Slurm(Launcher):
-    """As a job on SLURM, one rank per GPU; the job comes back by itself until the run is finished."""
+    """Runs the job on SLURM, with one rank per GPU. The job is requeued until the run is finished."""
 
     elsewhere = True
 
     @dataclass(kw_only=True, slots=True)
     class Config(LauncherConfig):
+        """Settings of the launcher slurm."""
+
         partition: str = ""
-        """Partition ("": the cluster's default)."""
+        """Partition of the job (empty: the cluster's default)."""
         account: str = ""
-        """Account that is charged."""
+        """Account that is charged for the job (empty: the cluster's default)."""
         qos: str = ""
-        """Quality of service."""
+        """Quality of service of the job (empty: the cluster's default)."""
         nodes: int = 1
-        """Nodes."""
+        """Number of nodes, 1 or more."""
         gpus_per_node: int = 0
-        """GPUs on each node, one rank for each."""
+        """GPUs on each node, with one rank per GPU."""
         tasks_per_node: int = 0
-        """Ranks on each node (0: one per GPU, or one)."""
+        """Ranks on each node (0: one per GPU, or one rank if there are no GPUs)."""
         cpus_per_task: int = 4
-        """CPUs of a rank: its own and those of its data workers."""
+        """CPU cores of each rank, including its data workers, 1 or more."""
         mem: str = ""
-        """Memory of a node, as "64G" ("": the cluster's default)."""
+        """Memory of each node, such as "64G" (empty: the cluster's default)."""
         time: str = "24:00:00"
-        """Time limit of a job, as SLURM writes it: minutes, H:MM:SS, D-HH:MM:SS; the run itself may take longer."""
+        """Time limit of a job in SLURM's notation: minutes, H:MM:SS or D-HH:MM:SS. The run may take several jobs."""
         constraint: str = ""
-        """Features that the nodes must have."""
+        """Features that the nodes must have (empty: none)."""
         reservation: str = ""
-        """Reservation."""
+        """Reservation that the job uses (empty: none)."""
         exclude: str = ""
-        """Nodes to keep away from."""
+        """Nodes that the job must not use (empty: none)."""
         comment: str = ""
-        """Comment."""
+        """Comment that SLURM stores with the job."""
         setup: list[str] = field(default_factory=list)
-        """Lines of shell before the ranks start: "module load cuda", "export NCCL_DEBUG=INFO"."""
+        """Shell commands to run before the ranks start, such as ["module load cuda", "export NCCL_DEBUG=INFO"]."""
         python: str = ""
-        """Python of the ranks, in a container if you like: "apptainer exec --nv dvae.sif python" ("": the one here)."""
+        """Python command of the ranks (empty: the current Python). It may use a container, such as "apptainer exec --nv
+        dvae.sif python"."""
         srun: list[str] = field(default_factory=list)
-        """More words for srun, as ["--container-image=dvae.sqsh"]."""
+        """Additional options of srun, such as ["--container-image=dvae.sqsh"]."""
         sbatch: list[str] = field(default_factory=list)
-        """More options of sbatch, as ["--mail-type=FAIL", "--exclusive"]."""
+        """Additional options of sbatch, such as ["--mail-type=FAIL", "--exclusive"]."""
         signal_seconds: int = 120
-        """How long before the time limit the ranks are told to save; SLURM may be up to a minute earlier."""
+        """Seconds before the time limit at which the ranks are asked to save. SLURM may ask up to a minute earlier."""
         start_seconds: int = 600
-        """How long the first rank may take to begin; then the job goes back into the queue, to get other nodes."""
+        """Seconds within which the first rank must start. Otherwise the job is requeued, to get other nodes."""
         max_attempts: int = 3
-        """Attempts in a row that may end in a failure, or by a requeue, without having saved anything."""
+        """Maximum number of consecutive attempts that end in a failure or a requeue without saving anything."""
         retry_seconds: float = 30.0
-        """Pause before the ranks start anew after a failure; each time twice as long."""
+        """Seconds before the ranks start again after a failure. The pause doubles with every further failure."""
         wait: bool | None = None
-        """Follow the run here until it ends; Ctrl-C leaves it alone (null: on a terminal)."""
+        """Follow the run until it ends; Ctrl-C stops following, not the run (null: only on a terminal)."""
         chain: bool = False
-        """A job for each part of the run, each waiting for the one before: shards and cache on cpu_partition, training,
-        evaluation on one node."""
+        """Submit a separate job for each part of the run, each after the job before it: shards and cache on
+        cpu_partition, the training, and the evaluation on one node."""
         cpu_partition: str = ""
-        """With chain: partition of shards and cache ("": as the rest)."""
+        """For chain=true: partition of the stages shards and cache (empty: the same as for the other stages)."""
         array_jobs: int = 4
-        """With chain: jobs of the array that builds shards together, and of that which writes the cache."""
+        """For chain=true: number of jobs that build the shards, and that write the cache, as a job array."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -103,6 +108,7 @@ class Slurm(Launcher):
 
     @property
     def per_node(self) -> int:
+        """Number of ranks on each node."""
         return self.config.tasks_per_node or self.config.gpus_per_node or 1
 
     @property
@@ -110,14 +116,14 @@ class Slurm(Launcher):
         return int(self.config.nodes) * self.per_node
 
     def launch(self, folder: Path) -> None:
-        """Submit the run, and follow it where `wait` says so.
+        """Submit the run, and follow it if `waits` is true.
 
-        Raises UserError where SLURM refuses it, MachineError where it failed.
+        Raises UserError if SLURM refuses a job, and MachineError if the run fails while it is followed.
         """
         from dvae.runs.folder import Run
 
         if not queue.is_available():
-            raise UserError("launcher=slurm: there is no squeue here: run this where jobs are submitted")
+            raise UserError("launcher=slurm: there is no squeue here: run this on a login node of the cluster")
         submitted = self.submit(folder, Run(folder).own_config().stages)
         queue.record_jobs(folder, submitted)
         for job in submitted:
@@ -129,6 +135,7 @@ class Slurm(Launcher):
 
     @property
     def waits(self) -> bool:
+        """Whether the command follows the run until it ends."""
         return sys.stdout.isatty() if self.config.wait is None else bool(self.config.wait)
 
     def can_attach(self, folder: Path) -> bool:
@@ -138,14 +145,17 @@ class Slurm(Launcher):
         follow(folder)
 
     def submit(self, folder: Path, stages: list[str]) -> list[SubmittedJob]:
-        """Submit a job, or a chain of jobs; what was submitted is canceled where a later one is refused."""
+        """Submit a job or a chain of jobs. If SLURM refuses one of them, cancel the ones before it.
+
+        Raises UserError if SLURM refuses a job.
+        """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         submitted: list[SubmittedJob] = []
         with (
             hidden_job_environment(),
             redirect_stderr(StringIO()),
-        ):  # submitit shows what sbatch says; here that is one line
+        ):  # submitit prints the output of sbatch; here, the error message contains it in one line
             try:
                 for executor, work, count, doing in self.submissions(folder, stages, submitted):
                     made = executor.map_array(work, range(count)) if count > 1 else [executor.submit(work)]
@@ -164,9 +174,10 @@ class Slurm(Launcher):
     def submissions(
         self, folder: Path, stages: list[str], submitted: list[SubmittedJob]
     ) -> Iterator[tuple[Any, Callable[..., None], int, tuple[str, ...]]]:
-        """Executor, work, number of jobs (more than one make an array) and stages of each submission.
+        """Yield the executor, the work, the number of jobs and the stages of each submission.
 
-        Each waits for the last of `submitted`, which the caller adds to.
+        More than one job form a job array. Each submission waits for the last job in `submitted`. So a caller that
+        submits must append each job to this list before it takes the next submission.
         """
         from dvae.runs.slurm.supervisor import Supervisor
 
@@ -178,7 +189,7 @@ class Slurm(Launcher):
             yield self.executor(folder, part, submitted), Supervisor(here, part), 1, part
 
     def stages_by_job(self, stages: list[str]) -> list[tuple[str, ...]]:
-        """The stages of each job, in their order; one job takes all of them unless `chain` is set."""
+        """Return the stages of each job, in their order. Without `chain`, one job runs all stages."""
         ordered = STAGES.order(stages)
         if not self.config.chain:
             return [tuple(ordered)]
@@ -191,16 +202,16 @@ class Slurm(Launcher):
         return found
 
     def executor(self, folder: Path, stages: tuple[str, ...], after: list[SubmittedJob], array: bool = False) -> Any:
-        """submitit's, with the options for a job of these stages."""
+        """Return submitit's executor, with the options of a job that runs these stages after the jobs `after`."""
         from submitit import SlurmExecutor
 
         class Executor(SlurmExecutor):
             @classmethod
             def affinity(cls) -> int:
-                return 1  # `launch` has looked for SLURM, and a dry run needs none
+                return 1  # SLURM counts as available: `launch` has checked it, and a dry run does not need it
 
         logs = folder.absolute() / queue.FOLDER / "%j"
-        # the supervisor takes the place of the shell, so that signals for the batch script reach it
+        # With exec, the supervisor replaces the shell. So signals for the batch script reach it.
         python = None if array else f"exec {shlex.quote(sys.executable)}"
         executor = Executor(logs, python=python, max_num_timeout=self.config.max_attempts)
         executor.update_parameters(**self.options(folder, stages, array))
@@ -209,7 +220,7 @@ class Slurm(Launcher):
         return executor
 
     def options(self, folder: Path, stages: tuple[str, ...], array: bool) -> dict[str, Any]:
-        """Of submitit's executor; what is empty is left to the cluster."""
+        """Return the options of submitit's executor. Empty settings are left out, so the cluster's defaults apply."""
         config = self.config
         small = config.chain and all(STAGES.get(stage).own_job for stage in stages)
         on_cpus = config.chain and not any(STAGES.get(stage).needs_gpus for stage in stages)
@@ -234,7 +245,7 @@ class Slurm(Launcher):
         }
 
     def plan(self, folder: Path, stages: list[str]) -> str:
-        """The sbatch file of each job."""
+        """Return the sbatch file of each job."""
         found: list[str] = []
         for executor, _, count, doing in self.submissions(folder, stages, []):
             if count > 1:
@@ -246,7 +257,7 @@ class Slurm(Launcher):
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """What the jobs of an array do that write a run's shards, or its cache, together; the job after them publishes."""
+    """The work of one job of an array: a part of a stage, such as shards or cache. The next job publishes all parts."""
 
     folder: str
     stage: str
@@ -260,7 +271,10 @@ class ArrayTask:
         open_stage(self.stage, run.own_config()).run_part(run, part, self.parts)
 
     def checkpoint(self, part: int) -> Any:
-        """submitit calls it when the job's time is nearly over, and requeues it: what is finished is on disk."""
+        """Return the work of the requeued job. submitit calls this shortly before the time limit, and requeues the job.
+
+        The finished work is on disk already, so the requeued job does the same part again and continues from there.
+        """
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, part)
@@ -268,9 +282,10 @@ class ArrayTask:
 
 @contextmanager
 def hidden_job_environment() -> Iterator[None]:
-    """Hide what a job that this process may be part of has left in the environment: sbatch would take it for options.
+    """Hide the environment variables of the SLURM job to which this process may belong, while the block runs.
 
-    SLURM_CONF, which says where the cluster is, stays, and so do the user's defaults for sbatch.
+    sbatch would otherwise use them as options. SLURM_CONF, which locates the cluster, is kept. The user's defaults for
+    sbatch (SBATCH_*) are kept too.
     """
     inside = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "MASTER_", "LOCAL_", "RANK", "WORLD_SIZE")
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(inside) and name != CONF}
@@ -281,7 +296,10 @@ def hidden_job_environment() -> Iterator[None]:
 
 
 def follow(folder: Path) -> None:
-    """Show the run's figures until it ends. Ctrl-C leaves it alone; SIGTERM cancels it, as it would end a run here."""
+    """Print the run's metrics until it ends. Ctrl-C stops only the printing.
+
+    SIGTERM cancels the run, because SIGTERM would also end a run on this machine.
+    """
     from dvae.runs import manage
 
     def asked(number: int, frame: object) -> None:
@@ -300,7 +318,11 @@ def follow(folder: Path) -> None:
 
 
 def time_limit_minutes(time: str) -> int:
-    """A time limit as SLURM writes it, in minutes, rounded up: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Return a time limit in minutes, rounded up.
+
+    SLURM's notations are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S. Raises UserError for other texts, and for less than a
+    minute.
+    """
     found = TIME.fullmatch(time.strip())
     if not found:
         raise UserError(f"launcher.time={time}: use minutes, HH:MM:SS or D-HH:MM:SS")
@@ -317,7 +339,7 @@ def time_limit_minutes(time: str) -> int:
 
 
 def sbatch_error(error: BaseException) -> str:
-    """What sbatch said, without what submitit puts around it."""
+    """Return the error message of sbatch in one line, without the text that submitit adds."""
     said = getattr(error, "stderr", None) or getattr(error, "output", None) or str(error)
     text = said.decode() if isinstance(said, bytes) else str(said)
     lines = [line for line in text.splitlines() if "sbatch: error:" in line] or text.splitlines()

@@ -1,4 +1,4 @@
-"""Discovery: import the components that dvae brings, and plug-ins, installed or named in `plugins=[...]`."""
+"""Import the built-in components of dvae, and plug-ins: installed ones, and modules named in `plugins=[...]`."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from dvae.registry.core import BEFORE_LOOKUP, BROKEN_PLUGINS, KINDS, Registry
 from dvae.utils.package import FOLDER, VERSION
 
 ENTRY_POINT_GROUP = "dvae.plugins"
+"""Group of entry points with which an installed package declares a plug-in."""
 RECIPE_FOLDERS: list[Path] = []
-"""The folders recipes/ of the plug-ins that were imported: each is laid out as the folder recipes/ of dvae."""
+"""The folders recipes/ of the imported plug-ins. Each has the layout of the folder recipes/ of dvae."""
 _imported_installed = False
 
 
 def registries() -> dict[str, Registry[Any]]:
-    """The registry of every kind, by kind, in alphabetical order."""
+    """Return the registry of every kind of component, in alphabetical order of the kinds."""
     _import_kinds()
     return dict(sorted(KINDS.items()))
 
 
 def chosen_kinds() -> dict[str, Registry[Any]]:
-    """The registries of the kinds of which a run's settings choose one component: all but the stages."""
+    """Return the registries of the kinds of which a run chooses one component. These are all kinds but the stages."""
     return {kind: registry for kind, registry in registries().items() if registry.chosen}
 
 
 @functools.cache
 def _import_kinds() -> None:
-    """Import the base class of every kind, which enters its registry in KINDS; no component is imported."""
+    """Import the base module of every kind, which adds its registry to KINDS. No component is imported."""
     for folder in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if folder.ispkg:
             importlib.import_module(f"{__package__}.{folder.name}.base")
 
 
 def discover() -> None:
-    """Import every component that dvae brings, then every installed plug-in (entry points `dvae.plugins`), once."""
+    """Import every built-in component, then every installed plug-in (entry points `dvae.plugins`), once."""
     _import_builtins()
     import_installed_plugins()
 
@@ -53,15 +54,16 @@ def _import_builtins() -> None:
 
 
 def import_installed_plugins() -> None:
-    """Import every installed plug-in, once. What dvae brings is imported first if there is one, because a plug-in may
-    not take a name that exists.
+    """Import every installed plug-in, once.
 
-    A plug-in that cannot be imported leaves nothing behind. It is remembered, and named if a component is not found.
+    If there is a plug-in, the built-in components are imported first, because a plug-in must not use their names. All
+    registrations of a plug-in that cannot be imported are undone. Messages about an unknown component name it.
     """
     global _imported_installed
     if _imported_installed:
         return
-    _imported_installed = True  # first, because a plug-in may ask a registry while it is imported
+    # Set this before the imports: a plug-in may look up a component while it is imported, which calls this function.
+    _imported_installed = True
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         _import_builtins()
         try:
@@ -79,8 +81,8 @@ BEFORE_LOOKUP.append(import_installed_plugins)
 def load_plugins(modules: Iterable[str]) -> None:
     """Import the modules of `plugins=[...]`, which register components. Raises UserError if one cannot be imported.
 
-    What dvae brings is imported first if there is a module, because a plug-in may not take a name that exists. Modules
-    are looked for in the working folder too, after all other places.
+    If there is a module, the built-in components are imported first, because a plug-in must not use their names. The
+    working directory is the last place in which modules are searched.
     """
     import_installed_plugins()
     if isinstance(modules, Mapping) or not isinstance(modules, Iterable):
@@ -89,7 +91,7 @@ def load_plugins(modules: Iterable[str]) -> None:
         _refuse_no_module(name)
         _import_builtins()
         if (here := str(Path.cwd())) not in sys.path:
-            sys.path.append(here)  # and left there: processes that are started from this one look for the module too
+            sys.path.append(here)  # not removed: child processes inherit sys.path, and must find the module too
         try:
             with plugins.all_or_nothing(name, KINDS):
                 importlib.import_module(name)
@@ -97,14 +99,14 @@ def load_plugins(modules: Iterable[str]) -> None:
         except plugins.PluginError as error:
             advice = f'`python -c "import {name}"` shows where it fails'
             if error.absent:
-                advice = "install it, or run this from the folder that it lies in"
+                advice = "install it, or run this command in the folder that contains it"
             raise UserError(f"plugins: module {name!r} cannot be imported ({error}); {advice}") from None
 
 
 def _enter_recipes(module: str) -> None:
-    """Enter the folder recipes/ of a plug-in that is a package.
+    """Add the folder recipes/ of a plug-in to RECIPE_FOLDERS, if the plug-in is a package and has this folder.
 
-    Raises ValueError if a file in it has the name of one that dvae, or another plug-in, brings.
+    Raises ValueError if dvae or another plug-in has a recipe file of the same name.
     """
     found = sys.modules[module]
     if not hasattr(found, "__path__") or found.__file__ is None:
@@ -120,7 +122,7 @@ def _enter_recipes(module: str) -> None:
 
 
 def _refuse_no_module(name: object) -> None:
-    """Raise UserError for what cannot be the name of a module."""
+    """Raise UserError if `name` cannot be the name of a module."""
     text = str(name)
     if "/" in text or text.endswith(".py"):
         module = text.rpartition("/")[2].removesuffix(".py")
@@ -132,7 +134,7 @@ def _refuse_no_module(name: object) -> None:
 
 
 def origin(cls: type) -> tuple[str, str]:
-    """The package that a component comes from, and its version."""
+    """Return the package that provides a component, and the version of the package."""
     package = cls.__module__.partition(".")[0]
     if package == "dvae":
         return package, VERSION

@@ -154,7 +154,7 @@ def test_other_weights_are_another_request_and_unfinished_ones_none(run: Run, tm
     with pytest.raises(UserError, match=r"parts of another request are being made .*encoder_sha256"):
         cache.write_cache_part(other, settings, made, 1, 5)
     (other.path / "stages.json").unlink()  # as while they are being saved
-    with pytest.raises(UserError, match="has no finished stage encoder yet"):
+    with pytest.raises(UserError, match="has no trained encoder yet, which a cache needs"):
         CacheStage(other.own_config()).run_part(other, 0, 2)
     other.weights("encoder").unlink()
     with pytest.raises(UserError, match="has no trained encoder yet"):

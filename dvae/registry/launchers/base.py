@@ -11,29 +11,31 @@ from dvae.errors import UserError
 from dvae.registry.core import ComponentConfig, Registry
 
 DEFAULT = "local"
-"""The launcher of a config that names none."""
+"""Name of the launcher if the settings of a run choose none."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LauncherConfig(ComponentConfig):
-    """What every launcher takes; the Config of each is one of these."""
+    """Base class of the nested Config of every launcher."""
 
     hang_seconds: float = 900.0
-    """A rank that stands still for so many seconds, in training, ends the job (0: never)."""
+    """Seconds without progress in training after which a rank counts as hanging, and the job ends (0: no limit)."""
 
 
 class Launcher(ABC):
-    """Takes a run folder through its stages, somewhere, on some number of ranks.
+    """Runs the stages of a run folder on one or more ranks.
 
-    It runs `dvae.runs.job.RunJob(folder)` on every rank, which reads the folder's config.yaml. Each rank needs nothing
-    else but the variables of torch.distributed: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (none of them
-    if there is one rank).
-    Heavy imports belong into `launch`: this module is imported to compose any config.
+    It runs `dvae.runs.job.RunJob(folder)` on every rank, which reads the folder's config.yaml. Apart from that, each
+    rank needs only the environment variables of torch.distributed: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT. A single rank needs none of them.
+
+    Launchers must import large packages in `launch`, not at the top of their module. The module is imported whenever a
+    config is composed.
     """
 
     Config: type[LauncherConfig] = LauncherConfig
     elsewhere = False
-    """Whether the ranks run on other machines than this one; then launcher.wait=true has `launch` wait for them."""
+    """Whether the ranks run on other machines. `launch` then waits for them only if launcher.wait=true."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -43,25 +45,26 @@ class Launcher(ABC):
     @property
     @abstractmethod
     def ranks(self) -> int:
-        """How many there are in training."""
+        """Number of ranks in training."""
 
     @abstractmethod
     def launch(self, folder: Path) -> None:
-        """Take the run in `folder`, relative to the working directory or not, through its stages.
+        """Run the stages of the run in `folder`, an absolute path or a path relative to the working directory.
 
-        Returns when that is done, or under way elsewhere. Raises UserError or MachineError in one line where it failed.
+        Returns when the run is finished, or when it was started on other machines. Raises UserError or MachineError if
+        the run fails.
         """
 
     def can_attach(self, folder: Path) -> bool:
-        """Whether the run in `folder` is under way already, and `attach` would wait for it."""
+        """Return whether the run in `folder` was already started, and `attach` can wait for it."""
         return False
 
     def attach(self, folder: Path) -> None:
-        """Wait for a run that is under way. Called only if `can_attach` says that it can."""
-        raise NotImplementedError(f"launcher {self.config.name!r} waits for no run")
+        """Wait for a run that was already started. Called only if `can_attach` returns True."""
+        raise NotImplementedError(f"launcher {self.config.name!r} cannot wait for a run")
 
     def plan(self, folder: Path, stages: list[str]) -> str:
-        """What `dry_run=true` prints of it, beyond the config of the run and its stages."""
+        """Return what `dry_run=true` prints about the launch, after the run's settings and stages."""
         return ""
 
 
@@ -69,6 +72,6 @@ LAUNCHERS: Registry[Launcher] = Registry("launcher", "dvae.launchers", Launcher,
 
 
 def launcher_of(config: ComponentConfig | None) -> Launcher:
-    """The launcher that a run's `config.launcher` describes. Raises UserError where its settings are none."""
+    """Build the launcher from a run's `config.launcher`. Raises UserError if its settings are invalid."""
     config = config or LAUNCHERS.config({"name": DEFAULT})
     return LAUNCHERS.get(config.name)(config)

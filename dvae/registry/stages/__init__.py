@@ -1,1 +1,1 @@
-"""Launchers: ways to run a job. Each launcher is a file in the folder launchers/."""
+"""Stages: the steps of a run. Each stage is a file in dvae/stages/."""

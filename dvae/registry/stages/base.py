@@ -1,6 +1,7 @@
-"""Stages: the steps of a run, such as training the encoder. Each is a file in dvae/stages/, or in a package of yours.
+"""Stages: the steps of a run, such as the training of the encoder. Each is a file in dvae/stages/ or in a plug-in.
 
-Here is what composing a run's settings must know of a stage; what a stage does is in dvae/stages/base.py.
+This module holds the declarations of a stage that are needed to compose the settings of a run. dvae/stages/base.py
+holds the base class for the work of a stage.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from dvae.registry.core import ComponentConfig, Registry
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig(ComponentConfig):
-    """Base of the nested Config of a stage: the fields that the stage adds to the settings of every run.
+    """Base class of the nested Config of a stage. Its fields are added to the settings of every run.
 
-    They stand at the top level, beside `seed` and `refiner`. A field `train_NAME: TrainingConfig`, for the stage NAME,
-    says how it is trained. A field of settings of its own, as `NAME: MyConfig`, is a dataclass too.
+    They are at the top level of the settings, beside `seed` and `refiner`. A stage NAME that trains has a field
+    `train_NAME: TrainingConfig`. Other settings of the stage can be grouped in a dataclass, as in `NAME: MyConfig`.
     """
 
 
@@ -32,25 +33,25 @@ C = TypeVar("C", bound=StageConfig)
 
 
 class DeclaredStage(ABC):
-    """What a stage says of itself. Stages derive from dvae.stages.base.Stage, which derives from this."""
+    """The declarations of a stage. Stages derive from dvae.stages.base.Stage, which derives from this class."""
 
     Config: type[StageConfig] = StageConfig
     after: tuple[str, ...] = ()
-    """Stages that run before this one if a run has both."""
+    """Stages that run before this one, if a run has both."""
     before: tuple[str, ...] = ()
-    """Stages that run after this one if a run has both."""
+    """Stages that run after this one, if a run has both."""
     makes: tuple[str, ...] = ()
-    """The parts of a run's models whose weights it writes: encoder, prior, denoiser, classifier."""
+    """The parts of a run's models whose weights the stage writes: encoder, prior, denoiser, classifier."""
     all_ranks = False
-    """Whether every rank takes part. Otherwise rank 0 runs it while the others wait."""
+    """Whether every rank runs the stage. Otherwise rank 0 runs it while the other ranks wait."""
     needs_gpus = True
-    """Whether it has use for a GPU; if not, its own job goes to launcher.cpu_partition."""
+    """Whether the stage uses GPUs. If not, and if it has a separate job, the job goes to launcher.cpu_partition."""
     own_job = False
-    """Whether, on SLURM with launcher.chain=true, it gets a job of its own, of one task."""
+    """Whether the stage gets a separate job with one task, on SLURM with launcher.chain=true."""
     in_parts = False
-    """Whether several jobs can do it together (Stage.run_part)."""
+    """Whether several jobs can share the work of the stage (Stage.run_part)."""
     takes_streams = False
-    """Whether it works with an endless source, which has no shards and no held-out images."""
+    """Whether the stage works with an endless source, which has no shards and no held-out images."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -60,20 +61,24 @@ class DeclaredStage(ABC):
         return STAGES.name_of(self)
 
     def check_settings(self) -> None:  # noqa: B027 most stages have nothing to check
-        """Raise UserError if the settings of a run that has this stage cannot work. Called whenever they are read."""
+        """Raise UserError if this stage cannot work with the settings of its run. Called whenever they are read."""
 
     @abstractmethod
     def run(self, run: Any) -> None:
-        """Do the work in a run's folder, a dvae.runs.folder.Run."""
+        """Do the work of the stage in a run's folder. `run` is a dvae.runs.folder.Run."""
 
 
 class StageRegistry(Registry[DeclaredStage]):
-    """The stages, with their order and the fields that they add to a run's settings."""
+    """The registry of stages. It also determines their order, and checks the fields that they add to the settings."""
 
     chosen = False
 
     def check_component(self, name: object, cls: Any) -> DictConfig:
-        """As of every registry. Raises TypeError also for a field that a run, or another stage, has already."""
+        """Check a stage as `Registry.check_component` does, and check the fields of its Config.
+
+        Also raises TypeError if a run or another stage already has a field of this name, or if a field train_NAME has
+        another NAME than the stage or another type than TrainingConfig.
+        """
         node = super().check_component(name, cls)
         taken = {field.name: "every run" for field in fields(RunConfig)}
         for other, theirs in self._classes.items():
@@ -87,9 +92,10 @@ class StageRegistry(Registry[DeclaredStage]):
         return node
 
     def order(self, of: Collection[str] | None = None) -> list[str]:
-        """The stages `of`, or all, in the order in which they run: by `after` and `before`, else by name.
+        """Return the stages `of`, or all stages, in the order in which they run.
 
-        Raises UserError for a stage that is not registered, and for stages of which each runs before the other.
+        The order satisfies `after` and `before`. Among stages that may come next, the first name in the alphabet comes
+        first. Raises UserError for a stage that is not registered, and if `after` and `before` form a cycle.
         """
         names = self.names()
         for wrong in (name for name in of or () if name not in names):
@@ -107,7 +113,7 @@ class StageRegistry(Registry[DeclaredStage]):
         return [name for name in found if of is None or name in of]
 
     def trained(self) -> list[str]:
-        """The stages that train, in their order."""
+        """Return the stages that train, in their order."""
         return [name for name in self.order() if f"{TRAINING_PREFIX}{name}" in stage_fields(self.get(name))]
 
 
@@ -115,7 +121,7 @@ STAGES = StageRegistry("stage", "dvae.stages", DeclaredStage)
 
 
 def stage_fields(stage: type[DeclaredStage]) -> dict[str, Any]:
-    """The fields that a stage adds to the settings of a run, and their types."""
+    """Return the fields that a stage adds to the settings of a run, with their types."""
     types = get_type_hints(stage.Config)
     return {field: types[field] for field in _own_fields(stage.Config)}
 
@@ -125,19 +131,19 @@ def _own_fields(config: type[StageConfig]) -> list[str]:
 
 
 def settings_of(config: RunConfig, kind: type[C]) -> C:
-    """The fields of `config` that a stage has added, as that stage's own Config."""
+    """Return the settings of one stage, as its Config `kind`, from the settings of a run."""
     values: dict[str, Any] = {field: getattr(config, field) for field in _own_fields(kind)}
     return kind(**values)
 
 
 def with_settings(config: RunConfig, settings: StageConfig) -> RunConfig:
-    """A copy of `config` with other values of the fields that a stage has added."""
+    """Return a copy of `config` in which the fields of one stage have the values of `settings`."""
     changed: dict[str, Any] = {field: getattr(settings, field) for field in _own_fields(type(settings))}
     return replace(config, **changed)
 
 
 def run_config_class() -> type[RunConfig]:
-    """The class of a run's settings: RunConfig, and the fields of all stages that are registered."""
+    """Return the class of a run's settings: RunConfig with the additional fields of all registered stages."""
     return _run_config_class(tuple(STAGES.get(name) for name in STAGES.order()))
 
 
@@ -149,11 +155,11 @@ def _run_config_class(stages: tuple[type[DeclaredStage], ...]) -> type[RunConfig
 
 
 def training_fields() -> tuple[str, ...]:
-    """The fields of a run's settings that hold the settings of a training, in the order of the stages."""
+    """Return the fields of a run's settings that hold training settings, in the order of the stages."""
     return tuple(f"{TRAINING_PREFIX}{name}" for name in STAGES.trained())
 
 
 def exported_parts() -> dict[str, str]:
-    """Each stage that trains one part of a run's models, and that part."""
+    """Return the stages that train exactly one part of a run's models, each with this part."""
     parts = {name: STAGES.get(name).makes for name in STAGES.trained()}
     return {name: made[0] for name, made in parts.items() if len(made) == 1}
