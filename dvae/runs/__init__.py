@@ -1,1 +1,1 @@
-"""Run folders: what they hold, and how runs are started, followed, resumed and canceled."""
+"""Run folders: their contents, and functions to start, follow, resume and cancel runs."""

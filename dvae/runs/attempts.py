@@ -1,7 +1,7 @@
-"""The attempts of a run: when it was started, where, by what, and how that ended. Imports nothing heavy.
+"""The attempts of a run: when and where each was started, by which launcher, and how it ended.
 
-attempts.jsonl has a row for each time that a run was started. A row without an end is that of the attempt which goes
-on, where somebody holds the folder's lock, and else of one that was killed.
+attempts.jsonl has a row for each start of the run. If the last row has no end, the attempt is running, or it was
+killed. It is running if a process holds the lock of the run folder. This module imports no large packages.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dvae.utils.read import DamagedFile, read_json_lines
 
 FILE = "attempts.jsonl"
 WORKER = ".lock"
-"""Held by the process that works in the folder: rank 0 of a job, or a tool."""
+"""Lock file that is held by the process that works in the folder: rank 0 of a job, or a tool."""
 LAUNCHER = ".attempt"
-"""Held by the process that started the attempt, from its first moment to its last."""
+"""Lock file that is held by the process that started the attempt, until the attempt ends."""
 INTERRUPTED, TERMINATED = 130, 143
-"""Exit statuses of an attempt that was asked to stop."""
+"""Exit statuses of an attempt that was asked to stop, by Ctrl-C or otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,31 +38,31 @@ class Attempt:
     """One row of attempts.jsonl."""
 
     started: Seconds
-    """Seconds since 1970."""
+    """Time of the start, in seconds since 1970."""
     host: str
     """Name of the machine."""
     pid: Annotated[int, Field(ge=1, lt=2**31)]
-    """Process to which a signal goes; it passes it on to its ranks."""
+    """ID of the process that receives signals and passes them on to the ranks."""
     launcher: str
-    """local, processes, torchrun, slurm, ..."""
+    """Name of the launcher: local, processes, slurm, ...; torchrun for local under torchrun."""
     count: Positive
-    """Ranks."""
+    """Number of ranks."""
     cwd: str
-    """Folder that relative paths of the config start from."""
+    """Working directory of the launch. Relative paths of the config start there."""
     job: str = ""
-    """Number of the job that it is part of, on a cluster."""
+    """Number of the cluster job. Empty if there is none."""
     ended: Seconds | None = None
-    """Seconds since 1970; None where it goes on, or was killed."""
+    """Time of the end, in seconds since 1970. None if the attempt is running or was killed."""
     status: Annotated[int, Field(ge=-255, le=255)] | None = None
-    """Exit status; 0 where the run is finished, above 128 where the attempt was asked to stop."""
+    """Exit status. 0: the run is finished; above 128: the attempt was asked to stop."""
     message: str = ""
-    """Its last words."""
+    """Reason of the end, in one line."""
 
 
 def read(folder: Path) -> list[Attempt]:
-    """All attempts, in their order. Raises MachineError if the file is damaged.
+    """Return all attempts, in their order. Raises MachineError if the file is damaged.
 
-    Control characters in texts are replaced, because the texts are shown in a terminal.
+    Control characters in texts are replaced, because the texts are printed in a terminal.
     """
     path = folder / FILE
     if not path.exists():
@@ -90,26 +90,36 @@ def write(folder: Path, attempts: list[Attempt]) -> None:
 
 @contextmanager
 def hold(folder: Path, lock: str) -> Iterator[None]:
-    """Hold a lock of a run folder. Raises UserError where another process has it."""
+    """Hold a lock of a run folder while the block runs. Raises UserError if another process holds it."""
     with atomic_files.locked(folder / lock, refusal(folder)):
         yield
 
 
 def refusal(folder: Path) -> UserError:
-    """What is said where somebody else works in a run folder."""
+    """Return the error for a run folder in which another process works."""
     return UserError(f"run={folder} is in use by another process: wait for it, or use another run=")
 
 
 def in_use(folder: Path) -> bool:
-    """Whether an attempt goes on, or a tool works in the folder."""
+    """Return whether an attempt is running, or a tool works in the folder."""
     return atomic_files.is_locked(folder / LAUNCHER) or atomic_files.is_locked(folder / WORKER)
 
 
 @contextmanager
 def recorded(folder: Path, launcher: str, count: int, job: str = "") -> Iterator[None]:
-    """The attempt of this process on a run, which is what the block does. Raises UserError where another goes on."""
+    """Record the block as an attempt of the run: its start, and its end or its error.
+
+    Args:
+        folder: The run folder.
+        launcher: Name of the launcher.
+        count: Number of ranks.
+        job: Number of the cluster job; empty if there is none.
+
+    Raises UserError if another attempt is running or a tool works in the folder.
+    """
     with hold(folder, LAUNCHER):
-        with hold(folder, WORKER):  # refused before anything is recorded; rank 0 takes it again
+        # Hold this lock only to check that no tool has it. It is free again when rank 0 locks it for the job.
+        with hold(folder, WORKER):
             earlier = read(folder)
             begun = Attempt(
                 started=round(time.time(), 3), host=socket.gethostname(), pid=os.getpid(), launcher=launcher,
@@ -122,7 +132,7 @@ def recorded(folder: Path, launcher: str, count: int, job: str = "") -> Iterator
             said, status = describe(error) or (f"{type(error).__name__}: {fold(error)}", 1)
             try:
                 write(folder, [*earlier, ended(begun, status, said)])
-            except OSError as fault:  # a full disk, as a rule: the error itself matters more
+            except OSError as fault:  # usually a full disk; do not let it replace the error of the block
                 print(f"dvae: {folder / FILE} cannot be written ({fold(fault)})", file=sys.stderr)
             raise
         write(folder, [*earlier, ended(begun, 0, "finished")])
@@ -133,9 +143,9 @@ def ended(attempt: Attempt, status: int, message: str) -> Attempt:
 
 
 def close(folder: Path, status: int, message: str) -> Attempt:
-    """The last attempt, which is over; if it could not write down its end itself, that is done here.
+    """Return the last attempt, which has ended. If it did not record its end, record it with `status` and `message`.
 
-    Raises MachineError if none is on record.
+    Raises MachineError if there is no attempt, and UserError if the attempt is still running.
     """
     with hold(folder, LAUNCHER):
         if not (found := read(folder)):

@@ -1,4 +1,4 @@
-"""What `dry_run=true` prints: the resolved settings, each stage and its state, images, and the launcher's jobs."""
+"""The output of `dry_run=true`: resolved settings, stages with their states, images, and the launcher's jobs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dvae.runs.stage_states import StageState, saved_steps, stage_state
 from dvae.stages.base import Stage, open_stages
 
 SHARD_SIZE = 10_000
-"""Images of the source that make a shard of each split, as dvae.data.building.shard_build takes them by default."""
+"""Number of source images that make one shard of each split: the default of dvae.data.building.shard_build."""
 
 
 def describe(checked: CheckedLaunch) -> str:
-    """The text of a dry run."""
+    """Return the text that a dry run prints."""
     config = checked.config
     lines = [stored.to_yaml(checked.kept).rstrip(), "---", *_stage_lines(checked)]
     if counts := checked.images:
@@ -26,13 +26,13 @@ def describe(checked: CheckedLaunch) -> str:
         lines.append(f"shards: {shards} in {config.data.shards}")
     lines += filter(None, [checked.launcher.plan(Path(config.run), config.stages)])
     if checked.under_way:
-        lines.append(f"run={config.run} is under way: the command would wait for it")
+        lines.append(f"run={config.run} is running or queued already: the command would wait for it")
     lines.append("dry run: nothing was written")
     return "\n".join(lines)
 
 
 def _stage_lines(checked: CheckedLaunch) -> Iterator[str]:
-    """The stages in a line, then one line for each."""
+    """Yield one line with all stages, then one line for each stage."""
     run, stages = Run(Path(checked.config.run)), open_stages(checked.config)
     yield f"stages: {' -> '.join(stage.name for stage in stages)}"
     for stage in stages:
@@ -44,7 +44,7 @@ def _told_state(run: Run, stage: Stage) -> str:
     state = stage_state(run, stage)
     if state is StageState.begun:
         steps = ", ".join(f"{name} at step {step}" for name, step in saved_steps(run, stage).items())
-        return f"begun, goes on from the checkpoint of {steps}"
+        return f"begun, resumes from the checkpoint of {steps}"
     if state is StageState.stale:
-        return "stale, as its settings have changed: it is run again"
+        return "stale, because its settings have changed: it runs again"
     return state.value

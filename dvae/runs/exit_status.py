@@ -1,4 +1,4 @@
-"""How a job ended, in one line, from how its ranks did. Imports nothing heavy."""
+"""Turn the exits of a job's ranks into the error that ends the job. This module imports no large packages."""
 
 from __future__ import annotations
 
@@ -12,39 +12,45 @@ from dvae.runs.attempts import INTERRUPTED, TERMINATED
 from dvae.tracking.metrics_log import MetricsLog
 
 LOST, HANGS = 75, 76
-"""Exit statuses of a rank, besides those of `run_command`: another rank is gone, or hangs."""
+"""Exit statuses of a rank that ends because another rank is lost or hangs. `run_command` has all others."""
 GRACE = 5.0
-"""Seconds that the other ranks have to end by themselves once one has failed; then they are killed."""
+"""Seconds that the other ranks have to end by themselves after one has failed. Then they are killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankExit:
-    """How one rank ended."""
+    """The end of one rank."""
 
     number: int
-    """Its rank."""
+    """Number of the rank."""
     status: int
-    """Exit status; below 0: the signal that killed it, as in subprocess."""
+    """Exit status. If a signal killed the rank, minus the signal number, as in subprocess."""
     message: str = ""
-    """Why it failed, in one line."""
+    """Reason of the failure, in one line."""
     stop_reason: str = ""
-    """Of one that was asked to stop and has saved: what asked (dvae/training/resilience/stopping.py)."""
+    """The signal or limit that stopped the rank, if it was asked to stop (dvae/training/resilience/stopping.py)."""
     retryable: bool = True
-    """Whether the same might work another time."""
+    """Whether a retry without changes may succeed."""
 
     @property
     def failed(self) -> bool:
-        """Whether it neither finished nor was asked to stop."""
+        """Whether the rank failed, that is, it neither finished nor was asked to stop."""
         return self.status not in (0, TERMINATED)
 
 
 def raise_for(folder: Path, failed: list[RankExit], forwarded: Sequence[int]) -> None:
-    """Raise what ended the job: the first of the ranks in `failed` that did not merely lose another.
+    """Raise the error that ended the job. It comes from the first failed rank that did not just lose another rank.
 
-    `forwarded` are the signals that were passed on to the ranks: a rank that died of one was asked to end.
+    Args:
+        folder: The run folder.
+        failed: The ranks that failed, in the order in which they ended.
+        forwarded: Signals that were passed on to the ranks. A rank that such a signal killed was asked to stop.
 
-    Raises UserError if the user can fix it, KeyboardInterrupt, Stopped, or else MachineError with the rank, how it
-    ended and its last step.
+    Raises:
+        UserError: The user can fix the failure.
+        KeyboardInterrupt: The rank was interrupted by Ctrl-C.
+        Stopped: The rank was killed by a forwarded signal.
+        MachineError: Any other failure. The message names the rank, its exit status or signal, and the last step.
     """
     rank = next((rank for rank in failed if rank.status != LOST), failed[0])
     if -rank.status in forwarded:
@@ -67,6 +73,6 @@ def raise_for(folder: Path, failed: list[RankExit], forwarded: Sequence[int]) ->
 
 
 def last_step(folder: Path) -> str:
-    """Where the run was, by its last row of metrics."""
+    """Return the stage and step of the newest row of metrics, as text."""
     row = MetricsLog(folder / "metrics.jsonl").newest()
     return f"{row['stage']} step {row['step']}" if row else "no step on record"

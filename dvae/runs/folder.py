@@ -1,24 +1,26 @@
-"""The run folder: everything about a run, and nothing outside it.
+"""The run folder. It holds everything that a run writes:
 
-config.yaml        settings as they were when the run was submitted (dvae/config/stored.py)
-run.json           format version of the folder, and the version of dvae that made it
-attempts.jsonl     when it was started, where, and how that ended
-stages.json        what is finished, with times and counts
-metrics.jsonl      figures by stage and step
-shards/            images to train on, if they are not elsewhere; damaged.json names images that cannot be read
-remote/            shards that were fetched from elsewhere
-latents/           what the stage cache writes
+config.yaml        settings of the last launch (dvae/config/stored.py)
+run.json           format version of the folder, and the version of dvae that wrote it
+attempts.jsonl     time, place and end of every attempt
+stages.json        finished stages, with times and counts
+metrics.jsonl      metrics by stage and step
+shards/            training images, unless data.shards is elsewhere
+damaged.json       images that cannot be read
+remote/            fetched remote shards
+latents/           output of the stage cache
 cache/             features of real images, for metrics
-checkpoints/       resume state of the stage in progress
-snapshots/         averages at steps of a stage, for tools/ema.py
-weights/           averaged weights of finished stages (safetensors), and hashes.json with the hash of each
-bundle/            what users run on
-images/            pictures; samples.png and reconstructions.png beside it
+checkpoints/       state from which a stage resumes
+snapshots/         snapshots of averaged weights, for tools/ema.py
+weights/           averaged weights of finished stages (safetensors), and hashes.json with the hash of each file
+bundle/            the trained models, for inference
+images/            pictures, except samples.png and reconstructions.png, which are in the run folder itself
 nonfinite-*/       steps whose gradient was not finite, for tools/replay.py
-samples-*.jsonl    numbers of the samples of each step, if data.log_samples is set
-slurm/             jobs of the run on SLURM, with their logs
-wandb/ wandb.json  files of W&B's client, and which W&B run this is
-summary.json report.html
+samples-*.jsonl    sample numbers of each step, if data.log_samples is set
+slurm/             SLURM jobs of the run, with their logs
+wandb/ wandb.json  files of the W&B client, and the ID of the W&B run
+summary.json       results of the stage evaluate
+report.html        results of the run on one page
 """
 
 from __future__ import annotations
@@ -47,17 +49,16 @@ MUTABLE_FIELDS = {
     "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
     "data.workers", "data.cache_gib", "data.download_to", "data.download_gib", "data.log_samples", "max_hours",
 }  # fmt: skip
-"""Settings that may change from one attempt to the next: they do not touch what was trained (a cache refuses
-others by itself)."""
+"""Settings that may change between attempts, because trained weights do not depend on them. A cache checks its own."""
 MUTABLE_TRAINING_FIELDS = (
     "keep", "keep_every", "save_every", "preview_every", "zero_stage", "offload", "micro_batches", "nonfinite_skips",
     "ema.snapshot_every",
 )  # fmt: skip
-"""The same of each training."""
+"""Settings of each training that may change between attempts."""
 
 
 LINKS_ALLOWED = ("shards", "wandb")
-"""Folders of a run that may be links, or hold some."""
+"""Folders in a run folder that may be symbolic links or contain them."""
 
 
 class Run:
@@ -73,14 +74,20 @@ class Run:
         self._records = path / RECORDS
 
     def config(self) -> RunConfig:
-        """The settings as data: no plug-in is imported, no variable of the environment is read."""
+        """Return the settings as data. No plug-in is imported, and no environment variable is read.
+
+        Raises UserError if the folder is not a readable run folder.
+        """
         check_format(self.path)
         config = stored.load(self.config_file)
-        config.run = str(self.path)  # where it lies now, whatever the file says
+        config.run = str(self.path)  # the folder may have been moved since the file was written
         return config
 
     def own_config(self) -> RunConfig:
-        """The settings, for the processes of a launch: plug-ins are imported, the environment is read."""
+        """Return the settings for the processes of a launch. Plug-ins are imported, and environment variables are read.
+
+        Raises UserError if the folder is not a readable run folder.
+        """
         check_format(self.path)
         return stored.load_own(self.config_file)
 
@@ -88,20 +95,23 @@ class Run:
         return self.path / "weights" / f"{part}.safetensors"
 
     def has_weights(self, part: str) -> bool:
-        """Whether the weights of a part are there, with their hash."""
+        """Return whether the weights of a part are saved, with their hash."""
         return self.weights(part).exists() and part in self._hashes()
 
     def save_weights(self, part: str, state: StateDict) -> None:
-        """Keep weights of a part, complete or absent, and their hash."""
+        """Save the weights of a part, then their hash. If the process is killed, no incomplete file remains."""
         save_weights(self.weights(part), state)
         atomic_files.write_json(self._hash_file, self._hashes() | {part: atomic_files.sha256(self.weights(part))})
 
     def load_weights(self, part: str) -> StateDict:
-        """Weights of a part. Raises MachineError if they differ from their hash, UserError if they are missing."""
+        """Load the weights of a part.
+
+        Raises UserError if they are missing, and MachineError if they do not match their hash.
+        """
         path = self.weights(part)
         if not path.exists():
             raise UserError(f"run={self.path} has no trained {part} yet: add the stage that trains it to stages=[...]")
-        read_weights_header(path)  # before the hash: the header tells how large the file may be
+        read_weights_header(path)  # it checks the file size, so a huge file is rejected before it is hashed
         if atomic_files.sha256(path) != self._hashes().get(part):
             raise MachineError(
                 f"{path} does not match its hash in {self._hash_file}: the file is damaged: put back a copy, or use "
@@ -120,31 +130,36 @@ class Run:
         return self.path / "checkpoints" / stage
 
     def tidy(self) -> None:
-        """Remove what a killed attempt left half-written; only while the folder is held.
+        """Remove the incomplete files of a killed attempt. The caller must hold the folder (`held`).
 
-        Raises DamagedFile for a folder in it that is a link (shards, which are only read, and W&B's own may be).
+        Raises DamagedFile if a folder in the run folder is a symbolic link. Only the folders in LINKS_ALLOWED may be
+        links: shards are only read, and W&B creates links in its own folder.
         """
         atomic_files.refuse_links(self.path, LINKS_ALLOWED)
         for folder in (self.path, self.path / "weights", self.images, self.path / "cache"):
             atomic_files.remove_leftovers(folder)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Finished stages, with what is worth knowing of each. Raises MachineError if the file is damaged."""
+        """Return the record of each finished stage. Raises MachineError if the file is damaged."""
         return read_records(self.path)
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
-        """Enter a stage as finished."""
+        """Record a stage as finished."""
         atomic_files.write_json(self._records, self.records() | {stage: record})
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder against a second process; the hold ends with this process, however it ends."""
+        """Hold the lock of the folder while the block runs, so that no other process works in it.
+
+        The kernel releases the lock when this process ends, even if it is killed. Raises UserError if another process
+        holds the lock.
+        """
         with attempts.hold(self.path, attempts.WORKER):
             yield
 
 
 def check_folder(config: DictConfig) -> None:
-    """Raise UserError if the folder of a composed config cannot hold this run: it is another's, or not writable.
+    """Raise UserError if the run folder of a composed config belongs to another run, or is not writable.
 
     Nothing is written.
     """
@@ -161,7 +176,10 @@ def check_folder(config: DictConfig) -> None:
 
 
 def submit(config: DictConfig) -> Run:
-    """The run folder for a composed config, made or taken up. Raises UserError as `check_folder` does."""
+    """Create the run folder of a composed config, or reuse the existing one, and write its settings.
+
+    Raises UserError if `check_folder` does, or if the folder cannot be written.
+    """
     check_folder(config)
     run = Run(Path(str(config.run)))
     kept = stored.stored(config)
@@ -179,7 +197,8 @@ def submit(config: DictConfig) -> Run:
 def refuse_other(run: Run, config: DictConfig) -> None:
     """Raise UserError if the folder holds a run with other settings, or of another format.
 
-    Fields of a stage that was not installed before, or is not any more, are passed over: the run does not have it.
+    Fields of a stage that is registered only now, or was registered only before, are not compared. The run cannot have
+    used this stage.
     """
     check_format(run.path)
     before, now = _settings(stored.read_plain(run.config_file)), _settings(stored.stored(config))
@@ -203,7 +222,7 @@ def _top(key: str) -> str:
 
 
 def _settings(plain: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings that must stay as they are through a run's life."""
+    """Return the settings that must not change between attempts: dotted name -> value."""
     flat: dict[str, Any] = {}
     mutable = MUTABLE_FIELDS | {f"{training}.{name}" for training in training_fields()
                                 for name in MUTABLE_TRAINING_FIELDS}  # fmt: skip
@@ -219,5 +238,5 @@ def _settings(plain: dict[str, Any]) -> dict[str, Any]:
 
     walk("", plain)
     if flat.get("data.shards") == f"{plain.get('run')}/shards":
-        del flat["data.shards"]  # inside the run folder, which may have been moved
+        del flat["data.shards"]  # it depends on the path of the run folder, which may have been moved
     return flat

@@ -1,4 +1,4 @@
-"""The job: takes a run folder through its stages, each resumed or skipped as its record says."""
+"""The job of a run: run the stages of a run folder. Finished stages are skipped, and others are resumed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from dvae.training.resilience import ranks, stopping, watchdog
 
 @dataclass(frozen=True)
 class RunJob:
-    """Runs the stages of a folder's config.yaml. It holds nothing but the folder, so it can be sent to any process."""
+    """Runs the stages of a run folder. It holds only names, so it can be sent to any process."""
 
     folder: str
+    """Path of the run folder."""
     stages: tuple[str, ...] = ()
-    """The stages of the config that are run; empty: all."""
+    """The stages to run. Empty: all stages of the config."""
 
     def __call__(self) -> None:
-        """Run the job on every rank. Rank 0 holds the folder and decides which stages are run."""
+        """Run the job. Every rank must call this. Rank 0 holds the lock of the folder, and decides which stages run."""
         run = Run(Path(self.folder))
         start_distributed()
         keep_freed_memory()
@@ -59,6 +60,6 @@ def finish_job(run: Run, config: RunConfig, has_run: bool) -> None:
 
 
 def stages_to_run(run: Run, config: RunConfig, selected: tuple[str, ...] = ()) -> list[str]:
-    """The unfinished stages of the config in their order, or, if some are `selected`, those among them."""
+    """Return the unfinished stages of the config, in their order. If stages are `selected`, others are left out."""
     stages = [stage for stage in open_stages(config) if not selected or stage.name in selected]
     return [stage.name for stage in stages if stage_state(run, stage) is not StageState.finished]

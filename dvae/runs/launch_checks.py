@@ -1,4 +1,4 @@
-"""The checks of a launch. A dry run and a launch run the same ones, in the same order; nothing is written."""
+"""The checks before a launch. A dry run makes the same checks in the same order. Nothing is written."""
 
 from __future__ import annotations
 
@@ -20,38 +20,45 @@ from dvae.runs import folder, manage
 
 @dataclass(frozen=True)
 class CheckedLaunch:
-    """A composed config that nothing speaks against, and what the checks have found."""
+    """A composed config that has passed all checks, and the results of the checks."""
 
     config: RunConfig
+    """The settings of the run."""
     kept: dict[str, Any]
-    """The settings as config.yaml will hold them."""
+    """The settings in the form in which config.yaml stores them."""
     launcher: Launcher
+    """The launcher of the run."""
     models: RunModels
-    """On the meta device."""
+    """The models of the run, on the meta device."""
     images: dict[str, int]
-    """Images by split; empty if the source is endless."""
+    """Number of images by split. Empty if the source is endless."""
     first: bool
-    """Whether this process is rank 0, or the only one. The others leave the run folder to it."""
+    """Whether this process is rank 0, or the only process. Only this process checks the run folder."""
     under_way: bool
-    """Whether this very run is under way, and the launcher can wait for it."""
+    """Whether this run was already started, and the launcher can wait for it."""
 
 
 def check_config(config: RunConfig) -> tuple[Launcher, RunModels, dict[str, int]]:
-    """The launcher, the models on meta and the number of images by split. Raises UserError where one cannot work."""
+    """Check the settings, without the run folder.
+
+    Returns the launcher, the models on the meta device, and the number of images by split. Raises UserError if the run
+    cannot work.
+    """
     launcher = launcher_of(config.launcher)
     name = launcher.config.name
-    if "RANK" in os.environ and name != DEFAULT:  # this is one of several ranks already
+    if "RANK" in os.environ and name != DEFAULT:  # this process is already one of several ranks
         raise UserError(f"launcher={name}: torchrun has started the ranks already: leave launcher={name} out")
     checked = validate.check(config, launcher.ranks)
-    if importlib.util.find_spec("deepspeed") is None:  # which is imported when training begins
+    # DeepSpeed is imported only when training starts, which would be too late to report that it is missing.
+    if importlib.util.find_spec("deepspeed") is None:
         raise ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed")
     return launcher, *checked
 
 
 def check_launch(composed: DictConfig) -> CheckedLaunch:
-    """Check settings, models, data and the run folder. Raises UserError, in one line, for the first that is wrong."""
+    """Check settings, models, data and the run folder. Raises UserError for the first fault."""
     config = compose.to_run_config(composed)
-    kept = stored.stored(composed)  # refuses secrets that would be written down
+    kept = stored.stored(composed)  # raises UserError for secrets that would be written to config.yaml
     launcher, models, images = check_config(config)
     first, under_way = os.environ.get("RANK", "0") == "0", False
     if first:

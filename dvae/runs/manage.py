@@ -1,5 +1,7 @@
-"""Looking after runs: what state each is in, from its folder alone. Imports nothing heavy, and writes nothing but what
-`cancel` learns of an attempt that could not say itself how it ended."""
+"""List, follow and cancel runs. Their states are read from their folders alone. Imports no large packages.
+
+Nothing is written, except by `cancel`: it records the end of an attempt that could not record it itself.
+"""
 
 from __future__ import annotations
 
@@ -29,52 +31,52 @@ from dvae.utils.read import DamagedFile, check, read_yaml
 from dvae.utils.text_tables import aligned_lines
 
 POLL_SECONDS = 1.0
-"""Seconds between two looks at a run that is followed."""
+"""Seconds between two checks of a running run that is followed."""
 QUEUE_POLL_SECONDS = 5.0
-"""Seconds between two questions to SLURM about one that waits."""
+"""Seconds between two queries to SLURM about a waiting run that is followed."""
 LONGEST_ESTIMATE = 1e9
-"""Seconds, some 30 years: a training that would take longer is not estimated."""
+"""Longest remaining time that is shown, in seconds (about 30 years)."""
 CANCEL_TIMEOUT = 120.0
 """Seconds that `cancel` waits for a run to save and end."""
 
 
 class RunState(Enum):
-    """What a run does."""
+    """The state of a run."""
 
     running = "running"
     finished = "finished"
-    """All stages of its config are done."""
+    """All stages of the config are finished."""
     stopped = "stopped"
-    """Asked to stop (a signal, max_hours); the same command again resumes it."""
+    """The run was asked to stop, by a signal or max_hours. The same command resumes it."""
     failed = "failed"
-    """Ended by an error, or killed."""
+    """The run ended with an error, or was killed."""
     waiting = "waiting"
-    """Submitted; nothing has begun yet."""
+    """The run was submitted but has not started, or it is finished but stages were added to its config."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """What there is to know of a run."""
+    """The status of a run."""
 
     path: Path
     state: RunState
     message: str
-    """Who runs it, or its last words."""
+    """The process that runs it, or the reason why it ended."""
     stage: str = ""
-    """The stage that it is in, or goes on with; empty where all are done."""
+    """The current stage, or the stage with which the run continues. Empty if all stages are finished."""
     step: int = 0
-    """Steps of that stage on record."""
+    """Step of the stage in the last row of metrics."""
     total: int = 0
-    """Steps of that stage; 0 where it has none."""
+    """Total number of steps of the stage. 0 if the stage has no steps."""
     images_per_second: float | None = None
     eta: float | None = None
-    """Seconds that the rest of this stage will take; None where it does not run, or that is not known."""
+    """Estimated seconds until the end of the stage. None if the run is not running, or if the time is unknown."""
     age: float | None = None
-    """Seconds since the last row of metrics."""
+    """Seconds since the last row of metrics. None if there is no row, or if it has no time."""
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Run folders in or below `folder`, in the order of their names; what lies inside a run is none."""
+    """Return the run folders in or below `folder`, sorted. Folders inside a run folder are not searched."""
     if not folder.is_dir():
         raise UserError(f"in={folder}: no such folder: give the one that holds your runs")
     found = []
@@ -87,9 +89,9 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def run_status(folder: Path, jobs: list[SlurmJob] | None = None) -> RunStatus:
-    """The status of a run; `jobs` are what a cluster knows of its jobs, asked for here where not given.
+    """Return the status of a run. `jobs` are its jobs on SLURM; if they are None, SLURM is queried.
 
-    Raises UserError where the folder is none, MachineError where a file of it is damaged.
+    Raises UserError if `folder` is not a run folder, and MachineError if a file in it is damaged.
     """
     config, records = _config(folder), read_records(folder)
     tried = attempts.read(folder)
@@ -125,7 +127,7 @@ def run_status(folder: Path, jobs: list[SlurmJob] | None = None) -> RunStatus:
 
 
 def _seconds_left(training: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """What the rest of a training takes at the speed of a row; None if the row's speed says nothing."""
+    """Return the seconds until the end of a training, at the speed in a row of metrics. None if it is not usable."""
     speed = row["images_per_second"]
     left = max(0, training["steps"] - row["step"]) * training["batch"]
     return left / speed if speed and 0 <= left / speed < LONGEST_ESTIMATE else None
@@ -133,7 +135,7 @@ def _seconds_left(training: dict[str, Any], row: dict[str, Any]) -> float | None
 
 @dataclass
 class _TrainingFields:
-    """What is read of the settings of a training."""
+    """The fields that are read from the settings of a training."""
 
     steps: int
     batch: int
@@ -141,14 +143,14 @@ class _TrainingFields:
 
 @dataclass
 class _RunFields:
-    """What is read of a run's config.yaml here; to check all of it would take seconds of imports."""
+    """The fields that are read from config.yaml. Checking all fields would need imports that take seconds."""
 
     run: str
     stages: list[str]
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """config.yaml as it is written, with the types that are used here."""
+    """Return the values in config.yaml. Only the types of the fields that this module uses are checked."""
     check_format(folder)
     path = folder / "config.yaml"
     plain = read_yaml(path)
@@ -160,7 +162,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _training(config: dict[str, Any], stage: str, folder: Path) -> dict[str, Any]:
-    """The settings by which a stage is trained. Raises DamagedFile for a stage that config.yaml does not know."""
+    """Return the training settings of a stage. Raises DamagedFile if config.yaml has no settings for the stage."""
     training: dict[str, Any] | None = config.get(training_field(stage))
     if training is None:
         raise DamagedFile(folder / "config.yaml", f"has no settings for the stage {stage[:40]!r} of metrics.jsonl")
@@ -168,7 +170,7 @@ def _training(config: dict[str, Any], stage: str, folder: Path) -> dict[str, Any
 
 
 def _state(folder: Path, tried: list[Attempt], live: bool, complete: bool, rows: bool) -> tuple[RunState, str]:
-    """State and message of a run whose stages are `complete` or not, and which has rows of metrics or none."""
+    """Return state and message of a run from its attempts. `live`: its folder is in use; `rows`: it has metrics."""
     last = tried[-1] if tried else None
     if live:
         if last is None or last.ended is not None:
@@ -182,7 +184,7 @@ def _state(folder: Path, tried: list[Attempt], live: bool, complete: bool, rows:
         state = RunState.finished if complete else RunState.stopped if rows else RunState.waiting
         return state, "" if complete else "no attempt is on record"
     if last.ended is None:
-        return RunState.failed, f"killed without a word, pid {last.pid} on {last.host}, or the machine went down"
+        return RunState.failed, f"killed, pid {last.pid} on {last.host}, or the machine went down"
     if last.status == 0:
         return (RunState.finished, "") if complete else (RunState.waiting, f"{last.message}; stages were added since")
     stopped = last.status == attempts.INTERRUPTED or last.status == attempts.TERMINATED
@@ -190,7 +192,7 @@ def _state(folder: Path, tried: list[Attempt], live: bool, complete: bool, rows:
 
 
 def _state_of_jobs(jobs: list[SlurmJob], state: RunState, message: str) -> tuple[RunState, str]:
-    """State and message of a run with jobs on a cluster, of which the locks may tell nothing here."""
+    """Return state and message of a run with active SLURM jobs. Locks of other machines may be invisible here."""
     busy = [job for job in jobs if job.state != "PENDING"]
     if busy:
         return RunState.running, f"job {busy[0].id} is {busy[0].state.lower()}" + (
@@ -202,23 +204,23 @@ def _state_of_jobs(jobs: list[SlurmJob], state: RunState, message: str) -> tuple
 
 
 def _lost_jobs(folder: Path, jobs: list[SlurmJob], tried: list[Attempt]) -> str:
-    """What became of jobs after which no attempt began: of an array that builds shards, say; empty: one did."""
+    """Return a message about the last jobs if they ended without an attempt, such as a failed array. Otherwise ""."""
     submitted = queue.submitted_jobs(folder)
     if not submitted or (tried and tried[-1].started > submitted[-1].submitted):
         return ""
     bad = next((job for job in jobs if job.state != "COMPLETED"), None)
-    how = f"job {bad.id} ended as {bad.state}" if bad else f"job {submitted[-1].id} has gone"
-    return f"{how}, and no attempt began after it; see {folder / queue.FOLDER}"
+    how = f"job {bad.id} ended as {bad.state}" if bad else f"job {submitted[-1].id} is gone"
+    return f"{how}, and no attempt started after it; see {folder / queue.FOLDER}"
 
 
 def refuse_busy(folder: Path) -> None:
-    """Raise UserError where somebody works in the folder, or a job for it waits on a cluster."""
+    """Raise UserError if a process works in the folder, or if the run has an active job on SLURM."""
     if attempts.in_use(folder):
         raise attempts.refusal(folder)
     if jobs := queue.active_jobs(folder):
         raise UserError(
-            f"run={folder} has a job already, {jobs[0].id}, {jobs[0].state.lower()}: python tools/runs.py follow or "
-            "cancel does that, or use another run="
+            f"run={folder} has a job already, {jobs[0].id}, {jobs[0].state.lower()}: follow or cancel it with "
+            "python tools/runs.py, or use another run="
         )
 
 
@@ -234,14 +236,14 @@ HEADINGS = ("run", "state", "stage", "step", "images/s", "left", "last row", "me
 
 
 def run_table(folder: Path) -> Iterator[str]:
-    """Lines that list all runs below `folder`."""
+    """Yield the lines of a table of all runs below `folder`."""
     found = find_runs(folder)
     if not found:
         yield f"{folder}: no runs"
         return
     readable = []
     for path in found:
-        with suppress(MachineError):  # its row says what is damaged
+        with suppress(MachineError):  # `table_cells` reports the damaged file in the run's row
             queue.submitted_jobs(path)
             readable.append(path)
     jobs = queue.jobs_by_run(readable)
@@ -249,7 +251,7 @@ def run_table(folder: Path) -> Iterator[str]:
 
 
 def table_cells(folder: Path, jobs: list[SlurmJob]) -> tuple[str, ...]:
-    """A run's row of the table, without control characters; one that cannot be read says why."""
+    """Return a run's row of the table, without control characters. If the run cannot be read, it gives the reason."""
     try:
         status = run_status(folder, jobs)
     except (UserError, MachineError, OSError) as error:
@@ -268,17 +270,17 @@ def table_cells(folder: Path, jobs: list[SlurmJob]) -> tuple[str, ...]:
 
 
 def follow(folder: Path) -> Iterator[str]:
-    """A line for the newest row of metrics and for every one to come, until the run ends; then how it ended.
+    """Yield a line for the newest row of metrics and for every later row until the run ends, then its final state.
 
-    Raises MachineError where it failed.
+    Raises MachineError if the run failed.
     """
     seen, waits = _time(metrics(folder).newest() or {}) - 1e-6, ""
     while True:
-        here = attempts.in_use(folder)  # before the rows are read, so that none is missed
+        here = attempts.in_use(folder)  # check this before reading rows: the last rows must not be missed
         jobs = [] if here else queue.active_jobs(folder)
         config = _config(folder)
         for row in metrics(folder).tail():
-            if _time(row) > seen:  # rows of steps that are taken again are newer too
+            if _time(row) > seen:  # compare times, not steps: a resumed run repeats steps
                 seen = _time(row)
                 yield progress_line(row, config, folder)
         if not here and not jobs:
@@ -294,12 +296,12 @@ def follow(folder: Path) -> Iterator[str]:
 
 
 def _time(row: dict[str, Any]) -> float:
-    """When a row was written; 0 if it does not say."""
+    """Return the time at which a row was written, or 0 if the row has no time."""
     return row.get("time") or 0.0
 
 
 def progress_line(row: dict[str, Any], config: dict[str, Any], folder: Path) -> str:
-    """A row of metrics as progress shows it: "refiner: 1200/5000  182 images/s  loss 0.0123  2:13 left"."""
+    """Format a row of metrics as progress: "refiner: 1200/5000  182 images/s  loss 0.0123  2:13 left"."""
     if row.get("images_per_second") is None:
         return f"{row['stage']}: " + "  ".join(f"{key} {value}" for key, value in row.items() if key != "stage")
     training, speed = _training(config, row["stage"], folder), row["images_per_second"]
@@ -311,7 +313,7 @@ def progress_line(row: dict[str, Any], config: dict[str, Any], folder: Path) -> 
 
 
 def cancel(folder: Path) -> Iterator[str]:
-    """Ask the attempt that goes on to save and end, wait for that, and say what happened."""
+    """Ask the running attempt to save and end, and wait until it does. Yields lines that report what happens."""
     if jobs := queue.active_jobs(folder):
         yield from _cancel_jobs(folder, jobs)
         return
@@ -320,10 +322,10 @@ def cancel(folder: Path) -> Iterator[str]:
         raise UserError(f"run={folder} is {status.state.value}: there is nothing to cancel")
     tried = attempts.read(folder)
     if not atomic_files.is_locked(folder / attempts.LAUNCHER) or not tried or tried[-1].ended is not None:
-        raise UserError(f"run={folder} is held by no attempt ({status.message}): end that where it was started")
+        raise UserError(f"run={folder} has no running attempt ({status.message}): end the tool where it was started")
     last = tried[-1]
     if last.host != socket.gethostname():
-        raise UserError(f"run={folder} goes on at {last.host} (pid {last.pid}): cancel it there")
+        raise UserError(f"run={folder} runs on {last.host} (pid {last.pid}): cancel it there")
     try:
         if not _has_open(last.pid, folder / attempts.LAUNCHER):
             raise UserError(f"run={folder}: pid {last.pid} is another process here: cancel it where it was started")
@@ -331,7 +333,7 @@ def cancel(folder: Path) -> Iterator[str]:
     except PermissionError:
         raise UserError(f"run={folder}: pid {last.pid} belongs to another user: ask them to cancel it") from None
     except (ProcessLookupError, FileNotFoundError):
-        pass  # it has just ended; how, is said below
+        pass  # it has just ended; the last line below reports how
     yield f"{folder}: SIGTERM to pid {last.pid} ({last.launcher}); waiting for it to save and end"
     deadline = time.monotonic() + CANCEL_TIMEOUT
     while atomic_files.is_locked(folder / attempts.LAUNCHER):
@@ -344,7 +346,7 @@ def cancel(folder: Path) -> Iterator[str]:
 
 
 def _cancel_jobs(folder: Path, jobs: list[SlurmJob]) -> Iterator[str]:
-    """As `cancel`, of a run on a cluster: what waits is canceled, what runs saves and ends."""
+    """Cancel a run on SLURM. Waiting jobs and arrays are canceled; running jobs are asked to save and end."""
     busy = [job for job in jobs if job.state == "RUNNING" and not job.task]
     for number in dict.fromkeys(job.number for job in jobs if job.state == "PENDING" or job.task):
         queue.cancel_job(number)
@@ -363,8 +365,10 @@ def _cancel_jobs(folder: Path, jobs: list[SlurmJob]) -> Iterator[str]:
 
 
 def _has_open(pid: int, lock: Path) -> bool:
-    """Whether that process has the lock file open; a number may have passed on to another process, or another
-    container's be meant. True where the system does not tell."""
+    """Return whether process `pid` has the lock file open. Always True on systems without /proc.
+
+    If False, the ID belongs to another process by now, or to a process in another container.
+    """
     opened = Path(f"/proc/{pid}/fd")
     if not Path("/proc/self/fd").is_dir():
         return True
@@ -372,13 +376,15 @@ def _has_open(pid: int, lock: Path) -> bool:
 
 
 def _is_same_path(one: Path, other: Path) -> bool:
-    """Whether two paths lead to the same place; a link that leads to itself leads nowhere."""
+    """Return whether two paths lead to the same place. realpath also accepts a link that leads to itself."""
     return os.path.realpath(one) == os.path.realpath(other)
 
 
 def enter_start_folder(folder: Path) -> None:
-    """Go where the run was started, so that the relative paths of its config hold. Raises UserError where it cannot be
-    resumed from its folder alone."""
+    """Change to the directory in which the run was started, because its config may have relative paths.
+
+    Raises UserError if the run cannot be resumed from its folder alone.
+    """
     status = run_status(folder)
     if status.state is RunState.running:
         raise UserError(f"run={folder} is running already ({status.message})")

@@ -1,4 +1,7 @@
-"""The records of a run folder that tools read without heavy imports: its format version and its finished stages."""
+"""The format version of a run folder, and the records of its finished stages.
+
+This module imports no large packages, because tools that only list runs use it.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from dvae.utils.format_version import refuse_format
 from dvae.utils.read import DamagedFile, read_json
 
 FORMAT = 2
+"""Format version of the run folders that this version of dvae reads and writes."""
 READERS = {1: "dvae 0.1"}
 """Older formats of a run folder, and the version of dvae that reads each."""
 FORMAT_FILE = "run.json"
 CONFIG = "config.yaml"
 RECORDS = "stages.json"
 NUMBERS = ("seconds", "steps", "images_per_second", "parameters")
-"""Entries of a stage's record that are numbers, if they are there."""
+"""Optional entries of a stage's record. Their values must be numbers."""
 
 
 @dataclass
@@ -30,12 +34,15 @@ class FolderFormat:
 
 
 def write_format(folder: Path) -> None:
-    """Say in `folder` which format it has."""
+    """Write the format version and the version of dvae into `folder`."""
     atomic_files.write_json(folder / FORMAT_FILE, {"format": FORMAT, "dvae": package.VERSION})
 
 
 def check_format(folder: Path) -> None:
-    """Raise UserError if there is no run in `folder`, or one of another format version; it says what reads that."""
+    """Raise UserError if `folder` is not a run folder, or has another format version.
+
+    The message for another format names the version of dvae that reads it.
+    """
     if not (folder / CONFIG).exists():
         raise UserError(f"run={folder}: no run is there (it has no {CONFIG}): name a run folder")
     path = folder / FORMAT_FILE
@@ -49,7 +56,7 @@ def check_format(folder: Path) -> None:
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """The finished stages of a run, with what is worth knowing of each; none if there is no record yet.
+    """Return the record of each finished stage of a run, by stage. Empty if no stage is finished.
 
     Raises DamagedFile (a MachineError) if the file is damaged.
     """

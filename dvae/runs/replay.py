@@ -1,4 +1,4 @@
-"""Replay of a step that was skipped: the same weights, samples and random numbers once more, in one process."""
+"""Replay a recorded non-finite step in one process, with the same weights, samples and random numbers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from dvae.utils.weights import fit_weights, load_weights, part_of
 
 @dataclass(kw_only=True, slots=True)
 class ReplayConfig:
-    """What tools/replay.py takes."""
+    """Settings of tools/replay.py."""
 
     bundle: str = MISSING
-    """A folder nonfinite-<stage>-<step> of a run folder."""
+    """A folder nonfinite-STAGE-STEP in a run folder."""
     shards: str = ""
-    """Place of the run's shards if it is a command or an address, or if they were moved (empty: where the run says)."""
+    """Location of the run's shards. It is needed if they were moved, or if they are at a URL or come from a command
+    (empty: the location in the run's settings)."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
+    """Modules to import. They register components."""
 
 
 ConfigStore.instance().store(name="replay_schema", node=ReplayConfig, provider="dvae")
@@ -46,16 +47,22 @@ ConfigStore.instance().store(name="replay_schema", node=ReplayConfig, provider="
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """A step as it was recorded and as it is now: "figures", "gradient_norms" (numbers, or "nan", "inf", "-inf")."""
+    """A step as it was recorded, and as it is in the replay.
+
+    Both have the entries of `nonfinite.describe_step`, such as "figures" and "gradient_norms". Values are numbers, or
+    "nan", "inf", "-inf".
+    """
 
     recorded: dict[str, Any]
+    """The step as it was recorded."""
     now: dict[str, Any]
+    """The step in the replay."""
     first_nonfinite_layer: str
     """The first layer in the replay whose output is not finite although its input is. Empty if there is none."""
 
     @property
     def summary(self) -> str:
-        """Whether the same values are not finite again, in one line."""
+        """One line that says whether the same values are not finite again."""
         before, now = (
             {name for names in step["not_finite"].values() for name in names} for step in (self.recorded, self.now)
         )
@@ -71,10 +78,10 @@ class ReplayResult:
 
 
 def replay(folder: str, shards: str = "") -> ReplayResult:
-    """Take the step of the replay bundle `folder` once more, up to its gradients; `shards` is as in ReplayConfig.
+    """Compute the gradients of the step in the replay bundle `folder` again. `shards` is as in ReplayConfig.
 
-    The micro-batches of all ranks are taken one after the other, as they lie in the batch. Raises UserError for a
-    damaged bundle, and if the bundle and its run do not go together.
+    The micro-batches of all ranks are processed one after the other, in the order of the batch. Raises UserError for a
+    damaged bundle, and if the bundle does not belong to the run in whose folder it is.
     """
     path = Path(folder)
     try:
@@ -86,7 +93,7 @@ def replay(folder: str, shards: str = "") -> ReplayResult:
     start_distributed()
     run = Run(path.absolute().parent)
     config = run.config()
-    # the settings may be a stranger's: their size is checked before memory is taken
+    # The settings may come from an untrusted source. Building on the meta device checks them without using much memory.
     components.build_models_on_meta(config)
     if shards:
         config.data.shards = shards
@@ -104,18 +111,21 @@ def replay(folder: str, shards: str = "") -> ReplayResult:
 
 
 def check_same_run(config: RunConfig, record: dict[str, Any], path: Path) -> None:
-    """Raise UserError if the run has no such training, or one of another batch."""
+    """Raise UserError if the run has no such training, or if its batch size or number of steps does not match."""
     name = record["stage"]
     stage, training = open_train_stage(stage_of(name), config), config.training(name)
     if name not in stage.trainings() or len(record["samples"]) != training.batch or record["step"] > training.steps:
         raise UserError(
-            f"bundle={path}: step {record['step']} of {name} with {len(record['samples'])} samples is none of the run "
-            "around it: leave the bundle where it was written"
+            f"bundle={path}: step {record['step']} of {name} with {len(record['samples'])} samples does not belong to "
+            "the run that contains it: leave the bundle in the run folder where it was written"
         )
 
 
 def merge_ranks(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
-    """Change the stage's settings in `config`, so that one process takes the parts of all ranks as micro-batches."""
+    """Change the stage's settings in `config`, so that one process computes the micro-batches of all ranks.
+
+    Returns the new training settings.
+    """
     training = config.training(record["stage"])
     parts = record["world_size"] * record["micro_batches"]
     training = replace(training, zero_stage=0, offload=False, micro_batches=parts)
@@ -126,7 +136,7 @@ def merge_ranks(config: RunConfig, record: dict[str, Any]) -> TrainingConfig:
 def recorded_batches(
     config: RunConfig, training: TrainingConfig, task: TrainTask, record: dict[str, Any], path: Path
 ) -> list[Batch]:
-    """The step's micro-batches. Raises UserError if the run's samples are not those of the record."""
+    """Return the step's micro-batches. Raises UserError if their samples differ from the recorded ones."""
     with open_loader(config, training, task.name, images=task.needs_images, all_ranks=True) as data:
         batches = data.step((record["step"] - 1) * training.batch)
     for name, values in (
@@ -134,12 +144,12 @@ def recorded_batches(
         ("indices", [batch.indices for batch in batches]),
     ):
         if torch.cat(values).tolist() != record[name]:
-            raise UserError(f"bundle={path}: its {name} are not those of the run's data: were other shards put there?")
+            raise UserError(f"bundle={path}: its {name} differ from the run's data: were the shards replaced?")
     return batches
 
 
 def recorded_engines(task: TrainTask, step: int, path: Path) -> dict[str, Engine]:
-    """An engine around each module that `step` trained, with the recorded weights."""
+    """Return an engine for each module that `step` trained, with the recorded weights."""
     weights = load_weights(path / nonfinite.WEIGHTS)
     engines = {}
     for name, module in task.modules().items():
@@ -151,7 +161,10 @@ def recorded_engines(task: TrainTask, step: int, path: Path) -> dict[str, Engine
 
 @contextmanager
 def record_nonfinite_layers(engines: Mapping[str, Engine]) -> Iterator[list[str]]:
-    """While the block runs, list the layers whose output is not finite although their input is, as they are called."""
+    """Record the layers whose output is not finite although their input is, while the block runs.
+
+    Yields the list of their names, in the order of the calls.
+    """
     found: list[str] = []
     hooks = []
 
@@ -174,6 +187,6 @@ def record_nonfinite_layers(engines: Mapping[str, Engine]) -> Iterator[list[str]
 
 
 def all_finite(values: Any) -> bool:
-    """Whether all tensors among `values` are finite."""
+    """Return whether all tensors among `values` are finite."""
     values = values if isinstance(values, tuple | list) else (values,)
     return all(bool(value.isfinite().all()) for value in values if isinstance(value, torch.Tensor))

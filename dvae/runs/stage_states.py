@@ -1,4 +1,4 @@
-"""What state each stage of a run is in, by its folder."""
+"""The states of a run's stages, read from the run folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dvae.training.resilience.checkpoint import Checkpoints
 
 
 class StageState(Enum):
-    """The state of a stage, as a dry run tells it."""
+    """The state of a stage, as a dry run prints it."""
 
     to_do = "to do"
     begun = "begun"
-    """Training that has a checkpoint to go on from."""
+    """The stage trains, and has a checkpoint from which it can resume."""
     stale = "stale"
-    """It was finished, and its settings have changed since: it is run again."""
+    """The stage was finished, but its settings have changed since. It runs again."""
     finished = "finished"
 
 
 def stage_state(run: Run, stage: Stage) -> StageState:
-    """The state of a stage in a run's folder, which need not exist."""
+    """Return the state of a stage of a run. The run folder need not exist."""
     record = run.records().get(stage.name)
     if record is not None:
         return StageState.finished if stage.is_current(record) else StageState.stale
@@ -29,7 +29,7 @@ def stage_state(run: Run, stage: Stage) -> StageState:
 
 
 def saved_steps(run: Run, stage: Stage) -> dict[str, int]:
-    """The newest step that has a checkpoint, by training; empty if the stage has not begun, or does not train."""
+    """Return the newest step that has a checkpoint, by training. Empty if there is no checkpoint."""
     trainings = stage.trainings() if isinstance(stage, TrainStage) else []
     steps = {name: Checkpoints(run.checkpoints(name), keep=0).steps() for name in trainings}
     return {name: found[-1] for name, found in steps.items() if found}

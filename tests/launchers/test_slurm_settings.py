@@ -224,7 +224,7 @@ def test_jobs_that_end_before_an_attempt_begins_are_a_failure(tmp_path: Path) ->
     ]
     status = manage.run_status(tmp_path, tasks)
     assert (status.state, status.message.partition(",")[0]) == (RunState.failed, "job 12_1 ended as FAILED")
-    assert manage.run_status(tmp_path, []).message.startswith("job 12 has gone, and no attempt began after it")
+    assert manage.run_status(tmp_path, []).message.startswith("job 12 is gone, and no attempt started after it")
     attempts.write(tmp_path, [attempt(time.time(), status=143)])
     assert manage.run_status(tmp_path, tasks).state is RunState.stopped
 

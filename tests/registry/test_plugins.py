@@ -127,7 +127,7 @@ def test_the_stage_of_an_installed_package_resumes_after_a_kill(
         run.kill()
     assert run.returncode == -signal.SIGKILL
     told = launch(*words, "run=killed", "dry_run=true", path=installed, cwd=tmp_path)
-    assert re.search(r"probe: 400 steps of 8 images; begun, goes on .* checkpoint of probe at step \d+", told.stdout)
+    assert re.search(r"probe: 400 steps of 8 images; begun, resumes .* checkpoint of probe at step \d+", told.stdout)
     assert "encoder: 0.0M parameters, 6 steps of 8 images; finished" in told.stdout
     again = launch(*words, "run=killed", path=installed, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

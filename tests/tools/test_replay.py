@@ -127,7 +127,7 @@ def test_a_record_that_is_no_file_is_one_line(tmp_path: Path, make: Any) -> None
 def test_a_record_of_another_run_is_refused(tiny: list[str], change: dict[str, Any]) -> None:
     settings = compose.to_run_config(compose.compose("train", [*tiny, "train_encoder.batch=2", "run=runs/mine"]))
     replay.check_same_run(settings, RECORD, Path("there"))
-    with pytest.raises(UserError, match=r"bundle=there: step .* is none of the run around it"):
+    with pytest.raises(UserError, match=r"bundle=there: step .* does not belong to the run that contains it"):
         replay.check_same_run(settings, RECORD | change, Path("there"))
 
 

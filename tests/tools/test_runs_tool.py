@@ -73,7 +73,7 @@ def begin(folder: Path) -> subprocess.Popen[str]:
         (("shards",), {"ended": 1.0, "status": 143, "message": "stopped at 40"}, RunState.stopped, "stopped at 40"),
         (("shards",), {"ended": 1.0, "status": 130, "message": "interrupted"}, RunState.stopped, "interrupted"),
         (("shards",), {"ended": 1.0, "status": 1, "message": "no space"}, RunState.failed, "no space"),
-        (("shards",), {"pid": 7}, RunState.failed, "killed without a word, pid 7"),
+        (("shards",), {"pid": 7}, RunState.failed, "killed, pid 7"),
     ],
 )
 def test_states(done: tuple[str, ...], last: dict[str, Any], state: RunState, said: str, tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_what_must_not_be_canceled_is_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is waiting: there is nothing to cancel"):
         list(manage.cancel(make(tmp_path / "waiting")))
     elsewhere = make(tmp_path / "elsewhere", host="other")
-    with attempts.hold(elsewhere, attempts.LAUNCHER), pytest.raises(UserError, match="goes on at other"):
+    with attempts.hold(elsewhere, attempts.LAUNCHER), pytest.raises(UserError, match="runs on other"):
         list(manage.cancel(elsewhere))
     by_tool = make(tmp_path / "tool", ended=1.0, status=0)
-    with attempts.hold(by_tool, attempts.WORKER), pytest.raises(UserError, match="held by no attempt"):
+    with attempts.hold(by_tool, attempts.WORKER), pytest.raises(UserError, match="has no running attempt"):
         list(manage.cancel(by_tool))
     bystander = subprocess.Popen(["sleep", "60"])
     taken = make(tmp_path / "taken", pid=bystander.pid)

@@ -1,1 +1,1 @@
-"""Runs on SLURM: what goes on in a job of theirs. Jobs are submitted by launchers/slurm.py."""
+"""Runs on SLURM: the programs that run inside a job. launchers/slurm.py submits the jobs."""

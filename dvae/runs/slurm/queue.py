@@ -1,5 +1,7 @@
-"""What SLURM says of jobs and is told, through squeue, scontrol and scancel; and which jobs a run has. Imports nothing
-heavy."""
+"""Query and control SLURM jobs through squeue, scontrol and scancel, and record the jobs of a run.
+
+This module imports no large packages.
+"""
 
 from __future__ import annotations
 
@@ -20,57 +22,58 @@ from dvae.utils.number_types import Seconds
 from dvae.utils.read import DamagedFile, read_json
 
 FOLDER = "slurm"
-"""In the run folder: jobs.json, and a folder by job with its sbatch file and logs."""
+"""Folder in the run folder with jobs.json, and with a folder for each job that holds its sbatch file and logs."""
 FILE = "jobs.json"
 FINISHED_STATES = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }  # fmt: skip
-"""States of a job that neither waits nor runs."""
+"""States of jobs that have ended. In all other states, a job waits or runs."""
 ANSWER_TIMEOUT = 60
-"""Seconds that SLURM may take for an answer."""
+"""Seconds within which a command of SLURM must answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubmittedJob:
-    """A job of a run, as jobs.json holds it."""
+    """A submitted job of a run: an entry of jobs.json."""
 
     id: Annotated[str, Field(pattern="^[0-9]{1,20}$")]
-    """Its number; that of the whole array if it is one."""
+    """Number of the job, or of the job array."""
     stages: list[str]
-    """What it does."""
+    """The stages that the job runs."""
     submitted: Seconds
-    """Seconds since 1970."""
+    """Time of the submission, in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob:
-    """A job, or a task of an array, as squeue shows it."""
+    """A job, or a task of a job array, in the output of squeue."""
 
     id: str
+    """Number of the job, or ARRAY_TASK for a task of a job array."""
     state: str
-    """PENDING, RUNNING, COMPLETED, ..."""
+    """State of the job: PENDING, RUNNING, COMPLETED, ..."""
     reason: str
-    """Why it waits."""
+    """Reason why the job waits."""
 
     @property
     def active(self) -> bool:
-        """Whether it waits or runs."""
+        """Whether the job waits or runs."""
         return self.state not in FINISHED_STATES
 
     @property
     def number(self) -> str:
-        """Its number; of a task of an array, the array's."""
+        """Number of the job, or of the job array that contains it."""
         return self.id.partition("_")[0]
 
     @property
     def task(self) -> str:
-        """What part of an array it is; empty where it is none."""
+        """Task numbers in the job array. Empty if the job is not part of an array."""
         return self.id.partition("_")[2]
 
 
 def submitted_jobs(folder: Path) -> list[SubmittedJob]:
-    """All jobs that a run was given, in their order. Raises MachineError where the file is damaged."""
+    """Return all submitted jobs of a run, in their order. Raises MachineError if jobs.json is damaged."""
     path = folder / FOLDER / FILE
     if not path.exists():
         return []
@@ -81,17 +84,17 @@ def submitted_jobs(folder: Path) -> list[SubmittedJob]:
 
 
 def record_jobs(folder: Path, jobs: Iterable[SubmittedJob]) -> None:
-    """Add jobs to those of a run."""
+    """Add jobs to jobs.json of a run."""
     atomic_files.write_json(folder / FOLDER / FILE, [asdict(job) for job in [*submitted_jobs(folder), *jobs]])
 
 
 def is_available() -> bool:
-    """Whether this machine can talk to a SLURM."""
+    """Return whether this machine has the commands of SLURM."""
     return shutil.which("squeue") is not None
 
 
 def run_slurm_command(*words: str) -> str:
-    """What a command of SLURM prints. Raises MachineError where it fails or does not answer."""
+    """Run a command of SLURM, and return its output. Raises MachineError if it fails or does not answer in time."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -102,7 +105,10 @@ def run_slurm_command(*words: str) -> str:
 
 
 def query_jobs(ids: Iterable[str]) -> dict[str, list[SlurmJob]]:
-    """The tasks of each job that SLURM still remembers, by the job's number."""
+    """Query the jobs `ids`. Returns the tasks of each job that SLURM still knows, by the number of the job.
+
+    A job that is not an array has one entry. Raises MachineError if SLURM does not answer.
+    """
     wanted = sorted(set(ids))
     if not wanted:
         return {}
@@ -111,7 +117,8 @@ def query_jobs(ids: Iterable[str]) -> dict[str, list[SlurmJob]]:
             "squeue", "--noheader", "--states=all", f"--jobs={','.join(wanted)}", "--format=%i|%T|%r"
         )
     except MachineError as error:
-        if "Invalid job id" in str(error):  # it has forgotten the only one that was asked for
+        # squeue reports this error if it is asked for a single job, and no longer knows it.
+        if "Invalid job id" in str(error):
             return {}
         raise
     found: dict[str, list[SlurmJob]] = {}
@@ -123,42 +130,48 @@ def query_jobs(ids: Iterable[str]) -> dict[str, list[SlurmJob]]:
 
 
 def jobs_by_run(folders: Iterable[Path]) -> dict[Path, list[SlurmJob]]:
-    """What SLURM knows of the jobs of each run, asked once for all; nothing where this machine cannot ask."""
+    """Return the jobs of each run that SLURM still knows, with a single query. Empty lists without SLURM."""
     numbers = {folder: [job.id for job in submitted_jobs(folder)] for folder in folders}
     found = query_jobs(number for mine in numbers.values() for number in mine) if is_available() else {}
     return {folder: [job for number in mine for job in found.get(number, [])] for folder, mine in numbers.items()}
 
 
 def active_jobs(folder: Path) -> list[SlurmJob]:
-    """The run's jobs that wait or run; none where this machine cannot ask."""
+    """Return the run's jobs that wait or run. Empty if SLURM is not available."""
     return [job for job in jobs_by_run([folder])[folder] if job.active]
 
 
 def end_time(job: str) -> float | None:
-    """When the time limit of a running job is over, in seconds since 1970; None where it has none."""
+    """Return the time at which a running job reaches its time limit, in seconds since 1970. None if it has no limit."""
     text = run_slurm_command("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
     return datetime.fromisoformat(text).timestamp() if text[:1].isdigit() else None
 
 
 def is_preempted(job: str) -> bool:
-    """Whether a running job has to make room for another."""
+    """Return whether SLURM preempts the running job in favor of another job."""
     text = run_slurm_command("scontrol", "show", "job", "--oneliner", job)
     return "PreemptTime=" in text and "PreemptTime=None" not in text
 
 
 def requeue_job(job: str) -> None:
-    """Put this job back into the queue, which ends what it runs; does not return where that works."""
+    """Requeue the job to which this process belongs. SLURM then ends this process.
+
+    Raises MachineError if SLURM does not requeue the job.
+    """
     run_slurm_command("scontrol", "requeue", job)
     time.sleep(ANSWER_TIMEOUT)
     raise MachineError(f"SLURM has not requeued job {job}: the same command again resumes")
 
 
 def cancel_job(job: str, signal: str = "") -> None:
-    """Cancel a job or a step ("12.0"), or send a signal to its ranks."""
+    """Cancel a job or a job step ("12.0"). If `signal` is given, only send this signal to its ranks."""
     run_slurm_command("scancel", *([f"--signal={signal}"] if signal else []), job)
 
 
 def terminate(job: str) -> None:
-    """Ask a job that runs to save and end: its ranks, and its supervisor, which may be waiting to start them."""
+    """Ask a running job to save and end, by SIGTERM to its supervisor and to its ranks.
+
+    The supervisor needs the signal too, because it may be pausing before it starts the ranks again.
+    """
     run_slurm_command("scancel", "--signal=TERM", "--batch", job)
     run_slurm_command("scancel", "--signal=TERM", job)

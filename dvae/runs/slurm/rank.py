@@ -1,6 +1,6 @@
-"""A rank of a job on SLURM: srun starts python -m dvae.runs.slurm.rank RUN [STAGE ...] once per task.
+"""One rank of a job on SLURM: srun starts `python -m dvae.runs.slurm.rank RUN [STAGE ...]` once per task.
 
-It says over the supervisor's store that it is there and how it ended; its output goes to a log of its own.
+The rank reports its start and its end through the supervisor's store. Each rank writes its output to a separate log.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from dvae.errors import Stopped, summarize
 from dvae.utils.secrets import guard_streams
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a rank to save and end."""
 STARTED_KEY, ENDED_KEY = "started", "ended"
-"""Keys of the store, followed by the rank's number."""
+"""Prefixes of keys in the store. A space and the rank's number follow."""
 
 
 def main(words: list[str]) -> int:
-    """Take part in the job; returns the exit status."""
+    """Run one rank of the job, and return its exit status. `words` are the run folder and the stages."""
     guard_streams()
-    handle_signals(exit_on_signal)  # at once: imports take seconds, and what is not heard kills
+    # Install handlers before the imports, which take seconds: by default, each of these signals kills the process.
+    handle_signals(exit_on_signal)
     os.environ.update(torch_environment(os.environ))
     import torch.distributed as dist
 
@@ -42,7 +44,10 @@ def main(words: list[str]) -> int:
 
 
 def torch_environment(given: Any) -> dict[str, str]:
-    """What torch.distributed is to know, of what srun has set."""
+    """Return the environment variables of torch.distributed, from the variables of srun.
+
+    OMP_NUM_THREADS is set to the number of CPUs of the task, unless the user has set it.
+    """
     theirs = {
         "RANK": given["SLURM_PROCID"], "WORLD_SIZE": given["SLURM_NTASKS"], "LOCAL_RANK": given["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": given["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0],
@@ -52,7 +57,7 @@ def torch_environment(given: Any) -> dict[str, str]:
 
 
 def run(words: list[str], store: Any) -> dict[str, Any]:
-    """Run the job; returns how it ended, for the supervisor."""
+    """Run the job. Returns the end of the rank for the supervisor: the fields of a RankExit other than the number."""
     from dvae.runs.exit_status import HANGS
     from dvae.runs.job import RunJob
     from dvae.training.resilience import watchdog
@@ -64,7 +69,7 @@ def run(words: list[str], store: Any) -> dict[str, Any]:
     watchdog.on_hang = on_hang
     try:
         RunJob(words[0], tuple(words[1:]))()
-    except BaseException as error:  # noqa: BLE001 told to the supervisor, whatever it is
+    except BaseException as error:  # noqa: BLE001 every error must reach the supervisor
         message, status = summarize(error)
         print(f"dvae: {message}", file=sys.stderr, flush=True)
         return {
@@ -80,12 +85,12 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """A signal before there is anybody to tell: srun does, by the exit status."""
+    """End the process on a signal that comes before the store is connected. srun reports the exit status."""
     os._exit(128 + number)
 
 
 def stop_on_signal(number: int, frame: FrameType | None) -> None:
-    """A signal outside training: there is nothing to save but what is saved already."""
+    """Raise Stopped on a signal outside training, where nothing more can be saved."""
     name = signal.Signals(number).name
     raise Stopped(f"stopped outside training ({name}): the same command again resumes", name)
 

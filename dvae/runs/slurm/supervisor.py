@@ -1,9 +1,14 @@
-"""The supervisor of a run on SLURM: what the batch script runs, on the first node of the job.
+"""The supervisor of a run on SLURM. The batch script runs it on the first node of the job.
 
-It hosts the store at which the ranks meet, starts them with srun, and says in one line how they ended. Then it decides:
-the job is done; or it has failed for good; or the ranks start anew, at once in the same allocation after a failure that
-may pass, by a requeue where the time is over or another job needs the place. A job that SLURM itself requeues, since a
-node was lost, begins here again. Each start is a row of attempts.jsonl.
+It hosts the store through which the ranks find each other, starts the ranks with srun, and prints their end in one
+line. Then it decides what follows:
+
+- The job is finished, or has failed for good.
+- After a failure that may not occur again, the ranks restart in the same allocation.
+- If the time limit is near, or if SLURM preempts the job, the supervisor requeues the job.
+
+If SLURM itself requeues the job, for example because a node failed, the supervisor starts from the beginning. Each
+start of the ranks is a row of attempts.jsonl.
 """
 
 from __future__ import annotations
@@ -35,18 +40,18 @@ from dvae.utils.read import check, parse_json, read_yaml
 from dvae.utils.secrets import guard_streams
 
 POLL_SECONDS = 0.2
-"""Seconds between two looks at the ranks."""
+"""Seconds between two checks of the ranks."""
 ABANDON_FRACTION = 1 / 3
-"""Of the time between the signal and the end of a job, what is left when ranks that have not ended are given up."""
+"""Ranks that still run are killed this fraction of `signal_seconds` before the time limit."""
 TIME_LIMIT_SIGNALS = ("SIGUSR1", "SIGUSR2")
-"""Signals that mean: save and come back."""
+"""Signals that announce the time limit: the ranks save, and the job is requeued."""
 FAILED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[\d,\[\]-]+): (?P<how>.+)")
-"""How srun tells of a task that failed."""
+"""A message of srun about tasks that failed."""
 
 
 @dataclass
 class SupervisorSettings:
-    """What the supervisor uses of the settings in launchers/slurm.py."""
+    """The settings of launchers/slurm.py that the supervisor uses."""
 
     max_attempts: Positive
     retry_seconds: Seconds
@@ -58,13 +63,18 @@ class SupervisorSettings:
 
 @dataclass(frozen=True)
 class Supervisor:
-    """Takes a run folder through some of its stages (none named: all). Holds nothing else: a job may wait for long."""
+    """Runs stages of a run folder.
+
+    It holds only names, and reads the settings when it starts, because a job may wait for a long time.
+    """
 
     folder: str
+    """Path of the run folder."""
     stages: tuple[str, ...] = ()
+    """The stages to run. Empty: all stages of the config."""
 
     def __call__(self) -> None:
-        """In the batch script. Ends this process with the attempt's exit status."""
+        """Run in the batch script. If the run fails, ends this process with the exit status of the attempt."""
         guard_streams()
         try:
             self.supervise()
@@ -76,10 +86,13 @@ class Supervisor:
             sys.exit(words[1])
 
     def supervise(self) -> None:
-        """Start the ranks until they have finished, or there is no use in it."""
+        """Restart the ranks until they finish, the retries are exhausted, or the job is requeued.
+
+        Raises the error of the last attempt, or Stopped if the run was asked to stop.
+        """
         folder, job = Path(self.folder), os.environ["SLURM_JOB_ID"]
         asked: list[str] = []
-        for number in STOP_SIGNALS:  # the ranks hear it too, and act on it
+        for number in STOP_SIGNALS:  # only note the signal: the ranks receive it too, save and end
             signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
         while True:
             settings = self.settings()
@@ -104,7 +117,7 @@ class Supervisor:
 
     @staticmethod
     def pause(seconds: float, asked: list[str]) -> None:
-        """Pause between two attempts. Raises Stopped where a signal asks."""
+        """Pause between two attempts. Raises Stopped if a signal arrives."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if asked:
@@ -112,7 +125,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def settings(self) -> dict[str, Any]:
-        """The launcher's settings, as they were when the job was submitted. Raises MachineError if they are damaged."""
+        """Return the launcher's settings in config.yaml. Raises MachineError if they are damaged."""
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
@@ -127,8 +140,10 @@ class Supervisor:
         return dict(settings)
 
     def check_attempts_left(self, job: str, most: int, error: MachineError) -> int:
-        """How many attempts in a row have kept nothing, or at most one since something was kept. Raises MachineError
-        where they are as many as there may be."""
+        """Return the number of consecutive attempts without progress; see `attempts_without_progress`.
+
+        Raises MachineError, with the message of `error`, if the number has reached `most`.
+        """
         times = attempts_without_progress(attempts.read(Path(self.folder)), job, last_progress_time(Path(self.folder)))
         if times < most:
             return times
@@ -140,37 +155,39 @@ class Supervisor:
 
 
 def attempts_without_progress(tried: list[Attempt], job: str, kept: float) -> int:
-    """Attempts of this job, from the last one back, that began after something was `kept` (seconds since 1970), and the
-    one during which it was; at least 1."""
+    """Count the attempts of a job that made no progress after the run last saved something. The result is at least 1.
+
+    `kept` is the time of the last save, in seconds since 1970. The attempt that made this save counts too.
+    """
     mine = [attempt for attempt in tried if attempt.job == job]
     return max(1, sum(attempt.started > kept for attempt in mine) + any(attempt.started <= kept for attempt in mine))
 
 
 def last_progress_time(folder: Path) -> float:
-    """When something of the run was kept last: a checkpoint, a finished stage; 0 where nothing was."""
+    """Return the time of the run's last checkpoint or finished stage, in seconds since 1970. 0 if there is none."""
     kept = [folder / "stages.json", *folder.glob("checkpoints/*/step-*")]
     return max((path.stat().st_mtime for path in kept if path.exists()), default=0.0)
 
 
 class RankStep:
-    """The ranks of one attempt: a step of the job, one task for each."""
+    """The ranks of one attempt. They are a job step of SLURM, with one task for each rank."""
 
     def __init__(self, supervisor: Supervisor, settings: dict[str, Any], job: str) -> None:
-        import torch.distributed as dist  # here, since it takes seconds, and launchers are imported to compose a config
+        import torch.distributed as dist  # here, because it takes seconds, and composing a config imports the launchers
 
         self.folder, self.job, self.settings = Path(supervisor.folder), job, settings
         self.count = int(os.environ["SLURM_NTASKS"])
         self.host = os.environ["SLURMD_NODENAME"]
-        # here, not in rank 0: no port is guessed, and it outlives every rank
+        # The store is hosted here and not in rank 0: the system chooses a free port, and the store outlives every rank.
         self.store = dist.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
         self.rank_arguments = [supervisor.folder, *supervisor.stages]
         self.killed_tasks: dict[int, RankExit] = {}
-        """What srun says of tasks that it saw fail."""
+        """Failed tasks that srun has reported, by rank."""
         self.exits_before_kill: list[RankExit] | None = None
-        """How those had ended that had when the others were killed."""
+        """Exits of the ranks that had ended before the others were killed. None if none were killed."""
 
     def run(self) -> None:
-        """Start them, and raise how they ended, unless they finished."""
+        """Start the ranks, and wait for their end. Raises an error unless all ranks have finished."""
         srun = subprocess.Popen(self.command(), env=self.environment(), stderr=subprocess.PIPE, text=True)
         listener = threading.Thread(target=self.read_srun_messages, args=(srun,), daemon=True)
         listener.start()
@@ -189,10 +206,11 @@ class RankStep:
             raise MachineError(f"srun ended with exit status {srun.returncode}; see {self.logs()}")
 
     def command(self) -> list[str]:
-        """srun with its words."""
+        """Return the command line of srun."""
         python = shlex.split(self.settings["python"]) or [sys.executable]
         threads = os.environ.get("SLURM_CPUS_PER_TASK")
-        # who has saved may end before the others: here it is decided when the rest is given up, not by srun
+        # Ranks that have saved may end before the others. Depending on the cluster's configuration, srun would then
+        # kill the others too early. With these options, only the supervisor decides when to kill them.
         return [
             "srun", "--kill-on-bad-exit=0", "--wait=0", f"--output={self.logs()}/rank-%t.log", "--open-mode=append",
             *([f"--cpus-per-task={threads}"] if threads else []), *self.settings["srun"],
@@ -200,18 +218,18 @@ class RankStep:
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        """Where the ranks meet."""
+        """Return the environment of the ranks, with the address of the store."""
         port = str(self.store.port)
         return dict(os.environ) | {
             "MASTER_ADDR": self.host, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True",
         }  # fmt: skip
 
     def logs(self) -> Path:
-        """Folder of the job's logs."""
+        """Return the folder of the job's logs."""
         return self.folder / queue.FOLDER / self.job
 
     def read_srun_messages(self, srun: subprocess.Popen[str]) -> None:
-        """Hear what srun says of its tasks; all of it goes into the log as well."""
+        """Record the failed tasks that srun reports on stderr, and copy all its messages to the log."""
         assert srun.stderr is not None
         for line in srun.stderr:
             print(line, end="", file=sys.stderr, flush=True)
@@ -221,8 +239,11 @@ class RankStep:
                     self.killed_tasks.setdefault(number, RankExit(number=number, status=status))
 
     def wait_for_end(self, srun: subprocess.Popen[str]) -> str:
-        """Wait for all ranks; whoever is left GRACE seconds after one has failed is killed, and all are when the job's
-        time is nearly over or none has begun in time. Returns why the job should come back; empty: there is no need."""
+        """Wait until all ranks have ended, and kill ranks that do not end by themselves.
+
+        The remaining ranks are killed GRACE seconds after one has failed, shortly before the job's time limit, or if no
+        rank starts within `start_seconds`. Returns the reason why the job should be requeued, or "" if it should not.
+        """
         limit, patience, deadline = queue.end_time(self.job), self.settings["start_seconds"], None
         began = time.monotonic()
         while srun.poll() is None:
@@ -231,7 +252,7 @@ class RankStep:
             if deadline is None and any(end.failed for end in self.exits()):
                 deadline = time.monotonic() + GRACE
             if limit is not None and time.time() > limit - ABANDON_FRACTION * self.settings["signal_seconds"]:
-                why = "not at a place to stop before the job's time was over"
+                why = "the ranks did not save and end before the job's time limit"
             elif time.monotonic() > began + patience and not any(self.reports(STARTED_KEY)):
                 why = f"no rank has begun within launcher.start_seconds={patience}"
             if why or (deadline is not None and time.monotonic() > deadline):
@@ -241,31 +262,35 @@ class RankStep:
         return ""
 
     def kill(self, srun: subprocess.Popen[str]) -> None:
-        """Kill what is left of the step, and wait for srun to end."""
+        """Kill the remaining ranks, and wait until srun has ended."""
         step = next((hello["step"] for hello in self.reports(STARTED_KEY)), None)
-        if step is None:  # none has got so far as to say which step it is in
-            srun.send_signal(signal.SIGQUIT)  # srun ends its tasks, and itself, unless it waits for SLURM
+        if step is None:  # no rank has reported the number of the job step, which scancel needs
+            srun.send_signal(signal.SIGQUIT)  # srun then kills its tasks and ends, unless it waits for SLURM
             with suppress(subprocess.TimeoutExpired):
                 srun.wait(2 * GRACE)
             srun.kill()
         else:
-            with suppress(MachineError):  # it has just ended by itself
+            with suppress(MachineError):  # the step may have ended in the meantime
                 queue.cancel_job(f"{self.job}.{step}", "KILL")
         srun.wait()
 
     def exits(self) -> list[RankExit]:
-        """How ranks have ended so far: those that were killed by something first, since they are why others failed."""
+        """Return the exits of the ranks so far.
+
+        Ranks that ended without a report come first. Something killed them, which probably made the others fail.
+        """
         told = {row["number"]: RankExit(**row) for row in self.reports(ENDED_KEY)}
         return [end for end in self.killed_tasks.values() if end.number not in told] + list(told.values())
 
     def reports(self, key: str) -> Iterator[dict[str, Any]]:
+        """Yield the reports of all ranks that have sent one. `key` is STARTED_KEY or ENDED_KEY."""
         for number in range(self.count):
             if self.store.check([f"{key} {number}"]):
                 yield {"number": number} | parse_json(self.store.get(f"{key} {number}"), f"rank {number}")
 
 
 def task_numbers(tasks: str) -> list[int]:
-    """Task numbers as srun writes them: "0", "0-2,5", "[1,3]"."""
+    """Parse a list of task numbers in srun's notation: "0", "0-2,5", "[1,3]"."""
     found: list[int] = []
     for part in tasks.strip("[]").split(","):
         first, _, last = part.partition("-")
@@ -274,7 +299,10 @@ def task_numbers(tasks: str) -> list[int]:
 
 
 def exit_status_of(how: str) -> int:
-    """srun's words for the end of a task as an exit status, below 0 for a signal, which above 128 means too."""
+    """Turn srun's description of the end of a task into an exit status: minus the signal number for a signal.
+
+    An exit code above 128 also means a signal. SIGKILL is assumed if the description is unknown.
+    """
     if code := re.search(r"exit code (\d+)", how):
         return int(code[1]) if int(code[1]) <= 128 else 128 - int(code[1])
     names = {signal.strsignal(number): -number for number in signal.valid_signals()}
