@@ -1,35 +1,48 @@
-"""Measurements: python tools/bench.py data folder=PICTURES size=256"""
+"""Run a benchmark: python tools/bench.py data|trainer|planner [key=value ...]"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import UserError, run_command, suggest
 
-USAGE = """usage: python tools/bench.py data [folder=PICTURES] [size=256] [n=1000] [batch=64] [threads=[0,1,2]]
-       [rounds=3] [quality=90] [out=FILE.json]
-       python tools/bench.py trainer [run=runs/demo] [steps=40]
-       python tools/bench.py planner [recipe=demo] [widths=[64,32,96]] [batch=16] [steps=8]
+ABOUT = Command(
+    name="bench",
+    text="""Measure how fast images load, what the trainer adds to a step, or how accurate the planner is.
 
-data: images per second of our shards and loader, of ImageFolder with Pillow and ToTensor, and of plain webdataset, on
-  the same pictures as JPEG (theirs) and PNG (ours); and milliseconds per image of the decoders alone. The pictures are
-  those of a folder, or drawn. All ways take turns in one process with one thread of torch; compare ratios.
-trainer: a step of a run's refiner, against the same network in a bare DeepSpeed loop and in bare torch, which take
-  turns; and for how long a checkpoint holds training up.
-planner: how far the step times that tools/plan.py would predict from this machine's measured peak are off, for small
-  refiners: docs/scale.md."""
+  python tools/bench.py data folder=PICTURES size=256      # image loading, with your own pictures
+  python tools/bench.py data n=200 out=data.json           # with drawn pictures; writes the figures as JSON
+  python tools/bench.py trainer run=runs/demo              # a training step of this run's refiner
+  python tools/bench.py planner recipe=demo                # predicted and measured step times
+
+- data compares dvae's shards and loader (PNG) with torchvision's ImageFolder and plain webdataset (JPEG) in images per
+  second, and the decoders alone in milliseconds per image. All of them read the same pictures.
+- trainer compares the trainer with the same network in a bare DeepSpeed loop and in bare PyTorch. It also measures
+  how long a checkpoint delays the training.
+- planner measures the peak speed of this machine, predicts the step times of small refiners as tools/plan.py does, and
+  reports the error: docs/scale.md.
+
+The methods of a benchmark take turns in one process. Compare ratios: other work on the machine changes the speeds.""",
+    settings=(
+        "dvae.experiments.bench.data_bench:DataBenchConfig",
+        "dvae.experiments.bench.trainer_bench:TrainerBenchConfig",
+        "dvae.experiments.bench.planner_bench:PlannerBenchConfig",
+    ),
+    subcommands=("data", "trainer", "planner"),
+    bare_of={"data": "folder", "trainer": "run", "planner": "recipe"},
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
-    """Measure what the first word says, with the words after it."""
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-    elif argv[0] in BENCHES:
-        BENCHES[argv[0]](argv[1:])
-    else:
-        raise UserError(f"unknown word {argv[0]!r}: {suggest(argv[0], BENCHES)}")
+    """Run the benchmark that the first word names, with the settings after it."""
+    argv = ABOUT.arguments(argv)
+    if argv[0] not in BENCHES:
+        raise UserError(f"no benchmark is named before {argv[0]!r}: {suggest(argv[0], BENCHES)}")
+    BENCHES[argv[0]](argv[1:])
 
 
 def data(words: list[str]) -> None:
-    """Ways to load images."""
+    """Compare ways to load images."""
     from dvae.config import compose
     from dvae.experiments.bench import data_bench
 
@@ -38,7 +51,7 @@ def data(words: list[str]) -> None:
 
 
 def trainer(words: list[str]) -> None:
-    """What the trainer adds to a step."""
+    """Measure what the trainer adds to a step."""
     from dvae.config import compose
     from dvae.experiments.bench import trainer_bench
 
@@ -47,7 +60,7 @@ def trainer(words: list[str]) -> None:
 
 
 def planner(words: list[str]) -> None:
-    """How far the planner is off."""
+    """Measure the error of the planner."""
     from dvae.config import compose
     from dvae.experiments.bench import planner_bench
 

@@ -1,22 +1,32 @@
-"""Cache latents ahead of the refiner's training: python tools/cache.py run=runs/demo"""
+"""Cache latents before the refiner is trained: python tools/cache.py run=runs/demo"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/cache.py run=RUN [contents=posteriors|reconstructions] [draws=8] [folder=RUN/latents]
-                                    [part=0 parts=4] [shards=PLACE] [plugins=[MODULE]]
+ABOUT = Command(
+    name="cache",
+    text="""Encode the training images of a run, and write the latents into shards for the refiner's training.
 
-Writes what the trained encoder of a run makes of every training image into WebDataset shards: mean and logvar, or that
-many draws of z with their reconstructions. The stage `cache` does the same, and takes up what lies there: train with
-stages=[shards,encoder,prior,cache,refiner,evaluate], and the same cache.contents, cache.draws and cache.folder.
-Stopped, the same command again goes on after the last finished shard. With part= and parts=, only the first (0, ..., 3)
-of 4 parts is made, beside others, on machines that share the folder's place; when all have ended, the same command
-without them, or the stage, makes what is missing and publishes."""
+  python tools/cache.py run=runs/demo                                     # mean and logvar of each image
+  python tools/cache.py run=runs/demo contents=reconstructions draws=8    # draws of z, and their decoded images
+  python tools/cache.py run=runs/demo part=0 parts=4                      # the first quarter, on one of four machines
+
+- If the command is interrupted, the same command resumes after the last finished shard.
+- The stage `cache` does the same within a training, and uses a cache that exists already. Train with
+  stages=[shards,encoder,prior,cache,refiner,evaluate] and the same cache.contents, cache.draws and cache.folder.
+- Machines that make parts must share the folder. When all parts are made, run the command without part= and parts=:
+  it makes the parts that are missing, and publishes the cache. The stage `cache` does this too.""",
+    settings=("dvae.stages.cache:CacheToolConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Write the cache of a run."""
+    argv = ABOUT.arguments(argv)
     from pathlib import Path
 
     from dvae.config import compose
@@ -28,16 +38,11 @@ def command(argv: list[str]) -> None:
     from dvae.stages import cache
     from dvae.stages.run_models import load_models
 
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
     words: cache.CacheToolConfig = compose.tool_settings(compose.compose("cache", argv))
     shard_request.check_part(words.part, words.parts)
     run = Run(Path(words.run))
     settings = run.config()
-    components.build_models_on_meta(
-        settings
-    )  # the settings may be a stranger's: their size is checked before memory is taken
+    components.build_models_on_meta(settings)  # checks the size of a stranger's settings before memory is taken
     settings = with_settings(settings, cache.CacheStage.Config(cache=words))
     if words.shards:
         settings.data.shards = words.shards

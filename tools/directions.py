@@ -1,27 +1,37 @@
-"""Directions of a run's latent space: python tools/directions.py run=runs/demo find=[labels,pca,jacobian] score=true"""
+"""Find directions of a latent space: python tools/directions.py run=runs/demo find=[labels,pca]"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 from dvae.tools.sample import own_sampler
 
-USAGE = """usage: python tools/directions.py run=FOLDER [find=[labels,pca,jacobian]] [labels=[NAME,...]]
-       [components=8] [n_train=20000] [jacobians=64] [shards=FOLDER] [seed=0] [batch=64]
-       [score=true [directions=[NAME,...]] [strengths=[0.75,1,1.5,3]] [validation=60] [n=150]
-       [recognizer_steps=2000] [recognizer_batch=64] [out=directions.md] [sampler=NAME] [sampler.FIELD=VALUE]]
+ABOUT = Command(
+    name="directions",
+    text="""Find, list and score directions in the latent space of a run.
 
-find= finds directions in the latents of the training images and keeps them with the run, for tools/edit.py: one to each
-value of each attribute that the images are labeled with (labels), the principal components (pca), and what moves the
-decoder's image most (jacobian). Without it those that the run has are listed.
-score=true trains a judge on the labeled real images and says, in tables, what each direction turns on and what else
-it changes, in x_hat and after the refiner; the strength is chosen on some held-out images, the figures are others'."""
+  python tools/directions.py run=runs/demo                                # list the directions of the run
+  python tools/directions.py run=runs/demo find=[labels,pca,jacobian]     # find directions by three methods
+  python tools/directions.py run=runs/demo find=[labels] labels=[hair]    # for one attribute
+  python tools/directions.py run=runs/demo score=true                     # measure their effect: directions.md
+
+find= takes one or more methods, and stores the directions with the run for tools/edit.py:
+  labels       one direction for each value of each attribute that the images are labeled with
+  pca          the principal components of the latents
+  jacobian     the directions that change the decoder's image most
+
+score=true trains a classifier on the labeled real images. It reports which attributes each direction changes, in x_hat
+and after the refiner. The strength is chosen on some held-out images, and the figures are measured on others.
+sampler=NAME and sampler.FIELD=VALUE work as for tools/sample.py.""",
+    settings=("dvae.inference.directions.direction_settings:DirectionsConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the words, then find, score, or list."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.evaluation.directions.evaluate_directions import evaluate_directions
     from dvae.inference.directions import DirectionsConfig, find_directions

@@ -1,29 +1,35 @@
-"""Move images along a direction: python tools/edit.py run=runs/demo direction=NAME strengths=[-2,0,2] out=edits.png"""
+"""Move images along a direction: python tools/edit.py run=runs/demo direction=NAME out=edits.png"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 from dvae.tools.sample import own_sampler
 
-USAGE = """usage: python tools/edit.py run=FOLDER direction=NAME [strength=S | strengths=[-2,-1,0,1,2]]
-       [images=heldout|drawn|PATH] [n=8] [seed=0] [first=0] [out=edits.png] [vae=BOOL] [original=BOOL]
-       [resize=BOOL] [processes=1] [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1]
-       [label_guidance=1] [pca_guidance=1] [classifier_guidance=0] [batch=N]
+ABOUT = Command(
+    name="edit",
+    text="""Move images along a direction of the latent space, and refine the result.
 
-Adds strength x the direction to the z of each image, and refines with the image's own noise; at strength 0 it is the
-reconstruction. direction= is one of those that tools/directions.py has found for the run. strengths= makes a strip of
-each image. images=drawn takes the images of the seed as tools/sample.py draws them.
-images= are the run's held-out images, or a folder, a zip archive, a .npy (n, H, W, C) or an image file; resize=true
-crops and scales those of another size.
-A picture shows the image at the left, and with a VAE its images in a row above the refined ones. The other words are
-those of tools/sample.py."""
+  python tools/edit.py run=runs/demo direction=hair.bun                           # held-out images, five strengths each
+  python tools/edit.py run=runs/demo direction=hair.bun strength=1 n=16           # one strength
+  python tools/edit.py run=runs/demo direction=pca_1 strengths=[-3,0,3] images=drawn seed=7
+  python tools/edit.py run=runs/demo direction=hair.bun images=faces/ resize=true out=edited/
+
+- tools/directions.py finds the directions, and lists their names.
+- The command adds strength times the direction to z of each image, and refines with the image's own noise. At strength
+  0 the result is the reconstruction.
+- images= takes the run's held-out images, or your own. If they have another size, add resize=true.
+- A picture shows the image at the left. With a VAE, its images stand in a row above the refined images.
+- The same command resumes after an interruption. Formats, samplers and guidance: `python tools/sample.py --help`.""",
+    settings=("dvae.inference.generation.generation_settings:EditConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Draw what the words ask for, and say what it took."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.inference.generation.edit_tasks import EditTask
     from dvae.inference.generation.generate import generate_to_file

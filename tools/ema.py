@@ -1,17 +1,27 @@
-"""An average of any width, after training: python tools/ema.py run=runs/x width=0.15 bundle=bundles/x-0.15"""
+"""Make an average of the weights after training: python tools/ema.py run=runs/x width=0.15 bundle=FOLDER"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/ema.py run=FOLDER width=WIDTH [stage=refiner] [step=STEP] [out=FILE.safetensors]
-       [bundle=FOLDER]
+ABOUT = Command(
+    name="ema",
+    text="""Make a moving average (EMA) of any width from the snapshots of a training.
 
-Makes the moving average of a stage's weights that a power profile of this width (standard deviation relative to the
-training so far, 0.005 to 0.28) would have given at this step (the last one), from snapshots of two other widths:
-train with train_refiner.ema.extra_widths=[0.05,0.1] train_refiner.ema.snapshot_every=1000.
-out= is a weights file, bundle= a bundle with the run's other parts, for tools/sample.py and all else that takes a run.
-decay=NUMBER instead of width= takes out an average of train_refiner.ema.extra_decays."""
+  python tools/ema.py run=runs/x width=0.15 bundle=bundles/x-0.15          # a bundle with this average
+  python tools/ema.py run=runs/x width=0.1 step=20000 out=ema.safetensors  # a weights file, at an earlier step
+  python tools/ema.py run=runs/x decay=0.999 bundle=bundles/x-decay        # an average of ema.extra_decays, as it is
+
+- The training must have kept snapshots of averages with two other widths. Train with
+  train_refiner.ema.extra_widths=[0.05,0.1] train_refiner.ema.snapshot_every=1000.
+- width is the standard deviation of the power profile, relative to the length of the training so far: docs/ema.md.
+- The command prints the relative error of the reconstructed profile. If it is large, it suggests other steps.
+- Every command that takes a run also takes the bundle.""",
+    settings=("dvae.training.ema_from_snapshots:EmaToolConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 POOR = 0.05
 """Relative error of a profile from which on a hint is printed."""
@@ -19,9 +29,7 @@ POOR = 0.05
 
 def command(argv: list[str]) -> None:
     """Compose the words, make the average, and say how near its profile is."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.training import ema_from_snapshots
 

@@ -1,36 +1,39 @@
-"""Score samples: python tools/evaluate.py run=runs/demo n=1000 kid_subset_size=100 out=evaluation.json"""
+"""Score samples: python tools/evaluate.py run=runs/demo n=1000 kid_subset_size=100"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/evaluate.py run=FOLDER [metrics=[fid,kid,isc,prc]] [n=1000] [seeds=[0]] [inception=FILE]
-       [out=evaluation.json] [reference=SHARDS|FOLDER] [split=train] [n_reference=0] [vae=BOOL] [guidance=1]
-       [label_guidance=1] [pca_guidance=1] [sampler=NAME] [sampler.FIELD=VALUE] [batch=64] [processes=1]
-       [memorization=N]
-       [kid_subset_size=1000] [kid_subsets=100] [prc_neighborhood=3] [isc_splits=10] [cache=FOLDER]
-       python tools/evaluate.py images=FOLDER reference=FOLDER [...]
-       python tools/evaluate.py run=FOLDER sweep=nfe [samplers=[ddim,dpmpp_2m]] [steps=[5,10,25,50]] [...]
-       python tools/evaluate.py run=FOLDER noise=[0,0.1,0.2] [...]
-       python tools/evaluate.py compare=[A.json,B.json,...]
+ABOUT = Command(
+    name="evaluate",
+    text="""Score samples of a run, or images in files, by FID, KID, IS, precision and recall.
 
-Draws n samples per seed, as tools/sample.py does, and scores them against the run's training images, or `reference`;
-images= scores a folder of PNG or JPEG files, a .zip, .tar or .npy file. inception= is the file of the standard
-Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth): figures are then those of
-torch-fidelity's own command line, to the last bit. Without it they are taken on EfficientNet-Lite0 and named FID-lite0
-and so on.
-Every result holds its protocol; compare= prints a table of results, and refuses those of unlike protocols.
-sweep=nfe draws quality against network evaluations, noise= against Gaussian noise on x_hat; memorization= looks for the
-training images nearest to samples. The same command again goes on where it was ended."""
+  python tools/evaluate.py run=runs/demo n=1000 kid_subset_size=100       # against the run's training images
+  python tools/evaluate.py images=samples/ reference=faces/               # two folders of images
+  python tools/evaluate.py run=runs/demo sweep=nfe samplers=[ddim,dpmpp_2m] steps=[5,10,25]    # quality against NFE
+  python tools/evaluate.py run=runs/demo noise=[0,0.1,0.2]                # quality against noise on x_hat
+  python tools/evaluate.py run=runs/demo memorization=16                  # training images nearest to samples
+  python tools/evaluate.py compare=[a.json,b.json]                        # a table of earlier results
+
+- inception= takes the file of the standard Inception weights (weights-inception-2015-12-05-6726825d.pth of
+  torch-fidelity). The figures are then equal to those of torch-fidelity's command line, bit for bit.
+- Without inception= the features are those of EfficientNet-Lite0. These figures are named FID-lite0, KID-lite0 and so
+  on, and are not comparable with figures on Inception features.
+- Every result holds its protocol. compare= refuses results with different protocols.
+- Samples are drawn as tools/sample.py does; sampler=NAME and sampler.FIELD=VALUE work in the same way.
+- The same command resumes after an interruption.""",
+    settings=("dvae.evaluation.evaluation_settings:EvaluateToolConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the words, score, and print the figures."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.evaluation import tables
     from dvae.evaluation.evaluation_settings import EvaluateToolConfig

@@ -1,20 +1,29 @@
-"""A bundle of a checkpoint: python tools/export.py run=runs/x out=bundles/x [step=20000]"""
+"""Make a bundle of a checkpoint: python tools/export.py run=runs/x out=bundles/x [step=20000]"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/export.py run=FOLDER out=BUNDLE [stage=refiner] [step=STEP] [average=true]
+ABOUT = Command(
+    name="export",
+    text="""Make a bundle of a checkpoint, during a training or after it.
 
-Makes a bundle of what a checkpoint holds (the newest, or that of a step), with the run's other parts: while it trains,
-or after. It needs neither a GPU nor the ranks that trained it. average=false takes the weights themselves."""
+  python tools/export.py run=runs/x out=bundles/x                    # the newest checkpoint of the refiner
+  python tools/export.py run=runs/x out=bundles/x step=20000         # the checkpoint of this step
+  python tools/export.py run=runs/x out=bundles/x average=false      # the weights themselves, not their average
+
+- The other parts of the bundle, such as the encoder, are those of the run.
+- The command needs no GPU, and one process is enough for a run of any number of ranks.""",
+    settings=("dvae.training.export:ExportConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the words, write the bundle, and say of which step it is."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.training import export
 

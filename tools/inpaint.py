@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 from dvae.tools.sample import own_sampler
 
-USAGE = """usage: python tools/inpaint.py run=FOLDER [mask=border|left|right|top|bottom|center|FILE.png]
-       [images=heldout|PATH] [n=8] [seed=0] [first=0] [out=inpainted.png] [vae=BOOL] [original=BOOL]
-       [resize=BOOL] [processes=1] [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1]
-       [label_guidance=1] [pca_guidance=1] [classifier_guidance=0] [batch=N]
+ABOUT = Command(
+    name="inpaint",
+    text="""Keep a part of each image, and draw the rest anew.
 
-mask= says what is known and kept, to the bit: left, right, top, bottom (that half), center (the middle), border (all
-but the middle), or what is white in a PNG of the run's size. The rest is drawn anew. It needs a sampler that moves all
-images in the same steps, and a run whose refiner draws pixels.
-images= are the run's held-out images, or a folder, a zip archive, a .npy (n, H, W, C) or an image file; resize=true
-crops and scales those of another size.
-A picture shows the image, what is known of it, the VAE's image and the inpainted one. The other words are those of
-tools/sample.py."""
+  python tools/inpaint.py run=runs/demo mask=left                          # keep the left half of held-out images
+  python tools/inpaint.py run=runs/demo mask=mask.png images=faces/ resize=true out=inpainted/
+  python tools/inpaint.py run=runs/demo mask=border n=16 sampler=em sampler.steps=100
+
+- The known part of an image keeps its exact values.
+- The sampler must move all images in the same steps, such as ddim or em. The refiner of the run must draw pixels.
+- images= takes the run's held-out images, or your own. If they have another size, add resize=true.
+- A picture shows the image, its known part, the VAE's image and the inpainted image.
+- The same command resumes after an interruption. Formats, samplers and guidance: `python tools/sample.py --help`.""",
+    settings=("dvae.inference.generation.generation_settings:InpaintConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Draw what the words ask for, and say what it took."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.inference.generation.edit_tasks import InpaintTask
     from dvae.inference.generation.generate import generate_to_file

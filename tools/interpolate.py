@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 from dvae.tools.sample import own_sampler
 
-USAGE = """usage: python tools/interpolate.py run=FOLDER [images=heldout|drawn|PATH] [space=z|noise|both] [steps=8]
-       [n=8] [seed=0] [first=0] [out=interpolations.png] [vae=BOOL] [original=BOOL] [resize=BOOL] [processes=1]
-       [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1] [label_guidance=1] [pca_guidance=1]
-       [classifier_guidance=0]
-       [batch=N]
+ABOUT = Command(
+    name="interpolate",
+    text="""Interpolate between pairs of images in z, in the noise, or in both.
 
-Strip k goes from image 2 k to image 2 k + 1 in `steps` images, both ends among them. space=z moves z alone, with the
-noise of the first image (in a straight line, where the prior is N(0, I) along the arc); space=noise moves the noise
-alone along the arc, with the z of the first; both moves both. images=drawn takes the images of the seed as
-tools/sample.py draws them: strip k from 2 k to 2 k + 1. In latent space, and without an encoder, images=drawn
-space=noise.
-images= are the run's held-out images, or a folder, a zip archive, a .npy (n, H, W, C) or an image file; resize=true
-crops and scales those of another size.
-A picture shows the images at the ends of each strip, and with a VAE its images in a row above the refined ones. The
-other words are those of tools/sample.py."""
+  python tools/interpolate.py run=runs/demo n=4                            # four strips between held-out images
+  python tools/interpolate.py run=runs/demo space=z steps=12               # z changes, the noise stays
+  python tools/interpolate.py run=runs/demo images=drawn space=noise seed=7    # between samples of a seed
+  python tools/interpolate.py run=runs/demo images=faces/ resize=true out=strips/
+
+- Strip k goes from image 2k to image 2k + 1. Both ends are part of the strip.
+- z is interpolated linearly, or spherically (slerp) if the prior is N(0, I). Noise is interpolated spherically.
+- A run that diffuses latents, or has no encoder, needs images=drawn space=noise.
+- images= takes the run's held-out images, or your own. If they have another size, add resize=true.
+- A picture shows the two images at the ends of each strip. With a VAE, its images stand in a row above the refined
+  images.
+- The same command resumes after an interruption. Formats, samplers and guidance: `python tools/sample.py --help`.""",
+    settings=("dvae.inference.generation.generation_settings:InterpolateConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Draw what the words ask for, and say what it took."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.inference.generation.edit_tasks import InterpolateTask
     from dvae.inference.generation.generate import generate_to_file

@@ -1,26 +1,34 @@
-"""Latents of images, and priors on them: python tools/latents.py run=runs/demo out=latents.npz"""
+"""Write latents of images, fit a prior to them: python tools/latents.py run=runs/demo out=latents.npz"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/latents.py run=FOLDER out=NAME.npz|NAME.safetensors [split=train|heldout] [images=PLACE]
-       python tools/latents.py run=FOLDER prior=NAME [prior.FIELD=VALUE] bundle=FOLDER [seed=N]
-       [n=N] [resize=BOOL] [shards=FOLDER] [batch=64]
+ABOUT = Command(
+    name="latents",
+    text="""Write the latents of images into a file, or fit a prior to them.
 
-run= takes a run folder or a bundle. out= writes the posteriors q(z|x) of the images: mean and logvar, float32, in the
-order of the shards; label.NAME, the number of each image's value among those in `about`, which also has the sha256 of
-the weights. images= takes a folder, .zip, .npy or file of other images; resize=true brings them to the run's size.
-prior= fits a prior (gmm, flow, or a preset: gmm_75, gmm_100, flow_demo) to the latents of all training images, says
-what it gives the held-out ones, beside the run's own prior and N(0, I), and writes a bundle that is the run's with that
-prior: python tools/sample.py run=BUNDLE draws from it."""
+  python tools/latents.py run=runs/demo out=latents.npz                        # of the training images
+  python tools/latents.py run=runs/demo out=own.safetensors images=faces/ resize=true
+  python tools/latents.py run=runs/demo prior=flow_demo bundle=bundles/flow    # a bundle with another prior
+  python tools/latents.py run=runs/demo prior=gmm prior.components=5 bundle=bundles/gmm
+
+- The file holds the posterior q(z|x) of each image: mean and logvar, float32, in the order of the shards. label.NAME is
+  the number of each image's value of the attribute NAME, and -1 if it has none. `about` holds the values, and the
+  sha256 of the weights.
+- prior= takes gmm, flow, or a preset (gmm_demo, gmm_75, gmm_100, flow_demo). The prior is fitted to the latents of all
+  training images. The command compares it on held-out images with the run's own prior and with N(0, I).
+- `python tools/sample.py run=BUNDLE` then draws from the fitted prior.""",
+    settings=("dvae.inference.latents:LatentsConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the words, write latents, fit a prior, and say how it compares."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.inference import latents
     from dvae.utils.text_tables import aligned_lines

@@ -1,18 +1,28 @@
-"""Bits per dimension of images under a run: python tools/likelihood.py run=runs/demo out=likelihood.json n=64"""
+"""Compute bits per dimension of images: python tools/likelihood.py run=runs/demo n=64"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/likelihood.py run=FOLDER [out=likelihood.json] [n=64] [seed=0] [images=heldout|PLACE]
-       [z=mean|draw] [resize=BOOL] [label=NAME] [tolerance=1e-4] [batch=N] [shards=FOLDER]
+ABOUT = Command(
+    name="likelihood",
+    text="""Compute the likelihood of images under a run, in bits per dimension.
 
-run= takes a run folder or a bundle. Writes what a lossless code of each image would need by the refiner, given x_hat of
-the image: -log2 p(x | x_hat) per dimension, through the probability flow, in fp32; and KL(q(z|x) || N(0, I)) where
-there is an encoder. z=draw takes x_hat of a draw of q(z|x) instead of its mean, and adds what z costs under the run's
-prior: in total a bound, from above, of the bits of the whole model.
-images= takes a folder, .zip, .npy or file of other images; resize=true brings them to the run's size. The same command
-again goes on where it was ended. Runs that diffuse latents, and schedules without end, have no such figure."""
+  python tools/likelihood.py run=runs/demo                             # 64 held-out images: likelihood.json
+  python tools/likelihood.py run=runs/demo z=draw n=256                # also a bound for the whole model
+  python tools/likelihood.py run=runs/demo images=faces/ resize=true out=faces.json
+
+- The result has -log2 p(x | x_hat) per dimension for each image, by the probability flow of the refiner, in fp32. It
+  also has KL(q(z|x) || N(0, I)) if the run has an encoder.
+- z=mean takes x_hat of the posterior mean. z=draw takes x_hat of a draw of q(z|x), and adds the cost of z under the
+  run's prior: the sum is an upper bound of the bits of the whole model.
+- Runs that diffuse latents have no such likelihood, nor have runs whose schedule has zero terminal SNR.
+- The same command resumes after an interruption.""",
+    settings=("dvae.inference.image_likelihood:LikelihoodConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 WORDS = {
     "bits_per_dim": "bits/dim of the refiner, given x_hat",
@@ -24,9 +34,7 @@ WORDS = {
 
 def command(argv: list[str]) -> None:
     """Compose the words, score the images, and print the means."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.inference import image_likelihood
     from dvae.utils.text_tables import aligned_lines

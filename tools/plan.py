@@ -1,32 +1,35 @@
-"""What a recipe would take: python tools/plan.py recipe=celebahq256 nodes=8 gpus_per_node=8 gpu=h100"""
+"""Predict what a recipe takes: python tools/plan.py recipe=celebahq256 nodes=8 gpus_per_node=8 gpu=h100"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
+from dvae.planning.hardware import GPUS
 
-USAGE = """usage: python tools/plan.py recipe=NAME [nodes=1] [gpus_per_node=8] [gpu=h100] [efficiency=0.1] [reserve=0.1]
-       [overlap=BOOL] [network=GB/S] [packing=0.6] [out=FILE.json] [key=value ...]
+ABOUT = Command(
+    name="plan",
+    text=f"""Predict memory, time and GPU-days of a recipe on GPUs that you do not have here.
 
-Predicts, for each training stage of the recipe, without training anything: bytes on each GPU at every ZeRO stage,
-activations with and without checkpointing, the largest micro-batch that fits, the time of a step, what is communicated
-and read, and GPU-days to the recipe's end. Sizes and operations are counted on tensors without values; times are these
-over the GPU's data sheet times `efficiency`, which is an assumption. It prints all its assumptions: docs/scale.md.
-Every word of tools/launch.py works: refiner=dit_xl train_refiner.batch=256 train_refiner.precision=bf16 ...
+  python tools/plan.py recipe=celebahq256 nodes=8 gpus_per_node=8 gpu=h100
+  python tools/plan.py recipe=celebahq256 refiner=dit_xl train_refiner.batch=256 train_refiner.precision=bf16
+  python tools/plan.py recipe=avatars ~classifier efficiency=0.3 out=plan.json      # the figures as JSON, too
 
-  gpu=NAME               {gpus}
-  overlap=true|false     whether communication hides behind computing (by default at ZeRO 3 alone)
-  network=GB/S           between machines, for each GPU and direction (by default the table's)
-  packing=0.6            bytes of a PNG over those of its pixels, where there are no shards yet
-  out=FILE.json          the figures, too"""
+For each training stage the command prints the bytes on each GPU at every ZeRO stage, activations with and without
+checkpointing, the largest micro-batch that fits, the time of a step, communication, reading, and GPU-days.
+
+- Nothing is trained. Sizes and operations are counted on tensors without values. Times are these operations over the
+  peak of the GPU's data sheet times `efficiency`, which is an assumption. The command prints all its assumptions:
+  docs/scale.md.
+- gpu= takes one of {", ".join(GPUS)}.
+- Every setting of tools/launch.py can be set, too.""",
+    settings=("dvae.planning.plan_settings:PlanConfig",),
+    bare="recipe",
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the recipe as tools/launch.py does, count, and print."""
-    from dvae.planning.hardware import GPUS
-
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE.format(gpus=", ".join(GPUS)))
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.planning import plan_run
 
     print(plan_run.run(argv))

@@ -1,27 +1,36 @@
-"""A bundle of fewer bytes: python tools/quantize.py run=runs/demo method=int8_weights out=bundles/demo-int8"""
+"""Quantize a bundle: python tools/quantize.py run=runs/demo method=int8_weights out=bundles/demo-int8"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/quantize.py run=FOLDER method=int8_weights|int8|int4_weights out=BUNDLE
-       [rounds=5] [n=0] [seeds=3] [steps=0] [shards=FOLDER] [kid_subset_size=100] [budget=0.05] [seed=0]
-       [group=32] [buckets=4] [calibration=64]
+ABOUT = Command(
+    name="quantize",
+    text="""Quantize the networks of a run into a smaller bundle, and compare it with the original.
 
-Quantizes the networks of a run or bundle after training. out= is a bundle like any other, for tools/sample.py and all
-else that takes a run; quantization.json in it says which layers were stored how, and what was measured.
-int8_weights keeps weights as int8 with a scale per output channel, int4_weights as int4 with a scale per `group`
-inputs; both compute as before. int8 makes the refiner's activations int8 too, scaled by what `calibration` images show
-in each of `buckets` parts of the time, and multiplies with oneDNN's int8 kernels: on CPUs, without gradients.
-Original and quantized then take turns in `rounds` rounds, and with n= are compared by KID on real images. The bundle is
-offered for speed only if it was faster than the original in bf16 and KID grew by no more than `budget`."""
+  python tools/quantize.py run=runs/demo method=int8_weights out=bundles/int8           # smaller, same arithmetic
+  python tools/quantize.py run=runs/demo method=int4_weights group=64 out=bundles/int4  # smaller still
+  python tools/quantize.py run=runs/demo method=int8 n=500 out=bundles/int8-act         # also compare KID
+
+method= is one of:
+  int8_weights     weights as int8, with a scale for each output channel; computes as before
+  int4_weights     weights as int4, with a scale for each `group` inputs; computes as before
+  int8             the refiner's activations are int8, too; runs on CPUs only, without gradients (oneDNN's kernels)
+
+- Every command that takes a run also takes the bundle. Its file quantization.json says how each layer is stored, and
+  what was measured: docs/quantization.md.
+- Original and quantized networks take turns when their speed is measured. The bundle is called faster only if it was
+  faster than the original in bf16, and KID grew by no more than `budget`.""",
+    settings=("dvae.evaluation.quantization.quantize_settings:QuantizeConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the words, quantize, and print the figures."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.evaluation.quantization import quantize_bundle
     from dvae.evaluation.quantization.quantize_settings import QuantizeConfig

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/recognize.py run=FOLDER [n=1000] [seed=0] [confidence=0.9] [label=ATTRIBUTE]
-       [out=recognized.png] [shards=FOLDER] [steps=1500] [batch=64] [sampler=NAME sampler.FIELD=VALUE]
+ABOUT = Command(
+    name="recognize",
+    text="""Count which classes the samples of a run show, with a classifier trained on the labeled real images.
 
-Trains a small classifier on the labeled real images that the run was trained on, and says which share of n samples it
-recognizes (probability of one class above `confidence`), and how many of each class. out= is a picture: a row per
-class, then samples that were not recognized; the figures lie in a JSON file beside it.
-Held-out images are classified in the same way: as they are, which is the best possible result, and blended in pairs.
-The classifier has one class more, "nothing", which it learns from corrupted images."""
+  python tools/recognize.py run=runs/mnist                                # recognized.png and recognized.json
+  python tools/recognize.py run=runs/mnist n=5000 confidence=0.95
+  python tools/recognize.py run=runs/demo label=mouth sampler=ddim sampler.steps=10
+
+- A sample is recognized if the classifier gives one class a probability above `confidence`. The command prints the
+  share of recognized samples, and their number in each class.
+- Held-out images are classified in the same way, for comparison: as they are (the best possible result), and blended
+  in pairs.
+- The classifier has one more class, "nothing", which it learns from corrupted images.
+- The picture has a row for each class, then a row of samples that were not recognized.""",
+    settings=("dvae.evaluation.recognizer:RecognizeConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the settings, classify the samples, and print the figures."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.evaluation import recognizer
 

@@ -1,26 +1,34 @@
-"""Replay a step that was not finite: python tools/replay.py bundle=runs/x/nonfinite-refiner-00000012"""
+"""Replay a step with a non-finite gradient: python tools/replay.py bundle=runs/x/nonfinite-refiner-00000012"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from dvae.config.command_line import Command
 from dvae.errors import UserError, run_command
 
-USAGE = """usage: python tools/replay.py bundle=RUN/nonfinite-STAGE-STEP [shards=PLACE] [plugins=[MODULE]]
+ABOUT = Command(
+    name="replay",
+    text="""Repeat a training step that was skipped because a gradient was not finite, and print what differs.
 
-Takes a training step that was left out because a gradient was not finite once more, up to its gradients, in one
-process: with the weights that the bundle holds, and the same samples and draws. Prints loss and other figures (by tenth
-of t, where there are times) and gradient norms by layer, as they were recorded and as they are now; the first layer
-that makes a value that is not finite; and whether the step is reproduced. Nothing is changed in the run folder."""
+  python tools/replay.py bundle=runs/x/nonfinite-refiner-00000012
+  python tools/replay.py runs/x/nonfinite-refiner-00000012 shards=/data/shards      # if the shards were moved
+
+- The step is computed up to its gradients, in one process, with the recorded weights, samples and random draws.
+- The command prints loss, other figures and gradient norms by layer, as recorded and as computed now. It names the
+  first layer whose output is not finite, and says if the step is reproduced.
+- Nothing in the run folder is changed.""",
+    settings=("dvae.runs.replay:ReplayConfig",),
+    bare="bundle",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Compose the words, replay, and print what was found."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
+    from omegaconf import OmegaConf
+
     from dvae.config import compose
     from dvae.runs import replay
 

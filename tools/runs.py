@@ -1,32 +1,40 @@
-"""Look after runs: python tools/runs.py [list] [in=runs], follow run=RUN, cancel run=RUN, resume run=RUN"""
+"""List, follow, cancel or resume runs: python tools/runs.py [list|follow|cancel|resume] [run=RUN]"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from dvae.config.command_line import Command
 from dvae.errors import UserError, run_command, suggest
 
-USAGE = """usage: python tools/runs.py [list] [in=runs]
-       python tools/runs.py follow run=RUN
-       python tools/runs.py cancel run=RUN
-       python tools/runs.py resume run=RUN [trust=true]
-
-list      all runs below a folder: running, finished, stopped, failed or waiting; stage, step, images/s, time left
-follow    the figures of a run as they come, until it ends
-cancel    have a run save and end, as SIGTERM does; twice: at once
-resume    go on with a run by its own config, here, where its last attempt was made. If that config imports modules,
-          runs commands, or uses addresses or variables of the environment, they are listed, and trust=true allows
-          them: read them first if the folder is not your own"""
 KEYS = {"list": "in", "follow": "run", "cancel": "run", "resume": "run"}
+ABOUT = Command(
+    name="runs",
+    text="""List all runs, or follow, cancel or resume one.
+
+  python tools/runs.py                            # list the runs in runs/
+  python tools/runs.py list in=/data/runs         # list the runs in another folder
+  python tools/runs.py follow run=runs/demo       # print the figures of a run as they come
+  python tools/runs.py cancel run=runs/demo       # let it save, then end
+  python tools/runs.py resume run=runs/demo       # go on where it stopped
+
+- list prints state (running, finished, stopped, failed or waiting), stage, step, images/s and time left of every run in
+  the folder and its subfolders.
+- follow prints the figures of a run until it ends. Ctrl-C ends the printing, not the run.
+- cancel makes a run save a checkpoint and end, as SIGTERM does. If you cancel it twice, it ends at once.
+- resume continues a run with the settings in its folder, on this machine. If these settings import modules, run
+  commands, or use network addresses or environment variables, the command lists them and stops. Read them if somebody
+  else made the folder. Then add trust=true to allow them.""",
+    subcommands=tuple(KEYS),
+    bare_of=KEYS,
+)
 
 
 def command(argv: list[str]) -> None:
     """Do what the first word says."""
+    argv = ABOUT.arguments(argv)
     from dvae.runs import manage
 
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
     trust = [word for word in argv if argv[0] == "resume" and word.startswith("trust=")]
     what, folder = parse([word for word in argv if word not in trust])
     if what == "list":

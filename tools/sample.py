@@ -1,32 +1,43 @@
-"""Draw images: python tools/sample.py run=runs/demo n=64 seed=0 out=samples.png [sampler=ddim] [sampler.steps=50]"""
+"""Draw images: python tools/sample.py run=runs/demo n=64 seed=0 out=samples.png"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/sample.py run=FOLDER [n=64] [seed=0] [first=0] [out=samples.png] [vae=BOOL] [processes=1]
-       [sampler=NAME] [sampler.FIELD=VALUE] [label=NAME] [guidance=1] [label_guidance=1] [pca_guidance=1]
-       [classifier_guidance=0]
-       [batch=N] [shared=z|noise] [intermediate=0]
+ABOUT = Command(
+    name="sample",
+    text="""Draw images from a trained run or a bundle.
 
-run= takes a run folder or a bundle. out= names the form: NAME.png one picture, each VAE sample, where there is a VAE,
-with its refined sample at its right; NAME/ a folder of 000000.png, ...; NAME.npy uint8 (n, H, W, C); NAME.zip and
-NAME.tar (WebDataset) of PNGs. vae=true puts the VAE's samples there too. The same command again goes on where it was
-ended. Image k of a seed has the same bits on the CPU, however many are drawn, from whichever `first`, by however many
-processes; with batch=, which may be faster, a pixel may be off by one gray level in fp32, by a few in bf16.
-sampler.FIELD changes the run's own sampler or the one that sampler= names; sampler.temperature scales the starting
-noise.
-guidance weighs x_hat, z and class together, label_guidance the class alone (0 without, 1 as trained, above 1 stronger);
-classifier_guidance is the factor on the gradient of the run's classifier. label is one of the run's classes.
-shared=z gives all images z and class of image 0 of the seed, so that only the noise varies; shared=noise gives all its
-noise. intermediate=N puts N denoised estimates, from evenly spread steps, at the left of each image."""
+  python tools/sample.py run=runs/demo                                      # 64 images into samples.png
+  python tools/sample.py run=runs/demo n=50000 out=faces/ processes=4       # a folder of PNG files
+  python tools/sample.py run=runs/demo sampler.steps=10                     # the run's own sampler, with 10 steps
+  python tools/sample.py run=runs/demo sampler=dpmpp_2m sampler.steps=20    # another sampler
+  python tools/sample.py run=runs/faces_guided label=smile label_guidance=2     # one class, guided
+
+The name of out= selects the format:
+  NAME.png     one picture; with a VAE, each refined image stands at the right of its VAE sample
+  NAME/        a folder of PNG files: 000000.png, 000001.png, ...
+  NAME.npy     a uint8 array of shape (n, H, W, C)
+  NAME.zip     a zip archive of PNG files
+  NAME.tar     a WebDataset shard of PNG files
+
+- The same command resumes after an interruption.
+- On the CPU, image k of a seed has the same bits for any n, first and processes. With batch=, which can be faster, a
+  pixel can differ by one gray level in fp32, and by a few in bf16.
+- sampler.FIELD=VALUE sets a field of the run's own sampler, or of the sampler that sampler= names. For example,
+  sampler.temperature scales the starting noise.
+- Guidance weights: 0 ignores the condition, 1 is the trained model, above 1 is stronger. They need a run that was
+  trained with dropped conditions; classifier_guidance needs a run with a classifier.""",
+    settings=("dvae.inference.generation.generation_settings:SampleConfig",),
+    bare="run",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Draw what the words ask for, and say what it took."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.config import compose
     from dvae.inference.generation.generate import generate_to_file
 

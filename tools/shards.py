@@ -1,93 +1,68 @@
-"""Shards: python tools/shards.py build source=folder source.path=DIR size=64 out=shards, or verify shards"""
+"""Build or verify shards: python tools/shards.py build source=folder source.path=DIR size=64 out=shards"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
-
-from dvae.data.shards.manifest import FILE, HELDOUT, TRAIN, Manifest
+from dvae.config.command_line import Command
 from dvae.errors import UserError, printable_line, run_command, suggest
+from dvae.utils.package import FOLDER
+from dvae.utils.registered_names import registered_in
+
+if TYPE_CHECKING:
+    from dvae.data.building.shards_settings import ShardsConfig
+    from dvae.data.shards.manifest import Manifest
 
 NAMED = 20
-"""Damaged images that are named."""
+"""Number of damaged images that are listed."""
 
-USAGE = """usage: python tools/shards.py build source=NAME source.FIELD=VALUE size=64 out=FOLDER [key=value ...]
-       python tools/shards.py verify FOLDER
+ABOUT = Command(
+    name="shards",
+    text=f"""Build WebDataset shards from a source of images, or verify them.
 
-build renders every image of a source at one size and writes WebDataset shards with a manifest.
-  source=NAME            {sources}; `python tools/components.py source` lists their fields
-  size=32                height and width in pixels
-  out=FOLDER             appears when it is complete; the same command again goes on where it was stopped
-  heldout_fraction=0.1            share of the images kept from training
-  channels=3             3 (RGB) or 1 (gray)
-  workers=2              processes that render; the shards do not depend on it
-  shard_size=10000       images of the source of which a train and a held-out shard are made
-  max_bad_fraction=0.01  damaged images are named and passed over up to this share
-  plugins=[my_module]    import modules that register sources
-  part=0 parts=4         make only the first (0, ..., 3) of 4 parts, beside others, on machines that share the folder's
-                         place; when all have ended, the same command without them makes what is missing and publishes
-verify checks counts and hashes, and names every damaged, missing or foreign file."""
+  python tools/shards.py build source=folder source.path=DIR size=64 out=shards     # your own images
+  python tools/shards.py build source=avatars source.n=20000 size=32 out=faces      # drawn faces
+  python tools/shards.py build source=folder source.path=DIR size=64 out=shards part=0 parts=4
+  python tools/shards.py verify shards                                              # check a folder of shards
 
+build renders every image of a source at one size, and writes WebDataset shards with a manifest.
+- source= takes a preset, or one of
+  {", ".join(registered_in(FOLDER / "registry" / "sources"))}.
+  `python tools/components.py source NAME` shows the settings of a source. source.FIELD=VALUE sets them.
+- If the command is interrupted, the same command resumes. The shards do not depend on the number of workers.
+- Machines that build parts must share the folder. When all parts are built, run the command without part= and parts=:
+  it builds the parts that are missing, and publishes the shards.
 
-@dataclass(kw_only=True, slots=True)
-class ShardsConfig:
-    """What `build` takes."""
-
-    source: Any = MISSING
-    """Where the images come from."""
-    size: int = 32
-    """Height and width in pixels."""
-    out: str = MISSING
-    """Folder of the shards."""
-    heldout_fraction: float = 0.1
-    """Share of the images kept from training."""
-    channels: int = 3
-    """1 or 3."""
-    shard_size: int = 10_000
-    """Images of the source of which a train and a held-out shard are made."""
-    workers: int = 2
-    """Processes that render."""
-    max_bad_fraction: float = 0.01
-    """Damaged images are named and passed over up to this share."""
-    plugins: list[str] = field(default_factory=list)
-    """Modules to import, which register components."""
-    part: int | None = None
-    """Make only this part (0 is the first) of `parts`, and publish nothing; null: all."""
-    parts: int = 1
-    """How many parts are made, each by a command of its own."""
-
-
-ConfigStore.instance().store(name="shards_schema", node=ShardsConfig, provider="dvae")
+verify checks counts and hashes. It names every damaged, missing or unknown file.""",
+    settings=("dvae.data.building.shards_settings:ShardsConfig",),
+    subcommands=("build", "verify"),
+    bare_of={"verify": "folder"},
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Do what the first word says with the words after it."""
-    from dvae.registry.sources.base import SOURCES
-
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(USAGE.format(sources=", ".join(SOURCES.names())))
-    elif argv[0] == "build":
+    argv = ABOUT.arguments(argv)
+    if argv[0] == "build":
         build(argv[1:])
     elif argv[0] == "verify":
         verify(argv[1:])
     else:
-        raise UserError(f"unknown word {argv[0]!r}: {suggest(argv[0], ['build', 'verify'])}")
+        raise UserError(f"neither build nor verify stands before {argv[0]!r}: {suggest(argv[0], ABOUT.subcommands)}")
 
 
 def build(words: list[str]) -> None:
-    """Compose the words, build all or a part, and tell how many images there are and how fast they came."""
+    """Build all shards or a part of them, and print the number of images and the speed."""
     from dvae.config import compose
     from dvae.data.building import shard_build as builder
-    from dvae.data.building import shard_request
+    from dvae.data.building import shard_request, shards_settings
     from dvae.tracking.console import CountedProgress
 
     composed = compose.compose("shards", words)
-    settings: ShardsConfig = compose.tool_settings(composed)
+    settings: shards_settings.ShardsConfig = compose.tool_settings(composed)
     shard_request.check_part(settings.part, settings.parts)
     how: dict[str, Any] = {
         "heldout_fraction": settings.heldout_fraction,
@@ -111,6 +86,8 @@ def build(words: list[str]) -> None:
 
 
 def _of_all(settings: ShardsConfig, manifest: Manifest) -> list[str]:
+    from dvae.data.shards.manifest import HELDOUT, TRAIN
+
     train, heldout = manifest.count(TRAIN), manifest.count(HELDOUT)
     return [
         f"{settings.out}: {train + heldout} images of {settings.size}x{settings.size} ({train} train, {heldout} held "
@@ -120,6 +97,8 @@ def _of_all(settings: ShardsConfig, manifest: Manifest) -> list[str]:
 
 
 def _of_part(settings: ShardsConfig, images: int) -> list[str]:
+    from dvae.data.shards.manifest import FILE
+
     lines = [f"{settings.out}: part={settings.part} parts={settings.parts} has {images} images, all made"]
     if not (Path(settings.out) / FILE).exists():
         lines.append("  when all parts are made: the same command without part= and parts= publishes the shards")
@@ -127,15 +106,16 @@ def _of_part(settings: ShardsConfig, images: int) -> list[str]:
 
 
 def verify(words: list[str]) -> None:
-    """Check a folder of shards."""
+    """Check a folder of shards, given as FOLDER or folder=FOLDER."""
     from dvae.data.shards.verify import verify
 
     if len(words) != 1:
         raise UserError(f"verify takes one folder, not {len(words)} words: python tools/shards.py verify FOLDER")
-    manifest = verify(words[0])
+    folder = words[0].removeprefix("folder=")
+    manifest = verify(folder)
     shards = sum(len(split) for split in manifest.splits.values())
     print(
-        f"{words[0]}: {shards} shards are sound, {manifest.count('train')} train and {manifest.count('heldout')} "
+        f"{folder}: {shards} shards are sound, {manifest.count('train')} train and {manifest.count('heldout')} "
         f"held-out images of {manifest.image_size}x{manifest.image_size}"
     )
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
+from dvae.config.launch_help import yaml_names
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/study.py [study=avatars] [out=runs/study] [seeds=[0,1,2]] [steps=[5,10,25,50,100]]
-       [n=500]
+ABOUT = Command(
+    name="study",
+    text=f"""Train the arms of a study with several seeds, and compare the quality of their samples.
 
-Trains an encoder per seed and, over it, a refiner per arm and seed; draws n images of each at several numbers of steps,
-scores them (KID-lite0) beside the VAE alone and real images, and writes out/study.md and out/study.png. study= is one
-of recipes/study, or a YAML file like them: its arms are words that tools/launch.py takes. What is there already is not
-made again, so the same command goes on where it was ended. More seeds and steps may be added; anything else needs
-another out=."""
+  python tools/study.py study=avatars out=runs/study                   # the paper's comparison: docs/study.md
+  python tools/study.py study=avatars seeds=[0,1,2,3] out=runs/study   # one more seed
+  python tools/study.py study=mine.yaml out=runs/mine                  # your own study
+
+- study= takes a name ({", ".join(yaml_names("study"))}) or a YAML file like the files in recipes/study. Its arms are
+  lists of settings of tools/launch.py.
+- The command trains an encoder for each seed and, with it, a refiner for each arm and seed. It draws n images of each
+  refiner at each number of steps. It scores them by KID-lite0, beside the VAE's samples and real images.
+- The results are study.md and study.png in the folder of out=.
+- The same command resumes after an interruption, and does not repeat what is finished. Seeds and steps can be added
+  later. To change anything else, use another out=.""",
+    settings=("dvae.experiments.study.study_spec:StudyConfig",),
+    bare="study",
+)
 
 
 def command(argv: list[str]) -> None:
     """Run the study, and show its table."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE)
-        return
+    argv = ABOUT.arguments(argv)
     from dvae.experiments.study import study_report, study_runs, study_spec
 
     settings = study_spec.read_study(argv)

@@ -1,32 +1,38 @@
-"""Try settings: python tools/sweep.py sweep=demo n=6 parallel=2 [out=runs/sweep-demo] [key=value ...]"""
+"""Try settings with a W&B sweep file: python tools/sweep.py sweep=demo n=6 parallel=2"""
 
 from __future__ import annotations
 
+from dvae.config.command_line import Command
+from dvae.config.launch_help import yaml_names
 from dvae.errors import run_command
 
-USAGE = """usage: python tools/sweep.py sweep=NAME|FILE.yaml [n=8] [parallel=1] [out=runs/sweep-NAME] [failures=3]
-       [key=value ...]
+ABOUT = Command(
+    name="sweep",
+    text=f"""Run the trials of a W&B sweep file on this machine, without a server.
 
-Runs a W&B sweep file on this machine, without a server, by W&B's own engine: grid, random or bayes, and hyperband.
-Each trial is a run of tools/launch.py in out/trial-0001, ...; words like train_refiner.steps=200 go to all of them.
-The same command again goes on, up to `n` finished trials. At the end: out/trials.csv and out/parallel.png.
+  python tools/sweep.py sweep=demo n=6 parallel=2                          # into runs/sweep-demo
+  python tools/sweep.py sweep=mine.yaml n=20 out=runs/mine                 # your own sweep file
+  python tools/sweep.py sweep=demo train_refiner.steps=200 schedule=linear # settings of all trials
 
-  sweep=NAME             {sweeps}
-  tracking.wandb.mode=offline
-                         keep W&B's files too (off here, whatever the sweep file says)
-
-With W&B's server: wandb sweep recipes/sweep/NAME.yaml, then wandb agent ... ; docs/sweeps.md"""
+- sweep= takes a name ({", ".join(yaml_names("sweep"))}) or a YAML file. Its methods are grid, random and bayes, with
+  hyperband; W&B's own engine draws the settings.
+- Each trial is a run of tools/launch.py in OUT/trial-0001, OUT/trial-0002, ... Other words are settings of every trial.
+- The same command resumes after an interruption, until n trials are finished. It then writes OUT/trials.csv and
+  OUT/parallel.png.
+- W&B is off, also if the sweep file enables it. tracking.wandb.mode=offline keeps W&B's files, too.
+- With W&B's server, use `wandb sweep FILE.yaml` and `wandb agent`: docs/sweeps.md.""",
+    settings=("dvae.experiments.sweeps.sweep_loop:SweepToolConfig",),
+    bare="sweep",
+    needs_words=True,
+)
 
 
 def command(argv: list[str]) -> None:
     """Split the sweep's settings from the overrides of its trials, run it, and show the table."""
-    from dvae.config.recipe_files import recipe_names
+    argv = ABOUT.arguments(argv)
     from dvae.config.tool_arguments import split_arguments
     from dvae.experiments.sweeps import parallel_coordinates, sweep_loop, trial_table
 
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE.format(sweeps=", ".join(recipe_names("sweep"))))
-        return
     settings, overrides = split_arguments(sweep_loop.SweepToolConfig, argv)
     found, folder, trials = sweep_loop.sweep(overrides, settings)
     trial_table.write(trials, found, folder.path / "trials.csv")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
-from dvae.errors import UserError
+from dvae.errors import UserError, suggest
 from dvae.utils.class_fields import REQUIRED, FieldText, fields_of, find_class
 from dvae.utils.package import VERSION
 
@@ -34,7 +34,15 @@ class Command:
     subcommands: tuple[str, ...] = ()
     """The words that may come first, one of them at a time."""
     bare: str = ""
+<<<<<<< HEAD
     """The setting to which a word without `=` is assigned, such as "run". Empty if there is none."""
+=======
+    """The setting that a word without `=` means, such as "run"; empty if there is none."""
+    bare_of: dict[str, str] = field(default_factory=dict)
+    """The same after each subcommand, for a tool with subcommands."""
+    needs_words: bool = False
+    """Whether the tool cannot do anything without words. Its help is printed then."""
+>>>>>>> bfe17c1 (Every tool prints its help from its settings, takes --key value and a path alone; help imports no torch)
     flags: tuple[str, ...] = ()
     """Options with leading dashes that the tool reads itself."""
 
@@ -45,15 +53,21 @@ class Command:
         `argv` contains -h, --help or --version, this prints the text and ends the program. Raises UserError for an
         unknown word.
         """
-        if any(word in ("-h", "--help") for word in argv):
+        argv = [word for word in argv if word]  # an unset variable of a shell script leaves an empty word
+        if any(word in ("-h", "--help") for word in argv) or (self.needs_words and not argv):
             self.end(self.help())
         if "--version" in argv:
             self.end(f"dvae {VERSION}")
-        first = argv[:1] if argv and argv[0] in self.subcommands else []
-        return first + list(self._words(argv[len(first) :]))
+        first, bare = [], self.bare
+        if self.subcommands and argv and "=" not in argv[0] and not argv[0].startswith("-"):
+            if argv[0] not in self.subcommands:
+                raise UserError(f"unknown word {argv[0]!r}: {suggest(argv[0], self.subcommands)}")
+            first, bare = argv[:1], self.bare_of.get(argv[0], self.bare)
+        return first + list(self._words(argv[len(first) :], bare))
 
-    def _words(self, argv: list[str]) -> Iterator[str]:
-        left, bare = list(argv), self.bare
+    def _words(self, argv: list[str], bare: str) -> Iterator[str]:
+        left = list(argv)
+        given = any(one == f"--{bare}" or one.removeprefix("--").startswith(f"{bare}=") for one in argv)
         while left:
             word = left.pop(0)
             if word in self.flags:
@@ -65,7 +79,7 @@ class Command:
                 yield f"{key.replace('-', '_')}={value if equals else left.pop(0)}"
             elif "=" in word or word.startswith(("~", "+")):
                 yield word
-            elif bare and not word.startswith("-") and not any(one.startswith(f"{bare}=") for one in argv):
+            elif bare and not word.startswith("-") and not given:
                 yield f"{bare}={word}"
                 bare = ""  # only one word can be the setting `bare`
             else:
@@ -81,9 +95,20 @@ class Command:
         print(text)
         raise SystemExit(0)
 
+    @property
+    def bare_note(self) -> str:
+        """A sentence that says which setting a word without `=` is; empty if it is none."""
+        settings = [f"`{key}` after `{word}`" for word, key in self.bare_of.items()] or [f"`{self.bare}`"]
+        return f"A word without `=` is the value of {', of '.join(settings)}." if self.bare or self.bare_of else ""
+
     def help(self) -> str:
+<<<<<<< HEAD
         """Return the help text, followed by a table of the settings for each class in `settings`."""
         parts = [self.text.strip()]
+=======
+        """The text, and a table of the settings."""
+        parts = [self.text.strip(), *filter(None, [self.bare_note])]
+>>>>>>> bfe17c1 (Every tool prints its help from its settings, takes --key value and a path alone; help imports no torch)
         for place in self.settings:
             module, _, name = place.partition(":")
             heading = "Settings" if len(self.settings) == 1 else find_class(module, name).summary.rstrip(".")

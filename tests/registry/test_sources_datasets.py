@@ -21,6 +21,7 @@ from PIL import Image
 from torchvision.transforms import Resize as TorchvisionResize
 
 from dvae.config.compose import compose
+from dvae.data.building import shards_settings as _schema  # noqa: F401 stores the schema that presets are composed into
 from dvae.data.building.shard_build import build
 from dvae.data.images import DamagedImage, encode_png
 from dvae.data.shards.reader import Shards
@@ -29,7 +30,6 @@ from dvae.errors import UserError
 from dvae.registry.core import Shapes
 from dvae.registry.sources.base import SOURCES, Source
 from dvae.registry.sources.cifar10 import CLASSES
-from dvae.tools import shards as _shards_tool  # noqa: F401 stores the schema that presets are composed into
 
 
 def make(size: int = 16, channels: int = 3, **node: object) -> Source:

@@ -105,5 +105,7 @@ def test_mistakes(
 
 
 def test_help(capsys: pytest.CaptureFixture[str]):
-    shards.command(["--help"])
+    with pytest.raises(SystemExit) as end:
+        shards.command(["--help"])
+    assert end.value.code == 0
     assert "avatars, celeba" in capsys.readouterr().out
