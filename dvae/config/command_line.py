@@ -34,15 +34,11 @@ class Command:
     subcommands: tuple[str, ...] = ()
     """The words that may come first, one of them at a time."""
     bare: str = ""
-<<<<<<< HEAD
     """The setting to which a word without `=` is assigned, such as "run". Empty if there is none."""
-=======
-    """The setting that a word without `=` means, such as "run"; empty if there is none."""
     bare_of: dict[str, str] = field(default_factory=dict)
     """The same after each subcommand, for a tool with subcommands."""
     needs_words: bool = False
     """Whether the tool cannot do anything without words. Its help is printed then."""
->>>>>>> bfe17c1 (Every tool prints its help from its settings, takes --key value and a path alone; help imports no torch)
     flags: tuple[str, ...] = ()
     """Options with leading dashes that the tool reads itself."""
 
@@ -102,13 +98,8 @@ class Command:
         return f"A word without `=` is the value of {', of '.join(settings)}." if self.bare or self.bare_of else ""
 
     def help(self) -> str:
-<<<<<<< HEAD
-        """Return the help text, followed by a table of the settings for each class in `settings`."""
-        parts = [self.text.strip()]
-=======
         """The text, and a table of the settings."""
         parts = [self.text.strip(), *filter(None, [self.bare_note])]
->>>>>>> bfe17c1 (Every tool prints its help from its settings, takes --key value and a path alone; help imports no torch)
         for place in self.settings:
             module, _, name = place.partition(":")
             heading = "Settings" if len(self.settings) == 1 else find_class(module, name).summary.rstrip(".")
