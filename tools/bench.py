@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dvae.config.command_line import Command
-from dvae.errors import UserError, run_command, suggest
+from dvae.errors import UserError, run_command
 
 ABOUT = Command(
     name="bench",
@@ -37,7 +37,7 @@ def command(argv: list[str]) -> None:
     """Run the benchmark that the first word names, with the settings after it."""
     argv = ABOUT.arguments(argv)
     if argv[0] not in BENCHES:
-        raise UserError(f"no benchmark is named before {argv[0]!r}: {suggest(argv[0], BENCHES)}")
+        raise UserError(f"{argv[0]}: the first word names the benchmark: use {', '.join(BENCHES)}")
     BENCHES[argv[0]](argv[1:])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvae.config.command_line import Command
-from dvae.errors import UserError, printable_line, run_command, suggest
+from dvae.errors import UserError, printable_line, run_command
 from dvae.utils.package import FOLDER
 from dvae.utils.registered_names import registered_in
 
@@ -51,7 +51,7 @@ def command(argv: list[str]) -> None:
     elif argv[0] == "verify":
         verify(argv[1:])
     else:
-        raise UserError(f"neither build nor verify stands before {argv[0]!r}: {suggest(argv[0], ABOUT.subcommands)}")
+        raise UserError(f"{argv[0]}: the first word must be build or verify")
 
 
 def build(words: list[str]) -> None:

@@ -94,8 +94,11 @@ class Command:
     @property
     def bare_note(self) -> str:
         """A sentence that says which setting a word without `=` is; empty if it is none."""
-        settings = [f"`{key}` after `{word}`" for word, key in self.bare_of.items()] or [f"`{self.bare}`"]
-        return f"A word without `=` is the value of {', of '.join(settings)}." if self.bare or self.bare_of else ""
+        settings = [f"`{self.bare}`"] if self.bare else []
+        for key in dict.fromkeys(self.bare_of.values()):
+            words = [f"`{word}`" for word in self.bare_of if self.bare_of[word] == key]
+            settings.append(f"`{key}` after {' or '.join(words)}")
+        return f"A word without `=` is the value of {', of '.join(settings)}." if settings else ""
 
     def help(self) -> str:
         """The text, and a table of the settings."""

@@ -174,7 +174,7 @@ def test_mistakes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save("wide.npy", np.zeros((9, 8, 9, 3), dtype=np.uint8))
     np.save("one.npy", np.zeros((1, 8, 8, 3), dtype=np.uint8))
     files = ["images=a.npy", "reference=b.npy"]
-    refused("name what is scored: run=FOLDER, or images=FOLDER reference=FOLDER")
+    refused("name what is scored: run=FOLDER, or images=FOLDER reference=FOLDER", "n=5")
     refused("name the real images too", "images=a.npy")
     refused("kid_subset_size=1000 is more than the 9 images of the reference: use 9 or less", *files)
     refused("kid_subset_size=6 is more than the 5 images of images=a.npy: use 5 or less", *files, "kid_subset_size=6")
