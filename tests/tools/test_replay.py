@@ -71,7 +71,10 @@ def test_an_encoders_step_is_reproduced(words: list[str], tool: Tool, tiny: list
 
 
 def test_what_is_no_bundle_is_refused() -> None:
-    for words, said in ((["shards=x"], "bundle= is not set"), (["bundle=nowhere"], "bundle=nowhere is no replay bundle")):
+    for words, said in (
+        (["shards=x"], "bundle= is not set"),
+        (["bundle=nowhere"], "bundle=nowhere is no replay bundle"),
+    ):
         with pytest.raises(UserError, match=said):
             command(words)
 
