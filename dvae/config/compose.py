@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -37,7 +38,9 @@ def compose(config_name: str, words: list[str]) -> DictConfig:
     cannot be imported.
     """
     words = [_readable(word) for word in words if word]
-    load_plugins(plugins_of(words))
+    plugins = plugins_of(words)
+    load_plugins(plugins)
+    words = [f"plugins=[{','.join(plugins)}]" if word.startswith("plugins=") else word for word in words]
     recipes = [path for word in words if (path := file_of(word))]
     words = [f"recipe={enter_recipe(path)}" if (path := file_of(word)) else word for word in words]
     _import_groups(config_name, words)
@@ -144,6 +147,8 @@ def _explain(error: Exception, config_name: str, words: list[str]) -> str:
     """Turn an error of Hydra or OmegaConf into one line: what is wrong, the value, and what to do."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
+        if group == "recipe" and Path(f"{name}.yaml").is_file():
+            return f"unknown recipe {name!r}: did you mean the file? write recipe={name}.yaml"
         options = error.options or (recipe_names() if group == "recipe" else [])
         return f"unknown {group or 'config'} {name!r}: {suggest(name, options)}{broken_plugins_note()}"
     if in_file := re.match(r"In '([^']+)': \w+ raised while composing config:\n(.*)\n\s+full_key: (\S*)", str(error)):
@@ -157,7 +162,12 @@ def _explain(error: Exception, config_name: str, words: list[str]) -> str:
     key = re.search(r"Could not override '([^']+)'", str(error))
     misspelled = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) or key is not None
     if misspelled and (name := key.group(1) if key else str(getattr(cause, "full_key", ""))):
-        return f"unknown field {name!r}: {suggest(name.rpartition('.')[2], _siblings(name, config_name, words))}"
+        siblings = _siblings(name, config_name, words)
+        if siblings or config_name != "train":
+            return f"unknown field {name!r}: {suggest(name.rpartition('.')[2], siblings)}"
+        top = name.partition(".")[0]
+        known = suggest(top, [field.name for field in fields(run_config_class())])
+        return f"unknown field {name!r}: {known}{_plugin_hint(top)}"
     word = re.search(r"Error merging override (\S+)", str(error))
     reason = str(cause).split("\n", maxsplit=1)[0]
     if variable := re.search(r"Environment variable '(\w+)' not found", reason):

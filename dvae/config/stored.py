@@ -17,6 +17,7 @@ from dvae.config.schema import RunConfig
 from dvae.data.shards.remote import UntrustedLocation, is_remote
 from dvae.errors import UserError, fold
 from dvae.registry.discovery import load_plugins
+from dvae.registry.stages.base import refuse_unloaded_stages
 from dvae.utils import secrets
 from dvae.utils.env_references import MARK, marked_variables
 from dvae.utils.read import DamagedFile, check, read_yaml
@@ -82,6 +83,7 @@ def load(path: Path) -> RunConfig:
     missing or damaged, and for a component that is not registered.
     """
     plain = unresolved(read_plain(path))
+    refuse_unloaded_stages(path, plain)
     for kind in (*COMPONENT_KINDS, "denoiser"):
         refuse_unplain(plain.get(kind), path, kind)
     config = to_run_config(plain)

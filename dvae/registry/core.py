@@ -96,10 +96,14 @@ class Registry(Generic[T]):
         Nothing is registered if an error is raised.
         """
 
+        if isinstance(name, type):
+            raise TypeError(f"{self.kind} {name.__name__}: register takes a name: write .register('my_{self.kind}')")
+
         def enter(cls: type[T]) -> type[T]:
-            node = self.check_component(name, cls)
-            owner = self._classes.get(name)
-            if owner is not None:
+            owner = self._classes.get(name) if isinstance(name, str) else None
+            if owner is None:
+                node = self.check_component(name, cls)
+            else:
                 raise ValueError(
                     f"{self.kind} {name!r} of {cls.__module__} is registered already, by {owner.__module__}: "
                     "choose another name"

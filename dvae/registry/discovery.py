@@ -15,6 +15,7 @@ from dvae.errors import UserError, printable_line
 from dvae.registry import plugins
 from dvae.registry.core import BEFORE_LOOKUP, BROKEN_PLUGINS, KINDS, Registry
 from dvae.utils.package import FOLDER, VERSION
+from dvae.utils.read import read_yaml
 
 ENTRY_POINT_GROUP = "dvae.plugins"
 """Group of entry points with which an installed package declares a plug-in."""
@@ -118,7 +119,22 @@ def _enter_recipes(module: str) -> None:
         name = path.relative_to(folder)
         if owner := next((one for one in (FOLDER / "recipes", *RECIPE_FOLDERS) if (one / name).exists()), None):
             raise ValueError(f"its recipes/{name} has the name of {owner / name}: choose another")
+        _check_recipe(path, name)
     RECIPE_FOLDERS.append(folder)
+
+
+def _check_recipe(path: Path, name: Path) -> None:
+    """Raise ValueError for a file in a plug-in's folder recipes/ that Hydra could not use."""
+    content = read_yaml(path)
+    kind = name.parts[0]
+    if kind in KINDS and path.stem in KINDS[kind]._classes:
+        raise ValueError(f"its recipes/{name} has the name of a component: choose another")
+    if kind != "recipe":
+        return
+    if not path.read_text(encoding="utf-8").startswith("# @package _global_\n"):
+        raise ValueError(f"its recipes/{name} must begin with the line `# @package _global_`")
+    if not isinstance(content.get("recipe"), str):
+        raise ValueError(f"its recipes/{name} has no name: add the line `recipe: {path.stem}`")
 
 
 def _refuse_no_module(name: object) -> None:

@@ -29,7 +29,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from omegaconf import DictConfig
 from dvae.config import stored
 from dvae.config.schema import RunConfig
 from dvae.errors import MachineError, UserError
-from dvae.registry.stages.base import STAGES, run_config_class, stage_fields, training_fields
+from dvae.registry.stages.base import STAGES, refuse_unloaded_stages, stage_fields, training_fields
 from dvae.runs import attempts
 from dvae.runs.records import RECORDS, check_format, read_records, write_format
 from dvae.utils import atomic_files
@@ -46,7 +45,7 @@ from dvae.utils.read import read_json, read_weights_header
 from dvae.utils.weights import StateDict, load_weights, save_weights
 
 MUTABLE_FIELDS = {
-    "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "cache", "data.threads",
+    "stages", "plugins", "dry_run", "run", "launcher", "tracking", "evaluate", "sampler", "data.threads",
     "data.workers", "data.cache_gib", "data.download_to", "data.download_gib", "data.log_samples", "max_hours",
 }  # fmt: skip
 """Settings that may change between attempts, because trained weights do not depend on them. A cache checks its own."""
@@ -182,7 +181,7 @@ def submit(config: DictConfig) -> Run:
     """
     check_folder(config)
     run = Run(Path(str(config.run)))
-    kept = stored.stored(config)
+    kept = kept_settings(config)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run.path):
@@ -197,34 +196,47 @@ def submit(config: DictConfig) -> Run:
 def refuse_other(run: Run, config: DictConfig) -> None:
     """Raise UserError if the folder holds a run with other settings, or of another format.
 
-    Fields of a stage that is registered only now, or was registered only before, are not compared. The run cannot have
-    used this stage.
+    Fields of a stage that was not registered before are not compared, because the run cannot have used this stage.
     """
     check_format(run.path)
-    before, now = _settings(stored.read_plain(run.config_file)), _settings(stored.stored(config))
+    plain = stored.read_plain(run.config_file)
+    refuse_unloaded_stages(run.config_file, plain)
+    before, now = _settings(plain), _settings(kept_settings(config))
     if before.get("recipe") != now.get("recipe"):
         raise UserError(
             f"run={run.path} belongs to recipe {before.get('recipe')!r}, not {now.get('recipe')!r}: use another run="
         )
-    in_both = {_top(key) for key in before} & {_top(key) for key in now}
-    of_stages = {field for name in STAGES.names() for field in stage_fields(STAGES.get(name))}
-    always = {field.name for field in fields(run_config_class())} - of_stages
+    new = {field for name in STAGES.names() for field in stage_fields(STAGES.get(name))} - plain.keys()
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and _top(key) in in_both | always:
+        if before.get(key) != now.get(key) and key.partition(".")[0] not in new:
             raise UserError(
                 f"run={run.path} was made with {key}={before.get(key)}, now {now.get(key)}: use another run=, "
                 "or take back the change"
             )
 
 
-def _top(key: str) -> str:
-    return key.partition(".")[0]
+def kept_settings(config: DictConfig) -> dict[str, Any]:
+    """Return the settings as config.yaml keeps them: all but those of plug-ins' stages that the run never had.
+
+    So a run does not depend on a plug-in that is installed but that it does not use.
+    """
+    kept = stored.stored(config)
+    path = Run(Path(str(config.run))).config_file
+    before = stored.read_plain(path) if path.exists() else {}
+    for name in STAGES.names():
+        stage = STAGES.get(name)
+        if not stage.__module__.startswith("dvae.") and name not in config.stages:
+            for field in stage_fields(stage):
+                if field not in before:
+                    kept.pop(field, None)
+    return kept
 
 
 def _settings(plain: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that must not change between attempts: dotted name -> value."""
     flat: dict[str, Any] = {}
-    mutable = MUTABLE_FIELDS | {f"{training}.{name}" for training in training_fields()
+    of_stages = {field for name in STAGES.names() for field in STAGES.get(name).mutable}
+    mutable = MUTABLE_FIELDS | of_stages | {f"{training}.{name}" for training in training_fields()
                                 for name in MUTABLE_TRAINING_FIELDS}  # fmt: skip
 
     def walk(prefix: str, value: Any) -> None:

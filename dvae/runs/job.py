@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvae.config.schema import RunConfig
+from dvae.errors import UserError
 from dvae.registry.launchers.base import launcher_of
 from dvae.runs.folder import Run
 from dvae.runs.stage_states import StageState, stage_state
@@ -47,8 +48,15 @@ class RunJob:
                         stage.run(run)
                     else:
                         ranks.on_rank_zero(stage.run, run)
+                    ranks.on_rank_zero(require_record, run, stage.name)
             ranks.on_rank_zero(finish_job, run, config, bool(stages))
             ranks.leave()
+
+
+def require_record(run: Run, stage: str) -> None:
+    """Raise UserError if a stage ended without a record, which would run again and again."""
+    if stage not in run.records():
+        raise UserError(f"the stage {stage!r} ended without run.finish({stage!r}, {{...}}): call it at its end")
 
 
 def finish_job(run: Run, config: RunConfig, has_run: bool) -> None:

@@ -9,11 +9,15 @@ from typing import Any, ClassVar
 from dvae.config.schema import RunConfig, TrainingConfig
 from dvae.errors import UserError
 from dvae.models.components import RunModels
+from dvae.registry.core import NAME
 from dvae.registry.stages.base import STAGES, DeclaredStage
 from dvae.runs.folder import Run
 from dvae.stages.train_stage import train_stage
 from dvae.training.loop import TrainHooks
 from dvae.training.train_task import TrainTask
+
+RESERVED_PARTS = ("encoder", "prior", "denoiser", "classifier", "teacher", "posteriors")
+"""Names of weights that the stages of dvae write."""
 
 
 class Stage(DeclaredStage):
@@ -53,7 +57,7 @@ class TrainStage(Stage):
     """A stage that trains. Its Config has a field `train_NAME: TrainingConfig`, where NAME is the stage's name."""
 
     all_ranks = True
-    parts: ClassVar[Mapping[str, str]]
+    parts: ClassVar[Mapping[str, str]] = {}
     """The averaged weights that are saved as weights/PART.safetensors: part -> submodule of the trained module ("": the
     whole module)."""
 
@@ -78,6 +82,7 @@ class TrainStage(Stage):
         return TrainHooks()
 
     def run(self, run: Run) -> None:
+        check_parts(self)
         task = self.open_task(run, self.name)
         train_stage(run, self.config, task, self.parts, self.hooks(run, task))
 
@@ -94,6 +99,19 @@ def open_stage(name: str, config: RunConfig) -> Stage:
     if not isinstance(stage, Stage):
         raise UserError(f"stage {name!r} of {type(stage).__module__} must derive from dvae.stages.base.Stage")
     return stage
+
+
+def check_parts(stage: TrainStage) -> None:
+    """Raise UserError if what a stage says of the parts that it saves is wrong.
+
+    A part of a run's models can only be saved by a stage that has it in `makes`; weights of others would be lost.
+    """
+    parts = getattr(stage, "parts", None)
+    if not isinstance(parts, Mapping) or not all(isinstance(part, str) and NAME.fullmatch(part) for part in parts):
+        raise UserError(f"stage {stage.name!r}: parts={parts!r}: write a mapping, such as {{'{stage.name}': ''}}")
+    foreign = [part for part in parts if part in RESERVED_PARTS and part not in stage.makes]
+    if foreign:
+        raise UserError(f"stage {stage.name!r}: parts would overwrite the weights of {foreign[0]!r}: use another name")
 
 
 def open_stages(config: RunConfig) -> list[Stage]:

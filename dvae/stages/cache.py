@@ -68,6 +68,7 @@ class CacheStage(Stage):
 
     after, before = ("encoder", "prior"), ("refiner",)
     own_job, needs_gpus = True, False
+    mutable = ("cache",)  # a cache of other settings is refused when it is opened
     in_parts = True
 
     def check(self, models: RunModels) -> None:

@@ -24,6 +24,8 @@ def load_models(run: Run, config: RunConfig, *parts: str) -> RunModels:
 
     Raises UserError if one of the parts is not trained yet.
     """
+    if unknown := [part for part in parts if part not in BUNDLE_PARTS]:
+        raise ValueError(f"unknown part {unknown[0]!r}: the parts are {', '.join(BUNDLE_PARTS)}")
     models = components.build_models(config)
     for part in parts:
         if part not in models.trained_parts():  # this part has no weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dvae.config.schema import RunConfig
+from dvae.errors import UserError
 from dvae.runs.folder import Run
 from dvae.stages.run_models import export_bundle
 from dvae.tracking.tracker import NoTracker, Tracker
@@ -36,6 +37,7 @@ def train_stage(
         hooks: Functions that draw previews and compute scores during training.
         final_metrics: final_metrics(averaged weights) returns metrics for the record. It is called on rank 0 only.
     """
+    check_task(task, parts)
     training = task.config
     # Count now: ZeRO stage 3 will partition the parameters.
     parameters = sum(p.numel() for p in task.modules()[task.name].parameters())
@@ -58,3 +60,14 @@ def train_stage(
         run.finish(task.name, record | (final_metrics(weights) if final_metrics else {}))
 
     ranks.on_rank_zero(finish)
+
+
+def check_task(task: TrainTask, parts: Mapping[str, str]) -> None:
+    """Raise UserError if a task has no module of its own name, or the module has not the submodules to save."""
+    modules = task.modules()
+    name = getattr(task, "name", None)
+    if name not in modules:
+        raise UserError(f"task {type(task).__name__}: name={name!r} is no key of modules(), which has {list(modules)}")
+    names = {submodule for submodule, _ in modules[name].named_modules()}
+    if lost := [submodule for submodule in parts.values() if submodule not in names]:
+        raise UserError(f"task {type(task).__name__}: the module {name!r} has no submodule {lost[0]!r} to save")

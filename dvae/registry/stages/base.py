@@ -7,9 +7,10 @@ holds the base class for the work of a stage.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 from dvae.config.schema import RunConfig, TrainingConfig, extended_run_config
 from dvae.config.stage_names import TRAINING_PREFIX
 from dvae.errors import UserError, suggest
-from dvae.registry.core import ComponentConfig, Registry
+from dvae.registry.core import ComponentConfig, Registry, broken_plugins_note
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,6 +54,9 @@ class DeclaredStage(ABC):
     takes_streams = False
     """Whether the stage works with an endless source, which has no shards and no held-out images."""
 
+    mutable: tuple[str, ...] = ()
+    """Fields of its Config that may change from one attempt of a run to the next. Other changes are refused."""
+
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
@@ -79,6 +83,12 @@ class StageRegistry(Registry[DeclaredStage]):
         Also raises TypeError if a run or another stage already has a field of this name, or if a field train_NAME has
         another NAME than the stage or another type than TrainingConfig.
         """
+        if not (isinstance(cls, type) and issubclass(cls, DeclaredStage)):
+            raise TypeError(f"stage {name!r} ({cls!r}) must be a class that derives from dvae.stages.base.Stage")
+        for attribute in ("after", "before", "makes", "mutable"):
+            value = getattr(cls, attribute)
+            if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
+                raise TypeError(f"stage {name!r}: {attribute} is {value!r}: write a tuple, such as ('encoder',)")
         node = super().check_component(name, cls)
         taken = {field.name: "every run" for field in fields(RunConfig)}
         for other, theirs in self._classes.items():
@@ -99,7 +109,8 @@ class StageRegistry(Registry[DeclaredStage]):
         """
         names = self.names()
         for wrong in (name for name in of or () if name not in names):
-            raise UserError(f"unknown stage {wrong!r}: {suggest(wrong, self.order())}")
+            hint = "; a stage of a plug-in needs plugins=[MODULE]"
+            raise UserError(f"unknown stage {wrong!r}: {suggest(wrong, self.order())}{hint}{broken_plugins_note()}")
         earlier: dict[str, set[str]] = {name: set(self.get(name).after) for name in names}
         for name in names:
             for later in self.get(name).before:
@@ -163,3 +174,24 @@ def exported_parts() -> dict[str, str]:
     """Return the stages that train exactly one part of a run's models, each with this part."""
     parts = {name: STAGES.get(name).makes for name in STAGES.trained()}
     return {name: made[0] for name, made in parts.items() if len(made) == 1}
+
+
+def refuse_unloaded_stages(path: Path, plain: Mapping[str, Any]) -> None:
+    """Raise UserError if the settings `plain`, in the file `path`, have fields of a stage that is not registered.
+
+    The message names the modules that the settings name, because it is the user who decides whether to import them.
+    """
+    known = {field.name for field in fields(run_config_class())}
+    unknown = sorted(name for name in plain if name not in known)
+    modules = plain.get("plugins")
+    if unknown and isinstance(modules, list) and modules:
+        names = ",".join(str(module) for module in modules)[:200]
+        raise UserError(
+            f"{path} has the setting {unknown[0][:80]!r} of a plug-in's stage, which is not loaded: if you trust the "
+            f"plug-in, add plugins=[{names}]"
+        )
+    if unknown:
+        raise UserError(
+            f"{path} has the setting {unknown[0][:80]!r}, which no stage here knows: install the plug-in that brings it"
+            f"{broken_plugins_note()}"
+        )
