@@ -79,10 +79,10 @@ def _own_fields(source: ClassSource, prefix: str) -> Iterator[FieldText]:
 
 def _field(source: ClassSource, name: str, node: ast.AnnAssign, meaning: str) -> Iterator[FieldText]:
     kind = ast.unparse(node.annotation)
-    found = resolve(source.path, kind)
+    found = resolve(source.path, kind.removesuffix(" | None"))
     if found is not None and _is_enum(found):
-        kind = " | ".join(_members(found))
-    elif found is not None:
+        kind = kind.replace(kind.removesuffix(" | None"), " | ".join(_members(found)))
+    elif found is not None and _is_dataclass(found):
         yield from fields_of(found, f"{name}.")
         return
     yield FieldText(name, kind, _default(node.value, source.path), meaning)
@@ -93,6 +93,11 @@ def _text_of(node: ast.stmt | None) -> str:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return " ".join(node.value.value.split())
     return ""
+
+
+def _is_dataclass(source: ClassSource) -> bool:
+    """Whether it is a dataclass; `Any` is a class too, and has no fields."""
+    return any(ast.unparse(one).partition("(")[0] == "dataclass" for one in source.node.decorator_list)
 
 
 def _is_enum(source: ClassSource) -> bool:
@@ -119,12 +124,17 @@ def _default(value: ast.expr | None, path: Path) -> str:
 
 
 def _written(value: ast.expr, path: Path) -> str:
-    if isinstance(value, ast.Call) and value.args and isinstance(value.args[0], ast.Name):  # list(CONSTANT)
+    if isinstance(value, ast.Call) and value.args and isinstance(value.args[0], ast.Name):  # list(CONSTANT), list(Enum)
+        listed = resolve(path, value.args[0].id)
+        if listed is not None and _is_enum(listed):
+            return f"[{','.join(_members(listed))}]"
         value = _constant(path, value.args[0].id) or value
     if isinstance(value, ast.Attribute):  # a member of an enumeration
         return value.attr
     if isinstance(value, ast.Name):
-        return {"MISSING": REQUIRED, "list": "[]", "dict": "{}"}.get(value.id, value.id)
+        known = {"MISSING": REQUIRED, "list": "[]", "dict": "{}"}.get(value.id)
+        constant = _constant(path, value.id) if known is None else None
+        return known or (_written(constant, path) if constant is not None else value.id)
     if isinstance(value, ast.Constant) and (value.value is None or isinstance(value.value, bool)):
         return "null" if value.value is None else str(value.value).lower()
     if isinstance(value, ast.Constant) and isinstance(value.value, str):
@@ -135,10 +145,17 @@ def _written(value: ast.expr, path: Path) -> str:
 
 
 def _constant(path: Path, name: str) -> ast.expr | None:
-    """The value of a constant of a file."""
+    """The value of a constant of a file, or of the file that it is imported from."""
     for node in parsed(path).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
-            return node.value
+        if isinstance(node, ast.Assign):
+            targets = [ast.unparse(target) for target in node.targets]
+            if targets == [name]:
+                return node.value
+            if isinstance(node.value, ast.Tuple) and targets[0].strip("()").split(", ").count(name) == 1:
+                return node.value.elts[targets[0].strip("()").split(", ").index(name)]
+        if isinstance(node, ast.ImportFrom) and node.module and name in {one.asname or one.name for one in node.names}:
+            other = module_path(node.module)
+            return _constant(other, name) if other is not None and other != path else None
     return None
 
 

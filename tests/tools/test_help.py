@@ -95,14 +95,11 @@ def test_the_text_begins_with_a_sentence_and_has_examples(name: str) -> None:
     assert all(len(line) <= 120 for line in lines)
 
 
-# A class `Any` is found in typing.py, and has no fields.
-@pytest.mark.xfail(strict=True, reason="dvae/utils/class_fields.py loses fields of type Any")
 def test_fields_of_type_any_are_listed() -> None:
     names = [field.name for field in fields_of(find_class("dvae.data.building.shards_settings", "ShardsConfig"))]
     assert "source" in names
 
 
-@pytest.mark.xfail(strict=True, reason="dvae/utils/class_fields.py does not find constants of other files")
 def test_defaults_are_written_as_on_the_command_line() -> None:
     place = "dvae.inference.image_likelihood", "LikelihoodConfig"
     defaults = {field.name: field.default for field in fields_of(find_class(*place))}
