@@ -36,9 +36,9 @@ class Command:
     bare: str = ""
     """The setting to which a word without `=` is assigned, such as "run". Empty if there is none."""
     bare_of: dict[str, str] = field(default_factory=dict)
-    """The same after each subcommand, for a tool with subcommands."""
+    """The setting `bare` after each subcommand, if it differs: subcommand -> setting."""
     needs_words: bool = False
-    """Whether the tool cannot do anything without words. Its help is printed then."""
+    """Whether the tool needs arguments. Without any, it prints its help."""
     flags: tuple[str, ...] = ()
     """Options with leading dashes that the tool reads itself."""
 
@@ -46,8 +46,8 @@ class Command:
         """Return the arguments as `key=value` words, and the flags.
 
         `--key value` and `--key=value` become `key=value`, and a word without a key becomes the setting `bare`. If
-        `argv` contains -h, --help or --version, this prints the text and ends the program. Raises UserError for an
-        unknown word.
+        `argv` contains -h, --help or --version, this prints the text and ends the program. The help is also printed if
+        `needs_words` is set and there are no words. Raises UserError for an unknown word.
         """
         argv = [word for word in argv if word]  # an unset variable of a shell script leaves an empty word
         if any(word in ("-h", "--help") for word in argv) or (self.needs_words and not argv):
@@ -93,7 +93,7 @@ class Command:
 
     @property
     def bare_note(self) -> str:
-        """A sentence that says which setting a word without `=` is; empty if it is none."""
+        """A sentence that names the setting to which a word without `=` is assigned. Empty if there is none."""
         settings = [f"`{self.bare}`"] if self.bare else []
         for key in dict.fromkeys(self.bare_of.values()):
             words = [f"`{word}`" for word in self.bare_of if self.bare_of[word] == key]
@@ -101,7 +101,7 @@ class Command:
         return f"A word without `=` is the value of {', of '.join(settings)}." if settings else ""
 
     def help(self) -> str:
-        """The text, and a table of the settings."""
+        """Return the help text, followed by a table of the settings for each class in `settings`."""
         parts = [self.text.strip(), *filter(None, [self.bare_note])]
         for place in self.settings:
             module, _, name = place.partition(":")
