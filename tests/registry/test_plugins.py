@@ -146,6 +146,21 @@ def test_runs_outlive_the_coming_and_going_of_a_package(installed: Path, tmp_pat
         assert done.returncode == 0, done.stderr
     changed = launch(*short, "train_encoder.steps=7", path=installed, cwd=tmp_path)
     assert "was made with train_encoder.steps=6, now 7" in changed.stderr
+    with_probe = [
+        *short,
+        "stages=[shards,encoder,probe]",
+        *PROBED[1:],
+        "train_probe.steps=2",
+        "train_probe.log_every=1",
+    ]
+    assert "train_probe" not in (tmp_path / "run" / "config.yaml").read_text()
+    done = launch(*with_probe, path=installed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    without = launch(*short, path=ROOT, cwd=tmp_path)
+    assert without.returncode == 2
+    assert "has the setting 'probe' of" in without.stderr or "which no stage here knows: install the" in without.stderr
+    changed = launch(*with_probe, "probe.power=2", path=installed, cwd=tmp_path)
+    assert "was made with probe.power=0.5, now 2.0" in changed.stderr
     missing = launch(*tiny, *PROBED, "run=other", path=ROOT, cwd=tmp_path)
     assert missing.returncode == 2
     assert "unknown field 'train_probe" in missing.stderr or "unknown stage 'probe'" in missing.stderr

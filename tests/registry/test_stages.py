@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests_support import ROOT
+from torch import nn
 
 from dvae.config import compose
 from dvae.config.schema import RunConfig, TrainingConfig
@@ -23,8 +25,9 @@ from dvae.registry.stages.base import (
     training_fields,
     with_settings,
 )
-from dvae.stages.base import Stage, open_stage, open_train_stage
+from dvae.stages.base import Stage, TrainStage, check_parts, open_stage, open_train_stage
 from dvae.stages.joint import JointConfig, JointStage
+from dvae.stages.train_stage import check_task
 
 ORDER = ["shards", "encoder", "joint", "prior", "cache", "refiner", "classifier", "distil", "evaluate"]
 
@@ -99,7 +102,7 @@ def test_its_fields_are_those_of_a_run(registered: None) -> None:
         ("sharpen.strength=much", "sharpen.strength"),
         ("train_sharpen.stesp=3", "unknown field 'train_sharpen.stesp': did you mean 'steps'?"),
         ("train_sharpen.steps=0", "train_sharpen.steps=0: use 1 or more"),
-        ("train_sharpn.steps=3", "unknown field 'train_sharpn.steps': known"),
+        ("train_sharpn.steps=3", "unknown field 'train_sharpn.steps': did you mean 'train_sharpen'?"),
         ("stages=[sharpn]", "unknown stage 'sharpn': did you mean 'sharpen'?"),
     ],
 )
@@ -192,3 +195,56 @@ def test_the_name_of_an_optional_stage_stands_in_its_file_alone(name: str) -> No
     files = [path for folder in ("dvae", "tools", "launchers") for path in (ROOT / folder).rglob("*.py")]
     holding = [path.name for path in files if re.search(f"[\"']{name}[\"']", path.read_text(encoding="utf-8"))]
     assert holding == [f"{name}.py"]
+
+
+@pytest.mark.parametrize("attribute", ["after", "before", "makes", "mutable"])
+@pytest.mark.parametrize("value", ["encoder", ["encoder"], (3,), None])
+def test_what_a_stage_declares_is_a_tuple_of_names(registered: None, attribute: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"{attribute} is .*: write a tuple"):
+        STAGES.register("sharpen")(stage(**{attribute: value}))
+
+
+def test_a_decorator_without_a_name_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"register takes a name: write \.register\('my_stage'\)"):
+        STAGES.register(JointStage)  # type: ignore[arg-type]
+
+
+def train_stage_of(parts: object, makes: tuple[str, ...] = ()) -> type[TrainStage]:
+    methods = {"open_task": lambda self, run, name: None, "Config": Sharpen, "__module__": "mine"}
+    return type("Sharpens", (TrainStage,), methods | {"parts": parts, "makes": makes})
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"encoder": ""}, "parts would overwrite the weights of 'encoder'"),
+        ({"posteriors": ""}, "parts would overwrite the weights of 'posteriors'"),
+        ({"a/b": ""}, "write a mapping, such as {'sharpen': ''}"),
+        (("sharpen",), "write a mapping"),
+        (None, "write a mapping"),
+    ],
+)
+def test_parts_that_would_damage_a_run_are_refused(registered: None, tiny: list[str], parts: object, said: str) -> None:
+    STAGES.register("sharpen")(train_stage_of(parts))
+    found = open_train_stage("sharpen", compose.to_run_config(compose.compose("train", tiny)))
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_parts(found)
+
+
+def test_parts_of_the_models_are_saved_by_a_stage_that_makes_them(registered: None, tiny: list[str]) -> None:
+    STAGES.register("sharpen")(train_stage_of({"encoder": ""}, ("encoder",)))
+    check_parts(open_train_stage("sharpen", compose.to_run_config(compose.compose("train", tiny))))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "said"),
+    [
+        ("sharpen", {"sharpen": "weights"}, "the module 'sharpen' has no submodule 'weights' to save"),
+        ("other", {"sharpen": ""}, "name='other' is no key of modules(), which has ['sharpen']"),
+        (None, {"sharpen": ""}, "name=None is no key"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_refused_before_training(name: object, parts: dict[str, str], said: str) -> None:
+    task: Any = SimpleNamespace(name=name, modules=lambda: {"sharpen": nn.Linear(2, 2)})
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_task(task, parts)
