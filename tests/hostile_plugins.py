@@ -171,7 +171,7 @@ def _names() -> list[HostilePlugin]:
         plugin("name_with_an_accent", schedule(name="'é'"), wrong),
         plugin("empty_name", schedule(name="''"), wrong),
         plugin("name_is_none", schedule(name="None"), "a name is text"),
-        plugin("name_is_a_class", schedule(name="Schedule"), "a name is text"),
+        plugin("name_is_a_class", schedule(name="Schedule"), "register takes a name"),
         plugin("name_of_dvae", schedule(name="'linear'"), "'linear' of name_of_dvae is registered already, by dvae"),
         plugin("name_twice", GOOD + GOOD, "'hostile' of name_twice is registered already, by name_twice"),
     ]

@@ -42,23 +42,40 @@ def compose(config_name: str, words: list[str]) -> DictConfig:
     load_plugins(plugins)
     words = [f"plugins=[{','.join(plugins)}]" if word.startswith("plugins=") else word for word in words]
     recipes = [path for word in words if (path := file_of(word))]
-    words = [f"recipe={enter_recipe(path)}" if (path := file_of(word)) else word for word in words]
-    _import_groups(config_name, words)
-    words = [_without_null(word) for word in words]
     try:
-        return _compose(config_name, words)
+        words = [f"recipe={enter_recipe(path)}" if (path := file_of(word)) else word for word in words]
+        _import_groups(config_name, words)
+        words = [_without_null(word) for word in words]
+        return _compose_with_plugins(config_name, words, plugins)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, config_name, words)) from None
     except (ValueError, TypeError, AssertionError, RecursionError) as error:
-        if not recipes:
+        if not recipes and not RECIPE_FOLDERS:
             raise
-        raise UserError(f"recipe={recipes[0]}: Hydra cannot read its defaults ({fold(error)[:200]})") from None
+        of = f"recipe={recipes[0]}: Hydra cannot read its defaults" if recipes else "a recipe or preset of a plug-in"
+        raise UserError(f"{of} ({fold(error)[:200]})") from None
+
+
+def _compose_with_plugins(config_name: str, words: list[str], imported: list[str]) -> DictConfig:
+    """Compose, and import the plug-ins that only the composed config names, such as those of a package's recipe.
+
+    Raises UserError if the config does not name a plug-in that was imported: the run's own processes would lack it.
+    """
+    composed = _compose(config_name, words)
+    named = composed.get("plugins") or []
+    if lost := [module for module in imported if module not in named]:
+        raise UserError(f"plugins: the recipe needs {lost[0]}, which the other words take away: leave plugins as it is")
+    if more := [str(module) for module in named if module not in imported]:
+        load_plugins(more)
+        _import_groups(config_name, words)
+        composed = _compose(config_name, words)
+    return composed
 
 
 def _compose(config_name: str, words: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     if RECIPE_FOLDERS:
-        places = ",".join(json.dumps(f"file://{folder}") for folder in RECIPE_FOLDERS)
+        places = ",".join(json.dumps(f"file://{folder}", ensure_ascii=False) for folder in RECIPE_FOLDERS)
         words = [*words, f"hydra.searchpath=[{places}]"]
     with hydra.initialize_config_module("dvae.recipes", version_base="1.3"):
         return hydra.compose(config_name, overrides=words)
@@ -131,16 +148,21 @@ def plugins_of(words: list[str]) -> list[str]:
     Hydra does not understand, and for a recipe that cannot be read.
     """
     for word in words:
-        if word.startswith(("plugins=", "+plugins=")):
+        if word.startswith(("plugins=", "+plugins=", "++plugins=")):
             try:
                 value = OverridesParser.create().parse_override(word).value()
             except HydraException as error:
                 raise UserError(f"{word}: {fold(error)}") from None
-            return [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    for path in filter(None, map(file_of, words)):
-        named = read_recipe(path).get("plugins") or []
-        return [str(v) for v in named] if isinstance(named, list) else [str(named)]
+            return _module_names(value)
+    for path in list(filter(None, map(file_of, words)))[-1:]:  # Hydra takes the last recipe too
+        return _module_names(read_recipe(path).get("plugins"))
     return []
+
+
+def _module_names(value: Any) -> list[str]:
+    """Return the names in a value of the setting `plugins`: a list, one name, or nothing."""
+    names = value if isinstance(value, list) else [value]
+    return [str(name) for name in names if name not in (None, "")]
 
 
 def _explain(error: Exception, config_name: str, words: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -30,7 +32,7 @@ def file_of(word: str) -> Path | None:
     """Return the path in a word `recipe=PATH` of the command line. None for `recipe=NAME` and for other words."""
     key, _, value = word.partition("=")
     is_path = "/" in value or value.endswith((".yaml", ".yml"))
-    return Path(value).expanduser() if key == "recipe" and is_path else None
+    return Path(os.path.expanduser(value)) if key == "recipe" and is_path else None
 
 
 def read_recipe(path: Path) -> dict[str, object]:
@@ -58,7 +60,8 @@ def enter_recipe(path: Path) -> str:
     """
     content = read_recipe(path)
     content.setdefault("recipe", path.stem)
-    name = f"file_{path.stem}"  # no recipe of dvae has a name with this prefix
+    # No recipe of dvae has a name with this prefix. Hydra's grammar takes only plain letters.
+    name = "file_" + re.sub("[^A-Za-z0-9_]", "_", path.stem)
     ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_", provider="dvae")
     _entered[name] = path
     return name

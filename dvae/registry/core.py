@@ -181,8 +181,12 @@ class Registry(Generic[T]):
 
     def name_of(self, component: T) -> str:
         """Return the registered name of a component's class, or the name of the class if it is not registered."""
-        names = {cls: name for name, cls in self._classes.items()}
-        return names.get(type(component), type(component).__name__)
+        return self.name_of_class(type(component))
+
+    def name_of_class(self, cls: type[T]) -> str:
+        """Return the name under which a class is registered, or its own name if it is not registered."""
+        names = {known: name for name, known in self._classes.items()}
+        return names.get(cls, cls.__name__)
 
     def config(self, node: Any) -> ComponentConfig:
         """Return the typed Config of a node.

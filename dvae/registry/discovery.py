@@ -7,7 +7,8 @@ import importlib
 import importlib.metadata
 import pkgutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def import_installed_plugins() -> None:
         _import_builtins()
         try:
             module = entry.value.partition(":")[0].strip()
-            with plugins.all_or_nothing(module, KINDS):
+            with _recipes_kept(), plugins.all_or_nothing(module, KINDS):
                 entry.load()
                 _enter_recipes(module)
         except plugins.PluginError as error:
@@ -94,7 +95,7 @@ def load_plugins(modules: Iterable[str]) -> None:
         if (here := str(Path.cwd())) not in sys.path:
             sys.path.append(here)  # not removed: child processes inherit sys.path, and must find the module too
         try:
-            with plugins.all_or_nothing(name, KINDS):
+            with _recipes_kept(), plugins.all_or_nothing(name, KINDS):
                 importlib.import_module(name)
                 _enter_recipes(name)
         except plugins.PluginError as error:
@@ -102,6 +103,17 @@ def load_plugins(modules: Iterable[str]) -> None:
             if error.absent:
                 advice = "install it, or run this command in the folder that contains it"
             raise UserError(f"plugins: module {name!r} cannot be imported ({error}); {advice}") from None
+
+
+@contextmanager
+def _recipes_kept() -> Iterator[None]:
+    """Remove the recipes that a plug-in has added if the block raises PluginError."""
+    before = list(RECIPE_FOLDERS)
+    try:
+        yield
+    except plugins.PluginError:
+        RECIPE_FOLDERS[:] = before
+        raise
 
 
 def _enter_recipes(module: str) -> None:
@@ -129,6 +141,10 @@ def _check_recipe(path: Path, name: Path) -> None:
     kind = name.parts[0]
     if kind in KINDS and path.stem in KINDS[kind]._classes:
         raise ValueError(f"its recipes/{name} has the name of a component: choose another")
+    if len(name.parts) != 2 or kind not in ("recipe", *chosen_kinds()):
+        raise ValueError(f"its recipes/{name} lies in no folder recipe/ and in none of a kind of components")
+    if not isinstance(content.get("defaults", []), list):
+        raise ValueError(f"its recipes/{name} has defaults that are no list")
     if kind != "recipe":
         return
     if not path.read_text(encoding="utf-8").startswith("# @package _global_\n"):

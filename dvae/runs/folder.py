@@ -37,7 +37,7 @@ from omegaconf import DictConfig
 from dvae.config import stored
 from dvae.config.schema import RunConfig
 from dvae.errors import MachineError, UserError
-from dvae.registry.stages.base import STAGES, refuse_unloaded_stages, stage_fields, training_fields
+from dvae.registry.stages.base import STAGES, DeclaredStage, refuse_unloaded_stages, stage_fields, training_fields
 from dvae.runs import attempts
 from dvae.runs.records import RECORDS, check_format, read_records, write_format
 from dvae.utils import atomic_files
@@ -163,10 +163,12 @@ def check_folder(config: DictConfig) -> None:
     Nothing is written.
     """
     run = Run(Path(str(config.run)))
+    if not str(config.run).isprintable():
+        raise UserError(f"run={config.run!r}: use a name of printable characters")
     if run.config_file.exists():
         refuse_other(run, config)
         atomic_files.refuse_links(run.path, LINKS_ALLOWED)
-    elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    elif os.path.lexists(run.path) and (not run.path.is_dir() or any(run.path.iterdir())):
         raise UserError(f"run={run.path} exists and is not a run: use another run=, or remove it")
     there = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -206,7 +208,7 @@ def refuse_other(run: Run, config: DictConfig) -> None:
         raise UserError(
             f"run={run.path} belongs to recipe {before.get('recipe')!r}, not {now.get('recipe')!r}: use another run="
         )
-    new = {field for name in STAGES.names() for field in stage_fields(STAGES.get(name))} - plain.keys()
+    new = {field for stage in _plugin_stages() for field in stage_fields(stage)} - plain.keys()
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key.partition(".")[0] not in new:
             raise UserError(
@@ -223,13 +225,17 @@ def kept_settings(config: DictConfig) -> dict[str, Any]:
     kept = stored.stored(config)
     path = Run(Path(str(config.run))).config_file
     before = stored.read_plain(path) if path.exists() else {}
-    for name in STAGES.names():
-        stage = STAGES.get(name)
-        if not stage.__module__.startswith("dvae.") and name not in config.stages:
-            for field in stage_fields(stage):
-                if field not in before:
-                    kept.pop(field, None)
+    for stage in _plugin_stages():
+        if STAGES.name_of_class(stage) not in config.stages:
+            for field in stage_fields(stage).keys() - before.keys():
+                kept.pop(field, None)
     return kept
+
+
+def _plugin_stages() -> list[type[DeclaredStage]]:
+    """Return the stages that dvae does not bring itself."""
+    stages = [STAGES.get(name) for name in STAGES.names()]
+    return [stage for stage in stages if not stage.__module__.startswith("dvae.")]
 
 
 def _settings(plain: dict[str, Any]) -> dict[str, Any]:

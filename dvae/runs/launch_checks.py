@@ -62,8 +62,12 @@ def check_launch(composed: DictConfig) -> CheckedLaunch:
     launcher, models, images = check_config(config)
     first, under_way = os.environ.get("RANK", "0") == "0", False
     if first:
-        folder.check_folder(composed)
-        under_way = launcher.can_attach(Path(config.run))
+        run = folder.Run(Path(config.run))
+        if run.config_file.exists():
+            folder.refuse_other(run, composed)
+            run.records()  # raises if the file is damaged
+        under_way = launcher.can_attach(run.path)
         if not under_way:
-            manage.refuse_busy(Path(config.run))
+            folder.check_folder(composed)
+            manage.refuse_busy(run.path)
     return CheckedLaunch(config, kept, launcher, models, images, first, under_way)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dvae.config.schema import RunConfig, TrainingConfig
+from dvae.config.stage_names import training_field
 from dvae.errors import UserError
 from dvae.models.components import RunModels
 from dvae.registry.core import NAME
@@ -82,7 +83,6 @@ class TrainStage(Stage):
         return TrainHooks()
 
     def run(self, run: Run) -> None:
-        check_parts(self)
         task = self.open_task(run, self.name)
         train_stage(run, self.config, task, self.parts, self.hooks(run, task))
 
@@ -98,6 +98,8 @@ def open_stage(name: str, config: RunConfig) -> Stage:
     stage = STAGES.get(name)(config)
     if not isinstance(stage, Stage):
         raise UserError(f"stage {name!r} of {type(stage).__module__} must derive from dvae.stages.base.Stage")
+    if isinstance(stage, TrainStage):
+        check_parts(stage)
     return stage
 
 
@@ -106,6 +108,10 @@ def check_parts(stage: TrainStage) -> None:
 
     A part of a run's models can only be saved by a stage that has it in `makes`; weights of others would be lost.
     """
+    if not hasattr(stage.config, training_field(stage.name)):
+        raise UserError(
+            f"stage {stage.name!r}: its Config needs the field {training_field(stage.name)}: TrainingConfig"
+        )
     parts = getattr(stage, "parts", None)
     if not isinstance(parts, Mapping) or not all(isinstance(part, str) and NAME.fullmatch(part) for part in parts):
         raise UserError(f"stage {stage.name!r}: parts={parts!r}: write a mapping, such as {{'{stage.name}': ''}}")

@@ -78,6 +78,7 @@ class CacheStage(Stage):
                 f"stages: cache stores the outputs of a trained encoder, but encoder={name} has nothing to train: "
                 "leave cache out"
             )
+        check_cache_settings(self.config, models)
 
     def run(self, run: Run) -> None:
         models = load_models(run, self.config, "encoder")
@@ -101,13 +102,8 @@ def cache_settings(config: RunConfig) -> CacheConfig:
     return settings_of(config, CacheStage.Config).cache
 
 
-def expected_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.CacheInfo:
-    """Return the description that the run's cache must have.
-
-    Raises UserError if the stage encoder is not finished, or if the run cannot use a cache with its settings.
-    """
-    if "encoder" not in run.records():
-        raise UserError(f"run={run.path} has no trained encoder yet, which a cache needs: run the stage encoder first")
+def check_cache_settings(config: RunConfig, models: RunModels) -> None:
+    """Raise UserError if the run cannot use a cache with its settings."""
     if config.data.flip:
         raise UserError("stages: cache has no mirrored images, which data.flip=true needs: set data.flip=false")
     settings = cache_settings(config)
@@ -118,6 +114,18 @@ def expected_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cac
         )
     if reconstructions and settings.draws < 1:
         raise UserError(f"cache.draws={settings.draws}: use 1 or more")
+
+
+def expected_cache(run: Run, config: RunConfig, models: RunModels) -> latent_cache.CacheInfo:
+    """Return the description that the run's cache must have.
+
+    Raises UserError if the stage encoder is not finished, or if the run cannot use a cache with its settings.
+    """
+    if "encoder" not in run.records():
+        raise UserError(f"run={run.path} has no trained encoder yet, which a cache needs: run the stage encoder first")
+    check_cache_settings(config, models)
+    settings = cache_settings(config)
+    reconstructions = settings.contents is CacheContents.reconstructions
     shards = open_shards(config, "train")
     return latent_cache.CacheInfo(
         images=len(shards),

@@ -51,7 +51,7 @@ class EvaluateStage(Stage):
     takes_streams = True
 
     def is_current(self, record: dict[str, Any]) -> bool:
-        return bool(record["settings"] == settings_fingerprint(self.config))
+        return bool(record.get("settings") == settings_fingerprint(self.config))
 
     def run(self, run: Run) -> None:
         config = self.config

@@ -176,7 +176,7 @@ def test_points_are_not_sampled_as_images(finished: Path) -> None:
     ("words", "said"),
     [
         (["stages=[shards,refiner]"], "needs shards"),
-        (["classes=[a,b]"], "has moons, rings"),
+        (["classes=[a,b]"], "has the classes moons, rings"),
         (["image_size=4"], "image_size=1"),
     ],
 )

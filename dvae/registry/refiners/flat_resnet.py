@@ -97,7 +97,7 @@ def _check(config: FlatResNet.Config, shapes: Shapes) -> None:
     if config.width < 1 or config.width % GROUPS:
         raise UserError(f"refiner.width {config.width} is not a multiple of {GROUPS} (the groups of GroupNorm)")
     if config.blocks < 1:
-        raise UserError(f"refiner.blocks {config.blocks}: use at least 1")
+        raise UserError(f"refiner.blocks={config.blocks}: use at least one")
     if config.patch < 1 or shapes.image_size % config.patch:
         raise UserError(f"refiner.patch {config.patch} does not divide {shapes.image_size} px: use a divisor")
     if not 0 <= config.dropout < 1:

@@ -72,6 +72,29 @@ class DeclaredStage(ABC):
         """Do the work of the stage in a run's folder. `run` is a dvae.runs.folder.Run."""
 
 
+RESERVED_FIELDS = ("defaults", "hydra")
+"""Names that Hydra reads itself."""
+
+
+def order_stages(stages: Mapping[str, type[DeclaredStage]]) -> list[str]:
+    """Return the names of stages in an order that satisfies `after` and `before`.
+
+    Among stages that may come next, the first name in the alphabet comes first. Raises UserError if `after` and
+    `before` form a cycle.
+    """
+    earlier = {name: set(stage.after) for name, stage in stages.items()}
+    for name, stage in stages.items():
+        for later in stage.before:
+            earlier.get(later, set()).add(name)
+    found: list[str] = []
+    while left := sorted(stages.keys() - set(found)):
+        free = [name for name in left if earlier[name].isdisjoint(left)]
+        if not free:
+            raise UserError(f"stages {', '.join(left)}: each is declared to run before another one of them")
+        found.append(free[0])
+    return found
+
+
 class StageRegistry(Registry[DeclaredStage]):
     """The registry of stages. It also determines their order, and checks the fields that they add to the settings."""
 
@@ -94,9 +117,12 @@ class StageRegistry(Registry[DeclaredStage]):
         for other, theirs in self._classes.items():
             if other != name:
                 taken |= dict.fromkeys(stage_fields(theirs), f"the stage {other!r}")
+        order_stages({**self._classes, str(name): cls})  # raises UserError if there is no order
         for field, kind in stage_fields(cls).items():
             if field in taken:
                 raise TypeError(f"stage {name!r}: Config.{field} is a field of {taken[field]}: use another name")
+            if field in RESERVED_FIELDS or hasattr(RunConfig, field):
+                raise TypeError(f"stage {name!r}: Config.{field}: this name is reserved: use another name")
             if field.startswith(TRAINING_PREFIX) and (field, kind) != (f"{TRAINING_PREFIX}{name}", TrainingConfig):
                 raise TypeError(f"stage {name!r}: Config.{field}: write {TRAINING_PREFIX}{name}: TrainingConfig")
         return node
@@ -111,16 +137,7 @@ class StageRegistry(Registry[DeclaredStage]):
         for wrong in (name for name in of or () if name not in names):
             hint = "; a stage of a plug-in needs plugins=[MODULE]"
             raise UserError(f"unknown stage {wrong!r}: {suggest(wrong, self.order())}{hint}{broken_plugins_note()}")
-        earlier: dict[str, set[str]] = {name: set(self.get(name).after) for name in names}
-        for name in names:
-            for later in self.get(name).before:
-                earlier.get(later, set()).add(name)
-        found: list[str] = []
-        while left := [name for name in names if name not in found]:
-            free = [name for name in left if earlier[name].isdisjoint(left)]
-            if not free:
-                raise UserError(f"stages {', '.join(left)}: each is declared to run before another one of them")
-            found.append(free[0])
+        found = order_stages({name: self.get(name) for name in names})
         return [name for name in found if of is None or name in of]
 
     def trained(self) -> list[str]:

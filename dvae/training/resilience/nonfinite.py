@@ -141,7 +141,7 @@ def to_json_number(value: float) -> float | str:
 class ReplayRecord(TypedDict):
     """Contents of record.json: a step, its samples, and its metrics and gradient norms."""
 
-    stage: Annotated[str, Field(pattern="^[a-z]+(-[0-9]{1,9})?$")]
+    stage: Annotated[str, Field(pattern="^[a-z0-9_]+(-[0-9]{1,9})?$")]
     step: Positive
     seed: int
     world_size: Positive
