@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dvae.config.command_line import Command
-from dvae.config.launch_help import CHOICES, SCHEMA
+from dvae.config.launch_help import run_fields, training_fields
 from dvae.tools import TOOLS
 from dvae.utils.class_fields import REQUIRED, FieldText, fields_of, find_class
 
@@ -61,10 +61,9 @@ def section(about: Command) -> Iterator[str]:
 
 def launch_settings() -> Iterator[str]:
     """The settings of a run, and of a stage that trains."""
-    run = [field for field in fields_of(find_class(SCHEMA, "RunConfig")) if field.name not in CHOICES]
-    yield from ("", "**Settings of a run**", "", *table(run))
+    yield from ("", "**Settings of a run**", "", *table(run_fields()))
     yield from ("", "**Settings of each stage that trains, such as train_refiner.steps=20000**", "")
-    yield from table(fields_of(find_class(SCHEMA, "TrainingConfig"), "train_STAGE."))
+    yield from table(training_fields())
     yield from LAUNCH_NOTE.splitlines()
 
 

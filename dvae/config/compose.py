@@ -119,18 +119,16 @@ def _readable(word: str) -> str:
     """
     if not word.lstrip("+~").partition("=")[0]:
         raise UserError(f"{word}: the name of the setting is missing: write key=value")
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        key, equals, value = word.partition("=")
-        quoted = f"{key}={json.dumps(value, ensure_ascii=False)}"
-        if equals and value and value[0] not in "[{'\"" and "${" not in value and _is_readable(quoted):
-            return quoted
-        raise UserError(
-            f"{word}: this cannot be read as key=value: write lists as [a,b], and texts with spaces or special "
-            f"characters as {key or 'key'}='\"...\"'"
-        ) from None
-    return word
+    if _is_readable(word):
+        return word
+    key, equals, value = word.partition("=")
+    quoted = f"{key}={json.dumps(value, ensure_ascii=False)}"
+    if equals and value and value[0] not in "[{'\"" and "${" not in value and _is_readable(quoted):
+        return quoted
+    raise UserError(
+        f"{word}: this cannot be read as key=value: write lists as [a,b], and texts with spaces or special "
+        f"characters as {key or 'key'}='\"...\"'"
+    )
 
 
 def _is_readable(word: str) -> bool:

@@ -14,22 +14,28 @@ from dvae.utils.package import FOLDER
 from dvae.utils.registered_names import component_folders, registered_in
 
 SCHEMA = "dvae.config.schema"
-CHOICES = {"encoder", "prior", "process", "schedule", "refiner", "sampler", "classifier", "source", "launcher"}
-"""Settings of a run that choose a component. The help lists them in a separate section."""
 
 
 def launch_sections() -> str:
     """Return the sections of the help that list settings, stages, components and recipes."""
-    run = [field for field in fields_of(find_class(SCHEMA, "RunConfig")) if field.name not in CHOICES]
-    training = fields_of(find_class(SCHEMA, "TrainingConfig"), "train_STAGE.")
     sections = {
-        "Settings of a run": settings_table(run),
-        "Settings of each stage that trains, such as train_refiner.steps=20000": settings_table(training),
+        "Settings of a run": settings_table(run_fields()),
+        "Settings of each stage that trains, such as train_refiner.steps=20000": settings_table(training_fields()),
         "Stages, with their own settings": "\n".join(_stages()),
         "Components and presets (`python tools/components.py KIND NAME` shows the fields)": "\n".join(_components()),
         "Recipes": "\n".join(_listed(yaml_names("recipe"))),
     }
     return "\n\n".join(f"{heading}:\n{text}" for heading, text in sections.items())
+
+
+def run_fields() -> list[FieldText]:
+    """Return the settings of a run, but for those that choose a component, which have a section of their own."""
+    return [field for field in fields_of(find_class(SCHEMA, "RunConfig")) if field.name not in component_folders()]
+
+
+def training_fields() -> list[FieldText]:
+    """Return the settings of a stage that trains."""
+    return fields_of(find_class(SCHEMA, "TrainingConfig"), "train_STAGE.")
 
 
 def yaml_names(folder: str) -> list[str]:
